@@ -1,0 +1,80 @@
+"""What makes a test run count: nothing skipped, nothing expected to fail, nothing left out.
+
+A parity test that did not run proves nothing, so a skip or an xfail makes the session red wherever it comes from, and
+`--complete` (which `make test` passes) also refuses a run that selects among the tests. The one exception is stated
+in the output: tests marked `gpu` are collected only where torch sees a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+# The workers of one run share the cores; this must be set before torch is first imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+_not_run: list[str] = []
+_gpu_left_out: list[int] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--complete", action="store_true", help="refuse a run that leaves out any test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    option = config.option
+    if option.complete and (option.keyword or option.markexpr or option.deselect or option.ignore or option.ignore_glob):
+        raise pytest.UsageError("--complete runs every test: drop -k, -m, --deselect and --ignore")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if GPU:
+        return
+    kept = [item for item in items if item.get_closest_marker("gpu") is None]
+    left_out = len(items) - len(kept)
+    items[:] = kept
+    if hasattr(config, "workeroutput"):  # under xdist only the controller prints
+        config.workeroutput["gpu_left_out"] = left_out
+    else:
+        _gpu_left_out.append(left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    _gpu_left_out.append(getattr(node, "workeroutput", {}).get("gpu_left_out", 0))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if hasattr(report, "wasxfail"):
+        _not_run.append(f"{report.nodeid}: expected to fail")
+    elif report.skipped:
+        _not_run.append(f"{report.nodeid}: skipped")
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped:
+        _not_run.append(f"{report.nodeid}: skipped whole")
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    if items and items[0].config.option.complete:
+        _not_run.extend(f"{item.nodeid}: deselected" for item in items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if _not_run and exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not GPU and max(_gpu_left_out, default=0):
+        terminalreporter.write_line(f"no GPU here: {max(_gpu_left_out)} tests marked gpu were not collected")
+    if _not_run:
+        terminalreporter.section("red: a test that does not run proves nothing", red=True)
+        for line in _not_run:
+            terminalreporter.write_line(line)
