@@ -1,0 +1,1 @@
+"""The oracle: traces of the truth, dumps of engines, and what to say about their difference."""

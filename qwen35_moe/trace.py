@@ -1,0 +1,154 @@
+"""Recording what the taps of a run hold: `trace(model, ids)`, or `with record("attn_*") as recorder: model(ids)`."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import Qwen35Error
+from .oracle.trace_file import Entry, Trace, TraceWriter
+from .tap_names import check_patterns, dims_of
+from .taps import OBSERVE, Handler, Site, attach
+
+Patterns = str | Iterable[str]
+
+
+class Recorder:
+    """A tap handler that copies every matching value into a Trace, or, with `out`, to a trace directory.
+
+    `patterns` are globs over tap names ("gdn_*") or keys ("layers.3.*"), in a list or separated by commas. Values of
+    single experts are many, and are kept only with `experts=True` or when a pattern names them ("moe_expert_down").
+    The copies have the dtype that the run computed. Call `next_step()` between forward passes of one recording.
+    """
+
+    stage = OBSERVE
+
+    def __init__(
+        self,
+        patterns: Patterns = "*",
+        *,
+        experts: bool = False,
+        out: str | Path | None = None,
+        meta: dict[str, Any] | None = None,
+    ):
+        split = patterns.split(",") if isinstance(patterns, str) else patterns
+        self.patterns = tuple(p.strip() for p in split)
+        check_patterns(self.patterns)
+        self.experts, self.step = experts, 0
+        self.meta = {"steps": [], **(meta or {})}
+        self.trace = Trace(meta=self.meta)
+        self._writer = None if out is None else TraceWriter(out)
+        self._seen: set[str] = set()
+        self._attached: Any = None
+
+    def wants(self, site: Site) -> bool:
+        found = [p for p in self.patterns if fnmatch.fnmatchcase(site.name, p) or fnmatch.fnmatchcase(site.key, p)]
+        return bool(found) and (site.expert is None or self.experts or any("expert" in p for p in found))
+
+    def __call__(self, site: Site, x: Tensor) -> None:
+        if not self.wants(site):
+            return
+        entry = Entry.of(site, x, dims_of(site.name, x.dim()), self.step)
+        if entry.key in self._seen:
+            raise Qwen35Error(
+                "tap was met twice in one forward pass",
+                found=entry.key,
+                do="call recorder.next_step() between forward passes",
+            )
+        self._seen.add(entry.key)
+        # A copy: caches and states are changed in place later on.
+        (self._writer or self.trace).add(entry, x.detach().clone())
+
+    def next_step(self) -> None:
+        self.step += 1
+
+    def __enter__(self) -> Recorder:
+        self._attached = attach(self)
+        self._attached.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._attached.__exit__(kind, error, tb)
+        if self._writer is not None and kind is None:
+            self._writer.meta = self.meta
+            self._writer.close()
+            self.trace = Trace.open(self._writer.path)
+
+
+def record(patterns: Patterns = "*", **options: Any) -> Recorder:
+    """A Recorder, to be used in a `with` statement; `.trace` holds what it saw."""
+    return Recorder(patterns, **options)
+
+
+def trace(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    taps: Patterns = "*",
+    experts: bool = False,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cache: Any = None,
+    replay: Handler | Iterable[Handler] = (),
+    chunks: Iterable[int] | None = None,
+    out: str | Path | None = None,
+    meta: dict[str, Any] | None = None,
+) -> Trace:
+    """Run the model on input_ids [B, T] and return the values of its taps.
+
+    `replay` are tap handlers to attach for the run (routing to repeat, faults to plant). `chunks` are token counts: the
+    sequence is then fed in pieces through `cache`, one step each ([5, 1, 1]: a prefill of 5 and two decode steps).
+    With `out` the trace is streamed to that directory and memory stays flat. No rounding happens here.
+    """
+    input_ids = torch.as_tensor(input_ids)
+    if input_ids.dim() != 2:
+        raise Qwen35Error("input_ids must be [B, T]", found=list(input_ids.shape), do="add the batch dimension")
+    sizes = [input_ids.shape[1]] if chunks is None else list(chunks)
+    if sum(sizes) != input_ids.shape[1] or (len(sizes) > 1 and cache is None):
+        raise Qwen35Error(
+            "chunks do not fit",
+            expected=f"{input_ids.shape[1]} tokens, and a cache for several chunks",
+            found=f"{sizes}, cache {cache}",
+        )
+    handlers = (replay,) if callable(replay) else tuple(replay)
+    known = {"arithmetic": _name(getattr(model, "arithmetic", "")), "checkpoint": getattr(model, "identity", None)}
+    with record(taps, experts=experts, out=out, meta={**known, **(meta or {})}) as recorder, attach(*handlers):
+        start = 0
+        for index, size in enumerate(sizes):
+            if index:
+                recorder.next_step()
+            stop = start + size
+            ids = input_ids[:, start:stop]
+            if attention_mask is not None and len(sizes) > 1:
+                mask = attention_mask[:, : attention_mask.shape[1] - input_ids.shape[1] + stop]
+            else:
+                mask = attention_mask
+            at = None if position_ids is None else position_ids[..., start:stop]
+            recorder.meta["steps"].append(_step(ids, mask, at, cache))
+            with torch.no_grad():
+                model(ids, attention_mask=mask, cache=cache, position_ids=at)
+            start = stop
+    return recorder.trace
+
+
+def _name(arithmetic: Any) -> str:
+    return arithmetic if isinstance(arithmetic, str) else getattr(arithmetic, "name", "")
+
+
+def _step(ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> dict[str, Any]:
+    """Ids, positions and mask [B, T] of one forward pass. A mask may also cover the cached tokens: then [B, S]."""
+    past = 0 if cache is None else int(getattr(cache, "length", 0))
+    real = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.int64) if mask is None else mask.long()
+    if positions is None:
+        offset = past if real.shape[1] == ids.shape[1] and past else 0
+        positions = (real.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :] + offset
+    if positions.dim() == 3:  # text, height, width: the text row orders tokens
+        positions = positions[0]
+    new = real[:, -ids.shape[1] :]
+    return {"ids": ids.tolist(), "positions": positions.expand_as(ids).tolist(), "mask": new.tolist()}
