@@ -1,0 +1,245 @@
+"""The model's configuration: the fields of config.json by their own names, with the defaults that real files need."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import Qwen35Error
+
+LINEAR, FULL = "linear_attention", "full_attention"
+
+# Keys of real files that do not change what the text model computes.
+INERT_KEYS = frozenset(
+    """architectures model_type text_config vision_config quantization_config transformers_version torch_dtype dtype
+    attention_dropout bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id initializer_range
+    router_aux_loss_coef output_router_logits use_cache max_position_embeddings mtp_num_hidden_layers
+    mtp_use_dedicated_embeddings image_token_id video_token_id vision_start_token_id vision_end_token_id
+    intermediate_size mamba_ssm_dtype full_attention_interval partial_rotary_factor rope_theta rope_scaling
+    layer_types language_model_only unsloth_fixed auto_map return_dict output_hidden_states output_attentions
+    is_encoder_decoder chunk_size_feed_forward id2label label2id problem_type task_specific_params torchscript
+    tie_word_embeddings add_cross_attention cross_attention_hidden_size finetuning_task pruned_heads prefix
+    use_bfloat16 is_decoder tf_legacy_loss tokenizer_class name_or_path attn_implementation experts_implementation
+    ignore_keys_at_rope_validation min_length max_length do_sample num_beams temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences early_stopping num_beam_groups diversity_penalty forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    tie_encoder_decoder base_model_tp_plan base_model_pp_plan mtp deepstack_visual_indexes""".split()  # noqa: SIM905
+)
+
+# No checkpoint of the family has any other value.
+ONLY = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attn_output_gate": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": (),
+}
+HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads", "linear_num_value_heads", "linear_num_key_heads")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Text configuration of a Qwen3.5 MoE checkpoint. Fields carry the names of config.json."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int
+    layer_types: tuple[str, ...] = ()
+    full_attention_interval: int = 4
+    linear_conv_kernel_dim: int = 4
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    output_gate_type: str = "silu"
+    norm_topk_prob: bool = True
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attn_output_gate: bool = True
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    rope_theta: float = 10_000_000.0
+    partial_rotary_factor: float = 0.25
+    mrope_section: tuple[int, ...] = (11, 11, 10)
+    mtp_num_hidden_layers: int = 0
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Config:
+        """Reads config.json from a folder, or the given JSON file."""
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise Qwen35Error(
+                "cannot read the configuration",
+                where=path,
+                found=error.strerror,
+                do="name a checkpoint folder or config.json",
+            ) from error
+        except ValueError as error:
+            raise Qwen35Error("config.json is not valid JSON", where=path, found=error) from error
+        return cls.from_dict(raw, **kwargs)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> Config:
+        """From the dictionary of a config.json, nested (`text_config`) or flat. `ignore` names further inert keys."""
+        if not isinstance(raw, Mapping):
+            raise Qwen35Error("config.json must hold an object", expected="{...}", found=type(raw).__name__)
+        text = raw.get("text_config", raw)
+        if not isinstance(text, Mapping):
+            raise Qwen35Error("bad value", where="config.json: text_config", expected="an object", found=repr(text))
+        values = {f.name: text[f.name] for f in fields(cls) if f.name in text and f.name != "raw"}
+        if "tie_word_embeddings" in raw:  # the top level is what the loaders obey
+            values["tie_word_embeddings"] = raw["tie_word_embeddings"]
+        rope = _rope_values(text)
+        _check_keys(text, {f.name for f in fields(cls)} | INERT_KEYS | {"rope_parameters"} | set(ignore))
+        values.update(rope)
+        missing = [
+            f.name
+            for f in fields(cls)
+            if f.default is MISSING and f.default_factory is MISSING and f.name not in values
+        ]
+        if missing:
+            raise Qwen35Error("keys are missing", where="config.json", expected=", ".join(missing), found="absent")
+        values = {f.name: _typed(f.name, str(f.type), values[f.name]) for f in fields(cls) if f.name in values}
+        if not values.get("layer_types"):
+            interval, count = values.get("full_attention_interval", 4), values["num_hidden_layers"]
+            values["layer_types"] = tuple(FULL if (i + 1) % interval == 0 else LINEAR for i in range(count))
+        config = cls(**values, raw=dict(raw))
+        config._check()
+        return config
+
+    # Sizes that follow from others.
+    @property
+    def rotary_dim(self) -> int:
+        """R: how many elements of a head are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def key_dim(self) -> int:
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """C: channels of the convolution, q and k and v side by side."""
+        return 2 * self.key_dim + self.value_dim
+
+    @property
+    def quantization_config(self) -> Mapping[str, Any] | None:
+        text = self.raw.get("text_config") or {}
+        return self.raw.get("quantization_config") or text.get("quantization_config")
+
+    def rope_axes(self, j: Tensor) -> Tensor:
+        """The axis (0 time, 1 height, 2 width) to which rotary frequency j belongs."""
+        _, height, width = self.mrope_section
+        return torch.where((j % 3 == 1) & (j < 3 * height), 1, torch.where((j % 3 == 2) & (j < 3 * width), 2, 0))
+
+    def _check(self) -> None:
+        half = self.rotary_dim // 2
+        rows: list[tuple[str, bool, object]] = [
+            (f.name, getattr(self, f.name) > 0, "a positive integer")
+            for f in fields(self)
+            if f.type == "int" and f.name != "mtp_num_hidden_layers"
+        ]
+        for key, ok, expected in rows:
+            self._need(key, ok, expected)
+        N, G, J, M = (getattr(self, key) for key in HEAD_COUNTS)
+        for key, ok, expected in (
+            ("layer_types", len(self.layer_types) == self.num_hidden_layers, f"{self.num_hidden_layers} entries"),
+            ("layer_types", set(self.layer_types) <= {LINEAR, FULL}, f"{LINEAR!r} or {FULL!r} each"),
+            ("num_experts_per_tok", self.num_experts_per_tok <= self.num_experts, f"at most {self.num_experts}"),
+            ("num_key_value_heads", N % G == 0, f"a divisor of num_attention_heads = {N}"),
+            ("linear_num_key_heads", J % M == 0, f"a divisor of linear_num_value_heads = {J}"),
+            ("partial_rotary_factor", self.rotary_dim == 2 * half and 0 < half <= self.head_dim, "an even part"),
+            ("mrope_section", sum(self.mrope_section) == half, f"three counts that add up to {half}"),
+            ("output_gate_type", self.output_gate_type in ("silu", "swish", "sigmoid"), "silu, swish or sigmoid"),
+            *((key, getattr(self, key) == only, f"{only!r}; nothing else is supported") for key, only in ONLY.items()),
+        ):
+            self._need(key, ok, expected)
+
+    def _need(self, key: str, ok: bool, expected: object) -> None:
+        if not ok:
+            raise Qwen35Error("bad value", where=f"config.json: {key}", expected=expected, found=getattr(self, key))
+
+
+def _rope_values(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings: `rope_parameters`, or the flat keys of older files, or the family's defaults."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise Qwen35Error("bad value", where="config.json: rope_parameters", expected="an object", found=repr(rope))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        raise Qwen35Error(
+            "unsupported rotary embedding",
+            where="config.json: rope_parameters.rope_type",
+            expected="'default'",
+            found=repr(kind),
+        )
+    if not rope.get("mrope_interleaved", True):
+        raise Qwen35Error(
+            "unsupported rotary embedding",
+            where="config.json: rope_parameters.mrope_interleaved",
+            expected=True,
+            found=False,
+        )
+    values = {k: source[k] for source in (text, rope) for k in ("rope_theta", "partial_rotary_factor") if k in source}
+    if "mrope_section" in rope:
+        values["mrope_section"] = rope["mrope_section"]
+    elif isinstance(head_dim := text.get("head_dim"), int) and head_dim != 256:
+        values["mrope_section"] = (head_dim // 8, 0, 0)  # not the family's default: one axis, text only
+    return values
+
+
+def _check_keys(text: Mapping[str, Any], known: set[str]) -> None:
+    unknown = sorted(str(k) for k in text if k not in known and not str(k).startswith("_"))
+    if unknown:
+        near = get_close_matches(unknown[0], known, n=1)
+        raise Qwen35Error(
+            "unknown keys, which might change what the model computes",
+            where="config.json",
+            expected=f"{near[0]!r}?" if near else "keys of the Qwen3.5 MoE family",
+            found=", ".join(unknown),
+            do="if they are harmless, name them: Config.from_dict(..., ignore=[...]), load(..., ignore_config_keys=[...])",
+        )
+
+
+def _typed(name: str, kind: str, value: Any) -> Any:
+    """The value in the field's type; a clear error where it has another."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind == "int" and number and float(value).is_integer():
+        return int(value)
+    if kind == "float" and number:
+        return float(value)
+    if (kind == "bool" and isinstance(value, bool)) or (kind == "str" and isinstance(value, str)):
+        return value
+    if kind.startswith("tuple"):
+        item = str if "str" in kind else int
+        size_ok = name != "mrope_section" or (isinstance(value, (list, tuple)) and len(value) == 3)
+        if value is None and name != "mrope_section":
+            return ()
+        if isinstance(value, (list, tuple)) and all(type(v) is item for v in value) and size_ok:
+            return tuple(value)
+    raise Qwen35Error("wrong type", where=f"config.json: {name}", expected=kind, found=repr(value))

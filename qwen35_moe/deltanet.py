@@ -1,0 +1,182 @@
+"""Gated DeltaNet: linear attention whose state is an associative memory, written by the delta rule.
+
+Formulas after "Gated Delta Networks" (arXiv 2412.06464) and, for the chunked form, "Parallelizing Linear Transformers
+with the Delta Rule" (arXiv 2406.06484). Per value head, with q and k of unit length and a_t = exp(g_t):
+
+    S_t = a_t S_{t-1} + k_t u_t^T        u_t = beta_t (v_t - (a_t S_{t-1})^T k_t)        o_t = S_t^T q_t
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import arithmetic
+from .cache import LayerState
+from .config import Config
+from .norms import gated_rms_norm, l2_norm
+from .ops import Linear, accumulation_dtype, promote, silu
+from .taps import scope, tap
+
+CHUNK = 64
+# The chunked rule prepares this many tokens at once; more would only cost memory.
+SPAN = 2048
+
+
+def recurrent_delta_rule(
+    q_BTJK: Tensor, k_BTJK: Tensor, v_BTJP: Tensor, g_BTJ: Tensor, beta_BTJ: Tensor, state_BJKP: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The definition, token by token.  -> o [B, T, J, P], state [B, J, K, P]. All in at least float32.
+
+    The recall term (a S)^T k is what the memory already answers to k; without it this is plain linear attention.
+    """
+    q, k, v, g, beta, state = (promote(x) for x in (q_BTJK, k_BTJK, v_BTJP, g_BTJ, beta_BTJ, state_BJKP))
+    outputs = []
+    for t in range(q.shape[1]):
+        with scope(index=t):
+            state = state * g[:, t].exp()[..., None, None]
+            recall = tap("gdn_recall", (state * k[:, t, :, :, None]).sum(-2))
+            u = (v[:, t] - recall) * beta[:, t, :, None]
+            state = promote(tap("gdn_state", state + k[:, t, :, :, None] * u[:, :, None]))
+        outputs.append((state * q[:, t, :, :, None]).sum(-2))
+    return torch.stack(outputs, 1), state
+
+
+def chunked_delta_rule(
+    q_BTJK: Tensor, k_BTJK: Tensor, v_BTJP: Tensor, g_BTJ: Tensor, beta_BTJ: Tensor, state_BJKP: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same by chunks of 64 tokens: matrix products instead of a loop. Same signature, equal in exact arithmetic.
+
+    Within a chunk that starts with state S, let G_i = g_1 + ... + g_i and D_ij = exp(G_i - G_j) for i >= j, else 0.
+    Unrolling the definition gives a unit lower triangular system for the u_i:
+
+        u_i + sum_{j<i} beta_i D_ij (k_i . k_j) u_j = beta_i (v_i - exp(G_i) S^T k_i)
+        o_i = exp(G_i) S^T q_i + sum_{j<=i} D_ij (q_i . k_j) u_j
+        S'  = exp(G_C) S + sum_j exp(G_C - G_j) k_j u_j^T
+
+    Both halves of the right side are solved for at once for all chunks; only S runs through them in order.
+    """
+    outputs = []
+    for start in range(0, q_BTJK.shape[1], SPAN):
+        span = slice(start, start + SPAN)
+        o, state_BJKP = _chunked_span(*(x[:, span] for x in (q_BTJK, k_BTJK, v_BTJP, g_BTJ, beta_BTJ)), state_BJKP)
+        outputs.append(o)
+    return torch.cat(outputs, 1), state_BJKP
+
+
+def _chunked_span(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    T = q.shape[1]
+    q, k, v = (_chunks(x) for x in (q, k, v))  # [B, J, n, 64, K or P]
+    g, beta = (_chunks(x[..., None]).squeeze(-1) for x in (g, beta))  # [B, J, n, 64]; padding: g = beta = 0
+    G = g.cumsum(-1)
+    causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).tril()
+    decay = (G[..., :, None] - G[..., None, :]).masked_fill(~causal, -torch.inf).exp()
+    k_beta = k * beta[..., None]
+    # The solver reads the strict lower triangle and takes the diagonal as 1.
+    system = (k_beta @ k.mT) * decay
+    u_fresh = torch.linalg.solve_triangular(system, v * beta[..., None], upper=False, unitriangular=True)
+    u_recall = torch.linalg.solve_triangular(system, k_beta * G.exp()[..., None], upper=False, unitriangular=True)
+    attention = (q @ k.mT) * decay
+    q = q * G.exp()[..., None]
+    k = k * (G[..., -1:] - G).exp()[..., None]
+    state, outputs = promote(state), []
+    for n in range(q.shape[2]):
+        u = u_fresh[:, :, n] - u_recall[:, :, n] @ state
+        outputs.append(q[:, :, n] @ state + attention[:, :, n] @ u)
+        state = state * G[:, :, n, -1].exp()[..., None, None] + k[:, :, n].mT @ u
+    return torch.cat(outputs, 2)[:, :, :T].transpose(1, 2), state
+
+
+def _chunks(x_BTJH: Tensor) -> Tensor:
+    """[B, T, J, H] -> [B, J, n, 64, H], promoted, zeros at the end."""
+    x = promote(x_BTJH).transpose(1, 2)
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % CHUNK))
+    return x.unflatten(2, (-1, CHUNK)).contiguous()
+
+
+def causal_conv(x_BTC: Tensor, weight_C1W: Tensor, state_BCW: Tensor, real_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution, then SiLU.  y_t = silu(sum_w weight_w x_{t-W+1+w}); the last tap is the present.
+
+    `state_BCW` holds the W-1 inputs before the first token; returns y [B, T, C] and the last W-1 inputs. Where
+    `real_BT` marks padding, the state stands right before the first real token, and is taken right after the last.
+    """
+    B, T, C = x_BTC.shape
+    memory = weight_C1W.shape[-1] - 1
+    x_BCT = x_BTC.transpose(1, 2)
+    if real_BT is None:
+        first, count = (
+            torch.zeros(B, 1, dtype=torch.long, device=x_BTC.device),
+            torch.full((B, 1), T, device=x_BTC.device),
+        )
+        x_BCS = torch.cat((state_BCW.to(x_BCT.dtype), x_BCT), -1)
+    else:
+        first, count = real_BT.int().argmax(1, keepdim=True), real_BT.sum(1, keepdim=True)
+        x_BCS = F.pad(x_BCT * real_BT[:, None], (memory, 0))
+        x_BCS = x_BCS.scatter(2, _window(first, memory, C), state_BCW.to(x_BCT.dtype))
+    dtype = accumulation_dtype("gdn_conv", x_BCS, weight_C1W)
+    y_BCT = tap("gdn_conv", F.conv1d(x_BCS.to(dtype), weight_C1W.to(dtype), groups=C))
+    return tap("gdn_conv_act", silu(y_BCT)).transpose(1, 2), x_BCS.gather(2, _window(first + count, memory, C))
+
+
+def _window(first_B1: Tensor, size: int, channels: int) -> Tensor:
+    """Indices first, first+1, ..., first+size-1 for every channel.  [B, 1] -> [B, C, size]."""
+    return (first_B1 + torch.arange(size, device=first_B1.device))[:, None].expand(-1, channels, -1)
+
+
+class GatedDeltaNet(nn.Module):
+    """`linear_attn`. One projection for q, k, v side by side, separate ones for z (gate), b (beta), a (decay)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D, J, M = config.hidden_size, config.linear_num_value_heads, config.linear_num_key_heads
+        K, P, C = config.linear_key_head_dim, config.linear_value_head_dim, config.conv_dim
+        self.sizes, self.eps, self.gate_type = (J, M, K, P), config.rms_norm_eps, config.output_gate_type
+        self.in_proj_qkv = Linear(D, C)
+        self.in_proj_z = Linear(D, J * P)
+        self.in_proj_b = Linear(D, J)
+        self.in_proj_a = Linear(D, J)
+        self.conv1d = nn.ParameterDict({"weight": _parameter(C, 1, config.linear_conv_kernel_dim)})
+        self.A_log = _parameter(J)
+        self.dt_bias = _parameter(J)
+        self.norm = nn.ParameterDict({"weight": _parameter(P)})
+        self.out_proj = Linear(J * P, D)
+
+    def forward(self, x_BTD: Tensor, real_BT: Tensor | None, past: LayerState) -> Tensor:
+        J, M, K, P = self.sizes
+        B, T, _ = x_BTD.shape
+        qkv_BTC = self.in_proj_qkv("gdn_qkv", x_BTD)
+        z_BTJP = self.in_proj_z("gdn_z", x_BTD).view(B, T, J, P)
+        b_BTJ, a_BTJ = self.in_proj_b("gdn_b", x_BTD), self.in_proj_a("gdn_a", x_BTD)
+
+        beta_BTJ = tap("gdn_beta", promote(b_BTJ).sigmoid())
+        decay_J = -promote(self.A_log).exp()
+        g_BTJ = tap("gdn_g", decay_J * F.softplus(promote(a_BTJ) + promote(self.dt_bias)))
+        if real_BT is not None:  # padding neither fades nor writes the memory
+            beta_BTJ, g_BTJ = beta_BTJ * real_BT[..., None], g_BTJ * real_BT[..., None]
+
+        conv_weight = self.conv1d["weight"]
+        if past.conv is None:
+            past.conv = x_BTD.new_zeros(B, conv_weight.shape[0], conv_weight.shape[-1] - 1)
+        qkv_BTC, past.conv = causal_conv(qkv_BTC, conv_weight, past.conv, real_BT)
+        q_BTC, k_BTC, v_BTC = qkv_BTC.split((M * K, M * K, J * P), -1)
+        q_BTMK = promote(tap("gdn_q", l2_norm(q_BTC.unflatten(-1, (M, K)))))
+        q_BTMK = tap("gdn_q_scaled", q_BTMK * K**-0.5)
+        k_BTMK = tap("gdn_k", l2_norm(k_BTC.unflatten(-1, (M, K))))
+        v_BTJP = tap("gdn_v", v_BTC.unflatten(-1, (J, P)))
+
+        # Value head j reads key head j // (J/M).
+        q_BTJK, k_BTJK = (x.repeat_interleave(J // M, 2) for x in (q_BTMK, k_BTMK))
+        if past.state is None:
+            past.state = promote(x_BTD.new_zeros(B, J, K, P))
+        one_by_one = T == 1 or arithmetic.current().switch("gdn_rule") == "recurrent"
+        rule = recurrent_delta_rule if one_by_one else chunked_delta_rule
+        o_BTJP, state_BJKP = rule(q_BTJK, k_BTJK, v_BTJP, g_BTJ, beta_BTJ, past.state)
+        past.state = tap("gdn_state", state_BJKP)
+        o_BTJP = tap("gdn_core_out", o_BTJP)
+        o_BTJP = gated_rms_norm(o_BTJP, z_BTJP, self.norm["weight"], self.eps, self.gate_type)
+        return self.out_proj("attn_output", o_BTJP.flatten(2))
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape), requires_grad=False)

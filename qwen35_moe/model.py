@@ -1,0 +1,199 @@
+"""The text model: an embedding, layers of mixer and experts on a residual stream, a norm, a head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import arithmetic as arithmetics
+from .arithmetic import Arithmetic
+from .attention import Attention
+from .cache import Cache, LayerState
+from .config import FULL, Config
+from .deltanet import GatedDeltaNet
+from .errors import Qwen35Error
+from .moe import MoE
+from .norms import RMSNorm
+from .ops import Linear, promote
+from .rope import rotary_angles
+from .taps import scope, tap
+
+
+class Embedding(nn.Module):
+    def __init__(self, vocabulary: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, width), requires_grad=False)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return F.embedding(ids_BT, self.weight)
+
+
+class Layer(nn.Module):
+    """h += mixer(norm(h)); h += moe(norm(h)).
+
+    The stream is handed on as the sum, before it is stored: SGLang's norm sees the unrounded sum, transformers' the
+    stored value. `layer_input` and `pre_mlp_residual` are what is stored.
+    """
+
+    def __init__(self, config: Config, kind: str, fused: bool = False):
+        super().__init__()
+        self.kind = kind
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, "input_layernorm")
+        if kind == FULL:
+            self.self_attn = Attention(config)
+        else:
+            self.linear_attn = GatedDeltaNet(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, "pre_mlp_layernorm_output")
+        self.mlp = MoE(config, fused)
+
+    def forward(
+        self,
+        sum_BTD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        real_BT: Tensor | None,
+        real_BS: Tensor | None,
+        past: LayerState,
+    ) -> Tensor:
+        h_BTD = tap("layer_input", sum_BTD)
+        x_BTD = self.input_layernorm(sum_BTD)
+        if self.kind == FULL:
+            y_BTD = self.self_attn(x_BTD, *angles, real_BS, past)
+        else:
+            y_BTD = self.linear_attn(x_BTD, real_BT, past)
+        sum_BTD = tap("pre_mlp_residual_sum", promote(h_BTD) + promote(y_BTD))
+        h_BTD = tap("pre_mlp_residual", sum_BTD)
+        y_BTD = self.mlp(self.post_attention_layernorm(sum_BTD))
+        return tap("layer_output_sum", promote(h_BTD) + promote(y_BTD))
+
+
+class Model(nn.Module):
+    """Qwen3.5 MoE, text. Parameters carry the checkpoint's names, less its prefix.
+
+    `layers` may be any sequence that yields layers in order, so that they can also come from disk one by one.
+    """
+
+    def __init__(self, config: Config, arithmetic: str | Arithmetic = "exact", fused: bool | Sequence[bool] = False):
+        super().__init__()
+        self.config, self.arithmetic = config, arithmetics.get(arithmetic)
+        flags = [fused] * config.num_hidden_layers if isinstance(fused, bool) else fused
+        self.embed_tokens: nn.Module = Embedding(config.vocab_size, config.hidden_size)
+        self.layers: nn.ModuleList | Sequence[Layer] = nn.ModuleList(
+            Layer(config, kind, flag) for kind, flag in zip(config.layer_types, flags, strict=True)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, "final_norm")
+        self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        logits_to_keep: int | None = None,
+    ) -> Tensor:
+        """Logits of the next token after each of the new tokens.  input_ids [B, T] int -> [B, T, V].
+
+        attention_mask [B, T] or [B, S]: 1 for real tokens, 0 for padding on either side; what stands at padded
+        positions of the result is undefined. cache: carries the sequences on, and is updated in place.
+        position_ids [B, T] or [3, B, T]: counted from the real tokens when absent. inputs_embeds [B, T, D] stands in
+        for input_ids. logits_to_keep: only for the last so many positions.
+        """
+        cache = Cache() if cache is None else cache
+        ids, embeds = self._inputs(input_ids, inputs_embeds)
+        real_BT, real_BS = self._masks(ids if embeds is None else embeds, attention_mask, cache)
+        with arithmetics.using(self.arithmetic):
+            h_BTD = tap("embed_tokens", self.embed_tokens(ids) if embeds is None else embeds)
+            position_ids = self._positions(position_ids, real_BT, cache, h_BTD)
+            angles = rotary_angles(self.config, position_ids, h_BTD.dtype)
+            for i, layer in enumerate(self.layers):
+                with scope(layer=i):
+                    h_BTD = layer(h_BTD, angles, real_BT, real_BS, cache.layer(i))
+            if logits_to_keep is not None:
+                h_BTD = h_BTD[:, -logits_to_keep:]
+            return self.lm_head("next_token_logits", self.norm(h_BTD))
+
+    def _inputs(self, ids: Tensor | None, embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Checks what came in; gives ids and embeddings, of which one is a placeholder."""
+        given = embeds if ids is None else ids
+        if given is None or given.dim() != (3 if ids is None else 2) or 0 in given.shape:
+            raise Qwen35Error(
+                "nothing to compute on",
+                where="model(input_ids)",
+                expected="input_ids [B, T] with B, T > 0 (or inputs_embeds [B, T, D])",
+                found="neither" if given is None else list(given.shape),
+                do="add a batch dimension: input_ids[None]" if given is not None and given.dim() == 1 else "",
+            )
+        if ids is None:
+            return given, embeds
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise Qwen35Error("token ids must be integers", where="model(input_ids)", expected="int64", found=ids.dtype)
+        bad = (ids < 0) | (ids >= self.config.vocab_size)
+        if embeds is None and bad.any():
+            row, column = bad.nonzero()[0].tolist()
+            raise Qwen35Error(
+                "token id outside of the vocabulary",
+                where=f"input_ids[{row}, {column}]",
+                expected=f"0 .. {self.config.vocab_size - 1}",
+                found=int(ids[row, column]),
+            )
+        return ids, embeds
+
+    @staticmethod
+    def _masks(new: Tensor, attention_mask: Tensor | None, cache: Cache) -> tuple[Tensor | None, Tensor | None]:
+        """Which new tokens are real [B, T], which of all so far [B, S]; None where there is no padding at all."""
+        B, T = new.shape[:2]
+        past = cache.length
+        if attention_mask is None and cache.mask is None:
+            cache.length += T
+            return None, None
+        seen = cache.mask if cache.mask is not None else new.new_ones(B, past, dtype=torch.bool)
+        mask = new.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if mask.shape not in ((B, T), (B, past + T)):
+            raise Qwen35Error(
+                "attention_mask has the wrong shape",
+                where="model(attention_mask)",
+                expected=f"[{B}, {T}] (new tokens) or [{B}, {past + T}] (all tokens)",
+                found=list(mask.shape),
+            )
+        if mask.shape[1] > T and not torch.equal(mask[:, :past], seen):
+            raise Qwen35Error(
+                "attention_mask contradicts the cache",
+                where="model(attention_mask)",
+                expected="the mask of earlier calls",
+            )
+        real_BT = mask[:, -T:]
+        holes = (real_BT[:, 1:] & ~real_BT[:, :-1]).sum(1) + real_BT[:, 0] > 1
+        if holes.any():
+            raise Qwen35Error(
+                "padding between real tokens",
+                where=f"attention_mask[{int(holes.nonzero()[0])}]",
+                expected="padding on the left or right of the new tokens",
+                found="a hole",
+            )
+        cache.length += T
+        cache.mask = torch.cat((seen, real_BT), 1)
+        return real_BT, cache.mask
+
+    @staticmethod
+    def _positions(given: Tensor | None, real_BT: Tensor | None, cache: Cache, h_BTD: Tensor) -> Tensor:
+        """Positions of the new tokens, and in the cache the one that comes next."""
+        B, T = h_BTD.shape[:2]
+        if cache.next_position is None:
+            cache.next_position = torch.zeros(B, dtype=torch.long, device=h_BTD.device)
+        if given is None:
+            ones_BT = cache.next_position.new_ones(B, T) if real_BT is None else real_BT.long()
+            given = cache.next_position[:, None] + (ones_BT.cumsum(1) - 1).clamp_min(0)
+        if given.shape not in ((B, T), (3, B, T)):
+            raise Qwen35Error(
+                "position_ids have the wrong shape", expected=f"[{B}, {T}] or [3, {B}, {T}]", found=list(given.shape)
+            )
+        last_BT = given if given.dim() == 2 else given.amax(0)
+        if real_BT is not None:
+            last_BT = last_BT.masked_fill(~real_BT, -1)
+        cache.next_position = torch.maximum(cache.next_position, last_BT.amax(1) + 1)
+        return given

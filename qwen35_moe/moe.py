@@ -1,0 +1,165 @@
+"""Mixture of experts with a shared expert, unfused and fused.
+
+Unfused:  y = sum_a w_a expert_{id_a}(x) + sigmoid(gate . x) shared_expert(x)
+Fused:    the shared expert is expert number E of E + 1, appended to every token's list with weight sigmoid(gate . x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import arithmetic
+from .config import Config
+from .errors import Qwen35Error
+from .ops import Linear, linear, promote, silu
+from .router import append_shared, route, shared_gate
+from .taps import scope, tap
+
+
+class ExpertSource(Protocol):
+    """Whatever can hand out experts: decoded ones in memory, packed ones decoded when hit, ones still on disk."""
+
+    count: int
+
+    def visit(self, hit: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yields (id, gate_up [2F, D], down [D, F]) for each id, in order. Rows of gate_up: F of gate, then F of up."""
+        ...
+
+
+class Experts(nn.Module):
+    """Experts in memory, in the layout of the hub's BF16 checkpoints."""
+
+    def __init__(self, count: int, hidden: int, intermediate: int):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * intermediate, hidden), requires_grad=False)
+        self.down_proj = nn.Parameter(torch.empty(count, hidden, intermediate), requires_grad=False)
+
+    @property
+    def count(self) -> int:
+        return self.gate_up_proj.shape[0]
+
+    def visit(self, hit: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for e in hit:
+            yield e, self.gate_up_proj[e], self.down_proj[e]
+
+
+def expert(x_ND: Tensor, gate_up_2FD: Tensor, down_DF: Tensor) -> Tensor:
+    """down (silu(gate x) * up x).  Quantising engines round their inputs at `moe_a1` (before) and `moe_a2`."""
+    gate, up = linear("moe_expert_gate_up", x_ND, gate_up_2FD).chunk(2, -1)
+    act = tap("moe_expert_act", promote(tap("moe_expert_silu", silu(gate))) * promote(up))
+    return linear("moe_expert_down", tap("moe_a2", act), down_DF)
+
+
+def combine_experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: ExpertSource) -> Tensor:
+    """sum_a weights_a expert_{ids_a}(x), visiting each hit expert once.  -> [T, D]
+
+    The sum runs by expert id or by slot (switch `moe_sum_order`), rounding each partial sum at `moe_partial_sum`.
+    """
+    order = arithmetic.current().switch("moe_sum_order")
+    by_expert = order == "expert"
+    x_TD = tap("moe_a1", x_TD)
+    pairs = ids_TA.flatten().argsort(stable=True)  # (token, slot) pairs, grouped by expert
+    counts = ids_TA.flatten().bincount(minlength=experts.count).tolist()
+    if len(counts) > experts.count:
+        raise Qwen35Error(
+            "expert id out of range", where="moe_topk_ids", expected=f"below {experts.count}", found=len(counts) - 1
+        )
+    T, A = ids_TA.shape
+    total_TD, slots, start = None, None, 0
+    for e, gate_up, down in experts.visit([e for e, count in enumerate(counts) if count]):
+        pair, start = pairs[start : start + counts[e]], start + counts[e]
+        token, slot = pair // A, pair % A
+        with scope(expert=e):
+            y = promote(expert(x_TD[token], gate_up, down)) * promote(weights_TA[token, slot, None])
+            y = tap("moe_expert_weighted", y)
+        if by_expert:
+            total_TD = y.new_zeros(T, x_TD.shape[1]) if total_TD is None else total_TD
+            with scope(index=e):
+                total_TD[token] = tap("moe_partial_sum", promote(total_TD[token]) + promote(y)).to(total_TD.dtype)
+        else:
+            slots = y.new_empty(T * A, x_TD.shape[1]) if slots is None else slots
+            slots[pair] = y
+    if by_expert:
+        return total_TD
+    slots_TAD = slots.view(T, A, -1)
+    order_of_slots = reversed(range(A)) if order == "slot-reversed" else range(A)
+    total_TD = 0
+    for a in order_of_slots:
+        with scope(index=a):
+            total_TD = tap("moe_partial_sum", promote(slots_TAD[:, a]) + total_TD)
+    return total_TD
+
+
+class MLP(nn.Module):
+    """The shared expert as a network of its own."""
+
+    def __init__(self, hidden: int, intermediate: int):
+        super().__init__()
+        self.gate_proj = Linear(hidden, intermediate)
+        self.up_proj = Linear(hidden, intermediate)
+        self.down_proj = Linear(intermediate, hidden)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        gate = tap("moe_shared_silu", silu(self.gate_proj("moe_shared_gate_proj", x_TD)))
+        up = self.up_proj("moe_shared_up_proj", x_TD)
+        return self.down_proj("moe_shared_output", tap("moe_shared_act", promote(gate) * promote(up)))
+
+
+class MoE(nn.Module):
+    """`mlp`. `fused` says whether the shared expert is slot E of `experts` or stands beside them."""
+
+    def __init__(self, config: Config, fused: bool = False):
+        super().__init__()
+        D, E, F = config.hidden_size, config.num_experts, config.moe_intermediate_size
+        self.top_k, self.renormalise, self.routed = config.num_experts_per_tok, config.norm_topk_prob, E
+        self.fused, self.ep_scale = fused, 1.0
+        if fused and config.shared_expert_intermediate_size != F:
+            raise Qwen35Error(
+                "the shared expert cannot be fused",
+                where="config.json: shared_expert_intermediate_size",
+                expected=f"moe_intermediate_size = {F}",
+                found=config.shared_expert_intermediate_size,
+                do='load with shared_expert="unfused"',
+            )
+        self.gate = Linear(D, E)
+        self.experts: nn.Module = Experts(E + fused, D, F)
+        self.shared_expert = None if fused else MLP(D, config.shared_expert_intermediate_size)
+        self.shared_expert_gate = Linear(D, 1)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_TD = x_BTD.flatten(0, 1)
+        ids_TA, weights_TA = route(x_TD, self.gate.weight, self.top_k, self.renormalise)
+        gate_T1 = shared_gate(x_TD, self.shared_expert_gate.weight)
+        if self.shared_expert is None:
+            ids_TX, weights_TX = append_shared(ids_TA, weights_TA, gate_T1, self.routed, self.ep_scale)
+            return tap("mlp_output", combine_experts(x_TD, ids_TX, weights_TX, self.experts)).view_as(x_BTD)
+        routed_TD = tap("moe_routed_output", combine_experts(x_TD, ids_TA, weights_TA, self.experts))
+        shared_TD = tap("moe_shared_gated", promote(gate_T1) * promote(self.shared_expert(x_TD)))
+        return tap("mlp_output", promote(routed_TD) + promote(shared_TD)).view_as(x_BTD)
+
+
+def fuse(
+    gate_up: Tensor, down: Tensor, shared_gate: Tensor, shared_up: Tensor, shared_down: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Appends the shared expert as slot E.  [E, 2F, D], [E, D, F] -> [E+1, 2F, D], [E+1, D, F]; moves bits, rounds nothing."""
+    slot = torch.cat((shared_gate, shared_up))
+    for name, ours, theirs in (("gate_up_proj", slot, gate_up), ("down_proj", shared_down, down)):
+        if ours.shape != theirs.shape[1:] or ours.dtype != theirs.dtype:
+            raise Qwen35Error(
+                "the shared expert does not fit the experts' slot",
+                where=f"shared_expert -> experts.{name}[{theirs.shape[0]}]",
+                expected=f"{list(theirs.shape[1:])} {theirs.dtype}",
+                found=f"{list(ours.shape)} {ours.dtype}",
+                do="run unfused",
+            )
+    return torch.cat((gate_up, slot[None])), torch.cat((down, shared_down[None]))
+
+
+def unfuse(gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The inverse of `fuse`, bit for bit."""
+    shared_gate, shared_up = gate_up[-1].chunk(2)
+    return gate_up[:-1], down[:-1], shared_gate, shared_up, down[-1]

@@ -1,0 +1,51 @@
+"""The three normalisations of the model. They look alike and differ in the last bit and in the sign of a weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .ops import promote, silu
+from .taps import tap
+
+
+def rms_norm(name: str, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Zero-centred RMSNorm:  y = x / sqrt(mean(x^2) + eps) * (1 + w).  x [..., D], weight [D].
+
+    The stored weight is the deviation from 1 and may be negative; leaving out the `1 +` is a classic bug.
+    Rounds at `<name>.gain` (1 + w; SGLang's fused all-reduce keeps it in bf16) and once at the end, at `name`.
+    """
+    x, gain = promote(x), tap(f"{name}.gain", 1 + promote(weight))
+    return tap(name, x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain)
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, gate_type: str = "silu") -> Tensor:
+    """Gated RMSNorm of a DeltaNet head:  y = (x / sqrt(mean(x^2) + eps) * w) * silu(z).  x, z [..., P], weight [P].
+
+    Norm before gate, and a plain weight: no `1 +` here. transformers rounds the normalised x, then its product with
+    the weight; SGLang's and fla's kernels round once, at the end. `gate_type` is the config's `output_gate_type`:
+    silu (also called swish), or sigmoid.
+    """
+    x = promote(x)
+    x = tap("gdn_norm_normed", x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+    x = tap("gdn_norm_weighted", promote(weight) * promote(x))
+    gate = torch.sigmoid(promote(z)) if gate_type == "sigmoid" else silu(z)
+    return tap("gdn_norm_out", promote(x) * promote(tap("gdn_z_gate", gate)))
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(sum(x^2) + eps), not x / max(|x|, eps): with heads of norm 1e-3 the two differ by a lot."""
+    x = promote(x)
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+class RMSNorm(nn.Module):
+    """Holds the weight of `rms_norm` under its checkpoint name."""
+
+    def __init__(self, width: int, eps: float, name: str):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.eps, self.name = eps, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(self.name, x, self.weight, self.eps)

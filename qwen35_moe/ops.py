@@ -1,0 +1,57 @@
+"""The few operations that the whole model shares. Each one names its result."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import arithmetic
+from .taps import tap
+
+
+def promote(x: Tensor) -> Tensor:
+    """At least float32, never narrower: bf16 becomes fp32, float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def accumulation_dtype(name: str, *operands: Tensor) -> torch.dtype:
+    """The dtype in which a product is formed whose result is tapped as `name`.
+
+    Matrix products accumulate wide and round once. Where the table wants the result in the operands' own dtype, the
+    library's product does just that; where it wants it wider (or rounds it by a function), the operands are widened
+    first, which changes no value.
+    """
+    dtype = operands[0].dtype
+    for x in operands[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    how = arithmetic.current().rounding(name)
+    return torch.promote_types(dtype, how if isinstance(how, torch.dtype) else torch.float32)
+
+
+def linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, tapped as `name`.  x [..., I], weight [O, I] -> [..., O]."""
+    dtype = accumulation_dtype(name, x, weight)
+    return tap(name, F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)))
+
+
+def matmul(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """a b, tapped as `name`."""
+    dtype = accumulation_dtype(name, a, b)
+    return tap(name, a.to(dtype) @ b.to(dtype))
+
+
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x), in at least float32."""
+    return F.silu(promote(x))
+
+
+class Linear(nn.Module):
+    """Holds a weight [O, I] under its checkpoint name. No projection of the text model has a bias."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs), requires_grad=False)
+
+    def forward(self, name: str, x: Tensor) -> Tensor:
+        return linear(name, x, self.weight)
