@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .cache import LayerState
 from .config import Config
 from .norms import RMSNorm
-from .ops import Linear, matmul, promote
+from .ops import Linear, accumulation_dtype, matmul, promote
 from .rope import rotate
 from .taps import scope, tap
 
@@ -25,21 +25,24 @@ def attend(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, real_BS: Tensor | Non
     """
     T, N, H = q_BTNH.shape[1:]
     S, G = k_BSGH.shape[1:3]
-    k_BNHS = k_BSGH.repeat_interleave(N // G, 2).permute(0, 2, 3, 1)
-    v_BNSH = v_BSGH.repeat_interleave(N // G, 2).transpose(1, 2)
+    # Heads before tokens in memory too: how a batched product adds up depends on its operands' strides.
+    q_BNTH = q_BTNH.transpose(1, 2).contiguous()
+    k_BNSH, v_BNSH = (x.transpose(1, 2).repeat_interleave(N // G, 1) for x in (k_BSGH, v_BSGH))
     s = torch.arange(S, device=q_BTNH.device)
-    blocks_BNtH = []
-    for block, q_BtNH in enumerate(q_BTNH.split(QUERY_BLOCK, 1)):
-        t = s[S - T + block * QUERY_BLOCK :][: q_BtNH.shape[1], None]
+    blocks_BtNH = []
+    for block, q_BNtH in enumerate(q_BNTH.split(QUERY_BLOCK, 2)):
+        t = s[S - T + block * QUERY_BLOCK :][: q_BNtH.shape[2], None]
         visible_Bts = (s <= t)[None]
         if real_BS is not None:
             visible_Bts = (visible_Bts & real_BS[:, None]) | (s == t)
         with scope(index=block if T > QUERY_BLOCK else None):
-            scores_BNts = promote(matmul("attn_qk", q_BtNH.transpose(1, 2), k_BNHS)) * H**-0.5
+            scores_BNts = promote(matmul("attn_qk", q_BNtH, k_BNSH.mT)) * H**-0.5
             scores_BNts = promote(tap("attn_scores", scores_BNts)).masked_fill(~visible_Bts[:, None], -torch.inf)
             probs_BNts = tap("attn_probs", scores_BNts.softmax(-1))
-            blocks_BNtH.append(matmul("attn_context", probs_BNts, v_BNSH))
-    return torch.cat(blocks_BNtH, 2).transpose(1, 2)
+            dtype = accumulation_dtype("attn_context", probs_BNts, v_BNSH)
+            y_BNtH = probs_BNts.to(dtype) @ v_BNSH.to(dtype)
+            blocks_BtNH.append(tap("attn_context", y_BNtH.transpose(1, 2)))
+    return torch.cat(blocks_BtNH, 1)
 
 
 class Attention(nn.Module):

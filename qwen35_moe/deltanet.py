@@ -115,8 +115,9 @@ def causal_conv(x_BTC: Tensor, weight_C1W: Tensor, state_BCW: Tensor, real_BT: T
         x_BCS = F.pad(x_BCT * real_BT[:, None], (memory, 0))
         x_BCS = x_BCS.scatter(2, _window(first, memory, C), state_BCW.to(x_BCT.dtype))
     dtype = accumulation_dtype("gdn_conv", x_BCS, weight_C1W)
-    y_BCT = tap("gdn_conv", F.conv1d(x_BCS.to(dtype), weight_C1W.to(dtype), groups=C))
-    return tap("gdn_conv_act", silu(y_BCT)).transpose(1, 2), x_BCS.gather(2, _window(first + count, memory, C))
+    # Contiguous, since the order in which a reduction adds (the L2 norm of q and k) depends on the strides.
+    y_BTC = tap("gdn_conv", F.conv1d(x_BCS.to(dtype), weight_C1W.to(dtype), groups=C).transpose(1, 2).contiguous())
+    return tap("gdn_conv_act", silu(y_BTC)), x_BCS.gather(2, _window(first + count, memory, C))
 
 
 def _window(first_B1: Tensor, size: int, channels: int) -> Tensor:

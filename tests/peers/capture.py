@@ -55,7 +55,7 @@ class Capture(TorchFunctionMode):
             self.put("gdn_norm_normed", self.by_token(args[1]))
             self.put("gdn_norm_weighted", self.by_token(out))
         elif place == "linear_attn.norm" and name == "silu":
-            self.put("gdn_z_silu", self.by_token(out))
+            self.put("gdn_z_gate", self.by_token(out))
         elif place == "mlp.gate" and name == "softmax":
             self.put("moe_router_probs", out)
         elif place == "mlp" and name == "sigmoid":
