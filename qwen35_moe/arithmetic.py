@@ -45,6 +45,9 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
     "moe_ties": ("lowest-id", "torch.topk"),
     # Which rule DeltaNet uses for more than one token. A single token always takes the recurrent rule.
     "gdn_rule": ("chunked", "recurrent"),
+    # Whether DeltaNet's memory fades over padding. In transformers it does: harmless on the left of a new sequence, where
+    # the memory is empty (but the running sum of decays rounds differently), wrong before a continued one.
+    "gdn_padding": ("still", "fades"),
 }
 
 
@@ -105,7 +108,7 @@ EXACT = Arithmetic(
     name="exact",
     dtype=torch.float64,
     doc="float64 from the embedding to the logits. Nothing is narrowed anywhere.",
-    switches={"moe_sum_order": "expert"},  # needs no buffer of slots; in float64 the order is worth 1e-16
+    switches={"gdn_padding": "fades", "moe_sum_order": "expert"},  # needs no buffer of slots; in float64 the order is worth 1e-16
 )
 
 FLOAT32 = Arithmetic(
@@ -126,10 +129,13 @@ TRANSFORMERS_BF16 = Arithmetic(
         # cos and sin are computed in fp32 and rounded before use; so are both products and their sum.
         "rope_cos": torch.bfloat16,
         "rope_sin": torch.bfloat16,
+        # The vision tower rotates in fp32 and rounds the result alone.
+        "vis_rope_*": KEEP,
         # Softmax in fp32, rounded once. The raw product q k^T is rounded, and again after the scale.
         "attn_probs": torch.bfloat16,
         "moe_router_probs": KEEP,
         "moe_topk_probs": KEEP,
+        "gdn_conv_product": KEEP,
         # The delta rule itself runs in fp32 on bf16 inputs; only its output is rounded.
         "gdn_g": KEEP,
         "gdn_q": KEEP,
@@ -139,7 +145,7 @@ TRANSFORMERS_BF16 = Arithmetic(
         "gdn_recall": KEEP,
         "gdn_z_gate": KEEP,
     },
-    switches={"moe_sum_order": "expert", "moe_ties": "torch.topk"},
+    switches={"gdn_padding": "fades", "moe_sum_order": "expert", "moe_ties": "torch.topk"},
 )
 
 SGLANG_BF16 = Arithmetic(
@@ -161,6 +167,8 @@ SGLANG_BF16 = Arithmetic(
         "attn_qk": KEEP,
         "attn_scores": KEEP,
         "attn_gate": KEEP,
+        # Convolution: each bf16 x bf16 product is rounded, the sum and the SiLU stay in fp32.
+        "gdn_conv_product": torch.bfloat16,
         # GDN gating kernel: g in fp32, beta rounded to bf16. q and k are stored in bf16 after the L2 norm in prefill;
         # the scale K^-0.5 is applied later, in fp32.
         "gdn_conv": KEEP,

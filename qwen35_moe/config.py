@@ -222,7 +222,7 @@ def _check_keys(text: Mapping[str, Any], known: set[str]) -> None:
             where="config.json",
             expected=f"{near[0]!r}?" if near else "keys of the Qwen3.5 MoE family",
             found=", ".join(unknown),
-            do="if they are harmless, name them: Config.from_dict(..., ignore=[...]), load(..., ignore_config_keys=[...])",
+            do="if they are harmless, name them in load(..., ignore_config_keys=[...])",
         )
 
 

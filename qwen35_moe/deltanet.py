@@ -114,10 +114,23 @@ def causal_conv(x_BTC: Tensor, weight_C1W: Tensor, state_BCW: Tensor, real_BT: T
         first, count = real_BT.int().argmax(1, keepdim=True), real_BT.sum(1, keepdim=True)
         x_BCS = F.pad(x_BCT * real_BT[:, None], (memory, 0))
         x_BCS = x_BCS.scatter(2, _window(first, memory, C), state_BCW.to(x_BCT.dtype))
-    dtype = accumulation_dtype("gdn_conv", x_BCS, weight_C1W)
     # Contiguous, since the order in which a reduction adds (the L2 norm of q and k) depends on the strides.
-    y_BTC = tap("gdn_conv", F.conv1d(x_BCS.to(dtype), weight_C1W.to(dtype), groups=C).transpose(1, 2).contiguous())
+    y_BTC = tap("gdn_conv", _depthwise(x_BCS, weight_C1W).transpose(1, 2).contiguous())
     return tap("gdn_conv_act", silu(y_BTC)), x_BCS.gather(2, _window(first + count, memory, C))
+
+
+def _depthwise(x_BCS: Tensor, weight_C1W: Tensor) -> Tensor:
+    """y_t = sum_w weight_w x_{t+w}. SGLang's Triton kernel rounds each product to bf16 and adds in fp32 (measured)."""
+    wide = promote(x_BCS).dtype
+    product_dtype = arithmetic.current().rounding("gdn_conv_product")
+    if product_dtype is not arithmetic.KEEP and product_dtype != wide:
+        T, total_BCT = x_BCS.shape[-1] - weight_C1W.shape[-1] + 1, 0
+        for w, weight_C1 in enumerate(promote(weight_C1W).unbind(-1)):
+            with scope(index=w):
+                total_BCT = total_BCT + promote(tap("gdn_conv_product", promote(x_BCS[..., w : w + T]) * weight_C1))
+        return total_BCT
+    dtype = accumulation_dtype("gdn_conv", x_BCS, weight_C1W)
+    return F.conv1d(x_BCS.to(dtype), weight_C1W.to(dtype), groups=x_BCS.shape[1])
 
 
 def _window(first_B1: Tensor, size: int, channels: int) -> Tensor:
@@ -146,6 +159,8 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x_BTD: Tensor, real_BT: Tensor | None, past: LayerState) -> Tensor:
         J, M, K, P = self.sizes
         B, T, _ = x_BTD.shape
+        if real_BT is not None:
+            x_BTD = x_BTD * real_BT[..., None]
         qkv_BTC = self.in_proj_qkv("gdn_qkv", x_BTD)
         z_BTJP = self.in_proj_z("gdn_z", x_BTD).view(B, T, J, P)
         b_BTJ, a_BTJ = self.in_proj_b("gdn_b", x_BTD), self.in_proj_a("gdn_a", x_BTD)
@@ -154,7 +169,9 @@ class GatedDeltaNet(nn.Module):
         decay_J = -promote(self.A_log).exp()
         g_BTJ = tap("gdn_g", decay_J * F.softplus(promote(a_BTJ) + promote(self.dt_bias)))
         if real_BT is not None:  # padding neither fades nor writes the memory
-            beta_BTJ, g_BTJ = beta_BTJ * real_BT[..., None], g_BTJ * real_BT[..., None]
+            beta_BTJ = beta_BTJ * real_BT[..., None]
+            if arithmetic.current().switch("gdn_padding") == "still":
+                g_BTJ = g_BTJ * real_BT[..., None]
 
         conv_weight = self.conv1d["weight"]
         if past.conv is None:

@@ -145,7 +145,7 @@ class MoE(nn.Module):
 def fuse(
     gate_up: Tensor, down: Tensor, shared_gate: Tensor, shared_up: Tensor, shared_down: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Appends the shared expert as slot E.  [E, 2F, D], [E, D, F] -> [E+1, 2F, D], [E+1, D, F]; moves bits, rounds nothing."""
+    """Appends the shared expert as slot E: [E, 2F, D], [E, D, F] -> [E+1, 2F, D], [E+1, D, F]. Moves bits only."""
     slot = torch.cat((shared_gate, shared_up))
     for name, ours, theirs in (("gate_up_proj", slot, gate_up), ("down_proj", shared_down, down)):
         if ours.shape != theirs.shape[1:] or ours.dtype != theirs.dtype:
