@@ -45,8 +45,8 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
     "moe_ties": ("lowest-id", "torch.topk"),
     # Which rule DeltaNet uses for more than one token. A single token always takes the recurrent rule.
     "gdn_rule": ("chunked", "recurrent"),
-    # Whether DeltaNet's memory fades over padding. In transformers it does: harmless on the left of a new sequence, where
-    # the memory is empty (but the running sum of decays rounds differently), wrong before a continued one.
+    # Whether DeltaNet's memory fades over padding. In transformers it does: harmless left of a new sequence, where the
+    # memory is empty (only the running sum of decays rounds differently), wrong before a continued one.
     "gdn_padding": ("still", "fades"),
 }
 
@@ -108,7 +108,7 @@ EXACT = Arithmetic(
     name="exact",
     dtype=torch.float64,
     doc="float64 from the embedding to the logits. Nothing is narrowed anywhere.",
-    switches={"gdn_padding": "fades", "moe_sum_order": "expert"},  # needs no buffer of slots; in float64 the order is worth 1e-16
+    switches={"moe_sum_order": "expert"},  # needs no buffer of slots; in float64 the order is worth 1e-16
 )
 
 FLOAT32 = Arithmetic(
