@@ -27,7 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     option = config.option
-    if option.complete and (option.keyword or option.markexpr or option.deselect or option.ignore or option.ignore_glob):
+    if option.complete and (
+        option.keyword or option.markexpr or option.deselect or option.ignore or option.ignore_glob
+    ):
         raise pytest.UsageError("--complete runs every test: drop -k, -m, --deselect and --ignore")
 
 
