@@ -10,7 +10,7 @@ Dims are the letters of the legend in lower case, one a dimension (after "b" the
 without "b" is all tokens, batch-major; "r" is the rows, that is tokens, that were routed to one expert):
 
     b batch   t new tokens   s cached + new tokens   d model width   v vocabulary
-    n query heads   g key/value heads   h head width   r rotated width (where rope_ says so)
+    n query heads   g key/value heads   h head width   r rotated width
     j value heads   m key heads   k key width   p value width   c conv channels   w conv taps
     e routed experts   a active experts a token (a+1 slots when the shared expert is fused)   f expert width
 """
@@ -51,18 +51,22 @@ TAPS: dict[str, TapName] = {
     "pre_mlp_layernorm_output": _(
         "b t d", "after the second norm", "post_attention_layernorm.output", "post_attention_layernorm.output"
     ),
-    "mlp_output": _("b t d", "what the MoE block adds to the stream", "mlp.output", "mlp.output"),
+    "mlp_output": _("t d", "what the MoE block adds to the stream", "mlp.output", "mlp.output"),
     "layer_output_sum": _("b t d", "residual stream at the layer's exit", "", "output", "ATOM layerLL_*.pt `hidden`"),
     # Full attention.
-    "attn_q_gate": _("b t n 2h", "q_proj: per head query, then gate", "qkv_proj.output*", "self_attn.q_proj.output"),
-    "attn_k_proj": _("b t g h", "k_proj, before its norm", "qkv_proj.output*", "self_attn.k_proj.output"),
-    "attn_v": _("b t g h", "v_proj", "qkv_proj.output*", "self_attn.v_proj.output"),
+    "attn_q_gate": _("b t (n*2h)", "q_proj: per head query, then gate", "qkv_proj.output*", "self_attn.q_proj.output"),
+    "attn_k_proj": _("b t (g*h)", "k_proj, before its norm", "qkv_proj.output*", "self_attn.k_proj.output"),
+    "attn_v": _("b t (g*h)", "v_proj", "qkv_proj.output*", "self_attn.v_proj.output"),
     "attn_q_norm": _("b t n h", "queries after their norm, before RoPE", "q_norm.output", "self_attn.q_norm.output"),
     "attn_k_norm": _("b t g h", "keys after their norm, before RoPE", "k_norm.output", "self_attn.k_norm.output"),
-    "rope_cos": _("b t r", "cosines of the rotary angles", "", "rotary_emb.output.0"),
-    "rope_sin": _("b t r", "sines of the rotary angles", "", "rotary_emb.output.1"),
+    "rope_cos": _("b t r/2", "cosines of the rotary angles", "", "rotary_emb.output.0"),
+    "rope_sin": _("b t r/2", "sines of the rotary angles", "", "rotary_emb.output.1"),
     "attn_q": _("b t n h", "queries after RoPE", "attn.inputs.0", "", "community name in SGLang and miles: attn_q"),
     "attn_k": _("b t g h", "keys after RoPE", "attn.inputs.1", "", "miles: attn_k, before or after RoPE"),
+    "attn_q.x_cos": _("b t n r", "queries times cosines"),
+    "attn_q.x_sin": _("b t n r", "rotated queries times sines"),
+    "attn_k.x_cos": _("b t g r", "keys times cosines"),
+    "attn_k.x_sin": _("b t g r", "rotated keys times sines"),
     "attn_qk": _("b n t s", "q.k, unscaled"),
     "attn_scores": _("b n t s", "scaled and masked"),
     "attn_probs": _("b n t s", "softmax of the scores", "", "self_attn.output.1"),
@@ -80,7 +84,7 @@ TAPS: dict[str, TapName] = {
         "b t c", "in_proj_qkv, before the conv", "linear_attn.in_proj_qkvz.output*", "linear_attn.in_proj_qkv.output"
     ),
     "gdn_z": _(
-        "b t j p", "output gate before silu", "linear_attn.in_proj_qkvz.output*", "linear_attn.in_proj_z.output"
+        "b t (j*p)", "output gate before silu", "linear_attn.in_proj_qkvz.output*", "linear_attn.in_proj_z.output"
     ),
     "gdn_b": _("b t j", "beta before sigmoid", "linear_attn.in_proj_ba.output*", "linear_attn.in_proj_b.output"),
     "gdn_a": _("b t j", "decay input before dt_bias", "linear_attn.in_proj_ba.output*", "linear_attn.in_proj_a.output"),
@@ -88,9 +92,11 @@ TAPS: dict[str, TapName] = {
     "gdn_conv_act": _("b t c", "causal conv, after silu"),
     "gdn_beta": _("b t j", "write strength, sigmoid(b)"),
     "gdn_g": _("b t j", "log decay, -exp(A_log) softplus(a + dt_bias)"),
-    "gdn_q": _("b t j k", "queries after l2norm, times K^-0.5, one a value head"),
-    "gdn_k": _("b t j k", "keys after l2norm, one a value head"),
+    "gdn_q": _("b t m k", "queries after l2norm"),
+    "gdn_q_scaled": _("b t m k", "queries times K^-0.5"),
+    "gdn_k": _("b t m k", "keys after l2norm"),
     "gdn_v": _("b t j p", "values"),
+    "gdn_recall": _("b j p", "what the state already answers to one token's key (recurrent rule)"),
     "gdn_state": _("b j k p", "recurrent state after the last token"),
     "gdn_conv_state": _("b c w", "conv state after the last token"),
     "gdn_core_out": _(
@@ -98,6 +104,7 @@ TAPS: dict[str, TapName] = {
     ),
     "gdn_norm_normed": _("b t j p", "gated norm: x / rms"),
     "gdn_norm_weighted": _("b t j p", "gated norm: times weight"),
+    "gdn_z_gate": _("b t j p", "gated norm: silu(z)"),
     "gdn_norm_out": _("b t j p", "gated norm: times silu(z)", "linear_attn.norm.output", "linear_attn.norm.output"),
     # MoE: all tokens of the batch in one row of tokens.
     "moe_router_logits": _("t e", "router logits", "mlp.gate.output", "mlp.gate.output.0"),
@@ -105,6 +112,7 @@ TAPS: dict[str, TapName] = {
     "moe_topk_ids": _(
         "t a", "chosen experts, routed only", "mlp.topk.output.1", "mlp.gate.output.2", "vLLM and SGLang routed_experts"
     ),
+    "moe_topk_probs": _("t a", "their probabilities, before renormalising"),
     "moe_topk_weights": _("t a", "their weights, renormalised", "mlp.topk.output.0", "mlp.gate.output.1"),
     "moe_slot_ids": _("t a", "slots the fused kernel reads, shared last", "mlp.experts.inputs.1.1"),
     "moe_slot_weights": _("t a", "their weights, the shared gate last", "mlp.experts.inputs.1.0"),
@@ -156,8 +164,9 @@ def base_name(key: str) -> str:
     >>> base_name("step.2.layers.0.input_layernorm.gain")
     'input_layernorm.gain'
     """
-    key = re.sub(r"^step\.\d+\.", "", key)
-    return re.sub(r"^moe_expert_\d+_", "moe_expert_", _PLACE.sub("", key))
+    name = _PLACE.sub("", re.sub(r"^step\.\d+\.|\.\d+$", "", key))
+    stem = re.sub(r"^moe_expert_\d+_", "", name)
+    return name if stem == name else next((n for n in (f"moe_expert_{stem}", f"moe_{stem}") if n in TAPS), name)
 
 
 def dims_of(name: str, rank: int) -> str:
@@ -167,7 +176,7 @@ def dims_of(name: str, rank: int) -> str:
     """
     if name.endswith(".gain"):
         return "d"
-    if name not in TAPS:
+    if name not in TAPS or not TAPS[name].dims:
         return " ".join(f"d{i}" for i in range(rank))
     dims = TAPS[name].dims
     if len(dims.split()) != rank:

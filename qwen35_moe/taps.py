@@ -43,7 +43,9 @@ class Site:
     @property
     def key(self) -> str:
         """The name in a trace: `layers.3.moe_router_logits`, `layers.3.moe_expert_17_down`, `final_norm`."""
-        name = self.name if self.expert is None else self.name.replace("moe_expert_", f"moe_expert_{self.expert}_")
+        name = self.name
+        if self.expert is not None:  # moe_expert_down, and moe_a2, which the shared expert does not have
+            name = f"moe_expert_{self.expert}_{name.removeprefix('moe_').removeprefix('expert_')}"
         layer = "" if self.layer is None else f"layers.{self.layer}."
         index = "" if self.index is None else f".{self.index}"
         return f"{self.part + '.' if self.part else ''}{layer}{name}{index}"
@@ -67,9 +69,10 @@ def tap(name: str, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def attach(*handlers: Handler) -> Iterator[None]:
+def attach(*handlers: Handler, instead_of: Handler | None = None) -> Iterator[None]:
     """Attach handlers for the duration of a `with` block; within one stage, those attached first run first."""
-    token = _handlers.set(tuple(sorted((*_handlers.get(), *handlers), key=lambda h: getattr(h, "stage", OBSERVE))))
+    before = tuple(h for h in _handlers.get() if h is not instead_of)
+    token = _handlers.set(tuple(sorted((*before, *handlers), key=lambda h: getattr(h, "stage", OBSERVE))))
     try:
         yield
     finally:

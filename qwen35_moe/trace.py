@@ -23,7 +23,8 @@ class Recorder:
     """A tap handler that copies every matching value into a Trace, or, with `out`, to a trace directory.
 
     `patterns` are globs over tap names ("gdn_*") or keys ("layers.3.*"), in a list or separated by commas. Values of
-    single experts are many, and are kept only with `experts=True` or when a pattern names them ("moe_expert_down").
+    single experts and of single turns of a loop (`site.index`) are many: they are kept with `experts=True` only, or,
+    for experts, when a pattern names them ("moe_expert_down").
     The copies have the dtype that the run computed. Call `next_step()` between forward passes of one recording.
     """
 
@@ -49,7 +50,10 @@ class Recorder:
 
     def wants(self, site: Site) -> bool:
         found = [p for p in self.patterns if fnmatch.fnmatchcase(site.name, p) or fnmatch.fnmatchcase(site.key, p)]
-        return bool(found) and (site.expert is None or self.experts or any("expert" in p for p in found))
+        if site.index is not None or site.expert is not None:
+            named = site.index is None and any("expert" in p for p in found)
+            return bool(found) and (self.experts or named)
+        return bool(found)
 
     def __call__(self, site: Site, x: Tensor) -> None:
         if not self.wants(site):
@@ -117,7 +121,11 @@ def trace(
             found=f"{sizes}, cache {cache}",
         )
     handlers = (replay,) if callable(replay) else tuple(replay)
-    known = {"arithmetic": _name(getattr(model, "arithmetic", "")), "checkpoint": getattr(model, "identity", None)}
+    known = {
+        "arithmetic": _name(getattr(model, "arithmetic", "")),
+        "checkpoint": getattr(model, "identity", None),
+        "config": sizes_of(getattr(model, "config", None)),
+    }
     with record(taps, experts=experts, out=out, meta={**known, **(meta or {})}) as recorder, attach(*handlers):
         start = 0
         for index, size in enumerate(sizes):
@@ -135,6 +143,13 @@ def trace(
                 model(ids, attention_mask=mask, cache=cache, position_ids=at)
             start = stop
     return recorder.trace
+
+
+def sizes_of(config: Any) -> dict[str, int]:
+    """The whole numbers of a config (object or dict): what a reader needs to split fused tensors."""
+    fields = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+    fields = fields.get("text_config", fields)
+    return {k: v for k, v in fields.items() if isinstance(v, int) and not isinstance(v, bool)}
 
 
 def _name(arithmetic: Any) -> str:
