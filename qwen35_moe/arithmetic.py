@@ -41,6 +41,9 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
     # In which order the experts' weighted outputs of a token are added: by slot (the order of `moe_topk_ids`, the
     # fused shared expert last), or by expert id. The running sum is the tap `moe_partial_sum`.
     "moe_sum_order": ("slot", "expert", "slot-reversed"),
+    # How a weighted output enters the running sum: as a product that may be rounded before (`moe_expert_weighted`),
+    # or in one fused multiply-add of weight and output.
+    "moe_weight": ("product", "fma"),
     # Which expert wins an exact tie between router logits: the lowest id, or the one that torch.topk happens to return.
     "moe_ties": ("lowest-id", "torch.topk"),
     # Which rule DeltaNet uses for more than one token. A single token always takes the recurrent rule.
@@ -61,6 +64,8 @@ class Arithmetic:
     rounds: Mapping[str, Rounding] = field(default_factory=dict)
     weights: Mapping[str, torch.dtype] = field(default_factory=dict)
     switches: Mapping[str, str] = field(default_factory=dict)
+    # An engine may pick another expert kernel by shape: (tokens, hidden, intermediate) -> arithmetic.
+    for_experts: Callable[[int, int, int], Arithmetic | None] | None = None
 
     stage = taps.ROUND
 
@@ -229,10 +234,10 @@ def current() -> Arithmetic:
 @contextmanager
 def using(arithmetic: str | Arithmetic) -> Iterator[None]:
     """Compute in this arithmetic inside the `with` block."""
-    arithmetic = get(arithmetic)
+    arithmetic, outer = get(arithmetic), _current.get()
     token = _current.set(arithmetic)
     try:
-        with taps.attach(arithmetic):
+        with taps.attach(arithmetic, instead_of=outer):
             yield
     finally:
         _current.reset(token)

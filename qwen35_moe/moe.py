@@ -24,6 +24,7 @@ class ExpertSource(Protocol):
     """Whatever can hand out experts: decoded ones in memory, packed ones decoded when hit, ones still on disk."""
 
     count: int
+    quantised: bool  # whether engines would quantise the inputs of these experts, too
 
     def visit(self, hit: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yields (id, gate_up [2F, D], down [D, F]) for each id, in order. Rows of gate_up: F of gate, then F of up."""
@@ -35,6 +36,7 @@ class Experts(nn.Module):
 
     def __init__(self, count: int, hidden: int, intermediate: int):
         super().__init__()
+        self.quantised = False
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * intermediate, hidden), requires_grad=False)
         self.down_proj = nn.Parameter(torch.empty(count, hidden, intermediate), requires_grad=False)
 
@@ -47,51 +49,63 @@ class Experts(nn.Module):
             yield e, self.gate_up_proj[e], self.down_proj[e]
 
 
-def expert(x_ND: Tensor, gate_up_2FD: Tensor, down_DF: Tensor) -> Tensor:
-    """down (silu(gate x) * up x).  Quantising engines round their inputs at `moe_a1` (before) and `moe_a2`."""
+def expert(x_ND: Tensor, gate_up_2FD: Tensor, down_DF: Tensor, quantised: bool = False) -> Tensor:
+    """down (silu(gate x) * up x).  x [N, D] -> [N, D]."""
     gate, up = linear("moe_expert_gate_up", x_ND, gate_up_2FD).chunk(2, -1)
     act = tap("moe_expert_act", promote(tap("moe_expert_silu", silu(gate))) * promote(up))
-    return linear("moe_expert_down", tap("moe_a2", act), down_DF)
+    return linear("moe_expert_down", tap("moe_a2", act) if quantised else act, down_DF)
 
 
 def combine_experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: ExpertSource) -> Tensor:
     """sum_a weights_a expert_{ids_a}(x), visiting each hit expert once.  -> [T, D]
 
-    The sum runs by expert id or by slot (switch `moe_sum_order`), rounding each partial sum at `moe_partial_sum`.
+    The taps `moe_a1` and `moe_a2`, where engines quantise the inputs of both products, exist for quantised experts.
+    The sum runs by expert id or by slot (switch `moe_sum_order`) and rounds each partial sum at `moe_partial_sum`.
     """
-    order = arithmetic.current().switch("moe_sum_order")
-    by_expert = order == "expert"
-    x_TD = tap("moe_a1", x_TD)
+    (T, A), by_expert = ids_TA.shape, arithmetic.current().switch("moe_sum_order") == "expert"
+    x_TD = tap("moe_a1", x_TD) if experts.quantised else x_TD
     pairs = ids_TA.flatten().argsort(stable=True)  # (token, slot) pairs, grouped by expert
     counts = ids_TA.flatten().bincount(minlength=experts.count).tolist()
     if len(counts) > experts.count:
-        raise Qwen35Error(
-            "expert id out of range", where="moe_topk_ids", expected=f"below {experts.count}", found=len(counts) - 1
-        )
-    T, A = ids_TA.shape
-    total_TD, slots, start = None, None, 0
+        raise Qwen35Error("no such expert", where="moe_topk_ids", expected=f"< {experts.count}", found=len(counts) - 1)
+    total_TD, y_pairs, start = None, None, 0
     for e, gate_up, down in experts.visit([e for e, count in enumerate(counts) if count]):
         pair, start = pairs[start : start + counts[e]], start + counts[e]
-        token, slot = pair // A, pair % A
+        token = pair // A
         with scope(expert=e):
-            y = promote(expert(x_TD[token], gate_up, down)) * promote(weights_TA[token, slot, None])
-            y = tap("moe_expert_weighted", y)
-        if by_expert:
-            total_TD = y.new_zeros(T, x_TD.shape[1]) if total_TD is None else total_TD
+            y_ND = expert(x_TD[token], gate_up, down, experts.quantised)
+        if by_expert:  # a token meets an expert at most once
+            total_TD = _zeros(T, y_ND) if total_TD is None else total_TD
             with scope(index=e):
-                total_TD[token] = tap("moe_partial_sum", promote(total_TD[token]) + promote(y)).to(total_TD.dtype)
+                total_TD[token] = _add(total_TD[token], weights_TA.flatten()[pair], y_ND)
         else:
-            slots = y.new_empty(T * A, x_TD.shape[1]) if slots is None else slots
-            slots[pair] = y
-    if by_expert:
-        return total_TD
-    slots_TAD = slots.view(T, A, -1)
-    order_of_slots = reversed(range(A)) if order == "slot-reversed" else range(A)
-    total_TD = 0
-    for a in order_of_slots:
+            y_pairs = _zeros(T * A, y_ND) if y_pairs is None else y_pairs
+            y_pairs[pair] = promote(y_ND)
+    assert (total_TD if by_expert else y_pairs) is not None, "every token has experts"
+    return total_TD if by_expert else _sum_slots(y_pairs.view(T, A, -1), weights_TA)
+
+
+def _sum_slots(y_TAD: Tensor, weights_TA: Tensor) -> Tensor:
+    slots = range(y_TAD.shape[1])
+    total_TD = _zeros(y_TAD.shape[0], y_TAD)
+    for a in reversed(slots) if arithmetic.current().switch("moe_sum_order") == "slot-reversed" else slots:
         with scope(index=a):
-            total_TD = tap("moe_partial_sum", promote(slots_TAD[:, a]) + total_TD)
+            total_TD = _add(total_TD, weights_TA[:, a], y_TAD[:, a])
     return total_TD
+
+
+def _add(total_ND: Tensor, weight_N: Tensor, y_ND: Tensor) -> Tensor:
+    """total + weight * y, one step of the running sum."""
+    weight_N1 = promote(weight_N)[:, None]
+    if arithmetic.current().switch("moe_weight") == "fma":  # the product of fp32 and bf16 is exact in float64
+        total = (total_ND.double() + weight_N1.double() * y_ND.double()).to(promote(total_ND).dtype)
+    else:
+        total = promote(total_ND) + promote(tap("moe_expert_weighted", weight_N1 * promote(y_ND)))
+    return promote(tap("moe_partial_sum", total))
+
+
+def _zeros(rows: int, like: Tensor) -> Tensor:
+    return promote(like.new_zeros(rows, like.shape[-1]))
 
 
 class MLP(nn.Module):
@@ -99,14 +113,17 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int):
         super().__init__()
+        self.quantised = False
         self.gate_proj = Linear(hidden, intermediate)
         self.up_proj = Linear(hidden, intermediate)
         self.down_proj = Linear(intermediate, hidden)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        x_TD = tap("moe_shared_a1", x_TD) if self.quantised else x_TD
         gate = tap("moe_shared_silu", silu(self.gate_proj("moe_shared_gate_proj", x_TD)))
         up = self.up_proj("moe_shared_up_proj", x_TD)
-        return self.down_proj("moe_shared_output", tap("moe_shared_act", promote(gate) * promote(up)))
+        act = tap("moe_shared_act", promote(gate) * promote(up))
+        return self.down_proj("moe_shared_output", tap("moe_shared_a2", act) if self.quantised else act)
 
 
 class MoE(nn.Module):
