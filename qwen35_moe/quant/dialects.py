@@ -1,0 +1,154 @@
+"""The dialects of quantization_config: Quark, FP8, MXFP4, compressed-tensors, ModelOpt, GPTQ.
+
+Each reader turns its dialect into the arguments of `QuantConfig`: an exclude list, ordered patterns, a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import Qwen35Error
+from .exclude import ExcludeList, exclude_list
+from .precision import BF16, MXFP4, Activation, ModuleSpec
+
+
+def quark_spec(entry: Mapping[str, Any] | None) -> ModuleSpec:
+    """One Quark spec, `{"weight": {...}, "input_tensors": {...}}`; a null weight is an unquantised module."""
+    weight, inputs = _first((entry or {}).get("weight")), _first((entry or {}).get("input_tensors"))
+    if not weight:
+        return BF16
+    dtype, scheme, group = str(weight.get("dtype")), str(weight.get("qscheme")), weight.get("group_size")
+    activation = None
+    if inputs:
+        grouped = inputs.get("qscheme") == "per_group"
+        group_in = inputs.get("group_size") if grouped else None
+        activation = Activation(_short(str(inputs.get("dtype"))), bool(inputs.get("is_dynamic")), group_in)
+    scale = str(weight.get("scale_format") or weight.get("scale_type") or "")
+    if _short(dtype) == "fp8":
+        block = tuple(weight.get("block_size") or ()) if scheme == "per_block" else ()
+        return ModuleSpec(f"fp8-{scheme.removeprefix('per_')}", block, scale, activation)
+    if dtype == "fp4" and scheme == "per_group":
+        return ModuleSpec({32: "mxfp4", 16: "nvfp4"}.get(group, f"fp4-group{group}"), (group,), scale, activation)
+    return ModuleSpec(_short(dtype), (group,) if group else (), scale, activation)
+
+
+def _quark(raw: Mapping[str, Any]) -> dict[str, Any]:
+    layers = tuple((key, quark_spec(spec)) for key, spec in (raw.get("layer_quant_config") or {}).items())
+    return {
+        "exclude": _exclude(raw, "exclude", "quark"),
+        "layers": layers,
+        "default": quark_spec(raw.get("global_quant_config")),
+        "default_from": "global_quant_config",
+    }
+
+
+def _fp8(raw: Mapping[str, Any]) -> dict[str, Any]:
+    block = tuple(raw.get("weight_block_size") or ())
+    activation = Activation("fp8", raw.get("activation_scheme", "dynamic") == "dynamic", block[-1] if block else None)
+    return {
+        "exclude": _exclude(raw, "ignored_layers" if "ignored_layers" in raw else "modules_to_not_convert", "fp8"),
+        "default": ModuleSpec("fp8-block" if block else "fp8-tensor", block, "f32", activation),
+        "default_from": "weight_block_size" if block else "quant_method",
+    }
+
+
+def _mxfp4(raw: Mapping[str, Any]) -> dict[str, Any]:
+    exclude = _exclude(raw, "modules_to_not_convert", "fp8")
+    return {"exclude": exclude, "default": MXFP4, "default_from": "quant_method"}
+
+
+def _compressed_tensors(raw: Mapping[str, Any]) -> dict[str, Any]:
+    layers = []
+    for group in (raw.get("config_groups") or {}).values():
+        spec = _group_spec(group, group.get("format") or raw.get("format") or "")
+        # A class name covers every projection; anything else is a module name or `re:`.
+        layers += [("*" if t in ("Linear", "FusedMoE") else t, spec) for t in group.get("targets") or ()]
+    return {
+        "exclude": _exclude(raw, "ignore", "compressed-tensors"),
+        "layers": tuple(layers),
+        "layers_from": "config_groups",
+        "default": BF16,
+        "default_from": "no config group names it",
+    }
+
+
+def _group_spec(group: Mapping[str, Any], form: str) -> ModuleSpec:
+    """compressed-tensors: {"weights": {num_bits, type, strategy, group_size}, "input_activations": ...}."""
+    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    bits, kind, size = weights.get("num_bits"), weights.get("type"), weights.get("group_size")
+    block = tuple(weights.get("block_structure") or ()) or ((size,) if size else ())
+    activation = None
+    if inputs:
+        dtype = f"{'fp' if inputs.get('type') == 'float' else 'int'}{inputs.get('num_bits')}"
+        activation = Activation(dtype, bool(inputs.get("dynamic")), inputs.get("group_size"))
+    if kind == "float" and bits == 4:
+        if "mxfp4" in form or size == 32:
+            return ModuleSpec("mxfp4", block or (32,), "e8m0", activation)
+        return ModuleSpec("nvfp4", block or (16,), "e4m3", activation)
+    if kind == "float" and bits == 8:
+        return ModuleSpec(f"fp8-{weights.get('strategy', 'tensor')}", block, "", activation)
+    return ModuleSpec(f"int{bits}", block, "", activation) if bits else BF16
+
+
+def _modelopt(raw: Mapping[str, Any]) -> dict[str, Any]:
+    inner = raw.get("quantization", raw)
+    algo = str(inner.get("quant_algo") or raw.get("quant_algo") or "")
+    layers = inner.get("quantized_layers") or {}
+    return {
+        "exclude": _exclude(
+            inner, "exclude_modules" if inner.get("exclude_modules") is not None else "ignore", "modelopt"
+        ),
+        "layers": tuple((name, _algo_spec(str(entry.get("quant_algo")), entry)) for name, entry in layers.items()),
+        "layers_from": "quantized_layers",
+        "default": BF16 if algo == "MIXED_PRECISION" else _algo_spec(algo, inner),
+        "default_from": f"quant_algo {algo}",
+    }
+
+
+def _algo_spec(algo: str, entry: Mapping[str, Any]) -> ModuleSpec:
+    group = entry.get("group_size") or 16
+    if "NVFP4" in algo:
+        return ModuleSpec("nvfp4", (group,), "e4m3", None if "A16" in algo else Activation("fp4", True, group))
+    if algo.startswith("FP8"):
+        return ModuleSpec("fp8-tensor", (), "f32", Activation("fp8", False))
+    raise Qwen35Error(
+        "unknown ModelOpt quant_algo", expected="NVFP4, W4A16_NVFP4, FP8 or MIXED_PRECISION", found=repr(algo)
+    )
+
+
+def _gptq(raw: Mapping[str, Any]) -> dict[str, Any]:
+    bits, group = raw.get("bits", 4), raw.get("group_size") or -1
+    return {
+        "exclude": _exclude({"dynamic": tuple(raw.get("dynamic") or ())}, "dynamic", "gptq"),
+        "default": ModuleSpec(f"int{bits}", (group,) if group > 0 else (), "f16"),
+        "default_from": "bits",
+    }
+
+
+def _exclude(raw: Mapping[str, Any], key: str, semantics: str) -> ExcludeList:
+    entries = raw.get(key) or ()
+    if isinstance(entries, str) or not all(isinstance(e, str) for e in entries):
+        raise Qwen35Error(
+            "an exclude list must hold strings", where=f"quantization_config.{key}", found=repr(entries)[:200]
+        )
+    return exclude_list(tuple(entries), semantics, key)
+
+
+def _first(spec: Any) -> Mapping[str, Any]:
+    """Quark stores a list where a tensor is quantised in two steps; the first step is what is stored."""
+    return spec[0] if isinstance(spec, Sequence) and spec else spec or {}
+
+
+def _short(dtype: str) -> str:
+    return "fp8" if dtype.startswith("fp8") else dtype
+
+
+READERS = {
+    "quark": _quark,
+    "fp8": _fp8,
+    "mxfp4": _mxfp4,
+    "compressed-tensors": _compressed_tensors,
+    "modelopt": _modelopt,
+    "gptq": _gptq,
+}

@@ -1,0 +1,86 @@
+"""Module names: how checkpoints spell them, which of them engines build as one, and what an entry's words give away."""
+
+from __future__ import annotations
+
+import re
+
+TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "language_model.")
+
+# Modules that engines build as one, and the names under which a checkpoint stores the parts.
+FUSED_NAMES = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+    "in_proj_qkvzba": ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+}
+
+
+def expand_fused(name: str) -> tuple[str, ...]:
+    """`….mlp.shared_expert.gate_up_proj` -> its parts; () for a module that is not fused."""
+    head, _, last = name.rpartition(".")
+    return tuple(f"{head}.{part}" if head else part for part in FUSED_NAMES.get(last, ()))
+
+
+def spellings(name: str, num_hidden_layers: int | None = None) -> tuple[str, ...]:
+    """Every way in which a checkpoint may write a module's name.
+
+    Text modules carry one of four prefixes or none; `mtp.layers.0.x` may also be `model.layers.78.x` with 78 =
+    num_hidden_layers (GLM-5.2, sglang #36124); DeepSeek writes `shared_experts`.
+    """
+    core = canonical(name)
+    names = [core]
+    if core.startswith(("layers.", "embed_tokens", "norm")):
+        names = [p + core for p in TEXT_PREFIXES] + [core]
+    elif core.startswith("visual."):
+        names = ["model." + core, core]
+    elif core.startswith("lm_head"):
+        names = [core, "language_model." + core]
+    elif (draft := re.match(r"mtp\.layers\.(\d+)\.(.*)", core)) and num_hidden_layers is not None:
+        appended = f"layers.{num_hidden_layers + int(draft[1])}.{draft[2]}"
+        names += [p + appended for p in TEXT_PREFIXES] + [appended]
+    return tuple(names + [n.replace(".shared_expert.", ".shared_experts.") for n in names if ".shared_expert." in n])
+
+
+def canonical(name: str) -> str:
+    """A text module without its prefix: `model.language_model.layers.0.mlp.gate` -> `layers.0.mlp.gate`."""
+    for prefix in (*TEXT_PREFIXES, "model.language_model.model."):
+        if name.startswith(prefix + "layers.") or name in (prefix + "embed_tokens", prefix + "norm"):
+            return name[len(prefix) :]
+    return name.removeprefix("model.") if name.startswith("model.visual.") else name
+
+
+def is_draft_entry(entry: str, num_hidden_layers: int | None = None, num_nextn_predict_layers: int = 0) -> bool:
+    """Whether an entry names the MTP draft as SGLang 0.5.23 recognises it: `mtp.` or layers appended to the decoder.
+
+    The seed PR knew `mtp.` only, hence #36124. `model.language_model.layers.60.…` is recognised by neither.
+    """
+    numbers = range(num_hidden_layers or 0, (num_hidden_layers or 0) + num_nextn_predict_layers)
+    appended = tuple(f"model.layers.{i}." for i in numbers) if num_hidden_layers is not None else ()
+    return entry.startswith(("mtp.", *appended))
+
+
+def mentions_shared_body(entry: str) -> bool:
+    """The substring test of SGLang's gates: `shared_expert`, but not the BF16 gate vector `shared_expert_gate`.
+
+    Without the second half it switches fusion off everywhere (vLLM #53248): every list names the gate vector.
+    """
+    return "shared_expert" in entry and "shared_expert_gate" not in entry
+
+
+def tells_experts_apart(entry: str) -> bool:
+    """Whether a pattern could name one routed expert and not another; when in doubt, yes.
+
+    Literals, `*` and `.*` treat all expert numbers alike; a digit (outside a layer number), a class, `?` or a count
+    may not. Lets a reader of 512 experts ask once instead of 512 times.
+    """
+    rest = re.sub(r"\.?layers\\?\.\d+", "", entry.removeprefix("re:"))
+    plain = r"\\\.|\.\*|[A-Za-z_.$^|()-]" if entry.startswith("re:") else r"[A-Za-z_.*-]"
+    return re.sub(plain, "", rest) != "" or (
+        entry.startswith("re:") and re.search(r"(?<!\\)\.(?!\*)", rest) is not None
+    )
+
+
+def is_plain(entry: str) -> bool:
+    """A name and nothing else: no `re:`, no `-:`, no shell pattern."""
+    return not entry.startswith(("re:", "-:", "+:")) and not any(c in entry for c in "*?[")
