@@ -46,6 +46,9 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
     "moe_weight": ("product", "fma"),
     # Which expert wins an exact tie between router logits: the lowest id, or the one that torch.topk happens to return.
     "moe_ties": ("lowest-id", "torch.topk"),
+    # How the router's softmax and the shared gate's dot product are summed: in the library's order, in the dtype of the
+    # table; or exactly, to be rounded once, which is the fair model of an fp32 kernel whose order is not known.
+    "moe_router_sums": ("library", "exact"),
     # Which rule DeltaNet uses for more than one token. A single token always takes the recurrent rule.
     "gdn_rule": ("chunked", "recurrent"),
     # Whether DeltaNet's memory fades over padding. In transformers it does: harmless left of a new sequence, where the
@@ -185,15 +188,15 @@ SGLANG_BF16 = Arithmetic(
         "gdn_norm_normed": KEEP,
         "gdn_norm_weighted": KEEP,
         "gdn_z_gate": KEEP,
-        # Router: ranks bf16 logits, weights stay fp32.
+        # Router: ranks bf16 logits, weights are fp32.
         "moe_router_probs": KEEP,
         "moe_topk_probs": KEEP,
-        "moe_topk_weights": KEEP,
+        "moe_topk_weights": torch.float32,
         # Shared-expert gate: fp32 dot product, fp32 sigmoid, fp32 product and sum, one bf16 store.
         "moe_shared_gate_logit": KEEP,
-        "moe_shared_gate": KEEP,
+        "moe_shared_gate": torch.float32,
         "moe_shared_gated": KEEP,
-        "moe_slot_weights": KEEP,
+        "moe_slot_weights": torch.float32,
         # Experts: gate and up stay fp32 until h is stored; each slot's weighted output is bf16, their sum is fp32.
         "moe_expert_gate_up": KEEP,
         "moe_expert_silu": KEEP,
@@ -201,6 +204,7 @@ SGLANG_BF16 = Arithmetic(
         "moe_partial_sum": KEEP,
     },
     weights={"*.A_log": torch.float32},
+    switches={"moe_router_sums": "exact"},
 )
 
 ARITHMETICS: dict[str, Arithmetic] = {a.name: a for a in (EXACT, FLOAT32, TRANSFORMERS_BF16, SGLANG_BF16)}

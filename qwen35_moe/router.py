@@ -17,7 +17,7 @@ def route(x_TD: Tensor, weight_ED: Tensor, top_k: int, renormalise: bool = True)
     id wins, as in SGLang and vLLM. Weights are read from p at the ids, so that replayed ids get this model's weights.
     """
     logits_TE = linear("moe_router_logits", x_TD, weight_ED)
-    p_TE = promote(tap("moe_router_probs", promote(logits_TE).softmax(-1)))
+    p_TE = promote(tap("moe_router_probs", promote(_for_sums(logits_TE)).softmax(-1)))
     if arithmetic.current().switch("moe_ties") == "torch.topk":
         ids_TA = p_TE.topk(top_k, -1).indices
     else:
@@ -32,9 +32,10 @@ def route(x_TD: Tensor, weight_ED: Tensor, top_k: int, renormalise: bool = True)
 def shared_gate(x_TD: Tensor, weight_1D: Tensor) -> Tensor:
     """sigmoid(w . x): how much of the shared expert a token gets.  -> [T, 1].
 
-    transformers rounds logit and sigmoid to bf16; SGLang's fused kernels round neither.
+    transformers rounds logit and sigmoid to bf16; SGLang's fused kernels keep both in fp32.
     """
-    return tap("moe_shared_gate", promote(linear("moe_shared_gate_logit", x_TD, weight_1D)).sigmoid())
+    logit_T1 = linear("moe_shared_gate_logit", _for_sums(x_TD), weight_1D)
+    return tap("moe_shared_gate", promote(logit_T1).sigmoid())
 
 
 def append_shared(
@@ -48,3 +49,8 @@ def append_shared(
     ids = torch.cat((ids_TA, torch.full_like(ids_TA[:, :1], slot)), -1)
     weights = torch.cat((promote(weights_TA), promote(gate_T1) * ep_scale), -1)
     return tap("moe_slot_ids", ids), tap("moe_slot_weights", weights)
+
+
+def _for_sums(x: Tensor) -> Tensor:
+    """x as the router's softmax and dot products add it up: the library's way, or exactly."""
+    return x.double() if arithmetic.current().switch("moe_router_sums") == "exact" else x
