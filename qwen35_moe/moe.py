@@ -24,6 +24,7 @@ class ExpertSource(Protocol):
     """Whatever can hand out experts: decoded ones in memory, packed ones decoded when hit, ones still on disk."""
 
     count: int
+    intermediate: int  # F
     quantised: bool  # whether engines would quantise the inputs of these experts, too
 
     def visit(self, hit: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -44,6 +45,10 @@ class Experts(nn.Module):
     def count(self) -> int:
         return self.gate_up_proj.shape[0]
 
+    @property
+    def intermediate(self) -> int:
+        return self.down_proj.shape[2]
+
     def visit(self, hit: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
         for e in hit:
             yield e, self.gate_up_proj[e], self.down_proj[e]
@@ -62,7 +67,11 @@ def combine_experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: E
     The taps `moe_a1` and `moe_a2`, where engines quantise the inputs of both products, exist for quantised experts.
     The sum runs by expert id or by slot (switch `moe_sum_order`) and rounds each partial sum at `moe_partial_sum`.
     """
-    (T, A), by_expert = ids_TA.shape, arithmetic.current().switch("moe_sum_order") == "expert"
+    table = arithmetic.current()
+    if table.for_experts and (other := table.for_experts(*x_TD.shape, experts.intermediate)):
+        with arithmetic.using(other):
+            return combine_experts(x_TD, ids_TA, weights_TA, experts)
+    (T, A), by_expert = ids_TA.shape, table.switch("moe_sum_order") == "expert"
     x_TD = tap("moe_a1", x_TD) if experts.quantised else x_TD
     pairs = ids_TA.flatten().argsort(stable=True)  # (token, slot) pairs, grouped by expert
     counts = ids_TA.flatten().bincount(minlength=experts.count).tolist()

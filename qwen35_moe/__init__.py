@@ -1,0 +1,24 @@
+"""A reference implementation of Qwen3.5 MoE: the model in exact arithmetic, and an oracle for engines."""
+
+from . import arithmetic, quant, tables, taps
+from .arithmetic import KEEP, Arithmetic
+from .cache import Cache
+from .config import Config
+from .errors import Qwen35Error
+from .model import Model
+from .quant.gate import can_fuse_shared_expert
+
+__all__ = [
+    "KEEP",
+    "Arithmetic",
+    "Cache",
+    "Config",
+    "Model",
+    "Qwen35Error",
+    "arithmetic",
+    "can_fuse_shared_expert",
+    "quant",
+    "tables",
+    "taps",
+]
+__version__ = "0.1.0"
