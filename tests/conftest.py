@@ -13,8 +13,14 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
 import pytest
 import torch
+
+from weights.build import build
 
 GPU = torch.cuda.is_available()
 _not_run: list[str] = []
@@ -80,3 +86,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("red: a test that does not run proves nothing", red=True)
         for line in _not_run:
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """built("tiny") is the folder of that recipe's checkpoint, built once in a session. Tests must not change it."""
+    root = tmp_path_factory.mktemp("weights")
+    return cache(lambda recipe: build(recipe, root / recipe))

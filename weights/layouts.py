@@ -88,7 +88,7 @@ def raw_name(name: str, prefix: str) -> str:
 def stored(
     tensors: Iterable[Logical], layout: Layout, *, prefix: str, seed: int, method: str, float32: bool
 ) -> Iterator[Stored]:
-    """The tensors of the checkpoint. float32: A_log and the DeltaNet norm are F32, as in Qwen3.5, and BF16 in Qwen3.6."""
+    """The tensors of the checkpoint. float32: A_log and the DeltaNet norm are F32, as in Qwen3.5, not BF16."""
     fused: dict[str, list[Logical]] = {}
     for tensor in tensors:
         way, match = kind(layout, tensor.name), EXPERT.fullmatch(tensor.name)

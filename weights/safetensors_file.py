@@ -22,8 +22,8 @@ def nbytes(tensor: Stored) -> int:
 
 
 def write(path: Path, tensors: list[Stored], jobs: int = 1) -> None:
-    """8 bytes of header length, the JSON header padded with blanks to a multiple of 8, the data without gaps. Wide types
-    come first, so that every tensor is aligned. `jobs` tensors are drawn at a time."""
+    """8 bytes of header length, the JSON header padded with blanks to a multiple of 8, the data without gaps. Wide
+    types come first, so that every tensor is aligned. `jobs` tensors are drawn at a time."""
     ordered = sorted(tensors, key=lambda t: -WORD[t.dtype].itemsize)
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, end = [], 0

@@ -45,7 +45,7 @@ RULES: tuple[tuple[str, bool, Values], ...] = (
     ("*self_attn.o_proj.weight", FAN, Values(spread=2.0)),
     ("*self_attn.[qk]_norm.weight", PLAIN, Values(mean=0.25, spread=0.25)),
     ("*mlp.gate.weight", FAN, Values(spread=1.5)),
-    ("*experts.*.down_proj.weight", FAN, Values(spread=2.0, mixed=True)),
+    ("*experts.*.down_proj.weight", FAN, Values(spread=1.25, mixed=True)),
     ("*experts.*_proj.weight", FAN, Values(spread=0.87, mixed=True)),  # 0.87 undoes the mean of the mixed exponents
     ("*shared_expert.down_proj.weight", FAN, Values(spread=1.0, mixed=True)),
     ("*shared_expert.*_proj.weight", FAN, Values(spread=0.87, mixed=True)),
