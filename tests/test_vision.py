@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from peers.float64 import float64_clean
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tolerances import VISION_BF16_FLIPS, VISION_FLOAT32, VISION_FLOAT64
 from torch import Tensor
 from transformers import Qwen3_5MoeVisionModel
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeVisionConfig
@@ -22,13 +24,7 @@ from qwen35_moe.vision import VisionConfig, VisionTower
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 
-# Relative to the largest value of the result. Measured on the fixture: 3.8e-7 against transformers and 5.1e-7 against
-# timm, both float32; the float64 tower lies as far from them, so all of it is theirs and float32's.
-VISION_FLOAT32 = 5e-6
-# Measured: 2.7e-15 on the tower below, against transformers whose every operation was seen to be float64.
-VISION_FLOAT64 = 1e-13
-
-# Odd in every way that the code could get wrong: depth 3, heads of width 12, a table of 7 x 7, frames wider and narrower
+# Odd in every way that could go wrong: depth 3, heads of width 12, a table of 7 x 7, frames wider and narrower
 # than the table, an image of a single block, a video of three frames between images.
 SHAPE: dict[str, Any] = {
     "depth": 3,
@@ -123,15 +119,11 @@ MODULES = {
     "vis_merger_act": "act_fn",
     "vis_merger_out": "linear_fc2",
 }
-# Both compute each operation in fp32 and round to bf16 where the table says; last bits of fp32 differ, and then a
-# rounding may fall to the other side. Measured: 0 of 17280 in linear layers and attention, 0.5 % in the merger's gelu (29
-# of 5760), less elsewhere. One rounding more or less changes 10 % and more.
-VISION_BF16_FLIPS = 0.01
 
 
 @torch.no_grad()
-def test_bfloat16_rounds_where_transformers_does(pair: tuple[VisionTower, Any, Tensor]) -> None:
-    """Operation by operation: each starts from what transformers put there, so that no difference spreads."""
+def bfloat16_flips(pair: tuple[VisionTower, Any, Tensor], table: arithmetic.Arithmetic) -> dict[str, float]:
+    """How much of each operation's result differs from transformers', which put its inputs: no difference spreads."""
     ours, theirs, pixels = pair
     theirs = Qwen3_5MoeVisionModel(theirs.config).eval()
     theirs.load_state_dict({k: v.bfloat16() for k, v in ours.state_dict().items()}, assign=True)
@@ -154,11 +146,24 @@ def test_bfloat16_rounds_where_transformers_does(pair: tuple[VisionTower, Any, T
         flips[site.key] = (x != there.view_as(x)).float().mean().item()
         return there.view_as(x)
 
-    with arithmetic.using("transformers-bf16"), taps.attach(replay):
+    with arithmetic.using(table), taps.attach(replay):
         tower(pixels, GRIDS)
+    return flips
+
+
+def test_bfloat16_rounds_where_transformers_does(pair: tuple[VisionTower, Any, Tensor]) -> None:
+    flips = bfloat16_flips(pair, arithmetic.get("transformers-bf16"))
     assert len(flips) == 7 * 3 + 4
     assert max(flips.values()) < VISION_BF16_FLIPS, flips
     assert all(flips[f"visual.layers.{i}.{name}"] == 0 for i in range(3) for name in ("vis_qkv", "vis_attn_output"))
+
+
+@pytest.mark.parametrize("name", ["vis_rope_*", "vis_attn_qk", "vis_attn_scores", "vis_attn_probs", "vis_pos_embed"])
+def test_one_rounding_more_or_less_would_be_caught(pair: tuple[VisionTower, Any, Tensor], name: str) -> None:
+    table = arithmetic.get("transformers-bf16")
+    other = None if table.rounding(name) is torch.bfloat16 else torch.bfloat16
+    flips = bfloat16_flips(pair, replace(table, rounds={**table.rounds, name: other}))
+    assert max(flips.values()) > 5 * VISION_BF16_FLIPS
 
 
 def test_images_do_not_see_each_other(pair: tuple[VisionTower, Any, Tensor]) -> None:

@@ -1,0 +1,304 @@
+"""The draft head against transformers' own and llama.cpp, its cache and chains, and the reference for acceptance."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peers.float64 import float64_clean, load_float64
+from peers.transformers_model import load_transformers
+from peers.transformers_parts import load_mtp, mtp_logits
+from safetensors.torch import load_file
+from tolerances import FLOAT32_LOG_P, FLOAT64_CLEAN, FLOAT64_REORDERED
+from torch import Tensor
+
+from qwen35_moe import taps
+from qwen35_moe.cache import Cache
+from qwen35_moe.config import Config
+from qwen35_moe.errors import Qwen35Error
+from qwen35_moe.model import Model
+from qwen35_moe.moe import fuse
+from qwen35_moe.mtp import MTP, accept, draft, draft_head, greedy, residual, with_hidden
+from qwen35_moe.quant import mxfp4
+
+FIXTURES = Path(__file__).parent / "data" / "fixtures"
+
+Pair = tuple[Model, MTP]
+
+
+def read(name: str, dtype: torch.dtype) -> Pair:
+    """Main model and draft head from a fixture, without the loader: its own tests are elsewhere."""
+    folder = FIXTURES / name
+    config = Config.from_dict(json.loads((folder / "config.json").read_text()))
+    raw: dict[str, Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        raw |= load_file(path)
+    raw = {k.removeprefix("model.language_model."): v for k, v in raw.items() if not k.startswith("model.visual.")}
+    scales = {k.removesuffix("_scale"): raw.pop(k) for k in list(raw) if k.endswith(".weight_scale")}
+    values = {k: mxfp4.decode(v, scales[k], dtype) if k in scales else v.to(dtype) for k, v in raw.items()}
+    for mlp in {k.split(".experts.")[0] for k in values if ".experts.0." in k}:
+        stacks = {
+            part: torch.stack([values.pop(f"{mlp}.experts.{e}.{part}_proj.weight") for e in range(config.num_experts)])
+            for part in ("gate", "up", "down")
+        }
+        values[f"{mlp}.experts.gate_up_proj"] = torch.cat((stacks["gate"], stacks["up"]), 1)
+        values[f"{mlp}.experts.down_proj"] = stacks["down"]
+    model, mtp = Model(config, "exact" if dtype == torch.float64 else "float32"), MTP(config)
+    mtp.load_state_dict({k.removeprefix("mtp."): v for k, v in values.items() if k.startswith("mtp.")}, assign=True)
+    model.load_state_dict({k: v for k, v in values.items() if not k.startswith("mtp.")}, assign=True)
+    return model, mtp
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Tensor]:
+    return load_file(FIXTURES / "expected.safetensors")
+
+
+@pytest.fixture(scope="module")
+def exact() -> Pair:
+    return read("bf16-hub", torch.float64)
+
+
+@pytest.fixture(scope="module")
+def ids(expected: dict[str, Tensor]) -> Tensor:
+    return expected["ids"].long()
+
+
+def apart(found: Tensor, truth: Tensor) -> float:
+    """max |difference of log p|."""
+    assert found.shape == truth.shape
+    return (found.double().log_softmax(-1) - truth.double().log_softmax(-1)).abs().max().item()
+
+
+def head(pair: Pair, ids_BT: Tensor) -> Tensor:
+    """Draft logits for all rows: [B, T-1, V]."""
+    model, mtp = pair
+    _, hidden = with_hidden(model, ids_BT)
+    return draft_head(model, mtp, ids_BT[:, 1:], hidden[:, :-1])[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("checkpoint", "key", "rows"),
+    [
+        ("bf16-hub", "mtp_logits.transformers_f32", slice(None)),
+        ("bf16-hub", "mtp_logits.llamacpp_f32", slice(None)),
+        ("quark-mxfp4", "mtp_logits.llamacpp_f32_dequant.0", slice(0, 1)),
+    ],
+)
+def test_fixtures(
+    expected: dict[str, Tensor], ids: Tensor, checkpoint: str, key: str, rows: slice, dtype: torch.dtype
+) -> None:
+    logits = head(read(checkpoint, dtype), ids[rows])
+    assert logits.dtype == dtype
+    assert apart(logits, expected[f"{checkpoint}/{key}"].view_as(logits)) < FLOAT32_LOG_P
+
+
+def test_float32_equals_transformers(ids: Tensor) -> None:
+    theirs = load_transformers(FIXTURES / "bf16-hub", torch.float32)
+    assert apart(head(read("bf16-hub", torch.float32), ids), mtp_logits(theirs, load_mtp(theirs), ids)) < FLOAT32_LOG_P
+
+
+def test_exact_equals_float64_clean_transformers(exact: Pair, ids: Tensor) -> None:
+    theirs = load_float64(FIXTURES / "bf16-hub")
+    draft_model = load_mtp(theirs)
+    with float64_clean(theirs):
+        truth = mtp_logits(theirs, draft_model.double(), ids)
+    assert truth.dtype == torch.float64
+    assert apart(head(exact, ids), truth) < FLOAT64_CLEAN
+
+
+BROKEN = {
+    "halves of fc exchanged": lambda mtp: mtp.fc.weight.data.copy_(mtp.fc.weight.roll(mtp.fc.weight.shape[1] // 2, 1)),
+    "norms of fc exchanged": lambda mtp: (
+        setattr(mtp, "pre_fc_norm_hidden", mtp.pre_fc_norm_embedding),
+        setattr(mtp, "pre_fc_norm_embedding", mtp.pre_fc_norm_hidden),
+    ),
+    "last norm left out": lambda mtp: setattr(mtp, "norm", torch.nn.Identity()),
+    "draft weights dropped": lambda mtp: [p.data.zero_() for p in mtp.layers.parameters()],
+}
+
+
+@pytest.mark.parametrize("bug", BROKEN)
+def test_the_fixture_would_catch(expected: dict[str, Tensor], ids: Tensor, bug: str) -> None:
+    model, mtp = read("bf16-hub", torch.float64)
+    BROKEN[bug](mtp)
+    assert apart(head((model, mtp), ids), expected["bf16-hub/mtp_logits.transformers_f32"]) > 10 * FLOAT32_LOG_P
+
+
+def test_hidden_before_the_final_norm_would_be_caught(exact: Pair, expected: dict[str, Tensor], ids: Tensor) -> None:
+    kept: dict[str, Tensor] = {}
+    with taps.attach(lambda site, x: kept.update({site.key: x})):
+        exact[0](ids)
+    hidden = kept["layers.3.layer_output_sum"][:, :-1]
+    logits, _ = draft_head(*exact, ids[:, 1:], hidden)
+    assert apart(logits, expected["bf16-hub/mtp_logits.transformers_f32"]) > 10 * FLOAT32_LOG_P
+
+
+def test_the_cache_carries_the_head_on(exact: Pair, ids: Tensor) -> None:
+    """In pieces of any size, the head's cache beside the model's: as in one pass."""
+    model, mtp = exact
+    whole, main, own = head(exact, ids), Cache(), Cache()
+    pieces, start = [], 0
+    for size in (5, 1, 1, 30, 32):
+        _, hidden = with_hidden(model, ids[:, start : start + size], cache=main)
+        pieces.append(draft_head(model, mtp, ids[:, start + 1 : start + size + 1], hidden, cache=own)[0])
+        start += size
+    assert start == 69 and own.length == 69
+    assert apart(torch.cat(pieces, 1), whole) < FLOAT64_REORDERED
+
+
+def test_only_differences_of_positions_matter(exact: Pair, ids: Tensor) -> None:
+    """Row t at the position of token t or of t+1, as engines differ in it: the same logits, RoPE being relative."""
+    model, mtp = exact
+    _, hidden = with_hidden(model, ids)
+    shifted = draft_head(model, mtp, ids[:, 1:], hidden[:, :-1], position_ids=torch.arange(1, 70).expand(2, -1))[0]
+    assert apart(shifted, head(exact, ids)) < FLOAT64_REORDERED
+
+
+def test_padding_changes_nothing(exact: Pair, ids: Tensor) -> None:
+    model, mtp = exact
+    short, long = ids[:1, :9], ids[1:, :12]
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    padded = torch.cat((torch.cat((torch.full((1, 3), 7), short), 1), long))
+    _, hidden = with_hidden(model, padded, attention_mask=mask)
+    together, _ = draft(model, mtp, padded[:, 1:], hidden[:, :-1], 4, attention_mask=mask[:, :-1])
+    for row, sequence in enumerate((short, long)):
+        _, alone = with_hidden(model, sequence)
+        assert torch.equal(together[row : row + 1], draft(model, mtp, sequence[:, 1:], alone[:, :-1], 4)[0])
+    right = torch.cat((torch.cat((short, torch.full((1, 3), 7)), 1), long))
+    _, hidden = with_hidden(model, right, attention_mask=mask.flip(1))
+    mask_rows = mask.flip(1)[:, 1:]
+    assert torch.equal(draft(model, mtp, right[:, 1:], hidden[:, :-1], 4, attention_mask=mask_rows)[0], together)
+
+
+def test_fused_equals_unfused(exact: Pair, ids: Tensor) -> None:
+    model, mtp = exact
+    fused = MTP(model.config, fused=True)
+    state = dict(mtp.state_dict())
+    stem = "layers.0.mlp."
+    shared = [state.pop(f"{stem}shared_expert.{part}_proj.weight") for part in ("gate", "up", "down")]
+    both = fuse(state[f"{stem}experts.gate_up_proj"], state[f"{stem}experts.down_proj"], *shared)
+    state[f"{stem}experts.gate_up_proj"], state[f"{stem}experts.down_proj"] = both
+    fused.load_state_dict(state, strict=True, assign=True)
+    assert apart(head((model, fused), ids), head(exact, ids)) < FLOAT64_REORDERED
+
+
+def test_a_chain_is_the_head_fed_with_itself(exact: Pair, ids: Tensor) -> None:
+    """Each draft again in one pass over all rows, without any cache; and the chain leaves no trace in the cache."""
+    model, mtp = exact
+    _, hidden = with_hidden(model, ids[:, :20])
+    cache = Cache()
+    drafts, logits = draft(model, mtp, ids[:, 1:21], hidden, 4, cache=cache)
+    assert cache.length == 20 and cache.layer(0).k.shape[1] == 20
+    rows, tokens = hidden, ids[:, 1:21]
+    for step in range(4):
+        again, own = draft_head(model, mtp, tokens, rows)
+        assert apart(logits[:, step], again[:, -1]) < FLOAT64_REORDERED
+        assert torch.equal(drafts[:, step], greedy(again[:, -1]))
+        rows, tokens = torch.cat((rows, own[:, -1:]), 1), torch.cat((tokens, drafts[:, step : step + 1]), 1)
+
+
+def test_taps_stand_under_mtp(exact: Pair, ids: Tensor) -> None:
+    seen: dict[str, Tensor] = {}
+    _, hidden = with_hidden(exact[0], ids[:, :5])
+    with taps.attach(lambda site, x: seen.update({site.key: x})):
+        draft_head(*exact, ids[:, 1:6], hidden)
+    assert all(key.startswith("mtp.") for key in seen)
+    names = ("embed_tokens", "mtp_embedding", "mtp_hidden", "mtp_fc", "layers.0.layer_input", "layers.0.moe_topk_ids")
+    assert {f"mtp.{n}" for n in (*names, "final_norm", "next_token_logits")} <= seen.keys()
+    assert all(x.dtype in (torch.float64, torch.int64) for x in seen.values())
+
+
+def test_speculation_writes_what_greedy_decoding_writes(exact: Pair, ids: Tensor) -> None:
+    """Draft three, verify in one pass, keep what is accepted: the same 24 tokens as one by one."""
+    model, mtp = exact
+    plain, cache, token = [], Cache(), ids[:1, :10]
+    for _ in range(24):
+        token = greedy(model(token, cache=cache)[:, -1])[:, None]
+        plain.append(int(token))
+    logits, hidden = with_hidden(model, ids[:1, :10])
+    tokens = [*ids[0, :10].tolist(), int(greedy(logits[:, -1]))]
+    while len(tokens) < 10 + 24:
+        drafts = draft(model, mtp, torch.tensor([tokens[1:]]), hidden, 3)[0][0]
+        logits, all_hidden = with_hidden(model, torch.tensor([[*tokens, *drafts.tolist()]]))
+        result = accept(drafts, logits[0, -4:])
+        tokens += [*drafts[: result.accepted].tolist(), result.next_id]
+        hidden = all_hidden[:, : len(tokens) - 1]
+    assert tokens[10:34] == plain
+
+
+def test_greedy_acceptance_says_why() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0], [0.0, 5.0, 0.0]])
+    result = accept([1, 2], logits)
+    assert (result.accepted, result.next_id) == (1, 0)
+    assert [v.accepted for v in result.verdicts] == [True, False]
+    assert result.verdicts[1].reason == "the target prefers 0, by 3 in log p"
+    result = accept([2, 0], logits)
+    assert (result.accepted, result.next_id) == (0, 1)
+    assert result.verdicts[1].reason == "not reached: draft 0 was rejected"
+    result = accept([1, 0], logits)
+    assert (result.accepted, result.next_id) == (2, 1)
+    assert accept([1], torch.tensor([[0.0, 1.0, 1.0], [1.0, 1.0, 0.0]])).next_id == 0  # ties: the lowest id
+
+
+def random_logits(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 2
+
+
+@pytest.mark.parametrize("certain", [False, True])
+def test_accepted_and_replaced_tokens_are_distributed_as_the_target(certain: bool) -> None:
+    """Summed over every draft that could come: q(x) min(1, p/q) where x is kept, the residual where it is not."""
+    target, draft_logits = random_logits(2, 9), random_logits(3, 9)[:1]
+    p = (target[0] / 0.7).softmax(-1)
+    for x_certain in range(9) if certain else [None]:
+        q = torch.eye(9, dtype=torch.float64)[x_certain] if certain else (draft_logits[0] / 0.7).softmax(-1)
+        first = torch.zeros(9, dtype=torch.float64)
+        for x in range(9):
+            if q[x] == 0:
+                continue
+            given = None if certain else draft_logits
+            kept = accept([x], target, given, 0.7, [0.0, 0.5])
+            chance = kept.verdicts[0].probability
+            first[x] += q[x] * chance
+            if chance < 1:
+                dropped = accept([x], target, given, 0.7, [chance, 0.5])
+                assert kept.accepted == 1 and dropped.accepted == 0
+                first += q[x] * (1 - chance) * dropped.next_probs_V
+        torch.testing.assert_close(first, p, rtol=0, atol=1e-15)
+
+
+def test_the_drawn_token_follows_the_last_uniform() -> None:
+    logits = torch.tensor([[0.25, 0.25, 0.5]]).log()
+    drawn = [accept([], logits, temperature=1.0, uniforms=[u]).next_id for u in (0.0, 0.3, 0.5, 0.99999999)]
+    assert drawn == [0, 1, 2, 2]
+    assert torch.equal(residual(torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.5])), torch.tensor([0.5, 0.5]))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: accept([1, 2], torch.zeros(2, 9)), "[3, 9]"),
+        (lambda: accept([1], torch.zeros(2, 9), torch.zeros(2, 9)), "draft_logits"),
+        (lambda: accept([1], torch.zeros(2, 9), temperature=1.0), "2, one for each draft"),
+        (lambda: accept([1], torch.zeros(2, 9), temperature=1.0, uniforms=[0.1]), "2, one for each draft"),
+    ],
+)
+def test_wrong_input_to_accept_is_named(call: Any, words: str) -> None:
+    with pytest.raises(Qwen35Error) as error:
+        call()
+    assert words in str(error.value)
+
+
+def test_wrong_input_to_the_head_is_named(exact: Pair, ids: Tensor) -> None:
+    _, hidden = with_hidden(exact[0], ids[:, :5])
+    with pytest.raises(Qwen35Error, match="for each token t the token t"):
+        draft_head(*exact, ids[:, 1:5], hidden)
+    raw = json.loads((FIXTURES / "bf16-hub" / "config.json").read_text())
+    raw["text_config"]["mtp_num_hidden_layers"] = 2
+    with pytest.raises(Qwen35Error, match="mtp_num_hidden_layers"):
+        MTP(Config.from_dict(raw))
