@@ -137,6 +137,7 @@ class ExcludeList:
     _index: dict[str, int] = field(init=False, repr=False, compare=False)
     _experts: dict[str, int] = field(init=False, repr=False, compare=False)
     _apart: bool = field(init=False, repr=False, compare=False)
+    _find: Callable[[tuple[str, ...]], Hit | None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         index: dict[str, int] = {}
@@ -149,7 +150,10 @@ class ExcludeList:
         anywhere = substring in self.semantics.tests
         patterns = tuple((i, e) for i, e in enumerate(self.entries) if anywhere or not is_plain(e))
         apart = any(tells_experts_apart(e) for _, e in patterns)
-        for key, value in (("patterns", patterns), ("_index", index), ("_experts", experts), ("_apart", apart)):
+        # The gate asks about the same few modules of a layer again and again, once for every rule.
+        found = lru_cache(maxsize=8192)(self._search)
+        made = {"patterns": patterns, "_index": index, "_experts": experts, "_apart": apart, "_find": found}
+        for key, value in made.items():
             object.__setattr__(self, key, value)
 
     def hit(self, names: str | Sequence[str]) -> Hit | None:
@@ -157,7 +161,9 @@ class ExcludeList:
 
         Error: parts of a fused module disagree (engines refuse to load such a checkpoint).
         """
-        names = (names,) if isinstance(names, str) else names
+        return self._find((names,) if isinstance(names, str) else tuple(names))
+
+    def _search(self, names: tuple[str, ...]) -> Hit | None:
         return self._direct(names) or self._below(names) or self._parts(names)
 
     def singles_out_experts(self, names: Sequence[str]) -> bool:

@@ -99,6 +99,8 @@ def _atom_transport(model: Model, options: Options) -> Decision | None:
     mori = options.dp_size > 1 and options.a2a_backend == "mori" and options.dp_attention
     if mori and not (options.eplb or options.atom_fuse_shared_expert):
         return no("MoRI with data parallel attention needs ATOM_FUSE_SHARED_EXPERT or EPLB")
+    if model.quant.method in ("gptq", "mxfp4"):
+        return no(f"how ATOM reads the list of method {model.quant.method!r} is not known")
     return refuse_sizes(model)
 
 

@@ -74,11 +74,9 @@ def tells_experts_apart(entry: str) -> bool:
     Literals, `*` and `.*` treat all expert numbers alike; a digit (outside a layer number), a class, `?` or a count
     may not. Lets a reader of 512 experts ask once instead of 512 times.
     """
-    rest = re.sub(r"\.?layers\\?\.\d+", "", entry.removeprefix("re:"))
-    plain = r"\\\.|\.\*|[A-Za-z_.$^|()-]" if entry.startswith("re:") else r"[A-Za-z_.*-]"
-    return re.sub(plain, "", rest) != "" or (
-        entry.startswith("re:") and re.search(r"(?<!\\)\.(?!\*)", rest) is not None
-    )
+    regex = re.match(r"re:|-:", entry)
+    text = re.sub(r"(\\?\.)?layers\\?\.\d+", "", entry[regex.end() :] if regex else entry)
+    return re.sub(r"\\\.|\.\*|[A-Za-z_^$|()-]" if regex else r"[A-Za-z_.*-]", "", text) != ""
 
 
 def is_plain(entry: str) -> bool:
