@@ -18,13 +18,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
-from weights.build import build
-
-GPU = torch.cuda.is_available()
 _not_run: list[str] = []
 _gpu_left_out: list[int] = []
+
+
+def has_gpu() -> bool:
+    import torch  # here, because importing it takes seconds that a run without GPU tests need not pay
+
+    return torch.cuda.is_available()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,10 +42,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if GPU:
-        return
     kept = [item for item in items if item.get_closest_marker("gpu") is None]
     left_out = len(items) - len(kept)
+    if not left_out or has_gpu():
+        return
     items[:] = kept
     if hasattr(config, "workeroutput"):  # under xdist only the controller prints
         config.workeroutput["gpu_left_out"] = left_out
@@ -80,7 +82,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not GPU and max(_gpu_left_out, default=0):
+    if max(_gpu_left_out, default=0):
         terminalreporter.write_line(f"no GPU here: {max(_gpu_left_out)} tests marked gpu were not collected")
     if _not_run:
         terminalreporter.section("red: a test that does not run proves nothing", red=True)
@@ -91,5 +93,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """built("tiny") is the folder of that recipe's checkpoint, built once in a session. Tests must not change it."""
+    from weights.build import build
+
     root = tmp_path_factory.mktemp("weights")
     return cache(lambda recipe: build(recipe, root / recipe))

@@ -6,50 +6,68 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-CASES = """
+FINE = """
 import pytest
 
 def test_passes(): pass
 
 @pytest.mark.gpu
-def test_gpu(): raise AssertionError("where is the GPU?")
+def test_gpu(): assert GPU
 """
-SKIP = "\n@pytest.mark.skip(reason='not today')\ndef test_skipped(): pass\n"
-XFAIL = "\n@pytest.mark.xfail(strict=False)\ndef test_xfail(): assert False\n"
-WARNS = "\nimport warnings\ndef test_warns(): warnings.warn('careful')\n"
+NOT_RUN = """
+import pytest
+
+@pytest.mark.skip(reason="not today")
+def test_skipped(): pass
+
+@pytest.mark.xfail
+def test_fails(): assert False
+"""
+WHOLE = "import pytest\npytest.importorskip('nowhere')\n"
+WARNS = "import warnings\ndef test_warns(): warnings.warn('careful')\n"
 
 
-def run(folder: Path, source: str, *options: str) -> tuple[int, str]:
-    """pytest in a folder that has this project's conftest.py and settings, and one test file."""
+def run(folder: Path, files: dict[str, str], *options: str) -> tuple[int, str]:
+    """pytest in a folder that has this project's conftest.py and settings."""
     here = Path(__file__).parent
-    (folder / "conftest.py").write_text((here / "conftest.py").read_text(encoding="utf-8"), encoding="utf-8")
-    (folder / "test_case.py").write_text(source, encoding="utf-8")
+    files |= {"conftest.py": (here / "conftest.py").read_text(encoding="utf-8")}
+    for name, source in files.items():
+        (folder / name).write_text(source, encoding="utf-8")
     settings = f"--rootdir={folder}", f"--config-file={here.parent / 'pyproject.toml'}"
     command = [sys.executable, "-m", "pytest", *settings, *options, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=here.parent, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
-def test_only_a_run_of_everything_is_green(tmp_path: Path) -> None:
+def test_a_run_of_everything_is_green(tmp_path: Path) -> None:
     gpu = torch.cuda.is_available()
-    status, output = run(tmp_path, CASES.replace("raise", "return") if gpu else CASES, "--complete", "-n", "2")
+    status, output = run(tmp_path, {"test_fine.py": FINE.replace("GPU", str(gpu))}, "--complete")
     assert status == 0, output
     assert gpu or "no GPU here: 1 tests marked gpu were not collected" in output
-    assert " passed" in output.splitlines()[-1]
+    assert f"{2 if gpu else 1} passed" in output.splitlines()[-1]
 
 
-def test_what_did_not_run_is_red_and_named(tmp_path: Path) -> None:
-    status, output = run(tmp_path, CASES + SKIP + XFAIL, "-n", "2")
+def test_what_did_not_run_is_red_and_named_also_by_workers(tmp_path: Path) -> None:
+    status, output = run(
+        tmp_path, {"test_a.py": NOT_RUN, "test_b.py": WHOLE, "test_c.py": FINE.replace("GPU", "True")}, "-n", "1"
+    )
     assert status == 1, output
-    assert "test_skipped: skipped" in output and "test_xfail: expected to fail" in output
-    status, output = run(tmp_path, CASES + WARNS)
-    assert status == 1 and "careful" in output
-    status, output = run(tmp_path, CASES.replace("import pytest", "import pytest\npytest.importorskip('nowhere')"))
-    assert status != 0 and "skipped whole" in output, output
+    for line in ("test_skipped: skipped", "test_fails: expected to fail", "test_b.py: skipped whole"):
+        assert line in output, output
 
 
-def test_complete_refuses_a_selection(tmp_path: Path) -> None:
-    status, output = run(tmp_path, CASES, "--complete", "-k", "passes")
-    assert status == 4 and "drop -k" in output
+def test_a_warning_is_red(tmp_path: Path) -> None:
+    status, output = run(tmp_path, {"test_warns.py": WARNS})
+    assert status == 1 and "UserWarning: careful" in output
+
+
+def test_complete_refuses_a_selection(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugins = pytestconfig.pluginmanager.get_plugins()
+    ours = next(p for p in plugins if (getattr(p, "__file__", None) or "").endswith("conftest.py"))
+    monkeypatch.setattr(pytestconfig.option, "complete", True)
+    monkeypatch.setattr(pytestconfig.option, "keyword", "passes")
+    with pytest.raises(pytest.UsageError, match="drop -k"):
+        ours.pytest_configure(pytestconfig)

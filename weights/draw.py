@@ -22,7 +22,12 @@ import numpy as np
 BLOCK = 32  # columns that share an exponent, as in MXFP4
 CHUNK = 1 << 18  # elements drawn at a time: hash words, values and result together stay in cache
 MANTISSA = {"BF16": 7, "F32": 23}
-WORD = {"BF16": np.dtype("<u2"), "F32": np.dtype("<u4"), "U8": np.dtype("u1"), "F8_E4M3": np.dtype("u1")}
+WORD: dict[str, np.dtype] = {
+    "BF16": np.dtype("<u2"),
+    "F32": np.dtype("<u4"),
+    "U8": np.dtype("u1"),
+    "F8_E4M3": np.dtype("u1"),
+}
 
 
 def key(seed: int, name: str) -> int:

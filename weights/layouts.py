@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 
 import numpy as np
 
@@ -136,8 +137,8 @@ def _blocks(prefix: str, matrices: list[Logical], seed: int, method: str) -> Ite
                 turns = [mxfp4_arrays(matrix, seed, method)[part] for matrix in own[first : first + count]]
                 yield np.stack(turns, axis=1)
 
-        yield Stored(f"{prefix}.{name}_blocks", "U8", (*size, 16), lambda data=data: data(0))
-        yield Stored(f"{prefix}.{name}_scales", "U8", size, lambda data=data: data(1))
+        yield Stored(f"{prefix}.{name}_blocks", "U8", (*size, 16), partial(data, 0))
+        yield Stored(f"{prefix}.{name}_scales", "U8", size, partial(data, 1))
 
 
 LINEAR = re.compile(

@@ -70,7 +70,7 @@ def logical(
     """Every tensor of the model that `config` describes. short_heads: the binary exponent by which the queries and keys
     of key head 1 of every DeltaNet layer are made short, so that the eps of their L2 norm shows."""
     text = text_config(config)
-    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings")))
     for name, size in _text(text, tied):
         yield Logical(name, size, _shortened(name, values_of(name, size), text, short_heads))
     if vision and "vision_config" in config:
