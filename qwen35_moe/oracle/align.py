@@ -1,0 +1,204 @@
+"""Which row of an engine's dump belongs to which token of the truth.
+
+The truth is a trace over [B, T] tokens. An engine may have run the same sequences flat in one batch, in chunks, or as
+prefill and decode steps, in any order, among others; `match` finds its rows by ids and positions. `align` then yields,
+tap by tap, the two as rows of the same tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import Qwen35Error
+from ..tap_names import TAPS, base_name
+from .dump import Dump
+from .match import match
+from .trace_file import Trace
+
+# Where a tap is not in the dump but another holds it: columns of that one.
+INSTEAD = {
+    "moe_topk_ids": ("moe_slot_ids", slice(None, -1)),
+    "moe_topk_weights": ("moe_slot_weights", slice(None, -1)),
+    "moe_shared_gate": ("moe_slot_weights", slice(-1, None)),
+}
+
+
+@dataclass
+class Pair:
+    """One tap in truth and engine: rows of the same tokens.
+
+    truth, engine   [rows, features of the truth]; engine is None where `problem` says why
+    rows            [rows, 2]: sequence b and index t of each row in the truth; t is -1 for values not of one token
+    dtype           what the engine wrote (partial sums come as float64)
+    nan             rows of the engine that hold NaN or infinity where the truth does not
+    """
+
+    key: str
+    truth: Tensor
+    engine: Tensor | None
+    rows: Tensor
+    dtype: torch.dtype | None = None
+    problem: str = ""
+    nan: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Alignment:
+    """Names and rows, matched; tensors are read when it is iterated, one tap at a time.
+
+    keys are taps that both sides have; missing are in the truth only, extra in the dump only. `problems` are
+    Qwen35Errors about the whole dump; `matched` and `tokens` count rows of the truth that the dump has, and all.
+    """
+
+    dump: Dump
+    truth: Trace
+    keys: list[str]
+    missing: list[str]
+    extra: list[str]
+    where: dict[int, Tensor]  # step -> [n, 3]: row in the dump, b, t
+    ends: dict[int, Tensor]  # step -> the same for the last token of each sequence of that step
+    problems: list[Qwen35Error] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    matched: int = 0
+    tokens: int = 0
+
+    def __iter__(self) -> Iterator[Pair]:
+        for key in self.keys:
+            yield self.pair(key)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def pair(self, key: str) -> Pair:
+        """Read one tap of both sides."""
+        truth, notes = joined(self.truth, key), []
+        source, columns = _source(self.dump, key)
+        per_token = _per_token(key)
+        ours, theirs, rows, dtypes = [], [], [], set()
+        flat = truth.flatten(0, 1) if per_token and truth.dim() > 2 else truth
+        steps = sorted(self.dump.sources[source])
+        try:
+            for step in steps:
+                if step not in self.where:
+                    continue
+                x = self.dump.read(source, step)
+                dtypes.add(self.dump.dtype(source, step))
+                if not per_token:
+                    return self._whole(key, truth, x, step == steps[-1], dtypes)
+                table = self._table(x, source, step)
+                if isinstance(table, str):
+                    return Pair(key, truth, None, torch.empty(0, 2), problem=table)
+                ours.append(
+                    flat.reshape(truth.shape[0] * truth.shape[1], -1)[table[:, 1] * truth.shape[1] + table[:, 2]]
+                )
+                theirs.append(x[table[:, 0]][:, columns])
+                rows.append(table[:, 1:])
+        except Qwen35Error as error:
+            return Pair(key, truth, None, torch.empty(0, 2), problem=str(error))
+        if not theirs:
+            return Pair(key, truth, None, torch.empty(0, 2), problem="none of its steps belongs to the truth")
+        left, right, places = torch.cat(ours), torch.cat(theirs), torch.cat(rows)
+        if right.shape[1] != left.shape[1]:
+            right, note = _fit(key, left, right)
+            if note.startswith("misshapen"):
+                return Pair(key, left, None, places, problem=note)
+            notes.append(note)
+        bad = ~right.isfinite().all(1) & left.isfinite().all(1) if right.is_floating_point() else torch.zeros(1)
+        return Pair(key, left, right, places, dtypes.pop(), nan=int(bad.sum()), notes=tuple(notes))
+
+    def _table(self, x: Tensor, source: str, step: int) -> Tensor | str:
+        """[n, 3] row of x, b, t. A dump may hold fewer rows than tokens: of the last ones, or of those it says."""
+        table = self.where[step]
+        held = self.dump.sources[source][step].pieces[0].rows
+        if held is not None:
+            at = {int(row): i for i, row in enumerate(held)}
+            return torch.tensor([[at[r], b, t] for r, b, t in table.tolist() if r in at]).reshape(-1, 3)
+        count = self.dump.count(step)
+        if count is None or x.shape[0] == count:
+            return table
+        if base_name(source) == "next_token_logits" and x.shape[0] == self.ends[step].shape[0]:
+            return self.ends[step]
+        return f"misshapen: {x.shape[0]} rows for {count} tokens in step {step}"
+
+    def _whole(self, key: str, truth: Tensor, x: Tensor, last: bool, dtypes: set[torch.dtype]) -> Pair:
+        """Values that are not of one token: states, scores of all pairs, parameters. Compared if shapes agree."""
+        rows = torch.stack([torch.arange(truth.shape[0]), torch.full((truth.shape[0],), -1)], 1)
+        if x.shape != truth.shape:
+            return Pair(key, truth, None, rows, problem=f"misshapen: {list(x.shape)} against {list(truth.shape)}")
+        flat = x.reshape(x.shape[0], -1)
+        nan = int((~flat.isfinite().all(1)).sum()) if flat.is_floating_point() else 0
+        return Pair(key, truth.reshape(truth.shape[0], -1), flat, rows, dtypes.pop(), nan=nan)
+
+
+def align(dump: Dump, truth: Trace) -> Alignment:
+    """Match a dump with the truth, by name and by token.
+
+    Raises Qwen35Error if no token of the dump is one of the truth's, or nothing has a common name.
+    """
+    names = [key for key, site in truth.sites.items() if site.step == 0]
+    keys = [key for key in names if _source(dump, key)[0] in dump.sources]
+    used = {_source(dump, key)[0] for key in keys}
+    if "next_token_logprobs" in dump.sources and "next_token_logits" in names:
+        keys.append("next_token_logprobs")
+        used.add("next_token_logprobs")
+    if not keys:
+        raise Qwen35Error("dump and truth have no tap in common", where=dump.path, found=", ".join(list(dump)[:4]),
+                          expected=", ".join(names[:4]), do="record those taps, or give a name map")  # fmt: skip
+    where, ends, notes, problems = match(dump, truth)
+    mask = truth.mask.bool()
+    hit = torch.zeros_like(mask)
+    for table in where.values():
+        hit[table[:, 1], table[:, 2]] = True
+    missing = [key for key in names if key not in keys]
+    extra = [key for key in dump.sources if key not in used]
+    total, found = int(mask.sum()), int((hit & mask).sum())
+    if found < total:
+        notes.append(f"{total - found} of {total} tokens of the truth are not in the dump")
+    problems = [*dump.problems, *problems]
+    return Alignment(dump, truth, keys, missing, extra, where, ends, problems, [*dump.notes, *notes], found, total)
+
+
+def joined(truth: Trace, key: str) -> Tensor:
+    """A tap of the truth over all its steps: [B, T, ...] for values of tokens, else that of the last step."""
+    if key == "next_token_logprobs":
+        return joined(truth, "next_token_logits").to(torch.float64).log_softmax(-1)
+    keys = [key if step == 0 else f"step.{step}.{key}" for step in range(max(1, len(truth.steps)))]
+    keys = [k for k in keys if k in truth.sites]
+    if not _per_token(key):
+        return truth[keys[-1]]
+    B = len(truth.steps[0]["ids"])
+    parts = [truth[k] for k in keys]
+    if not TAPS[base_name(key)].dims.startswith("b "):
+        parts = [x.unflatten(0, (B, -1)) for x in parts]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def _per_token(key: str) -> bool:
+    name = base_name(key)
+    return key == "next_token_logprobs" or (name in TAPS and re.match(r"(b )?t ", TAPS[name].dims) is not None)
+
+
+def _source(dump: Dump, key: str) -> tuple[str, slice]:
+    """Which of the dump's taps holds this one, and in which columns."""
+    name = base_name(key)
+    if key not in dump.sources and name in INSTEAD:
+        other, columns = INSTEAD[name]
+        key = key.removesuffix(name) + other
+        return key, columns
+    return key, slice(None)
+
+
+def _fit(key: str, left: Tensor, right: Tensor) -> tuple[Tensor, str]:
+    """Known reasons for a wider tensor: a padded vocabulary, an appended shared slot."""
+    name, n = base_name(key), left.shape[1]
+    if name in ("next_token_logits", "next_token_logprobs") and right.shape[1] > n:
+        return right[:, :n], f"{right.shape[1] - n} padded columns of the vocabulary left out"
+    if name in ("moe_topk_ids", "moe_topk_weights") and right.shape[1] == n + 1:
+        return right[:, :n], "the appended shared slot was left out"
+    return right, f"misshapen: {right.shape[1]} features for {n}"

@@ -1,0 +1,259 @@
+"""An engine's dump, whatever its format: pieces as they were written, joined and split into our taps when asked for.
+
+A reader (readers/) turns files into `Piece`s: one tensor each, with the engine's name, its step and rank, and a way to
+load it. `Dump` finds out which taps they hold (names.py), joins ranks, splits fused columns, and gives each tap as
+rows: one row a token of that step, features flattened. Nothing is loaded before it is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import Qwen35Error
+from ..tap_names import TAPS, base_name
+from .join import by_row, declared, join_ranks
+from .names import Rule, letters, place, rule_for
+
+
+@dataclass
+class Piece:
+    """One tensor as an engine wrote it. `path` is its name below the layer; `key` is set where the tap is known."""
+
+    raw: str
+    load: Callable[[], Tensor]
+    step: int = 0
+    rank: int = 0
+    layer: int | None = None
+    path: str = ""
+    part: str = ""
+    dims: str = ""
+    parallel: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+    rows: Tensor | None = None  # indices of the step's tokens, where the tensor does not hold all of them
+    key: str = ""
+
+    @classmethod
+    def named(cls, raw: str, load: Callable[[], Tensor], layer: int | None = None, **fields: Any) -> Piece:
+        """A piece under an engine's name: part, layer and path are taken from it."""
+        part, found, path = place(raw)
+        return cls(raw, load, layer=layer if found is None else found, path=path, part=part, **fields)
+
+
+@dataclass
+class Tokens:
+    """The tokens of one step, flat in the order of the rows. `batch` is (B, T) for padded batches, with `mask`."""
+
+    ids: Tensor | None = None
+    positions: Tensor | None = None
+    seq_lens: list[int] | None = None  # tokens of each sequence up to and including this step, cached ones too
+    requests: list[Any] | None = None
+    batch: tuple[int, int] | None = None
+    mask: Tensor | None = None
+
+    @property
+    def count(self) -> int | None:
+        return None if self.ids is None else self.ids.numel()
+
+
+@dataclass
+class Source:
+    """Where one tap of one step comes from: its pieces by rank, and the rule that reads them."""
+
+    pieces: list[Piece]
+    rule: Rule
+    preference: int
+
+
+class Dump(Mapping[str, Tensor]):
+    """Mapping of tap key -> rows [tokens of all steps, features].
+
+    format, path     what was recognised, where
+    tokens           step -> Tokens, as far as the dump holds them
+    problems         what is wrong with the dump, as Qwen35Errors that were not raised, in the order of discovery
+    notes            what was assumed or repaired
+    unknown          names of tensors that have no meaning here
+    weights          name -> piece, for parameters that were dumped
+    """
+
+    def __init__(
+        self,
+        format: str,
+        path: str | Path,
+        pieces: Sequence[Piece],
+        tokens: Mapping[int, Tokens] | None = None,
+        problems: Sequence[Qwen35Error] = (),
+        notes: Sequence[str] = (),
+        family: str = "sglang",
+        config: Mapping[str, Any] | None = None,
+        weights: Mapping[str, Piece] | None = None,
+    ):
+        self.format, self.path, self.family = format, Path(path), family
+        self.tokens = dict(tokens or {})
+        self.problems, self.notes = list(problems), list(notes)
+        self.config, self.sizes = config, letters(config)
+        self.weights = dict(weights or {})
+        self.unknown: list[str] = []
+        self.sources: dict[str, dict[int, Source]] = defaultdict(dict)
+        self._counts: dict[int, int | None] = {}
+        fused = self._fused_layers(pieces)
+        for pieces_of_one in _groups(pieces).values():
+            self._place(sorted(pieces_of_one, key=lambda p: p.rank), fused)
+        self.sources = dict(self.sources)
+
+    def _fused_layers(self, pieces: Sequence[Piece]) -> set[int | None]:
+        """Layers whose experts ran with the shared expert as one more slot: their sum is the block's output."""
+        if self.family == "transformers":
+            return set()
+        paths: dict[int | None, set[str]] = defaultdict(set)
+        for piece in pieces:
+            paths[piece.layer].add(piece.path)
+        fused = {
+            layer
+            for layer, names in paths.items()
+            if "mlp.experts.output" in names
+            and names & {"mlp.experts.inputs.0", "mlp.gate.output", "mlp.topk.output.1", "mlp.gate.output.0"}
+            and not any("shared_expert" in name for name in names)
+        }
+        if fused:
+            self.notes.append(f"shared expert is fused in {len(fused)} layers: mlp.experts.output is mlp_output there")
+        return fused
+
+    def _place(self, pieces: list[Piece], fused: set[int | None]) -> None:
+        first = pieces[0]
+        if first.key:
+            found: tuple[Rule, int] | None = (Rule("same", ((base_name(first.key), ""),)), 0)
+        else:
+            found = rule_for(first.path, self.family)
+        if found is None:
+            if first.raw not in self.unknown:
+                self.unknown.append(first.raw)
+            return
+        rule, preference = found
+        for name in dict.fromkeys(name for name, _ in rule.blocks if name != "-"):
+            tap = "mlp_output" if name == "moe_routed_output" and first.layer in fused else name
+            layer = "" if first.layer is None else f"layers.{first.layer}."
+            key = first.key or f"{first.part + '.' if first.part else ''}{layer}{tap}"
+            known = self.sources[key].get(first.step)
+            if known is None or preference < known.preference:
+                blocks = tuple((tap if n == name else n, w) for n, w in rule.blocks)
+                self.sources[key][first.step] = Source(pieces, Rule(rule.join, blocks), preference)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sources)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.sources
+
+    def __repr__(self) -> str:
+        return f"Dump({self.format}, {len(self)} taps, steps {self.steps}, {len(self.problems)} problems)"
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted({step for steps in self.sources.values() for step in steps})
+
+    def __getitem__(self, key: str) -> Tensor:
+        return torch.cat([self.read(key, step) for step in sorted(self.sources[key])])
+
+    def count(self, step: int) -> int | None:
+        """Rows of a step: from its ids, or else from a tensor that is d wide."""
+        if step in self.tokens and self.tokens[step].count is not None:
+            return self.tokens[step].count
+        if step not in self._counts:
+            self._counts[step] = None
+            for key, steps in self.sources.items():
+                if step in steps and TAPS.get(base_name(key), TAPS["embed_tokens"]).dims.split()[-1] == "d":
+                    x = steps[step].pieces[0].load()
+                    self._counts[step] = x.numel() // self.sizes.get("d", x.shape[-1])
+                    break
+        return self._counts[step]
+
+    def read(self, key: str, step: int) -> Tensor:
+        """One tap of one step as rows [tokens, features] (tensors that are not per token keep their shape).
+
+        Partial sums are added in float64. Raises Qwen35Error for files that cannot be read and ranks that do not join.
+        """
+        source = self.sources[key][step]
+        dims = TAPS[base_name(key)].dims if base_name(key) in TAPS else "t d"
+        if not re.match(r"(b )?t ", dims):
+            if len(source.pieces) > 1:
+                raise Qwen35Error("ranks of this tap cannot be joined", where=key, do="dump with TP 1, or its dims")
+            return source.pieces[0].load()
+        world = int(source.pieces[0].parallel.get("world_size", 1)) // int(source.pieces[0].parallel.get("pp_size", 1))
+        if source.rule.join != "same" and len(source.pieces) < world:
+            found = f"ranks {[p.rank for p in source.pieces]} of {world}"
+            raise Qwen35Error(
+                "ranks are missing", where=key, found=found, do="copy the dumps of all ranks to one place"
+            )
+        ranks = [by_row(p.load(), None if p.rows is not None else self.count(step)) for p in source.pieces]
+        join, order = declared(source.pieces) or (source.rule.join, list(range(len(ranks))))
+        return join_ranks(key, [ranks[i] for i in order], join, source.rule.blocks, self.sizes)
+
+    def dtype(self, key: str, step: int | None = None) -> torch.dtype:
+        """The dtype that the engine wrote."""
+        steps = self.sources[key]
+        return steps[min(steps) if step is None else step].pieces[0].load().dtype
+
+    def check_steps(self) -> None:
+        """Find dumps that look alright and are not: warm-up, and CUDA/HIP graphs that hide the decode steps."""
+        warm = [step for step, t in self.tokens.items() if t.ids is not None and t.ids.numel() > 1 and not t.ids.any()]
+        if warm and len(warm) == len(self.tokens):
+            self.problems.append(Qwen35Error(
+                "dump holds only warm-up", where=self.path, found="every token id is 0",
+                do="dump a real request: skip the first passes, and turn one-shot dumping off",
+            ))  # fmt: skip
+        elif warm:
+            self.notes.append(f"warm-up left out: steps {', '.join(map(str, warm))}")
+            for steps in self.sources.values():
+                for step in warm:
+                    steps.pop(step, None)
+            self.sources = {key: steps for key, steps in self.sources.items() if steps}
+        if same := self._identical_steps():
+            self.problems.append(Qwen35Error(
+                "decode steps are identical although their tokens differ", where=self.path,
+                found=f"{same[0]} in steps {same[1]} and {same[2]}",
+                do="a captured graph was replayed: dump with graphs off (--disable-cuda-graph, --enforce-eager)",
+            ))  # fmt: skip
+
+    def _identical_steps(self) -> tuple[str, int, int] | None:
+        """(key, step, next step) of a tensor that did not change although the tokens did. Looks at a few taps."""
+        keys = [k for k, steps in self.sources.items() if len(steps) > 1 and base_name(k).endswith(("output", "norm"))]
+        for key in keys[:2] + keys[-1:]:
+            steps = sorted(self.sources[key])
+            for a, b in zip(steps, steps[1:], strict=False):
+                one, two = self.tokens.get(a), self.tokens.get(b)
+                differ = (one is None or two is None or one.ids is None or two.ids is None
+                          or not torch.equal(one.ids, two.ids) or _moved(one, two))  # fmt: skip
+                if differ and self._equal(key, a, b):
+                    return key, a, b
+        return None
+
+    def _equal(self, key: str, a: int, b: int) -> bool:
+        try:
+            x, y = (self.sources[key][step].pieces[0].load() for step in (a, b))
+        except Qwen35Error:
+            return False
+        return x.shape == y.shape and bool(x.any()) and torch.equal(x, y)
+
+
+def _moved(one: Tokens, two: Tokens) -> bool:
+    a, b = one.positions, two.positions
+    return a is not None and b is not None and not torch.equal(a, b)
+
+
+def _groups(pieces: Sequence[Piece]) -> dict[tuple[Any, ...], list[Piece]]:
+    """Pieces of one value: same step, layer and name, one a rank (a repeated one counts once)."""
+    groups: dict[tuple[Any, ...], dict[int, Piece]] = {}
+    for p in pieces:
+        groups.setdefault((p.step, p.part, p.layer, p.path, p.key), {}).setdefault(p.rank, p)
+    return {name: list(ranks.values()) for name, ranks in groups.items()}
