@@ -1,0 +1,214 @@
+"""A checkpoint: tensors by canonical name, weights by module, experts by layer, all read when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..config import Config
+from ..errors import Qwen35Error
+from ..quant.precision import ModuleSpec
+from .checksums import Checksum, verify_files, verify_manifest
+from .experts import PROJECTIONS, Experts
+from .folder import Folder, open_folder
+from .header import Stored
+from .names import split_role
+from .reader import Reader, Rows
+from .validate import Report, check_complete, report
+from .weight import Weight, recognise
+
+EXPERT = re.compile(
+    r"(?P<prefix>.+\.mlp\.experts)\.((?P<expert>\d{1,6})\.)?(?P<projection>gate_proj|up_proj|gate_up_proj|down_proj)"
+)
+
+
+class Checkpoint:
+    """Opened from headers alone; every read is a pread of what is asked for, from any thread.
+
+    with Checkpoint.open(path) as ck:
+        ck.read("norm.weight")
+        ck.weight("layers.3.self_attn.q_proj").read().decode(torch.float64)
+        gate_up, down = ck.experts("layers.0.mlp.experts").read(7)
+    """
+
+    def __init__(self, folder: Folder):
+        self.path, self.config, self.folder = folder.path, folder.config, folder
+        self.tensors: Mapping[str, Stored] = folder.tensors
+        self.modules: dict[str, dict[str, Stored]] = {}  # module -> role (".weight", ".weight_scale", ...) -> tensor
+        self.used: set[str] = set()
+        self.reader = Reader()
+        self._fp8_block = _fp8_block(self.config)
+        self._experts: dict[str, Experts] = {}
+        self._expert_names: dict[str, list[str]] = {}  # "layers.0.mlp.experts" -> names of its tensors
+        self._expert_ids: dict[str, set[int]] = {}
+        for name, stored in self.tensors.items():
+            module, role = split_role(name)
+            self.modules.setdefault(module, {})[role] = stored
+            if match := EXPERT.fullmatch(module):
+                self._expert_names.setdefault(match["prefix"], []).append(name)
+                if match["expert"]:
+                    self._expert_ids.setdefault(match["prefix"], set()).add(int(match["expert"]))
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """From a folder (with or without an index) or one .safetensors file.
+
+        Error: whatever headers, index and file sizes can tell to be wrong.
+        """
+        return cls(open_folder(Path(path)))
+
+    def close(self) -> None:
+        self.reader.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def stored(self, name: str) -> Stored:
+        """Where the tensor of this canonical name lies."""
+        if name not in self.tensors:
+            raise self._missing(name)
+        return self.tensors[name]
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor in the dtype in which it is stored, or a run of its rows, in memory of its own."""
+        stored = self.stored(name)
+        self.used.add(name)
+        found = Rows.of(stored).rows(rows).read(self.reader)
+        return found if stored.shape else found.view(())
+
+    def weight(self, module: str) -> Weight:
+        """The weight of a module, such as `layers.0.self_attn.q_proj` or `layers.0.mlp.experts.3.gate_proj`.
+
+        One expert's matrix is found in a fused tensor as well.
+        """
+        weight = self.find(module)
+        self.used.update(stored.name for stored in weight.tensors)
+        return weight
+
+    def find(self, module: str) -> Weight:
+        """As `weight`, without counting it as used."""
+        if module in self.modules:
+            return recognise(module, self.modules[module], self.reader, self._fp8_block)
+        if (match := EXPERT.fullmatch(module)) and match["expert"]:
+            whole = "down_proj" if match["projection"] == "down_proj" else "gate_up_proj"
+            if f"{match['prefix']}.{whole}" in self.modules:
+                weight = self.find(f"{match['prefix']}.{whole}").expert(int(match["expert"]))
+                return weight if match["projection"] == whole else weight.half(int(match["projection"] == "up_proj"))
+        raise self._missing(f"{module}.weight")
+
+    def experts(self, prefix: str) -> Experts:
+        """The routed experts `layers.N.mlp.experts`; all of them count as used, whether a token hits them or not."""
+        if prefix not in self._experts:
+            self._experts[prefix] = self._open_experts(prefix)
+        self.used.update(self._expert_names[prefix])
+        return self._experts[prefix]
+
+    def expert_names(self, prefix: str) -> list[str]:
+        """The tensors of a layer's experts."""
+        return self._expert_names.get(prefix, [])
+
+    def _open_experts(self, prefix: str) -> Experts:
+        fused, own = f"{prefix}.gate_up_proj" in self.modules, self._expert_ids.get(prefix, set())
+        if fused and own:
+            where, expected = f"{self.path}: {prefix}", "gate_up_proj [E, ...], or 0.gate_proj ..."
+            raise Qwen35Error(
+                "experts are stored both fused and one by one", where=where, expected=expected, found="both"
+            )
+        if fused:
+            count = self.find(f"{prefix}.gate_up_proj").shape[0]
+            down = self.find(f"{prefix}.down_proj")
+            if len(down.shape) != 3 or down.shape[0] != count:
+                raise Qwen35Error(
+                    "wrong shape", where=down.values.stored.where, expected=f"[{count}, D, F]", found=down.shape
+                )
+            return Experts(prefix, count, True, self.find)
+        count = max(own, default=0) + 1
+        for e in range(count if len(own) == count else min(count, len(own) + 1)):
+            for name in PROJECTIONS:
+                if f"{prefix}.{e}.{name}" not in self.modules:
+                    raise self._missing(f"{prefix}.{e}.{name}.weight")
+        return Experts(prefix, count, False, self.find)
+
+    def spec(self, module: str) -> ModuleSpec | None:
+        """What a module's bytes are; None for one that is not there, and for experts (`….mlp.experts`) that differ."""
+        if module in self.modules:
+            return self.find(module).spec
+        match = EXPERT.fullmatch(module)
+        if match and match["expert"] and match["prefix"] in self._expert_names:
+            return self.find(module).spec
+        if module not in self._expert_names:
+            return None
+        experts = self._open_experts(module)
+        specs = {weight.spec for e in range(1 if experts.fused else experts.count) for weight in experts.weights(e)}
+        return specs.pop() if len(specs) == 1 else None
+
+    def validate(self, config: Config | None = None) -> None:
+        """Error unless all tensors that the configuration implies are there, in their shapes, and no others.
+
+        Reads headers only. Vision tower and MTP may be left out as a whole.
+        """
+        check_complete(self, Config.from_dict(self.config) if config is None else config)
+
+    def report(self, aside: Iterable[str] = ("visual.*", "mtp.*")) -> Report:
+        """What became of every tensor; `aside` are patterns of those that are left out on purpose."""
+        return report(self, aside)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this checkpoint from another without reading it: sizes, and a hash over all headers.
+
+        File names do not matter, nor does the folder. Two checkpoints of equal headers but different weights look
+        alike; `verify` tells those apart.
+        """
+        parts = sorted(f"{header.size} {header.sha256}" for header in self.folder.headers)
+        return {
+            "headers_sha256": hashlib.sha256("\n".join(parts).encode()).hexdigest(),
+            "bytes": sum(header.size for header in self.folder.headers),
+            "files": len(parts),
+            "tensors": len(self.tensors),
+        }
+
+    def verify(self, manifest: str | Path | None = None) -> Iterator[Checksum]:
+        """sha256 of every tensor or file that a manifest names (`sha256 ... name` a line).
+
+        Without one, of every file, against what the hub's downloader has left. Reads everything.
+        """
+        if manifest is None:
+            return verify_files(self.folder)
+        return verify_manifest(self.folder, self.reader, Path(manifest))
+
+    def _missing(self, name: str) -> Qwen35Error:
+        near = get_close_matches(name, self._siblings(name), n=1, cutoff=0.8)
+        do = f"there is {near[0]}" if near else ""
+        return Qwen35Error("a tensor is missing", where=self.path, expected=name, found="absent", do=do)
+
+    def _siblings(self, name: str) -> list[str]:
+        """Names to compare with: not all of hundreds of thousands."""
+        head = name.rsplit(".", 2)[0]
+        return [other for other in self.tensors if other.startswith(head)][:50]
+
+
+def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
+    """`weight_block_size` of the configuration, else 128 x 128."""
+    quantised = config.get("quantization_config")
+    block = quantised.get("weight_block_size") if isinstance(quantised, Mapping) else None
+    if block is None:
+        return 128, 128
+    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+        where = "config.json: quantization_config.weight_block_size"
+        raise Qwen35Error("bad value", where=where, expected="[rows, columns]", found=repr(block)[:200])
+    return block[0], block[1]

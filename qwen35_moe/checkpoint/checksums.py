@@ -1,0 +1,90 @@
+"""Checksums of what is on disk, held against whatever is known of it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import Qwen35Error
+from .folder import Folder
+from .header import Stored
+from .reader import Reader
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """sha256 of a tensor or a file: as found ("" if there is no such thing), as expected ("" if nothing is known)."""
+
+    name: str
+    found: str
+    expected: str
+    source: str
+
+    @property
+    def ok(self) -> bool:
+        return not self.expected or self.found == self.expected
+
+
+def verify_files(folder: Folder) -> Iterator[Checksum]:
+    """Each file against the sha256 that the hub's own download left beside it, if it did."""
+    for header in folder.headers:
+        expected, source = _hub_checksum(header.file)
+        with open(header.file, "rb") as handle:
+            yield Checksum(header.file.name, hashlib.file_digest(handle, "sha256").hexdigest(), expected, source)
+
+
+def _hub_checksum(file: Path) -> tuple[str, str]:
+    """The hub's cache names a file by its sha256 and links to it; `hf download --local-dir` writes it down."""
+    target = file.resolve().name
+    if SHA256.fullmatch(target):
+        return target, "name in the hub's cache"
+    note = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
+    lines = note.read_text(encoding="utf-8").split() if note.is_file() else []
+    etag = next((line for line in lines if SHA256.fullmatch(line)), "")
+    return etag, str(note) if etag else "nothing known"
+
+
+def verify_manifest(folder: Folder, reader: Reader, manifest: Path) -> Iterator[Checksum]:
+    """Against lines `sha256 ... name`, where a name is a tensor's (as its file has it) or a file's."""
+    try:
+        lines = [line.split() for line in manifest.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise Qwen35Error("cannot read the manifest", where=manifest, found=error) from error
+    tensors = {stored.raw_name: stored for stored in folder.tensors.values()}
+    root = folder.path if folder.path.is_dir() else folder.path.parent
+    for number, words in enumerate(lines, 1):
+        if len(words) < 2 or not SHA256.fullmatch(words[0]):
+            raise Qwen35Error(
+                "bad line in the manifest",
+                where=f"{manifest}:{number}",
+                expected="sha256 ... name",
+                found=" ".join(words)[:200],
+            )
+        expected, name = words[0], words[-1].removeprefix("*")
+        file = root / name
+        if name in tensors:
+            found = tensor_digest(reader, tensors[name])
+        elif Path(name).name == name and file.is_file():
+            with open(file, "rb") as handle:
+                found = hashlib.file_digest(handle, "sha256").hexdigest()
+        else:
+            found = ""
+        yield Checksum(name, found, expected, str(manifest))
+
+
+def tensor_digest(reader: Reader, stored: Stored) -> str:
+    """sha256 of a tensor's bytes, read in pieces."""
+    digest, buffer = hashlib.sha256(), torch.empty(min(CHUNK, stored.nbytes), dtype=torch.uint8)
+    for begin in range(0, stored.nbytes, CHUNK):
+        piece = buffer[: min(CHUNK, stored.nbytes - begin)]
+        reader.read(stored, begin, piece)
+        digest.update(memoryview(piece.numpy()))
+    return digest.hexdigest()

@@ -1,0 +1,66 @@
+"""The experts of one layer, whatever their layout: fused in 3-D tensors or one by one, even of mixed formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import Qwen35Error
+from ..quant.packed import Packed, concatenate
+from .weight import Weight
+
+GATE_UP = ("gate_proj", "up_proj")
+PROJECTIONS = (*GATE_UP, "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """`count` experts of `layers.N.mlp.experts`. gate_up [2F, D] has F rows of gate, then F of up; down is [D, F].
+
+    Found in storage as gate_up_proj and down_proj [E, ..] ("fused"), or as gate_proj, up_proj, down_proj of each.
+    """
+
+    prefix: str
+    count: int
+    fused: bool
+    find: Callable[[str], Weight]  # by module name
+
+    def weights(self, e: int) -> tuple[Weight, ...]:
+        """What expert e is stored as: (gate, up, down), or (gate_up, down) where gate and up are one run of rows."""
+        if not 0 <= e < self.count:
+            raise Qwen35Error("no such expert", where=self.prefix, expected=f"0 to {self.count - 1}", found=e)
+        if not self.fused:
+            return tuple(self.find(f"{self.prefix}.{e}.{name}") for name in PROJECTIONS)
+        gate_up, down = (self.find(f"{self.prefix}.{name}").expert(e) for name in ("gate_up_proj", "down_proj"))
+        if gate_up.interleaved:
+            return gate_up.half(0), gate_up.half(1), down
+        return gate_up, down
+
+    @property
+    def kind(self) -> str:
+        """The format of the first expert. Others may differ; `Checkpoint.spec` tells."""
+        return self.weights(0)[0].kind
+
+    @property
+    def shape_gate_up(self) -> tuple[int, int]:
+        F, D = self.shape_down[::-1]
+        return 2 * F, D
+
+    @property
+    def shape_down(self) -> tuple[int, int]:
+        D, F = self.weights(0)[-1].shape
+        return D, F
+
+    def read(self, e: int) -> tuple[Packed, Packed]:
+        """(gate_up, down) of expert e, as stored."""
+        *first, down = (weight.read() for weight in self.weights(e))
+        return first[0] if len(first) == 1 else concatenate(*first), down
+
+    def nbytes(self, e: int) -> int:
+        """Bytes that `read(e)` reads."""
+        return sum(weight.nbytes for weight in self.weights(e))
+
+    def prefetch(self, e: int) -> None:
+        """Asks the system to have expert e in its cache soon."""
+        for weight in self.weights(e):
+            weight.prefetch()

@@ -1,0 +1,201 @@
+"""Which files belong to a checkpoint, and which of them holds which tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import Qwen35Error
+from .header import Header, Stored, parse_json, read_header
+from .names import canonical
+
+INDEX = "model.safetensors.index.json"
+JSON_LIMIT = 500_000_000
+NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+)\.safetensors")
+
+
+@dataclass
+class Folder:
+    """The tensors of a checkpoint by canonical name, read from headers alone.
+
+    duplicated: copies that the index does not point at. strays: tensors in no index. ignored: files in no index.
+    """
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    headers: list[Header] = field(default_factory=list)
+    tensors: dict[str, Stored] = field(default_factory=dict)
+    duplicated: list[Stored] = field(default_factory=list)
+    strays: list[Stored] = field(default_factory=list)
+    ignored: list[Path] = field(default_factory=list)
+
+
+def open_folder(path: Path) -> Folder:
+    """Reads the headers of a checkpoint folder, or of a single .safetensors file."""
+    if not path.exists():
+        raise Qwen35Error("no such checkpoint", where=path, do="name a folder with *.safetensors, or such a file")
+    root = path if path.is_dir() else path.parent
+    folder = Folder(path, read_config(root))
+    index = find_index(path)
+    weight_map = read_index(index) if index else None
+    if weight_map is not None:
+        files = [root / name for name in sorted(set(weight_map.values()))]
+        folder.ignored = sorted(set(root.glob("*.safetensors")) - set(files))
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            raise Qwen35Error(
+                "the index names files that are not there", where=index, expected=few(absent), found="absent"
+            )
+    else:
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not files:
+            raise Qwen35Error("no *.safetensors in this folder", where=path, do="give the folder of a checkpoint")
+        _check_numbering(files)
+    found: dict[str, dict[str, Stored]] = {}  # canonical name -> file name -> tensor
+    for file in files:
+        header = read_header(file)
+        folder.headers.append(header)
+        for raw, entry in header.entries.items():
+            if not raw.isprintable() or not raw:
+                raise Qwen35Error("bad name of a tensor", where=file, expected="printable text", found=repr(raw)[:200])
+            stored = Stored(canonical(raw), file, raw, *entry)
+            copies = found.setdefault(stored.name, {})
+            if file.name in copies:
+                raise Qwen35Error(
+                    "two names for one tensor",
+                    where=stored.where,
+                    expected="one prefix",
+                    found=copies[file.name].raw_name,
+                )
+            copies[file.name] = stored
+        header.entries.clear()  # `found` has them; hundreds of thousands in a big checkpoint
+    if weight_map is None:
+        _without_index(folder, found)
+    else:
+        _with_index(folder, found, weight_map, index)
+    return folder
+
+
+def _without_index(folder: Folder, found: dict[str, dict[str, Stored]]) -> None:
+    for name, copies in found.items():
+        first, *others = copies.values()
+        if others:
+            raise Qwen35Error(
+                "a tensor is in two files, and no index says which one counts",
+                where=first.where,
+                expected="one file",
+                found=few(c.file.name for c in copies.values()),
+                do=f"keep only the files of one checkpoint in the folder, or add {INDEX}",
+            )
+        folder.tensors[name] = first
+
+
+def _with_index(
+    folder: Folder, found: dict[str, dict[str, Stored]], weight_map: dict[str, str], index: Path | None
+) -> None:
+    wanted: dict[str, str] = {}
+    for raw, file in weight_map.items():
+        name = canonical(raw)
+        if name in wanted:
+            raise Qwen35Error(
+                "two names for one tensor", where=f"{index}: {raw!r}"[:300], expected="one prefix", found=name
+            )
+        wanted[name] = file
+    absent = [f"{file}: {raw}" for raw, file in weight_map.items() if file not in found.get(canonical(raw), {})]
+    if absent:
+        raise Qwen35Error(
+            "the index names tensors that are not in their files", where=index, expected=few(absent), found="absent"
+        )
+    for name, copies in found.items():
+        for file, stored in copies.items():
+            if name not in wanted:
+                folder.strays.append(stored)
+            elif wanted[name] == file:
+                folder.tensors[name] = stored
+            else:
+                folder.duplicated.append(stored)
+    if folder.strays:
+        raise Qwen35Error(
+            "tensors that the index does not know: a shard of another checkpoint?",
+            where=index,
+            expected="every tensor of the files that it names",
+            found=few(s.where for s in folder.strays),
+            do="download the shard again, or remove the index if it is out of date",
+        )
+
+
+def find_index(path: Path) -> Path | None:
+    """The index of a folder: the usual name, else the only one that there is."""
+    if not path.is_dir():
+        return None
+    if (path / INDEX).is_file():
+        return path / INDEX
+    found = sorted(path.glob("*.safetensors.index.json"))
+    if len(found) > 1:
+        raise Qwen35Error("several indexes", where=path, expected=INDEX, found=few(f.name for f in found))
+    return found[0] if found else None
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The `weight_map`: raw tensor name -> file name, plain file names only."""
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise Qwen35Error(
+            "bad index", where=f"{index}: weight_map", expected="{tensor: file}", found=repr(weight_map)[:200]
+        )
+    for raw, name in weight_map.items():
+        plain = isinstance(name, str) and name.isprintable() and Path(name).name == name
+        if not plain or not name.endswith(".safetensors"):
+            where = f"{index}: {raw!r}"[:300]
+            raise Qwen35Error(
+                "bad index", where=where, expected="the name of a .safetensors file beside it", found=repr(name)[:200]
+            )
+    return weight_map
+
+
+def read_config(root: Path) -> dict[str, Any]:
+    """config.json as it is; {} where there is none."""
+    file = root / "config.json"
+    if not file.is_file():
+        return {}
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise Qwen35Error("config.json must hold an object", where=file, expected="{...}", found=type(config).__name__)
+    return config
+
+
+def read_json(file: Path) -> Any:
+    try:
+        size = file.stat().st_size
+        if size > JSON_LIMIT:
+            raise Qwen35Error("file too long", where=file, expected=f"at most {JSON_LIMIT} bytes", found=size)
+        return parse_json(file.read_bytes(), file)
+    except OSError as error:
+        raise Qwen35Error("cannot read the file", where=file, found=error.strerror or error) from error
+
+
+def _check_numbering(files: list[Path]) -> None:
+    """model-00002-of-00004: without an index, the numbers are what tells that a shard is missing."""
+    groups: dict[tuple[str, int], set[int]] = {}
+    for file in files:
+        if match := NUMBERED.fullmatch(file.name):
+            groups.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+    for (stem, count), numbers in groups.items():
+        if len(numbers) != count:
+            raise Qwen35Error(
+                "shards are missing",
+                where=files[0].parent / f"{stem}*-of-{count}.safetensors",
+                expected=f"{count} files",
+                found=f"numbers {few(map(str, sorted(numbers)))}",
+            )
+
+
+def few(items: Iterable[object], count: int = 4) -> str:
+    """The first of them, and how many more."""
+    texts = [str(item)[:200] for item in items]
+    more = f" and {len(texts) - count} more" if len(texts) > count else ""
+    return ", ".join(texts[:count]) + more

@@ -1,0 +1,168 @@
+"""The header of a safetensors file: read within bounds, and believed only once it is consistent with the file.
+
+    8 bytes      length N of the header, little endian
+    N bytes      JSON: {name: {"dtype": ..., "shape": [...], "data_offsets": [begin, end]}, "__metadata__": {...}}
+    the rest     the tensors' bytes; offsets count from here, cover all of it, and do not overlap
+
+Source: the format's README (github.com/huggingface/safetensors). A run that reads for hours must not find in its last
+layer what the header could have told in the first second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..errors import Qwen35Error
+
+# The format's own limit. The header of a whole 397B checkpoint in one file would have 25 MB.
+LIMIT = 100_000_000
+MAX_DIMENSIONS = 8
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+    "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where one tensor lies: bytes begin..end of `file`. `name` is canonical, `raw_name` as the file has it."""
+
+    name: str
+    file: Path
+    raw_name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def where(self) -> str:
+        return f"{self.file.name}: {self.raw_name}"
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself: its size, the sha256 of its header (length and JSON), and the entries."""
+
+    file: Path
+    size: int
+    sha256: str
+    entries: dict[str, tuple[str, tuple[int, ...], int, int]]  # raw name -> dtype, shape, begin, end in the file
+
+
+def parse_json(text: bytes, where: object) -> Any:
+    """JSON in UTF-8 without repeated keys. A repeated key means two truths, of which readers pick different ones."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise Qwen35Error("a key is repeated", where=where, expected="every key once", found=repr(twice)[:200])
+        return found
+
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except Qwen35Error:
+        raise
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
+        raise Qwen35Error("not valid JSON", where=where, expected="JSON in UTF-8", found=str(error)[:200]) from error
+
+
+def read_header(file: Path) -> Header:
+    """Reads and checks the header; allocates no more than the file is long, and at most LIMIT bytes."""
+    try:
+        with open(file, "rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            first = handle.read(8)
+            length = int.from_bytes(first, "little")
+            if size < 8 or length > min(size - 8, LIMIT):
+                raise Qwen35Error(
+                    "not a safetensors file, or cut off within its header",
+                    where=file,
+                    expected=f"a header of at most {max(min(size - 8, LIMIT), 0)} bytes",
+                    found=f"{length} announced, file of {size} bytes" if size >= 8 else f"a file of {size} bytes",
+                    do="download the file again",
+                )
+            text = handle.read(length)
+    except OSError as error:
+        raise Qwen35Error("cannot read the file", where=file, found=error.strerror or error) from error
+    header = parse_json(text, f"header of {file}")
+    if not isinstance(header, dict):
+        raise Qwen35Error("bad header", where=file, expected="an object", found=type(header).__name__)
+    start = 8 + length
+    entries = {
+        name: _entry(entry, f"{file.name}: {name!r}"[:300], start)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+    _check_cover(file, start, size, entries)
+    return Header(file, size, hashlib.sha256(first + text).hexdigest(), entries)
+
+
+def _entry(entry: Any, where: str, start: int) -> tuple[str, tuple[int, ...], int, int]:
+    """One tensor's dtype, shape, and bytes in the file."""
+
+    def need(ok: bool, what: str, expected: object, found: object) -> None:
+        if not ok:
+            raise Qwen35Error(f"bad header: {what}", where=where, expected=expected, found=repr(found)[:200])
+
+    keys = ("dtype", "shape", "data_offsets")
+    need(isinstance(entry, dict) and all(key in entry for key in keys), "a tensor's entry", ", ".join(keys), entry)
+    dtype, shape, offsets = (entry[key] for key in keys)
+    need(isinstance(dtype, str) and dtype in BITS, "dtype", ", ".join(BITS), dtype)
+    need(
+        _naturals(shape) and len(shape) <= MAX_DIMENSIONS, "shape", f"at most {MAX_DIMENSIONS} sizes below 2^63", shape
+    )
+    need(_naturals(offsets) and len(offsets) == 2, "data_offsets", "[begin, end]", offsets)
+    expected = prod(shape) * BITS[dtype] // 8
+    begin, end = offsets
+    need(
+        end - begin == expected, "size in bytes", f"{expected} for {dtype} {shape}", f"{end - begin} ({begin} to {end})"
+    )
+    return dtype, tuple(shape), start + begin, start + end
+
+
+def _naturals(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _check_cover(file: Path, start: int, size: int, entries: dict[str, tuple[str, tuple[int, ...], int, int]]) -> None:
+    """The tensors fill the file: none overlaps another, no gap, nothing after the last."""
+    at, before = start, "the header"
+    for name, (_, _, begin, end) in _in_order(entries.items()):
+        if begin != at:
+            raise Qwen35Error(
+                "the header lies about offsets: " + ("tensors overlap" if begin < at else "bytes that belong to none"),
+                where=f"{file.name}: {name!r}"[:300],
+                expected=f"begin at byte {at - start} of the data, where {before!r:.100} ends",
+                found=begin - start,
+            )
+        at, before = end, name
+    if at != size:
+        raise Qwen35Error(
+            "the file is cut off" if at > size else "the file has bytes that its header does not know",
+            where=file if at <= size else f"{file.name}: {before!r}"[:300],
+            expected=f"{at} bytes",
+            found=f"{size} bytes",
+            do="download the file again",
+        )
+
+
+def _in_order(items: Iterable[tuple[str, tuple[str, tuple[int, ...], int, int]]]) -> list:
+    return sorted(items, key=lambda item: item[1][2:])
