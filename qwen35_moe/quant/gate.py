@@ -52,8 +52,12 @@ def can_fuse_shared_expert(
     True only if every MoE layer agrees; the draft has its own decision, in `decide_layers`.
     Error: unknown rule, option or quantisation method.
     """
-    model = Model.from_config(config, quant_config)
-    decisions = [d for d in _decide(model, rule, stored, options) if not d.layer.startswith("mtp.")]
+    return summarise(_decide(Model.from_config(config, quant_config), rule, stored, options), rule)
+
+
+def summarise(decisions: Iterable[Decision], rule: str) -> Decision:
+    """One answer for the target model: yes if every layer says yes. The draft does not count."""
+    decisions = [d for d in decisions if not d.draft]
     if not decisions:
         return Decision(False, rule, "the model has no MoE layer")
     against = [d for d in decisions if not d]

@@ -23,6 +23,7 @@ def no(reason: str, *evidence: Evidence) -> Decision:
     return Decision(False, "", reason, evidence)
 
 
+# A refusal is a Decision, and so is false: callers compare with None.
 def refuse_sizes(model: Model) -> Decision | None:
     """A slot has the routed experts' shape, so the shared expert must have it too."""
     if model.shared_size <= 0:

@@ -22,7 +22,7 @@ def vllm(model: Model, layer: Layer, options: Options) -> Decision:
         return no("VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS is not set")
     if not (options.hip and options.aiter):
         return no("the platform does not fuse", Evidence("needs ROCm with VLLM_ROCM_USE_AITER"))
-    if refusal := refuse_sizes(model):
+    if (refusal := refuse_sizes(model)) is not None:
         return refusal
     quant = model.quant.read_as("vllm")
     if quant.method == "none":
@@ -65,7 +65,7 @@ def atom(model: Model, layer: Layer, options: Options) -> Decision:
     The shared expert is asked for by its parent's name, so a pattern that only covers its children
     (`*.shared_expert.*`, Quark's own template) is not seen.
     """
-    if refusal := _atom_transport(model, options):
+    if (refusal := _atom_transport(model, options)) is not None:
         return refusal
     quant = model.quant.read_as("atom")
     shared, shared_hit = _atom_spec(quant, f"{layer.name}.mlp.shared_expert")
@@ -81,7 +81,7 @@ def atom_first_entry(model: Model, layer: Layer, options: Options) -> Decision:
 
     It is often `shared_expert_gate`, or belongs to the draft, and then switches fusion off for no reason.
     """
-    if refusal := _atom_transport(model, options):
+    if (refusal := _atom_transport(model, options)) is not None:
         return refusal
     quant = model.quant.read_as("atom")
     hit = first_entry(quant, lambda e: "shared_expert" in e)

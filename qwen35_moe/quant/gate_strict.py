@@ -94,12 +94,12 @@ def strict(model: Model, layer: Layer, options: Options, stored: Stored | None) 
     """The strict rule for one layer. Platform and transport do not enter: can is not may."""
     if options.disable_shared_experts_fusion:
         return no("fusion is switched off")
-    if refusal := refuse_sizes(model):
+    if (refusal := refuse_sizes(model)) is not None:
         return refusal
     try:
         facts = layer_facts(model, layer, stored)
     except Qwen35Error as error:
-        return no("the configuration gives no single spec", Evidence(f"{error.where}: {error.what}", "warning"))
+        return no("a module has no single spec", Evidence(f"{error.where}: {error.what}", "warning"))
     evidence = [*_entries(facts), *_warnings(facts)]
     everything = (*facts.shared, *facts.routed)
     unknown = [f for f in everything if f.stored is None]

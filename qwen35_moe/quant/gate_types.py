@@ -103,6 +103,11 @@ class Decision:
         return self.fused
 
     @property
+    def draft(self) -> bool:
+        """Whether this is about a layer of the MTP draft, which the target's layers do not wait for."""
+        return self.layer.startswith("mtp.")
+
+    @property
     def word(self) -> str:
         return ("fused, converted to MXFP4 on load" if self.online else "fused") if self.fused else "not fused"
 

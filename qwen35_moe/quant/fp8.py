@@ -1,0 +1,106 @@
+"""FP8 weights: E4M3 values times a scale, in the three forms that checkpoints of the family have.
+
+    block    `weight_scale_inv` [ceil(O / 128), ceil(I / 128)]   Qwen's own FP8 checkpoints; a multiplier, despite its name
+    channel  `weight_scale` [O] or [O, 1]                        Quark: attention and DeltaNet beside MXFP4 experts
+    tensor   `weight_scale` [] or [1]
+
+    w[o, i] = E4M3[o, i] * scale[o // 128, i // 128]   (or scale[o], or scale)
+
+Scales are stored as bfloat16 or float32. E4M3 is the "fn" kind: no infinity, largest value 448, 0x7f and 0xff are NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import Qwen35Error
+
+BLOCK = 128
+
+
+@dataclass(frozen=True, eq=False)
+class FP8:
+    """A packed weight [O, I]: `values` float8_e4m3fn and `scale`, whose shape says which of the three forms it is."""
+
+    values: Tensor
+    scale: Tensor
+
+    def __post_init__(self) -> None:
+        if self.values.dtype != torch.float8_e4m3fn or self.values.dim() != 2:
+            raise Qwen35Error(
+                "not an FP8 weight",
+                expected="float8_e4m3fn [O, I]",
+                found=f"{self.values.dtype} {list(self.values.shape)}",
+            )
+        if self.scale.dtype not in (torch.bfloat16, torch.float32):
+            raise Qwen35Error("not the scale of an FP8 weight", expected="bfloat16 or float32", found=self.scale.dtype)
+        rows, columns = self.values.shape
+        blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
+        if self.scale.shape not in (blocks, (rows, 1), (rows,), (1,), ()):
+            raise Qwen35Error(
+                "the scale does not belong to this FP8 weight",
+                expected=f"{list(blocks)} for blocks, [{rows}] or [{rows}, 1] for channels, [] or [1] for the tensor",
+                found=list(self.scale.shape),
+            )
+
+    @property
+    def kind(self) -> str:
+        """ "fp8-block", "fp8-channel" or "fp8-tensor"."""
+        rows, columns = self.values.shape
+        if self.scale.numel() == 1 and (self.scale.dim() < 2 or rows > BLOCK or columns > BLOCK):
+            return "fp8-tensor"
+        blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
+        return "fp8-block" if self.scale.shape == blocks else "fp8-channel"
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scale.nbytes
+
+    def decode(self, dtype: torch.dtype, out: Tensor | None = None, rows: slice | None = None) -> Tensor:
+        """The values, or those of a slice of rows (any slice with step 1).
+
+        The product is computed in float32 (in float64 if `dtype` is that) and rounded once, to `dtype`; with a bfloat16
+        scale it has 12 significant bits and is exact in float32.
+        """
+        first, last, step = slice(None).indices(self.shape[0]) if rows is None else rows.indices(self.shape[0])
+        if step != 1:
+            raise Qwen35Error("rows are decoded in runs", expected="a slice with step 1", found=rows)
+        if out is None:
+            out = torch.empty((max(last - first, 0), self.shape[1]), dtype=dtype, device=self.values.device)
+        start = first
+        while start < last:  # a run of rows within one row of blocks: what is wider than the result stays small
+            stop = min(last, (start // BLOCK + 1) * BLOCK)
+            weight = widen(self.values[start:stop], torch.promote_types(dtype, torch.float32))
+            weight *= self._scale(start, stop).to(weight.dtype)
+            out[start - first : stop - first] = weight
+            start = stop
+        return out
+
+    def _scale(self, start: int, stop: int) -> Tensor:
+        """The scales of some rows within one row of blocks, ready to be multiplied with them."""
+        if self.kind == "fp8-block":
+            return self.scale[start // BLOCK].repeat_interleave(BLOCK)[: self.shape[1]]
+        return self.scale.reshape(-1, 1)[start:stop] if self.kind == "fp8-channel" else self.scale
+
+
+def widen(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """E4M3 to float32 or float64, exactly; much faster than torch's own conversion, which is a scalar loop on a CPU.
+
+    Shifted by 7 in 16 bits, sign and all, E4M3 is a float16 of 2^-8 the value, subnormals included. Only its NaN is not.
+    """
+    lanes = values.view(torch.int8).to(torch.int16)
+    lanes <<= 7
+    lanes &= ~0x407F  # the sign was extended into the exponent, and there is nothing below the mantissa
+    wide = lanes.view(torch.float16).to(dtype)
+    wide *= 256
+    magnitude = values.view(torch.uint8) & 0x7F
+    if magnitude.numel() and int(magnitude.max()) == 0x7F:
+        wide[magnitude == 0x7F] = torch.nan
+    return wide
