@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fixture_models import FIXTURES, read
 from peers.float64 import float64_clean, load_float64
 from peers.transformers_model import load_transformers
 from peers.transformers_parts import load_mtp, mtp_logits
@@ -22,34 +22,8 @@ from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.model import Model
 from qwen35_moe.moe import fuse
 from qwen35_moe.mtp import MTP, accept, draft, draft_head, greedy, residual, with_hidden
-from qwen35_moe.quant import mxfp4
-
-FIXTURES = Path(__file__).parent / "data" / "fixtures"
 
 Pair = tuple[Model, MTP]
-
-
-def read(name: str, dtype: torch.dtype) -> Pair:
-    """Main model and draft head from a fixture, without the loader: its own tests are elsewhere."""
-    folder = FIXTURES / name
-    config = Config.from_dict(json.loads((folder / "config.json").read_text()))
-    raw: dict[str, Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        raw |= load_file(path)
-    raw = {k.removeprefix("model.language_model."): v for k, v in raw.items() if not k.startswith("model.visual.")}
-    scales = {k.removesuffix("_scale"): raw.pop(k) for k in list(raw) if k.endswith(".weight_scale")}
-    values = {k: mxfp4.decode(v, scales[k], dtype) if k in scales else v.to(dtype) for k, v in raw.items()}
-    for mlp in {k.split(".experts.")[0] for k in values if ".experts.0." in k}:
-        stacks = {
-            part: torch.stack([values.pop(f"{mlp}.experts.{e}.{part}_proj.weight") for e in range(config.num_experts)])
-            for part in ("gate", "up", "down")
-        }
-        values[f"{mlp}.experts.gate_up_proj"] = torch.cat((stacks["gate"], stacks["up"]), 1)
-        values[f"{mlp}.experts.down_proj"] = stacks["down"]
-    model, mtp = Model(config, "exact" if dtype == torch.float64 else "float32"), MTP(config)
-    mtp.load_state_dict({k.removeprefix("mtp."): v for k, v in values.items() if k.startswith("mtp.")}, assign=True)
-    model.load_state_dict({k: v for k, v in values.items() if not k.startswith("mtp.")}, assign=True)
-    return model, mtp
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +33,7 @@ def expected() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def exact() -> Pair:
-    return read("bf16-hub", torch.float64)
+    return read("bf16-hub", torch.float64)[:2]
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +66,16 @@ def head(pair: Pair, ids_BT: Tensor) -> Tensor:
 def test_fixtures(
     expected: dict[str, Tensor], ids: Tensor, checkpoint: str, key: str, rows: slice, dtype: torch.dtype
 ) -> None:
-    logits = head(read(checkpoint, dtype), ids[rows])
+    logits = head(read(checkpoint, dtype)[:2], ids[rows])
     assert logits.dtype == dtype
     assert apart(logits, expected[f"{checkpoint}/{key}"].view_as(logits)) < FLOAT32_LOG_P
 
 
 def test_float32_equals_transformers(ids: Tensor) -> None:
     theirs = load_transformers(FIXTURES / "bf16-hub", torch.float32)
-    assert apart(head(read("bf16-hub", torch.float32), ids), mtp_logits(theirs, load_mtp(theirs), ids)) < FLOAT32_LOG_P
+    assert (
+        apart(head(read("bf16-hub", torch.float32)[:2], ids), mtp_logits(theirs, load_mtp(theirs), ids)) < FLOAT32_LOG_P
+    )
 
 
 def test_exact_equals_float64_clean_transformers(exact: Pair, ids: Tensor) -> None:
@@ -124,7 +100,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("bug", BROKEN)
 def test_the_fixture_would_catch(expected: dict[str, Tensor], ids: Tensor, bug: str) -> None:
-    model, mtp = read("bf16-hub", torch.float64)
+    model, mtp, _ = read("bf16-hub", torch.float64)
     BROKEN[bug](mtp)
     assert apart(head((model, mtp), ids), expected["bf16-hub/mtp_logits.transformers_f32"]) > 10 * FLOAT32_LOG_P
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fixture_models import FIXTURES, read
 from peers.float64 import float64_clean
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tolerances import VISION_BF16_FLIPS, VISION_FLOAT32, VISION_FLOAT64
 from torch import Tensor
@@ -21,8 +19,6 @@ from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5Moe
 from qwen35_moe import arithmetic, taps, vision
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.vision import VisionConfig, VisionTower
-
-FIXTURES = Path(__file__).parent / "data" / "fixtures"
 
 # Odd in every way that could go wrong: depth 3, heads of width 12, a table of 7 x 7, frames wider and narrower
 # than the table, an image of a single block, a video of three frames between images.
@@ -45,16 +41,7 @@ def expected() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def fixture_tower() -> VisionTower:
-    folder = FIXTURES / "bf16-hub"
-    config = json.loads((folder / "config.json").read_text())
-    tower = VisionTower(VisionConfig.from_dict(config["vision_config"], config["text_config"]["hidden_size"]))
-    weights = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            prefix, names = "model.visual.", file.keys()
-            weights |= {k.removeprefix(prefix): file.get_tensor(k) for k in names if k.startswith(prefix)}
-    tower.load_state_dict(weights, strict=True)
-    return tower
+    return read("bf16-hub", torch.float32)[2]
 
 
 @pytest.fixture(scope="module")

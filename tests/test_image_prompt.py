@@ -1,0 +1,148 @@
+"""A prompt with an image, from pixels to logits: against other engines, and token by token against all at once."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from fixture_models import FIXTURES, read
+from peers.float64 import float64_clean, load_float64
+from peers.transformers_parts import image_logits
+from safetensors.torch import load_file
+from tolerances import FLOAT32_LOG_P, FLOAT64_CLEAN, FLOAT64_REORDERED, IMAGE_LOGITS_FLOAT32
+from torch import Tensor
+
+from qwen35_moe import arithmetic, taps
+from qwen35_moe.cache import Cache
+from qwen35_moe.model import Model
+from qwen35_moe.mtp import MTP, draft_head, with_hidden
+from qwen35_moe.positions import decode_positions, embed_images, rope_positions, token_types
+from qwen35_moe.vision import VisionTower
+
+Parts = tuple[Model, MTP, VisionTower]
+IMAGE, VIDEO = 252, 253
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Tensor]:
+    return {k.removeprefix("image/"): v for k, v in load_file(FIXTURES / "expected.safetensors").items()}
+
+
+@pytest.fixture(scope="module")
+def exact() -> Parts:
+    return read("bf16-hub", torch.float64)
+
+
+@torch.inference_mode()
+def prepare(parts: Parts, ids: Tensor, pixels: Tensor, grids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings [B, T, D], positions [3, B, T], rope_delta [B]."""
+    model, _, tower = parts
+    types = token_types(ids, IMAGE, VIDEO)
+    with arithmetic.using(model.arithmetic):
+        embeds = embed_images(model.embed_tokens(ids), types, tower(pixels, grids))
+    return embeds, *rope_positions(types, grids, spatial_merge_size=tower.config.spatial_merge_size)
+
+
+def logits_of(parts: Parts, *inputs: Tensor) -> Tensor:
+    embeds, positions, _ = prepare(parts, *inputs)
+    return parts[0](inputs_embeds=embeds, position_ids=positions)
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    assert found.shape == truth.shape
+    return ((found.double() - truth.double()).abs().max() / truth.abs().max()).item()
+
+
+def apart(found: Tensor, truth: Tensor) -> float:
+    return (found.double().log_softmax(-1) - truth.double().log_softmax(-1)).abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("engine", ["transformers_f32", "llamacpp_f32"])
+def test_fixture(expected: dict[str, Tensor], engine: str, dtype: torch.dtype) -> None:
+    inputs = expected["input_ids"].long(), expected["pixel_values"], expected["image_grid_thw"]
+    logits = logits_of(read("bf16-hub", dtype), *inputs)[0]
+    assert relative(logits, expected[f"logits.{engine}"]) < IMAGE_LOGITS_FLOAT32
+    assert apart(logits, expected[f"logits.{engine}"]) < FLOAT32_LOG_P
+
+
+def several_images() -> tuple[Tensor, Tensor, Tensor]:
+    """Two images of different size between text: ids [1, T], pixels, grids."""
+    generator = torch.Generator().manual_seed(5)
+    grids = torch.tensor([[1, 4, 6], [1, 8, 2]])
+    pixels = torch.randn(40, 96, dtype=torch.float64, generator=generator)
+    ids = [3, 17, 250, *[IMAGE] * 6, 251, 99, 250, *[IMAGE] * 4, 251, 7, 8]
+    return torch.tensor([ids]), pixels, grids
+
+
+def test_exact_equals_float64_clean_transformers(exact: Parts) -> None:
+    ids, pixels, grids = several_images()
+    theirs = load_float64(FIXTURES / "bf16-hub")
+    with float64_clean(theirs):
+        truth = image_logits(theirs, ids, pixels, grids, token_types(ids, IMAGE, VIDEO))
+    assert apart(logits_of(exact, ids, pixels, grids), truth) < FLOAT64_CLEAN
+
+
+def test_decoding_after_an_image_equals_prefill_at_every_tap(exact: Parts) -> None:
+    """300 tokens one by one, positions from the cache alone, and from `rope_delta`: as all at once."""
+    model = exact[0]
+    ids, pixels, grids = several_images()
+    prompt = ids.shape[1]
+    more = torch.randint(2, 250, (1, 300), generator=torch.Generator().manual_seed(6))
+    embeds, positions, delta = prepare(exact, ids, pixels, grids)
+    after = decode_positions(torch.tensor([prompt]), delta, 300)
+    all_embeds = torch.cat((embeds, model.embed_tokens(more)), 1)
+    whole: dict[str, Tensor] = {}
+    with taps.attach(lambda site, x: whole.update({site.key: x})):
+        model(inputs_embeds=all_embeds, position_ids=torch.cat((positions, after), 2))
+
+    cache, steps = Cache(), dict[str, list[Tensor]]()
+    model(inputs_embeds=embeds, position_ids=positions, cache=cache)
+    with taps.attach(lambda site, x: steps.setdefault(site.key, []).append(x)):
+        for token in more.split(1, 1):
+            model(token, cache=cache)
+
+    compared = {key: difference(key, xs, whole[key], prompt) for key, xs in steps.items() if key in whole}
+    assert set(compared) == set(whole)
+    assert max(compared.values()) < FLOAT64_REORDERED, max(compared.items(), key=lambda item: item[1])
+
+
+def difference(key: str, steps: list[Tensor], whole: Tensor, prompt: int) -> float:
+    """What a tap held step by step less what it held at once for the same tokens, relative to its largest value."""
+    name = re.sub(r"^layers\.\d+\.", "", key)
+    if name.startswith(("attn_qk", "attn_scores", "attn_probs")):  # [B, N, T, S], S growing
+        pairs = [(x, whole[:, :, i : i + 1, : i + 1]) for i, x in enumerate(steps, prompt)]
+    elif name.endswith(".gain") or name == "gdn_state":  # no dimension of tokens: the last is that after all tokens
+        pairs = [(steps[-1], whole)]
+    elif not name.startswith(("moe_", "mlp_output")):  # [B, T, ...]
+        pairs = [(torch.cat(steps, 1), whole[:, prompt:])]
+    else:  # [rows, ...], of all tokens or of those that visit an expert
+        rows = torch.cat(steps)
+        pairs = [(rows, whole[-len(rows) :])]
+    for x, truth in pairs:
+        assert x.shape == truth.shape, key
+    if not whole.is_floating_point():
+        return 0.0 if all(torch.equal(x, truth) for x, truth in pairs) else float("inf")
+    scale = whole[whole.isfinite()].abs().max()
+    return max(((x - truth).abs().max() / scale).item() for x, truth in pairs)
+
+
+def test_the_draft_head_sees_the_image(exact: Parts) -> None:
+    """Rows before, within and after an image, in pieces and at once; embeddings of placeholders are the image's."""
+    model, mtp, _ = exact
+    ids, pixels, grids = several_images()
+    embeds, positions, _ = prepare(exact, ids, pixels, grids)
+    _, hidden = with_hidden(model, inputs_embeds=embeds, position_ids=positions)
+    nexts, at = embeds[:, 1:], positions[:, :, :-1]
+    whole, _ = draft_head(model, mtp, None, hidden[:, :-1], position_ids=at, next_embeds=nexts)
+    cache = Cache()
+    pieces = [
+        draft_head(
+            model, mtp, None, hidden[:, a:b], cache=cache, position_ids=at[:, :, a:b], next_embeds=nexts[:, a:b]
+        )[0]
+        for a, b in ((0, 5), (5, 12), (12, ids.shape[1] - 1))
+    ]
+    assert apart(torch.cat(pieces, 1), whole) < FLOAT64_REORDERED
+    placeholders, _ = draft_head(model, mtp, ids[:, 1:], hidden[:, :-1], position_ids=at)
+    assert apart(placeholders, whole) > 0.1
