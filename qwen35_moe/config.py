@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -31,18 +31,12 @@ INERT_KEYS = frozenset(
     repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences early_stopping num_beam_groups diversity_penalty forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    tie_encoder_decoder base_model_tp_plan base_model_pp_plan mtp deepstack_visual_indexes""".split()  # noqa: SIM905
+    tie_encoder_decoder base_model_tp_plan base_model_pp_plan mtp deepstack_visual_indexes rope_parameters""".split()  # noqa: SIM905
 )
 
 # No checkpoint of the family has any other value.
-ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "attn_output_gate": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": (),
-}
-HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads", "linear_num_value_heads", "linear_num_key_heads")
+ONLY = {"hidden_act": "silu", "attention_bias": False, "attn_output_gate": True}
+ONLY |= {"decoder_sparse_step": 1, "mlp_only_layers": ()}
 
 
 @dataclass(frozen=True)
@@ -82,61 +76,42 @@ class Config:
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Config:
+    def from_pretrained(cls, path: str | Path, ignore: Iterable[str] = ()) -> Config:
         """Reads config.json from a folder, or the given JSON file."""
-        path = Path(path)
-        path = path / "config.json" if path.is_dir() else path
+        path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), ignore)
         except OSError as error:
-            raise Qwen35Error(
-                "cannot read the configuration",
-                where=path,
-                found=error.strerror,
-                do="name a checkpoint folder or config.json",
-            ) from error
-        except ValueError as error:
-            raise Qwen35Error("config.json is not valid JSON", where=path, found=error) from error
-        return cls.from_dict(raw, **kwargs)
+            do = "name a checkpoint folder or its config.json"
+            raise Qwen35Error("cannot read the configuration", where=path, found=error.strerror, do=do) from error
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise Qwen35Error("not valid JSON", where=path, found=error) from error
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> Config:
+    def from_dict(cls, raw: Mapping[str, Any], ignore: Iterable[str] = ()) -> Config:
         """From the dictionary of a config.json, nested (`text_config`) or flat. `ignore` names further inert keys."""
-        if not isinstance(raw, Mapping):
-            raise Qwen35Error("config.json must hold an object", expected="{...}", found=type(raw).__name__)
-        text = raw.get("text_config", raw)
+        text = raw.get("text_config", raw) if isinstance(raw, Mapping) else raw
         if not isinstance(text, Mapping):
-            raise Qwen35Error("bad value", where="config.json: text_config", expected="an object", found=repr(text))
-        values = {f.name: text[f.name] for f in fields(cls) if f.name in text and f.name != "raw"}
-        if "tie_word_embeddings" in raw:  # the top level is what the loaders obey
+            raise Qwen35Error("not an object", where="config.json", expected="{...}", found=type(text).__name__)
+        own = [f for f in fields(cls) if f.name != "raw"]
+        _check_keys(text, {f.name for f in own} | INERT_KEYS | set(ignore))
+        values = {**text, **_rope_values(text)}
+        if "tie_word_embeddings" in raw:  # the top level is what loaders obey
             values["tie_word_embeddings"] = raw["tie_word_embeddings"]
-        rope = _rope_values(text)
-        _check_keys(text, {f.name for f in fields(cls)} | INERT_KEYS | {"rope_parameters"} | set(ignore))
-        values.update(rope)
-        missing = [
-            f.name
-            for f in fields(cls)
-            if f.default is MISSING and f.default_factory is MISSING and f.name not in values
-        ]
-        if missing:
+        if missing := [f.name for f in own if f.default is MISSING and f.name not in values]:
             raise Qwen35Error("keys are missing", where="config.json", expected=", ".join(missing), found="absent")
-        values = {f.name: _typed(f.name, str(f.type), values[f.name]) for f in fields(cls) if f.name in values}
+        values = {f.name: _typed(f.name, str(f.type), values[f.name]) for f in own if f.name in values}
         if not values.get("layer_types"):
             interval, count = values.get("full_attention_interval", 4), values["num_hidden_layers"]
-            values["layer_types"] = tuple(FULL if (i + 1) % interval == 0 else LINEAR for i in range(count))
-        config = cls(**values, raw=dict(raw))
+            values["layer_types"] = tuple(LINEAR if (i + 1) % max(interval, 1) else FULL for i in range(count))
+        config = cls(**values, raw=raw)
         config._check()
         return config
 
-    # Sizes that follow from others.
     @property
     def rotary_dim(self) -> int:
         """R: how many elements of a head are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)
-
-    @property
-    def key_dim(self) -> int:
-        return self.linear_num_key_heads * self.linear_key_head_dim
 
     @property
     def value_dim(self) -> int:
@@ -145,12 +120,11 @@ class Config:
     @property
     def conv_dim(self) -> int:
         """C: channels of the convolution, q and k and v side by side."""
-        return 2 * self.key_dim + self.value_dim
+        return 2 * self.linear_num_key_heads * self.linear_key_head_dim + self.value_dim
 
     @property
     def quantization_config(self) -> Mapping[str, Any] | None:
-        text = self.raw.get("text_config") or {}
-        return self.raw.get("quantization_config") or text.get("quantization_config")
+        return self.raw.get("quantization_config") or self.raw.get("text_config", {}).get("quantization_config")
 
     def rope_axes(self, j: Tensor) -> Tensor:
         """The axis (0 time, 1 height, 2 width) to which rotary frequency j belongs."""
@@ -158,63 +132,46 @@ class Config:
         return torch.where((j % 3 == 1) & (j < 3 * height), 1, torch.where((j % 3 == 2) & (j < 3 * width), 2, 0))
 
     def _check(self) -> None:
-        half = self.rotary_dim // 2
-        rows: list[tuple[str, bool, object]] = [
-            (f.name, getattr(self, f.name) > 0, "a positive integer")
-            for f in fields(self)
-            if f.type == "int" and f.name != "mtp_num_hidden_layers"
+        half, layers = self.rotary_dim // 2, self.num_hidden_layers
+        counts = [f.name for f in fields(self) if f.type == "int" and f.name != "mtp_num_hidden_layers"]
+        rules: list[tuple[str, Callable[[Any], bool], object]] = [
+            *((key, lambda value: value > 0, "a positive integer") for key in counts),
+            ("layer_types", lambda kinds: len(kinds) == layers, f"{layers} entries, as num_hidden_layers says"),
+            ("layer_types", lambda kinds: set(kinds) <= {LINEAR, FULL}, f"{LINEAR!r} or {FULL!r} each"),
+            ("num_experts_per_tok", lambda k: k <= self.num_experts, f"at most num_experts = {self.num_experts}"),
+            ("num_key_value_heads", lambda n: self.num_attention_heads % n == 0, "a divisor of num_attention_heads"),
+            ("linear_num_key_heads", lambda n: self.linear_num_value_heads % n == 0, "a divisor of the value heads"),
+            (
+                "partial_rotary_factor",
+                lambda _: 0 < 2 * half == self.rotary_dim <= self.head_dim,
+                "an even part of a head",
+            ),
+            ("mrope_section", lambda counts: sum(counts) == half, f"three counts that add up to {half}"),
+            ("output_gate_type", lambda kind: kind in ("silu", "swish", "sigmoid"), "silu, swish or sigmoid"),
+            *((key, lambda value, only=only: value == only, f"{only!r}; all there is") for key, only in ONLY.items()),
         ]
-        for key, ok, expected in rows:
-            self._need(key, ok, expected)
-        N, G, J, M = (getattr(self, key) for key in HEAD_COUNTS)
-        for key, ok, expected in (
-            ("layer_types", len(self.layer_types) == self.num_hidden_layers, f"{self.num_hidden_layers} entries"),
-            ("layer_types", set(self.layer_types) <= {LINEAR, FULL}, f"{LINEAR!r} or {FULL!r} each"),
-            ("num_experts_per_tok", self.num_experts_per_tok <= self.num_experts, f"at most {self.num_experts}"),
-            ("num_key_value_heads", N % G == 0, f"a divisor of num_attention_heads = {N}"),
-            ("linear_num_key_heads", J % M == 0, f"a divisor of linear_num_value_heads = {J}"),
-            ("partial_rotary_factor", self.rotary_dim == 2 * half and 0 < half <= self.head_dim, "an even part"),
-            ("mrope_section", sum(self.mrope_section) == half, f"three counts that add up to {half}"),
-            ("output_gate_type", self.output_gate_type in ("silu", "swish", "sigmoid"), "silu, swish or sigmoid"),
-            *((key, getattr(self, key) == only, f"{only!r}; nothing else is supported") for key, only in ONLY.items()),
-        ):
-            self._need(key, ok, expected)
-
-    def _need(self, key: str, ok: bool, expected: object) -> None:
-        if not ok:
-            raise Qwen35Error("bad value", where=f"config.json: {key}", expected=expected, found=getattr(self, key))
+        for key, holds, expected in rules:
+            if not holds(getattr(self, key)):
+                raise Qwen35Error("bad value", where=f"config.json: {key}", expected=expected, found=getattr(self, key))
 
 
 def _rope_values(text: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings: `rope_parameters`, or the flat keys of older files, or the family's defaults."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
-        raise Qwen35Error("bad value", where="config.json: rope_parameters", expected="an object", found=repr(rope))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "mrope"):
-        raise Qwen35Error(
-            "unsupported rotary embedding",
-            where="config.json: rope_parameters.rope_type",
-            expected="'default'",
-            found=repr(kind),
-        )
-    if not rope.get("mrope_interleaved", True):
-        raise Qwen35Error(
-            "unsupported rotary embedding",
-            where="config.json: rope_parameters.mrope_interleaved",
-            expected=True,
-            found=False,
-        )
-    values = {k: source[k] for source in (text, rope) for k in ("rope_theta", "partial_rotary_factor") if k in source}
-    if "mrope_section" in rope:
-        values["mrope_section"] = rope["mrope_section"]
-    elif isinstance(head_dim := text.get("head_dim"), int) and head_dim != 256:
+        raise Qwen35Error("wrong type", where="config.json: rope_parameters", expected="an object", found=repr(rope))
+    kind, interleaved = rope.get("rope_type", rope.get("type", "default")), rope.get("mrope_interleaved", True)
+    if kind not in ("default", "mrope") or interleaved is not True:
+        where, found = "config.json: rope_parameters", f"rope_type {kind!r}, mrope_interleaved {interleaved}"
+        raise Qwen35Error("unsupported rotary embedding", where=where, expected="default, interleaved", found=found)
+    values = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section") if key in rope}
+    if "mrope_section" not in rope and isinstance(head_dim := text.get("head_dim"), int) and head_dim != 256:
         values["mrope_section"] = (head_dim // 8, 0, 0)  # not the family's default: one axis, text only
     return values
 
 
 def _check_keys(text: Mapping[str, Any], known: set[str]) -> None:
-    unknown = sorted(str(k) for k in text if k not in known and not str(k).startswith("_"))
+    unknown = sorted(str(key) for key in text if key not in known and not str(key).startswith("_"))
     if unknown:
         near = get_close_matches(unknown[0], known, n=1)
         raise Qwen35Error(
@@ -236,10 +193,14 @@ def _typed(name: str, kind: str, value: Any) -> Any:
     if (kind == "bool" and isinstance(value, bool)) or (kind == "str" and isinstance(value, str)):
         return value
     if kind.startswith("tuple"):
-        item = str if "str" in kind else int
-        size_ok = name != "mrope_section" or (isinstance(value, (list, tuple)) and len(value) == 3)
-        if value is None and name != "mrope_section":
+        if value is None and name == "layer_types":
             return ()
-        if isinstance(value, (list, tuple)) and all(type(v) is item for v in value) and size_ok:
+        item = str if "str" in kind else int
+        length = 3 if name == "mrope_section" else None
+        if (
+            isinstance(value, (list, tuple))
+            and all(type(v) is item for v in value)
+            and len(value) == (length or len(value))
+        ):
             return tuple(value)
     raise Qwen35Error("wrong type", where=f"config.json: {name}", expected=kind, found=repr(value))

@@ -119,27 +119,20 @@ class Model(nn.Module):
 
     def _inputs(self, ids: Tensor | None, embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Checks what came in; gives ids and embeddings, of which one is a placeholder."""
-        given = embeds if ids is None else ids
-        if given is None or given.dim() != (3 if ids is None else 2) or 0 in given.shape:
-            raise Qwen35Error(
-                "nothing to compute on",
-                where="model(input_ids)",
-                expected="input_ids [B, T] with B, T > 0 (or inputs_embeds [B, T, D])",
-                found="neither" if given is None else list(given.shape),
-                do="add a batch dimension: input_ids[None]" if given is not None and given.dim() == 1 else "",
-            )
+        given, rank = (embeds, 3) if ids is None else (ids, 2)
+        if given is None or given.dim() != rank or 0 in given.shape:
+            expected = "input_ids [B, T] (or inputs_embeds [B, T, D]), B and T at least 1"
+            found = "neither" if given is None else list(given.shape)
+            raise Qwen35Error("nothing to compute on", where="model(input_ids)", expected=expected, found=found)
         if ids is None:
             return given, embeds
-        if ids.is_floating_point() or ids.dtype == torch.bool:
-            raise Qwen35Error("token ids must be integers", where="model(input_ids)", expected="int64", found=ids.dtype)
-        bad = (ids < 0) | (ids >= self.config.vocab_size)
-        if embeds is None and bad.any():
-            row, column = bad.nonzero()[0].tolist()
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise Qwen35Error("ids must be integers", where="model(input_ids)", expected=torch.int64, found=ids.dtype)
+        bad = ((ids < 0) | (ids >= self.config.vocab_size)).nonzero().tolist()
+        if embeds is None and bad:
+            where, found = f"input_ids{bad[0]}", int(ids[tuple(bad[0])])
             raise Qwen35Error(
-                "token id outside of the vocabulary",
-                where=f"input_ids[{row}, {column}]",
-                expected=f"0 .. {self.config.vocab_size - 1}",
-                found=int(ids[row, column]),
+                "not in the vocabulary", where=where, expected=f"0 .. {self.config.vocab_size - 1}", found=found
             )
         return ids, embeds
 
@@ -154,27 +147,20 @@ class Model(nn.Module):
         seen = cache.mask if cache.mask is not None else new.new_ones(B, past, dtype=torch.bool)
         mask = new.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if mask.shape not in ((B, T), (B, past + T)):
-            raise Qwen35Error(
-                "attention_mask has the wrong shape",
-                where="model(attention_mask)",
-                expected=f"[{B}, {T}] (new tokens) or [{B}, {past + T}] (all tokens)",
-                found=list(mask.shape),
-            )
+            expected = f"[{B}, {T}] (new tokens) or [{B}, {past + T}] (all tokens)"
+            raise Qwen35Error("attention_mask has the wrong shape", expected=expected, found=list(mask.shape))
         if mask.shape[1] > T and not torch.equal(mask[:, :past], seen):
             raise Qwen35Error(
-                "attention_mask contradicts the cache",
-                where="model(attention_mask)",
-                expected="the mask of earlier calls",
+                "attention_mask contradicts the cache", expected="the mask of earlier calls, then new tokens"
             )
         real_BT = mask[:, -T:]
-        holes = (real_BT[:, 1:] & ~real_BT[:, :-1]).sum(1) + real_BT[:, 0] > 1
-        if holes.any():
-            raise Qwen35Error(
-                "padding between real tokens",
-                where=f"attention_mask[{int(holes.nonzero()[0])}]",
-                expected="padding on the left or right of the new tokens",
-                found="a hole",
+        runs_B = (real_BT[:, 1:] & ~real_BT[:, :-1]).sum(1) + real_BT[:, 0]
+        if (runs_B > 1).any():
+            where, expected = (
+                f"attention_mask[{int(runs_B.argmax())}]",
+                "padding on the left or the right of new tokens",
             )
+            raise Qwen35Error("padding between real tokens", where=where, expected=expected, found="a hole")
         cache.length += T
         cache.mask = torch.cat((seen, real_BT), 1)
         return real_BT, cache.mask
@@ -189,9 +175,8 @@ class Model(nn.Module):
             ones_BT = cache.next_position.new_ones(B, T) if real_BT is None else real_BT.long()
             given = cache.next_position[:, None] + (ones_BT.cumsum(1) - 1).clamp_min(0)
         if given.shape not in ((B, T), (3, B, T)):
-            raise Qwen35Error(
-                "position_ids have the wrong shape", expected=f"[{B}, {T}] or [3, {B}, {T}]", found=list(given.shape)
-            )
+            expected, found = f"[{B}, {T}] or [3, {B}, {T}]", list(given.shape)
+            raise Qwen35Error("position_ids have the wrong shape", expected=expected, found=found)
         last_BT = given if given.dim() == 2 else given.amax(0)
         if real_BT is not None:
             last_BT = last_BT.masked_fill(~real_BT, -1)

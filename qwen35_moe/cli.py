@@ -1,0 +1,35 @@
+"""The command line: `qwen35-moe COMMAND`. Each command lives in the module that owns its subject.
+
+Exit codes: 0 done or agree, 1 diverge, 2 could not be done (bad input, nothing to compare).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .errors import Qwen35Error
+
+# Modules with an `add_parser(subparsers)`, which sets `run(args) -> int` as the default of its parser.
+COMMANDS = ("gate_cli",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="qwen35-moe", description="A reference and an oracle for Qwen3.5 MoE.")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"{__package__}.{name}").add_parser(subparsers)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except Qwen35Error as error:
+        print(f"qwen35-moe: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
