@@ -214,10 +214,10 @@ def accept(
 
     verdicts: list[Verdict] = []
     accepted = 0
-    for i, x in enumerate(ids):
+    for i, drafted in enumerate(ids):
         best = int(greedy(log_p[i]))
-        p_x, q_x = log_p[i, x].exp().item(), q[i, x].item()
-        chance = (min(1.0, p_x / q_x) if q_x else 1.0) if sampled else float(x == best)
+        p_x, q_x = log_p[i, drafted].exp().item(), q[i, drafted].item()
+        chance = (min(1.0, p_x / q_x) if q_x else 1.0) if sampled else float(drafted == best)
         ok = accepted == i and coins[i] < chance
         if accepted < i:
             reason = f"not reached: draft {accepted} was rejected"
@@ -228,9 +228,9 @@ def accept(
         elif ok:
             reason = "the target's likeliest token"
         else:
-            gap = (log_p[i, best] - log_p[i, x]).item()
+            gap = (log_p[i, best] - log_p[i, drafted]).item()
             reason = f"the target prefers {best}, by {gap:.6g} in log p"
-        verdicts.append(Verdict(x, ok, chance, log_p[i, x].item(), best, log_p[i, best].item(), reason))
+        verdicts.append(Verdict(drafted, ok, chance, log_p[i, drafted].item(), best, log_p[i, best].item(), reason))
         accepted += ok
 
     if not sampled:

@@ -35,6 +35,6 @@ VISION_FLOAT64 = 1e-13
 # and more.
 VISION_BF16_FLIPS = 0.01
 
-# Logits after an image in float32, relative to the largest; the figure to keep. Measured: 1.8e-6 to transformers, 3.0e-6
-# to llama.cpp.
+# Logits after an image in float32, relative to the largest; the figure to keep. Measured: 1.8e-6 to transformers,
+# 3.0e-6 to llama.cpp.
 IMAGE_LOGITS_FLOAT32 = 2e-5
