@@ -29,7 +29,7 @@ class Packed(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Float:
-    """A plain tensor under the interface of the packed ones; `decode` rounds only if `dtype` is narrower than `values`."""
+    """A plain tensor under the same interface; `decode` rounds only where `dtype` is narrower than `values`."""
 
     values: Tensor
 
@@ -45,3 +45,31 @@ class Float:
         """The tensor itself (no copy) where it has that dtype already and no `out` is given."""
         values = self.values if rows is None else self.values[rows]
         return values.to(dtype) if out is None else out.copy_(values)
+
+
+@dataclass(frozen=True, eq=False)
+class Stacked:
+    """Weights one below the other, each packed in its own way: gate and up as one expert's gate_up."""
+
+    parts: tuple[Packed, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:]))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def decode(self, dtype: torch.dtype, out: Tensor | None = None, rows: slice | None = None) -> Tensor:
+        if out is None or rows is not None:
+            whole = torch.cat([part.decode(dtype) for part in self.parts])[rows or slice(None)]
+            return whole if out is None else out.copy_(whole)
+        for part, target in zip(self.parts, out.split([part.shape[0] for part in self.parts]), strict=True):
+            part.decode(dtype, target)
+        return out
+
+
+def concatenate(*parts: Packed) -> Stacked:
+    """One weight of the rows of several, in order."""
+    return Stacked(parts)

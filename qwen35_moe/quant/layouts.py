@@ -1,0 +1,145 @@
+"""The layouts that packed weights come in, beside the plain one of `MXFP4`: each a pure rearrangement of bytes, with its
+exact inverse.
+
+    gpt-oss             codes [E, O, Q, 16], scales [E, O, Q], rows of gate and up alternating
+    compressed-tensors  `weight_packed` [O, Z], `weight_scale` [O, Q]: the plain layout under other names
+    Aiter, in memory    codes in tiles of 16 rows x 32 bytes, scales in tiles of 32 rows x 8 blocks: what a dump of an
+                        engine's loaded weights holds
+
+NVFP4 looks like MXFP4 (nibbles in bytes) and is another format: blocks of 16, E4M3 scales, one more scale for the tensor.
+It is recognised by its scales and refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import Qwen35Error
+from .mxfp4 import BLOCK, MXFP4
+
+
+def from_gpt_oss(blocks: Tensor, scales: Tensor) -> MXFP4:
+    """`*_blocks` [..., O, Q, 16] and `*_scales` [..., O, Q]. The rows of a gate_up projection alternate still:
+    see `deinterleave_gate_up`."""
+    if blocks.dim() < 3 or blocks.shape[-1] != BLOCK // 2:
+        raise Qwen35Error("not gpt-oss blocks", expected="[..., O, Q, 16]", found=list(blocks.shape))
+    return MXFP4(blocks.flatten(-2), scales)
+
+
+def to_gpt_oss(weight: MXFP4) -> tuple[Tensor, Tensor]:
+    """The inverse of `from_gpt_oss`."""
+    return weight.codes.unflatten(-1, (-1, BLOCK // 2)), weight.scales
+
+
+def from_compressed_tensors(weight_packed: Tensor, weight_scale: Tensor) -> MXFP4:
+    """`mxfp4-pack-quantized`: the same bytes under other names; torch's own names for such bytes are accepted."""
+    return MXFP4(as_bytes(weight_packed), as_bytes(weight_scale))
+
+
+def to_compressed_tensors(weight: MXFP4) -> dict[str, Tensor]:
+    """The inverse of `from_compressed_tensors`."""
+    return {"weight_packed": weight.codes, "weight_scale": weight.scales}
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """A tensor of float4_e2m1fn_x2 or float8_e8m0fnu as the uint8 it is; uint8 itself; anything else is left as it is."""
+    return x.view(torch.uint8) if x.dtype in (torch.float4_e2m1fn_x2, torch.float8_e8m0fnu) else x
+
+
+def interleave_gate_up(x: Tensor, dim: int = -2) -> Tensor:
+    """[gate rows, then up rows] to [gate 0, up 0, gate 1, up 1, ...], along `dim`."""
+    if x.shape[dim] % 2:
+        raise Qwen35Error("gate and up have as many rows", expected=f"an even size of dimension {dim}", found=list(x.shape))
+    return x.unflatten(dim, (2, -1)).movedim(*_pair(x, dim)).flatten(*_pair(x, dim))
+
+
+def deinterleave_gate_up(x: Tensor, dim: int = -2) -> Tensor:
+    """The inverse of `interleave_gate_up`."""
+    if x.shape[dim] % 2:
+        raise Qwen35Error("gate and up have as many rows", expected=f"an even size of dimension {dim}", found=list(x.shape))
+    return x.unflatten(dim, (-1, 2)).movedim(*_pair(x, dim)).flatten(*_pair(x, dim))
+
+
+def _pair(x: Tensor, dim: int) -> tuple[int, int]:
+    """The two dimensions that `x.unflatten(dim, two sizes)` makes of one."""
+    return dim % x.dim(), dim % x.dim() + 1
+
+
+# A tile of Aiter's (16, 16) weight layout: 16 rows x 32 columns, cut into chunks of 16 bytes. In memory the chunks of
+# one column position follow each other row by row, so that one load of a wave gets the same columns of 16 rows.
+TILE_ROWS, TILE_COLUMNS, CHUNK_BYTES = 16, 32, 16
+
+
+def shuffle_weight(x: Tensor) -> Tensor:
+    """Plain [..., O, C] to Aiter's `shuffle_weight(x, layout=(16, 16))`, for any dtype; C counts elements, for MXFP4
+    codes bytes. O is a multiple of 16, C of 32.
+
+    [..., O / 16, 16 rows, C / 32, chunks, chunk] becomes [..., O / 16, C / 32, chunks, 16 rows, chunk].
+    """
+    return _tiles(x, rows_first=True).movedim(-4, -2).reshape(x.shape)
+
+
+def unshuffle_weight(x: Tensor) -> Tensor:
+    """The inverse of `shuffle_weight`."""
+    return _tiles(x, rows_first=False).movedim(-2, -4).reshape(x.shape)
+
+
+def _tiles(x: Tensor, rows_first: bool) -> Tensor:
+    if x.dim() < 2 or x.shape[-2] % TILE_ROWS or x.shape[-1] % TILE_COLUMNS:
+        raise Qwen35Error(
+            "Aiter's weight layout is made of whole tiles",
+            expected=f"[..., {TILE_ROWS} n, {TILE_COLUMNS} m]",
+            found=list(x.shape),
+        )
+    chunk = CHUNK_BYTES // x.element_size()
+    rows, columns = x.shape[-2] // TILE_ROWS, x.shape[-1] // TILE_COLUMNS
+    chunks = TILE_COLUMNS // chunk
+    order = (TILE_ROWS, columns, chunks, chunk) if rows_first else (columns, chunks, TILE_ROWS, chunk)
+    return x.reshape(*x.shape[:-2], rows, *order)
+
+
+def shuffle_scales(scales: Tensor) -> Tensor:
+    """Plain scales [O, Q] to Aiter's `e8m0_shuffle`: padded to multiples of 256 rows and 8 blocks, then tiles of
+    32 rows x 8 blocks, in each of which the 2 halves of the rows and the 2 halves of the blocks vary fastest.
+
+    [O / 32, 2, 16, Q / 8, 2, 4] becomes [O / 32, Q / 8, 4, 16, 2 (of Q), 2 (of O)]. The padding is zero here (Aiter
+    leaves it undefined). For experts [E, O, Q] engines flatten the first two dimensions before.
+    """
+    if scales.dim() != 2:
+        raise Qwen35Error("Aiter shuffles scales as a matrix", expected="[O, Q]", found=list(scales.shape))
+    rows, blocks = scales.shape
+    padded = torch.nn.functional.pad(scales, (0, -blocks % 8, 0, -rows % 256))
+    tiles = padded.reshape(padded.shape[0] // 32, 2, 16, padded.shape[1] // 8, 2, 4)
+    return tiles.permute(0, 3, 5, 2, 4, 1).reshape(padded.shape)
+
+
+def unshuffle_scales(shuffled: Tensor, rows: int | None = None, blocks: int | None = None) -> Tensor:
+    """The inverse of `shuffle_scales`; `rows` and `blocks` cut the padding off."""
+    if shuffled.dim() != 2 or shuffled.shape[0] % 256 or shuffled.shape[1] % 8:
+        raise Qwen35Error("not scales in Aiter's layout", expected="[256 n, 8 m]", found=list(shuffled.shape))
+    tiles = shuffled.reshape(shuffled.shape[0] // 32, shuffled.shape[1] // 8, 4, 16, 2, 2)
+    return tiles.permute(0, 5, 3, 1, 4, 2).reshape(shuffled.shape)[:rows, :blocks]
+
+
+def is_nvfp4(dtypes: Mapping[str, str]) -> bool:
+    """Whether a module's tensors, {"weight": "U8", "weight_scale": "F8_E4M3", ...} with safetensors' dtype names, are
+    NVFP4: 4-bit codes in bytes with E4M3 scales, or with a second scale (ModelOpt's `weight_scale_2`,
+    compressed-tensors' `weight_global_scale`)."""
+    packed = dtypes.get("weight") == "U8" or "weight_packed" in dtypes
+    second_scale = "weight_scale_2" in dtypes or "weight_global_scale" in dtypes
+    return packed and (second_scale or dtypes.get("weight_scale") == "F8_E4M3")
+
+
+def refuse_nvfp4(module: str, dtypes: Mapping[str, str]) -> None:
+    """Raise if these are NVFP4 tensors; read as MXFP4 they would be noise."""
+    if is_nvfp4(dtypes):
+        raise Qwen35Error(
+            "NVFP4 is not MXFP4",
+            where=module,
+            expected="codes U8 with scales U8 (E8M0, blocks of 32)",
+            found=", ".join(f"{name} {dtype}" for name, dtype in dtypes.items()),
+            do="use a checkpoint in BF16, FP8 or MXFP4; NVFP4 (E4M3 scales, blocks of 16, a scale of the tensor) is not read",
+        )
