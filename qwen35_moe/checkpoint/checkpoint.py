@@ -20,8 +20,9 @@ from .folder import Folder, open_folder
 from .header import Stored
 from .names import split_role
 from .reader import Reader, Rows
+from .recognise import recognise
 from .validate import Report, check_complete, report
-from .weight import Weight, recognise
+from .weight import Weight
 
 EXPERT = re.compile(
     r"(?P<prefix>.+\.mlp\.experts)\.((?P<expert>\d{1,6})\.)?(?P<projection>gate_proj|up_proj|gate_up_proj|down_proj)"
@@ -43,7 +44,6 @@ class Checkpoint:
         self.modules: dict[str, dict[str, Stored]] = {}  # module -> role (".weight", ".weight_scale", ...) -> tensor
         self.used: set[str] = set()
         self.reader = Reader()
-        self._fp8_block = _fp8_block(self.config)
         self._experts: dict[str, Experts] = {}
         self._expert_names: dict[str, list[str]] = {}  # "layers.0.mlp.experts" -> names of its tensors
         self._expert_ids: dict[str, set[int]] = {}
@@ -103,7 +103,7 @@ class Checkpoint:
     def find(self, module: str) -> Weight:
         """As `weight`, without counting it as used."""
         if module in self.modules:
-            return recognise(module, self.modules[module], self.reader, self._fp8_block)
+            return recognise(module, self.modules[module], self.reader)
         if (match := EXPERT.fullmatch(module)) and match["expert"]:
             whole = "down_proj" if match["projection"] == "down_proj" else "gate_up_proj"
             if f"{match['prefix']}.{whole}" in self.modules:
@@ -200,15 +200,3 @@ class Checkpoint:
         """Names to compare with: not all of hundreds of thousands."""
         head = name.rsplit(".", 2)[0]
         return [other for other in self.tensors if other.startswith(head)][:50]
-
-
-def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
-    """`weight_block_size` of the configuration, else 128 x 128."""
-    quantised = config.get("quantization_config")
-    block = quantised.get("weight_block_size") if isinstance(quantised, Mapping) else None
-    if block is None:
-        return 128, 128
-    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-        where = "config.json: quantization_config.weight_block_size"
-        raise Qwen35Error("bad value", where=where, expected="[rows, columns]", found=repr(block)[:200])
-    return block[0], block[1]

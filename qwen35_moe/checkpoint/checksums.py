@@ -86,5 +86,5 @@ def tensor_digest(reader: Reader, stored: Stored) -> str:
     for begin in range(0, stored.nbytes, CHUNK):
         piece = buffer[: min(CHUNK, stored.nbytes - begin)]
         reader.read(stored, begin, piece)
-        digest.update(memoryview(piece.numpy()))
+        digest.update(piece.numpy().data)
     return digest.hexdigest()

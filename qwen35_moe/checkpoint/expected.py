@@ -58,16 +58,18 @@ def _attention(at: str, config: Config) -> Named:
 
 
 def _deltanet(at: str, config: Config) -> Named:
-    D, J, C = config.hidden_size, config.linear_num_value_heads, config.conv_dim
+    D, J = config.hidden_size, config.linear_num_value_heads
+    value = J * config.linear_value_head_dim
+    C = 2 * config.linear_num_key_heads * config.linear_key_head_dim + value
     yield f"{at}.in_proj_qkv.weight", (C, D)
-    yield f"{at}.in_proj_z.weight", (config.value_dim, D)
+    yield f"{at}.in_proj_z.weight", (value, D)
     yield f"{at}.in_proj_b.weight", (J, D)
     yield f"{at}.in_proj_a.weight", (J, D)
     yield f"{at}.conv1d.weight", (C, 1, config.linear_conv_kernel_dim)
     yield f"{at}.A_log", (J,)
     yield f"{at}.dt_bias", (J,)
     yield f"{at}.norm.weight", (config.linear_value_head_dim,)
-    yield f"{at}.out_proj.weight", (D, config.value_dim)
+    yield f"{at}.out_proj.weight", (D, value)
 
 
 def _vision(vision: VisionConfig, text_width: int) -> Named:

@@ -47,7 +47,7 @@ class Reader:
     def read(self, stored: Stored, begin: int, into: Tensor) -> None:
         """Fills `into` (uint8) with the bytes that begin at `begin` of the tensor."""
         descriptor, at = self._descriptor(stored), stored.begin + begin
-        rest = memoryview(into.numpy()).cast("B")
+        rest = into.numpy().data
         while len(rest):
             try:
                 count = os.preadv(descriptor, [rest], at)

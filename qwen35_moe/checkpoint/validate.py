@@ -13,7 +13,7 @@ from ..vision import VisionConfig
 from .expected import expected_tensors
 from .folder import few
 from .names import split_role
-from .weight import BESIDE
+from .recognise import BESIDE
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
