@@ -1,4 +1,4 @@
-"""The gate's view of real checkpoints: configurations rebuilt from what is known of them, and the decision of every rule.
+"""The gate's view of real checkpoints: configurations rebuilt from what is known, and the decision of every rule.
 
     python -m weights.gate_recipes                        lists them
     python -m weights.gate_recipes 397b-mxfp4 > config.json
@@ -66,7 +66,7 @@ def load(name: str) -> Recipe:
         weight = {"weight": QUARK_WEIGHT, "input_tensors": QUARK_WEIGHT | {"is_dynamic": True}}
         fp8 = {"weight": QUARK_FP8, "input_tensors": QUARK_FP8 | {"is_dynamic": True}}
         quantization |= {"global_quant_config": weight, "layer_type_quant_config": {}}
-        quantization["layer_quant_config"] = {pattern: fp8 for pattern in quantization.pop("fp8_layers", ())}
+        quantization["layer_quant_config"] = dict.fromkeys(quantization.pop("fp8_layers", ()), fp8)
     config["quantization_config"] = quantization or None
     kinds = list(recipe["stored"].items())
 

@@ -1,0 +1,157 @@
+"""Exclude lists are read differently by everybody; each case names who was bitten by it."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwen35_moe.errors import Qwen35Error
+from qwen35_moe.quant.exclude import SEMANTICS, ExcludeList, find, substring
+from qwen35_moe.quant.names import (
+    canonical,
+    expand_fused,
+    is_draft_entry,
+    mentions_shared_body,
+    spellings,
+    tells_experts_apart,
+)
+
+L0 = "model.language_model.layers.0"
+BODY = f"{L0}.mlp.shared_expert.down_proj"
+
+# entry, module, readers that leave the module unquantised, source
+ENTRIES = [
+    (BODY, BODY, "quark sglang vllm atom fp8 compressed-tensors modelopt", "an exported list: all agree"),
+    ("*shared_expert*", BODY, "quark atom modelopt", "numerics 6.2: SGLang's gate reads it, its loader does not"),
+    ("*.shared_expert.*", BODY, "quark atom modelopt", "Quark 0.13's template qwen3_5_moe"),
+    (r"re:.*shared_expert", BODY, "quark sglang vllm atom compressed-tensors", "SGLang's online MXFP4 config"),
+    (
+        r"re:.*mlp\.shared",
+        BODY,
+        "quark sglang vllm atom compressed-tensors",
+        "numerics 6.2: no word for a substring gate",
+    ),
+    (r"re:mlp\.shared", BODY, "atom", "re.search against re.match"),
+    (f"{L0}.mlp.shared_expert", BODY, "atom fp8", "parents: ATOM config.py, FP8 segments"),
+    (f"{L0}.mlp.shared_expert_gate", BODY, "", "the gate vector is not the body (vLLM #53248)"),
+    ("*shared_expert_gate*", BODY, "", "MoE-MXFP4's model card"),
+    ("mtp.*", BODY, "", "the draft says nothing about the target"),
+    ("mtp.*", "mtp.layers.0.mlp.shared_expert.up_proj", "quark atom modelopt", "globs are not for SGLang and vLLM"),
+    ("*.mlp.*", f"{L0}.mlp.experts.3.up_proj", "quark atom modelopt", "numerics 6.2: broad"),
+    ("mlp.gate", f"{L0}.mlp.gate", "fp8", "sglang #23467: segments"),
+    ("mlp.gate", f"{L0}.mlp.gate_up_proj", "", "sglang #23467: not a prefix of a segment"),
+    ("in_proj_a", f"{L0}.linear_attn.in_proj_a", "fp8", "sglang #23467"),
+    ("in_proj_a", f"{L0}.linear_attn.in_proj_ab", "", "sglang #23467: collided by substring"),
+    ("-:.*shared_expert.*", BODY, "gptq", "official GPTQ-Int4: negative patterns"),
+    ("lm_head", "lm_head", "quark sglang vllm atom fp8 compressed-tensors modelopt", "all agree"),
+]
+
+
+@pytest.mark.parametrize(("entry", "module", "readers", "source"), ENTRIES, ids=[f"{e[0]}|{e[1]}" for e in ENTRIES])
+def test_who_reads_what(entry: str, module: str, readers: str, source: str) -> None:
+    found = {name for name in SEMANTICS if name != "substring" and find(module, ["other", entry], name)}
+    assert found == set(readers.split()), source
+    for name in found:
+        hit = find(module, ["other", entry], name)
+        assert hit and (hit.index, hit.entry) == (1, entry)
+
+
+def test_substring_is_what_collided() -> None:
+    assert substring("in_proj_a", f"{L0}.linear_attn.in_proj_ab")
+    assert find(f"{L0}.linear_attn.in_proj_ab", ["in_proj_a"], "substring")
+
+
+def test_every_reader_names_its_source() -> None:
+    assert all(s.source and s.tests for s in SEMANTICS.values())
+
+
+def test_fused_names() -> None:
+    assert expand_fused("a.gate_up_proj") == ("a.gate_proj", "a.up_proj")
+    assert expand_fused("qkv_proj") == ("q_proj", "k_proj", "v_proj")
+    assert expand_fused(f"{L0}.linear_attn.in_proj_qkvz")[1] == f"{L0}.linear_attn.in_proj_z"
+    assert expand_fused("a.down_proj") == ()
+    both = ["a.self_attn.q_proj", "a.self_attn.k_proj", "a.self_attn.v_proj"]
+    assert find("a.self_attn.qkv_proj", both, "sglang")
+    assert find("a.self_attn.qkv_proj", ["a.self_attn.qkv_proj"], "sglang"), "a fused name may itself be listed"
+    with pytest.raises(Qwen35Error, match="some parts of a fused module"):
+        find("a.self_attn.qkv_proj", both[:2], "sglang")
+
+
+def test_one_expert_excludes_the_module_for_sglang() -> None:
+    """quark/utils.py: excludes may name experts one by one (sglang #38748: 1,536 names)."""
+    entries = ["lm_head", "mtp.layers.0.mlp.experts.7.up_proj"]
+    hit = find("mtp.layers.0.mlp.experts", entries, "sglang")
+    assert hit and hit.index == 1
+    assert find("mtp.layers.0.mlp.experts", entries, "vllm") is None, "vLLM 0.32 does not look below"
+    assert find("mtp.layers.0.mlp.experts.8.up_proj", entries, "sglang") is None
+
+
+def test_bad_regex_is_an_error() -> None:
+    with pytest.raises(Qwen35Error, match="not a valid regular expression"):
+        find("x", ["re:("], "sglang")
+
+
+def test_spellings_cover_prefixes_drafts_and_deepseek() -> None:
+    assert {f"{L0}.mlp.gate", "model.layers.0.mlp.gate", "layers.0.mlp.gate"} <= set(spellings("layers.0.mlp.gate"))
+    assert spellings(f"{L0}.mlp.gate") == spellings("layers.0.mlp.gate")
+    assert "model.layers.78.mlp.shared_experts.up_proj" in spellings("mtp.layers.0.mlp.shared_expert.up_proj", 78)
+    assert spellings("mtp.fc") == ("mtp.fc",)
+    assert "model.visual.merger.linear_fc1" in spellings("visual.merger.linear_fc1")
+    assert canonical("model.language_model.embed_tokens") == "embed_tokens"
+
+
+# entry, what SGLang 0.5.23 says with 78 layers and one draft layer, source
+DRAFTS = [
+    ("mtp.layers.0.mlp.shared_expert.up_proj", True, "Qwen3.5"),
+    ("model.layers.78.mlp.shared_experts.up_proj", True, "GLM-5.2, sglang #36124"),
+    ("model.layers.79.mlp.shared_experts.up_proj", False, "one draft layer only"),
+    ("model.layers.77.mlp.shared_experts.up_proj", False, "the target's last layer"),
+    ("model.language_model.layers.78.mlp.shared_expert.up_proj", False, "numerics 6.2: not recognised"),
+    ("re:mtp.*", False, "a pattern does not start with mtp."),
+]
+
+
+@pytest.mark.parametrize(("entry", "expected", "source"), DRAFTS, ids=[d[0] for d in DRAFTS])
+def test_draft_entries(entry: str, expected: bool, source: str) -> None:
+    assert is_draft_entry(entry, 78, 1) is expected, source
+    assert is_draft_entry(entry) is entry.startswith("mtp."), "without a layer count only mtp. is known (the seed PR)"
+
+
+def test_mentions_shared_body() -> None:
+    assert mentions_shared_body(BODY) and mentions_shared_body("*shared_expert*")
+    assert not mentions_shared_body(f"{L0}.mlp.shared_expert_gate"), "vLLM #53248"
+    assert not mentions_shared_body(r"re:.*mlp\.shared"), "the hole in the substring gates"
+
+
+# A pattern that cannot tell experts apart must really treat all experts alike.
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("*.mlp.*", False),
+        ("model.language_model.layers.5.mlp.*", False),
+        (r"re:.*mlp\.shared", False),
+        (r"re:model\.layers\.5\.mlp.*", False),
+        ("*.experts.5.*", True),
+        ("*.experts.?.*", True),
+        ("*.experts.[0-7].*", True),
+        (r"re:.*experts\.\d\.", True),
+        (r"re:.*experts\..\..*", True),
+        (r"re:.*\.(gate|up)_proj$", False),
+    ],
+)
+def test_tells_experts_apart(entry: str, expected: bool) -> None:
+    assert tells_experts_apart(entry) is expected
+    names = [f"model.language_model.layers.5.mlp.experts.{e}.up_proj" for e in (0, 5, 10, 255)]
+    for reader in ("quark", "sglang", "atom"):
+        hits = {find(name, [entry], reader) is not None for name in names}
+        assert expected or len(hits) == 1
+
+
+def test_the_dictionary_finds_what_a_scan_finds() -> None:
+    """Real lists are looked up through a dictionary; the tests one by one must say the same."""
+    entries = [e[0] for e in ENTRIES]
+    for semantics in SEMANTICS.values():
+        fast = ExcludeList(tuple(entries), semantics)
+        for _, module, _, _ in ENTRIES:
+            slow = any(test(entry, module) for entry in entries for test in semantics.tests)
+            found = fast._direct((module,))
+            assert (found is not None) == slow, (semantics.name, module)
