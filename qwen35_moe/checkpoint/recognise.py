@@ -1,0 +1,142 @@
+"""What a module's tensors are: decided from their names, dtypes and shapes alone, before any of them is read.
+
+| kind        | tensors of module m                                                     | value                      |
+|-------------|-------------------------------------------------------------------------|----------------------------|
+| float       | m.weight or m, of BF16, F16, F32 or F64                                 | as it stands               |
+| mxfp4       | m.weight U8 [.., I/2], m.weight_scale U8 [.., I/32] (Quark)             | e2m1 * 2^(scale - 127)     |
+|             | m.weight_packed, m.weight_scale (compressed-tensors)                    |                            |
+|             | m_blocks U8 [.., I/32, 16], m_scales U8 [.., I/32] (gpt-oss)            |                            |
+| fp8-block   | m.weight F8_E4M3 [O, I], m.weight_scale_inv or m.weight_scale per block | e4m3 * scale: a multiplier |
+| fp8-channel | the same, scale [O] or [O, 1]                                           | in spite of `_inv`         |
+| fp8-tensor  | the same, one scale                                                     |                            |
+
+An exclude list says what was meant to be. It is wrong often enough (sglang issues 36158, 38870, 39064) to be left out
+of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..errors import Qwen35Error
+from ..quant import fp8, mxfp4
+from .header import Stored
+from .reader import Reader, Rows
+from .weight import Weight
+
+FLOATS = ("BF16", "F16", "F32", "F64")
+SCALES = (".weight_scale", ".weight_scale_inv", "_scales", "_scale", "_scale_inv")
+MAIN = ("", ".weight", ".weight_packed", "_packed", "_blocks")
+# What may stand beside a weight without changing what it is: activations' scales, and what compressed-tensors adds.
+BESIDE = (".bias", ".input_scale", ".output_scale", ".weight_shape")
+FOREIGN = {
+    ".weight_scale_2": "NVFP4", "_scale_2": "NVFP4", ".weight_global_scale": "NVFP4", ".input_global_scale": "NVFP4",
+    ".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".scales": "GPTQ or AWQ", ".g_idx": "GPTQ or AWQ",
+    ".weight_zero_point": "compressed-tensors' integers", ".weight_g_idx": "compressed-tensors' integers",
+    ".SCB": "bitsandbytes", ".weight_format": "bitsandbytes",
+}  # fmt: skip
+KNOWN = "BF16, F16, F32 or F64; MXFP4 (U8 with U8 scales, block 32); FP8 (F8_E4M3 with block, channel or tensor scales)"
+
+
+def recognise(module: str, found: Mapping[str, Stored], reader: Reader) -> Weight:
+    """The weight that these tensors (role -> tensor) of one module are.
+
+    Error: a format that is not supported, or tensors that do not fit together.
+    """
+    any_of = next(iter(found.values()))
+    for role, stored in found.items():
+        if role in FOREIGN:
+            raise _unknown(stored, f"{FOREIGN[role]} (has {stored.raw_name})")
+    mains = [found[role] for role in MAIN if role in found]
+    scales = [found[role] for role in SCALES if role in found]
+    others = [s for role, s in found.items() if role not in (*MAIN, *SCALES, *BESIDE)]
+    if others:
+        raise _unknown(others[0], str(others[0]))
+    if len(mains) != 1 or len(scales) > 1:
+        raise Qwen35Error(
+            "a weight is missing or there are two" if len(mains) != 1 else "a weight has two scales",
+            where=f"{any_of.file.name}: {module}",
+            expected="one weight with at most one scale",
+            found=", ".join(s.where for s in found.values()),
+        )
+    main, scale = mains[0], scales[0] if scales else None
+    if main.dtype in FLOATS:
+        if scale is not None:
+            raise Qwen35Error(
+                "a float weight has a scale", where=scale.where, expected=f"none beside {main}", found=scale
+            )
+        return Weight(module, "float", main.shape, Rows.of(main), None, (), reader)
+    if scale is not None and main.dtype == "U8" and scale.dtype.startswith("F8_E4M3"):
+        raise _unknown(scale, f"NVFP4 (U8 codes with {scale} scales)")
+    if main.dtype == "U8" and (scale is not None or not found.keys() & {"", ".weight"}):
+        return _mxfp4(module, main, _present(scale, main, "U8 scales, one for 32 columns"), reader)
+    if main.dtype == "F8_E4M3":
+        return _fp8(module, main, _present(scale, main, "a weight_scale or weight_scale_inv"), reader)
+    raise _unknown(main, f"{main}, scale: {scale or 'none'}")
+
+
+def _mxfp4(module: str, codes: Stored, scales: Stored, reader: Reader) -> Weight:
+    if scales.dtype not in ("U8", "F8_E8M0"):
+        raise Qwen35Error("wrong dtype for an MXFP4 scale", where=scales.where, expected="U8", found=scales)
+    shape = codes.shape
+    if codes.name.endswith("_blocks"):
+        if len(shape) < 3 or shape[-1] != mxfp4.BLOCK // 2:
+            raise Qwen35Error(
+                "wrong shape of MXFP4 blocks", where=codes.where, expected=f"[.., {mxfp4.BLOCK // 2}]", found=codes
+            )
+        shape = (*shape[:-2], shape[-2] * shape[-1])
+    if len(shape) not in (2, 3) or shape[-1] % (mxfp4.BLOCK // 2):
+        raise Qwen35Error(
+            "an MXFP4 row is whole blocks",
+            where=codes.where,
+            expected=f"[O, I / 2] or [E, O, I / 2] with I a multiple of {mxfp4.BLOCK}",
+            found=f"{codes}, I = {2 * shape[-1] if shape else 0}",
+        )
+    expected = (*shape[:-1], 2 * shape[-1] // mxfp4.BLOCK)
+    if scales.shape != expected:
+        raise Qwen35Error(
+            "MXFP4 scales of the wrong shape", where=scales.where, expected=f"U8 {list(expected)}", found=scales
+        )
+    shape = (*shape[:-1], 2 * shape[-1])
+    return Weight(module, "mxfp4", shape, Rows.of(codes), Rows.of(scales, 1), (mxfp4.BLOCK,), reader)
+
+
+def _fp8(module: str, values: Stored, scale: Stored, reader: Reader) -> Weight:
+    if scale.dtype not in ("BF16", "F32"):
+        raise Qwen35Error("wrong dtype for an FP8 scale", where=scale.where, expected="BF16 or F32", found=scale)
+    if len(values.shape) not in (2, 3):
+        raise Qwen35Error(
+            "wrong shape of an FP8 weight", where=values.where, expected="[O, I] or [E, O, I]", found=values
+        )
+    *lead, O, I = values.shape  # noqa: E741
+    blocks = (-(-O // fp8.BLOCK), -(-I // fp8.BLOCK))
+    shapes = {
+        "fp8-block": [(*lead, *blocks)],
+        "fp8-channel": [(*lead, O), (*lead, O, 1)],
+        "fp8-tensor": [(*lead,), (*lead, 1), (*lead, 1, 1)] if lead else [(), (1,), (1, 1)],
+    }
+    for kind in shapes:
+        if scale.shape in shapes[kind]:
+            return Weight(
+                module,
+                kind,
+                values.shape,
+                Rows.of(values),
+                Rows.of(scale),
+                (fp8.BLOCK, fp8.BLOCK) if kind == "fp8-block" else (),
+                reader,
+            )
+    listed = " or ".join(str(list(shape)) for group in shapes.values() for shape in group)
+    raise Qwen35Error(
+        "an FP8 scale of the wrong shape", where=scale.where, expected=f"{listed} for {values}", found=scale
+    )
+
+
+def _present(scale: Stored | None, main: Stored, expected: str) -> Stored:
+    if scale is None:
+        raise Qwen35Error("a quantised weight has no scale", where=main.where, expected=expected, found="none")
+    return scale
+
+
+def _unknown(stored: Stored, found: str) -> Qwen35Error:
+    return Qwen35Error("a format that is not supported", where=stored.where, expected=KNOWN, found=found)
