@@ -49,8 +49,10 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
     # How the router's softmax and the shared gate's dot product are summed: in the library's order, in the dtype of the
     # table; or exactly, to be rounded once, which is the fair model of an fp32 kernel whose order is not known.
     "moe_router_sums": ("library", "exact"),
-    # Which rule DeltaNet uses for more than one token. A single token always takes the recurrent rule.
+    # Which rule DeltaNet uses. A single token that continues a sequence always takes the recurrent rule.
     "gdn_rule": ("chunked", "recurrent"),
+    # How the recurrent rule scales q: times K^-0.5, as the chunked rule does, or divided by K^0.5.
+    "gdn_step_scale": ("times", "divided"),
     # Whether DeltaNet's memory fades over padding. In transformers it does: harmless left of a new sequence, where the
     # memory is empty (only the running sum of decays rounds differently), wrong before a continued one.
     "gdn_padding": ("still", "fades"),

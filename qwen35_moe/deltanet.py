@@ -177,17 +177,19 @@ class GatedDeltaNet(nn.Module):
         if past.conv is None:
             past.conv = x_BTD.new_zeros(B, conv_weight.shape[0], conv_weight.shape[-1] - 1)
         qkv_BTC, past.conv = causal_conv(qkv_BTC, conv_weight, past.conv, real_BT)
+        one_by_one = (T == 1 and past.state is not None) or arithmetic.current().switch("gdn_rule") == "recurrent"
+        if past.state is None:
+            past.state = promote(x_BTD.new_zeros(B, J, K, P))
+
         q_BTC, k_BTC, v_BTC = qkv_BTC.split((M * K, M * K, J * P), -1)
         q_BTMK = promote(tap("gdn_q", l2_norm(q_BTC.unflatten(-1, (M, K)))))
-        q_BTMK = tap("gdn_q_scaled", q_BTMK * K**-0.5)
+        divide = one_by_one and arithmetic.current().switch("gdn_step_scale") == "divided"
+        q_BTMK = tap("gdn_q_scaled", q_BTMK / K**0.5 if divide else q_BTMK * K**-0.5)
         k_BTMK = tap("gdn_k", l2_norm(k_BTC.unflatten(-1, (M, K))))
         v_BTJP = tap("gdn_v", v_BTC.unflatten(-1, (J, P)))
 
         # Value head j reads key head j // (J/M).
         q_BTJK, k_BTJK = (x.repeat_interleave(J // M, 2) for x in (q_BTMK, k_BTMK))
-        if past.state is None:
-            past.state = promote(x_BTD.new_zeros(B, J, K, P))
-        one_by_one = T == 1 or arithmetic.current().switch("gdn_rule") == "recurrent"
         rule = recurrent_delta_rule if one_by_one else chunked_delta_rule
         o_BTJP, state_BJKP = rule(q_BTJK, k_BTJK, v_BTJP, g_BTJ, beta_BTJ, past.state)
         past.state = tap("gdn_state", state_BJKP)

@@ -67,21 +67,17 @@ class Capture(TorchFunctionMode):
         return out
 
     def watch_expert(self, func: Any, name: str, args: Any, out: Any) -> None:
-        """The eager loop runs, for each expert that was hit, in order of id: where, linear, silu, mul, linear, mul."""
+        """The eager loop, for each expert that was hit, in order of id: where, linear, silu, mul, linear, mul, add."""
         if name == "where":
-            self.expert = self.experts.pop(0)
+            e = self.experts.pop(0)
             # Rows come by slot, then by token; ours are by token.
-            self.rows = out[1].argsort()
-            self.step = iter(("gate_up", "down"))
-        elif name == "linear":
-            self.put(f"moe_expert_{self.expert}_{next(self.step)}", out[self.rows])
-        elif name == "silu":
-            self.put(f"moe_expert_{self.expert}_silu", out[self.rows])
-        elif func is Tensor.mul:
-            kind = "weighted" if next(self.step, None) is None else "act"
-            if kind == "act":
-                self.step = iter(("down",))
-            self.put(f"moe_expert_{self.expert}_{kind}", out[self.rows])
+            self.tokens_hit, self.rows = out[1].sort()
+            self.steps = [f"moe_expert_{e}_{step}" for step in ("gate_up", "silu", "act", "down")]
+            self.steps += [f"moe_expert_weighted.{e}", f"moe_partial_sum.{e}"]
+        elif name in ("linear", "silu") or func is Tensor.mul:
+            self.put(self.steps.pop(0), out[self.rows])
+        elif name == "index_add_":
+            self.put(self.steps.pop(0), out[self.tokens_hit])
 
     def seen(self, name: str) -> bool:
         return f"layers.{self.layer}.{name}" in self.taps
@@ -213,7 +209,6 @@ class Capture(TorchFunctionMode):
                 self.put(name, x)
 
         def start_experts(x: Tensor, ids: Tensor, *_: Any) -> None:
-            self.put("moe_a1", x)
             self.experts = ids.unique().tolist()
 
         shared = m.shared_expert
