@@ -5,8 +5,10 @@ from .arithmetic import KEEP, Arithmetic
 from .cache import Cache
 from .config import Config
 from .errors import Qwen35Error
+from .load import load
 from .model import Model
 from .quant.gate import can_fuse_shared_expert
+from .trace import trace
 
 __all__ = [
     "KEEP",
@@ -17,8 +19,10 @@ __all__ = [
     "Qwen35Error",
     "arithmetic",
     "can_fuse_shared_expert",
+    "load",
     "quant",
     "tables",
     "taps",
+    "trace",
 ]
 __version__ = "0.1.0"

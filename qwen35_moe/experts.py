@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +11,6 @@ from torch import Tensor, nn
 from .quant.packed import Packed
 
 Slot = tuple[Packed, Packed]  # gate_up [2F, D] (F rows of gate, then F of up), down [D, F]
-
-
-@dataclass(frozen=True)
-class RowsOf:
-    """Packed weights one below the other: the gate and up projections of a shared expert as one slot's gate_up."""
-
-    parts: tuple[Packed, ...]
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((sum(p.shape[0] for p in self.parts), *self.parts[0].shape[1:]))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(p.nbytes for p in self.parts)
-
-    def decode(self, dtype: torch.dtype, out: Tensor | None = None, rows: slice | None = None) -> Tensor:
-        out = torch.empty(self.shape, dtype=dtype) if out is None else out
-        for part, target in zip(self.parts, out.split([p.shape[0] for p in self.parts]), strict=True):
-            part.decode(dtype, target)
-        return out if rows is None else out[rows]
 
 
 class PackedExperts(nn.Module):
