@@ -22,6 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
+	@rm -rf build/tiny
 	$(PY) -m weights.build tiny --out build/tiny
 
 lint: $(STAMP)
