@@ -72,7 +72,9 @@ def logical(
     text = text_config(config)
     tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings")))
     for name, size in _text(text, tied):
-        yield Logical(name, size, _shortened(name, values_of(name, size), text, short_heads))
+        # A tied embedding is spread as a head is: as an embedding it is normalised at once, as a head nothing helps it.
+        role = "lm_head.weight" if tied and name == "embed_tokens.weight" else name
+        yield Logical(name, size, _shortened(name, values_of(role, size), text, short_heads))
     if vision and "vision_config" in config:
         for name, size in _vision(config["vision_config"]):
             yield Logical(name, size, values_of(name, size))
