@@ -26,15 +26,12 @@ class Experts:
     find: Callable[[str], Weight]  # by module name
 
     def weights(self, e: int) -> tuple[Weight, ...]:
-        """What expert e is stored as: (gate, up, down), or (gate_up, down) where gate and up are one run of rows."""
+        """What expert e is stored as: (gate, up, down), or (gate_up, down)."""
         if not 0 <= e < self.count:
             raise Qwen35Error("no such expert", where=self.prefix, expected=f"0 to {self.count - 1}", found=e)
         if not self.fused:
             return tuple(self.find(f"{self.prefix}.{e}.{name}") for name in PROJECTIONS)
-        gate_up, down = (self.find(f"{self.prefix}.{name}").expert(e) for name in ("gate_up_proj", "down_proj"))
-        if gate_up.interleaved:
-            return gate_up.half(0), gate_up.half(1), down
-        return gate_up, down
+        return tuple(self.find(f"{self.prefix}.{name}").expert(e) for name in ("gate_up_proj", "down_proj"))
 
     @property
     def kind(self) -> str:

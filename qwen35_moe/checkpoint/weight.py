@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import Qwen35Error
 from ..quant import fp8, mxfp4
+from ..quant.layouts import deinterleave_gate_up
 from ..quant.packed import Float, Packed
 from ..quant.precision import ModuleSpec, float_spec
 from .header import Stored
@@ -85,14 +86,17 @@ class Weight:
 
         Error: a scale that is NaN or infinite; it would turn whatever it touches into NaN.
         """
-        values = self.values.rows(rows).read(self.reader)
+        whole = self.interleaved and self.values.step == 1  # gate and up still take turns
+        values = self.values.rows(None if whole else rows).read(self.reader)
         if self.scale is None:
             return Float(values)
-        scale = self._scale_rows(rows).read(self.reader)
+        scale = self._scale_rows(None if whole else rows).read(self.reader)
         _check_finite(scale, self.scale.stored)
         if self.kind == "mxfp4":
-            codes = values.flatten(-2) if self.values.stored.name.endswith("_blocks") else values
-            return mxfp4.MXFP4(codes, scale.view(torch.uint8))
+            codes, scale = values.view(*scale.shape[:-1], 16 * scale.shape[-1]), scale.view(torch.uint8)
+            if whole:
+                codes, scale = (deinterleave_gate_up(x)[rows or slice(None)] for x in (codes, scale))
+            return mxfp4.MXFP4(codes, scale)
         return fp8.FP8(values, scale.view(()) if self.kind == "fp8-tensor" else scale)
 
     def prefetch(self) -> None:
