@@ -44,7 +44,9 @@ def vision(model: Any, pixel_values: Tensor, image_grid_thw: Tensor) -> tuple[Te
 def image_logits(model: Any, input_ids: Tensor, pixel_values: Tensor, grid_thw: Tensor, token_types: Tensor) -> Tensor:
     """[B, T, V] of a prompt with images; positions are transformers' own (`get_rope_index`)."""
     with quiet():
-        return model(
+        logits = model(
             input_ids=input_ids, pixel_values=pixel_values.to(model.dtype), image_grid_thw=grid_thw,
             mm_token_type_ids=token_types, use_cache=False,
         ).logits  # fmt: skip
+    model.model.rope_deltas = None  # else it shifts the positions of every later call that goes on from a cache
+    return logits
