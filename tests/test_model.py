@@ -1,0 +1,235 @@
+"""The text model in exact arithmetic: one function, however it is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tolerances import FLOAT64_REORDERED
+
+import qwen35_moe as q
+from qwen35_moe import deltanet, moe
+from qwen35_moe.metrics import rel_l2
+from qwen35_moe.taps import attach
+
+LENGTHS = (1, 7, 64, 65, 333)
+
+
+def ids_of(length: int, batch: int = 2, vocabulary: int = 256) -> torch.Tensor:
+    """Ids from an integer hash, so that they are the same everywhere."""
+    n = torch.arange(batch * length)
+    return ((n * 2654435761 + 12345) % 2**31 // 7 % vocabulary).view(batch, length)
+
+
+@pytest.fixture(scope="module")
+def tiny(built) -> Path:
+    return built("tiny")
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return q.load(tiny, shared_expert="unfused")
+
+
+def recorded(model, *args, **kwargs) -> dict[str, torch.Tensor]:
+    """Every tap of a call, by key; of the recurrent rule and other loops, the last."""
+    seen = {}
+
+    def observe(site, x):
+        if site.expert is None and site.index is None:
+            seen[site.key] = x
+
+    with attach(observe):
+        seen["logits"] = model(*args, **kwargs)
+    return seen
+
+
+def assert_same(ours: dict, theirs: dict, pick=lambda key, x: x, keys=None) -> None:
+    shared = [key for key in ours if key in theirs] if keys is None else keys
+    assert len(shared) > 60
+    for key in shared:
+        a, b = pick(key, ours[key]), theirs[key]
+        if a.is_floating_point():
+            assert rel_l2(a, b) <= FLOAT64_REORDERED, key
+        else:
+            assert torch.equal(a, b), key
+
+
+def test_float64_at_every_tap(model):
+    for key, x in recorded(model, ids_of(7)).items():
+        assert x.dtype in (torch.float64, torch.int64), key
+
+
+def test_tap_without_handlers_hands_back_the_same_object():
+    x = torch.ones(3)
+    assert q.taps.tap("anything", x) is x
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_chunked_equals_recurrent(model, length, monkeypatch):
+    chunked = recorded(model, ids_of(length))
+    monkeypatch.setattr(deltanet, "chunked_delta_rule", deltanet.recurrent_delta_rule)
+    assert_same(recorded(model, ids_of(length)), chunked)
+
+
+def test_spans_of_the_chunked_rule_carry_the_state(model, monkeypatch):
+    whole = recorded(model, ids_of(333))
+    monkeypatch.setattr(deltanet, "SPAN", 128)
+    assert_same(recorded(model, ids_of(333)), whole)
+
+
+def test_blocks_of_queries(model, monkeypatch):
+    whole = recorded(model, ids_of(65))
+    monkeypatch.setattr("qwen35_moe.attention.QUERY_BLOCK", 16)
+    in_blocks = recorded(model, ids_of(65))
+    assert_same(in_blocks, whole, keys=[k for k in whole if k in in_blocks])
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_unfused_equals_fused(tiny, model, length):
+    fused = q.load(tiny, shared_expert="fused")
+    assert all(layer.mlp.shared_expert is None for layer in fused.layers)
+    assert_same(recorded(fused, ids_of(length)), recorded(model, ids_of(length)))
+
+
+def test_fuse_and_unfuse_are_inverse(model):
+    block = model.layers[0].mlp
+    shared = (block.shared_expert.gate_proj.weight, block.shared_expert.up_proj.weight)
+    whole = (block.experts.gate_up_proj, block.experts.down_proj, *shared, block.shared_expert.down_proj.weight)
+    fused = moe.fuse(*whole)
+    assert fused[0].shape[0] == model.config.num_experts + 1
+    for before, after in zip(whole, moe.unfuse(*fused), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_a_slot_of_another_dtype_is_refused(model):
+    block = model.layers[0].mlp
+    shared = [getattr(block.shared_expert, f"{name}_proj").weight.bfloat16() for name in ("gate", "up", "down")]
+    with pytest.raises(q.Qwen35Error, match="does not fit the experts' slot"):
+        moe.fuse(block.experts.gate_up_proj, block.experts.down_proj, *shared)
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 12, (5, 7), (64, 1, 1), (65, 3, 1)])
+def test_cached_decode_equals_prefill(model, sizes):
+    total = sum(sizes)
+    ids, cache, pieces = ids_of(total), q.Cache(), []
+    start = 0
+    for size in sizes:
+        pieces.append(recorded(model, ids[:, start : start + size], cache=cache))
+        start += size
+    whole = recorded(model, ids)
+
+    def joined(key):
+        B = ids.shape[0]
+        parts = [piece[key] for piece in pieces]
+        if ".moe_" in key or key.endswith("mlp_output") and parts[0].dim() == 2:  # tokens of the batch in one row
+            return torch.cat([p.unflatten(0, (B, -1)) for p in parts], 1).flatten(0, 1)
+        return torch.cat(parts, 1)
+
+    per_token = [k for k in whole if "state" not in k and ".gain" not in k and k.split(".")[-1] not in
+                 ("attn_qk", "attn_scores", "attn_probs", "gdn_conv", "gdn_conv_act")]  # fmt: skip
+    assert_same({k: joined(k) for k in per_token}, whole, keys=per_token)
+    states = [k for k in whole if k.endswith("gdn_state")]
+    assert states
+    for key in states:
+        assert rel_l2(pieces[-1][key], whole[key]) <= FLOAT64_REORDERED
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(model, side):
+    lengths, width = (9, 70, 33), 70
+    ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
+    alone = []
+    for row, length in enumerate(lengths):
+        sequence = ids_of(length, 1) + row
+        at = slice(width - length, width) if side == "left" else slice(0, length)
+        ids[row, at], mask[row, at] = sequence[0], 1
+        alone.append(model(sequence)[0])
+    together = model(ids, attention_mask=mask)
+    for row, expected in enumerate(alone):
+        assert rel_l2(together[row][mask[row].bool()], expected) <= FLOAT64_REORDERED
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_goes_on_through_its_cache(model, side):
+    """Each sequence in three pieces of its own lengths, one of them empty, equals the sequence alone."""
+    pieces = ((3, 5, 1), (8, 0, 2), (1, 9, 4))
+    total = torch.zeros(3, dtype=torch.long)
+    sequences = [ids_of(sum(p), 1)[0] + row for row, p in enumerate(pieces)]
+    cache, got = q.Cache(), [[], [], []]
+    for step in range(3):
+        width = max(p[step] for p in pieces)
+        ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
+        for row, p in enumerate(pieces):
+            at = slice(width - p[step], width) if side == "left" else slice(0, p[step])
+            ids[row, at] = sequences[row][total[row] : total[row] + p[step]]
+            mask[row, at] = 1
+            total[row] += p[step]
+        logits = model(ids, attention_mask=mask, cache=cache)
+        for row in range(3):
+            got[row].append(logits[row][mask[row].bool()])
+    for row in range(3):
+        assert rel_l2(torch.cat(got[row]), model(sequences[row][None])[0]) <= FLOAT64_REORDERED
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours(model):
+    ids = ids_of(40, 3)
+    changed = ids.clone()
+    changed[1:] = (changed[1:] + 17) % 256
+    assert rel_l2(model(changed)[0], model(ids)[0]) <= FLOAT64_REORDERED
+
+
+def test_cache_is_cloned_and_saved(model, tmp_path):
+    ids, cache = ids_of(20), q.Cache()
+    model(ids, cache=cache)
+    branch = cache.clone()
+    cache.save(tmp_path / "cache.safetensors")
+    expected = model(ids[:, :3], cache=cache)
+    assert torch.equal(model(ids[:, :3], cache=branch), expected)
+    assert torch.equal(model(ids[:, :3], cache=q.Cache.load(tmp_path / "cache.safetensors")), expected)
+    assert cache.length == 23
+    assert [p.name for p in tmp_path.iterdir()] == ["cache.safetensors"]
+
+
+def test_eps_of_the_l2_norm_shows(model):
+    """Keys and queries of norm about 1e-3 (recipe: short_heads): the eps inside the root is not negligible there."""
+    seen = recorded(model, ids_of(64))
+    norms = torch.cat([seen[k].norm(dim=-1).flatten() for k in seen if k.endswith(("gdn_q", "gdn_k"))])
+    assert (norms < 0.9).double().mean() > 0.1
+    assert (norms > 0.999).double().mean() > 0.3
+
+
+@pytest.mark.parametrize("name, text, visual", [
+    ("qwen3.5-35b-a3b", 34_660_610_688, 446_571_248),
+    ("qwen3.6-35b-a3b", 34_660_610_688, 446_571_248),
+    ("qwen3.5-122b-a10b", 122_111_526_912, 451_290_864),
+    ("qwen3.5-397b-a17b", 396_346_350_336, 456_010_480),
+])  # fmt: skip
+def test_real_configs_build_on_the_meta_device(name, text, visual):
+    from weights.build import real_config
+
+    config = q.Config.from_dict(real_config(name))
+    with torch.device("meta"):
+        model = q.Model(config)
+    assert sum(p.numel() for p in model.parameters()) == text
+    with torch.device("meta"):
+        fused = q.Model(config, fused=True)
+    assert sum(p.numel() for p in fused.parameters()) == text
+
+
+def test_a_flat_config_and_the_newest_model_build():
+    from weights.build import real_config
+
+    config = q.Config.from_dict(real_config("qwen3.8-2.4t-a95b"))
+    assert config.output_gate_type == "swish" and config.num_hidden_layers == 92
+    with torch.device("meta"):
+        assert sum(p.numel() for p in q.Model(config).parameters()) == 2_419_804_697_984
+
+
+def test_an_arithmetic_of_ones_own(tiny):
+    from dataclasses import replace
+
+    mine = replace(q.tables.FLOAT32, name="mine", rounds={"moe_topk_weights": torch.bfloat16})
+    theirs, ours = (q.load(tiny, arithmetic=a)(ids_of(7)) for a in ("float32", mine))
+    assert 0 < rel_l2(ours, theirs) < 0.1
