@@ -7,13 +7,17 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from .errors import Qwen35Error
-from .quant.gate import RULES, VARIANTS, Decision, Options, decide_layers, hazards, summarise
+from .quant.gate import RULES, VARIANTS, Options, decide_layers, hazards, summarise
 from .quant.spec import ModuleSpec
+
+Lookup = Callable[[str], ModuleSpec | None]
+Variant = tuple[str, str, dict[str, Any]]  # label, rule, the options that make it
 
 
 def add_parser(subparsers: Any) -> None:
@@ -43,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         options = parse_options(args.option)
         config, stored, source = read(Path(args.path), args.config_only)
-        chosen = VARIANTS if args.all_rules else ((args.rule, args.rule, {}),)
-        results = [_result(config, stored, *variant, options) for variant in chosen]
+        chosen: Iterable[Variant] = VARIANTS if args.all_rules else ((args.rule, args.rule, {}),)
+        results = [_result(config, stored, variant, options) for variant in chosen]
     except Qwen35Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,17 +80,21 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-Lookup = Callable[[str], ModuleSpec | None]
-
-
 def read(path: Path, config_only: bool = False) -> tuple[dict[str, Any], Lookup | None, str]:
     """(config.json, lookup of stored specs or None, in words what decides)."""
     has_tensors = path.suffix == ".safetensors" or path.is_dir() and any(path.glob("*.safetensors"))
     if has_tensors and not config_only:
         from .checkpoint import Checkpoint
 
-        checkpoint = Checkpoint.open(path)
-        return dict(checkpoint.config), checkpoint.spec, "the tensors' dtypes and scales"
+        try:
+            checkpoint = Checkpoint.open(path)
+        except Qwen35Error as error:
+            advice = "; ".join(filter(None, [error.do, "--config-only judges by config.json alone"]))
+            raise Qwen35Error(
+                error.what, where=error.where, expected=error.expected, found=error.found, do=advice
+            ) from error
+        # Every rule asks about the same modules, and a layer of 512 experts takes a while.
+        return dict(checkpoint.config), cache(checkpoint.spec), "the tensors' dtypes and scales"
     file = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -99,14 +107,8 @@ def read(path: Path, config_only: bool = False) -> tuple[dict[str, Any], Lookup 
     return config, None, "the configuration alone (no tensors)"
 
 
-def _result(
-    config: dict[str, Any],
-    stored: Lookup | None,
-    label: str,
-    rule: str,
-    switches: dict[str, Any],
-    given: dict[str, Any],
-) -> dict[str, Any]:
+def _result(config: dict[str, Any], stored: Lookup | None, variant: Variant, given: dict[str, Any]) -> dict[str, Any]:
+    label, rule, switches = variant
     options = given | switches
     layers = decide_layers(config, rule=rule, stored=stored, **options)
     breaks = hazards(config, None, layers, stored)
@@ -138,9 +140,3 @@ def _lines(result: dict[str, Any], brief: bool) -> list[str]:
         if first["breaks"]:
             lines.append(f"{pad}breaks: {first['breaks']}")
     return lines
-
-
-def describe(decisions: Iterable[Decision]) -> str:
-    """Decisions as the command prints them, for use in a notebook."""
-    records = [d.to_dict() | {"breaks": None} for d in decisions]
-    return "\n".join(_lines({"variant": "", "layers": records}, brief=False))

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from qwen35_moe import gate_cli
+from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.quant.gate import (
     RULES,
@@ -196,6 +198,7 @@ LAYER_ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("both FP8", {"*mlp.experts*": W8A8, "*shared_expert*": W8A8}, "1 1 1 1"),
     ("shared expert of layer 2 only", {f"{PREFIX}.2.mlp.shared_expert.*": W8A8}, "1 0 1 0"),
     ("gate and up only", {"*shared_expert.gate_proj": W8A8, "*shared_expert.up_proj": W8A8}, "0 0 1 0"),
+    ("one expert of layer 0: a gap", {f"{PREFIX}.0.mlp.experts.3.up_proj": W4A4}, "0 0 1 1"),
     ("experts of layer 0 one by one", {f"{PREFIX}.0.mlp.experts.{e}.up_proj": W8A8 for e in range(8)}, "0 0 0 0"),
 ]
 
@@ -424,6 +427,23 @@ def test_slot_guard() -> None:
         slot_guard("layers.3.mlp.experts.8", MXFP4, names | {"layers.3.mlp.shared_expert_gate": BF16})
 
 
+FIXTURES = Path(__file__).parent / "data/fixtures"
+
+
+# Quark 0.13's own exports: what their tensors are, target and draft, and whether list and bytes agree about the draft.
+@pytest.mark.parametrize(
+    ("folder", "target", "draft", "warned"),
+    [("bf16-hub", True, True, False), ("quark-mxfp4", False, True, True), ("quark-moe-mxfp4", True, True, True)],
+)
+def test_real_bytes(folder: str, target: bool, draft: bool, warned: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = Checkpoint.open(FIXTURES / folder)
+    decisions = decide_layers(checkpoint.config, stored=checkpoint.spec)
+    assert [bool(d) for d in decisions] == [target] * 4 + [draft]
+    assert not any(d.warnings for d in decisions[:-1]) and bool(decisions[-1].warnings) == warned
+    assert cli(str(FIXTURES / folder)) == 0
+    assert "in the bytes" in capsys.readouterr().out
+
+
 def cli(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
     gate_cli.add_parser(parser.add_subparsers())
@@ -448,6 +468,11 @@ def test_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(str(path), "--all-rules", "--json") == 0
     records = json.loads(capsys.readouterr().out)
     assert [r["variant"] for r in records["rules"]] == [label for label, _, _ in VARIANTS]
+    (tmp_path / "model.safetensors").write_bytes(b"no header")
+    assert cli(str(tmp_path)) == 2
+    assert "--config-only judges by config.json alone" in capsys.readouterr().err
+    assert cli(str(tmp_path), "--config-only") == 0
+    capsys.readouterr()
     assert cli(str(tmp_path / "absent.json")) == 2
     assert "cannot read the configuration" in capsys.readouterr().err
     assert cli(str(path), "--option", "nonsense=1") == 2

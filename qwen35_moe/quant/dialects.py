@@ -5,7 +5,7 @@ Each reader turns its dialect into the arguments of `QuantConfig`: an exclude li
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import Qwen35Error
@@ -18,7 +18,7 @@ def quark_spec(entry: Mapping[str, Any] | None) -> ModuleSpec:
     weight, inputs = _first((entry or {}).get("weight")), _first((entry or {}).get("input_tensors"))
     if not weight:
         return BF16
-    dtype, scheme, group = str(weight.get("dtype")), str(weight.get("qscheme")), weight.get("group_size")
+    dtype, scheme, group = str(weight.get("dtype")), str(weight.get("qscheme")), int(weight.get("group_size") or 0)
     activation = None
     if inputs:
         grouped = inputs.get("qscheme") == "per_group"
@@ -137,7 +137,8 @@ def _exclude(raw: Mapping[str, Any], key: str, semantics: str) -> ExcludeList:
 
 def _first(spec: Any) -> Mapping[str, Any]:
     """Quark stores a list where a tensor is quantised in two steps; the first step is what is stored."""
-    return spec[0] if isinstance(spec, Sequence) and spec else spec or {}
+    first = spec[0] if isinstance(spec, list) and spec else spec
+    return first if isinstance(first, Mapping) else {}
 
 
 def _short(dtype: str) -> str:

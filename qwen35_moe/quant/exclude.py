@@ -151,8 +151,8 @@ class ExcludeList:
         patterns = tuple((i, e) for i, e in enumerate(self.entries) if anywhere or not is_plain(e))
         apart = any(tells_experts_apart(e) for _, e in patterns)
         # The gate asks about the same few modules of a layer again and again, once for every rule.
-        found = lru_cache(maxsize=8192)(self._search)
-        made = {"patterns": patterns, "_index": index, "_experts": experts, "_apart": apart, "_find": found}
+        cached = lru_cache(maxsize=8192)(self._search)
+        made = {"patterns": patterns, "_index": index, "_experts": experts, "_apart": apart, "_find": cached}
         for key, value in made.items():
             object.__setattr__(self, key, value)
 

@@ -42,10 +42,10 @@ def refuse_platform(options: Options) -> Decision | None:
     )
 
 
-def first_entry(quant: QuantConfig, test: Callable[[str], bool | str | None]) -> Hit | None:
+def first_entry(quant: QuantConfig, test: Callable[[str], bool], how: str = "substring") -> Hit | None:
     """The first entry of the exclude list that passes a test of the raw string."""
     found = next(((i, e) for i, e in enumerate(quant.exclude.entries) if test(e)), None)
-    return Hit(quant.exclude.list, found[0], found[1], "substring") if found else None
+    return Hit(quant.exclude.list, found[0], found[1], how) if found else None
 
 
 def quark_layer_config(raw: Mapping[str, Any], names: Sequence[str]) -> Any:
@@ -64,7 +64,18 @@ def quark_layer_config(raw: Mapping[str, Any], names: Sequence[str]) -> Any:
         if any(fnmatchcase(name, pattern) for name in names):
             return spec
     below = tuple(n + "." for n in names if n.endswith(".experts"))
-    single = [spec for key, spec in layers.items() if key.startswith(below)] if below else []
-    if any(s != single[0] for s in single):
-        raise Qwen35Error("single experts have different specs", where=names[0])
-    return single[0] if single else raw.get("global_quant_config")
+    single = {key: spec for key, spec in layers.items() if key.startswith(below)} if below else {}
+    return _one_spec(names[0], single) if single else raw.get("global_quant_config")
+
+
+def _one_spec(experts: str, single: Mapping[str, Any]) -> Any:
+    """The spec that entries for single experts give to all of them; they must begin at 0, leave no gap and be alike."""
+    projections: dict[str, set[str]] = {}
+    for key in single:
+        number, _, projection = key.partition(".experts.")[2].partition(".")
+        projections.setdefault(number, set()).add(projection)
+    specs, sets = list(single.values()), list(projections.values())
+    complete = set(projections) == {str(i) for i in range(len(projections))} and all(all(s) for s in sets)
+    if not complete or any(s != sets[0] for s in sets) or any(s != specs[0] for s in specs):
+        raise Qwen35Error("entries for single experts leave gaps or differ", where=experts)
+    return specs[0]

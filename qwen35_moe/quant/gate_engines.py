@@ -48,11 +48,18 @@ def vllm(model: Model, layer: Layer, options: Options) -> Decision:
         return yes("routed and shared experts are block FP8 alike" if routed is None else "neither is quantised")
     if hit := next(filter(None, hits), None):
         return no("the exclude list names the shared expert", Evidence.of(hit))
-    raw, count = quant.raw, model.num_hidden_layers
-    routed_config = quark_layer_config(raw, spellings(layer.experts, count))
-    for name in layer.shared.values():
-        if quark_layer_config(raw, spellings(name, count)) != routed_config:
-            return no("routed and shared experts have different specs", Evidence(name))
+    return _vllm_specs(model, layer)
+
+
+def _vllm_specs(model: Model, layer: Layer) -> Decision:
+    raw, count = model.quant.raw, model.num_hidden_layers
+    try:
+        routed = quark_layer_config(raw, spellings(layer.experts, count))
+        for name in layer.shared.values():
+            if quark_layer_config(raw, spellings(name, count)) != routed:
+                return no("routed and shared experts have different specs", Evidence(name))
+    except Qwen35Error as error:
+        return no("layer_quant_config gives no single spec", Evidence(f"{error.where}: {error.what}", "warning"))
     return yes("the shared expert is not excluded and has the routed experts' spec")
 
 
@@ -87,7 +94,7 @@ def atom_first_entry(model: Model, layer: Layer, options: Options) -> Decision:
     hit = first_entry(quant, lambda e: "shared_expert" in e)
     if hit is None or quant.spec_of(hit.entry).spec.kind == quant.default.kind:
         return yes("no entry says that the shared expert differs")
-    note = ()
+    note: tuple[Evidence, ...] = ()
     if not mentions_shared_body(hit.entry) or is_draft_entry(hit.entry, model.num_hidden_layers, len(model.drafts)):
         note = (Evidence("this entry does not name the target's shared expert body", "warning"),)
     return no("the first entry with the word shared_expert is not quantised", Evidence.of(hit), *note)
@@ -109,7 +116,7 @@ def _atom_spec(quant: QuantConfig, module: str) -> tuple[ModuleSpec, Hit]:
     names = tuple(n.removesuffix(".") for n in names)
     if quant.exclude.hit(names) is None:
         below = tuple(n + "." for n in names)
-        if hit := first_entry(quant, lambda e: e.startswith(below)):
+        if hit := first_entry(quant, lambda e: e.startswith(below), "an entry below the module"):
             return ModuleSpec("bf16"), hit
     return quant.spec_of(module)
 

@@ -56,7 +56,8 @@ def _sglang_draft(model: Model) -> Decision | None:
     quant = model.quant
     if quant.method == "quark":
         hit = first_entry(quant, lambda e: e.startswith("mtp.") and "mlp.experts" in e)
-        return hit and yes("the draft's routed experts are excluded, so the draft is BF16 throughout", Evidence.of(hit))
+        if hit is not None:
+            return yes("the draft's routed experts are excluded, so the draft is BF16 throughout", Evidence.of(hit))
     if quant.method == "modelopt" and not any(name.startswith("mtp.") for name, _ in quant.layers):
         return yes("ModelOpt checkpoints keep the draft in BF16")
     return None

@@ -31,10 +31,6 @@ class Fact(NamedTuple):
     def spec(self) -> ModuleSpec:
         return self.stored or self.declared.spec
 
-    @property
-    def ambiguous(self) -> bool:
-        return self.other is not None and self.stored is None
-
 
 @dataclass(frozen=True)
 class LayerFacts:
@@ -105,8 +101,10 @@ def strict(model: Model, layer: Layer, options: Options, stored: Stored | None) 
     unknown = [f for f in everything if f.stored is None]
     if stored and unknown:
         return no("a tensor is missing from the checkpoint", Evidence(unknown[0].name, "warning"), *evidence)
-    if vague := next((f for f in everything if f.ambiguous), None):
-        text = f"{vague.name}: {vague.declared.spec} by {vague.declared.hit}, yet {vague.other.spec} to SGLang and vLLM"
+    vague = [(f, f.other.spec) for f in everything if f.other is not None and f.stored is None]
+    if vague:
+        fact, other = vague[0]
+        text = f"{fact.name}: {fact.declared.spec} by {fact.declared.hit}, yet {other} to SGLang and vLLM"
         return no(
             "readers of the exclude list disagree, and no bytes were given to settle it",
             Evidence(text, "warning"),
@@ -144,12 +142,12 @@ def _warnings(facts: LayerFacts) -> list[Evidence]:
     """One warning per group where the declared precision is not the stored one."""
     warnings = []
     for group in (facts.shared, facts.routed):
-        wrong = [f for f in group if f.stored and not _agree(f.declared.spec, f.stored)]
+        wrong = [(f, f.stored) for f in group if f.stored and not _agree(f.declared.spec, f.stored)]
         if wrong:
-            f = wrong[0]
+            f, real = wrong[0]
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             by = f.declared.hit if f.declared.hit.entry else f"{f.declared.hit}, no entry names it"
-            text = f"{f.name}{more} is {f.stored.kind} in the bytes, but {f.declared.spec.kind} by {by}"
+            text = f"{f.name}{more} is {real.kind} in the bytes, but {f.declared.spec.kind} by {by}"
             hit = f.declared.hit
             warnings.append(Evidence(text, "warning", hit.entry, hit.index, hit.list))
     return warnings
