@@ -1,6 +1,6 @@
 """FP8 weights: E4M3 values times a scale, in the three forms that checkpoints of the family have.
 
-    block    `weight_scale_inv` [ceil(O / 128), ceil(I / 128)]   Qwen's own FP8 checkpoints; a multiplier, despite its name
+    block    `weight_scale_inv` [ceil(O / 128), ceil(I / 128)]   Qwen's own FP8 checkpoints; it multiplies
     channel  `weight_scale` [O] or [O, 1]                        Quark: attention and DeltaNet beside MXFP4 experts
     tensor   `weight_scale` [] or [1]
 
@@ -37,23 +37,25 @@ class FP8:
             )
         if self.scale.dtype not in (torch.bfloat16, torch.float32):
             raise Qwen35Error("not the scale of an FP8 weight", expected="bfloat16 or float32", found=self.scale.dtype)
-        rows, columns = self.values.shape
-        blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
-        if self.scale.shape not in (blocks, (rows, 1), (rows,), (1,), ()):
+        rows = self.values.shape[0]
+        if self.scale.shape not in (self._blocks, (rows, 1), (rows,), (1,), ()):
             raise Qwen35Error(
                 "the scale does not belong to this FP8 weight",
-                expected=f"{list(blocks)} for blocks, [{rows}] or [{rows}, 1] for channels, [] or [1] for the tensor",
+                expected=f"blocks {list(self._blocks)}, channels [{rows}] or [{rows}, 1], tensor [] or [1]",
                 found=list(self.scale.shape),
             )
 
     @property
     def kind(self) -> str:
         """ "fp8-block", "fp8-channel" or "fp8-tensor"."""
+        if self.scale.shape == self._blocks:
+            return "fp8-block"
+        return "fp8-tensor" if self.scale.numel() == 1 else "fp8-channel"
+
+    @property
+    def _blocks(self) -> tuple[int, int]:
         rows, columns = self.values.shape
-        if self.scale.numel() == 1 and (self.scale.dim() < 2 or rows > BLOCK or columns > BLOCK):
-            return "fp8-tensor"
-        blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
-        return "fp8-block" if self.scale.shape == blocks else "fp8-channel"
+        return -(-rows // BLOCK), -(-columns // BLOCK)
 
     @property
     def shape(self) -> torch.Size:
@@ -93,7 +95,7 @@ class FP8:
 def widen(values: Tensor, dtype: torch.dtype) -> Tensor:
     """E4M3 to float32 or float64, exactly; much faster than torch's own conversion, which is a scalar loop on a CPU.
 
-    Shifted by 7 in 16 bits, sign and all, E4M3 is a float16 of 2^-8 the value, subnormals included. Only its NaN is not.
+    Shifted by 7 in 16 bits, sign and all, it is a float16 of 2^-8 the value, subnormals included. Only NaN is not.
     """
     lanes = values.view(torch.int8).to(torch.int16)
     lanes <<= 7

@@ -1,4 +1,4 @@
-"""The layouts that packed weights come in, beside the plain one of `MXFP4`: each a pure rearrangement of bytes, with its
+"""The layouts that packed weights come in, beside the plain one of `MXFP4`: pure rearrangements of bytes, each with its
 exact inverse.
 
     gpt-oss             codes [E, O, Q, 16], scales [E, O, Q], rows of gate and up alternating
@@ -6,7 +6,7 @@ exact inverse.
     Aiter, in memory    codes in tiles of 16 rows x 32 bytes, scales in tiles of 32 rows x 8 blocks: what a dump of an
                         engine's loaded weights holds
 
-NVFP4 looks like MXFP4 (nibbles in bytes) and is another format: blocks of 16, E4M3 scales, one more scale for the tensor.
+NVFP4 looks like MXFP4 (nibbles in bytes) and is another format: blocks of 16, E4M3 scales, and a scale of the tensor.
 It is recognised by its scales and refused.
 """
 
@@ -45,21 +45,25 @@ def to_compressed_tensors(weight: MXFP4) -> dict[str, Tensor]:
 
 
 def as_bytes(x: Tensor) -> Tensor:
-    """A tensor of float4_e2m1fn_x2 or float8_e8m0fnu as the uint8 it is; uint8 itself; anything else is left as it is."""
+    """A tensor of float4_e2m1fn_x2 or float8_e8m0fnu as the uint8 that it is; any other is left alone."""
     return x.view(torch.uint8) if x.dtype in (torch.float4_e2m1fn_x2, torch.float8_e8m0fnu) else x
 
 
 def interleave_gate_up(x: Tensor, dim: int = -2) -> Tensor:
     """[gate rows, then up rows] to [gate 0, up 0, gate 1, up 1, ...], along `dim`."""
     if x.shape[dim] % 2:
-        raise Qwen35Error("gate and up have as many rows", expected=f"an even size of dimension {dim}", found=list(x.shape))
+        raise Qwen35Error(
+            "gate and up have as many rows", expected=f"an even size of dimension {dim}", found=list(x.shape)
+        )
     return x.unflatten(dim, (2, -1)).movedim(*_pair(x, dim)).flatten(*_pair(x, dim))
 
 
 def deinterleave_gate_up(x: Tensor, dim: int = -2) -> Tensor:
     """The inverse of `interleave_gate_up`."""
     if x.shape[dim] % 2:
-        raise Qwen35Error("gate and up have as many rows", expected=f"an even size of dimension {dim}", found=list(x.shape))
+        raise Qwen35Error(
+            "gate and up have as many rows", expected=f"an even size of dimension {dim}", found=list(x.shape)
+        )
     return x.unflatten(dim, (-1, 2)).movedim(*_pair(x, dim)).flatten(*_pair(x, dim))
 
 
@@ -141,5 +145,5 @@ def refuse_nvfp4(module: str, dtypes: Mapping[str, str]) -> None:
             where=module,
             expected="codes U8 with scales U8 (E8M0, blocks of 32)",
             found=", ".join(f"{name} {dtype}" for name, dtype in dtypes.items()),
-            do="use a checkpoint in BF16, FP8 or MXFP4; NVFP4 (E4M3 scales, blocks of 16, a scale of the tensor) is not read",
+            do="use a checkpoint in BF16, FP8 or MXFP4; NVFP4 (blocks of 16, two levels of scales) is not read",
         )

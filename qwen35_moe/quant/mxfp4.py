@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ SCALE_RULES = {
     "floor": lambda fraction: fraction >= 2,  # OCP MX v1.0, section 6.3
     "ceil": lambda fraction: fraction > 1,
 }
+# The arguments with which `encode` writes the bytes that these write.
+QUANTISERS: dict[str, dict[str, Any]] = {
+    "aiter-triton": {"scale_rule": "even"},
+    "aiter-hip": {"scale_rule": "round-up", "absmax_floor": 1e-10},
+    # Quark writes 0 for -0, and scale byte 1 for a block of zeros.
+    "quark": {"scale_rule": "even", "negative_zero": False, "absmax_floor": 2.0**-124},
+}
+
 
 @cache
 def products(dtype: torch.dtype, device: torch.device, e8m0_zero: str = "ocp", e8m0_nan: str = "ocp") -> Tensor:
@@ -82,9 +91,9 @@ def decode(
 ) -> Tensor:
     """Codes [..., Z] and scales [..., Q] (both uint8) to values [..., I] of `dtype`; into `out` (contiguous) if given.
 
-    Exact in bfloat16, float32 and float64, but for what is beyond their range (infinity: scale bytes 253 and 254 times
-    4 or 6); float16 rounds to nearest even. `e8m0_zero` ("ocp", "zero") and `e8m0_nan` ("ocp", "inf", "zero") say what
-    the scale bytes 0 and 255 are worth; a NaN scale makes NaN of every code.
+    Exact in bfloat16, float32 and float64, but for what is beyond their range (infinity: scale byte 253 times 4 and 6,
+    254 times 2 to 6); float16 rounds to nearest even. `e8m0_zero` ("ocp", "zero") and `e8m0_nan` ("ocp", "inf", "zero")
+    say what the scale bytes 0 and 255 are worth; a NaN scale makes NaN of every code.
 
     How: vector instructions and nothing wider than the result, in pieces that stay in a core's cache. The nibbles are
     spread to 16-bit lanes, where sign, exponent and mantissa already stand as in a float; then the scale goes in by a
@@ -145,8 +154,8 @@ def _decode_float(codes: Tensor, scales: Tensor, lanes: Tensor, out: Tensor) -> 
 
 
 def _decode_bfloat16(codes: Tensor, scales: Tensor, lanes: Tensor, out: Tensor) -> None:
-    """bfloat16, in integers. A code's magnitude c is made the bits of a normal number by c + min(c, 2): exponent and
-    mantissa are then 0 0 | 1 0 | 2 0 | 2 1 | 3 0 | 3 1 | 4 0 | 4 1. Where that is not zero, add the scale's exponent."""
+    """bfloat16, in integers. The magnitude c of a code becomes that of a normal number by c + min(c, 2): exponent and
+    mantissa are then 0 0 | 1 0 | 2 0 | 2 1 | 3 0 | 3 1 | 4 0 | 4 1. Where c is not zero, add the scale's exponent."""
     _spread(codes, lanes, position=6)
     bits, pairs = out.view(torch.int16), out.view(torch.int32)
     torch.bitwise_and(lanes, _both_lanes(7 << 6), out=pairs)  # c
@@ -162,6 +171,7 @@ def encode(
     scale_rule: str = "even",
     ties: str = "even",
     absmax_floor: float | None = None,
+    negative_zero: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Values [..., I] to codes [..., Z] and scales [..., Q]: choose each block's scale, then round each element.
 
@@ -169,16 +179,19 @@ def encode(
     and kept within 2^-127 .. 2^127. The fraction is compared exactly, so that a value gets the same scale as float16,
     bfloat16, float32 and float64.
     Element: x / scale to the nearest E2M1 value; a tie goes to the even code (`ties="half-up"`: away from zero, as the
-    fake quantisation of Quark and vLLM's emulation do); beyond 6 it saturates. The sign is kept, also of a zero.
+    fake quantisation of Quark and vLLM's emulation do); beyond 6 it saturates. What rounds to zero keeps its sign
+    (code 8) as in Aiter's kernels, or loses it with `negative_zero=False`.
 
-    A block of zeros has scale byte 0. `absmax_floor` (Aiter HIP: 1e-10) is the least amax that a scale is made for: a
-    block of zeros then has byte 92, and what is below a quarter of 2^-35 becomes zero.
+    A block of zeros has scale byte 0. `absmax_floor` is the least amax that a scale is made for: with 1e-10 a block of
+    zeros has byte 92, and what is below a quarter of 2^-35 becomes zero. QUANTISERS has what engines use.
     A block that holds a NaN or an infinity has byte 255 and zero codes: all of it decodes to NaN.
     """
     if not x.is_floating_point():
         raise Qwen35Error("MXFP4 encodes floating-point tensors", expected="float16 to float64", found=x.dtype)
     if x.dim() == 0 or x.shape[-1] % BLOCK or not x.shape[-1]:
-        raise Qwen35Error("MXFP4 blocks are 32 columns", expected="[..., I] with I a multiple of 32", found=list(x.shape))
+        raise Qwen35Error(
+            "MXFP4 blocks are 32 columns", expected="[..., I] with I a multiple of 32", found=list(x.shape)
+        )
     if scale_rule not in SCALE_RULES:
         raise Qwen35Error("unknown scale rule", expected=", ".join(SCALE_RULES), found=scale_rule)
     if ties not in ("even", "half-up"):
@@ -199,15 +212,21 @@ def encode(
         midpoint = (E2M1[code] + E2M1[code + 1]) / 2
         to_upper = code % 2 == 1 or ties == "half-up"
         codes_QB += magnitude_QB >= midpoint if to_upper else magnitude_QB > midpoint
+    if not negative_zero:
+        codes_QB[codes_QB == 8] = 0
     codes_I = codes_QB.flatten(-2)
     return codes_I[..., 0::2] | codes_I[..., 1::2] << 4, byte.to(torch.uint8)
 
 
 def quantise_dequantise(
-    x: Tensor, scale_rule: str = "even", ties: str = "even", absmax_floor: float | None = None
+    x: Tensor,
+    scale_rule: str = "even",
+    ties: str = "even",
+    absmax_floor: float | None = None,
+    negative_zero: bool = True,
 ) -> Tensor:
     """What is left of `x` after MXFP4, in its own dtype: `decode(*encode(x, ...), x.dtype)`."""
-    return decode(*encode(x, scale_rule, ties, absmax_floor), x.dtype)
+    return decode(*encode(x, scale_rule, ties, absmax_floor, negative_zero), x.dtype)
 
 
 def check(codes: Tensor, scales: Tensor, where: str = "") -> None:

@@ -1,0 +1,129 @@
+"""Layouts: each against its definition by index, and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from qwen35_moe.errors import Qwen35Error
+from qwen35_moe.quant.layouts import (
+    deinterleave_gate_up,
+    from_compressed_tensors,
+    from_gpt_oss,
+    interleave_gate_up,
+    is_nvfp4,
+    refuse_nvfp4,
+    shuffle_scales,
+    shuffle_weight,
+    to_compressed_tensors,
+    to_gpt_oss,
+    unshuffle_scales,
+    unshuffle_weight,
+)
+
+
+def random_bytes(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def test_gpt_oss_blocks() -> None:
+    blocks, scales = random_bytes(2, 6, 3, 16), random_bytes(2, 6, 3) % 254 + 1
+    weight = from_gpt_oss(blocks, scales)
+    assert weight.shape == (2, 6, 96)
+    theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)  # [E, I, O]
+    assert torch.equal(weight.decode(torch.float32), theirs.transpose(1, 2))
+    again = to_gpt_oss(weight)
+    assert torch.equal(again[0], blocks)
+    assert torch.equal(again[1], scales)
+    with pytest.raises(Qwen35Error, match="16"):
+        from_gpt_oss(blocks.flatten(-2), scales)
+
+
+def test_compressed_tensors_are_the_plain_layout_under_other_names() -> None:
+    tensors = {"weight_packed": random_bytes(4, 32), "weight_scale": random_bytes(4, 2)}
+    weight = from_compressed_tensors(**tensors)
+    assert all(torch.equal(tensors[name], x) for name, x in to_compressed_tensors(weight).items())
+    typed = from_compressed_tensors(
+        tensors["weight_packed"].view(torch.float4_e2m1fn_x2), tensors["weight_scale"].view(torch.float8_e8m0fnu)
+    )
+    assert torch.equal(typed.codes, weight.codes)
+    assert torch.equal(typed.scales, weight.scales)
+
+
+def test_interleaved_gate_and_up() -> None:
+    gate, up = torch.arange(12).view(3, 4), torch.arange(100, 112).view(3, 4)
+    alternating = torch.stack([row for pair in zip(gate, up, strict=True) for row in pair])
+    for dim in (0, -2):
+        assert torch.equal(interleave_gate_up(torch.cat((gate, up)), dim), alternating)
+        assert torch.equal(deinterleave_gate_up(alternating, dim), torch.cat((gate, up)))
+    experts = random_bytes(2, 6, 5)
+    assert torch.equal(deinterleave_gate_up(interleave_gate_up(experts)), experts)
+    for change in (interleave_gate_up, deinterleave_gate_up):
+        with pytest.raises(Qwen35Error):
+            change(gate)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
+def test_aiters_weight_tiles_by_index(dtype: torch.dtype) -> None:
+    rows, columns = 32, 96
+    x = torch.arange(rows * columns).view(rows, columns).to(torch.int16)
+    x = x.view(dtype) if dtype != torch.uint8 else random_bytes(rows, columns)
+    chunk = 16 // x.element_size()
+    flat = shuffle_weight(x).flatten()
+    for row in range(rows):
+        for column in range(columns):
+            tile = (row // 16) * (columns // 32) + column // 32
+            place = ((tile * (32 // chunk) + column % 32 // chunk) * 16 + row % 16) * chunk + column % chunk
+            assert flat[place] == x[row, column] or flat[place].isnan()
+    experts = random_bytes(3, 64, 128)
+    assert torch.equal(unshuffle_weight(shuffle_weight(experts)), experts)
+    assert torch.equal(shuffle_weight(experts)[1], shuffle_weight(experts[1]))
+    for change in (shuffle_weight, unshuffle_weight):
+        with pytest.raises(Qwen35Error):
+            change(random_bytes(24, 32))
+        with pytest.raises(Qwen35Error):
+            change(random_bytes(32, 48))
+
+
+def test_aiters_scale_tiles_by_index() -> None:
+    scales = random_bytes(300, 20)
+    shuffled = shuffle_scales(scales)
+    assert shuffled.shape == (512, 24)
+    for row in range(300):
+        for block in range(20):
+            tile = (row // 32) * (24 // 8) + block // 8
+            within = ((block % 4 * 16 + row % 16) * 2 + block // 4 % 2) * 2 + row // 16 % 2
+            assert shuffled.flatten()[tile * 256 + within] == scales[row, block]
+    assert torch.equal(unshuffle_scales(shuffled, 300, 20), scales)
+    padded = unshuffle_scales(shuffled)
+    assert padded.shape == (512, 24)
+    assert not padded[300:].any()
+    with pytest.raises(Qwen35Error):
+        shuffle_scales(random_bytes(2, 32, 8))
+    with pytest.raises(Qwen35Error):
+        unshuffle_scales(scales)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "is_one"),
+    [
+        ({"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32", "input_scale": "F32"}, True),  # ModelOpt
+        ({"weight_packed": "U8", "weight_scale": "F8_E4M3", "weight_global_scale": "F32"}, True),  # compressed-tensors
+        ({"weight": "U8", "weight_scale": "F8_E4M3"}, True),
+        ({"weight": "U8", "weight_scale": "U8", "weight_scale_2": "F32"}, True),
+        ({"weight": "U8", "weight_scale": "U8"}, False),  # Quark MXFP4
+        ({"weight_packed": "U8", "weight_scale": "U8"}, False),
+        ({"weight": "F8_E4M3", "weight_scale": "F32"}, False),  # FP8
+        ({"weight": "F8_E4M3", "weight_scale_inv": "BF16"}, False),
+        ({"weight": "BF16"}, False),
+    ],
+)
+def test_nvfp4_is_recognised_and_refused(dtypes: dict[str, str], is_one: bool) -> None:
+    assert is_nvfp4(dtypes) == is_one
+    if is_one:
+        with pytest.raises(Qwen35Error, match=r"NVFP4 is not MXFP4[^$]*mlp\.experts\.0"):
+            refuse_nvfp4("layers.0.mlp.experts.0.down_proj", dtypes)
+    else:
+        refuse_nvfp4("layers.0.mlp.experts.0.down_proj", dtypes)
