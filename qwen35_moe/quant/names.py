@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "language_model.")
 
@@ -22,6 +23,7 @@ def expand_fused(name: str) -> tuple[str, ...]:
     return tuple(f"{head}.{part}" if head else part for part in FUSED_NAMES.get(last, ()))
 
 
+@lru_cache(maxsize=16384)
 def spellings(name: str, num_hidden_layers: int | None = None) -> tuple[str, ...]:
     """Every way in which a checkpoint may write a module's name.
 
