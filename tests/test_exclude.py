@@ -21,14 +21,14 @@ BODY = f"{L0}.mlp.shared_expert.down_proj"
 # entry, module, readers that leave the module unquantised, source
 ENTRIES = [
     (BODY, BODY, "quark sglang vllm atom fp8 compressed-tensors modelopt", "an exported list: all agree"),
-    ("*shared_expert*", BODY, "quark atom modelopt", "numerics 6.2: SGLang's gate reads it, its loader does not"),
+    ("*shared_expert*", BODY, "quark atom modelopt", "SGLang 0.5.23: SGLang's gate reads it, its loader does not"),
     ("*.shared_expert.*", BODY, "quark atom modelopt", "Quark 0.13's template qwen3_5_moe"),
     (r"re:.*shared_expert", BODY, "quark sglang vllm atom compressed-tensors", "SGLang's online MXFP4 config"),
     (
         r"re:.*mlp\.shared",
         BODY,
         "quark sglang vllm atom compressed-tensors",
-        "numerics 6.2: no word for a substring gate",
+        "SGLang 0.5.23: no word for a substring gate",
     ),
     (r"re:mlp\.shared", BODY, "atom", "re.search against re.match"),
     (f"{L0}.mlp.shared_expert", BODY, "atom fp8", "parents: ATOM config.py, FP8 segments"),
@@ -36,7 +36,7 @@ ENTRIES = [
     ("*shared_expert_gate*", BODY, "", "MoE-MXFP4's model card"),
     ("mtp.*", BODY, "", "the draft says nothing about the target"),
     ("mtp.*", "mtp.layers.0.mlp.shared_expert.up_proj", "quark atom modelopt", "globs are not for SGLang and vLLM"),
-    ("*.mlp.*", f"{L0}.mlp.experts.3.up_proj", "quark atom modelopt", "numerics 6.2: broad"),
+    ("*.mlp.*", f"{L0}.mlp.experts.3.up_proj", "quark atom modelopt", "SGLang 0.5.23: broad"),
     ("mlp.gate", f"{L0}.mlp.gate", "fp8", "sglang #23467: segments"),
     ("mlp.gate", f"{L0}.mlp.gate_up_proj", "", "sglang #23467: not a prefix of a segment"),
     ("in_proj_a", f"{L0}.linear_attn.in_proj_a", "fp8", "sglang #23467"),
@@ -105,7 +105,7 @@ DRAFTS = [
     ("model.layers.78.mlp.shared_experts.up_proj", True, "GLM-5.2, sglang #36124"),
     ("model.layers.79.mlp.shared_experts.up_proj", False, "one draft layer only"),
     ("model.layers.77.mlp.shared_experts.up_proj", False, "the target's last layer"),
-    ("model.language_model.layers.78.mlp.shared_expert.up_proj", False, "numerics 6.2: not recognised"),
+    ("model.language_model.layers.78.mlp.shared_expert.up_proj", False, "SGLang 0.5.23: not recognised"),
     ("re:mtp.*", False, "a pattern does not start with mtp."),
 ]
 

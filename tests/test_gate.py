@@ -1,65 +1,19 @@
-"""The fusion gate against tables: rows of exclude lists, engines' options, and the real checkpoints.
+"""The fusion gate against tables: rows of exclude lists, options of engines, quantisation methods.
 
 Row sources: "#N" is an issue or pull request of sgl-project/sglang unless a repository is named.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from gate_configs import FP8, GLM, NV, PREFIX, QWEN, TEXT, W4A4, W8A8, body, quark
 
-from qwen35_moe import gate_cli
-from qwen35_moe.checkpoint import Checkpoint
-from qwen35_moe.errors import Qwen35Error
-from qwen35_moe.quant.gate import (
-    RULES,
-    VARIANTS,
-    can_fuse_shared_expert,
-    decide_layers,
-    hazards,
-    slot_guard,
-)
-from qwen35_moe.quant.spec import BF16, MXFP4, NVFP4, ModuleSpec, QuantConfig, float_spec
-from weights import gate_recipes
+from qwen35_moe.quant.gate import RULES, can_fuse_shared_expert, decide_layers
+from qwen35_moe.quant.spec import BF16, MXFP4, QuantConfig
 
-PREFIX = "model.language_model.layers"
-FP4 = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "is_dynamic": False, "scale_format": "e8m0"}
-FP8 = {"dtype": "fp8_e4m3", "qscheme": "per_channel", "is_dynamic": False}
-W4A4 = {"weight": FP4, "input_tensors": FP4 | {"is_dynamic": True}}
-W8A8 = {"weight": FP8, "input_tensors": FP8 | {"is_dynamic": True}}
-TEXT: dict[str, Any] = {
-    "model_type": "qwen3_5_moe_text",
-    "num_hidden_layers": 4,
-    "num_experts": 8,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "mtp_num_hidden_layers": 1,
-}
-QWEN: dict[str, Any] = {"model_type": "qwen3_5_moe", "text_config": TEXT}
-GLM: dict[str, Any] = TEXT | {
-    "model_type": "glm_moe_dsa",
-    "num_hidden_layers": 78,
-    "num_nextn_predict_layers": 1,
-    "mtp_num_hidden_layers": None,
-}
-
-
-def quark(*exclude: str, **more: Any) -> dict[str, Any]:
-    layers = more.pop("layers", {})
-    base = {"quant_method": "quark", "global_quant_config": W4A4, "layer_quant_config": layers}
-    return base | {"exclude": list(exclude)} | more
-
-
-def body(layers: range = range(4), parts: str = "down gate up") -> list[str]:
-    return [f"{PREFIX}.{n}.mlp.shared_expert.{p}_proj" for n in layers for p in parts.split()]
-
-
-# Numerics 6.2. Columns: sglang-22948, sglang-0.5.23, is the body unquantised to SGLang's loader, vllm (opted in), atom,
+# Columns: sglang-22948, sglang-0.5.23, is the body unquantised to SGLang's loader, vllm (opted in), atom,
 # atom-first-entry, strict (by the configuration alone). 1 = fuses.
 EXCLUDE_ROWS: list[tuple[str, list[str], str]] = [
     ("exact names of the body", body(), "0 0 1 0 0 0 0"),
@@ -216,7 +170,6 @@ BLOCK = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_sch
 CT = {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"} | {
     "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "group_size": 32}}}
 }
-NV = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
 METHOD_ROWS: list[tuple[str, dict[str, Any] | None, str]] = [
     ("not quantised", None, "1 1 1 1 1"),
     ("FP8 blocks", BLOCK, "1 1 1 1 1"),
@@ -283,196 +236,3 @@ def test_vllm_is_opt_in_and_layers_must_agree() -> None:
     assert not mixed and "1 of 4 layers may not fuse" in mixed.reason
     halves = can_fuse_shared_expert(QWEN, quark(*body(parts="gate")), "vllm", vllm_opt_in=True)
     assert not halves and "refuses to load" in halves.reason
-
-
-@pytest.mark.parametrize("name", gate_recipes.names())
-def test_real_checkpoints(name: str) -> None:
-    """Numerics 6.5, checkpoints 1.3 and 3.1: each variant of the gate, target and draft, and where it would break."""
-    recipe = gate_recipes.load(name)
-    assert set(recipe.expected) == {label for label, _, _ in VARIANTS}
-    for label, rule, options in VARIANTS:
-        decisions = decide_layers(recipe.config, rule=rule, stored=recipe.stored, **options)
-        broken = hazards(recipe.config, None, decisions, recipe.stored)
-        words = [("online" if d.online else "fused" if d else "no") + "!" * (d.layer in broken) for d in decisions]
-        assert set(words[:-1]) == {words[0]}, "all layers of the target are alike in these checkpoints"
-        assert f"{words[0]} {words[-1]}" == recipe.expected[label], label
-
-
-def test_recipes_have_the_known_counts() -> None:
-    """183 and 1547 of #38748 (one name unknown), 978, 148, 184, 172 (one unknown): checkpoints 1.3 and 3.1."""
-
-    def entries(name: str) -> list[str]:
-        quant = gate_recipes.load(name).config["quantization_config"]
-        return quant.get("exclude") or quant.get("ignore") or quant["modules_to_not_convert"]
-
-    mxfp4 = entries("397b-mxfp4")
-    assert sum(".mlp.shared_expert." in e for e in mxfp4) == 183
-    assert sum(e.startswith("mtp.") for e in mxfp4) == 1547 - 1
-    counts = {n: len(entries(n)) for n in ("2.4t-fp8", "122b-nvfp4", "397b-nvfp4", "397b-mxfp4-attnfp8-v2")}
-    assert counts == {"2.4t-fp8": 978, "122b-nvfp4": 148, "397b-nvfp4": 184, "397b-mxfp4-attnfp8-v2": 172 - 1}
-
-
-def test_bytes_decide_and_disagreement_is_told() -> None:
-    config = QWEN | {"quantization_config": quark(*body())}
-    decision = can_fuse_shared_expert(config, stored=lambda name: MXFP4)
-    assert decision and len(decision.warnings) == 1
-    assert f"but bf16 by exclude[1] = '{body()[1]}'" in decision.warnings[0]
-    settled = can_fuse_shared_expert(QWEN, quark("*shared_expert*"), stored=lambda n: BF16 if "shared" in n else MXFP4)
-    assert not settled and "in the bytes" in settled.reason
-    vague = can_fuse_shared_expert(QWEN, quark("*shared_expert*"))
-    assert not vague and "readers of the exclude list disagree" in vague.reason and vague.entry
-
-
-def test_one_odd_expert_is_seen() -> None:
-    """Strict asks every expert if bytes or list could tell them apart."""
-    odd = "layers.2.mlp.experts.5.down_proj"
-    decisions = decide_layers(
-        QWEN, quark(), stored=lambda n: None if n.endswith("experts") else BF16 if n == odd else MXFP4
-    )
-    assert [bool(d) for d in decisions] == [True, True, False, True, True]
-    assert odd in str(decisions[2])
-    listed = decide_layers(QWEN, quark(f"{PREFIX}.1.mlp.experts.7.up_proj"))
-    assert [bool(d) for d in listed] == [True, False, True, True, True]
-
-
-def test_a_missing_tensor_is_no_reason_to_fuse() -> None:
-    stored = {"layers.0.mlp.experts": MXFP4, "layers.0.mlp.shared_expert.gate_proj": MXFP4}
-    decision = decide_layers(QWEN, quark(), stored=stored)[0]
-    assert not decision and "missing" in decision.reason and "shared_expert.up_proj" in decision.warnings[0]
-
-
-def test_activations_count() -> None:
-    """Same bytes, other function: a W4A16 expert is not a W4A4 expert."""
-    layers = {"*shared_expert.*": {"weight": FP4, "input_tensors": None}}
-    decision = can_fuse_shared_expert(QWEN, quark(layers=layers), stored=lambda name: MXFP4)
-    assert not decision and "inputs" in decision.reason
-
-
-def test_forms_of_a_configuration() -> None:
-    quant = quark("lm_head")
-    objects = SimpleNamespace(text_config=SimpleNamespace(**TEXT), quantization_config=quant)
-    methods = SimpleNamespace(to_dict=lambda: QWEN | {"quantization_config": quant})
-    inside = {"text_config": TEXT | {"quantization_config": quant}}
-    for config in (objects, methods, inside, TEXT | {"quantization_config": quant}):
-        decision = can_fuse_shared_expert(config)
-        assert decision and "mxfp4" in decision.reason
-    assert "bf16" in can_fuse_shared_expert(QWEN).reason, "no quantization_config is an unquantised model"
-    sparse = TEXT | {"mlp_only_layers": [0], "decoder_sparse_step": 2}
-    assert [d.layer for d in decide_layers(sparse)] == ["layers.1", "layers.3", "mtp.layers.0"]
-
-
-def test_a_decision_prints_and_serialises() -> None:
-    decision = can_fuse_shared_expert(QWEN, quark("lm_head", *body()), "sglang-22948")
-    assert str(decision) == (
-        "model: shared expert not fused (rule sglang-22948), because the exclude list names a shared expert. "
-        f"[exclude[1] = '{body()[0]}' (substring)]"
-    )
-    record = json.loads(json.dumps(decision.to_dict()))
-    assert record["fused"] is False and record["evidence"][0]["index"] == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"rule": "sglang"}, "unknown rule"),
-        ({"disable_shared_expert_fusion": True}, "did you mean disable_shared_experts_fusion"),
-        ({"moe_ep_size": "8"}, "bad value of a gate option"),
-        ({"a2a_backend": "nccl"}, "unknown all-to-all backend"),
-        ({"quant_config": {"quant_method": "bitsandbytes"}}, "unknown quantisation method"),
-        ({"quant_config": {"quant_method": "quark", "exclude": "lm_head"}}, "must hold strings"),
-        ({"quant_config": {"quant_method": "modelopt", "quant_algo": "INT2"}}, "unknown ModelOpt quant_algo"),
-    ],
-)
-def test_errors_name_what_is_wrong(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(Qwen35Error, match=message):
-        can_fuse_shared_expert(QWEN, **arguments)
-    with pytest.raises(Qwen35Error, match="does not look like"):
-        can_fuse_shared_expert({"model_type": "llama"})
-
-
-def test_spec_of() -> None:
-    config = QuantConfig.from_dict(quark("lm_head", *body(), layers={"*linear_attn*": W8A8}), 4)
-    spec, hit = config.spec_of("layers.0.mlp.experts.3.gate_proj")
-    assert spec.same_bytes(MXFP4) and str(spec.activation) == "fp4/32 dynamic" and str(hit) == "global_quant_config"
-    spec, hit = config.spec_of("layers.2.mlp.shared_expert.gate_up_proj")
-    assert spec == BF16 and hit.entry == f"{PREFIX}.2.mlp.shared_expert.gate_proj"
-    spec, hit = config.spec_of(f"{PREFIX}.1.linear_attn.in_proj_qkv")
-    assert spec.kind == "fp8-channel" and hit.entry == "*linear_attn*"
-    assert QuantConfig.from_dict(NV).spec_of("layers.0.mlp.experts.0.up_proj").spec.same_bytes(NVFP4)
-    mixed = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {}}
-    mixed["quantized_layers"] = {"model.language_model.layers.0.mlp.experts*": {"quant_algo": "W4A16_NVFP4"}}
-    assert QuantConfig.from_dict(mixed).spec_of("layers.0.mlp.experts.0.up_proj").spec == NVFP4
-    assert QuantConfig.from_dict(mixed).spec_of("layers.1.mlp.experts.0.up_proj").spec == BF16
-    split = QuantConfig.from_dict(quark(layers={"*q_proj": W8A8}))
-    with pytest.raises(Qwen35Error, match="different precisions"):
-        split.spec_of("layers.3.self_attn.qkv_proj")
-    assert float_spec("F32").kind == "f32" and not MXFP4.same_bytes(NVFP4)
-
-
-def test_slot_guard() -> None:
-    """The failure of #22948: BF16 bytes in an FP4 slot; of #40754 and #35719: a slot that nothing fills."""
-    names = {f"layers.3.mlp.shared_expert.{p}_proj": MXFP4 for p in ("gate", "up", "down")}
-    slot_guard("layers.3.mlp.experts.8", MXFP4, names)
-    wrong = names | {"layers.3.mlp.shared_expert.up_proj": BF16}
-    with pytest.raises(
-        Qwen35Error, match=r"bf16 bytes would be read as mxfp4\n  where: layers.3.mlp.shared_expert.up_proj"
-    ):
-        slot_guard("layers.3.mlp.experts.8", MXFP4, wrong)
-    slot_guard("layers.3.mlp.experts.8", MXFP4, wrong, convert=True)
-    with pytest.raises(Qwen35Error, match="fp8-block bytes would be read as mxfp4"):
-        slot_guard("s", MXFP4, names | {"layers.3.mlp.shared_expert.up_proj": ModuleSpec("fp8-block")}, convert=True)
-    with pytest.raises(Qwen35Error, match=r"would stay unfilled(.|\n)*down_proj"):
-        slot_guard("layers.3.mlp.experts.8", MXFP4, {k: v for k, v in names.items() if "down" not in k})
-    with pytest.raises(Qwen35Error, match=r"no place in the fused slot(.|\n)*shared_expert_gate"):
-        slot_guard("layers.3.mlp.experts.8", MXFP4, names | {"layers.3.mlp.shared_expert_gate": BF16})
-
-
-FIXTURES = Path(__file__).parent / "data/fixtures"
-
-
-# Quark 0.13's own exports: what their tensors are, target and draft, and whether list and bytes agree about the draft.
-@pytest.mark.parametrize(
-    ("folder", "target", "draft", "warned"),
-    [("bf16-hub", True, True, False), ("quark-mxfp4", False, True, True), ("quark-moe-mxfp4", True, True, True)],
-)
-def test_real_bytes(folder: str, target: bool, draft: bool, warned: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = Checkpoint.open(FIXTURES / folder)
-    decisions = decide_layers(checkpoint.config, stored=checkpoint.spec)
-    assert [bool(d) for d in decisions] == [target] * 4 + [draft]
-    assert not any(d.warnings for d in decisions[:-1]) and bool(decisions[-1].warnings) == warned
-    assert cli(str(FIXTURES / folder)) == 0
-    assert "in the bytes" in capsys.readouterr().out
-
-
-def cli(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    gate_cli.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["gate", *arguments])
-    return args.run(args)
-
-
-def test_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(QWEN | {"quantization_config": quark("lm_head", *body())}))
-    assert cli(str(path)) == 0
-    out = capsys.readouterr().out
-    assert "layers.0-3     unfused" in out and f"exclude[1] = '{body()[0]}'" in out
-    assert cli(str(tmp_path), "--rule", "sglang-0.5.23", "--option", "enforce-shared-experts-fusion=true") == 0
-    assert "online" in capsys.readouterr().out
-    path.write_text(json.dumps(QWEN | {"quantization_config": quark(r"re:.*mlp\.shared")}))
-    assert cli(str(path), "--all-rules") == 0
-    out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if "BREAKS" in line]
-    assert {line.split("  ")[1].strip() for line in lines} >= {"sglang-22948", "sglang-0.5.23", "atom-first-entry"}
-    assert "bf16 bytes would be read as mxfp4" in out
-    assert cli(str(path), "--all-rules", "--json") == 0
-    records = json.loads(capsys.readouterr().out)
-    assert [r["variant"] for r in records["rules"]] == [label for label, _, _ in VARIANTS]
-    (tmp_path / "model.safetensors").write_bytes(b"no header")
-    assert cli(str(tmp_path)) == 2
-    assert "--config-only judges by config.json alone" in capsys.readouterr().err
-    assert cli(str(tmp_path), "--config-only") == 0
-    capsys.readouterr()
-    assert cli(str(tmp_path / "absent.json")) == 2
-    assert "cannot read the configuration" in capsys.readouterr().err
-    assert cli(str(path), "--option", "nonsense=1") == 2
