@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
@@ -37,6 +38,8 @@ INERT_KEYS = frozenset(
 # No checkpoint of the family has any other value.
 ONLY = {"hidden_act": "silu", "attention_bias": False, "attn_output_gate": True}
 ONLY |= {"decoder_sparse_step": 1, "mlp_only_layers": ()}
+# Far more than any model has: a wrong number must not take memory before it is found to be wrong.
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Config:
             raise Qwen35Error("keys are missing", where="config.json", expected=", ".join(missing), found="absent")
         values = {f.name: _typed(f.name, str(f.type), values[f.name]) for f in own if f.name in values}
         if not values.get("layer_types"):
-            interval, count = values.get("full_attention_interval", 4), values["num_hidden_layers"]
+            interval, count = values.get("full_attention_interval", 4), min(values["num_hidden_layers"], MOST_LAYERS)
             values["layer_types"] = tuple(LINEAR if (i + 1) % max(interval, 1) else FULL for i in range(count))
         config = cls(**values, raw=raw)
         config._check()
@@ -132,6 +135,9 @@ class Config:
         return torch.where((j % 3 == 1) & (j < 3 * height), 1, torch.where((j % 3 == 2) & (j < 3 * width), 2, 0))
 
     def _check(self) -> None:
+        if not 0 < self.partial_rotary_factor <= 1:
+            where, found = "config.json: partial_rotary_factor", self.partial_rotary_factor
+            raise Qwen35Error("bad value", where=where, expected="above 0, at most 1", found=found)
         half, layers = self.rotary_dim // 2, self.num_hidden_layers
         counts = [f.name for f in fields(self) if f.type == "int" and f.name != "mtp_num_hidden_layers"]
         rules: list[tuple[str, Callable[[Any], bool], object]] = [
@@ -186,9 +192,9 @@ def _check_keys(text: Mapping[str, Any], known: set[str]) -> None:
 def _typed(name: str, kind: str, value: Any) -> Any:
     """The value in the field's type; a clear error where it has another."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind == "int" and number and float(value).is_integer():
+    if kind == "int" and number and abs(value) < 2**63 and float(value).is_integer():
         return int(value)
-    if kind == "float" and number:
+    if kind == "float" and number and abs(value) <= sys.float_info.max:
         return float(value)
     if (kind == "bool" and isinstance(value, bool)) or (kind == "str" and isinstance(value, str)):
         return value

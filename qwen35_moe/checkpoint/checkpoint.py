@@ -130,13 +130,12 @@ class Checkpoint:
                 "experts are stored both fused and one by one", where=where, expected=expected, found="both"
             )
         if fused:
-            count = self.find(f"{prefix}.gate_up_proj").shape[0]
-            down = self.find(f"{prefix}.down_proj")
-            if len(down.shape) != 3 or down.shape[0] != count:
-                raise Qwen35Error(
-                    "wrong shape", where=down.values.stored.where, expected=f"[{count}, D, F]", found=down.shape
-                )
-            return Experts(prefix, count, True, self.find)
+            gate_up, down = (self.find(f"{prefix}.{name}") for name in ("gate_up_proj", "down_proj"))
+            for weight in (gate_up, down):
+                if len(weight.shape) != 3 or weight.shape[0] != gate_up.shape[0]:
+                    stored, expected = weight.values.stored, "[E, 2F, D] and [E, D, F] of one E"
+                    raise Qwen35Error("wrong shape", where=stored.where, expected=expected, found=stored)
+            return Experts(prefix, gate_up.shape[0], True, self.find)
         count = max(own, default=0) + 1
         for e in range(count if len(own) == count else min(count, len(own) + 1)):
             for name in PROJECTIONS:

@@ -18,7 +18,7 @@ from .recognise import BESIDE
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
-SHOWN = 6
+SHOWN, ENOUGH = 6, 1000
 
 
 def check_complete(ck: Checkpoint, config: Config) -> None:
@@ -35,9 +35,11 @@ def check_complete(ck: Checkpoint, config: Config) -> None:
                 known.update(_check_tensor(ck, name, shape))
         except Qwen35Error as error:
             problems.append(error)
+            if len(problems) == ENOUGH:
+                break
             known.update(ck.expert_names(name), (s.name for s in ck.modules.get(split_role(name)[0], {}).values()))
     aside = ("lm_head.*" if config.tie_word_embeddings else "", "" if vision else "visual.*")
-    for name in ck.tensors.keys() - known:
+    for name in () if len(problems) == ENOUGH else ck.tensors.keys() - known:
         if not any(fnmatchcase(name, pattern) for pattern in aside):
             where, found = ck.stored(name).where, ck.stored(name)
             problems.append(Qwen35Error("a tensor that is not expected", where=where, expected="none", found=found))
