@@ -134,7 +134,7 @@ class Capture(TorchFunctionMode):
 
     def ruled(self, function: Callable) -> Callable:
         def wrapped(q: Tensor, k: Tensor, v: Tensor, *args: Any, g: Tensor, beta: Tensor, **kwargs: Any) -> Any:
-            self.l2_norms, self.group = 0, v.shape[2] // k.shape[2]
+            self.l2_norms = 0
             out, state = function(q, k, v, *args, g=g, beta=beta, **kwargs)
             for name, x in (("gdn_v", v), ("gdn_g", g), ("gdn_beta", beta), ("gdn_core_out", out)):
                 self.put(name, x)
@@ -198,7 +198,10 @@ class Capture(TorchFunctionMode):
         yield from self.hook(m.o_proj, "o_proj", lambda x: self.put("attn_pre_o_proj", x), None)
 
     def delta(self, m: nn.Module, out: Callable) -> Iterator[Any]:
-        yield from out(m, "attn_output", "linear_attn")
+        def start(**_: Any) -> None:
+            self.group = m.num_v_heads // m.num_k_heads
+
+        yield from self.hook(m, "linear_attn", start, lambda x: self.put("attn_output", x))
         for name in ("qkv", "z", "b", "a"):
             yield from out(getattr(m, f"in_proj_{name}"), f"gdn_{name}")
         yield from out(m.norm, "gdn_norm_out", "linear_attn.norm", self.by_token)
