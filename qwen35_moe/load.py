@@ -1,4 +1,4 @@
-"""From a checkpoint to a model: `load(path)`.
+"""From a checkpoint to a model: `load(path)`, and beside its text model the draft head and the vision tower.
 
 A mode says how much of it is held decoded:
 
@@ -10,7 +10,9 @@ A mode says how much of it is held decoded:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +23,17 @@ from .checkpoint import Checkpoint
 from .config import Config
 from .errors import Qwen35Error
 from .experts import PackedExperts, Slot
-from .model import Layer, Model
+from .model import Model
 from .moe import MoE
+from .mtp import MTP
 from .ops import Linear, linear
 from .quant.gate import decide_layers, slot_guard
 from .quant.packed import Packed, concatenate
 from .quant.precision import ModuleSpec
+from .vision import VisionConfig, VisionTower
 
 MODES = ("decoded", "packed", "stream")
+PARTS = {"mtp": "layers", "visual": "blocks"}  # what is not the text model, and what its layers are called
 HEAD_ROWS = 8192  # rows of the head that a streamed model holds at a time
 
 
@@ -78,11 +83,14 @@ def load(
     device: str | torch.device = "cpu",
     mode: str = "decoded",
     ignore_config_keys: Iterable[str] = (),
+    text_only: bool = False,
 ) -> Model:
-    """The text model of a checkpoint folder.
+    """All of a checkpoint folder: the text model, and its draft head and vision tower as `model.mtp`, `model.visual`.
 
-    shared_expert: "unfused", "fused" (slot E of E+1), or "auto": what the gate (`strict`) decides, layer by layer.
+    shared_expert: "unfused", "fused" (slot E of E+1), or "auto": what the gate (`strict`) decides, layer by layer, the
+    draft's among them.
     mode: "decoded", "packed" or "stream", see above; all three compute the same bits.
+    text_only: without draft head and vision tower; `model.left_out` counts the tensors that this leaves unread.
     """
     for name, value, allowed in (("mode", mode, MODES), ("shared_expert", shared_expert, ("auto", "unfused", "fused"))):
         if value not in allowed:
@@ -93,20 +101,27 @@ def load(
     checkpoint.validate(config)
     if shared_expert == "auto":
         decisions = decide_layers(checkpoint.config, stored=checkpoint.spec)
-        fused = [bool(d) for d in decisions if not d.draft]
+        fused, draft_fused = [bool(d) for d in decisions if not d.draft], any(d for d in decisions if d.draft)
     else:
-        fused = [shared_expert == "fused"] * config.num_hidden_layers
-    return build(Source(checkpoint, config), table, fused, torch.device(device), mode)
+        fused, draft_fused = [shared_expert == "fused"] * config.num_hidden_layers, shared_expert == "fused"
+    source = Source(checkpoint, config)
+    model = build(source, table, fused, torch.device(device), mode)
+    counts = {part: sum(name.startswith(f"{part}.") for name in checkpoint.names()) for part in PARTS}
+    for part in (part for part, count in counts.items() if count):
+        if text_only:
+            model.left_out[part] = counts[part]
+        else:
+            setattr(model, part, build_part(part, source, table, draft_fused, torch.device(device), mode))
+    return model
 
 
 def build(source: Source, table: Arithmetic, fused: Sequence[bool], device: torch.device, mode: str) -> Model:
-    """A model whose weights come from `source`."""
+    """A text model whose weights come from `source`."""
     config = source.config
     with torch.device("meta"):
         model = Model(config, table, fused)
     if mode == "stream":
-        del model.layers  # modules; what takes their place is none
-        model.layers = StreamedLayers(source, table, fused, device)
+        stream_layers(model, "layers", "layers", source, table, device)
         model.embed_tokens, model.lm_head = StreamedEmbedding(source, table), StreamedHead(source, table)
         fill(model.norm, "norm", source, table, device)
     else:
@@ -116,6 +131,26 @@ def build(source: Source, table: Arithmetic, fused: Sequence[bool], device: torc
             else:
                 fill(module, name, source, table, device, mode)
     return model
+
+
+def build_part(
+    name: str, source: Source, table: Arithmetic, fused: bool, device: torch.device, mode: str
+) -> MTP | VisionTower | StreamedPart:
+    """The draft head ("mtp"; `fused` is its own) or the vision tower ("visual"), with weights from `source`."""
+    config, vision = source.config, source.config.raw.get("vision_config")
+    if name == "visual" and vision is None:
+        raise Qwen35Error(
+            "a vision tower without its configuration",
+            where=f"{source.checkpoint.path}: visual.*",
+            expected="vision_config in config.json",
+            do="text_only=True leaves the tower out",
+        )
+    with torch.device("meta"):
+        part = MTP(config, fused) if name == "mtp" else VisionTower(VisionConfig.from_dict(vision, config.hidden_size))
+    if mode == "stream":
+        return StreamedPart(name, part, source, table, device)
+    fill(part, name, source, table, device, mode)
+    return part
 
 
 def fill(
@@ -166,22 +201,47 @@ def _fill_experts(moe: MoE, path: str, source: Source, table: Arithmetic, device
     moe.experts = PackedExperts(count, F, read, dtype, quantised)
 
 
-class StreamedLayers(Sequence[Layer]):
-    """Layers that are read when it is their turn, and dropped after it."""
+class StreamedLayers(Sequence[nn.Module]):
+    """Layers that are read when it is their turn, and dropped after it. `empty`: the same on the meta device."""
 
-    def __init__(self, source: Source, table: Arithmetic, fused: Sequence[bool], device: torch.device):
-        self.source, self.table, self.fused, self.device = source, table, fused, device
+    def __init__(
+        self, prefix: str, empty: Sequence[nn.Module], source: Source, table: Arithmetic, device: torch.device
+    ):
+        self.prefix, self.empty, self.source, self.table, self.device = prefix, empty, source, table, device
 
     def __len__(self) -> int:
-        return len(self.fused)
+        return len(self.empty)
 
-    def __getitem__(self, i: int) -> Layer:
+    def __getitem__(self, i: int) -> nn.Module:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        with torch.device("meta"):
-            layer = Layer(self.source.config, self.source.config.layer_types[i], self.fused[i])
-        fill(layer, f"layers.{i}", self.source, self.table, self.device, "stream")
+        layer = deepcopy(self.empty[i])
+        fill(layer, f"{self.prefix}.{i}", self.source, self.table, self.device, "stream")
         return layer
+
+
+def stream_layers(
+    module: nn.Module, name: str, prefix: str, source: Source, table: Arithmetic, device: torch.device
+) -> None:
+    """Puts `StreamedLayers` in the place of the list of modules `name`."""
+    empty = list(getattr(module, name))
+    delattr(module, name)  # modules; what takes their place is none
+    setattr(module, name, StreamedLayers(prefix, empty, source, table, device))
+
+
+class StreamedPart(nn.Module):
+    """The draft head or the vision tower: read when it is called, layer by layer, and dropped after it."""
+
+    def __init__(self, name: str, empty: MTP | VisionTower, source: Source, table: Arithmetic, device: torch.device):
+        super().__init__()
+        self.name, self.config, self.read_from = name, empty.config, (source, table, device)
+        self.empty = (empty,)  # in a tuple: its parameters, which are none, are not this module's
+
+    def forward(self, *args: Any) -> Tensor:
+        part = deepcopy(self.empty[0])
+        stream_layers(part, PARTS[self.name], f"{self.name}.{PARTS[self.name]}", *self.read_from)
+        fill(part, self.name, *self.read_from, mode="stream")
+        return part(*args)
 
 
 class StreamedEmbedding(nn.Module):

@@ -85,6 +85,10 @@ class Model(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, "final_norm")
         self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size)
+        # Beside the text model and not used by it: the draft head (mtp.py), the vision tower (vision.py).
+        self.mtp: nn.Module | None = None
+        self.visual: nn.Module | None = None
+        self.left_out: dict[str, int] = {}  # part -> tensors, where `load` was told to leave it out
 
     @torch.inference_mode()
     def forward(
@@ -105,10 +109,10 @@ class Model(nn.Module):
         """
         cache = Cache() if cache is None else cache
         ids, embeds = self._inputs(input_ids, inputs_embeds)
-        real_BT, real_BS = self._masks(ids if embeds is None else embeds, attention_mask, cache)
+        real_BT, real_BS = extend_mask(ids if embeds is None else embeds, attention_mask, cache)
         with arithmetics.using(self.arithmetic):
             h_BTD = tap("embed_tokens", self.embed_tokens(ids) if embeds is None else embeds)
-            position_ids = self._positions(position_ids, real_BT, cache, h_BTD)
+            position_ids = extend_positions(position_ids, real_BT, cache, h_BTD)
             angles = rotary_angles(self.config, position_ids, h_BTD.dtype)
             for i, layer in enumerate(self.layers):
                 with scope(layer=i):
@@ -136,49 +140,47 @@ class Model(nn.Module):
             )
         return ids, embeds
 
-    @staticmethod
-    def _masks(new: Tensor, attention_mask: Tensor | None, cache: Cache) -> tuple[Tensor | None, Tensor | None]:
-        """Which new tokens are real [B, T], which of all so far [B, S]; None where there is no padding at all."""
-        B, T = new.shape[:2]
-        past = cache.length
-        if attention_mask is None and cache.mask is None:
-            cache.length += T
-            return None, None
-        seen = cache.mask if cache.mask is not None else new.new_ones(B, past, dtype=torch.bool)
-        mask = new.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        if mask.shape not in ((B, T), (B, past + T)):
-            expected = f"[{B}, {T}] (new tokens) or [{B}, {past + T}] (all tokens)"
-            raise Qwen35Error("attention_mask has the wrong shape", expected=expected, found=list(mask.shape))
-        if mask.shape[1] > T and not torch.equal(mask[:, :past], seen):
-            raise Qwen35Error(
-                "attention_mask contradicts the cache", expected="the mask of earlier calls, then new tokens"
-            )
-        real_BT = mask[:, -T:]
-        runs_B = (real_BT[:, 1:] & ~real_BT[:, :-1]).sum(1) + real_BT[:, 0]
-        if (runs_B > 1).any():
-            where, expected = (
-                f"attention_mask[{int(runs_B.argmax())}]",
-                "padding on the left or the right of new tokens",
-            )
-            raise Qwen35Error("padding between real tokens", where=where, expected=expected, found="a hole")
-        cache.length += T
-        cache.mask = torch.cat((seen, real_BT), 1)
-        return real_BT, cache.mask
 
-    @staticmethod
-    def _positions(given: Tensor | None, real_BT: Tensor | None, cache: Cache, h_BTD: Tensor) -> Tensor:
-        """Positions of the new tokens, and in the cache the one that comes next."""
-        B, T = h_BTD.shape[:2]
-        if cache.next_position is None:
-            cache.next_position = torch.zeros(B, dtype=torch.long, device=h_BTD.device)
-        if given is None:
-            ones_BT = cache.next_position.new_ones(B, T) if real_BT is None else real_BT.long()
-            given = cache.next_position[:, None] + (ones_BT.cumsum(1) - 1).clamp_min(0)
-        if given.shape not in ((B, T), (3, B, T)):
-            expected, found = f"[{B}, {T}] or [3, {B}, {T}]", list(given.shape)
-            raise Qwen35Error("position_ids have the wrong shape", expected=expected, found=found)
-        last_BT = given if given.dim() == 2 else given.amax(0)
-        if real_BT is not None:
-            last_BT = last_BT.masked_fill(~real_BT, -1)
-        cache.next_position = torch.maximum(cache.next_position, last_BT.amax(1) + 1)
-        return given
+def extend_mask(new: Tensor, attention_mask: Tensor | None, cache: Cache) -> tuple[Tensor | None, Tensor | None]:
+    """Which new tokens are real [B, T], which of all so far [B, S]; None without any padding. The cache remembers."""
+    B, T = new.shape[:2]
+    past = cache.length
+    if attention_mask is None and cache.mask is None:
+        cache.length += T
+        return None, None
+    seen = cache.mask if cache.mask is not None else new.new_ones(B, past, dtype=torch.bool)
+    mask = new.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if mask.shape not in ((B, T), (B, past + T)):
+        expected = f"[{B}, {T}] (new tokens) or [{B}, {past + T}] (all tokens)"
+        raise Qwen35Error("attention_mask has the wrong shape", expected=expected, found=list(mask.shape))
+    if mask.shape[1] > T and not torch.equal(mask[:, :past], seen):
+        raise Qwen35Error("attention_mask contradicts the cache", expected="the mask of earlier calls, then new tokens")
+    real_BT = mask[:, -T:]
+    runs_B = (real_BT[:, 1:] & ~real_BT[:, :-1]).sum(1) + real_BT[:, 0]
+    if (runs_B > 1).any():
+        where, expected = (
+            f"attention_mask[{int(runs_B.argmax())}]",
+            "padding on the left or the right of new tokens",
+        )
+        raise Qwen35Error("padding between real tokens", where=where, expected=expected, found="a hole")
+    cache.length += T
+    cache.mask = torch.cat((seen, real_BT), 1)
+    return real_BT, cache.mask
+
+
+def extend_positions(given: Tensor | None, real_BT: Tensor | None, cache: Cache, h_BTD: Tensor) -> Tensor:
+    """Positions of the new tokens, and in the cache the one that comes next."""
+    B, T = h_BTD.shape[:2]
+    if cache.next_position is None:
+        cache.next_position = torch.zeros(B, dtype=torch.long, device=h_BTD.device)
+    if given is None:
+        ones_BT = cache.next_position.new_ones(B, T) if real_BT is None else real_BT.long()
+        given = cache.next_position[:, None] + (ones_BT.cumsum(1) - 1).clamp_min(0)
+    if given.shape not in ((B, T), (3, B, T)):
+        expected, found = f"[{B}, {T}] or [3, {B}, {T}]", list(given.shape)
+        raise Qwen35Error("position_ids have the wrong shape", expected=expected, found=found)
+    last_BT = given if given.dim() == 2 else given.amax(0)
+    if real_BT is not None:
+        last_BT = last_BT.masked_fill(~real_BT, -1)
+    cache.next_position = torch.maximum(cache.next_position, last_BT.amax(1) + 1)
+    return given

@@ -1,0 +1,105 @@
+"""`load` reads all of a checkpoint: draft head and vision tower too, in every mode, and nothing is left unread."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fixture_models import FIXTURES, read
+from torch import Tensor
+
+import qwen35_moe as q
+from qwen35_moe import arithmetic
+from qwen35_moe.checkpoint import Checkpoint
+from qwen35_moe.load import MODES, StreamedPart
+from qwen35_moe.mtp import draft_head, with_hidden
+
+Build = Callable[[str], Path]
+LAYOUTS = ["tiny", "tiny-mxfp4", "tiny-mxfp4-mtp", "tiny-fp8", "tiny-mixed", "tiny-odd"]
+
+
+def outputs(model: q.Model) -> tuple[Tensor, Tensor]:
+    """Draft logits for some ids, and the embeddings of an image of 2 x 3 merge blocks."""
+    ids = torch.tensor([[3, 7, 11, 5, 100, 17, 29, 31]])
+    _, hidden = with_hidden(model, ids)
+    drafted, _ = draft_head(model, model.mtp, ids[:, 1:], hidden[:, :-1])
+    grids = torch.tensor([[1, 4, 6]])
+    width = model.visual.config.patch_values
+    pixels = torch.randn(24, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with arithmetic.using(model.arithmetic), torch.inference_mode():
+        return drafted, model.visual(pixels, grids)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Checkpoint]:
+    """The checkpoints that the test opens."""
+    seen: list[Checkpoint] = []
+    original = Checkpoint.open.__func__
+    monkeypatch.setattr(Checkpoint, "open", classmethod(lambda cls, p: seen.append(original(cls, p)) or seen[-1]))
+    return seen
+
+
+@pytest.mark.parametrize("recipe", LAYOUTS)
+def test_every_mode_computes_the_same_bits_and_leaves_nothing_unread(
+    built: Build, opened: list[Checkpoint], recipe: str
+) -> None:
+    found = {mode: outputs(q.load(built(recipe), mode=mode)) for mode in MODES}
+    for checkpoint in opened:
+        report = checkpoint.report(aside=())
+        assert report.complete and not report.aside, str(report)
+    for mode in MODES[1:]:
+        assert all(map(torch.equal, found[mode], found["decoded"]))
+
+
+def test_the_loader_puts_weights_where_they_belong() -> None:
+    """As the fixtures' own reader does, whose results are held against transformers and llama.cpp."""
+    model = q.load(FIXTURES / "bf16-hub", shared_expert="unfused")
+    text, mtp, tower = read("bf16-hub", torch.float64)
+    text.mtp, text.visual = mtp, tower
+    assert all(map(torch.equal, outputs(model), outputs(text)))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target", "drafting"),
+    [("tiny", True, True), ("tiny-mxfp4", False, True), ("tiny-mxfp4-mtp", False, False), ("tiny-odd", False, False)],
+)
+def test_the_draft_is_fused_by_its_own_decision(built: Build, recipe: str, target: bool, drafting: bool) -> None:
+    model = q.load(built(recipe))
+    assert (model.layers[0].mlp.shared_expert is None, model.mtp.layers[0].mlp.shared_expert is None) == (
+        target,
+        drafting,
+    )
+
+
+def test_a_streamed_part_holds_nothing(built: Build) -> None:
+    model = q.load(built("tiny"), mode="stream")
+    assert isinstance(model.mtp, StreamedPart) and isinstance(model.visual, StreamedPart)
+    outputs(model)
+    assert not [*model.mtp.parameters(), *model.visual.parameters()]
+
+
+def test_text_only_says_what_it_leaves_out(built: Build) -> None:
+    model = q.load(built("tiny"), text_only=True)
+    assert model.mtp is None and model.visual is None
+    assert model.left_out == {"mtp": 19, "visual": 21}
+    assert q.load(built("tiny")).left_out == {}
+
+
+def test_a_checkpoint_without_them(built: Build) -> None:
+    model = q.load(built("tiny-flat"))
+    assert (model.mtp, model.visual, model.left_out) == (None, None, {})
+
+
+def test_a_tower_without_its_configuration_is_an_error(built: Build, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(built("tiny"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["vision_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(q.Qwen35Error, match="vision tower without its configuration"):
+        q.load(folder)
+    assert q.load(folder, text_only=True).left_out["visual"] == 21
