@@ -13,6 +13,9 @@ without "b" is all tokens, batch-major; "r" is the rows, that is tokens, that we
     n query heads   g key/value heads   h head width   r rotated width
     j value heads   m key heads   k key width   p value width   c conv channels   w conv taps
     e routed experts   a active experts a token (a+1 slots when the shared expert is fused)   f expert width
+
+In the vision tower "d", "n", "h" and "f" are the tower's own, "l" counts patches, "s" patches of one frame, "u" merge
+blocks (placeholders in the prompt), "y" the numbers of a patch. The draft head has the text model's taps, under `mtp`.
 """
 
 from __future__ import annotations
@@ -120,7 +123,7 @@ TAPS: dict[str, TapName] = {
         "t 1", "shared gate before sigmoid", "mlp.shared_expert_gate.output", "mlp.shared_expert_gate.output"
     ),
     "moe_shared_gate": _("t 1", "shared gate after sigmoid"),
-    "moe_a1": _("t d", "input of the experts (where W4A4 quantises)", "mlp.experts.inputs.0", "mlp.experts.inputs.0"),
+    "moe_a1": _("t d", "input of quantised experts (where W4A4 rounds)"),
     "moe_expert_gate_up": _("r 2f", "one expert: gate, then up"),
     "moe_expert_silu": _("r f", "one expert: silu(gate)"),
     "moe_expert_act": _("r f", "one expert: silu(gate) * up"),
@@ -152,6 +155,41 @@ TAPS: dict[str, TapName] = {
         "mlp.experts.output",
         "with a fused shared expert SGLang's mlp.experts is mlp_output",
     ),
+    # The draft head, before its layer; after it `final_norm` and `next_token_logits`, as above.
+    "mtp_embedding": _("b t d", "embedding of token t+1 after its norm"),
+    "mtp_hidden": _("b t d", "final-normed hidden state of token t after its norm"),
+    "mtp_fc": _("b t d", "both side by side, through fc: the layer's input"),
+    # The vision tower, and what it puts into the prompt.
+    "vis_pixels": _("l y", "normalised pixels, patch by patch"),
+    "vis_patch_embed": _("l d", "patch embedding"),
+    "vis_pos_embed": _("l d", "position table, interpolated"),
+    "vis_embed": _("l d", "their sum"),
+    "vis_rope_cos": _("l h/2", "cosines of the rotary angles: rows, then columns"),
+    "vis_rope_sin": _("l h/2", "sines of the rotary angles"),
+    "vis_layer_input": _("l d", "residual stream at the block's entry"),
+    "vis_norm1": _("l d", "after the first norm"),
+    "vis_qkv": _("l (3*d)", "queries, keys and values, before RoPE"),
+    "vis_q": _("l n h", "queries after RoPE"),
+    "vis_k": _("l n h", "keys after RoPE"),
+    "vis_v": _("l n h", "values"),
+    "vis_attn_qk": _("n l s", "q.k, unscaled: some queries of one frame"),
+    "vis_attn_scores": _("n l s", "scaled"),
+    "vis_attn_probs": _("n l s", "softmax of the scores"),
+    "vis_attn_context": _("n l h", "probabilities times values"),
+    "vis_attn_output": _("l d", "what attention adds to the stream"),
+    "vis_attn_residual": _("l d", "stream after attention"),
+    "vis_norm2": _("l d", "after the second norm"),
+    "vis_mlp_fc1": _("l f", "MLP, before its gelu (tanh)"),
+    "vis_mlp_act": _("l f", "MLP, after it"),
+    "vis_mlp_output": _("l d", "what the MLP adds to the stream"),
+    "vis_layer_output": _("l d", "residual stream at the block's exit"),
+    "vis_hidden": _("l d", "what the merger gets"),
+    "vis_merger_norm": _("l d", "merger: after its norm"),
+    "vis_merger_fc1": _("u (4*d)", "merger: patches of a block side by side, before its gelu (exact)"),
+    "vis_merger_act": _("u (4*d)", "merger: after it"),
+    "vis_merger_out": _("u d", "merger: as wide as the text model"),
+    "image_embeds": _("u d", "what replaces the placeholders of images or videos"),
+    "inputs_embeds": _("b t d", "the prompt's embeddings with images in it"),
 }
 del _
 
