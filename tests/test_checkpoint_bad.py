@@ -129,7 +129,7 @@ TENSORS: dict[str, tuple[str, Callable[[Tensors], Any], tuple[str, ...]]] = {
     ),
     "bitsandbytes": ("bf16 one by one", having(SCB=torch.ones(F)), ("not supported", "bitsandbytes", EXPERT)),
     "e5m2": (
-        "quark mxfp4", named("layers.1.self_attn.q_proj.bias", torch.ones(3)), ("not expected", "q_proj.bias")
+        "fp8 block", having(weight=torch.ones(F, D).to(torch.float8_e5m2)), ("not supported", EXPERT, "F8_E5M2 [160")
     ),
     "a misshapen norm": (
         "quark mxfp4", named("layers.1.input_layernorm.weight", torch.ones(D + 1)),
