@@ -27,6 +27,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +109,7 @@ class Arithmetic:
         return x.to(how) if isinstance(how, torch.dtype) else how(x)
 
 
-def _first_match(name: str, table: Mapping, default):
+def _first_match(name: str, table: Mapping[str, Any], default: Any) -> Any:
     if name in table:
         return table[name]
     return next((value for pattern, value in table.items() if fnmatchcase(name, pattern)), default)

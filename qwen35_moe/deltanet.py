@@ -60,12 +60,13 @@ def chunked_delta_rule(
     outputs = []
     for start in range(0, q_BTJK.shape[1], SPAN):
         span = slice(start, start + SPAN)
-        o, state_BJKP = _chunked_span(*(x[:, span] for x in (q_BTJK, k_BTJK, v_BTJP, g_BTJ, beta_BTJ)), state_BJKP)
+        inputs = (x[:, span] for x in (q_BTJK, k_BTJK, v_BTJP, g_BTJ, beta_BTJ))
+        o, state_BJKP = _chunked_span(state_BJKP, *inputs)
         outputs.append(o)
     return torch.cat(outputs, 1), state_BJKP
 
 
-def _chunked_span(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _chunked_span(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     T = q.shape[1]
     q, k, v = (_chunks(x) for x in (q, k, v))  # [B, J, n, 64, K or P]
     g, beta = (_chunks(x[..., None]).squeeze(-1) for x in (g, beta))  # [B, J, n, 64]; padding: g = beta = 0
@@ -124,7 +125,8 @@ def _depthwise(x_BCS: Tensor, weight_C1W: Tensor) -> Tensor:
     wide = promote(x_BCS).dtype
     product_dtype = arithmetic.current().rounding("gdn_conv_product")
     if product_dtype is not arithmetic.KEEP and product_dtype != wide:
-        T, total_BCT = x_BCS.shape[-1] - weight_C1W.shape[-1] + 1, 0
+        T = x_BCS.shape[-1] - weight_C1W.shape[-1] + 1
+        total_BCT = promote(torch.zeros_like(x_BCS[..., :T]))
         for w, weight_C1 in enumerate(promote(weight_C1W).unbind(-1)):
             with scope(index=w):
                 total_BCT = total_BCT + promote(tap("gdn_conv_product", promote(x_BCS[..., w : w + T]) * weight_C1))

@@ -134,10 +134,8 @@ class Model(nn.Module):
             raise Qwen35Error("ids must be integers", where="model(input_ids)", expected=torch.int64, found=ids.dtype)
         bad = ((ids < 0) | (ids >= self.config.vocab_size)).nonzero().tolist()
         if embeds is None and bad:
-            where, found = f"input_ids{bad[0]}", int(ids[tuple(bad[0])])
-            raise Qwen35Error(
-                "not in the vocabulary", where=where, expected=f"0 .. {self.config.vocab_size - 1}", found=found
-            )
+            where, expected = f"input_ids{bad[0]}", f"0 .. {self.config.vocab_size - 1}"
+            raise Qwen35Error("not in the vocabulary", where=where, expected=expected, found=int(ids[tuple(bad[0])]))
         return ids, embeds
 
 

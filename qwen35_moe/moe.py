@@ -23,9 +23,18 @@ from .taps import scope, tap
 class ExpertSource(Protocol):
     """Whatever can hand out experts: decoded ones in memory, packed ones decoded when hit, ones still on disk."""
 
-    count: int
-    intermediate: int  # F
-    quantised: bool  # whether engines would quantise the inputs of these experts, too
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def intermediate(self) -> int:
+        """F, the width of an expert."""
+        ...
+
+    @property
+    def quantised(self) -> bool:
+        """Whether engines would quantise the inputs of these experts, too."""
+        ...
 
     def visit(self, hit: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yields (id, gate_up [2F, D], down [D, F]) for each id, in order. Rows of gate_up: F of gate, then F of up."""
@@ -68,36 +77,48 @@ def combine_experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: E
     The sum runs by expert id or by slot (switch `moe_sum_order`) and rounds each partial sum at `moe_partial_sum`.
     """
     table = arithmetic.current()
-    if table.for_experts and (other := table.for_experts(*x_TD.shape, experts.intermediate)):
+    if table.for_experts and (other := table.for_experts(len(x_TD), x_TD.shape[1], experts.intermediate)):
         with arithmetic.using(other):
             return combine_experts(x_TD, ids_TA, weights_TA, experts)
-    (T, A), by_expert = ids_TA.shape, table.switch("moe_sum_order") == "expert"
+    outputs = _expert_outputs(x_TD, ids_TA, experts)
+    if table.switch("moe_sum_order") == "expert":
+        return _sum_by_expert(outputs, x_TD, weights_TA)
+    return _sum_by_slot(outputs, x_TD, weights_TA, table.switch("moe_sum_order") == "slot-reversed")
+
+
+def _expert_outputs(x_TD: Tensor, ids_TA: Tensor, experts: ExpertSource) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yields, for each hit expert: its id; its (token, slot) pairs [N], as token * A + slot; its outputs [N, D]."""
     x_TD = tap("moe_a1", x_TD) if experts.quantised else x_TD
-    pairs = ids_TA.flatten().argsort(stable=True)  # (token, slot) pairs, grouped by expert
+    pairs = ids_TA.flatten().argsort(stable=True)  # grouped by expert
     counts = ids_TA.flatten().bincount(minlength=experts.count).tolist()
     if len(counts) > experts.count:
         raise Qwen35Error("no such expert", where="moe_topk_ids", expected=f"< {experts.count}", found=len(counts) - 1)
-    total_TD, y_pairs, start = None, None, 0
-    for e, gate_up, down in experts.visit([e for e, count in enumerate(counts) if count]):
-        pair, start = pairs[start : start + counts[e]], start + counts[e]
-        token = pair // A
+    hit = [e for e, count in enumerate(counts) if count]
+    groups = pairs.split([counts[e] for e in hit])
+    for (e, gate_up, down), pair in zip(experts.visit(hit), groups, strict=True):
         with scope(expert=e):
-            y_ND = expert(x_TD[token], gate_up, down, experts.quantised)
-        if by_expert:  # a token meets an expert at most once
-            total_TD = _zeros(T, y_ND) if total_TD is None else total_TD
-            with scope(index=e):
-                total_TD[token] = _add(total_TD[token], weights_TA.flatten()[pair], y_ND)
-        else:
-            y_pairs = _zeros(T * A, y_ND) if y_pairs is None else y_pairs
-            y_pairs[pair] = promote(y_ND)
-    assert (total_TD if by_expert else y_pairs) is not None, "every token has experts"
-    return total_TD if by_expert else _sum_slots(y_pairs.view(T, A, -1), weights_TA)
+            y_ND = expert(x_TD[pair // ids_TA.shape[1]], gate_up, down, experts.quantised)
+        yield e, pair, y_ND
 
 
-def _sum_slots(y_TAD: Tensor, weights_TA: Tensor) -> Tensor:
-    slots = range(y_TAD.shape[1])
-    total_TD = _zeros(y_TAD.shape[0], y_TAD)
-    for a in reversed(slots) if arithmetic.current().switch("moe_sum_order") == "slot-reversed" else slots:
+def _sum_by_expert(outputs: Iterable[tuple[int, Tensor, Tensor]], x_TD: Tensor, weights_TA: Tensor) -> Tensor:
+    total_TD = promote(torch.zeros_like(x_TD))
+    for e, pair, y_ND in outputs:  # a token meets an expert at most once
+        token = pair // weights_TA.shape[1]
+        with scope(index=e):
+            total_TD[token] = _add(total_TD[token], weights_TA.flatten()[pair], y_ND)
+    return total_TD
+
+
+def _sum_by_slot(
+    outputs: Iterable[tuple[int, Tensor, Tensor]], x_TD: Tensor, weights_TA: Tensor, backwards: bool
+) -> Tensor:
+    T, A = weights_TA.shape
+    y_PD = promote(x_TD.new_empty(T * A, x_TD.shape[1]))
+    for _, pair, y_ND in outputs:
+        y_PD[pair] = promote(y_ND)
+    y_TAD, total_TD = y_PD.view(T, A, -1), promote(torch.zeros_like(x_TD))
+    for a in reversed(range(A)) if backwards else range(A):
         with scope(index=a):
             total_TD = _add(total_TD, weights_TA[:, a], y_TAD[:, a])
     return total_TD
@@ -111,10 +132,6 @@ def _add(total_ND: Tensor, weight_N: Tensor, y_ND: Tensor) -> Tensor:
     else:
         total = promote(total_ND) + promote(tap("moe_expert_weighted", weight_N1 * promote(y_ND)))
     return promote(tap("moe_partial_sum", total))
-
-
-def _zeros(rows: int, like: Tensor) -> Tensor:
-    return promote(like.new_zeros(rows, like.shape[-1]))
 
 
 class MLP(nn.Module):
@@ -152,7 +169,7 @@ class MoE(nn.Module):
                 do='load with shared_expert="unfused"',
             )
         self.gate = Linear(D, E)
-        self.experts: nn.Module = Experts(E + fused, D, F)
+        self.experts: ExpertSource = Experts(E + fused, D, F)
         self.shared_expert = None if fused else MLP(D, config.shared_expert_intermediate_size)
         self.shared_expert_gate = Linear(D, 1)
 
