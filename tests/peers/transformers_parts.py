@@ -12,7 +12,10 @@ from .transformers_model import quiet
 
 
 def load_mtp(main_model: Any) -> Any:
-    """The `mtp.*` tensors of `main_model`'s checkpoint, in its dtype; embedding and head are shared with it."""
+    """The `mtp.*` tensors of `main_model`'s checkpoint, in its dtype; embedding and head are shared with it.
+
+    transformers 5.23 reads Qwen's names for them; 5.17 does not, and says that they are missing.
+    """
     text = main_model.config.get_text_config()
     # transformers looks for these two; Qwen's config.json says `mtp_num_hidden_layers` and leaves the type unsaid.
     text.num_mtp_layers, text.mtp_layer_types = 1, ["full_attention"]
