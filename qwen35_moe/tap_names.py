@@ -228,6 +228,12 @@ def dims_of(name: str, rank: int) -> str:
     return dims
 
 
+def per_token(key: str) -> bool:
+    """Whether a tap has one row a token (scores have: those of one query)."""
+    name = base_name(key)
+    return name == "next_token_logprobs" or (name in TAPS and re.match(r"(b (n )?)?t ", TAPS[name].dims) is not None)
+
+
 def check_patterns(patterns: tuple[str, ...]) -> None:
     """Raise for a pattern that no tap can match, naming those that are close."""
     for pattern in patterns:

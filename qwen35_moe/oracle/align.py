@@ -7,7 +7,6 @@ tap by tap, the two as rows of the same tokens.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..tap_names import TAPS, base_name
+from ..tap_names import TAPS, base_name, per_token
 from .dump import Dump
 from .match import match
 from .trace_file import Trace
@@ -62,7 +61,7 @@ class Alignment:
     missing: list[str]
     extra: list[str]
     where: dict[int, Tensor]  # step -> [n, 3]: row in the dump, b, t
-    ends: dict[int, Tensor]  # step -> the same for the last token of each sequence of that step
+    ends: dict[int, Tensor]  # step -> [sequences in it, 3]: which, b, t of its last token
     problems: list[Qwen35Error] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     matched: int = 0
@@ -76,64 +75,54 @@ class Alignment:
         return len(self.keys)
 
     def pair(self, key: str) -> Pair:
-        """Read one tap of both sides."""
-        truth, notes = joined(self.truth, key), []
-        source, columns = _source(self.dump, key)
-        per_token = _per_token(key)
-        ours, theirs, rows, dtypes = [], [], [], set()
-        flat = truth.flatten(0, 1) if per_token and truth.dim() > 2 else truth
-        steps = sorted(self.dump.sources[source])
+        """Read one tap of both sides. What cannot be compared comes back with a `problem`, and is not raised."""
+        truth = joined(self.truth, key)
         try:
-            for step in steps:
-                if step not in self.where:
-                    continue
-                x = self.dump.read(source, step)
-                dtypes.add(self.dump.dtype(source, step))
-                if not per_token:
-                    return self._whole(key, truth, x, step == steps[-1], dtypes)
-                table = self._table(x, source, step)
-                if isinstance(table, str):
-                    return Pair(key, truth, None, torch.empty(0, 2), problem=table)
-                ours.append(
-                    flat.reshape(truth.shape[0] * truth.shape[1], -1)[table[:, 1] * truth.shape[1] + table[:, 2]]
-                )
-                theirs.append(x[table[:, 0]][:, columns])
-                rows.append(table[:, 1:])
+            return self._rows(key, truth) if per_token(key) else self._whole(key, truth)
         except Qwen35Error as error:
             return Pair(key, truth, None, torch.empty(0, 2), problem=str(error))
-        if not theirs:
-            return Pair(key, truth, None, torch.empty(0, 2), problem="none of its steps belongs to the truth")
-        left, right, places = torch.cat(ours), torch.cat(theirs), torch.cat(rows)
-        if right.shape[1] != left.shape[1]:
-            right, note = _fit(key, left, right)
-            if note.startswith("misshapen"):
-                return Pair(key, left, None, places, problem=note)
-            notes.append(note)
-        bad = ~right.isfinite().all(1) & left.isfinite().all(1) if right.is_floating_point() else torch.zeros(1)
-        return Pair(key, left, right, places, dtypes.pop(), nan=int(bad.sum()), notes=tuple(notes))
 
-    def _table(self, x: Tensor, source: str, step: int) -> Tensor | str:
+    def _rows(self, key: str, truth: Tensor) -> Pair:
+        """Values of tokens, from all steps."""
+        B, T = truth.shape[:2]
+        source, columns = _source(self.dump, key)
+        ours, theirs, rows = [], [], []
+        for step in sorted(set(self.dump.sources[source]) & set(self.where)):
+            x = self.dump.read(source, step)[:, columns]
+            if theirs and x.shape[1] != theirs[0].shape[1]:
+                raise Qwen35Error(f"misshapen: {x.shape[1]} features in step {step}, {theirs[0].shape[1]} before")
+            table = self._table(x, source, step)
+            ours.append(truth.reshape(B * T, -1)[table[:, 1] * T + table[:, 2]])
+            theirs.append(x[table[:, 0]])
+            rows.append(table[:, 1:])
+        if not theirs:
+            raise Qwen35Error("none of its steps belongs to the truth", where=key)
+        left, right = torch.cat(ours), torch.cat(theirs)
+        right, notes = _fit(key, left, right)
+        return Pair(key, left, right, torch.cat(rows), self.dump.dtype(source), nan=_broken(left, right), notes=notes)
+
+    def _table(self, x: Tensor, source: str, step: int) -> Tensor:
         """[n, 3] row of x, b, t. A dump may hold fewer rows than tokens: of the last ones, or of those it says."""
-        table = self.where[step]
+        table, count = self.where[step], self.dump.count(step)
         held = self.dump.sources[source][step].pieces[0].rows
         if held is not None:
             at = {int(row): i for i, row in enumerate(held)}
             return torch.tensor([[at[r], b, t] for r, b, t in table.tolist() if r in at]).reshape(-1, 3)
-        count = self.dump.count(step)
         if count is None or x.shape[0] == count:
             return table
         if base_name(source) == "next_token_logits" and x.shape[0] == self.ends[step].shape[0]:
-            return self.ends[step]
-        return f"misshapen: {x.shape[0]} rows for {count} tokens in step {step}"
+            return self.ends[step][self.ends[step][:, 1] >= 0]
+        raise Qwen35Error(f"misshapen: {x.shape[0]} rows for {count} tokens in step {step}")
 
-    def _whole(self, key: str, truth: Tensor, x: Tensor, last: bool, dtypes: set[torch.dtype]) -> Pair:
-        """Values that are not of one token: states, scores of all pairs, parameters. Compared if shapes agree."""
-        rows = torch.stack([torch.arange(truth.shape[0]), torch.full((truth.shape[0],), -1)], 1)
+    def _whole(self, key: str, truth: Tensor) -> Pair:
+        """Values that are not of one token, as they were last: states, parameters. Compared if their shapes agree."""
+        step = max(self.dump.sources[key])
+        x = self.dump.read(key, step)
         if x.shape != truth.shape:
-            return Pair(key, truth, None, rows, problem=f"misshapen: {list(x.shape)} against {list(truth.shape)}")
-        flat = x.reshape(x.shape[0], -1)
-        nan = int((~flat.isfinite().all(1)).sum()) if flat.is_floating_point() else 0
-        return Pair(key, truth.reshape(truth.shape[0], -1), flat, rows, dtypes.pop(), nan=nan)
+            raise Qwen35Error(f"misshapen: {list(x.shape)} against {list(truth.shape)}")
+        left, right = (y.reshape(y.shape[0], -1) for y in (truth, x))
+        rows = torch.stack([torch.arange(len(left)), torch.full((len(left),), -1)], 1)
+        return Pair(key, left, right, rows, self.dump.dtype(key, step), nan=_broken(left, right))
 
 
 def align(dump: Dump, truth: Trace) -> Alignment:
@@ -170,18 +159,15 @@ def joined(truth: Trace, key: str) -> Tensor:
         return joined(truth, "next_token_logits").to(torch.float64).log_softmax(-1)
     keys = [key if step == 0 else f"step.{step}.{key}" for step in range(max(1, len(truth.steps)))]
     keys = [k for k in keys if k in truth.sites]
-    if not _per_token(key):
+    if not per_token(key):
         return truth[keys[-1]]
     B = len(truth.steps[0]["ids"])
     parts = [truth[k] for k in keys]
-    if not TAPS[base_name(key)].dims.startswith("b "):
+    if TAPS[base_name(key)].dims == "b n t s":
+        parts = [x.movedim(2, 1) for x in parts]
+    elif not TAPS[base_name(key)].dims.startswith("b "):
         parts = [x.unflatten(0, (B, -1)) for x in parts]
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-
-
-def _per_token(key: str) -> bool:
-    name = base_name(key)
-    return key == "next_token_logprobs" or (name in TAPS and re.match(r"(b )?t ", TAPS[name].dims) is not None)
 
 
 def _source(dump: Dump, key: str) -> tuple[str, slice]:
@@ -194,11 +180,18 @@ def _source(dump: Dump, key: str) -> tuple[str, slice]:
     return key, slice(None)
 
 
-def _fit(key: str, left: Tensor, right: Tensor) -> tuple[Tensor, str]:
+def _fit(key: str, left: Tensor, right: Tensor) -> tuple[Tensor, tuple[str, ...]]:
     """Known reasons for a wider tensor: a padded vocabulary, an appended shared slot."""
-    name, n = base_name(key), left.shape[1]
-    if name in ("next_token_logits", "next_token_logprobs") and right.shape[1] > n:
-        return right[:, :n], f"{right.shape[1] - n} padded columns of the vocabulary left out"
-    if name in ("moe_topk_ids", "moe_topk_weights") and right.shape[1] == n + 1:
-        return right[:, :n], "the appended shared slot was left out"
-    return right, f"misshapen: {right.shape[1]} features for {n}"
+    name, n, more = base_name(key), left.shape[1], right.shape[1] - left.shape[1]
+    if more == 0:
+        return right, ()
+    if more > 0 and name in ("next_token_logits", "next_token_logprobs"):
+        return right[:, :n], (f"{more} padded columns of the vocabulary left out",)
+    if more == 1 and name in ("moe_topk_ids", "moe_topk_weights"):
+        return right[:, :n], ("the appended shared slot was left out",)
+    raise Qwen35Error(f"misshapen: {right.shape[1]} features for {n}")
+
+
+def _broken(left: Tensor, right: Tensor) -> int:
+    """Rows with NaN or infinity where the truth has none."""
+    return int((~right.isfinite().all(1) & left.isfinite().all(1)).sum())

@@ -7,7 +7,6 @@ rows: one row a token of that step, features flattened. Nothing is loaded before
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..tap_names import TAPS, base_name
+from ..tap_names import TAPS, base_name, per_token
 from .join import by_row, declared, join_ranks
 from .names import Rule, letters, place, rule_for
 
@@ -103,6 +102,7 @@ class Dump(Mapping[str, Tensor]):
         self.unknown: list[str] = []
         self.sources: dict[str, dict[int, Source]] = defaultdict(dict)
         self._counts: dict[int, int | None] = {}
+        self._dtypes: dict[tuple[str, int], torch.dtype] = {}
         fused = self._fused_layers(pieces)
         for pieces_of_one in _groups(pieces).values():
             self._place(sorted(pieces_of_one, key=lambda p: p.rank), fused)
@@ -131,7 +131,8 @@ class Dump(Mapping[str, Tensor]):
         if first.key:
             found: tuple[Rule, int] | None = (Rule("same", ((base_name(first.key), ""),)), 0)
         else:
-            found = rule_for(first.path, self.family)
+            whole = first.layer is None and first.path.startswith(("output", "inputs"))  # of the model, not of a layer
+            found = rule_for(f"model.{first.path}" if whole else first.path, self.family)
         if found is None:
             if first.raw not in self.unknown:
                 self.unknown.append(first.raw)
@@ -170,12 +171,11 @@ class Dump(Mapping[str, Tensor]):
         if step in self.tokens and self.tokens[step].count is not None:
             return self.tokens[step].count
         if step not in self._counts:
-            self._counts[step] = None
-            for key, steps in self.sources.items():
-                if step in steps and TAPS.get(base_name(key), TAPS["embed_tokens"]).dims.split()[-1] == "d":
-                    x = steps[step].pieces[0].load()
-                    self._counts[step] = x.numel() // self.sizes.get("d", x.shape[-1])
-                    break
+            mine = [k for k, steps in self.sources.items() if step in steps and per_token(k) and "logits" not in k]
+            wide = [k for k in mine if base_name(k) in TAPS and TAPS[base_name(k)].dims.endswith(" d")]
+            x = self.sources[(wide + mine)[0]][step].pieces[0].load() if mine else None
+            d = self.sizes.get("d", x.shape[-1]) if x is not None else 0
+            self._counts[step] = None if x is None else x.numel() // d if wide else x.shape[0]
         return self._counts[step]
 
     def read(self, key: str, step: int) -> Tensor:
@@ -184,8 +184,11 @@ class Dump(Mapping[str, Tensor]):
         Partial sums are added in float64. Raises Qwen35Error for files that cannot be read and ranks that do not join.
         """
         source = self.sources[key][step]
-        dims = TAPS[base_name(key)].dims if base_name(key) in TAPS else "t d"
-        if not re.match(r"(b )?t ", dims):
+        batch = self.tokens[step].batch if step in self.tokens else None
+        if base_name(key) in TAPS and TAPS[base_name(key)].dims == "b n t s" and batch is not None:
+            x = source.pieces[0].load()  # a token's row: its scores, head by head
+            return x.movedim(2, 1).reshape(batch[0] * batch[1], -1)
+        if not per_token(key):
             if len(source.pieces) > 1:
                 raise Qwen35Error("ranks of this tap cannot be joined", where=key, do="dump with TP 1, or its dims")
             return source.pieces[0].load()
@@ -195,14 +198,19 @@ class Dump(Mapping[str, Tensor]):
             raise Qwen35Error(
                 "ranks are missing", where=key, found=found, do="copy the dumps of all ranks to one place"
             )
-        ranks = [by_row(p.load(), None if p.rows is not None else self.count(step)) for p in source.pieces]
+        loaded = [piece.load() for piece in source.pieces]
+        self._dtypes[key, step] = loaded[0].dtype
+        count = None if source.pieces[0].rows is not None else self.count(step)
+        ranks = [by_row(x, count) for x in loaded]
         join, order = declared(source.pieces) or (source.rule.join, list(range(len(ranks))))
         return join_ranks(key, [ranks[i] for i in order], join, source.rule.blocks, self.sizes)
 
     def dtype(self, key: str, step: int | None = None) -> torch.dtype:
         """The dtype that the engine wrote."""
-        steps = self.sources[key]
-        return steps[min(steps) if step is None else step].pieces[0].load().dtype
+        step = min(self.sources[key]) if step is None else step
+        if (key, step) not in self._dtypes:
+            self._dtypes[key, step] = self.sources[key][step].pieces[0].load().dtype
+        return self._dtypes[key, step]
 
     def check_steps(self) -> None:
         """Find dumps that look alright and are not: warm-up, and CUDA/HIP graphs that hide the decode steps."""

@@ -6,22 +6,22 @@ import argparse
 
 from ..errors import Qwen35Error
 
-# Source patches for values that hooks do not see, since the layer boundary calls the norms without their modules. Each
-# `match` must occur exactly once in its function, as it does in 0.5.23. SGLang imports `dumper` into each by itself.
+# Source patches for values that hooks do not see, since their modules are not called. Each `match` must occur exactly
+# once in its function, as it does in 0.5.23. SGLang imports `dumper` into each by itself.
 SGLANG_PATCHES = """\
 patches:
-  - target: sglang.srt.models.qwen3_5.Qwen3_5LinearDecoderLayer.forward
-    edits: &layer
-      - match: "hs = hidden_states[0] if isinstance(hidden_states, tuple) else hidden_states"
-        append: dumper.dump("input_layernorm", hs, dims="t d")
-      - match: "hidden_states = self.ffn_boundary.prepare(hidden_states, forward_batch)"
-        append: dumper.dump("pre_mlp_layernorm_output", hidden_states, dims="t d")
-  - target: sglang.srt.models.qwen3_5.Qwen3_5AttentionDecoderLayer.forward
-    edits: *layer
+  - target: sglang.srt.models.qwen3_5.Qwen3_5AttentionDecoderLayer.forward_prepare_fused_gate
+    edits: &norms
+      - match: "q, k = self.rotary_emb(positions, q, k)"
+        prepend: |
+          dumper.dump("attn_q_norm", q, dims="t (n*h)[attn_tp]")
+          dumper.dump("attn_k_norm", k, dims="t (g*h)[attn_tp]")
+  - target: sglang.srt.models.qwen3_5.Qwen3_5AttentionDecoderLayer.forward_prepare_native
+    edits: *norms
   - target: sglang.srt.models.qwen3_5.Qwen3_5AttentionDecoderLayer.self_attention
     edits:
       - match: "attn_output = self.attn(q, k, v, forward_batch)"
-        append: |
+        prepend: |
           if gate is not None:
               dumper.dump("attn_gate", gate.reshape(gate.shape[0], -1).sigmoid(), dims="t (n*h)[attn_tp]")
 """
@@ -41,8 +41,8 @@ python -m sglang.launch_server --model-path MODEL --disable-radix-cache --skip-s
 curl -s localhost:30000/generate -H 'Content-Type: application/json' \\
     -d '{{"input_ids": [1, 2, 3], "sampling_params": {{"max_new_tokens": 4, "temperature": 0}}}}'
 qwen35-moe compare truth/ engine_dump/
-# Nobody sees: a shared_expert_gate inside of a fused kernel, q/k norms inside of fused RoPE, the router of gfx950's
-# small-batch kernel, conv and recurrent states. With several ranks, bring the files of all of them to one place.
+# Not to be seen: a shared_expert_gate inside of a fused kernel, the router of gfx950's small-batch kernel, the residual
+# stream, conv and recurrent states. With several ranks, bring the files of all of them to one place.
 # A coarser dump, without logits of the last pass: --debug-tensor-dump-output-folder engine_dump
 """
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..tap_names import TAPS, base_name
-from .names import width
+from ..tap_names import base_name
+from .names import features, width
 
 Blocks = tuple[tuple[str, str], ...]
 
@@ -26,7 +26,7 @@ class Ranked(Protocol):
 
 def join_ranks(key: str, ranks: list[Tensor], join: str, blocks: Blocks, sizes: Mapping[str, int]) -> Tensor:
     """One tap's rows from those of all ranks: "same" (replicated), "sum", "cat" (columns) or "rows" (tokens)."""
-    full = width(TAPS[base_name(key)].dims.split()[-1].strip("()").replace("*", ""), sizes)
+    full = features(base_name(key), sizes)
     same = len(ranks) > 1 and all(x.shape == ranks[0].shape and torch.equal(x, ranks[0]) for x in ranks[1:])
     if same and (join != "cat" or (len(blocks) == 1 and ranks[0].shape[1] == full)):
         ranks = ranks[:1]  # replicated, or reduced already

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
+from ..tap_names import base_name
 from .dump import Dump, Tokens
 from .trace_file import Trace
 
 
 def match(dump: Dump, truth: Trace) -> tuple[dict[int, Tensor], dict[int, Tensor], list[str], list[Qwen35Error]]:
-    """Rows of each step: [n, 3] (row in the dump, b, t), the same for the last token of each run, notes, problems."""
+    """Rows of each step [n, 3]: row in the dump, b, t; its last tokens [runs, 3]: run, b, t or -1; notes; problems."""
     real = [row.nonzero().flatten() for row in truth.mask.bool()]  # columns of the real tokens, in order
     ids = [row[columns] for row, columns in zip(truth.ids, real, strict=True)]
     filled = [0] * len(ids)
@@ -24,7 +25,8 @@ def match(dump: Dump, truth: Trace) -> tuple[dict[int, Tensor], dict[int, Tensor
         if tokens is None or tokens.ids is None:
             continue
         table, last = [], []
-        for run, start, request in runs(tokens):
+        for index, (run, start, request) in enumerate(runs(tokens)):
+            last.append([index, -1, -1])
             b, at = _find_sequence(tokens.ids[run], start, request, ids, filled, owner)
             if b is None:
                 strange.append((step, tokens.ids[run][:6].tolist()))
@@ -36,9 +38,10 @@ def match(dump: Dump, truth: Trace) -> tuple[dict[int, Tensor], dict[int, Tensor
             if request is not None:
                 owner[request] = b
             table += rows
-            last += rows[-1:] if fits == len(run) else []
+            if fits == len(run):
+                last[-1] = [index, *rows[-1][1:]]
         if table:
-            where[step], ends[step] = torch.tensor(table), torch.tensor(last).reshape(-1, 3)
+            where[step], ends[step] = torch.tensor(table), torch.tensor(last)
     if not any(t.ids is not None for t in dump.tokens.values()):
         return (*_by_count(dump, real), [])
     if not where:
@@ -95,7 +98,8 @@ def _find_sequence(
         n = min(len(run), len(ids[b]) - at)
         return n > 0 and torch.equal(ids[b][at : at + n], run[:n])
 
-    candidates = [owner[request]] if request in owner else list(range(len(ids)))
+    # The request's own sequence first; a slot of the request pool may serve another request later on.
+    candidates = sorted(range(len(ids)), key=lambda b: request is None or owner.get(request) != b)
     for exact in (True, False):  # a run may also start later than what was seen: its prefix was cached
         for b in candidates:
             at = filled[b] if start is None else start
@@ -108,22 +112,26 @@ def _by_count(dump: Dump, real: list[Tensor]) -> tuple[dict[int, Tensor], dict[i
     """Without ids: the last steps whose rows add up to the truth's tokens are taken to be those, in order."""
     places = [[b, int(t)] for b, columns in enumerate(real) for t in columns]
     counts = {step: dump.count(step) or 0 for step in dump.steps}
+    if set(map(base_name, dump)) == {"next_token_logits"} and len(counts) == 1:  # of the last token of each sequence
+        table = torch.tensor([[b, b, int(columns[-1])] for b, columns in enumerate(real)])
+        step = next(iter(counts))
+        if len(dump.read("next_token_logits", step)) == len(real) != len(places):
+            return {step: table}, {step: table}, []
     steps, total = [], 0
     for step in reversed(counts):
-        if total == len(places):
-            break
-        steps.insert(0, step)
-        total += counts[step]
+        if total < len(places):
+            steps.insert(0, step)
+            total += counts[step]
     if total != len(places):
-        single = [step for step, n in counts.items() if n == len(places)]
-        if not single:
-            last_only = len(real) == 1 and set(counts.values()) == {1}
-            if last_only and list(dump.sources) == ["next_token_logits"]:
-                return {0: torch.tensor([[0, *places[-1]]])}, {0: torch.tensor([[0, *places[-1]]])}, []
-            raise Qwen35Error("dump has no token ids, and its rows do not fit the truth", where=dump.path,
-                              expected=f"{len(places)} tokens", found=f"{list(counts.values())[:8]} rows a step",
-                              do="the first call is often warm-up: dump every call, and the same prompt")  # fmt: skip
-        steps = single[-1:]
+        steps = [step for step, n in counts.items() if n == len(places)][-1:]
+    if not steps:
+        raise Qwen35Error(
+            "dump has no token ids, and its rows do not fit the truth",
+            where=dump.path,
+            expected=f"{len(places)} tokens",
+            found=f"{list(counts.values())[:8]} rows a step",
+            do="the first call is often warm-up: dump every call, and the same prompt",
+        )
     if len(steps) > 1 and len(real) > 1:
         raise Qwen35Error("dump has no token ids, and several steps of several sequences", where=dump.path,
                           do="dump one sequence at a time, or the input ids with it")  # fmt: skip

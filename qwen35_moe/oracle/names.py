@@ -28,6 +28,7 @@ SGLANG = {
     "embed_tokens.output": "same embed_tokens",
     "norm.output": "same final_norm",
     "norm.output.0": "same final_norm",
+    "model.output": "same final_norm",
     "logits_processor.output": "same next_token_logits",
     "logits_processor.output.next_token_logits": "same next_token_logits",
     "next_token_logits": "same next_token_logits",
@@ -37,6 +38,13 @@ SGLANG = {
     "post_attention_layernorm.output": "same pre_mlp_layernorm_output",
     "post_attention_layernorm.output.0": "same pre_mlp_layernorm_output",
     "post_attention_layernorm.output.1": "same pre_mlp_residual",
+    # SGLang's layer boundary runs the norms without their modules; what the next module takes is the same.
+    "linear_attn.inputs.0": "same input_layernorm",
+    "linear_attn.in_proj_qkvz.inputs.0": "same input_layernorm",
+    "qkv_proj.inputs.0": "same input_layernorm",
+    "mlp.inputs.0": "same pre_mlp_layernorm_output",
+    "mlp.experts.inputs.0": "same pre_mlp_layernorm_output",
+    "mlp.experts.inputs.hidden_states": "same pre_mlp_layernorm_output",
     "qkv_proj.output": "cat attn_q_gate:2nh attn_k_proj:gh attn_v:gh",
     "q_norm.output": "cat attn_q_norm:nh",
     "k_norm.output": "cat attn_k_norm:gh",
@@ -63,8 +71,6 @@ SGLANG = {
     "mlp.topk.output.2": "same moe_router_logits",
     "mlp.topk.output.1": "same moe_topk_ids",
     "mlp.topk.output.0": "same moe_topk_weights",
-    "mlp.experts.inputs.0": "same moe_a1",
-    "mlp.experts.inputs.hidden_states": "same moe_a1",
     "mlp.experts.inputs.1.1": "same moe_slot_ids",
     "mlp.experts.inputs.topk_output.1": "same moe_slot_ids",
     "mlp.experts.inputs.1.0": "same moe_slot_weights",
@@ -112,10 +118,10 @@ TRANSFORMERS = {
     "linear_attn.out_proj.output": "same attn_output",
     "post_attention_layernorm.inputs.0": "same pre_mlp_residual",
     "post_attention_layernorm.output": "same pre_mlp_layernorm_output",
+    "mlp.inputs.0": "same pre_mlp_layernorm_output",
     "mlp.gate.output.0": "same moe_router_logits",
     "mlp.gate.output.1": "same moe_topk_weights",
     "mlp.gate.output.2": "same moe_topk_ids",
-    "mlp.experts.inputs.0": "same moe_a1",
     "mlp.experts.output": "same moe_routed_output",
     "mlp.shared_expert_gate.output": "same moe_shared_gate_logit",
     "mlp.shared_expert.gate_proj.output": "same moe_shared_gate_proj",
@@ -190,12 +196,17 @@ def letters(config: Mapping[str, Any] | None) -> dict[str, int]:
 
 
 def width(expression: str, sizes: Mapping[str, int]) -> int | None:
-    """The value of "2nh"; None where a letter is not known.
+    """The value of a product, "2nh" or "n (2*h)"; None where a letter is not known.
 
     >>> width("2nh", {"n": 4, "h": 8})
     64
     """
-    number, rest = re.fullmatch(r"(\d*)([a-z]*)", expression).groups()  # type: ignore[union-attr]
-    if any(letter not in sizes for letter in rest):
+    if any(letter not in sizes for letter in re.findall("[a-z]", expression)):
         return None
-    return int(number or 1) * prod(sizes[letter] for letter in rest)
+    return prod(int(f) if f.isdigit() else sizes[f] for f in re.findall(r"\d+|[a-z]", expression))
+
+
+def features(tap: str, sizes: Mapping[str, int]) -> int | None:
+    """How many features a token has in this tap, where the sizes are known."""
+    found = re.fullmatch(r"(?:b )?t (.*)", TAPS[tap].dims) if tap in TAPS else None
+    return width(found[1], sizes) if found else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..tap_names import TAPS, base_name
 from .align import joined
+from .names import SGLANG, Rule, features
 from .trace_file import Trace
 
 
@@ -27,12 +29,12 @@ def write_sglang_dump(
 ) -> int:
     """Write a trace as a dump that SGLang's comparator (0.5.23) takes as its baseline; returns the number of files.
 
-    names    "taps": our names, as people patch them in; "hooks": those of DUMPER_NON_INTRUSIVE_MODE=all, for taps that
-             one hook sees whole
+    names    "taps": our names, as people patch them in; "hooks": the names and shapes of DUMPER_NON_INTRUSIVE_MODE=all,
+             fused projections and logits of last tokens among them
     dtype    cast values to it (a rounding); None writes what the trace holds
     model    where the hooks find the decoder, for example "model.language_model"
 
-    All steps of the trace become step 0; tokens are flat without padding: [tokens, features], dims "t ...".
+    All steps of the trace become step 0; tokens are flat, sequence after sequence, without padding.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -41,34 +43,54 @@ def write_sglang_dump(
             "directory is not empty", where=path, do="choose a new one: the comparator reads all it finds"
         )
     real = trace.mask.bool()
-    lengths = real.sum(1)
-    core = {"input_ids": trace.ids[real], "positions": trace.positions[real], "seq_lens": lengths}
-    index = 0
-    for name, x in core.items():
-        index += 1
-        _save(path, index, name, None, x, "t" if name != "seq_lens" else "")
+    _save(path, 1, "input_ids", None, trace.ids[real], "t")
+    _save(path, 2, "positions", None, trace.positions[real], "t")
+    _save(path, 3, "seq_lens", None, real.sum(1), "")
+    count = 3
+    for name, layer, x in (_by_tap if names == "taps" else _by_hook)(trace, real, model):
+        count += 1
+        dims = f"t {re.sub('[^a-z]', '', TAPS[name].dims.split('t ', 1)[1]) or '1'}" if names == "taps" else ""
+        _save(path, count, name, layer, x if dtype is None else x.to(dtype), dims)
+    return count
+
+
+Written = Iterator[tuple[str, int | None, Tensor]]
+
+
+def _by_tap(trace: Trace, real: Tensor, _: str) -> Written:
     for key, site in trace.sites.items():
         tap = base_name(key)
-        if site.step or site.expert is not None or tap not in TAPS or not re.match(r"(b )?t ", TAPS[tap].dims):
-            continue
-        name = tap if names == "taps" else _hook_name(tap, site.layer, model)
-        if name:
-            index += 1
-            x = joined(trace, key)
-            x = x[real] if x.shape[:2] == real.shape else x[real.flatten()]
-            x = x.reshape(x.shape[0], -1)
-            feature = re.sub(r"[^a-z]", "", TAPS[tap].dims.split(" ", 2 if TAPS[tap].dims.startswith("b ") else 1)[-1])
-            _save(path, index, name, site.layer, x if dtype is None else x.to(dtype), f"t {feature or '1'}")
-    return index
+        if site.step == 0 and site.expert is None and site.part == "" and features(tap, _ANY) is not None:
+            yield tap, site.layer, _rows(trace, key, real).flatten(1)
 
 
-def _hook_name(tap: str, layer: int | None, model: str) -> str:
-    first = TAPS[tap].sglang.split(" | ")[0]
-    if not first or first.endswith("*") or "." not in first:
-        return ""
-    if layer is None:
-        return f"non_intrusive__{first if first.startswith('logits_processor') else f'{model}.{first}'}"
-    return f"non_intrusive__{model}.layers.{layer}.{first}"
+def _by_hook(trace: Trace, real: Tensor, model: str) -> Written:
+    layers = dict.fromkeys(site.layer for site in trace.sites.values())
+    last = real & (real.cumsum(1) == real.sum(1, keepdim=True))
+    for layer in layers:
+        prefix = "" if layer is None else f"layers.{layer}."
+        for path, text in SGLANG.items():
+            taps = list(dict.fromkeys(name for name, _ in Rule.parse(text).blocks))
+            top = path.startswith(("embed_tokens", "norm.", "model.", "logits_processor"))
+            if top != (layer is None) or "." not in path or any(prefix + tap not in trace for tap in taps):
+                continue
+            rows = last if taps == ["next_token_logits"] else real
+            x = torch.cat([_rows(trace, prefix + tap, rows).flatten(1) for tap in taps], 1)
+            if re.search(r"(q_norm|k_norm|linear_attn\.norm)\.", path):  # these see one head at a time
+                x = x.reshape(-1, _rows(trace, prefix + taps[0], real).shape[-1])
+            elif path == "linear_attn.attn.output":
+                x = _rows(trace, prefix + taps[0], real)
+            where = "" if path.startswith("logits_processor") else f"{model}."
+            yield f"non_intrusive__{where}{prefix}{path.removeprefix('model.')}", layer, x
+
+
+_ANY = dict.fromkeys("abcdefghijklmnopqrstuvwxyz", 1)
+
+
+def _rows(trace: Trace, key: str, rows: Tensor) -> Tensor:
+    """A tap at the tokens that `rows` [B, T] marks."""
+    x = joined(trace, key)
+    return x[rows] if x.shape[:2] == rows.shape else x.reshape(*rows.shape, *x.shape[1:])[rows]
 
 
 def _save(path: Path, index: int, name: str, layer: int | None, x: Tensor, dims: str) -> None:

@@ -20,7 +20,7 @@ NAME = re.compile(r"layer(\d+)(?:_(\w+?))?_rank(\d+)(?:_call(\d+))?\.pt")
 WEIGHT = re.compile(r"weight_rank(\d+)_layer(\d+)\.pt")
 # Class names (beginning or end) -> the path whose rule applies. The first that fits counts.
 CLASSES = (
-    (r"GatedDeltaNet|.*LinearAttention|.*GDN.*", "linear_attn.output"),
+    (r".*GatedDeltaNet|.*LinearAttention|.*GDN.*", "linear_attn.output"),
     (r".*Attention", "o_proj.output"),
     (r"FusedMoE|.*Experts", "mlp.experts.output"),
     (r".*(SparseMoeBlock|MoE|MLP)", "mlp.output"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,18 @@ def load_pt(path: str | Path) -> Any:
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise Qwen35Error(
-            "file needs more than data to load, and was not executed",
-            where=path,
-            found=named[1] if named else "a pickle with code",
-            do="dump tensors only; never load such a file from somebody you do not trust",
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+            with warnings.catch_warnings():  # about pickle protocols that it may refuse: then it does
+                warnings.simplefilter("ignore")
+                return torch.load(path, map_location="cpu", weights_only=True)  # as written before torch 1.6
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, pickle.UnpicklingError) and _first_byte(path) in (b"\x80", b"P"):  # a pickle, or a zip
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            raise Qwen35Error(
+                "file needs more than data to load, and was not executed",
+                where=path,
+                found=named[1] if named else "a pickle with code",
+                do="dump tensors only; never load such a file from somebody you do not trust",
+            ) from error
         first = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         size = path.stat().st_size if path.exists() else "absent"
         raise Qwen35Error(
@@ -40,6 +43,11 @@ def load_pt(path: str | Path) -> Any:
             found=f"{size} bytes; {first}",
             do="dump again, or delete the file to go on without it",
         ) from error
+
+
+def _first_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(1)
 
 
 def load_tensor(path: str | Path, *keys: str | int) -> Tensor:

@@ -60,7 +60,8 @@ def _logit_files(path: Path) -> list[Path]:
 
 
 def _read_base(path: Path, config: Any) -> Dump:
-    header = path.open("rb").read(20)
+    with path.open("rb") as file:
+        header = file.read(20)
     if len(header) < 20:
         raise Qwen35Error(
             "file is truncated", where=path, expected="a header of 20 bytes", found=f"{len(header)} bytes"

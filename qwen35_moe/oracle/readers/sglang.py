@@ -72,7 +72,10 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
             pieces.append(piece)
     problems += _unsupported(path, pieces)
     tokens = {step: _tokens(found) for step, found in core.items() if isinstance(found.get("input_ids"), Tensor)}
-    return Dump("sglang dumper", path, pieces, tokens, problems, config=config, weights=weights)
+    # The dumper can hook any model, transformers' among them.
+    theirs = ("self_attn.q_proj.", "linear_attn.in_proj_qkv.", "mlp.gate.output.2")
+    family = "transformers" if any(piece.path.startswith(theirs) for piece in pieces) else "sglang"
+    return Dump("sglang dumper", path, pieces, tokens, problems, family=family, config=config, weights=weights)
 
 
 def _files(path: Path) -> list[Path]:
@@ -92,11 +95,14 @@ def _tokens(found: Mapping[str, Any]) -> Tokens:
     if isinstance(positions, Tensor) and positions.dim() == 2:  # text, height, width
         positions = positions[0]
     requests = found.get("rids", found.get("req_pool_indices"))
+    ids = found["input_ids"]
+    batch = (ids.shape[0], ids.shape[1]) if ids.dim() == 2 else None
     return Tokens(
-        found["input_ids"].flatten().to(torch.int64),
+        ids.flatten().to(torch.int64),
         positions.flatten().to(torch.int64) if isinstance(positions, Tensor) else None,
         whole_numbers(found.get("seq_lens")),
         whole_numbers(requests),
+        batch,
     )
 
 

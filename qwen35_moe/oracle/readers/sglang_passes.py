@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...errors import Qwen35Error
 from ..dump import Dump, Piece, Tokens
-from .common import load_pt, load_tensor, whole_numbers
+from .common import load_pt, whole_numbers
 
 CORE = ".forward_batch_info."
 
@@ -55,9 +55,11 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
                     continue
                 many = isinstance(value, (list, tuple))
                 for index in range(len(value)) if many else (None,):
-                    keys = (name,) if index is None else (name, index)
                     raw = f"{name}.output" + ("" if index is None else f".{index}")
-                    load = partial(load_tensor, file, *keys)
+                    x = value if index is None else value[index]
+                    if not isinstance(x, Tensor):
+                        continue
+                    load = partial(_same, x)  # mapped from the file, not read
                     world = {"world_size": len(folders)}
                     step = number - 1 if late else number
                     pieces.append(Piece.named(raw, load, step=step, rank=rank, parallel=world, where=str(file)))
@@ -65,6 +67,10 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
         raise Qwen35Error("dumps of several runs lie here", where=path, found=", ".join(twice[:3]), do="keep one run")
     notes = ["outputs of `model` and the logits were moved back by one pass; those of the last pass were not written"]
     return Dump("sglang passes", path, pieces, tokens, problems, notes, config=config)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _folders(path: Path) -> list[Path]:

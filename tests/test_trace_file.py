@@ -1,0 +1,134 @@
+"""Traces: what is recorded, how it lies on disk, what a broken one says."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from engine_like import padded_truth, tiny_model
+
+from qwen35_moe import Cache, Qwen35Error
+from qwen35_moe.oracle.trace_file import Entry, Trace, TraceWriter
+from qwen35_moe.tap_names import TAPS, base_name, check_patterns, dims_of
+from qwen35_moe.taps import Site, scope, tap
+from qwen35_moe.trace import record, trace
+
+SEQUENCES = [[5, 9, 200, 7, 31, 8, 77], [5, 9, 4, 250, 3]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def test_every_tap_of_the_model_is_in_the_table_with_its_dims(model) -> None:
+    """The table is what readers and users go by; a tap that it does not hold cannot be aligned."""
+    found = trace(model, torch.tensor(SEQUENCES[:1]), experts=True)
+    unknown = {base_name(key) for key in found} - set(TAPS)
+    assert {name for name in unknown if not name.endswith(".gain")} == set()
+    for key, site in found.sites.items():
+        assert len(site.dims.split()) == found[key].dim(), key
+
+
+def test_disk_and_memory_hold_the_same(model, tmp_path: Path) -> None:
+    memory = padded_truth(model, SEQUENCES)
+    disk = padded_truth(model, SEQUENCES, out=tmp_path / "t")
+    assert list(memory) == list(disk) and memory.meta == disk.meta
+    assert all(torch.equal(memory[key], disk[key]) for key in memory)
+    again = memory.write(tmp_path / "again")
+    assert again.sites == disk.sites
+    assert again.ids.tolist()[0] == SEQUENCES[0] and again.mask[1].tolist() == [1, 1, 1, 1, 1, 0, 0]
+    assert disk.meta["arithmetic"] == "exact" and disk.meta["config"]["num_experts"] == 8
+
+
+def test_format_is_readable_without_this_package(model, tmp_path: Path) -> None:
+    """As a program in another language would: JSON, then the safetensors header by hand."""
+    truth = trace(model, torch.tensor(SEQUENCES[:1]), taps="moe_router_logits", out=tmp_path / "t")
+    head = json.loads((tmp_path / "t/trace.json").read_text())
+    assert (head["format"], head["version"], head["meta"]["steps"][0]["ids"]) == ("qwen35-moe-trace", 1, SEQUENCES[:1])
+    record = head["tensors"][2]
+    assert (record["key"], record["dims"], record["dtype"]) == ("layers.2.moe_router_logits", "t e", "float64")
+    raw = (tmp_path / "t" / record["file"]).read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    begin, end = json.loads(raw[8 : 8 + size])[record["key"]]["data_offsets"]
+    values = torch.frombuffer(bytearray(raw[8 + size + begin : 8 + size + end]), dtype=torch.float64)
+    assert torch.equal(values.reshape(record["shape"]), truth[record["key"]])
+
+
+def test_steps_of_a_cached_run(model) -> None:
+    whole = trace(model, torch.tensor(SEQUENCES[:1]), taps="next_token_logits")
+    steps = trace(model, torch.tensor(SEQUENCES[:1]), taps="next_token_logits", cache=Cache(), chunks=[4, 2, 1])
+    assert list(steps) == ["next_token_logits", "step.1.next_token_logits", "step.2.next_token_logits"]
+    assert steps.positions.tolist() == whole.positions.tolist() and steps.ids.tolist() == whole.ids.tolist()
+    torch.testing.assert_close(torch.cat(list(steps.values()), 1), whole["next_token_logits"], rtol=0, atol=1e-11)
+
+
+def test_memory_stays_flat_and_one_layer_is_one_file(tmp_path: Path) -> None:
+    with TraceWriter(tmp_path / "t") as writer:
+        for layer in range(4):
+            for name in ("layer_input", "mlp_output"):
+                x = torch.randn(1, 3, 4)
+                writer.add(Entry.of(Site(name, layer), x, "b t d"), x)
+            assert len(writer._buffer) == 2
+    assert sorted(p.name for p in (tmp_path / "t").iterdir()) == [f"{i:05d}.safetensors" for i in range(4)] + [
+        "trace.json"
+    ]
+
+
+def test_interrupted_run(model, tmp_path: Path) -> None:
+    """A kill leaves no trace.json: the directory says so, and what was written can still be read."""
+    with pytest.raises(KeyboardInterrupt), record("layer_input", out=tmp_path / "t"):
+        for layer in range(3):
+            with scope(layer=layer):
+                tap("layer_input", torch.ones(1, 2, 4))
+        raise KeyboardInterrupt
+    with pytest.raises(Qwen35Error, match="unfinished(.|\n)*2 files"):
+        Trace.open(tmp_path / "t")
+    assert list(Trace.open(tmp_path / "t", partial=True)) == ["layers.0.layer_input", "layers.1.layer_input"]
+    # A new run into the same place replaces it.
+    trace(model, torch.tensor(SEQUENCES[:1]), taps="final_norm", out=tmp_path / "t")
+    assert list(Trace.open(tmp_path / "t")) == ["final_norm"]
+
+
+def test_bad_traces(model, tmp_path: Path) -> None:
+    with pytest.raises(Qwen35Error, match="no trace here"):
+        Trace.open(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(Qwen35Error, match="not a trace(.|\n)*notes.txt"):
+        TraceWriter(tmp_path)
+    truth = trace(model, torch.tensor(SEQUENCES[:1]), taps="layer_input", out=tmp_path / "t")
+    victim = tmp_path / "t/00001.safetensors"
+    victim.write_bytes(victim.read_bytes()[:100])
+    with pytest.raises(Qwen35Error, match="cannot be read(.|\n)*00001"):
+        truth["layers.1.layer_input"]
+    victim.unlink()
+    with pytest.raises(Qwen35Error, match="lost files(.|\n)*00001"):
+        Trace.open(tmp_path / "t")
+    (tmp_path / "t/trace.json").write_text('{"format": "qwen35-moe-trace", "version": 2}')
+    with pytest.raises(Qwen35Error, match="another format(.|\n)*qwen35-moe-trace 2"):
+        Trace.open(tmp_path / "t")
+
+
+def test_names(model) -> None:
+    with pytest.raises(Qwen35Error, match="unknown tap name(.|\n)*moe_router_logits"):
+        record("moe_router_logit")
+    check_patterns(("layers.3.*", "gdn_*", "*.gain", "layers.0.moe_expert_7_down", "mtp.*"))
+    with pytest.raises(Qwen35Error, match="wrong rank"):
+        dims_of("layer_input", 2)
+    ids = torch.tensor(SEQUENCES[:1])
+    assert not any("moe_expert" in key for key in trace(model, ids))
+    assert "layers.0.moe_expert_2_down" in trace(model, ids, taps="moe_expert_down")
+    with pytest.raises(Qwen35Error, match="twice"), record("layer_input"):
+        tap("layer_input", torch.ones(1, 2, 4))
+        tap("layer_input", torch.ones(1, 2, 4))
+
+
+def test_recorded_values_are_copies() -> None:
+    x = torch.zeros(1, 2, 4)
+    with record("layer_input") as recorder:
+        tap("layer_input", x)
+        x += 1
+    assert not recorder.trace["layer_input"].any()
