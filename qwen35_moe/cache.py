@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -87,5 +87,5 @@ class Cache:
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 return cls._from_tensors({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise Qwen35Error("cannot read the cache", where=path, found=error) from error

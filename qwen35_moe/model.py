@@ -109,10 +109,9 @@ class Model(nn.Module):
         """
         cache = Cache() if cache is None else cache
         ids, embeds = self._inputs(input_ids, inputs_embeds)
-        real_BT, real_BS = extend_mask(ids if embeds is None else embeds, attention_mask, cache)
+        real_BT, real_BS, position_ids = extend(cache, ids if embeds is None else embeds, attention_mask, position_ids)
         with arithmetics.using(self.arithmetic):
             h_BTD = tap("embed_tokens", self.embed_tokens(ids) if embeds is None else embeds)
-            position_ids = extend_positions(position_ids, real_BT, cache, h_BTD)
             angles = rotary_angles(self.config, position_ids, h_BTD.dtype)
             for i, layer in enumerate(self.layers):
                 with scope(layer=i):
@@ -139,14 +138,39 @@ class Model(nn.Module):
         return ids, embeds
 
 
-def extend_mask(new: Tensor, attention_mask: Tensor | None, cache: Cache) -> tuple[Tensor | None, Tensor | None]:
-    """Which new tokens are real [B, T], which of all so far [B, S]; None without any padding. The cache remembers."""
+def extend(
+    cache: Cache, new: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Enters the new tokens (`new` is [B, T, ...]) into the cache, once all that was given about them fits.
+
+    Returns which of them are real [B, T], which of all tokens so far [B, S] (None where there never was padding), and
+    their positions, [B, T] or [3, B, T].
+    """
+    B, T = new.shape[:2]
+    real_BT = real_BS = None
+    if attention_mask is not None or cache.mask is not None:
+        real_BS = _extended_mask(cache, new, attention_mask)
+        real_BT = real_BS[:, -T:]
+    next_B = new.new_zeros(B, dtype=torch.long) if cache.next_position is None else cache.next_position
+    if position_ids is None:
+        ones_BT = next_B.new_ones(B, T) if real_BT is None else real_BT.long()
+        position_ids = next_B[:, None] + (ones_BT.cumsum(1) - 1).clamp_min(0)
+    if position_ids.shape not in ((B, T), (3, B, T)):
+        expected, found = f"[{B}, {T}] or [3, {B}, {T}]", list(position_ids.shape)
+        raise Qwen35Error("position_ids have the wrong shape", expected=expected, found=found)
+    last_BT = position_ids if position_ids.dim() == 2 else position_ids.amax(0)
+    if real_BT is not None:
+        last_BT = last_BT.masked_fill(~real_BT, -1)
+    cache.next_position = torch.maximum(next_B, last_BT.amax(1) + 1)
+    cache.length, cache.mask = cache.length + T, real_BS
+    return real_BT, real_BS, position_ids
+
+
+def _extended_mask(cache: Cache, new: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The cache's mask and that of the new tokens, side by side. A mask of the new tokens alone will do."""
     B, T = new.shape[:2]
     past = cache.length
-    if attention_mask is None and cache.mask is None:
-        cache.length += T
-        return None, None
-    seen = cache.mask if cache.mask is not None else new.new_ones(B, past, dtype=torch.bool)
+    seen = new.new_ones(B, past, dtype=torch.bool) if cache.mask is None else cache.mask
     mask = new.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if mask.shape not in ((B, T), (B, past + T)):
         expected = f"[{B}, {T}] (new tokens) or [{B}, {past + T}] (all tokens)"
@@ -156,29 +180,6 @@ def extend_mask(new: Tensor, attention_mask: Tensor | None, cache: Cache) -> tup
     real_BT = mask[:, -T:]
     runs_B = (real_BT[:, 1:] & ~real_BT[:, :-1]).sum(1) + real_BT[:, 0]
     if (runs_B > 1).any():
-        where, expected = (
-            f"attention_mask[{int(runs_B.argmax())}]",
-            "padding on the left or the right of new tokens",
-        )
-        raise Qwen35Error("padding between real tokens", where=where, expected=expected, found="a hole")
-    cache.length += T
-    cache.mask = torch.cat((seen, real_BT), 1)
-    return real_BT, cache.mask
-
-
-def extend_positions(given: Tensor | None, real_BT: Tensor | None, cache: Cache, h_BTD: Tensor) -> Tensor:
-    """Positions of the new tokens, and in the cache the one that comes next."""
-    B, T = h_BTD.shape[:2]
-    if cache.next_position is None:
-        cache.next_position = torch.zeros(B, dtype=torch.long, device=h_BTD.device)
-    if given is None:
-        ones_BT = cache.next_position.new_ones(B, T) if real_BT is None else real_BT.long()
-        given = cache.next_position[:, None] + (ones_BT.cumsum(1) - 1).clamp_min(0)
-    if given.shape not in ((B, T), (3, B, T)):
-        expected, found = f"[{B}, {T}] or [3, {B}, {T}]", list(given.shape)
-        raise Qwen35Error("position_ids have the wrong shape", expected=expected, found=found)
-    last_BT = given if given.dim() == 2 else given.amax(0)
-    if real_BT is not None:
-        last_BT = last_BT.masked_fill(~real_BT, -1)
-    cache.next_position = torch.maximum(cache.next_position, last_BT.amax(1) + 1)
-    return given
+        where = f"attention_mask[{int(runs_B.argmax())}]"
+        raise Qwen35Error("padding between real tokens", where=where, expected="padding on one side", found="a hole")
+    return torch.cat((seen, real_BT), 1)

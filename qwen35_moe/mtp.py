@@ -20,7 +20,7 @@ from . import arithmetic as arithmetics
 from .cache import Cache, LayerState
 from .config import FULL, Config
 from .errors import Qwen35Error
-from .model import Layer, Model, extend_mask, extend_positions
+from .model import Layer, Model, extend
 from .norms import RMSNorm
 from .ops import Linear
 from .rope import rotary_angles
@@ -101,10 +101,9 @@ def draft_head(
             found=None if given is None else list(given.shape),
             do="drop the last hidden state, or append the token that was sampled from it",
         )
-    real_BT, real_BS = extend_mask(hidden_BTD, attention_mask, cache)
+    real_BT, real_BS, position_ids = extend(cache, hidden_BTD, attention_mask, position_ids)
     with arithmetics.using(model.arithmetic), scope(part="mtp"):
         embeds_BTD = tap("embed_tokens", model.embed_tokens(next_ids) if next_embeds is None else next_embeds)
-        position_ids = extend_positions(position_ids, real_BT, cache, hidden_BTD)
         angles = rotary_angles(model.config, position_ids, hidden_BTD.dtype)
         hidden_BTD = mtp(embeds_BTD, hidden_BTD, angles, real_BT, real_BS, cache.layer(0))
         return model.lm_head("next_token_logits", hidden_BTD), hidden_BTD

@@ -1,0 +1,211 @@
+"""Bad input gets one clear error: what, where, expected, found, what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import qwen35_moe as q
+
+
+@pytest.fixture
+def raw(built) -> dict:
+    return json.loads((built("tiny") / "config.json").read_text())
+
+
+def text(raw: dict) -> dict:
+    return raw["text_config"]
+
+
+# What is done to the text config, and what the error must say.
+CONFIGS = {
+    "a key is missing": (lambda c: c.pop("num_experts"), ["keys are missing", "num_experts"]),
+    "two keys are missing": (lambda c: [c.pop(k) for k in ("hidden_size", "head_dim")], ["hidden_size, head_dim"]),
+    "unknown key": (lambda c: c.update(num_expertz=4), ["unknown keys", "num_expertz", "'num_experts'?"]),
+    "string for a number": (lambda c: c.update(hidden_size="64"), ["wrong type", "hidden_size", "int", "'64'"]),
+    "half an expert": (lambda c: c.update(num_experts=8.5), ["wrong type", "num_experts", "8.5"]),
+    "infinite": (lambda c: c.update(num_experts=float("inf")), ["wrong type", "num_experts"]),
+    "true for a number": (lambda c: c.update(num_experts=True), ["wrong type", "num_experts", "True"]),
+    "negative": (lambda c: c.update(num_hidden_layers=-1), ["bad value", "num_hidden_layers", "positive"]),
+    "layer_types too short": (lambda c: c.update(layer_types=["linear_attention"]), ["layer_types", "entries"]),
+    "layer_types unknown": (
+        lambda c: c.update(layer_types=["mamba"] * c["num_hidden_layers"]),
+        ["layer_types", "linear_attention", "mamba"],
+    ),
+    "layer_types no list": (lambda c: c.update(layer_types="full_attention"), ["wrong type", "layer_types"]),
+    "too many experts a token": (lambda c: c.update(num_experts_per_tok=99), ["num_experts_per_tok", "at most"]),
+    "heads do not divide": (lambda c: c.update(num_key_value_heads=3), ["num_key_value_heads", "divisor"]),
+    "another activation": (lambda c: c.update(hidden_act="gelu"), ["hidden_act", "'silu'", "gelu"]),
+    "another rope": (lambda c: c.update(rope_parameters={"rope_type": "yarn"}), ["rotary", "yarn"]),
+    "sections do not add up": (
+        lambda c: c["rope_parameters"].update(mrope_section=[1, 1, 1]),
+        ["mrope_section", "add up"],
+    ),
+    "rope is a list": (lambda c: c.update(rope_parameters=[1]), ["wrong type", "rope_parameters"]),
+    "an output gate of unknown kind": (lambda c: c.update(output_gate_type="relu"), ["output_gate_type", "relu"]),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_config(raw, case):
+    change, words = CONFIGS[case]
+    change(text(raw))
+    with pytest.raises(q.Qwen35Error) as error:
+        q.Config.from_dict(raw)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_config_may_be_told_of_harmless_keys(raw):
+    text(raw)["my_note"] = 1
+    assert q.Config.from_dict(raw, ignore=["my_note"]).num_experts == text(raw)["num_experts"]
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]", '{"text_config": 3}', "\x00", "[" * 100_000])
+def test_config_file(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(q.Qwen35Error):
+        q.Config.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def copy(built, tmp_path) -> Path:
+    return Path(shutil.copytree(built("tiny"), tmp_path / "copy"))
+
+
+def shard_of(folder: Path, name: str) -> Path:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return folder / index["weight_map"][f"model.language_model.{name}"]
+
+
+def change_tensor(folder: Path, name: str, change) -> None:
+    """Rewrites one tensor of a shard; None removes it."""
+    shard, full = shard_of(folder, name), f"model.language_model.{name}"
+    tensors = {key: value.clone() for key, value in load_file(shard).items()}
+    value = change(tensors.pop(full))
+    if value is not None:
+        tensors[full] = value
+    else:
+        index_file = folder / "model.safetensors.index.json"
+        index = json.loads(index_file.read_text())
+        del index["weight_map"][full]
+        index_file.write_text(json.dumps(index))
+    save_file(tensors, shard)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda x: None, ["missing", "layers.0.mlp.gate.weight"]),
+    (lambda x: x[:-1].clone(), ["layers.0.mlp.gate.weight", "shape"]),
+    (lambda x: x.to(torch.int32), ["layers.0.mlp.gate.weight"]),
+])  # fmt: skip
+def test_tensors(copy, change, words):
+    change_tensor(copy, "layers.0.mlp.gate.weight", change)
+    with pytest.raises(q.Qwen35Error) as error:
+        q.load(copy)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_expert_count_that_does_not_match_the_tensors(copy):
+    change_tensor(copy, "layers.0.mlp.experts.down_proj", lambda x: x[:-1].clone())
+    with pytest.raises(q.Qwen35Error, match="down_proj"):
+        q.load(copy)
+
+
+def test_a_tensor_too_many(copy):
+    shard = shard_of(copy, "norm.weight")
+    tensors = load_file(shard)
+    tensors["model.language_model.layers.0.mlp.extra.weight"] = torch.zeros(2, 2)
+    save_file(tensors, shard)
+    with pytest.raises(q.Qwen35Error, match="extra"):
+        q.load(copy)
+
+
+@pytest.fixture(scope="module")
+def model(built):
+    return q.load(built("tiny"))
+
+
+@pytest.mark.parametrize("ids, words", [
+    (torch.zeros(2, 0, dtype=torch.long), ["nothing to compute on", "[2, 0]"]),
+    (torch.zeros(0, 3, dtype=torch.long), ["nothing to compute on", "[0, 3]"]),
+    (torch.zeros(3, dtype=torch.long), ["nothing to compute on", "[3]"]),
+    (None, ["nothing to compute on", "neither"]),
+    (torch.zeros(1, 3), ["integers", "float32"]),
+    (torch.tensor([[1, 256]]), ["vocabulary", "input_ids[0, 1]", "256"]),
+    (torch.tensor([[1, -2]]), ["vocabulary", "-2"]),
+])  # fmt: skip
+def test_ids(model, ids, words):
+    with pytest.raises(q.Qwen35Error) as error:
+        model(ids)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("kwargs, words", [
+    ({"attention_mask": torch.ones(1, 5)}, ["attention_mask", "[1, 3]"]),
+    ({"attention_mask": torch.tensor([[1, 0, 1]])}, ["padding between"]),
+    ({"position_ids": torch.zeros(1, 4, dtype=torch.long)}, ["position_ids", "[1, 3]"]),
+])  # fmt: skip
+def test_masks_and_positions(model, kwargs, words):
+    with pytest.raises(q.Qwen35Error) as error:
+        model(torch.tensor([[1, 2, 3]]), **kwargs)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_failed_call_leaves_the_cache_as_it_was(model):
+    cache = q.Cache()
+    model(torch.tensor([[1, 2, 3]]), cache=cache)
+    before = cache.clone()
+    with pytest.raises(q.Qwen35Error):
+        model(torch.tensor([[1, 2, 3]]), cache=cache, attention_mask=torch.ones(1, 9))
+    with pytest.raises(q.Qwen35Error):
+        model(torch.tensor([[1, 999]]), cache=cache)
+    with pytest.raises(q.Qwen35Error):
+        model(torch.tensor([[1, 2]]), cache=cache, position_ids=torch.zeros(1, 5, dtype=torch.long))
+    assert cache.length == before.length == 3
+    ids, mask = torch.tensor([[4]]), torch.ones(1, 4)
+    expected = model(ids, attention_mask=mask, cache=before)
+    assert torch.equal(model(ids, attention_mask=mask, cache=cache), expected)
+
+
+@pytest.mark.parametrize("kwargs, words", [
+    ({"arithmetic": "exakt"}, ["unknown arithmetic", "'exact'"]),
+    ({"shared_expert": "yes"}, ["shared_expert", "unfused"]),
+    ({"mode": "lazy"}, ["mode", "stream"]),
+])  # fmt: skip
+def test_load_options(built, kwargs, words):
+    with pytest.raises(q.Qwen35Error) as error:
+        q.load(built("tiny"), **kwargs)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(q.Qwen35Error, match="nowhere"):
+        q.load(tmp_path / "nowhere")
+
+
+def test_unknown_tap_name(model):
+    with pytest.raises(q.Qwen35Error, match="moe_topk_ids"):
+        q.trace(model, torch.tensor([[1, 2]]), taps="moe_topk_idz")
+
+
+def test_unknown_switch():
+    with pytest.raises(q.Qwen35Error, match="moe_sum_order"):
+        q.Arithmetic("mine", torch.float32, switches={"moe_sum_order": "random"})
+
+
+def test_not_a_cache_file(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    (tmp_path / "cut").write_bytes(b"\x10")
+    for name in ("x.safetensors", "cut", "absent"):
+        with pytest.raises(q.Qwen35Error):
+            q.Cache.load(tmp_path / name)
