@@ -289,7 +289,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "an entry that is none": (edit_header(lambda h: h.update(x=3)), ("a tensor's entry", "'x'", SHARD)),
     "a name that cannot be printed": (
         edit_header(lambda h: h.update({"\ud800": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}})),
-        ("bad name", SHARD),
+        ("name of a tensor", SHARD),
     ),
     "the index names a missing file": (
         edit_index(lambda m: m.update({"lm_head.weight": "gone.safetensors"})), ("not there", INDEX, "gone.safetensors")

@@ -21,7 +21,7 @@ NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+)\.safetensors")
 class Folder:
     """The tensors of a checkpoint by canonical name, read from headers alone.
 
-    duplicated: copies that the index does not point at. strays: tensors in no index. ignored: files in no index.
+    duplicated: copies that the index does not point at. ignored: files that it does not name.
     """
 
     path: Path
@@ -29,7 +29,6 @@ class Folder:
     headers: list[Header] = field(default_factory=list)
     tensors: dict[str, Stored] = field(default_factory=dict)
     duplicated: list[Stored] = field(default_factory=list)
-    strays: list[Stored] = field(default_factory=list)
     ignored: list[Path] = field(default_factory=list)
 
 
@@ -54,75 +53,61 @@ def open_folder(path: Path) -> Folder:
         if not files:
             raise Qwen35Error("no *.safetensors in this folder", where=path, do="give the folder of a checkpoint")
         _check_numbering(files)
-    found: dict[str, dict[str, Stored]] = {}  # canonical name -> file name -> tensor
+    copies: dict[str, list[Stored]] = {}  # of names that are stored more than once
     for file in files:
         header = read_header(file)
         folder.headers.append(header)
         for raw, entry in header.entries.items():
-            if not raw.isprintable() or not raw:
-                raise Qwen35Error("bad name of a tensor", where=file, expected="printable text", found=repr(raw)[:200])
             stored = Stored(canonical(raw), file, raw, *entry)
-            copies = found.setdefault(stored.name, {})
-            if file.name in copies:
-                raise Qwen35Error(
-                    "two names for one tensor",
-                    where=stored.where,
-                    expected="one prefix",
-                    found=copies[file.name].raw_name,
-                )
-            copies[file.name] = stored
-        header.entries.clear()  # `found` has them; hundreds of thousands in a big checkpoint
-    if weight_map is None:
-        _without_index(folder, found)
-    else:
-        _with_index(folder, found, weight_map, index)
+            first = folder.tensors.setdefault(stored.name, stored)
+            if first is not stored:
+                copies.setdefault(stored.name, [first]).append(stored)
+                if any(other.file is file for other in copies[stored.name][:-1]):
+                    where, found = stored.where, first.raw_name
+                    raise Qwen35Error("two names for one tensor", where=where, expected="one prefix", found=found)
+        header.entries.clear()  # `tensors` has them; hundreds of thousands in a big checkpoint
+    if weight_map is not None and index is not None:
+        _obey_index(folder, copies, weight_map, index)
+    elif copies:
+        first, *others = next(iter(copies.values()))
+        raise Qwen35Error(
+            "a tensor is in two files, and no index says which one counts",
+            where=first.where,
+            expected="one file",
+            found=few(c.file.name for c in (first, *others)),
+            do=f"keep only the files of one checkpoint in the folder, or add {INDEX}",
+        )
     return folder
 
 
-def _without_index(folder: Folder, found: dict[str, dict[str, Stored]]) -> None:
-    for name, copies in found.items():
-        first, *others = copies.values()
-        if others:
-            raise Qwen35Error(
-                "a tensor is in two files, and no index says which one counts",
-                where=first.where,
-                expected="one file",
-                found=few(c.file.name for c in copies.values()),
-                do=f"keep only the files of one checkpoint in the folder, or add {INDEX}",
-            )
-        folder.tensors[name] = first
-
-
-def _with_index(
-    folder: Folder, found: dict[str, dict[str, Stored]], weight_map: dict[str, str], index: Path | None
-) -> None:
-    wanted: dict[str, str] = {}
+def _obey_index(folder: Folder, copies: dict[str, list[Stored]], weight_map: dict[str, str], index: Path) -> None:
+    """Of several copies keeps the one that the index points at. Error: index and files do not hold the same tensors."""
+    files = {header.file.name: header.file for header in folder.headers}
+    known: set[str] = set()
+    absent = []
     for raw, file in weight_map.items():
         name = canonical(raw)
-        if name in wanted:
-            raise Qwen35Error(
-                "two names for one tensor", where=f"{index}: {raw!r}"[:300], expected="one prefix", found=name
-            )
-        wanted[name] = file
-    absent = [f"{file}: {raw}" for raw, file in weight_map.items() if file not in found.get(canonical(raw), {})]
+        if name in known:
+            where = f"{index}: {raw!r}"[:300]
+            raise Qwen35Error("two names for one tensor", where=where, expected="one prefix", found=name)
+        known.add(name)
+        stored = folder.tensors.get(name)
+        if name in copies:
+            stored = next((copy for copy in copies[name] if copy.file is files[file]), None)
+            folder.duplicated += [copy for copy in copies[name] if copy is not stored]
+        if stored is None or stored.file is not files[file]:
+            absent.append(f"{file}: {raw}")
+        else:
+            folder.tensors[name] = stored
     if absent:
-        raise Qwen35Error(
-            "the index names tensors that are not in their files", where=index, expected=few(absent), found="absent"
-        )
-    for name, copies in found.items():
-        for file, stored in copies.items():
-            if name not in wanted:
-                folder.strays.append(stored)
-            elif wanted[name] == file:
-                folder.tensors[name] = stored
-            else:
-                folder.duplicated.append(stored)
-    if folder.strays:
+        what = "the index names tensors that are not in their files"
+        raise Qwen35Error(what, where=index, expected=few(absent), found="absent")
+    if strays := [stored.where for name, stored in folder.tensors.items() if name not in known]:
         raise Qwen35Error(
             "tensors that the index does not know: a shard of another checkpoint?",
             where=index,
             expected="every tensor of the files that it names",
-            found=few(s.where for s in folder.strays),
+            found=few(strays),
             do="download the shard again, or remove the index if it is out of date",
         )
 
@@ -147,14 +132,20 @@ def read_index(index: Path) -> dict[str, str]:
         raise Qwen35Error(
             "bad index", where=f"{index}: weight_map", expected="{tensor: file}", found=repr(weight_map)[:200]
         )
+    plain: set[str] = set()
     for raw, name in weight_map.items():
-        plain = isinstance(name, str) and name.isprintable() and Path(name).name == name
-        if not plain or not name.endswith(".safetensors"):
-            where = f"{index}: {raw!r}"[:300]
-            raise Qwen35Error(
-                "bad index", where=where, expected="the name of a .safetensors file beside it", found=repr(name)[:200]
-            )
+        if isinstance(name, str) and name in plain:
+            continue
+        if not isinstance(name, str) or not _plain(name):
+            where, expected = f"{index}: {raw!r}"[:300], "the name of a .safetensors file beside it"
+            raise Qwen35Error("bad index", where=where, expected=expected, found=repr(name)[:200])
+        plain.add(name)
     return weight_map
+
+
+def _plain(name: str) -> bool:
+    """A file beside the index, and nowhere else."""
+    return name.isprintable() and Path(name).name == name and name.endswith(".safetensors")
 
 
 def read_config(root: Path) -> dict[str, Any]:

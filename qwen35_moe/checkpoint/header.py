@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -24,6 +25,7 @@ from ..errors import Qwen35Error
 # The format's own limit. The header of a whole 397B checkpoint in one file would have 25 MB.
 LIMIT = 100_000_000
 MAX_DIMENSIONS = 8
+KEYS = frozenset(("dtype", "shape", "data_offsets"))
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
@@ -106,36 +108,33 @@ def read_header(file: Path) -> Header:
     if not isinstance(header, dict):
         raise Qwen35Error("bad header", where=file, expected="an object", found=type(header).__name__)
     start = 8 + length
-    entries = {
-        name: _entry(entry, f"{file.name}: {name!r}"[:300], start)
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    entries = {name: _entry(entry, file, name, start) for name, entry in header.items() if name != "__metadata__"}
     _check_cover(file, start, size, entries)
     return Header(file, size, hashlib.sha256(first + text).hexdigest(), entries)
 
 
-def _entry(entry: Any, where: str, start: int) -> tuple[str, tuple[int, ...], int, int]:
+def _entry(entry: Any, file: Path, name: str, start: int) -> tuple[str, tuple[int, ...], int, int]:
     """One tensor's dtype, shape, and bytes in the file."""
 
-    def need(ok: bool, what: str, expected: object, found: object) -> None:
-        if not ok:
-            raise Qwen35Error(f"bad header: {what}", where=where, expected=expected, found=repr(found)[:200])
+    def bad(what: str, expected: object, found: object) -> Qwen35Error:
+        where = f"{file.name}: {name!r}"[:300]
+        return Qwen35Error(f"bad header: {what}", where=where, expected=expected, found=repr(found)[:200])
 
-    keys = ("dtype", "shape", "data_offsets")
-    need(isinstance(entry, dict) and all(key in entry for key in keys), "a tensor's entry", ", ".join(keys), entry)
-    dtype, shape, offsets = (entry[key] for key in keys)
-    need(isinstance(dtype, str) and dtype in BITS, "dtype", ", ".join(BITS), dtype)
-    need(
-        _naturals(shape) and len(shape) <= MAX_DIMENSIONS, "shape", f"at most {MAX_DIMENSIONS} sizes below 2^63", shape
-    )
-    need(_naturals(offsets) and len(offsets) == 2, "data_offsets", "[begin, end]", offsets)
-    expected = prod(shape) * BITS[dtype] // 8
+    if not name.isprintable() or not name:
+        raise bad("name of a tensor", "printable text", name)
+    if not isinstance(entry, dict) or not entry.keys() >= KEYS:
+        raise bad("a tensor's entry", ", ".join(sorted(KEYS)), entry)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise bad("dtype", ", ".join(BITS), dtype)
+    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
+        raise bad("shape", f"at most {MAX_DIMENSIONS} sizes below 2^63", shape)
+    if not _naturals(offsets) or len(offsets) != 2:
+        raise bad("data_offsets", "[begin, end]", offsets)
     begin, end = offsets
-    need(
-        end - begin == expected, "size in bytes", f"{expected} for {dtype} {shape}", f"{end - begin} ({begin} to {end})"
-    )
-    return dtype, tuple(shape), start + begin, start + end
+    if end - begin != prod(shape) * BITS[dtype] // 8:
+        raise bad("size in bytes", f"{prod(shape) * BITS[dtype] // 8} for {dtype} {shape}", [begin, end])
+    return sys.intern(dtype), tuple(shape), start + begin, start + end
 
 
 def _naturals(values: Any) -> bool:
