@@ -183,12 +183,12 @@ class GatedDeltaNet(nn.Module):
         if past.state is None:
             past.state = promote(x_BTD.new_zeros(B, J, K, P))
 
-        q_BTC, k_BTC, v_BTC = qkv_BTC.split((M * K, M * K, J * P), -1)
-        q_BTMK = promote(tap("gdn_q", l2_norm(q_BTC.unflatten(-1, (M, K)))))
+        q, k, v = qkv_BTC.split((M * K, M * K, J * P), -1)
+        q_BTMK = promote(tap("gdn_q", l2_norm(q.unflatten(-1, (M, K)))))
         divide = one_by_one and arithmetic.current().switch("gdn_step_scale") == "divided"
         q_BTMK = tap("gdn_q_scaled", q_BTMK / K**0.5 if divide else q_BTMK * K**-0.5)
-        k_BTMK = tap("gdn_k", l2_norm(k_BTC.unflatten(-1, (M, K))))
-        v_BTJP = tap("gdn_v", v_BTC.unflatten(-1, (J, P)))
+        k_BTMK = tap("gdn_k", l2_norm(k.unflatten(-1, (M, K))))
+        v_BTJP = tap("gdn_v", v.unflatten(-1, (J, P)))
 
         # Value head j reads key head j // (J/M).
         q_BTJK, k_BTJK = (x.repeat_interleave(J // M, 2) for x in (q_BTMK, k_BTMK))
