@@ -22,8 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	@rm -rf build/tiny
-	$(PY) -m weights.build tiny --out build/tiny
+	$(PY) -m qwen35_moe.demo
 
 lint: $(STAMP)
 	.venv/bin/ruff check .

@@ -1,6 +1,6 @@
 """A reference implementation of Qwen3.5 MoE: the model in exact arithmetic, and an oracle for engines."""
 
-from . import arithmetic, quant, tables, taps
+from . import arithmetic, quant, tables, tap_names, taps
 from .arithmetic import KEEP, Arithmetic
 from .cache import Cache
 from .config import Config
@@ -22,6 +22,7 @@ __all__ = [
     "load",
     "quant",
     "tables",
+    "tap_names",
     "taps",
     "trace",
 ]

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from . import taps
 from .errors import Qwen35Error
+from .tap_names import check_patterns
 
 KEEP = None
 Rounding = torch.dtype | Callable[[Tensor], Tensor] | None
@@ -76,6 +77,7 @@ class Arithmetic:
     stage = taps.ROUND
 
     def __post_init__(self) -> None:
+        check_patterns(tuple(self.rounds))
         for key, value in self.switches.items():
             if value not in SWITCHES.get(key, ()):
                 raise Qwen35Error(

@@ -178,7 +178,8 @@ class GatedDeltaNet(nn.Module):
         conv_weight = self.conv1d["weight"]
         if past.conv is None:
             past.conv = x_BTD.new_zeros(B, conv_weight.shape[0], conv_weight.shape[-1] - 1)
-        qkv_BTC, past.conv = causal_conv(qkv_BTC, conv_weight, past.conv, real_BT)
+        qkv_BTC, conv_BCW = causal_conv(qkv_BTC, conv_weight, past.conv, real_BT)
+        past.conv = tap("gdn_conv_state", conv_BCW)
         one_by_one = (T == 1 and past.state is not None) or arithmetic.current().switch("gdn_rule") == "recurrent"
         if past.state is None:
             past.state = promote(x_BTD.new_zeros(B, J, K, P))

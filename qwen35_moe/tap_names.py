@@ -91,6 +91,7 @@ TAPS: dict[str, TapName] = {
     ),
     "gdn_b": _("b t j", "beta before sigmoid", "linear_attn.in_proj_ba.output*", "linear_attn.in_proj_b.output"),
     "gdn_a": _("b t j", "decay input before dt_bias", "linear_attn.in_proj_ba.output*", "linear_attn.in_proj_a.output"),
+    "gdn_conv_product": _("b c t", "causal conv: one tap's product (indexed), where a table rounds it"),
     "gdn_conv": _("b t c", "causal conv, before silu"),
     "gdn_conv_act": _("b t c", "causal conv, after silu"),
     "gdn_beta": _("b t j", "write strength, sigmoid(b)"),
@@ -131,6 +132,8 @@ TAPS: dict[str, TapName] = {
     "moe_expert_down": _("r d", "one expert: output of down_proj"),
     "moe_expert_weighted": _("r d", "one expert: times the routing weight"),
     "moe_partial_sum": _("t d", "routed sum so far"),
+    "moe_shared_a1": _("t d", "shared expert: input, where it is a quantised network of its own"),
+    "moe_shared_a2": _("t f", "shared expert: input of down_proj, likewise"),
     "moe_shared_gate_proj": _(
         "t f", "shared expert: gate", "mlp.shared_expert.gate_up_proj.output*", "mlp.shared_expert.gate_proj.output"
     ),

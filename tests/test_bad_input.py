@@ -198,6 +198,11 @@ def test_unknown_tap_name(model):
         q.trace(model, torch.tensor([[1, 2]]), taps="moe_topk_idz")
 
 
+def test_a_row_for_a_tap_that_does_not_exist():
+    with pytest.raises(q.Qwen35Error, match="moe_topk_weights"):
+        q.Arithmetic("mine", torch.float32, rounds={"moe_topk_weight": torch.bfloat16})
+
+
 def test_unknown_switch():
     with pytest.raises(q.Qwen35Error, match="moe_sum_order"):
         q.Arithmetic("mine", torch.float32, switches={"moe_sum_order": "random"})

@@ -233,3 +233,19 @@ def test_an_arithmetic_of_ones_own(tiny):
     mine = replace(q.tables.FLOAT32, name="mine", rounds={"moe_topk_weights": torch.bfloat16})
     theirs, ours = (q.load(tiny, arithmetic=a)(ids_of(7)) for a in ("float32", mine))
     assert 0 < rel_l2(ours, theirs) < 0.1
+
+
+def test_every_tap_is_in_the_table(built):
+    names = set()
+
+    def observe(site, x):
+        names.add(site.name)
+
+    for recipe, table in (("tiny", "sglang-bf16"), ("tiny-moe-mxfp4", "sglang-aiter-mxfp4")):
+        model, cache = q.load(built(recipe), table, "unfused", text_only=True), q.Cache()
+        with attach(observe):
+            model(ids_of(5), cache=cache)
+            model(ids_of(1), cache=cache)
+            q.load(built(recipe), table, "fused", text_only=True)(ids_of(5))
+    text = {n for n in q.tap_names.TAPS if not n.startswith(("vis_", "mtp_", "image", "inputs"))}
+    assert {n for n in names if not n.endswith(".gain")} == text
