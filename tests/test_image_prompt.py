@@ -113,7 +113,7 @@ def difference(key: str, steps: list[Tensor], whole: Tensor, prompt: int) -> flo
     name = re.sub(r"^layers\.\d+\.", "", key)
     if name.startswith(("attn_qk", "attn_scores", "attn_probs")):  # [B, N, T, S], S growing
         pairs = [(x, whole[:, :, i : i + 1, : i + 1]) for i, x in enumerate(steps, prompt)]
-    elif name.endswith((".gain", "gdn_state", "gdn_conv_state")):  # no dimension of tokens: the last is that after all tokens
+    elif name.endswith((".gain", "gdn_state", "gdn_conv_state")):  # no dimension of tokens: the last is after all
         pairs = [(steps[-1], whole)]
     elif not name.startswith(("moe_", "mlp_output")):  # [B, T, ...]
         pairs = [(torch.cat(steps, 1), whole[:, prompt:])]
