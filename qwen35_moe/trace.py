@@ -48,6 +48,11 @@ class Recorder:
         self._seen: set[str] = set()
         self._attached: Any = None
 
+    @property
+    def wants_experts(self) -> bool:
+        """Whether values inside of single experts are asked for, which the grouped form does not show."""
+        return self.experts or any("expert" in p for p in self.patterns)
+
     def wants(self, site: Site) -> bool:
         found = [p for p in self.patterns if fnmatch.fnmatchcase(site.name, p) or fnmatch.fnmatchcase(site.key, p)]
         if site.index is not None or site.expert is not None:
@@ -133,10 +138,9 @@ def trace(
                 recorder.next_step()
             stop = start + size
             ids = input_ids[:, start:stop]
-            if attention_mask is not None and len(sizes) > 1:
-                mask = attention_mask[:, : attention_mask.shape[1] - input_ids.shape[1] + stop]
-            else:
-                mask = attention_mask
+            mask = attention_mask
+            if mask is not None and len(sizes) > 1:
+                mask = mask[:, : mask.shape[1] - input_ids.shape[1] + stop]
             at = None if position_ids is None else position_ids[..., start:stop]
             recorder.meta["steps"].append(_step(ids, mask, at, cache))
             with torch.no_grad():

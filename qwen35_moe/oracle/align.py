@@ -86,18 +86,20 @@ class Alignment:
         """Values of tokens, from all steps."""
         B, T = truth.shape[:2]
         source, columns = _source(self.dump, key)
-        ours, theirs, rows = [], [], []
+        ours: list[Tensor] = []
+        theirs: list[Tensor] = []
+        rows: list[Tensor] = []
         for step in sorted(set(self.dump.sources[source]) & set(self.where)):
             x = self.dump.read(source, step)[:, columns]
             if theirs and x.shape[1] != theirs[0].shape[1]:
                 raise Qwen35Error(f"misshapen: {x.shape[1]} features in step {step}, {theirs[0].shape[1]} before")
             table = self._table(x, source, step)
-            ours.append(truth.reshape(B * T, -1)[table[:, 1] * T + table[:, 2]])
-            theirs.append(x[table[:, 0]])
+            ours.append(_take(truth.reshape(B * T, -1), table[:, 1] * T + table[:, 2]))
+            theirs.append(_take(x, table[:, 0]))
             rows.append(table[:, 1:])
         if not theirs:
             raise Qwen35Error("none of its steps belongs to the truth", where=key)
-        left, right = torch.cat(ours), torch.cat(theirs)
+        left, right = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (ours, theirs))
         right, notes = _fit(key, left, right)
         return Pair(key, left, right, torch.cat(rows), self.dump.dtype(source), nan=_broken(left, right), notes=notes)
 
@@ -192,6 +194,13 @@ def _fit(key: str, left: Tensor, right: Tensor) -> tuple[Tensor, tuple[str, ...]
     raise Qwen35Error(f"misshapen: {right.shape[1]} features for {n}")
 
 
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], without copying where that is x."""
+    return x if len(rows) == len(x) and torch.equal(rows, torch.arange(len(x))) else x[rows]
+
+
 def _broken(left: Tensor, right: Tensor) -> int:
     """Rows with NaN or infinity where the truth has none."""
+    if right.sum().isfinite():  # no NaN or infinity anywhere: most tensors are read once only
+        return 0
     return int((~right.isfinite().all(1) & left.isfinite().all(1)).sum())

@@ -117,7 +117,8 @@ def _by_count(dump: Dump, real: list[Tensor]) -> tuple[dict[int, Tensor], dict[i
         step = next(iter(counts))
         if len(dump.read("next_token_logits", step)) == len(real) != len(places):
             return {step: table}, {step: table}, []
-    steps, total = [], 0
+    steps: list[int] = []
+    total = 0
     for step in reversed(counts):
         if total < len(places):
             steps.insert(0, step)

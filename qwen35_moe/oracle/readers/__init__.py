@@ -18,7 +18,7 @@ from . import atom, llama_cpp, own, plain, sglang, sglang_passes, transformers, 
 # The first that recognises a path reads it; `plain` takes what is left.
 READERS = (own, sglang, sglang_passes, atom, transformers, llama_cpp, vllm, plain)
 
-__all__ = ["Dump", "Piece", "Tokens", "read_dump"]
+__all__ = ["Dump", "Piece", "Tokens", "read_dump", "transformers"]
 
 
 def read_dump(

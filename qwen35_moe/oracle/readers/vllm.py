@@ -14,6 +14,7 @@ import binascii
 import io
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, layers: list[in
         raise Qwen35Error("routed experts are all zero", where=path, do="this build returns no routing for this model")
     numbers = range(ids.shape[1]) if layers is None else layers
     pieces = [
-        Piece(f"routed_experts[{i}]", lambda i=i: ids[:, i], layer=layer, path="moe_topk_ids", where=str(path))
+        Piece(f"routed_experts[{i}]", partial(_layer, ids, i), layer=layer, path="moe_topk_ids", where=str(path))
         for i, layer in enumerate(numbers)
     ]
     return Dump("routed experts", path, pieces, config=config, notes=["the last token of a request has no routing"])
@@ -67,8 +68,12 @@ def _read_hidden(path: Path, files: list[Path], config: Any, layers: list[int] |
         for i, layer in enumerate(numbers):
             name, at = ("layer_output_sum", layer - 1) if layer == last else ("layer_input", layer)
             raw = f"hidden_states[{layer}]"
-            pieces.append(Piece(raw, lambda h=hidden, i=i: h[:, i], step, layer=at, path=name, where=str(file)))
+            pieces.append(Piece(raw, partial(_layer, hidden, i), step, layer=at, path=name, where=str(file)))
     return Dump("vllm hidden states", path, pieces, tokens, config=config)
+
+
+def _layer(x: Tensor, index: int) -> Tensor:
+    return x[:, index]
 
 
 def _hidden_files(path: Path) -> list[Path]:
