@@ -1,0 +1,146 @@
+"""Running blocks again on the input that an engine captured: the error that each block adds, and none that it inherits.
+
+A layer is run under several arithmetics from the same values: the engine's, wherever it captured a boundary of blocks
+(`replay.RESTARTS`), or else what that arithmetic itself computed so far. One layer is held at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arithmetic import Arithmetic, using
+from ..cache import LayerState
+from ..load import Source, build, fill
+from ..model import Layer
+from ..rope import rotary_angles
+from ..taps import Handler, attach, scope, tap
+from .faults import Fault, Place
+from .replay import Captured, Restart
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Tokens:
+    """The tokens of the truth. ids, positions, mask [B, T]."""
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.ids.numel()
+
+    @property
+    def real(self) -> Tensor | None:
+        return None if bool(self.mask.all()) else self.mask.bool()
+
+
+class Rerun:
+    """Reruns the parts of a checkpoint's model on captured values. `tables`: the truth's arithmetic first."""
+
+    def __init__(
+        self, source: Source, fused: Sequence[bool], tokens: Tokens, captured: Captured, tables: Sequence[Arithmetic]
+    ):
+        self.source, self.fused, self.tokens, self.captured = source, list(fused), tokens, captured
+        self.tables = list(tables)
+        self.config = source.config
+        self._layers: dict[Any, Layer] = {}
+        self._index: int | None = None
+        self.streams: list[Tensor] = []  # one a table: what the current layer reads
+
+    def place(self, layer: int | None, expert: int = 0) -> Place:
+        return Place(self.config, self.tokens.positions, None if layer is None else frozenset({layer}), expert)
+
+    def layer(self, i: int, table: Arithmetic, source: Source, fused: bool) -> Layer:
+        """Layer i with the weights of a source, in a table's dtypes; kept while i is the current layer."""
+        if self._index != i:
+            self._index, self._layers = i, {}
+        key = (id(source), table.dtype, tuple(sorted(table.weights.items())), fused)
+        if key not in self._layers:
+            with torch.device("meta"):
+                layer = Layer(self.config, self.config.layer_types[i], fused)
+            fill(layer, f"layers.{i}", source, table, CPU, "stream")
+            if source is not self.source:
+                return layer
+            self._layers[key] = layer
+        return self._layers[key]
+
+    @torch.inference_mode()
+    def run_layer(
+        self,
+        i: int,
+        table: Arithmetic,
+        stream_BTD: Tensor,
+        handlers: Sequence[Handler] = (),
+        source: Source | None = None,
+        fused: bool | None = None,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """What the taps of layer i held, by key, and the stream after it."""
+        layer = self.layer(i, table, source or self.source, self.fused[i] if fused is None else fused)
+        restart = Restart(self.captured, self.tokens.count)
+        real = self.tokens.real
+        with using(table), attach(*handlers, restart):
+            angles = rotary_angles(self.config, self.tokens.positions, stream_BTD.dtype)
+            with scope(layer=i):
+                out = layer(stream_BTD, angles, real, real, LayerState())
+        return restart.seen, out
+
+    def fault(
+        self, i: int, fault: Fault, table: Arithmetic, stream_BTD: Tensor, expert: int = 0, fused: bool | None = None
+    ) -> dict[str, Tensor]:
+        """What the taps of layer i would hold if it had this fault."""
+        place = self.place(i, expert)
+        source, table = fault.source(self.source, place), fault.arithmetic(table)
+        return self.run_layer(i, table, stream_BTD, fault.handlers(place), source, True if fault.fused else fused)[0]
+
+    @torch.inference_mode()
+    def __iter__(self) -> Iterator[tuple[int | None, list[dict[str, Tensor]]]]:
+        """(layer, one dict of taps a table) in order of execution: None (embedding), 0, 1, ..., None (norm and head).
+
+        What layer i hands on is among its own taps, under the names that the next layer gives to it.
+        """
+        tokens, captured = self.tokens, self.captured
+        models = [build(self.source, table, self.fused, CPU, "stream") for table in self.tables]
+        seen, self.streams = [], []
+        for table, model in zip(self.tables, models, strict=True):
+            restart = Restart(captured, tokens.count)
+            with using(table), attach(restart):
+                self.streams.append(self._enter(0, tap("embed_tokens", model.embed_tokens(tokens.ids)), restart))
+            seen.append(restart.seen)
+        yield None, seen
+        for i in range(self.config.num_hidden_layers):
+            seen, after = [], []
+            for table, stream in zip(self.tables, self.streams, strict=True):
+                taps, out = self.run_layer(i, table, stream)
+                restart = Restart(captured, tokens.count)
+                with using(table), attach(restart):
+                    after.append(self._enter(i + 1, out, restart))
+                taps.pop(f"layers.{i}.layer_input")  # an output of the layer before
+                seen.append({**taps, **restart.seen})
+            yield i, seen
+            self.streams = after
+        seen = []
+        for table, model, stream in zip(self.tables, models, self.streams, strict=True):
+            restart = Restart(captured, tokens.count)
+            with using(table), attach(restart):
+                model.lm_head("next_token_logits", model.norm(stream))
+            seen.append(restart.seen)
+        yield None, seen
+
+    def _enter(self, i: int, stream: Tensor, restart: Restart) -> Tensor:
+        """The stream that layer i reads: the engine's, where it captured it on either side of the boundary."""
+        keys = [f"layers.{i}.layer_input", f"layers.{i - 1}.layer_output_sum"]
+        if i < self.config.num_hidden_layers:
+            with scope(layer=i):
+                tap("layer_input", stream)
+        for key in keys:
+            if key in self.captured:
+                return self.captured.put(key, stream, self.tokens.count, keep_sums=True)
+        return stream
