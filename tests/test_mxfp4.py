@@ -153,6 +153,8 @@ def test_decode_in_pieces_into_a_buffer_and_by_rows(monkeypatch: pytest.MonkeyPa
             strided = MXFP4(codes.transpose(0, 1), scales.transpose(0, 1)).decode(dtype)
             assert torch.equal(bits(strided), bits(whole.transpose(0, 1).contiguous()))
         assert weight.decode(dtype, rows=slice(0, 0)).shape == (0, 10, 96)
+        odd = torch.empty(1 + whole.numel(), dtype=dtype)[1:].view(whole.shape)
+        assert torch.equal(bits(weight.decode(dtype, out=odd)), bits(whole))
 
 
 # --- encode

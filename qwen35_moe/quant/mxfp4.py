@@ -111,7 +111,7 @@ def decode(
             found=f"{'' if out.is_contiguous() else 'strided '}{out.dtype} {list(out.shape)}",
         )
     table = products(dtype, codes.device, e8m0_zero, e8m0_nan)
-    if dtype not in (torch.bfloat16, torch.float32, torch.float64):
+    if dtype not in (torch.bfloat16, torch.float32, torch.float64) or out.storage_offset() % 2:  # it writes pairs
         return out.copy_(decode_plain(codes, scales, dtype, e8m0_zero, e8m0_nan))
     blocks, scale_bytes, out_blocks = codes.reshape(-1, BLOCK // 2), scales.reshape(-1, 1), out.view(-1, BLOCK)
     step = max(1, len(blocks) if codes.is_cuda else min(len(blocks), CACHED_BLOCKS))
@@ -121,7 +121,8 @@ def decode(
         blocks.split(step), scale_bytes.split(step), out_blocks.split(step), strict=True
     ):
         decode_piece(codes_piece, scales_piece, lanes[: len(codes_piece)], out_piece)
-    if len(blocks) and not SAFE_SCALES[0] <= int(scales.min()) <= int(scales.max()) <= SAFE_SCALES[1]:
+    least, most = map(int, torch.aminmax(scales)) if len(blocks) else SAFE_SCALES
+    if least < SAFE_SCALES[0] or most > SAFE_SCALES[1]:
         unsafe = ((scale_bytes < SAFE_SCALES[0]) | (scale_bytes > SAFE_SCALES[1])).squeeze(1)
         codes_QB = torch.stack((blocks[unsafe] & 15, blocks[unsafe] >> 4), dim=-1).flatten(-2)
         out_blocks[unsafe] = table[scale_bytes[unsafe].long(), codes_QB.long()]
@@ -150,7 +151,10 @@ def _decode_float(codes: Tensor, scales: Tensor, lanes: Tensor, out: Tensor) -> 
     E2M1); the conversion makes it a normal number, times 2^14 and the scale."""
     _spread(codes, lanes, position=9)
     out.copy_(lanes.view(torch.float16))
-    out.mul_(((scales.to(torch.int32) + 14) << 23).view(torch.float32))
+    exponent = scales.to(torch.int32)
+    exponent += 14
+    exponent <<= 23
+    out *= exponent.view(torch.float32)
 
 
 def _decode_bfloat16(codes: Tensor, scales: Tensor, lanes: Tensor, out: Tensor) -> None:
@@ -162,7 +166,9 @@ def _decode_bfloat16(codes: Tensor, scales: Tensor, lanes: Tensor, out: Tensor) 
     bits.clamp_max_(2 << 6)  # min(c, 2)
     lanes += pairs
     bits.clamp_max_(1)  # min(c, 1), in units of the last bit: not zero
-    exponent = (scales.to(torch.int16) - 2) << 7  # 0.5 has exponent 1 by now, and shall have scale - 1
+    exponent = scales.to(torch.int16)
+    exponent -= 2  # 0.5 has exponent 1 by now, and shall have scale - 1
+    exponent <<= 7
     torch.addcmul(lanes.view(torch.int16), bits, exponent, out=bits)
 
 
