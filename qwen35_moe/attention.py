@@ -16,10 +16,13 @@ from .taps import scope, tap
 QUERY_BLOCK = 1024
 
 
-def attend(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, real_BS: Tensor | None = None) -> Tensor:
+def attend(
+    q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, real_BS: Tensor | None = None, at_T: Tensor | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(H)) v with a causal mask.  -> [B, T, N, H].
 
-    The T queries are the last of the S tokens. Query head n reads key head n // (N/G). `real_BS` marks the tokens
+    The T queries are the last of the S tokens, or stand at `at_T` among them. Query head n reads key head n // (N/G).
+    `real_BS` marks the tokens
     that are no padding; a padded query sees itself, so that its row is defined. transformers rounds q k^T, then the
     scaled scores, then the probabilities; flash attention keeps all but the probabilities in fp32.
     """
@@ -29,9 +32,10 @@ def attend(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, real_BS: Tensor | Non
     q_BNTH = q_BTNH.transpose(1, 2).contiguous()
     k_BNSH, v_BNSH = (x.transpose(1, 2).repeat_interleave(N // G, 1) for x in (k_BSGH, v_BSGH))
     s = torch.arange(S, device=q_BTNH.device)
+    at_T = s[S - T :] if at_T is None else at_T
     blocks_BtNH = []
     for block, q_BNtH in enumerate(q_BNTH.split(QUERY_BLOCK, 2)):
-        t = s[S - T + block * QUERY_BLOCK :][: q_BNtH.shape[2], None]
+        t = at_T[block * QUERY_BLOCK :][: q_BNtH.shape[2], None]
         visible_Bts = (s <= t)[None]
         if real_BS is not None:
             visible_Bts = (visible_Bts & real_BS[:, None]) | (s == t)
@@ -41,8 +45,8 @@ def attend(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, real_BS: Tensor | Non
             probs_BNts = tap("attn_probs", scores_BNts.softmax(-1))
             dtype = accumulation_dtype("attn_context", probs_BNts, v_BNSH)
             y_BNtH = probs_BNts.to(dtype) @ v_BNSH.to(dtype)
-            blocks_BtNH.append(tap("attn_context", y_BNtH.transpose(1, 2)))
-    return torch.cat(blocks_BtNH, 1)
+            blocks_BtNH.append(y_BNtH.transpose(1, 2))
+    return tap("attn_context", torch.cat(blocks_BtNH, 1))
 
 
 class Attention(nn.Module):
@@ -69,7 +73,7 @@ class Attention(nn.Module):
         v_BTGH = self.v_proj("attn_v", x_BTD).view(B, T, self.kv_heads, self.head_dim)
         q_BTNH = rotate("attn_q", self.q_norm(q_BTNH), cos_BTj, sin_BTj)
         k_BTGH = rotate("attn_k", self.k_norm(k_BTGH), cos_BTj, sin_BTj)
-        y_BTNH = attend(q_BTNH, *past.append(k_BTGH, v_BTGH), real_BS)
+        y_BTNH = attend(q_BTNH, *past.append(k_BTGH, v_BTGH), real_BS, past.at)
         gate_BTNH = tap("attn_gate", promote(gate_BTNH).sigmoid())
         y_BTNH = tap("attn_pre_o_proj", promote(y_BTNH) * promote(gate_BTNH))
         return self.o_proj("attn_output", y_BTNH.flatten(2))

@@ -23,6 +23,11 @@ class LayerState:
     conv: Tensor | None = None  # [B, C, W-1]: the last inputs of the convolution, before it
     state: Tensor | None = None  # [B, J, K, P]: the associative memory of DeltaNet
 
+    @property
+    def at(self) -> Tensor | None:
+        """Where new tokens stand among those that `append` returns; None: they are the last ones."""
+        return None
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for f in fields(self):
             if getattr(self, f.name) is not None:

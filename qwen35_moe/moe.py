@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from . import arithmetic
+from . import arithmetic, grouped
 from .config import Config
 from .errors import Qwen35Error
 from .ops import Linear, linear, promote, silu
@@ -58,6 +58,10 @@ class Experts(nn.Module):
     def intermediate(self) -> int:
         return self.down_proj.shape[2]
 
+    def stack(self, which: slice) -> tuple[Tensor, Tensor]:
+        """Some of the experts: gate_up [n, 2F, D], down [n, D, F]."""
+        return self.gate_up_proj[which], self.down_proj[which]
+
     def visit(self, hit: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
         for e in hit:
             yield e, self.gate_up_proj[e], self.down_proj[e]
@@ -75,11 +79,14 @@ def combine_experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: E
 
     The taps `moe_a1` and `moe_a2`, where engines quantise the inputs of both products, exist for quantised experts.
     The sum runs by expert id or by slot (switch `moe_sum_order`) and rounds each partial sum at `moe_partial_sum`.
+    On a GPU all experts are computed at once, unless somebody watches single ones (`grouped.py`).
     """
     table = arithmetic.current()
     if table.for_experts and (other := table.for_experts(len(x_TD), x_TD.shape[1], experts.intermediate)):
         with arithmetic.using(other):
             return combine_experts(x_TD, ids_TA, weights_TA, experts)
+    if grouped.applies(x_TD, experts):
+        return grouped.combine(x_TD, ids_TA, weights_TA, experts)
     outputs = _expert_outputs(x_TD, ids_TA, experts)
     if table.switch("moe_sum_order") == "expert":
         return _sum_by_expert(outputs, x_TD, weights_TA)

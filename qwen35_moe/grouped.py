@@ -1,0 +1,177 @@
+"""All experts of a layer in a few launches, for GPUs: what `moe.combine_experts` computes expert by expert.
+
+Tokens are sorted by expert on the device, both products are grouped matrix products over contiguous rows, and each
+token's slots are added in the order that the table asks for. With decoded experts nothing waits for the device, so
+that a forward pass can be captured as a graph. No atomics: every element is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import arithmetic
+from .ops import accumulation_dtype, promote, silu
+from .quant import mxfp4
+from .quant.packed import Packed, Stacked
+from .taps import Site, attached, tap
+
+# Packed experts: how many are decoded at a time, and up to how many (token, slot) pairs each pair gets its own copy.
+BATCH = 32
+FEW = 64
+
+
+class StackedExperts(nn.Module):
+    """MXFP4 experts that stay packed on the device, stacked: codes [E, 2F, Z], scales [E, 2F, Q], and so for down."""
+
+    def __init__(self, gate_up: mxfp4.MXFP4, down: mxfp4.MXFP4, dtype: torch.dtype, quantised: bool = True):
+        super().__init__()
+        self.gate_up, self.down, self.dtype, self.quantised = gate_up, down, dtype, quantised
+        self.count, self.intermediate = gate_up.shape[0], down.shape[-1]
+
+    def stack(self, which: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Some of the experts, decoded: gate_up [n, 2F, D], down [n, D, F]."""
+        gate_up, down = (
+            mxfp4.decode(packed.codes[which], packed.scales[which], self.dtype) for packed in (self.gate_up, self.down)
+        )
+        return gate_up, down
+
+    def visit(self, hit: Sequence[int]):
+        for e in hit:
+            gate_up, down = self.stack(slice(e, e + 1))
+            yield e, gate_up[0], down[0]
+
+
+def stack_slots(
+    slots: Sequence[tuple[Packed, Packed]], dtype: torch.dtype, device: torch.device, quantised: bool
+) -> StackedExperts | None:
+    """Slots (gate_up, down) as `StackedExperts` on the device; None unless all are MXFP4."""
+    codes: tuple[list[Tensor], list[Tensor]] = ([], [])
+    scales: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for slot in slots:
+        for which, packed in enumerate(slot):
+            parts = packed.parts if isinstance(packed, Stacked) else (packed,)
+            if not all(isinstance(part, mxfp4.MXFP4) for part in parts):
+                return None
+            codes[which].append(torch.cat([part.codes for part in parts]).to(device))
+            scales[which].append(torch.cat([part.scales for part in parts]).to(device))
+    gate_up, down = (mxfp4.MXFP4(torch.stack(c), torch.stack(s)) for c, s in zip(codes, scales, strict=True))
+    return StackedExperts(gate_up, down, dtype, quantised)
+
+
+def applies(x_TD: Tensor, experts: object) -> bool:
+    """Whether to take this form: on a GPU, with experts that can be had stacked, and nobody watching single experts."""
+    table = arithmetic.current()
+    return (
+        x_TD.is_cuda
+        and hasattr(experts, "stack")
+        and all(handler is table or not getattr(handler, "wants_experts", True) for handler in attached())
+    )
+
+
+def combine(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts) -> Tensor:
+    """sum_a weights_a expert_{ids_a}(x), as `moe.combine_experts`. Rounds where the loop rounds.  -> [T, D]"""
+    y_TAD = slot_outputs(tap("moe_a1", x_TD) if experts.quantised else x_TD, ids_TA, experts)
+    order = arithmetic.current().switch("moe_sum_order")
+    if order == "expert":
+        by_id_TA = ids_TA.argsort(-1)
+        weights_TA = weights_TA.gather(-1, by_id_TA)
+        y_TAD = y_TAD.gather(1, by_id_TA[..., None].expand_as(y_TAD))
+    elif order == "slot-reversed":
+        weights_TA, y_TAD = weights_TA.flip(1), y_TAD.flip(1)
+    return add_slots(y_TAD, weights_TA)
+
+
+def slot_outputs(x_TD: Tensor, ids_TA: Tensor, experts) -> Tensor:
+    """What each slot's expert makes of its token, unweighted.  -> [T, A, D]"""
+    (T, A), E, packed = ids_TA.shape, experts.count, isinstance(experts, StackedExperts)
+    ids_N = ids_TA.flatten()
+    if packed and T * A <= FEW:  # decode no more than what is hit
+        ends = torch.arange(1, T * A + 1, dtype=torch.int32, device=x_TD.device)
+        x_ND = x_TD.repeat_interleave(A, 0)
+        return run_experts(x_ND, *experts.stack(ids_N), ends, experts.quantised).view(T, A, -1)
+    sorted_N, pairs_N = ids_N.sort(stable=True)
+    ends_E = torch.searchsorted(sorted_N, torch.arange(E, device=x_TD.device), right=True, out_int32=True)
+    x_ND = x_TD[pairs_N // A]
+    if packed:
+        y_ND = _in_batches(x_ND, ends_E, experts)
+    else:
+        y_ND = run_experts(x_ND, *experts.stack(slice(None)), ends_E, experts.quantised)
+    y_pairs = torch.empty_like(y_ND)
+    y_pairs[pairs_N] = y_ND
+    return y_pairs.view(T, A, -1)
+
+
+def _in_batches(x_ND: Tensor, ends_E: Tensor, experts: StackedExperts) -> Tensor:
+    """As `run_experts`, decoding some experts at a time: those between the first and the last that is hit."""
+    ends, outputs, start = ends_E.tolist(), [], 0
+    for first in range(0, len(ends), BATCH):
+        last = min(first + BATCH, len(ends))
+        stop = ends[last - 1]
+        if stop > start:
+            weights = experts.stack(slice(first, last))
+            outputs.append(run_experts(x_ND[start:stop], *weights, ends_E[first:last] - start, experts.quantised))
+        start = stop
+    return torch.cat(outputs)
+
+
+def run_experts(x_ND: Tensor, gate_up: Tensor, down: Tensor, ends_E: Tensor, quantised: bool) -> Tensor:
+    """Expert e on rows ends[e-1] .. ends[e], for all e.  x [N, D], gate_up [E, 2F, D], down [E, D, F] -> [N, D]."""
+    gate_NF, up_NF = grouped_linear("moe_expert_gate_up", x_ND, gate_up, ends_E).chunk(2, -1)
+    act_NF = _product("moe_expert_act", _rounded("moe_expert_silu", silu(gate_NF)), up_NF)
+    return grouped_linear("moe_expert_down", _rounded("moe_a2", act_NF) if quantised else act_NF, down, ends_E)
+
+
+def grouped_linear(name: str, x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows ends[e-1] .. ends[e] of x times weight[e]^T, rounded as `name`.  -> [N, O].
+
+    PyTorch's grouped product has bf16 operands and result (and fp32 sums); where the table wants another dtype, this
+    is a loop that has to know the counts on the host.
+    """
+    dtype = accumulation_dtype(name, x_NI, weight_EOI)
+    if dtype == torch.bfloat16 and x_NI.is_cuda:
+        y_NO = _grouped_mm(x_NI, weight_EOI.mT, ends_E)
+    else:
+        y_NO, start = x_NI.new_empty(len(x_NI), weight_EOI.shape[1], dtype=dtype), 0
+        for end, weight_OI in zip(ends_E.tolist(), weight_EOI, strict=True):
+            if end > start:
+                y_NO[start:end] = F.linear(x_NI[start:end].to(dtype), weight_OI.to(dtype))
+            start = end
+    return _rounded(name, y_NO)
+
+
+# Public since torch 2.10, the same operation under a private name before.
+_grouped_mm = (
+    (lambda x, w, ends: F.grouped_mm(x, w, offs=ends))
+    if hasattr(F, "grouped_mm")
+    else (lambda x, w, ends: torch._grouped_mm(x, w, offs=ends))
+)
+
+
+def add_slots(y_TAD: Tensor, weights_TA: Tensor) -> Tensor:
+    """The running sum over slots of weight * y, rounded at `moe_expert_weighted` and `moe_partial_sum`.  -> [T, D]"""
+    fused = arithmetic.current().switch("moe_weight") == "fma"
+    if fused:  # the product of fp32 and bf16 is exact in float64
+        terms_TAD = promote(weights_TA).double()[..., None] * y_TAD.double()
+    else:
+        terms_TAD = _product("moe_expert_weighted", weights_TA[..., None], y_TAD)
+    total_TD = promote(y_TAD.new_zeros(y_TAD.shape[0], y_TAD.shape[2]))
+    wide = total_TD.dtype
+    for term_TD in terms_TAD.unbind(1):
+        dtype = wide if fused else accumulation_dtype("moe_partial_sum", total_TD, term_TD)
+        total_TD = _rounded("moe_partial_sum", (total_TD + term_TD).to(dtype))
+    return promote(total_TD)
+
+
+def _product(name: str, a: Tensor, b: Tensor) -> Tensor:
+    dtype = accumulation_dtype(name, a, b)
+    return _rounded(name, a.to(dtype) * b.to(dtype))
+
+
+def _rounded(name: str, x: Tensor) -> Tensor:
+    """As the table rounds at a tap of that name. No tap: these values belong to many experts."""
+    rounded = arithmetic.current()(Site(name), x)
+    return x if rounded is None else rounded
