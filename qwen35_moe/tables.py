@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import KEEP, Arithmetic, Rounding, register
-from .quant.mxfp4 import quantise_dequantise
+from .quant.mxfp4 import QUANTISERS, quantise_dequantise
 
 EXACT = Arithmetic(
     name="exact",
@@ -114,8 +114,9 @@ SGLANG_BF16 = Arithmetic(
 
 
 # Aiter quantises the inputs of both products of an MXFP4 expert to MXFP4, each tensor by the rule of its kernel.
-HIP = partial(quantise_dequantise, scale_rule="round-up", absmax_floor=1e-10)  # since 2026-06-02 (aiter 3212)
-TRITON = partial(quantise_dequantise, scale_rule="even")  # also what Quark declares and its own runtime does
+HIP = partial(quantise_dequantise, **QUANTISERS["aiter-hip"])  # since 2026-06-02 (aiter 3212)
+TRITON = partial(quantise_dequantise, **QUANTISERS["aiter-triton"])
+QUARK = partial(quantise_dequantise, **QUANTISERS["quark"])  # what a checkpoint's quantization_config declares
 
 
 def _from_bf16(quantise: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -233,9 +234,9 @@ def with_activations(base: Arithmetic, quantise: Callable[[Tensor], Tensor], nam
     )
 
 
-EXACT_A4 = with_activations(EXACT, TRITON, "exact+a4")
+EXACT_A4 = with_activations(EXACT, QUARK, "exact+a4")
 EXACT_A4_HIP = with_activations(EXACT, HIP, "exact+a4-round-up")
-FLOAT32_A4 = with_activations(FLOAT32, TRITON, "float32+a4")
+FLOAT32_A4 = with_activations(FLOAT32, QUARK, "float32+a4")
 
 register(EXACT, FLOAT32, TRANSFORMERS_BF16, SGLANG_BF16, AITER, AITER_SMALL_BATCH, *AITER_VARIANTS)
 register(EXACT_A4, EXACT_A4_HIP, FLOAT32_A4)
