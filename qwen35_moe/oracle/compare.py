@@ -51,6 +51,7 @@ def compare(
     limit: float = LIMIT,
     layers: Sequence[int] | None = None,
     diagnoses: int = 2,
+    members: Sequence[Arithmetic] | None = None,
 ) -> Comparison:
     """Compare a dump with the truth.
 
@@ -59,10 +60,11 @@ def compare(
     engine     the arithmetic that the engine says it has, if that is not one of the envelope's
     layers     rerun these layers only
     diagnoses  how many blocks to diagnose, in order of execution
+    members    the envelope's arithmetics, where they shall not be `legal(...)`
     """
     alignment = align(dump, truth)
     table = arithmetics.get(truth.meta.get("arithmetic") or "exact")
-    members = legal(table.name, engine)
+    members = legal(table.name, engine) if members is None else members
     result = Comparison(
         extra=alignment.extra, unknown=list(dump.unknown), problems=list(alignment.problems),
         notes=list(alignment.notes), limit=limit, truth=f"{table.name}, {truth.path or 'in memory'}",
@@ -98,7 +100,7 @@ class _Work:
         self.T = alignment.truth.ids.shape[1]
         self.records: dict[str, Record] = {}
         self.flipped: dict[int, Tensor] = {}  # layer -> flat tokens whose experts differ from the truth's
-        self.kinds: Mapping[int, str] = {}
+        self.stored: Mapping[str, Tensor] = {}
 
     def index(self, pair: Pair) -> Tensor:
         """Rows of [B*T] (or of [B], for values that are not of one token)."""
@@ -120,7 +122,6 @@ class _Work:
 
     def added(self, layer: int | None, seen: list[dict[str, Tensor]]) -> None:
         """Judge all taps that a rerun computed."""
-        self.seen = seen
         loose = self._routing(layer, seen)
         for key in [k for k in seen[0] if k in self.alignment.keys and base_name(k) not in IDS]:
             if key in self.records:
@@ -213,6 +214,7 @@ class _Work:
                 "truth has no envelope, and the checkpoint is not here", where=self.alignment.truth.path,
                 expected=ENVELOPE, do="write the truth with `qwen35-moe trace`, or give --checkpoint",
             )  # fmt: skip
+        self.stored = stored
         touched = torch.zeros(self.alignment.truth.ids.numel(), dtype=torch.bool)
         for key in self.alignment.keys:
             name, layer = base_name(key), layer_of(key)
@@ -284,9 +286,8 @@ class _Work:
         if logits is not None:
             pair = self.alignment.pair(logits)
             if pair.engine is not None:
-                noise = self.seen[1:] if hasattr(self, "seen") and logits in self.seen[0] else []
-                bound = [self.rows(s[logits], pair) - self.rows(self.seen[0][logits], pair) for s in noise]
-                self.result.logits = compare_logits(pair, bound, truth.ids)
+                noise = self.stored.get("next_token_logits|max")
+                self.result.logits = compare_logits(pair, None if noise is None else noise[self.index(pair)], truth.ids)
 
 
 def _holes(alignment: Alignment) -> Iterator[str]:

@@ -119,6 +119,8 @@ class BrokenSource(Source):
 
     def _covers(self, name: str) -> bool:
         parts = name.split(".")
+        if self.fault.block == "mtp":
+            return parts[0] == "mtp"
         return parts[0] == "layers" and self.place.covers(int(parts[1]))
 
     def tensor(self, name: str) -> Tensor:
@@ -404,7 +406,9 @@ DELTANET = (
 )  # fmt: skip
 
 DRAFT = (
-    Fault("MTP shared expert dropped", "mtp", "the draft's loader lacks the remap", "sglang 35719", scaled(0)),
+    Fault("MTP shared expert dropped", "mtp", "the draft's loader lacks the remap", "sglang 35719", scaled(0),
+          weight=lambda _, module, w: Float(torch.zeros(w.shape, dtype=torch.bfloat16)) if ".shared_expert." in module
+          else w, weights=True),
 )  # fmt: skip
 
 FAULTS: tuple[Fault, ...] = (*SHARED, *ROUTED, *ONE_EXPERT, *NORMS, *ATTENTION, *DELTANET, *DRAFT)

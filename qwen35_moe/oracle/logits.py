@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +28,9 @@ class Logits:
     worst: tuple[int, int]  # sequence, token of kl_max
 
 
-def compare_logits(pair: Pair, noise: Sequence[Tensor], ids_BT: Tensor) -> Logits:
-    """pair: logits (or log-probabilities) of truth and engine at the same rows; noise: legal errors of those rows."""
+def compare_logits(pair: Pair, noise: Tensor | None, ids_BT: Tensor) -> Logits:
+    """pair: logits (or log-probabilities) of truth and engine at the same rows; noise: the
+    largest legal error of a logit in each row, from the embedding on."""
     assert pair.engine is not None
     p, q = (x.to(torch.float64).log_softmax(-1) for x in (pair.truth, pair.engine))
     kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)
@@ -39,11 +39,10 @@ def compare_logits(pair: Pair, noise: Sequence[Tensor], ids_BT: Tensor) -> Logit
     k = min(5, p.shape[1])
     top5 = (p.topk(k).indices[:, :, None] == q.topk(k).indices[:, None]).any(-1).double().mean()
     legal = None
-    if noise:
-        delta = torch.stack([e.to(torch.float64).abs().amax(1) for e in noise]).amax(0)
+    if noise is not None:
         truth = pair.truth.to(torch.float64)
         margin = (truth.gather(1, best[:, None]) - truth.gather(1, theirs[:, None])).flatten()
-        legal = int((flip & (margin <= 2 * delta)).sum())
+        legal = int((flip & (margin <= 2 * noise)).sum())
     b, t = pair.rows.long().unbind(1)
     follows = t + 1 < ids_BT.shape[1]
     token = ids_BT[b, (t + 1).clamp(max=ids_BT.shape[1] - 1)]

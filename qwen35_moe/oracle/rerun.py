@@ -22,6 +22,7 @@ from ..taps import Handler, attach, scope, tap
 from .faults import Fault, Place
 from .replay import Captured, Restart
 
+SMALL = 1 << 26
 CPU = torch.device("cpu")
 
 
@@ -51,6 +52,9 @@ class Rerun:
         self.source, self.fused, self.tokens, self.captured = source, list(fused), tokens, captured
         self.tables = list(tables)
         self.config = source.config
+        c = self.config
+        size = 24 * c.num_experts * c.moe_intermediate_size * c.hidden_size  # of one layer's experts in float64
+        self.mode = "decoded" if size < SMALL else "stream"
         self._layers: dict[Any, Layer] = {}
         self._index: int | None = None
         self.streams: list[Tensor] = []  # one a table: what the current layer reads
@@ -66,7 +70,7 @@ class Rerun:
         if key not in self._layers:
             with torch.device("meta"):
                 layer = Layer(self.config, self.config.layer_types[i], fused)
-            fill(layer, f"layers.{i}", source, table, CPU, "stream")
+            fill(layer, f"layers.{i}", source, table, CPU, self.mode)
             if source is not self.source:
                 return layer
             self._layers[key] = layer

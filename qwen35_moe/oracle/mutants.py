@@ -1,0 +1,314 @@
+"""The oracle's own test: every fault of the catalogue is planted in a run that plays the engine, and must be found.
+
+A run in an engine's arithmetic stands for the engine; its taps are what a dump of SGLang's hooks holds. Faults are
+planted in one layer, and must be found there, in the right block, and be named by the diagnosis. Clean variants, which
+round and add in other legal ways, must pass; the arithmetic that made a run is left out of its envelope.
+
+Three regimes, since faults hide where their part is small: the shared gate as it is (near 0.5), the gate near 0.05, and
+all outputs of experts 256 times smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .. import arithmetic as arithmetics
+from ..arithmetic import KEEP, Arithmetic
+from ..cache import Cache
+from ..load import Source, build
+from ..tables import AITER, AITER_VARIANTS, SGLANG_BF16, TRANSFORMERS_BF16
+from ..taps import REPLAY, Handler, Site, attach
+from ..trace import trace
+from .compare import compare, write_envelope
+from .dump import Dump, Piece
+from .envelope import LIMIT, legal
+from .faults import FAULTS, Fault, Place
+from .readers.own import from_trace
+from .records import Comparison, show
+from .rerun import CPU
+from .trace_file import Trace
+
+# What hooks on SGLang's modules see, and what its patches add.
+DUMPED = (
+    "embed_tokens,layer_input,input_layernorm,attn_output,pre_mlp_residual,pre_mlp_layernorm_output,moe_router_logits,"
+    "moe_topk_ids,moe_topk_weights,mlp_output,final_norm,next_token_logits"
+)
+REGIMES = ("gate 0.5", "gate 0.05", "outputs / 256")
+
+
+class Regime:
+    """Moves the model, truth and engine alike, to where faults of a kind are small."""
+
+    stage = REPLAY
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, site: Site, x: Tensor) -> Tensor | None:
+        if self.name == "gate 0.05" and site.name == "moe_shared_gate_logit":
+            return x - 3
+        if self.name == "outputs / 256" and site.name in ("moe_expert_down", "moe_shared_output"):
+            return x / 256
+        return None
+
+
+class SplitK(TorchFunctionMode):
+    """Linear layers as split-K kernels compute them: the halves of the sum are rounded to bf16 before they are added."""
+
+    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if f is not torch.nn.functional.linear or args[0].dtype == torch.float64:
+            return f(*args, **(kwargs or {}))
+        half = args[0].shape[-1] // 2
+        parts = (f(x, w).to(torch.bfloat16) for x, w in ((args[0][..., :half], args[1][:, :half]),
+                                                         (args[0][..., half:], args[1][:, half:])))  # fmt: skip
+        return sum(x.to(args[0].dtype) for x in parts)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A clean engine. `chunks` feeds the sequence in pieces, `batch` adds a second sequence, padded on the left."""
+
+    name: str
+    table: Arithmetic
+    split_k: bool = False
+    chunks: tuple[int, ...] | None = None
+    batch: bool = False
+
+
+ALL_BF16 = Arithmetic(
+    name="all-bf16", dtype=torch.bfloat16, doc="Every value that has a name is stored in bf16.",
+    rounds={"rope_*": torch.bfloat16, "gdn_state": KEEP, "gdn_recall": KEEP, "gdn_conv_product": torch.bfloat16},
+    switches={"gdn_rule": "recurrent"},
+)  # fmt: skip
+
+
+def variants(a4: bool, tokens: int) -> list[Variant]:
+    """Clean variants: those of W4A4 engines, or all others."""
+    if a4:
+        return [Variant(a.name.rpartition("/")[2], a) for a in (AITER, *AITER_VARIANTS) if "triton" not in a.name
+                and "threshold" not in a.name]  # fmt: skip
+    reverse = replace(SGLANG_BF16, name="reversed", switches={**SGLANG_BF16.switches, "moe_sum_order": "slot-reversed"})
+    by_id = replace(SGLANG_BF16, name="by id", switches={**SGLANG_BF16.switches, "moe_sum_order": "expert"})
+    recurrent = replace(SGLANG_BF16, name="recurrent", switches={**SGLANG_BF16.switches, "gdn_rule": "recurrent"})
+    return [
+        Variant("sglang-bf16", SGLANG_BF16), Variant("transformers-bf16", TRANSFORMERS_BF16),
+        Variant("all bf16", ALL_BF16), Variant("experts added in reverse", reverse), Variant("experts added by id", by_id),
+        Variant("recurrent DeltaNet", recurrent), Variant("split-K", SGLANG_BF16, split_k=True),
+        Variant("split-K, all bf16", ALL_BF16, split_k=True),
+        Variant("float32", arithmetics.get("float32")), Variant("batched, padded", SGLANG_BF16, batch=True),
+        Variant("chunked prefill and decode", SGLANG_BF16, chunks=(tokens // 2, tokens - tokens // 2 - 2, 1, 1)),
+    ]  # fmt: skip
+
+
+# Bugs that the catalogue does not hold, so that "unknown" is the right answer.
+UNLISTED = (
+    Fault("relu for silu in the experts", "mlp",
+          taps={"moe_expert_silu": lambda x, kept, _: kept["moe_expert_gate_up"].chunk(2, -1)[0].relu()},
+          remembers=("moe_expert_gate_up",)),
+    Fault("columns of the output rolled", "mlp", taps={"mlp_output": lambda x, _, __: x.roll(1, -1)}),
+    Fault("routing weights squared", "mlp", taps={"moe_topk_weights": lambda x, _, __: x * x}),
+    Fault("outputs clamped", "mlp", taps={"moe_expert_down": lambda x, _, __: x.clamp(-x.std(), x.std())}),
+    Fault("heads permuted before o_proj", "attn", taps={"attn_context": lambda x, _, __: x.roll(1, 2)}),
+    Fault("values of the next token", "attn", taps={"attn_v": lambda x, _, __: x.roll(-1, 1)}),
+    Fault("beta squared", "gdn", taps={"gdn_beta": lambda x, _, __: x * x}),
+    Fault("keys negated", "gdn", taps={"gdn_core_out": lambda x, _, __: -x}),
+    Fault("every third token's read-out lost", "gdn", taps={"gdn_core_out": lambda x, _, __: x * (
+        torch.arange(x.shape[1]) % 3 != 0)[None, :, None, None]}),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one planted fault, or one clean variant."""
+
+    regime: str
+    name: str
+    block: str
+    layer: int | None
+    ratio: float  # the largest of the block's first bad tap; of a clean variant, the largest of all
+    found: bool  # for a clean variant: passed
+    where: str
+    named: str
+    explains: float = 0.0
+    next_best: float = 0.0
+
+    @property
+    def named_right(self) -> bool:
+        return self.named.startswith(self.name)
+
+
+class Bench:
+    """One checkpoint in one regime: the truth, once, and engines to compare with it."""
+
+    def __init__(self, source: Source, regime: str, ids: Tensor, a4: bool = False):
+        self.source, self.regime, self.ids, self.a4 = source, regime, ids, a4
+        self.handler: Handler = Regime(regime)
+        self.exact = arithmetics.get("exact+a4-round-up" if a4 else "exact")
+        self.table = AITER if a4 else SGLANG_BF16
+        self.unfused = [False] * source.config.num_hidden_layers
+        with attach(self.handler):
+            self.truth = self._truth(ids)
+
+    def _truth(self, ids: Tensor, mask: Tensor | None = None) -> Trace:
+        models = (build(self.source, t, self.unfused, CPU, "decoded") for t in legal(self.exact.name))
+        truth = trace(build(self.source, self.exact, self.unfused, CPU, "decoded"), ids, taps=DUMPED, attention_mask=mask)
+        write_envelope(truth, models)
+        return truth
+
+    def layer_of(self, fault: Fault) -> int | None:
+        """Where to plant: the last layer of the kind that the fault strikes, or the second."""
+        kinds = self.source.config.layer_types
+        if fault.block in ("final_norm", "mtp"):
+            return None
+        if fault.block in ("attn", "gdn"):
+            wanted = "full_attention" if fault.block == "attn" else "linear_attention"
+            return max(i for i, kind in enumerate(kinds) if kind == wanted)
+        return 1
+
+    def engine(self, fault: Fault) -> Dump:
+        """A dump of the engine with this fault."""
+        layer = self.layer_of(fault)
+        busy = int(self.truth[f"layers.{layer or 0}.moe_topk_ids"].flatten().bincount().argmax())
+        place = Place(self.source.config, self.truth.positions, None if layer is None else frozenset({layer}), busy)
+        source = fault.source(self.source, place)
+        table = fault.arithmetic(self.table)
+        fused = [fault.fused and i == layer for i in range(len(self.unfused))]
+        with attach(self.handler):
+            model = build(source, table, fused, CPU, "decoded")
+            dump = from_trace(trace(model, self.ids, taps=DUMPED, replay=fault.handlers(place)))
+        if fault.weights:
+            dump.weights = _parameters(source, fault, layer)
+        return dump
+
+    def compare(self, dump: Dump, **options: Any) -> Comparison:
+        with attach(self.handler):
+            return compare(self.truth, dump, self.source, **options)
+
+    def planted(self, fault: Fault) -> Outcome:
+        layer = self.layer_of(fault)
+        result = self.compare(self.engine(fault), diagnoses=1)
+        if fault.weights:
+            bad = [w for w in result.weights if w.bad]
+            return Outcome(self.regime, fault.name, fault.block, layer, 0.0, bool(bad) and result.exit_code == 1,
+                           "weights: " + "; ".join(f"{w.name} {w.detail}" for w in bad[:1]), fault.name)  # fmt: skip
+        first = result.first
+        found = first is not None and first.layer == layer and first.block == fault.block and result.exit_code == 1
+        where = "not found" if first is None else f"{first.layer} {first.block}"
+        said = result.diagnoses[0] if result.diagnoses else None
+        shares = [h.explains for h in said.hypotheses[:2]] if said else []
+        return Outcome(self.regime, fault.name, fault.block, layer, (first.ratio or 0.0) if first else _largest(result),
+                       found, where, said.name if said else "-", *shares)  # fmt: skip
+
+    def clean(self, variant: Variant) -> Outcome:
+        truth, ids, mask = self.truth, self.ids, None
+        with attach(self.handler), _mode(variant):
+            model = build(self.source, variant.table, self.unfused, CPU, "decoded")
+            if variant.batch:
+                half = ids.shape[1] // 2
+                ids = torch.cat((ids, torch.cat((torch.zeros_like(ids[:, :half]), ids[:, half:]), 1)))
+                mask = torch.ones_like(ids)
+                mask[1, :half] = 0
+            cache = Cache() if variant.chunks else None
+            run = trace(model, ids, taps=DUMPED, attention_mask=mask, chunks=variant.chunks, cache=cache)
+        if variant.batch:
+            with attach(self.handler):
+                truth = self._truth(ids, mask)
+        members = [m for m in legal(self.exact.name) if m.name != variant.table.name]
+        with attach(self.handler):
+            result = compare(truth, from_trace(run), self.source, diagnoses=0, members=members)
+        worst = max((r for r in result.records if r.added is not None), key=lambda r: r.added or 0)
+        return Outcome(self.regime, variant.name, worst.block, worst.layer, worst.added or 0.0, result.exit_code == 0,
+                       worst.key, "")  # fmt: skip
+
+
+@contextmanager
+def _mode(variant: Variant) -> Iterator[None]:
+    if variant.split_k:
+        with SplitK():
+            yield
+    else:
+        yield
+
+
+def _largest(result: Comparison) -> float:
+    return max((r.added for r in result.records if r.added is not None), default=0.0)
+
+
+def _parameters(source: Source, fault: Fault, layer: int | None) -> dict[str, Piece]:
+    """The parameters of the struck module as the engine holds them."""
+    if fault.block == "mtp":
+        names = [f"mtp.layers.0.mlp.shared_expert.{p}_proj" for p in ("gate", "up", "down")]
+        values = {f"{n}.weight": source.weight(n).decode(torch.bfloat16) for n in names}
+    else:
+        names = [f"layers.{layer}.linear_attn.{n}" for n in ("A_log", "dt_bias")]
+        values = {n: source.tensor(n) for n in names}
+    return {f"{n}@0": Piece(n, (lambda x: lambda: x)(x)) for n, x in values.items()}
+
+
+def run(
+    source: Source,
+    ids: Tensor,
+    regimes: Iterable[str] = REGIMES,
+    faults: Sequence[Fault] = FAULTS,
+    a4: bool = False,
+    mxfp4: bool = True,
+    progress: Callable[[Outcome], None] = lambda _: None,
+    clean: bool = True,
+    unlisted: Sequence[Fault] = UNLISTED,
+) -> tuple[list[Outcome], list[Outcome], list[Outcome]]:
+    """(faults planted, faults that the catalogue lacks, clean variants), in all regimes."""
+    planted, foreign, passed = [], [], []
+    for regime in regimes:
+        bench = Bench(source, regime, ids, a4)
+        for fault in faults:
+            if fault.applies(mxfp4, a4):
+                planted.append(bench.planted(fault))
+                progress(planted[-1])
+        for fault in unlisted:
+            foreign.append(bench.planted(fault))
+            progress(foreign[-1])
+        for variant in variants(a4, ids.shape[1]) if clean else []:
+            passed.append(bench.clean(variant))
+            progress(passed[-1])
+    return planted, foreign, passed
+
+
+def table(planted: Sequence[Outcome], foreign: Sequence[Outcome], clean: Sequence[Outcome]) -> str:
+    """Both tables and the scores."""
+    lines = ["Faults planted: found in the right layer and block; ratio of its first tap; what the diagnosis says", ""]
+    for o in planted:
+        mark = "ok " if o.found and o.named_right else "-- "
+        share = f"{100 * o.explains:.1f}/{100 * max(o.next_best, 0):.1f} %" if o.explains else ""
+        said = "" if o.named_right else f" SAID {o.named}"
+        lines.append(f"{mark}{o.regime:<14}{o.name:<48.48}{show(o.ratio):>6} {o.where:<28.28}{share:>14}{said}")
+    lines += ["", "Faults that the catalogue lacks: found, and the diagnosis says unknown", ""]
+    for o in foreign:
+        mark = "ok " if o.found and o.named == "unknown" else "-- "
+        lines.append(f"{mark}{o.regime:<14}{o.name:<48.48}{show(o.ratio):>6} {o.where:<28.28} {o.named}")
+    lines += ["", f"Clean variants: the largest ratio of all taps (limit {LIMIT:g})", ""]
+    for o in clean:
+        lines.append(f"{'ok ' if o.found else '-- '}{o.regime:<14}{o.name:<48.48}{show(o.ratio):>6} {o.where}")
+    lines += ["", *scores(planted, foreign, clean)]
+    return "\n".join(lines)
+
+
+def scores(planted: Sequence[Outcome], foreign: Sequence[Outcome], clean: Sequence[Outcome]) -> list[str]:
+    seen = [o for o in (*planted, *foreign) if o.ratio]
+    least = min(seen, key=lambda o: o.ratio, default=None)
+    most = max(clean, key=lambda o: o.ratio, default=None)
+    lines = [
+        f"found      {sum(o.found for o in planted)} of {len(planted)} faults in the right layer and block",
+        f"named      {sum(o.named_right for o in planted)} of {len(planted)} by the diagnosis, first",
+        f"unknown    {sum(o.named == 'unknown' for o in foreign)} of {len(foreign)} faults that the catalogue lacks",
+        f"clean      {sum(o.found for o in clean)} of {len(clean)} variants pass",
+    ]
+    if least and most:
+        lines.append(f"margin     worst clean {most.ratio:.2f}, limit {LIMIT:g}, smallest fault {show(least.ratio)} ({least.name})")
+    return lines
