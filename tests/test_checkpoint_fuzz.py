@@ -162,10 +162,11 @@ def test_any_config(folder: Path, data: st.DataObject) -> None:
 @pytest.mark.parametrize("changes", [
     {"num_experts": 10**9, "vocab_size": 10**12, "hidden_size": 10**9}, {"mtp_num_hidden_layers": 10**12},
     {"num_hidden_layers": 2**62, "layer_types": None}, {"num_hidden_layers": 2**62, "full_attention_interval": 2**60},
+    {"depth": 2**62},
 ])  # fmt: skip
 def test_huge_counts_in_a_config_allocate_nothing(folder: Path, changes: dict[str, Any]) -> None:
     config = deepcopy(CONFIG)
-    config["text_config"] |= changes
+    config["vision_config" if "depth" in changes else "text_config"] |= changes
     if "full_attention_interval" in changes:
         del config["text_config"]["layer_types"]
     ck = Checkpoint.open(folder)

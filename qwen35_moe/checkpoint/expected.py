@@ -77,21 +77,20 @@ def _vision(vision: VisionConfig, text_width: int) -> Named:
     merged = width * vision.spatial_merge_size**2
     patch = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
     yield "visual.pos_embed.weight", (vision.num_position_embeddings, width)
-    modules: list[tuple[str, Shape]] = [("patch_embed.proj", (width, *patch))]
+    yield from _affine("visual.patch_embed.proj", (width, *patch))
     for i in range(vision.depth):
-        modules += [
-            (f"blocks.{i}.norm1", (width,)),
-            (f"blocks.{i}.norm2", (width,)),
-            (f"blocks.{i}.attn.qkv", (3 * width, width)),
-            (f"blocks.{i}.attn.proj", (width, width)),
-            (f"blocks.{i}.mlp.linear_fc1", (inner, width)),
-            (f"blocks.{i}.mlp.linear_fc2", (width, inner)),
-        ]
-    modules += [
-        ("merger.norm", (width,)),
-        ("merger.linear_fc1", (merged, merged)),
-        ("merger.linear_fc2", (text_width, merged)),
-    ]
-    for module, shape in modules:
-        yield f"visual.{module}.weight", shape
-        yield f"visual.{module}.bias", shape[:1]
+        at = f"visual.blocks.{i}"
+        yield from _affine(f"{at}.norm1", (width,))
+        yield from _affine(f"{at}.norm2", (width,))
+        yield from _affine(f"{at}.attn.qkv", (3 * width, width))
+        yield from _affine(f"{at}.attn.proj", (width, width))
+        yield from _affine(f"{at}.mlp.linear_fc1", (inner, width))
+        yield from _affine(f"{at}.mlp.linear_fc2", (width, inner))
+    yield from _affine("visual.merger.norm", (width,))
+    yield from _affine("visual.merger.linear_fc1", (merged, merged))
+    yield from _affine("visual.merger.linear_fc2", (text_width, merged))
+
+
+def _affine(module: str, shape: Shape) -> Named:
+    yield f"{module}.weight", shape
+    yield f"{module}.bias", shape[:1]
