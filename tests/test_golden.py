@@ -118,8 +118,8 @@ class Packed:
             yield e, *(MXFP4(w.codes[e], w.scales[e]).decode(dtype) for w in (self.w13, self.w2))
 
 
-# The recorded run stored gate_up in bf16 and applied SiLU to that. Its kernel computed with the scale bytes that are
-# stored, in which each byte below 127 became 127 (a negative exponent did not survive a cast to uint8), so the stored a1
+# The recorded run stored gate_up in bf16 and applied SiLU to that. Its kernel computed with the stored scale bytes,
+# in which each byte below 127 became 127 (a negative exponent did not survive a cast to uint8), so the stored a1
 # is replayed instead of computed.
 RECORDED = replace(AITER, name="recorded", rounds={**AITER.rounds, "moe_expert_gate_up": torch.bfloat16})
 
