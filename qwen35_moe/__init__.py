@@ -5,8 +5,10 @@ from .arithmetic import KEEP, Arithmetic
 from .cache import Cache
 from .config import Config
 from .errors import Qwen35Error
+from .generate import Sampling, generate, score
 from .load import load
 from .model import Model
+from .prompt import embed_prompt
 from .quant.gate import can_fuse_shared_expert
 from .trace import trace
 
@@ -17,10 +19,14 @@ __all__ = [
     "Config",
     "Model",
     "Qwen35Error",
+    "Sampling",
     "arithmetic",
     "can_fuse_shared_expert",
+    "embed_prompt",
+    "generate",
     "load",
     "quant",
+    "score",
     "tables",
     "tap_names",
     "taps",

@@ -77,7 +77,7 @@ def with_hidden(model: Model, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor
 @torch.inference_mode()
 def draft_head(
     model: Model,
-    mtp: MTP,
+    mtp: nn.Module,
     next_ids: Tensor | None,
     hidden_BTD: Tensor,
     attention_mask: Tensor | None = None,
@@ -116,7 +116,7 @@ def greedy(logits_BV: Tensor) -> Tensor:
 
 def draft(
     model: Model,
-    mtp: MTP,
+    mtp: nn.Module,
     next_ids: Tensor | None,
     hidden_BTD: Tensor,
     steps: int,
