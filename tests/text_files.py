@@ -23,7 +23,7 @@ CHAT = (
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Byte-level BPE in the form of Qwen's: NFC, one merge, no token in front. Without the bytes that UTF-8 never has."""
+    """Byte-level BPE in the form of Qwen's: NFC, one merge, nothing put in front. No bytes that UTF-8 never has."""
     unused = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}
     alphabet = sorted({*pre_tokenizers.ByteLevel.alphabet()} - unused)
     free = [i for i in range(256) if i not in SPECIAL.values()]
