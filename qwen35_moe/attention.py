@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .cache import LayerState
 from .config import Config
 from .norms import RMSNorm
-from .ops import Linear, accumulation_dtype, matmul, promote
+from .ops import Linear, accumulation_dtype, apply, matmul, multiply, promote
 from .rope import rotate
 from .taps import scope, tap
 
@@ -22,9 +22,8 @@ def attend(
     """softmax(q k^T / sqrt(H)) v with a causal mask.  -> [B, T, N, H].
 
     The T queries are the last of the S tokens, or stand at `at_T` among them. Query head n reads key head n // (N/G).
-    `real_BS` marks the tokens
-    that are no padding; a padded query sees itself, so that its row is defined. transformers rounds q k^T, then the
-    scaled scores, then the probabilities; flash attention keeps all but the probabilities in fp32.
+    `real_BS` marks the tokens that are no padding; a padded query sees itself, so that its row is defined. transformers
+    rounds q k^T, then the scaled scores, then the probabilities; flash attention keeps all but those in fp32.
     """
     T, N, H = q_BTNH.shape[1:]
     S, G = k_BSGH.shape[1:3]
@@ -74,6 +73,6 @@ class Attention(nn.Module):
         q_BTNH = rotate("attn_q", self.q_norm(q_BTNH), cos_BTj, sin_BTj)
         k_BTGH = rotate("attn_k", self.k_norm(k_BTGH), cos_BTj, sin_BTj)
         y_BTNH = attend(q_BTNH, *past.append(k_BTGH, v_BTGH), real_BS, past.at)
-        gate_BTNH = tap("attn_gate", promote(gate_BTNH).sigmoid())
-        y_BTNH = tap("attn_pre_o_proj", promote(y_BTNH) * promote(gate_BTNH))
+        gate_BTNH = apply("attn_gate", torch.sigmoid, gate_BTNH)
+        y_BTNH = multiply("attn_pre_o_proj", y_BTNH, gate_BTNH)
         return self.o_proj("attn_output", y_BTNH.flatten(2))

@@ -16,7 +16,7 @@ from . import arithmetic
 from .cache import LayerState
 from .config import Config
 from .norms import gated_rms_norm, l2_norm
-from .ops import Linear, accumulation_dtype, promote, silu
+from .ops import Linear, accumulation_dtype, apply, promote
 from .taps import scope, tap
 
 CHUNK = 64
@@ -76,24 +76,25 @@ def _chunked_span(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bet
     k_beta = k * beta[..., None]
     # The solver reads the strict lower triangle and takes the diagonal as 1.
     system = (k_beta @ k.mT) * decay
-    u_fresh = torch.linalg.solve_triangular(system, v * beta[..., None], upper=False, unitriangular=True)
-    u_recall = torch.linalg.solve_triangular(system, k_beta * G.exp()[..., None], upper=False, unitriangular=True)
+    right = torch.cat((v * beta[..., None], k_beta * G.exp()[..., None]), -1)
+    u = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    u_fresh, u_recall = u.split((v.shape[-1], k.shape[-1]), -1)
     attention = (q @ k.mT) * decay
     q = q * G.exp()[..., None]
     k = k * (G[..., -1:] - G).exp()[..., None]
-    state, outputs = promote(state), []
+    state, outputs, fade = promote(state), [], G[..., -1].exp()[..., None, None]
     for n in range(q.shape[2]):
         u = u_fresh[:, :, n] - u_recall[:, :, n] @ state
         outputs.append(q[:, :, n] @ state + attention[:, :, n] @ u)
-        state = state * G[:, :, n, -1].exp()[..., None, None] + k[:, :, n].mT @ u
+        state = state * fade[:, :, n] + k[:, :, n].mT @ u
     return torch.cat(outputs, 2)[:, :, :T].transpose(1, 2), state
 
 
 def _chunks(x_BTJH: Tensor) -> Tensor:
     """[B, T, J, H] -> [B, J, n, 64, H], promoted, zeros at the end."""
-    x = promote(x_BTJH).transpose(1, 2)
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % CHUNK))
-    return x.unflatten(2, (-1, CHUNK)).contiguous()
+    x = promote(x_BTJH.transpose(1, 2).contiguous())
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % CHUNK)) if x.shape[2] % CHUNK else x
+    return x.unflatten(2, (-1, CHUNK))
 
 
 def causal_conv(x_BTC: Tensor, weight_C1W: Tensor, state_BCW: Tensor, real_BT: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -117,7 +118,7 @@ def causal_conv(x_BTC: Tensor, weight_C1W: Tensor, state_BCW: Tensor, real_BT: T
         x_BCS = x_BCS.scatter(2, _window(first, memory, C), state_BCW.to(x_BCT.dtype))
     # Contiguous, since the order in which a reduction adds (the L2 norm of q and k) depends on the strides.
     y_BTC = tap("gdn_conv", _depthwise(x_BCS, weight_C1W).transpose(1, 2).contiguous())
-    return tap("gdn_conv_act", silu(y_BTC)), x_BCS.gather(2, _window(first + count, memory, C))
+    return apply("gdn_conv_act", F.silu, y_BTC), x_BCS.gather(2, _window(first + count, memory, C))
 
 
 def _depthwise(x_BCS: Tensor, weight_C1W: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ class GatedDeltaNet(nn.Module):
         z_BTJP = self.in_proj_z("gdn_z", x_BTD).view(B, T, J, P)
         b_BTJ, a_BTJ = self.in_proj_b("gdn_b", x_BTD), self.in_proj_a("gdn_a", x_BTD)
 
-        beta_BTJ = tap("gdn_beta", promote(b_BTJ).sigmoid())
+        beta_BTJ = apply("gdn_beta", torch.sigmoid, b_BTJ)
         decay_J = -promote(self.A_log).exp()
         g_BTJ = tap("gdn_g", decay_J * F.softplus(promote(a_BTJ) + promote(self.dt_bias)))
         if real_BT is not None:  # padding neither fades nor writes the memory

@@ -7,14 +7,15 @@ that a forward pass can be captured as a graph. No atomics: every element is wri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import arithmetic
-from .ops import accumulation_dtype, promote, silu
+from .ops import accumulation_dtype, one_wide, promote
 from .quant import mxfp4
 from .quant.packed import Packed, Stacked
 from .taps import Site, attached, tap
@@ -22,6 +23,15 @@ from .taps import Site, attached, tap
 # Packed experts: how many are decoded at a time, and up to how many (token, slot) pairs each pair gets its own copy.
 BATCH = 32
 FEW = 64
+
+
+class Stackable(Protocol):
+    """Experts that can be had as two stacks."""
+
+    count: int
+    quantised: bool
+
+    def stack(self, which: Any) -> tuple[Tensor, Tensor]: ...
 
 
 class StackedExperts(nn.Module):
@@ -39,7 +49,7 @@ class StackedExperts(nn.Module):
         )
         return gate_up, down
 
-    def visit(self, hit: Sequence[int]):
+    def visit(self, hit: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
         for e in hit:
             gate_up, down = self.stack(slice(e, e + 1))
             yield e, gate_up[0], down[0]
@@ -72,27 +82,31 @@ def applies(x_TD: Tensor, experts: object) -> bool:
     )
 
 
-def combine(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts) -> Tensor:
+def combine(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: Stackable) -> Tensor:
     """sum_a weights_a expert_{ids_a}(x), as `moe.combine_experts`. Rounds where the loop rounds.  -> [T, D]"""
-    y_TAD = slot_outputs(tap("moe_a1", x_TD) if experts.quantised else x_TD, ids_TA, experts)
+    x_TD = tap("moe_a1", x_TD) if experts.quantised else x_TD
+    y_ND, rows_TA = pair_outputs(x_TD, ids_TA, experts)
     order = arithmetic.current().switch("moe_sum_order")
     if order == "expert":
         by_id_TA = ids_TA.argsort(-1)
-        weights_TA = weights_TA.gather(-1, by_id_TA)
-        y_TAD = y_TAD.gather(1, by_id_TA[..., None].expand_as(y_TAD))
+        weights_TA, rows_TA = weights_TA.gather(-1, by_id_TA), rows_TA.gather(-1, by_id_TA)
     elif order == "slot-reversed":
-        weights_TA, y_TAD = weights_TA.flip(1), y_TAD.flip(1)
-    return add_slots(y_TAD, weights_TA)
+        weights_TA, rows_TA = weights_TA.flip(1), rows_TA.flip(1)
+    return add_slots(y_ND[rows_TA.T], weights_TA.T)
 
 
-def slot_outputs(x_TD: Tensor, ids_TA: Tensor, experts) -> Tensor:
-    """What each slot's expert makes of its token, unweighted.  -> [T, A, D]"""
+def pair_outputs(x_TD: Tensor, ids_TA: Tensor, experts: Stackable) -> tuple[Tensor, Tensor]:
+    """What each (token, slot) pair's expert makes of the token, unweighted, in some order, and the row of each pair.
+
+    -> y [T*A, D], rows [T, A]
+    """
     (T, A), E, packed = ids_TA.shape, experts.count, isinstance(experts, StackedExperts)
     ids_N = ids_TA.flatten()
     if packed and T * A <= FEW:  # decode no more than what is hit
         ends = torch.arange(1, T * A + 1, dtype=torch.int32, device=x_TD.device)
         x_ND = x_TD.repeat_interleave(A, 0)
-        return run_experts(x_ND, *experts.stack(ids_N), ends, experts.quantised).view(T, A, -1)
+        y_ND = run_experts(x_ND, *experts.stack(ids_N), ends, experts.quantised)
+        return y_ND, torch.arange(T * A, device=x_TD.device).view(T, A)
     sorted_N, pairs_N = ids_N.sort(stable=True)
     ends_E = torch.searchsorted(sorted_N, torch.arange(E, device=x_TD.device), right=True, out_int32=True)
     x_ND = x_TD[pairs_N // A]
@@ -100,9 +114,7 @@ def slot_outputs(x_TD: Tensor, ids_TA: Tensor, experts) -> Tensor:
         y_ND = _in_batches(x_ND, ends_E, experts)
     else:
         y_ND = run_experts(x_ND, *experts.stack(slice(None)), ends_E, experts.quantised)
-    y_pairs = torch.empty_like(y_ND)
-    y_pairs[pairs_N] = y_ND
-    return y_pairs.view(T, A, -1)
+    return y_ND, pairs_N.argsort().view(T, A)
 
 
 def _in_batches(x_ND: Tensor, ends_E: Tensor, experts: StackedExperts) -> Tensor:
@@ -121,7 +133,7 @@ def _in_batches(x_ND: Tensor, ends_E: Tensor, experts: StackedExperts) -> Tensor
 def run_experts(x_ND: Tensor, gate_up: Tensor, down: Tensor, ends_E: Tensor, quantised: bool) -> Tensor:
     """Expert e on rows ends[e-1] .. ends[e], for all e.  x [N, D], gate_up [E, 2F, D], down [E, D, F] -> [N, D]."""
     gate_NF, up_NF = grouped_linear("moe_expert_gate_up", x_ND, gate_up, ends_E).chunk(2, -1)
-    act_NF = _product("moe_expert_act", _rounded("moe_expert_silu", silu(gate_NF)), up_NF)
+    act_NF = _product("moe_expert_act", _silu(gate_NF), up_NF)
     return grouped_linear("moe_expert_down", _rounded("moe_a2", act_NF) if quantised else act_NF, down, ends_E)
 
 
@@ -151,24 +163,28 @@ _grouped_mm = (
 )
 
 
-def add_slots(y_TAD: Tensor, weights_TA: Tensor) -> Tensor:
+def add_slots(y_ATD: Tensor, weights_AT: Tensor) -> Tensor:
     """The running sum over slots of weight * y, rounded at `moe_expert_weighted` and `moe_partial_sum`.  -> [T, D]"""
     fused = arithmetic.current().switch("moe_weight") == "fma"
     if fused:  # the product of fp32 and bf16 is exact in float64
-        terms_TAD = promote(weights_TA).double()[..., None] * y_TAD.double()
+        terms_ATD = weights_AT.double()[..., None] * y_ATD.double()
     else:
-        terms_TAD = _product("moe_expert_weighted", weights_TA[..., None], y_TAD)
-    total_TD = promote(y_TAD.new_zeros(y_TAD.shape[0], y_TAD.shape[2]))
+        terms_ATD = _product("moe_expert_weighted", weights_AT[..., None], y_ATD)
+    total_TD = promote(y_ATD.new_zeros(y_ATD.shape[1:]))
     wide = total_TD.dtype
-    for term_TD in terms_TAD.unbind(1):
+    for term_TD in terms_ATD:
         dtype = wide if fused else accumulation_dtype("moe_partial_sum", total_TD, term_TD)
         total_TD = _rounded("moe_partial_sum", (total_TD + term_TD).to(dtype))
     return promote(total_TD)
 
 
 def _product(name: str, a: Tensor, b: Tensor) -> Tensor:
-    dtype = accumulation_dtype(name, a, b)
-    return _rounded(name, a.to(dtype) * b.to(dtype))
+    """As `ops.multiply`, without the tap."""
+    return _rounded(name, one_wide(name, a, b) * b)
+
+
+def _silu(x: Tensor) -> Tensor:
+    return _rounded("moe_expert_silu", F.silu(x.to(accumulation_dtype("moe_expert_silu", x))))
 
 
 def _rounded(name: str, x: Tensor) -> Tensor:

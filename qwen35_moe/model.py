@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from .deltanet import GatedDeltaNet
 from .errors import Qwen35Error
 from .moe import MoE
 from .norms import RMSNorm
-from .ops import Linear, promote
+from .ops import Linear, add
 from .rope import rotary_angles
 from .taps import scope, tap
 
@@ -63,10 +64,10 @@ class Layer(nn.Module):
             y_BTD = self.self_attn(x_BTD, *angles, real_BS, past)
         else:
             y_BTD = self.linear_attn(x_BTD, real_BT, past)
-        sum_BTD = tap("pre_mlp_residual_sum", promote(h_BTD) + promote(y_BTD))
+        sum_BTD = add("pre_mlp_residual_sum", h_BTD, y_BTD)
         h_BTD = tap("pre_mlp_residual", sum_BTD)
         y_BTD = self.mlp(self.post_attention_layernorm(sum_BTD))
-        return tap("layer_output_sum", promote(h_BTD) + promote(y_BTD))
+        return add("layer_output_sum", h_BTD, y_BTD)
 
 
 class Model(nn.Module):
@@ -88,6 +89,9 @@ class Model(nn.Module):
         # Beside the text model and not used by it: the draft head (mtp.py), the vision tower (vision.py).
         self.mtp: nn.Module | None = None
         self.visual: nn.Module | None = None
+        self.source: Any = None  # where `load` took the weights from; the checkpoint's identity; cost of conversion
+        self.identity: dict[str, Any] | None = None
+        self.conversion: dict[str, float] = {}
         self.left_out: dict[str, int] = {}  # part -> tensors, where `load` was told to leave it out
 
     @torch.inference_mode()

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import arithmetic, grouped
 from .config import Config
 from .errors import Qwen35Error
-from .ops import Linear, linear, promote, silu
+from .ops import Linear, add, apply, linear, multiply, promote
 from .router import append_shared, route, shared_gate
 from .taps import scope, tap
 
@@ -70,7 +71,7 @@ class Experts(nn.Module):
 def expert(x_ND: Tensor, gate_up_2FD: Tensor, down_DF: Tensor, quantised: bool = False) -> Tensor:
     """down (silu(gate x) * up x).  x [N, D] -> [N, D]."""
     gate, up = linear("moe_expert_gate_up", x_ND, gate_up_2FD).chunk(2, -1)
-    act = tap("moe_expert_act", promote(tap("moe_expert_silu", silu(gate))) * promote(up))
+    act = multiply("moe_expert_act", apply("moe_expert_silu", F.silu, gate), up)
     return linear("moe_expert_down", tap("moe_a2", act) if quantised else act, down_DF)
 
 
@@ -153,9 +154,9 @@ class MLP(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         x_TD = tap("moe_shared_a1", x_TD) if self.quantised else x_TD
-        gate = tap("moe_shared_silu", silu(self.gate_proj("moe_shared_gate_proj", x_TD)))
+        gate = apply("moe_shared_silu", F.silu, self.gate_proj("moe_shared_gate_proj", x_TD))
         up = self.up_proj("moe_shared_up_proj", x_TD)
-        act = tap("moe_shared_act", promote(gate) * promote(up))
+        act = multiply("moe_shared_act", gate, up)
         return self.down_proj("moe_shared_output", tap("moe_shared_a2", act) if self.quantised else act)
 
 
@@ -188,8 +189,8 @@ class MoE(nn.Module):
             ids_TX, weights_TX = append_shared(ids_TA, weights_TA, gate_T1, self.routed, self.ep_scale)
             return tap("mlp_output", combine_experts(x_TD, ids_TX, weights_TX, self.experts)).view_as(x_BTD)
         routed_TD = tap("moe_routed_output", combine_experts(x_TD, ids_TA, weights_TA, self.experts))
-        shared_TD = tap("moe_shared_gated", promote(gate_T1) * promote(self.shared_expert(x_TD)))
-        return tap("mlp_output", promote(routed_TD) + promote(shared_TD)).view_as(x_BTD)
+        shared_TD = multiply("moe_shared_gated", gate_T1, self.shared_expert(x_TD))
+        return add("mlp_output", routed_TD, shared_TD).view_as(x_BTD)
 
 
 def fuse(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import promote, silu
+from .ops import apply, multiply, promote
 from .taps import tap
 
 
@@ -28,9 +29,9 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, gate_type: 
     """
     x = promote(x)
     x = tap("gdn_norm_normed", x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
-    x = tap("gdn_norm_weighted", promote(weight) * promote(x))
-    gate = torch.sigmoid(promote(z)) if gate_type == "sigmoid" else silu(z)
-    return tap("gdn_norm_out", promote(x) * promote(tap("gdn_z_gate", gate)))
+    x = multiply("gdn_norm_weighted", weight, x)
+    gate = apply("gdn_z_gate", torch.sigmoid if gate_type == "sigmoid" else F.silu, z)
+    return multiply("gdn_norm_out", x, gate)
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,6 +41,27 @@ def matmul(name: str, a: Tensor, b: Tensor) -> Tensor:
     """a b, tapped as `name`."""
     dtype = accumulation_dtype(name, a, b)
     return tap(name, a.to(dtype) @ b.to(dtype))
+
+
+def add(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """a + b, tapped as `name`. Formed like a product: one operation rounds once, whatever dtype it is written in."""
+    return tap(name, one_wide(name, a, b) + b)
+
+
+def multiply(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """a * b, element by element, tapped as `name`."""
+    return tap(name, one_wide(name, a, b) * b)
+
+
+def apply(name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), element by element, tapped as `name`. The library computes bf16 in fp32 and rounds once."""
+    return tap(name, function(x.to(accumulation_dtype(name, x))))
+
+
+def one_wide(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """`a`, widened where neither operand has the dtype to compute in: it is enough that one has."""
+    dtype = accumulation_dtype(name, a, b)
+    return a if dtype in (a.dtype, b.dtype) else a.to(dtype)
 
 
 def silu(x: Tensor) -> Tensor:
