@@ -74,6 +74,9 @@ class Arithmetic:
     # An engine may pick another expert kernel by shape: (tokens, hidden, intermediate) -> arithmetic.
     for_experts: Callable[[int, int, int], Arithmetic | None] | None = None
 
+    # Whether the engine ever fuses the shared expert: what `load(shared_expert="auto")` goes by, besides the gate.
+    fuses: bool = True
+
     stage = taps.ROUND
 
     def __post_init__(self) -> None:

@@ -1,16 +1,45 @@
-"""Experts that stay packed: decoded when a token hits them, into two buffers that are used in turn."""
+"""Experts that are not one decoded tensor: packed ones, decoded when a token hits them, and views of a mapped file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
-from .quant.packed import Packed
+from .quant.packed import Float, Packed, Stacked, adjoined
 
 Slot = tuple[Packed, Packed]  # gate_up [2F, D] (F rows of gate, then F of up), down [D, F]
+
+
+class ViewedExperts(nn.Module):
+    """Experts whose bytes are what the model computes with: handed out where they lie, without a copy.
+
+    Only where gate and up do not adjoin, they are put together when hit.
+    """
+
+    def __init__(self, slots: Sequence[Slot], dtype: torch.dtype):
+        super().__init__()
+        self.slots, self.dtype, self.quantised = slots, dtype, False
+        self.count, self.intermediate = len(slots), slots[0][1].shape[1]
+
+    def visit(self, hit: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for e in hit:
+            gate_up, down = self.slots[e]
+            yield e, gate_up.decode(self.dtype), down.decode(self.dtype)
+
+
+def as_one(weights: Sequence[Packed]) -> Tensor | None:
+    """The view [E, O, I] of matrices [O, I] that lie one after another in memory; None where they do not."""
+    view = adjoined([weight.values if isinstance(weight, Float) else None for weight in weights])
+    return None if view is None else view.view(len(weights), -1, view.shape[-1])
+
+
+def is_plain(weight: Packed, dtype: torch.dtype) -> bool:
+    """Whether a weight is stored as values of this dtype."""
+    parts = weight.parts if isinstance(weight, Stacked) else (weight,)
+    return all(isinstance(part, Float) and part.values.dtype == dtype for part in parts)
 
 
 class PackedExperts(nn.Module):
@@ -24,23 +53,22 @@ class PackedExperts(nn.Module):
         super().__init__()
         self.count, self.intermediate, self.read = count, intermediate, read
         self.dtype, self.quantised = dtype, quantised
-        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._scratch: list[tuple[Tensor, Tensor]] = []
 
     def visit(self, hit: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
         hit = list(hit)
         with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(self._decode, hit[0], 0) if hit else None
+            coming = [ahead.submit(self._decode, e, 0) for e in hit[:1]]
             for i, e in enumerate(hit):
-                gate_up, down = coming.result()
-                if i + 1 < len(hit):
-                    coming = ahead.submit(self._decode, hit[i + 1], (i + 1) % 2)
+                gate_up, down = coming.pop().result()
+                coming += [ahead.submit(self._decode, following, (i + 1) % 2) for following in hit[i + 1 : i + 2]]
                 yield e, gate_up, down
 
     @torch.inference_mode()
     def _decode(self, e: int, which: int) -> tuple[Tensor, Tensor]:
         slot = self.read(e)
-        if len(self._buffers) <= which:
+        if len(self._scratch) <= which:
             gate_up, down = (torch.empty(packed.shape, dtype=self.dtype) for packed in slot)
-            self._buffers.append((gate_up, down))
-        gate_up, down = self._buffers[which]
+            self._scratch.append((gate_up, down))
+        gate_up, down = self._scratch[which]
         return slot[0].decode(self.dtype, gate_up), slot[1].decode(self.dtype, down)

@@ -2,19 +2,23 @@
 
 A mode says how much of it is held decoded:
 
-    decoded   everything, in the arithmetic's dtype: fastest, largest
-    packed    experts as they are stored, decoded when hit; the rest decoded
+    decoded   everything, in the arithmetic's dtype: fastest, largest. What is stored in that dtype stays in its file,
+              mapped to memory: it costs no copy, and the system may take its pages back
+    packed    experts as they are stored (mapped), decoded when hit; the rest decoded
     stream    nothing: a layer is read from disk when it is its turn, an expert when it is hit
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import arithmetic as arithmetics
@@ -22,26 +26,34 @@ from .arithmetic import Arithmetic
 from .checkpoint import Checkpoint
 from .config import Config
 from .errors import Qwen35Error
-from .experts import PackedExperts, Slot
+from .experts import PackedExperts, Slot, ViewedExperts, as_one, is_plain
 from .model import Model
-from .moe import MoE
+from .moe import Experts, ExpertSource, MoE
 from .mtp import MTP
-from .ops import Linear, linear
+from .ops import Linear, accumulation_dtype
 from .quant.gate import decide_layers, slot_guard
+from .quant.mxfp4 import MXFP4, encode
 from .quant.packed import Packed, concatenate
 from .quant.precision import ModuleSpec
+from .taps import tap
 from .vision import VisionConfig, VisionTower
 
 MODES = ("decoded", "packed", "stream")
 PARTS = {"mtp": "layers", "visual": "blocks"}  # what is not the text model, and what its layers are called
-HEAD_ROWS = 8192  # rows of the head that a streamed model holds at a time
+SHARED = ("auto", "unfused", "fused", "fused-online")
+HEAD_ROWS = 4096  # rows of the head that a streamed model holds at a time
 
 
 class Source:
-    """Weights by name, as a checkpoint stores them. A fault wraps one and changes what it gives."""
+    """Weights by name, as a checkpoint stores them. A fault wraps one and changes what it gives.
 
-    def __init__(self, checkpoint: Checkpoint, config: Config):
-        self.checkpoint, self.config = checkpoint, config
+    online: a float shared expert is converted to MXFP4 where it becomes a slot of MXFP4 experts; `conversion` then has
+    what this costs, MoE block -> |converted - stored| / |stored|.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: Config, online: bool = False):
+        self.checkpoint, self.config, self.online = checkpoint, config, online
+        self.conversion: dict[str, float] = {}
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that is never packed: norms, convolutions, A_log."""
@@ -66,14 +78,32 @@ class Source:
         """Error unless the shared expert's bytes are what a slot of the routed experts holds (PR 22948)."""
         shared = {f"{mlp}.shared_expert.{p}_proj": None for p in ("gate", "up", "down")}
         stored = {module: self.checkpoint.spec(module) for module in shared}
-        slot_guard(f"{mlp}.experts[{self.config.num_experts}]", self.spec(f"{mlp}.experts"), stored)
+        routed = self.spec(f"{mlp}.experts")
+        convert = self.online and routed.kind == "mxfp4"
+        slot_guard(f"{mlp}.experts[{self.config.num_experts}]", routed, stored, convert=convert)
 
     def slot(self, mlp: str, e: int) -> Slot:
         """Expert e of the MoE block `mlp`; number E is the shared one."""
         if e < self.config.num_experts:
             return self.checkpoint.experts(f"{mlp}.experts").read(e)
-        gate, up, down = (self.weight(f"{mlp}.shared_expert.{name}_proj") for name in ("gate", "up", "down"))
-        return concatenate(gate, up), down
+        parts = [self.weight(f"{mlp}.shared_expert.{name}_proj") for name in ("gate", "up", "down")]
+        if self.online and self.spec(f"{mlp}.experts").kind == "mxfp4":
+            converted = [_convert(part) for part in parts]
+            self.conversion[mlp] = _distance(converted, parts)
+            parts = converted
+        return concatenate(*parts[:2]), parts[2]
+
+
+def _convert(weight: Packed) -> Packed:
+    """A float weight as MXFP4, scale rule "even", as SGLang's online conversion does; MXFP4 stays as it is."""
+    return weight if isinstance(weight, MXFP4) else MXFP4(*encode(weight.decode(torch.float32), "even"))
+
+
+def _distance(converted: Sequence[Packed], stored: Sequence[Packed]) -> float:
+    """|converted - stored| / |stored|, over all of them."""
+    pairs = [(a.decode(torch.float64), b.decode(torch.float64)) for a, b in zip(converted, stored, strict=True)]
+    error, size = (sum(float(x.square().sum()) for x in xs) for xs in zip(*((a - b, b) for a, b in pairs), strict=True))
+    return (error / size) ** 0.5 if size else 0.0
 
 
 def load(
@@ -87,25 +117,29 @@ def load(
 ) -> Model:
     """All of a checkpoint folder: the text model, and its draft head and vision tower as `model.mtp`, `model.visual`.
 
-    shared_expert: "unfused", "fused" (slot E of E+1), or "auto": what the gate (`strict`) decides, layer by layer, the
-    draft's among them.
+    shared_expert: "unfused"; "fused" (slot E of E+1); "fused-online", where a float shared expert is converted to the
+    MXFP4 of the routed ones (`model.conversion` says at what cost); or "auto": what the gate (`strict`) decides, layer
+    by layer, the draft's among them, unless the arithmetic is of an engine that never fuses.
     mode: "decoded", "packed" or "stream", see above; all three compute the same bits.
     text_only: without draft head and vision tower; `model.left_out` counts the tensors that this leaves unread.
     """
-    for name, value, allowed in (("mode", mode, MODES), ("shared_expert", shared_expert, ("auto", "unfused", "fused"))):
+    for name, value, allowed in (("mode", mode, MODES), ("shared_expert", shared_expert, SHARED)):
         if value not in allowed:
             raise Qwen35Error(f"unknown {name}", where="load()", expected=" | ".join(allowed), found=repr(value))
     table = arithmetics.get(arithmetic)
     checkpoint = Checkpoint.open(path)
     config = Config.from_dict(checkpoint.config, ignore=ignore_config_keys)
     checkpoint.validate(config)
-    if shared_expert == "auto":
+    checkpoint.reader.mapped = mode != "stream"
+    if shared_expert == "auto" and table.fuses:
         decisions = decide_layers(checkpoint.config, stored=checkpoint.spec)
         fused, draft_fused = [bool(d) for d in decisions if not d.draft], any(d for d in decisions if d.draft)
     else:
-        fused, draft_fused = [shared_expert == "fused"] * config.num_hidden_layers, shared_expert == "fused"
-    source = Source(checkpoint, config)
+        draft_fused = shared_expert.startswith("fused")
+        fused = [draft_fused] * config.num_hidden_layers
+    source = Source(checkpoint, config, online=shared_expert == "fused-online")
     model = build(source, table, fused, torch.device(device), mode)
+    model.source, model.identity, model.conversion = source, checkpoint.identity(), source.conversion
     counts = {part: sum(name.startswith(f"{part}.") for name in checkpoint.names()) for part in PARTS}
     for part in (part for part, count in counts.items() if count):
         if text_only:
@@ -146,7 +180,11 @@ def build_part(
             do="text_only=True leaves the tower out",
         )
     with torch.device("meta"):
-        part = MTP(config, fused) if name == "mtp" else VisionTower(VisionConfig.from_dict(vision, config.hidden_size))
+        part = (
+            MTP(config, fused)
+            if name == "mtp"
+            else VisionTower(VisionConfig.from_dict(vision or {}, config.hidden_size))
+        )
     if mode == "stream":
         return StreamedPart(name, part, source, table, device)
     fill(part, name, source, table, device, mode)
@@ -179,26 +217,26 @@ def _fill_experts(moe: MoE, path: str, source: Source, table: Arithmetic, device
         source.guard_slot(path)
     else:
         moe.shared_expert.quantised = source.spec(f"{path}.shared_expert.gate_proj").kind == "mxfp4"
-    if mode == "decoded":
-        experts = moe.experts
-        gate_up = torch.empty(experts.gate_up_proj.shape, dtype=dtype, device=device)
-        down = torch.empty(experts.down_proj.shape, dtype=dtype, device=device)
-        for e in range(count):
-            slot = source.slot(path, e)
-            gate_up[e], down[e] = slot[0].decode(dtype), slot[1].decode(dtype)
-        experts.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
-        experts.down_proj = nn.Parameter(down, requires_grad=False)
-        experts.quantised = quantised
-        return
-    if mode == "packed":
-        slots = [source.slot(path, e) for e in range(count)]
+    read: Callable[[int], Slot] = partial(source.slot, path)
+    if mode != "stream":
+        slots = [read(e) for e in range(count)]
+        if mode == "decoded":
+            moe.experts = decoded_experts(slots, dtype, device, quantised)
+            return
         read = slots.__getitem__
-    else:
-
-        def read(e: int) -> Slot:
-            return source.slot(path, e)
-
     moe.experts = PackedExperts(count, F, read, dtype, quantised)
+
+
+def decoded_experts(slots: list[Slot], dtype: torch.dtype, device: torch.device, quantised: bool) -> ExpertSource:
+    """Experts in memory. Those that are in this memory and of this dtype as they are stored are used where they lie."""
+    if device.type == "cpu" and all(is_plain(weight, dtype) for slot in slots for weight in slot):
+        gate_up, down = (as_one([slot[i] for slot in slots]) for i in (0, 1))
+        return ViewedExperts(slots, dtype) if gate_up is None or down is None else Experts.of(gate_up, down, quantised)
+    first = slots[0]
+    gate_up, down = (torch.empty(len(slots), *weight.shape, dtype=dtype, device=device) for weight in first)
+    for e, slot in enumerate(slots):
+        gate_up[e], down[e] = slot[0].decode(dtype), slot[1].decode(dtype)
+    return Experts.of(gate_up, down, quantised)
 
 
 class StreamedLayers(Sequence[nn.Module]):
@@ -212,7 +250,7 @@ class StreamedLayers(Sequence[nn.Module]):
     def __len__(self) -> int:
         return len(self.empty)
 
-    def __getitem__(self, i: int) -> nn.Module:
+    def __getitem__(self, i: int) -> nn.Module:  # type: ignore[override]  # no slices
         if not 0 <= i < len(self):
             raise IndexError(i)
         layer = deepcopy(self.empty[i])
@@ -253,8 +291,15 @@ class StreamedEmbedding(nn.Module):
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         unique, inverse = ids_BT.unique(return_inverse=True)
-        rows = [self.source.weight("embed_tokens", slice(i, i + 1)).decode(self.dtype) for i in unique.tolist()]
-        return torch.cat(rows)[inverse]
+        rows = [self.source.weight("embed_tokens", run).decode(self.dtype) for run in runs(unique.tolist())]
+        return torch.cat(rows).to(ids_BT.device)[inverse]
+
+
+def runs(ascending: Iterable[int]) -> Iterator[slice]:
+    """Slices of consecutive numbers: 3, 4, 5, 9 are 3:6 and 9:10."""
+    for _, group in groupby(enumerate(ascending), key=lambda pair: pair[1] - pair[0]):
+        numbers = [number for _, number in group]
+        yield slice(numbers[0], numbers[-1] + 1)
 
 
 class StreamedHead(nn.Module):
@@ -266,8 +311,19 @@ class StreamedHead(nn.Module):
         self.source, self.module = source, "embed_tokens" if tied else "lm_head"
         self.dtype = table.weight_dtype("lm_head.weight")
 
-    def forward(self, name: str, x_BTD: Tensor) -> Tensor:
+    def blocks(self, name: str, x_BTD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(which of the vocabulary, their logits [B, T, v] untapped), one block after another."""
         V = self.source.config.vocab_size
-        blocks = (slice(v, min(v + HEAD_ROWS, V)) for v in range(0, V, HEAD_ROWS))
-        parts = [linear(f"{name}", x_BTD, self.source.weight(self.module, rows).decode(self.dtype)) for rows in blocks]
-        return torch.cat(parts, -1)
+        for rows in (slice(v, min(v + HEAD_ROWS, V)) for v in range(0, V, HEAD_ROWS)):
+            weight = self.source.weight(self.module, rows).decode(self.dtype)
+            dtype = accumulation_dtype(name, x_BTD, weight)
+            yield rows, F.linear(x_BTD.to(dtype), weight.to(dtype))
+
+    def forward(self, name: str, x_BTD: Tensor) -> Tensor:
+        logits_BTV = None
+        for rows, part in self.blocks(name, x_BTD):
+            if logits_BTV is None:
+                logits_BTV = part.new_empty(*x_BTD.shape[:2], self.source.config.vocab_size)
+            logits_BTV[..., rows] = part
+        assert logits_BTV is not None
+        return tap(name, logits_BTV)

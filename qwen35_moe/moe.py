@@ -51,6 +51,16 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * intermediate, hidden), requires_grad=False)
         self.down_proj = nn.Parameter(torch.empty(count, hidden, intermediate), requires_grad=False)
 
+    @classmethod
+    def of(cls, gate_up: Tensor, down: Tensor, quantised: bool = False) -> Experts:
+        """Around tensors [E, 2F, D] and [E, D, F] that exist."""
+        with torch.device("meta"):
+            experts = cls(1, 1, 1)
+        experts.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
+        experts.down_proj = nn.Parameter(down, requires_grad=False)
+        experts.quantised = quantised
+        return experts
+
     @property
     def count(self) -> int:
         return self.gate_up_proj.shape[0]

@@ -59,6 +59,7 @@ TRANSFORMERS_BF16 = Arithmetic(
         "moe_sum_order": "expert",
         "moe_ties": "torch.topk",
     },
+    fuses=False,
 )
 
 SGLANG_BF16 = Arithmetic(

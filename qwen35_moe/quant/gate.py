@@ -178,7 +178,7 @@ def slot_guard(
                 where=name,
                 expected=str(spec),
                 found=str(found),
-                do="run the shared expert unfused, or convert it while loading",
+                do='load with shared_expert="unfused", or convert the tensor: "fused-online"',
             )
     if by_part:
         left = next(iter(by_part.values()))[0]

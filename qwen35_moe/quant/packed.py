@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,6 +71,22 @@ class Stacked:
         return out
 
 
-def concatenate(*parts: Packed) -> Stacked:
-    """One weight of the rows of several, in order."""
-    return Stacked(parts)
+def concatenate(*parts: Packed) -> Packed:
+    """One weight of the rows of several, in order. Floats that adjoin in memory (a mapped file) become one view."""
+    view = adjoined([part.values if isinstance(part, Float) else None for part in parts])
+    return Stacked(parts) if view is None else Float(view)
+
+
+def adjoined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The view of all rows [n, I] that lie one part after another in one storage; None where they do not."""
+    tensors = [part for part in parts if part is not None]
+    first, rows = tensors[0] if tensors else None, 0
+    if first is None or first.dim() < 2 or len(tensors) < len(parts):
+        return None
+    storage, at = first.untyped_storage().data_ptr(), first.data_ptr()
+    for part in tensors:
+        alike = part.dtype == first.dtype and part.shape[1:] == first.shape[1:] and part.is_contiguous()
+        if not alike or part.data_ptr() != at or part.untyped_storage().data_ptr() != storage:
+            return None
+        at, rows = at + part.nbytes, rows + part.shape[0]
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
