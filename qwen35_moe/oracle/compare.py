@@ -23,7 +23,7 @@ from ..load import Source
 from ..tap_names import TAPS, base_name, per_token
 from ..taps import OBSERVE, Site, attach
 from .align import Alignment, Pair, align
-from .diagnose import diagnose
+from .diagnose import BF16_GRID, diagnose
 from .dump import Dump
 from .envelope import LIMIT, Norms, envelope, judge, legal
 from .logits import compare_logits
@@ -158,6 +158,8 @@ class _Work:
         b, t = pair.rows[keep][verdict.worst].tolist()
         record.worst, record.rel, record.rows, record.nan = (int(b), int(t)), verdict.rel, int(keep.sum()), pair.nan
         record.bad_rows = int((verdict.ratios > self.limit).sum())
+        if base_name(key) == "gdn_state" and _is_bf16(x) and not any(_is_bf16(m) for m in members):
+            record.cls, record.note = "wrong", BF16_GRID
         equal = (m for m, y in zip(self.result.members, members, strict=False) if torch.equal(y.to(x.dtype), x))
         record.equal_to = next(equal, "")
 
@@ -205,7 +207,7 @@ class _Work:
 
     def guilty(self, layer: int | None) -> list[Record]:
         """The bad records of a layer, in order of execution."""
-        return [r for r in self.records.values() if r.layer == layer and r.bad and layer is not None]
+        return [r for r in self.records.values() if r.layer == layer and r.bad]
 
     def inherited(self, stored: Mapping[str, Tensor]) -> None:
         """Errors against the truth itself, for tokens that no flip of an earlier layer has touched."""
@@ -234,7 +236,7 @@ class _Work:
         if pair.engine is None or pair.dtype is None:
             return
         index, x, truth = self.index(pair), pair.engine, pair.truth
-        keep = ~touched[index] if len(touched) > int(index.max()) else torch.ones(len(index), dtype=torch.bool)
+        keep = ~touched[index] if per_token(key) else torch.full((len(index),), not bool(touched.any()))
         if base_name(key) in WEIGHTS:
             x, truth = x.sort(1, descending=True).values, truth.sort(1, descending=True).values
         if not keep.any():
@@ -288,6 +290,10 @@ class _Work:
             if pair.engine is not None:
                 noise = self.stored.get("next_token_logits|max")
                 self.result.logits = compare_logits(pair, None if noise is None else noise[self.index(pair)], truth.ids)
+
+
+def _is_bf16(x: Tensor) -> bool:
+    return torch.equal(x.to(torch.bfloat16).to(x.dtype), x)
 
 
 def _holes(alignment: Alignment) -> Iterator[str]:

@@ -29,7 +29,7 @@ from ..trace import trace
 from .compare import compare, write_envelope
 from .dump import Dump, Piece
 from .envelope import LIMIT, legal
-from .faults import FAULTS, Fault, Place
+from .faults import FAULTS, Fault, Place, scaled
 from .readers.own import from_trace
 from .records import Comparison, show
 from .rerun import CPU
@@ -38,7 +38,7 @@ from .trace_file import Trace
 # What hooks on SGLang's modules see, and what its patches add.
 DUMPED = (
     "embed_tokens,layer_input,input_layernorm,attn_output,pre_mlp_residual,pre_mlp_layernorm_output,moe_router_logits,"
-    "moe_topk_ids,moe_topk_weights,mlp_output,final_norm,next_token_logits"
+    "moe_topk_ids,moe_topk_weights,mlp_output,gdn_state,final_norm,next_token_logits"
 )
 REGIMES = ("gate 0.5", "gate 0.05", "outputs / 256")
 
@@ -106,6 +106,12 @@ def variants(a4: bool, tokens: int) -> list[Variant]:
         Variant("chunked prefill and decode", SGLANG_BF16, chunks=(tokens // 2, tokens - tokens // 2 - 2, 1, 1)),
     ]  # fmt: skip
 
+
+# The smallest errors that must be found: they are no entries of the catalogue, and the fit names them.
+SMALL = (
+    Fault("whole block times 1.02", "mlp", taps={"mlp_output": lambda x, _, __: x * 1.02}),
+    Fault("shared expert times 1.06", "mlp", taps=scaled(1 + 1 / 16)),
+)
 
 # Bugs that the catalogue does not hold, so that "unknown" is the right answer.
 UNLISTED = (
@@ -256,7 +262,7 @@ def run(
     source: Source,
     ids: Tensor,
     regimes: Iterable[str] = REGIMES,
-    faults: Sequence[Fault] = FAULTS,
+    faults: Sequence[Fault] = (*FAULTS, *SMALL),
     a4: bool = False,
     mxfp4: bool = True,
     progress: Callable[[Outcome], None] = lambda _: None,
@@ -300,7 +306,7 @@ def table(planted: Sequence[Outcome], foreign: Sequence[Outcome], clean: Sequenc
 
 
 def scores(planted: Sequence[Outcome], foreign: Sequence[Outcome], clean: Sequence[Outcome]) -> list[str]:
-    seen = [o for o in (*planted, *foreign) if o.ratio]
+    seen = [o for o in (*planted, *foreign) if o.ratio and o.name != "state in bf16"]  # that one is seen by its digits
     least = min(seen, key=lambda o: o.ratio, default=None)
     most = max(clean, key=lambda o: o.ratio, default=None)
     lines = [

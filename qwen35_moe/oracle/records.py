@@ -105,6 +105,8 @@ class Diagnosis:
         if not self.hypotheses:
             return f"{where}: unknown. {self.note or 'No hypothesis could be tried'}"
         first, rest = self.hypotheses[0], self.hypotheses[1:]
+        if self.named and self.note:
+            return f"{where}: {first.name} ({self.note}); see {first.seen}"
         best = f"explains {_percent(first.explains)} of the error"
         after = f"; next best {_percent(rest[0].explains)}" if rest else ""
         seen = f"; see {first.seen}" if first.seen and self.named else ""

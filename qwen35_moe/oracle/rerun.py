@@ -16,7 +16,7 @@ from torch import Tensor
 from ..arithmetic import Arithmetic, using
 from ..cache import LayerState
 from ..load import Source, build, fill
-from ..model import Layer
+from ..model import Layer, Model
 from ..rope import rotary_angles
 from ..taps import Handler, attach, scope, tap
 from .faults import Fault, Place
@@ -97,11 +97,13 @@ class Rerun:
         return restart.seen, out
 
     def fault(
-        self, i: int, fault: Fault, table: Arithmetic, stream_BTD: Tensor, expert: int = 0, fused: bool | None = None
+        self, i: int | None, fault: Fault, table: Arithmetic, stream_BTD: Tensor, expert: int = 0, fused: bool | None = None
     ) -> dict[str, Tensor]:
         """What the taps of layer i would hold if it had this fault."""
         place = self.place(i, expert)
         source, table = fault.source(self.source, place), fault.arithmetic(table)
+        if i is None:
+            return self.head(build(source, table, self.fused, CPU, "stream"), stream_BTD, fault.handlers(place))
         return self.run_layer(i, table, stream_BTD, fault.handlers(place), source, True if fault.fused else fused)[0]
 
     @torch.inference_mode()
@@ -130,13 +132,15 @@ class Rerun:
                 seen.append({**taps, **restart.seen})
             yield i, seen
             self.streams = after
-        seen = []
-        for table, model, stream in zip(self.tables, models, self.streams, strict=True):
-            restart = Restart(captured, tokens.count)
-            with using(table), attach(restart):
-                model.lm_head("next_token_logits", model.norm(stream))
-            seen.append(restart.seen)
-        yield None, seen
+        yield None, [self.head(model, stream) for model, stream in zip(models, self.streams, strict=True)]
+
+    @torch.inference_mode()
+    def head(self, model: Model, stream_BTD: Tensor, handlers: Sequence[Handler] = ()) -> dict[str, Tensor]:
+        """What the taps after the last layer held."""
+        restart = Restart(self.captured, self.tokens.count)
+        with using(model.arithmetic), attach(*handlers, restart):
+            model.lm_head("next_token_logits", model.norm(stream_BTD))
+        return restart.seen
 
     def _enter(self, i: int, stream: Tensor, restart: Restart) -> Tensor:
         """The stream that layer i reads: the engine's, where it captured it on either side of the boundary."""
