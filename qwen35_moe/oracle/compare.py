@@ -88,7 +88,7 @@ def compare(
     else:
         result.notes.append("without the checkpoint: errors are inherited from all layers before, nothing is diagnosed")
     work.inherited(_stored_envelope(truth))
-    work.finish(truth)
+    work.finish(truth, layers)
     return result
 
 
@@ -202,8 +202,6 @@ class _Work:
         record = Record(key, cls, "mlp", layer, max(ratio, float("inf") if routing.nonsense else 0.0), rows=routing.tokens,
                         bad_rows=bad, worst=where, note=note)  # fmt: skip
         self.records[key] = record
-        if layer is not None and (routing.flips or routing.nonsense):
-            self.flipped[layer] = self.index(pair)[[f.row for f in routing.flips]]
 
     def guilty(self, layer: int | None) -> list[Record]:
         """The bad records of a layer, in order of execution."""
@@ -220,8 +218,10 @@ class _Work:
         touched = torch.zeros(self.alignment.truth.ids.numel(), dtype=torch.bool)
         for key in self.alignment.keys:
             name, layer = base_name(key), layer_of(key)
-            if name in IDS and key not in self.records:
-                self._inherited_routing(key, layer, stored)
+            if name in IDS:
+                self._find_flips(key, layer)
+                if key not in self.records:
+                    self._inherited_routing(key, layer, stored)
             if layer in self.flipped and name in ROUTED:
                 for token in self.flipped[layer].tolist():
                     touched[token : (token // self.T + 1) * self.T] = True
@@ -245,7 +245,7 @@ class _Work:
         errors = Norms(*(stored[f"{key}|{n}"].to(torch.float64)[index][keep] for n in ("l2", "max")))
         x, truth = x[keep], truth[keep]
         verdict = judge(x, truth, envelope(truth, [errors], pair.dtype), pair.dtype, self.limit)
-        record.inherited = verdict.ratio
+        record.inherited, record.inherited_rel = verdict.ratio, verdict.rel
         if record.added is None:
             b, t = pair.rows[keep][verdict.worst].tolist()
             record.cls, record.ratio_l2, record.ratio_max, record.rel = (
@@ -253,6 +253,14 @@ class _Work:
             record.worst, record.rows, record.nan = (int(b), int(t)), int(keep.sum()), pair.nan
             record.bad_rows = int((verdict.ratios > self.limit).sum())
             record.excluded = int((~keep).sum())
+
+    def _find_flips(self, key: str, layer: int | None) -> None:
+        """Tokens whose experts are not the truth's: what they become cannot be held against the engine."""
+        pair = self.alignment.pair(key)
+        if layer is not None and pair.engine is not None:
+            differ = (pair.truth.long().sort(1).values != pair.engine.long().sort(1).values).any(1)
+            if differ.any():
+                self.flipped[layer] = self.index(pair)[differ]
 
     def _inherited_routing(self, key: str, layer: int | None, stored: Mapping[str, Tensor]) -> None:
         logits_key = f"layers.{layer}.moe_router_logits"
@@ -268,11 +276,15 @@ class _Work:
         routing = compare_ids(pair.truth, pair.engine, logits[index], delta[index], layer)
         self._record_routing(key, layer, pair, routing)
 
-    def finish(self, truth: Trace) -> None:
-        """Every tap of the truth gets its record; holes and logits are looked for."""
+    def finish(self, truth: Trace, layers: Sequence[int] | None) -> None:
+        """Every tap of the truth (of these layers) gets its record; holes and logits are looked for."""
         names = [k for k, site in truth.sites.items() if site.step == 0]
-        order = {key: i for i, key in enumerate([*names, "next_token_logprobs"])}
-        for key in [*names, *self.alignment.keys]:
+        if layers is not None:
+            names = [k for k in names if layer_of(k) in (None, *layers)]
+            self.records = {k: r for k, r in self.records.items() if k in names}
+            self.result.notes.append(f"only layers {', '.join(map(str, layers))} were judged")
+        order = {key: i for i, key in enumerate([*names, "next_token_logprobs"])}  # of execution
+        for key in dict.fromkeys([*names, *(self.alignment.keys if layers is None else ())]):
             if key in self.records:
                 continue
             present = key in self.alignment.keys

@@ -114,7 +114,7 @@ class BrokenSource(Source):
     """Weights as an engine with this fault reads them. No guard keeps a foreign format out of a slot."""
 
     def __init__(self, inner: Source, fault: Fault, place: Place):
-        super().__init__(inner.checkpoint, inner.config)
+        super().__init__(inner.checkpoint, inner.config, inner.online)
         self.inner, self.fault, self.place = inner, fault, place
 
     def _covers(self, name: str) -> bool:

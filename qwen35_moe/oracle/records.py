@@ -52,6 +52,7 @@ class Record:
     layer: int | None
     added: float | None = None
     inherited: float | None = None
+    inherited_rel: float | None = None
     ratio_l2: float = 0.0
     ratio_max: float = 0.0
     rel: float = 0.0

@@ -198,7 +198,8 @@ class TraceWriter:
         foreign = [
             n
             for n in names
-            if n != "trace.json" and not re.fullmatch(r"\d{5}\.safetensors(\.tmp)?|trace\.json\.tmp", n)
+            if n != "trace.json"
+            and not re.fullmatch(r"(\d{5}|envelope)\.safetensors(\.tmp)?|trace\.json\.tmp", n)  # envelope: compare.py
         ]
         if foreign:
             raise Qwen35Error(

@@ -1,0 +1,247 @@
+"""`qwen35-moe trace`, `compare`, `diagnose` and `mutants`.
+
+Exit codes: 0 all that was compared agrees, 1 something diverges, 2 it could not be compared, in part or at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arithmetic import ARITHMETICS, get
+from ..errors import Qwen35Error
+from ..load import SHARED, Source, load
+from ..model import Model
+from ..tap_names import TAPS
+from ..trace import trace
+from . import mutants, report, report_html
+from .compare import compare, write_envelope
+from .dump import Dump
+from .envelope import LIMIT, legal
+from .match import runs
+from .readers import read_dump
+from .records import Comparison
+from .trace_file import Trace
+
+
+def add_parser(subparsers: Any) -> None:
+    p = subparsers.add_parser("trace", help="write the truth: what every tap holds, and how far legal roundings stray")
+    p.add_argument("checkpoint", nargs="?")
+    p.add_argument("--ids", help="JSON file with token ids: a list, or a list of lists (padded on the right)")
+    p.add_argument("--out", help="directory to write")
+    p.add_argument("--arithmetic", default="exact", help="default: %(default)s")
+    p.add_argument("--taps", default="*", help="globs, separated by commas (default: all)")
+    p.add_argument("--no-envelope", action="store_true", help="the trace alone")
+    p.add_argument("--list", action="store_true", help="name all taps and arithmetics, and stop")
+    _shared(p)
+    p.set_defaults(run=run_trace)
+
+    p = subparsers.add_parser("compare", help="an engine's dump against the truth: is it wrong, where first, and why")
+    p.add_argument("truth", help="directory that `trace` wrote")
+    p.add_argument("dump", help="directory or file of an engine")
+    p.add_argument("--checkpoint", help="where the truth's checkpoint is now (default: where it was)")
+    _reports(p)
+    p.set_defaults(run=run_compare)
+
+    p = subparsers.add_parser("diagnose", help="the same without a truth: it is computed for the tokens of the dump")
+    p.add_argument("checkpoint")
+    p.add_argument("dump")
+    p.add_argument("--arithmetic", default="exact", help="of the truth: exact+a4-round-up for W4A4 (default: %(default)s)")
+    p.add_argument("--layer", type=int, action="append", help="judge this layer only; may be given again")
+    _shared(p)
+    _reports(p)
+    p.set_defaults(run=run_diagnose)
+
+    p = subparsers.add_parser("mutants", help="plant every known bug and see that the oracle finds and names it")
+    p.add_argument("checkpoint")
+    p.add_argument("--tokens", type=int, default=48)
+    p.add_argument("--regime", action="append", choices=mutants.REGIMES, help="default: all")
+    p.add_argument("--a4", action="store_true", help="an engine that quantises activations to MXFP4")
+    p.add_argument("--quick", action="store_true", help="clean variants and a tenth of the faults")
+    p.set_defaults(run=run_mutants)
+
+
+def _shared(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--shared-expert", default="unfused", choices=SHARED, help="default: %(default)s")
+
+
+def _reports(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--html", help="write one self-contained page")
+    p.add_argument("--json", help="write the records, one JSON object a line")
+    p.add_argument("--width", type=int, default=80, help="of the text (default: %(default)s)")
+    p.add_argument("--engine", help="the arithmetic that the engine has: joins the envelope (float32 replaces it)")
+    p.add_argument("--name-map", help="JSON file for plain tensors: the engine's name or regular expression -> key")
+    p.add_argument("--limit", type=float, default=LIMIT, help="default: %(default)s")
+
+
+@dataclass
+class Loaded:
+    source: Source
+    fused: list[bool]
+
+
+def open_checkpoint(path: str | Path, shared_expert: str = "unfused", arithmetic: str = "exact") -> tuple[Model, Loaded]:
+    """A streamed model of a checkpoint, its weights, and which layers fuse the shared expert."""
+    model = load(path, arithmetic, shared_expert, mode="stream", text_only=True)
+    return model, Loaded(model.source, [layer.mlp.fused for layer in model.layers.empty])  # type: ignore[union-attr,arg-type]
+
+
+def read_ids(path: str | Path) -> tuple[Tensor, Tensor | None]:
+    """Token ids [B, T] and mask from a JSON file: a list of ids, a list of such lists, or an object with `input_ids`."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise Qwen35Error("cannot read token ids", where=path, found=error, expected="JSON: [1, 2, 3]") from error
+    found = found.get("input_ids") if isinstance(found, dict) else found
+    rows = [found] if isinstance(found, list) and found and isinstance(found[0], int) else found
+    good = isinstance(rows, list) and rows and all(
+        isinstance(r, list) and r and all(isinstance(i, int) and not isinstance(i, bool) for i in r) for r in rows)  # fmt: skip
+    if not good:
+        raise Qwen35Error("not token ids", where=path, expected="[1, 2, 3] or [[1, 2], [3, 4, 5]]", found=str(found)[:60])
+    return padded([torch.tensor(r) for r in rows])
+
+
+def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """[B, T], zeros at the end, and the mask (None where nothing is padded)."""
+    T = max(len(r) for r in rows)
+    ids, mask = torch.zeros(len(rows), T, dtype=torch.long), torch.zeros(len(rows), T, dtype=torch.long)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)], mask[b, : len(row)] = row, 1
+    return ids, None if bool(mask.all()) else mask
+
+
+def write_truth(
+    checkpoint: str | Path, ids: Tensor, mask: Tensor | None, out: str | Path, arithmetic: str = "exact",
+    shared_expert: str = "unfused", taps: str = "*", with_envelope: bool = True, engine: str | None = None,
+) -> Trace:  # fmt: skip
+    """Trace a checkpoint to a directory, layer by layer, and beside it the envelope."""
+    model, loaded = open_checkpoint(checkpoint, shared_expert, arithmetic)
+    meta = {"checkpoint": {**model.identity, "path": str(Path(checkpoint).resolve())}, "fused": loaded.fused}
+    truth = trace(model, ids, taps=taps, attention_mask=mask, out=out, meta=meta)
+    if with_envelope:
+        write_envelope(truth, _legal_models(checkpoint, shared_expert, arithmetic, engine))
+    return truth
+
+
+def _legal_models(path: str | Path, shared_expert: str, arithmetic: str, engine: str | None) -> Iterator[Model]:
+    for table in legal(arithmetic, engine):
+        yield load(path, table, shared_expert, mode="stream", text_only=True)
+
+
+def truth_of(dump: Dump) -> tuple[Tensor, Tensor | None]:
+    """The sequences that a dump holds: ids [B, T] and mask, joined over its steps."""
+    rows: list[list[Tensor]] = []
+    owner: dict[Any, int] = {}
+    for step in dump.steps:
+        tokens = dump.tokens.get(step)
+        if tokens is None or tokens.ids is None:
+            continue
+        for run, start, request in runs(tokens):
+            length = [sum(len(part) for part in row) for row in rows]
+            known = owner.get(request) if request is not None else None
+            if start in (0, None):
+                known = None
+            elif known is None or length[known] != start:
+                known = next((b for b, n in enumerate(length) if n == start), None)
+            if known is None:
+                if start not in (0, None):
+                    continue  # a cached prefix, whose ids the dump does not hold
+                known, rows = len(rows), [*rows, []]
+            rows[known].append(tokens.ids[run])
+            if request is not None:
+                owner[request] = known
+    if not rows:
+        raise Qwen35Error(
+            "the dump does not say which tokens it is of", where=dump.path,
+            do="write the truth with `qwen35-moe trace --ids`, then `qwen35-moe compare`",
+        )  # fmt: skip
+    return padded([torch.cat(row) for row in rows])
+
+
+def run_trace(args: argparse.Namespace) -> int:
+    if args.list:
+        for name, tap in TAPS.items():
+            print(f"{name:<28}{tap.dims:<14}{tap.meaning}")
+        print("\narithmetics: " + ", ".join(ARITHMETICS))
+        return 0
+    if not (args.checkpoint and args.ids and args.out):
+        raise Qwen35Error("nothing to trace", expected="trace CHECKPOINT --ids FILE --out DIRECTORY")
+    ids, mask = read_ids(args.ids)
+    get(args.arithmetic)
+    truth = write_truth(args.checkpoint, ids, mask, args.out, args.arithmetic, args.shared_expert, args.taps,
+                        not args.no_envelope)  # fmt: skip
+    print(f"{args.out}: {len(truth)} tensors of {ids.numel()} tokens, arithmetic {args.arithmetic}")
+    return 0
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    truth = Trace.open(args.truth)
+    dump = read_dump(args.dump, config=truth.meta.get("config"), name_map=args.name_map)
+    known = truth.meta.get("checkpoint") or {}
+    path = args.checkpoint or known.get("path")
+    loaded = None
+    if path and (args.checkpoint or Path(path).exists()):
+        model, loaded = open_checkpoint(path)
+        if known.get("headers_sha256") not in (None, model.identity["headers_sha256"]):
+            raise Qwen35Error("truth is of another checkpoint", where=args.truth, expected=known.get("path"), found=path,
+                              do="trace this checkpoint, or give the other one with --checkpoint")  # fmt: skip
+        loaded.fused = truth.meta.get("fused") or loaded.fused
+    return _report(_compare(truth, dump, loaded, args), args)
+
+
+def run_diagnose(args: argparse.Namespace) -> int:
+    model, loaded = open_checkpoint(args.checkpoint, args.shared_expert)
+    dump = read_dump(args.dump, config=model.config.raw, name_map=args.name_map)
+    ids, mask = truth_of(dump)
+    with tempfile.TemporaryDirectory() as folder:
+        truth = write_truth(args.checkpoint, ids, mask, folder, args.arithmetic, args.shared_expert, with_envelope=False)
+        return _report(_compare(truth, dump, loaded, args, args.layer), args)
+
+
+def _compare(
+    truth: Trace, dump: Dump, loaded: Loaded | None, args: argparse.Namespace, layers: list[int] | None = None
+) -> Comparison:
+    return compare(truth, dump, loaded and loaded.source, fused=loaded.fused if loaded else False, engine=args.engine,
+                   limit=args.limit, layers=layers)  # fmt: skip
+
+
+def _report(result: Comparison, args: argparse.Namespace) -> int:
+    print(report.text(result, args.width))
+    if args.json:
+        report.write(args.json, report.jsonl(result))
+    if args.html:
+        report.write(args.html, report_html.html(result))
+        print(f"\n{args.html}")
+    return result.exit_code
+
+
+def run_mutants(args: argparse.Namespace) -> int:
+    model, loaded = open_checkpoint(args.checkpoint)
+    mxfp4 = loaded.source.spec("layers.0.mlp.experts").kind == "mxfp4"
+    if args.a4 and not mxfp4:
+        raise Qwen35Error("no activations are quantised here", where=args.checkpoint, expected="MXFP4 experts")
+    ids = (torch.arange(args.tokens) * 7919 % 251 % model.config.vocab_size)[None]
+    faults = (*mutants.FAULTS, *mutants.SMALL)
+    done = 0
+
+    def progress(_: object) -> None:
+        nonlocal done
+        done += 1
+        if sys.stderr.isatty():
+            print(f"\r{done}", end="", file=sys.stderr)
+
+    out = mutants.run(loaded.source, ids, args.regime or mutants.REGIMES, faults[:: 10 if args.quick else 1], args.a4, mxfp4,
+                      progress)  # fmt: skip
+    print(mutants.table(*out))
+    planted, foreign, clean = out
+    good = all(o.found for o in (*planted, *foreign, *clean)) and sum(o.named_right for o in planted) >= 0.95 * len(planted)
+    return 0 if good else 1

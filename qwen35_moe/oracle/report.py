@@ -1,0 +1,144 @@
+"""A comparison as text that fits a terminal, and as JSONL."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..tap_names import base_name
+from .records import Comparison, Record, show
+
+SYMBOLS = {"bit-equal": "=", "within rounding": ".", "suspicious": "?", "wrong": "X", "not comparable": "!", "missing": " "}
+SHORT = {
+    "embed_tokens": "embed", "layer_input": "input", "input_layernorm": "norm1", "attn_output": "mixer",
+    "pre_mlp_residual": "resid", "pre_mlp_layernorm_output": "norm2", "moe_router_logits": "router",
+    "moe_topk_ids": "ids", "moe_topk_weights": "weight", "mlp_output": "mlp", "layer_output_sum": "output",
+    "moe_shared_output": "shared", "moe_shared_gated": "sh.gtd", "moe_shared_gate": "shgate",
+    "moe_routed_output": "routed", "moe_slot_ids": "slots", "moe_slot_weights": "sl.wgt",
+    "gdn_state": "state", "gdn_core_out": "core", "final_norm": "norm", "next_token_logits": "logits",
+}  # fmt: skip
+
+
+def grid(result: Comparison) -> tuple[list[int], list[str], dict[tuple[int, str], Record]]:
+    """Layers, taps that were looked at, and the record of each pair. `layer_input` stands with the layer that reads it."""
+    cells = {}
+    for r in result.records:
+        if r.key.startswith("layers.") and r.cls != "missing":
+            cells[int(r.key.split(".")[1]), base_name(r.key)] = r
+    layers = sorted({layer for layer, _ in cells})
+    order = {base_name(r.key): i for i, r in reversed(list(enumerate(result.records)))}
+    return layers, sorted({tap for _, tap in cells}, key=order.__getitem__), cells
+
+
+def text(result: Comparison, width: int = 80) -> str:
+    """The whole report; no line is longer than `width`."""
+    lines: list[str] = []
+
+    def say(label: str, value: str) -> None:
+        lines.extend(textwrap.wrap(f"{label:<9}{value}", width, subsequent_indent=" " * 9) or [""])
+
+    say("truth", result.truth)
+    say("engine", f"{result.engine}; {result.tokens[0]} of {result.tokens[1]} tokens")
+    say("limit", f"{result.limit:g} x the largest error of {', '.join(result.members)}, or of one rounding")
+    lines.append("")
+    lines += textwrap.wrap(result.verdict, width)
+    if first := result.first:
+        lines += textwrap.wrap(
+            f"worst row: sequence {first.worst[0]}, token {first.worst[1]}; " * bool(first.worst)
+            + f"{first.bad_rows} of {first.rows} rows beyond the limit; relative error {first.rel:.2g}",
+            width, initial_indent="  ", subsequent_indent="  ",
+        )  # fmt: skip
+    for d in result.diagnoses:
+        lines += ["", *textwrap.wrap(str(d), width, subsequent_indent="  ")]
+        if d.fit and d.fit_left < 0.2:
+            a, b, c = d.fit
+            fit = f"fit: {a:.3f} routed + {b:.3f} gated shared + {c:.3f} ungated shared, {100 * d.fit_left:.2g} % left"
+            lines += textwrap.wrap(fit, width, initial_indent="  ", subsequent_indent="  ")
+    lines += ["", *_heat(result, width)]
+    rest = [r for r in result.records if not r.key.startswith("layers.") and r.cls != "missing"]
+    for r in rest:
+        say(SHORT.get(r.key, r.key)[:8], f"{r.cls}, {show(r.added)} x added, {show(r.inherited)} x inherited {r.note and '(' + r.note + ')'}")
+    lines.append("")
+    if result.routing:
+        total, agree = sum(r.tokens for r in result.routing), sum(r.agree for r in result.routing)
+        illegal, flips = sum(len(r.illegal) for r in result.routing), sum(len(r.flips) for r in result.routing)
+        say("routing", f"{agree} of {total} sets of experts agree; {flips - illegal} legal flips, {illegal} illegal")
+    if (x := result.logits) is not None:
+        legal = "" if x.legal_flips is None else f" ({x.legal_flips} of {x.flips} flips within noise)"
+        say("logits", f"KL mean {x.kl_mean:.2g}, max {x.kl_max:.2g}; top-1 {100 * x.top1:.1f} %{legal}, "
+                      f"top-5 {100 * x.top5:.1f} %; delta log p rms {x.delta_log_p_rms:.2g}")  # fmt: skip
+    if result.weights:
+        wrong = [w for w in result.weights if w.bad]
+        say("weights", f"{len(result.weights) - len(wrong)} of {len(result.weights)} as stored or known")
+        for w in wrong[:8]:
+            say("", f"X {w.name}: {w.detail}")
+    counts = result.summary
+    say("taps", ", ".join(f"{counts[c]} {c}" for c in counts if c != "total" and counts[c]) + f": {counts['total']} in all")
+    for label, keys in (("missing", [r.key for r in result.records if r.cls == "missing"]), ("extra", result.extra),
+                        ("unknown", result.unknown), ("holes", result.holes),
+                        ("broken", [f"{r.key} ({r.note})" for r in result.records if r.cls == "not comparable"]),
+                        ("NaN in", [f"{r.key} ({r.nan} rows)" for r in result.records if r.nan])):  # fmt: skip
+        if keys:
+            say(label, f"{len(keys)}: {', '.join(_fold(keys)[:10])}{', ...' if len(_fold(keys)) > 10 else ''}")
+    for problem in result.problems:
+        say("problem", " ".join(str(problem).split()))
+    for note in result.notes:
+        say("note", note)
+    return "\n".join(line[:width] for line in lines)
+
+
+def _fold(keys: Iterable[str]) -> list[str]:
+    """One name for a tap of many layers: `layers.*.gdn_q (3)`."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        found.setdefault(f"layers.*.{base_name(key)}" if key.startswith("layers.") else key, []).append(key)
+    return [name if len(all_) == 1 and "*" not in name else all_[0] if len(all_) == 1 else f"{name} ({len(all_)})"
+            for name, all_ in found.items()]  # fmt: skip
+
+
+def _heat(result: Comparison, width: int) -> list[str]:
+    layers, taps, cells = grid(result)
+    if not layers:
+        return []
+    lines = ["ratio of each tap: = bit-equal, . within rounding, ? suspicious, X wrong,"[:width],
+             "! not comparable; > marks the first divergence"]  # fmt: skip
+    room = max(1, (width - 9) // 8)
+    for start in range(0, len(taps), room):
+        part = taps[start : start + room]
+        lines += ["", "layer    " + "".join(f"{SHORT.get(t, t.removeprefix('moe_').removeprefix('gdn_'))[:6]:>7} " for t in part)]
+        for layer in layers:
+            kind = result.layers[layer] if layer < len(result.layers) else ""
+            row = "".join(_cell(cells.get((layer, tap)), result.first) for tap in part)
+            lines.append(f"{layer:>3} {kind:<5}{row}".rstrip())
+    return [*lines, ""]
+
+
+def _cell(record: Record | None, first: Record | None) -> str:
+    if record is None:
+        return " " * 8
+    mark = ">" if record is first else " "
+    return f"{mark}{show(record.ratio):>6}{SYMBOLS[record.cls]}"
+
+
+def jsonl(result: Comparison) -> str:
+    """One JSON object a line; `type` says what it is. Infinity and NaN are strings."""
+    return "\n".join(json.dumps(_plain(row)) for row in result.rows()) + "\n"
+
+
+def _plain(x: object) -> object:
+    if isinstance(x, float) and not math.isfinite(x):
+        return str(x)
+    if isinstance(x, dict):
+        return {str(k): _plain(v) for k, v in x.items()}
+    return [_plain(v) for v in x] if isinstance(x, list | tuple) else x
+
+
+def write(path: str | Path, content: str) -> None:
+    """Complete or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(content, encoding="utf-8")
+    partial.replace(path)
