@@ -236,11 +236,13 @@ class _Work:
         if pair.engine is None or pair.dtype is None:
             return
         index, x, truth = self.index(pair), pair.engine, pair.truth
-        keep = ~touched[index] if per_token(key) else torch.full((len(index),), not bool(touched.any()))
+        free = key.endswith(".gain") or not touched.any()
+        keep = ~touched[index] if per_token(key) else torch.full((len(index),), bool(free))
         if base_name(key) in WEIGHTS:
             x, truth = x.sort(1, descending=True).values, truth.sort(1, descending=True).values
         if not keep.any():
-            record.note = record.note or "every token comes after a flip of experts"
+            if record.added is None:
+                record.note = "every token comes after a flip of experts"
             return
         errors = Norms(*(stored[f"{key}|{n}"].to(torch.float64)[index][keep] for n in ("l2", "max")))
         x, truth = x[keep], truth[keep]
@@ -285,7 +287,7 @@ class _Work:
             self.result.notes.append(f"only layers {', '.join(map(str, layers))} were judged")
         order = {key: i for i, key in enumerate([*names, "next_token_logprobs"])}  # of execution
         for key in dict.fromkeys([*names, *(self.alignment.keys if layers is None else ())]):
-            if key in self.records:
+            if key in self.records or (layers is not None and key in self.alignment.keys):
                 continue
             present = key in self.alignment.keys
             note = "no envelope for this tap" if present else ""

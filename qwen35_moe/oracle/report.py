@@ -67,7 +67,7 @@ def text(result: Comparison, width: int = 80) -> str:
         illegal, flips = sum(len(r.illegal) for r in result.routing), sum(len(r.flips) for r in result.routing)
         say("routing", f"{agree} of {total} sets of experts agree; {flips - illegal} legal flips, {illegal} illegal")
     if (x := result.logits) is not None:
-        legal = "" if x.legal_flips is None else f" ({x.legal_flips} of {x.flips} flips within noise)"
+        legal = "" if x.legal_flips is None or not x.flips else f" ({x.legal_flips} of {x.flips} flips within noise)"
         say("logits", f"KL mean {x.kl_mean:.2g}, max {x.kl_max:.2g}; top-1 {100 * x.top1:.1f} %{legal}, "
                       f"top-5 {100 * x.top5:.1f} %; delta log p rms {x.delta_log_p_rms:.2g}")  # fmt: skip
     if result.weights:

@@ -1,0 +1,71 @@
+"""The mutation score on a part of the catalogue; `qwen35-moe mutants` runs all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen35_moe.oracle import mutants
+from qwen35_moe.oracle.demo import planted_failure
+from qwen35_moe.oracle.faults import FAULTS
+from qwen35_moe.oracle.mutants import SMALL, UNLISTED, Bench, Variant, variants
+from qwen35_moe.oracle.oracle_cli import open_checkpoint
+
+IDS = (torch.arange(32) * 7919 % 251)[None]
+
+# Every kind of fault once: scale, weights' bytes, one expert, norm, rotary, state, conv; the smallest ones.
+CHOSEN = (
+    "shared expert counted twice", "shared gate applied twice", "BF16 shared expert read as FP4", "nibbles swapped",
+    "one expert's slot is stale", "final norm without 1 +", "rotary theta 10000", "recall term missing", "state in bf16",
+    "A_log in bf16", "MTP shared expert dropped",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def benches(built: Callable[[str], Path]) -> dict[str, Bench]:
+    source = open_checkpoint(built("tiny-mxfp4"))[1].source
+    return {regime: Bench(source, regime, IDS) for regime in mutants.REGIMES[:2]}
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f.name in CHOSEN], ids=lambda f: f.name)
+def test_fault_is_found_and_named(benches: dict[str, Bench], fault: mutants.Fault) -> None:
+    found = benches["gate 0.5"].planted(fault)
+    assert found.found and found.named_right, found
+
+
+@pytest.mark.parametrize("fault", SMALL, ids=lambda f: f.name)
+def test_smallest_faults_are_found_where_they_are_smallest(benches: dict[str, Bench], fault: mutants.Fault) -> None:
+    found = benches["gate 0.05"].planted(fault)
+    assert found.found and found.named_right, found
+
+
+@pytest.mark.parametrize("fault", UNLISTED[2::3], ids=lambda f: f.name)
+def test_unlisted_fault_is_unknown(benches: dict[str, Bench], fault: mutants.Fault) -> None:
+    found = benches["gate 0.5"].planted(fault)
+    assert found.found and found.named == "unknown", found
+
+
+@pytest.mark.parametrize("variant", variants(False, IDS.shape[1]), ids=lambda v: v.name)
+def test_clean_variant_passes(benches: dict[str, Bench], variant: Variant) -> None:
+    found = benches["gate 0.5"].clean(variant)
+    assert found.found, found
+
+
+def test_w4a4_engine(built: Callable[[str], Path]) -> None:
+    """The right rule of the activations' scales passes, another one is found and named."""
+    bench = Bench(open_checkpoint(built("tiny-mxfp4"))[1].source, "gate 0.5", IDS, a4=True)
+    for variant in variants(True, IDS.shape[1]):
+        assert bench.clean(variant).found, variant.name
+    for fault in [f for f in FAULTS if f.needs == "a4"]:
+        found = bench.planted(fault)
+        assert found.found and found.named_right, found
+
+
+def test_demo_finds_the_planted_failure(
+    built: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert planted_failure(built("tiny-mxfp4"), tmp_path)
+    assert "sglang 22948" in capsys.readouterr().out and (tmp_path / "report.html").is_file()

@@ -1,0 +1,327 @@
+"""The oracle's parts: envelope and verdict, routing, replay, added against inherited error, weights, logits, reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen35_moe import Qwen35Error, cli
+from qwen35_moe.arithmetic import get
+from qwen35_moe.load import load
+from qwen35_moe.oracle import oracle_cli, report, report_html
+from qwen35_moe.oracle.align import Pair
+from qwen35_moe.oracle.compare import compare, write_envelope
+from qwen35_moe.oracle.dump import Dump, Piece
+from qwen35_moe.oracle.envelope import LIMIT, Norms, envelope, judge, legal
+from qwen35_moe.oracle.faults import FAULTS
+from qwen35_moe.oracle.logits import compare_logits
+from qwen35_moe.oracle.mutants import DUMPED
+from qwen35_moe.oracle.readers.own import from_trace
+from qwen35_moe.oracle.records import Comparison, Record
+from qwen35_moe.oracle.replay import ReplayRouting
+from qwen35_moe.oracle.routing import by_id, compare_ids, could_flip
+from qwen35_moe.oracle.trace_file import Trace
+from qwen35_moe.oracle.weights_check import check_weights
+from qwen35_moe.quant.layouts import shuffle_scales, shuffle_weight
+from qwen35_moe.trace import trace
+
+IDS = (torch.arange(24) * 7919 % 251)[None]
+
+
+@pytest.fixture(scope="module")
+def truth(built: Callable[[str], Path]) -> Trace:
+    path = built("tiny-mxfp4")
+    found = trace(load(path, text_only=True), IDS, taps=DUMPED)
+    write_envelope(found, [load(path, table, "unfused", text_only=True) for table in legal("exact")])
+    return found
+
+
+@pytest.fixture(scope="module")
+def engine(built: Callable[[str], Path]) -> Trace:
+    return trace(load(built("tiny-mxfp4"), "sglang-bf16", "unfused", text_only=True), IDS, taps=DUMPED)
+
+
+@pytest.fixture(scope="module")
+def source(built: Callable[[str], Path]):
+    return oracle_cli.open_checkpoint(built("tiny-mxfp4"))[1].source
+
+
+def changed(run: Trace, **values: torch.Tensor) -> Dump:
+    """A dump of a run with some of its tensors replaced (keys with __ for dots; None leaves one out)."""
+    new = {k.replace("__", "."): v for k, v in values.items()}
+    kept = {k: v for k, v in run.sites.items() if new.get(k, 0) is not None}
+    return from_trace(Trace(kept, run.meta, memory={**run.memory, **{k: v for k, v in new.items() if v is not None}}))
+
+
+def noise(shape: tuple[int, ...], size: float) -> torch.Tensor:
+    return size * torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def test_judge_is_free_of_scale_and_sees_one_bad_row() -> None:
+    y = noise((64, 256), 1.0)
+    member = y + noise((64, 256), 1e-3).flip(0)
+    for scale in (1.0, 2.0**-20):
+        bound = envelope(y * scale, [member * scale], torch.bfloat16)
+        good = judge((y * scale).to(torch.bfloat16), y * scale, bound, torch.bfloat16)
+        assert good.cls == "bit-equal" and good.ratio <= 1.0
+        within = judge(member * scale, y * scale, bound, torch.bfloat16)
+        assert within.cls == "within rounding"
+        bad = member.clone()
+        bad[17] *= 1.05
+        found = judge(bad * scale, y * scale, bound, torch.bfloat16)
+        assert (found.cls, found.worst) == ("wrong", 17)
+
+
+def test_max_norm_finds_one_element() -> None:
+    y = noise((8, 4096), 1.0)
+    bound = envelope(y, [y.to(torch.bfloat16)], torch.bfloat16)
+    x = y.clone()
+    x[3, 100] += 0.1  # 0.2 % of the row's norm
+    found = judge(x, y, bound, torch.bfloat16)
+    assert found.ratio_max > LIMIT > found.ratio_l2 and found.worst == 3
+
+
+def test_nan_is_infinitely_wrong_and_zero_is_equal() -> None:
+    y = torch.zeros(4, 8, dtype=torch.float64)
+    bound = envelope(y, [], torch.float32)
+    assert judge(y, y, bound, torch.float32).cls == "bit-equal"
+    x = y.clone()
+    x[1, 1] = torch.nan
+    assert judge(x, y, bound, torch.float32).ratio == torch.inf
+    infinite = torch.full((4, 8), -torch.inf, dtype=torch.float64)
+    assert judge(infinite, infinite, bound, torch.float32).cls == "bit-equal"
+
+
+def test_narrow_rows_borrow_from_all_rows() -> None:
+    truth_R1 = torch.tensor([[1e-9], [1.0], [2.0]], dtype=torch.float64)
+    bound = Norms.of(torch.full((3, 1), 1e-3)).pooled(Norms.of(truth_R1), narrow=True)
+    assert bound.l2.min() >= 1e-3
+
+
+def test_routing_compares_sets_and_weighs_margins() -> None:
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 4, dtype=torch.float64)
+    logits[1, 2] = 2.99
+    ours = torch.tensor([[0, 1]] * 4)
+    theirs = torch.tensor([[1, 0], [0, 2], [0, 3], [0, 0]])
+    found = compare_ids(ours, theirs, logits, torch.full((4,), 0.01, dtype=torch.float64), 5)
+    assert found.agree == 1 and found.nonsense == 1
+    assert [(f.row, f.legal, f.rank) for f in found.flips] == [(1, True, 3), (2, False, 4)]
+    assert could_flip(logits, torch.full((4,), 0.01), 2).tolist() == [False, True, False, False]
+
+
+def test_weights_follow_their_ids() -> None:
+    ids, like = torch.tensor([[7, 2, 5]]), torch.tensor([[2, 5, 7]])
+    assert by_id(torch.tensor([[0.7, 0.2, 0.5]]), ids, like).tolist() == [torch.tensor([0.2, 0.5, 0.7]).tolist()]
+
+
+@pytest.mark.parametrize("level", ["ids", "weights", "logits"])
+def test_replay_repeats_a_routing(built: Callable[[str], Path], truth: Trace, engine: Trace, level: str) -> None:
+    shifted = Trace(engine.sites, engine.meta, memory=dict(engine.memory))
+    for layer in range(4):
+        for name in ("moe_topk_ids", "moe_router_logits"):
+            shifted.memory[f"layers.{layer}.{name}"] = engine[f"layers.{layer}.{name}"].roll(1, 0)
+    found = trace(load(built("tiny-mxfp4"), text_only=True), IDS, taps=DUMPED, replay=ReplayRouting(shifted, level))
+    key = "layers.2.moe_topk_ids"
+    assert torch.equal(found[key].sort(1).values, shifted[key].sort(1).values)
+    same = torch.equal(found["layers.2.moe_topk_weights"].float(), engine["layers.2.moe_topk_weights"].float())
+    assert same == (level == "weights")
+
+
+def test_clean_engine_agrees_everywhere(truth: Trace, engine: Trace, source) -> None:
+    found = compare(truth, from_trace(engine), source)
+    assert found.exit_code == 0 and not found.diagnoses, found.verdict
+    counts = found.summary
+    assert sum(n for c, n in counts.items() if c != "total") == counts["total"] == len(truth.sites)
+    assert all(r.equal_to == "sglang-bf16" for r in found.records if r.added and r.key.endswith("mlp_output"))
+    inherited = [r.inherited for r in found.records if r.inherited is not None]
+    assert len(inherited) > 20 and max(inherited) < LIMIT  # the others come after a flip
+
+
+def test_added_error_names_the_first_block_and_not_its_victims(truth: Trace, engine: Trace, source) -> None:
+    """A bug in layer 1 reaches every later tap; only the guilty one has an error of its own."""
+    bad = engine["layers.1.mlp_output"] * 1.2
+    after = {f"layers__{i}__layer_input": engine[f"layers.{i}.layer_input"] * 1.1 for i in (3,)}
+    found = compare(truth, changed(engine, layers__1__mlp_output=bad, **after), source)
+    assert found.first is not None and (found.first.layer, found.first.key) == (1, "layers.1.mlp_output")
+    assert str(found.diagnoses[0]).startswith("layer 1, mlp: whole block times 1.2")
+    stream = next(r for r in found.records if r.key == "layers.3.layer_input")
+    assert stream.bad and stream.layer == 2 and stream.block == "stream"
+
+
+def test_without_checkpoint_errors_are_inherited(truth: Trace, engine: Trace) -> None:
+    clean = compare(truth, from_trace(engine))
+    assert not clean.diverges and clean.compared > 20
+    bad = engine["layers.1.mlp_output"] * 2
+    found = compare(truth, changed(engine, layers__1__mlp_output=bad))
+    assert found.exit_code == 1 and found.first is not None and found.first.key == "layers.1.mlp_output"
+    bare = Trace(truth.sites, {k: v for k, v in truth.meta.items() if k != "_envelope"}, memory=truth.memory)
+    with pytest.raises(Qwen35Error, match="no envelope"):
+        compare(bare, from_trace(engine))
+
+
+def test_nan_missing_misshapen_and_holes_are_counted(truth: Trace, engine: Trace, source) -> None:
+    nan = engine["layers.0.attn_output"].clone()
+    nan[0, 5, 3] = torch.nan
+    found = compare(truth, changed(engine, layers__0__attn_output=nan), source)
+    assert found.exit_code == 1 and next(r for r in found.records if r.nan).key == "layers.0.attn_output"
+
+    found = compare(truth, changed(engine, layers__2__mlp_output=None), source)
+    assert found.exit_code == 2 and found.holes == ["layers.2.mlp_output"] and found.summary["missing"] == 1
+
+    short = engine["layers.2.mlp_output"][:, :32]
+    found = compare(truth, changed(engine, layers__2__mlp_output=short), source)
+    assert found.exit_code == 2 and "misshapen" in next(r.note for r in found.records if r.cls == "not comparable")
+
+
+def test_illegal_flip_diverges(truth: Trace, engine: Trace, source) -> None:
+    ids = engine["layers.1.moe_topk_ids"].clone()
+    worst = truth["layers.1.moe_router_logits"][7].argmin()
+    ids[7, 0] = worst
+    found = compare(truth, changed(engine, layers__1__moe_topk_ids=ids), source)
+    flip = next(r for r in found.routing if r.layer == 1).illegal[0]
+    assert found.exit_code == 1 and flip.won == (int(worst),) and flip.margin > flip.noise
+
+
+def test_nothing_compared_is_not_green() -> None:
+    assert Comparison().exit_code == 2 and "NOT COMPARED" in Comparison().verdict
+    assert Comparison([Record("x", "missing", "mlp", 0)]).exit_code == 2
+
+
+def test_dump_without_ids_judges_no_token_that_could_have_flipped(truth: Trace, engine: Trace, source) -> None:
+    without = {f"layers__{i}__moe_topk_ids": None for i in range(4)}
+    found = compare(truth, changed(engine, **without), source)
+    assert found.exit_code == 0, found.verdict
+
+
+def param(name: str, x: torch.Tensor) -> dict[str, Piece]:
+    return {f"model.{name}@0": Piece(name, lambda: x)}
+
+
+def test_weights_slot_by_slot(engine: Trace, source) -> None:
+    codes = torch.stack([source.slot("layers.0.mlp", e)[1].codes for e in range(10)])
+    dump = from_trace(engine)
+
+    def states(name: str, x: torch.Tensor) -> list[tuple[str, str]]:
+        dump.weights = param(name, x)
+        return [(w.state, w.detail) for w in check_weights(dump, source)]
+
+    name = "layers.0.mlp.experts.w2_weight"
+    assert states(name, codes) == [("equal", "")] * 10
+    shuffled = torch.stack([torch.nn.functional.pad(c, (0, 16)) for c in codes])
+    wrong = codes.clone()
+    wrong[3] = (codes[3] << 4) | (codes[3] >> 4)
+    wrong[4], wrong[5] = codes[6], 0
+    assert [d for _, d in states(name, wrong)][3:6] == ["nibbles swapped", "holds expert 6", "all zero"]
+    assert states(name, torch.cat((codes, codes[:1])))[-1][0] == "wrong"
+    assert shuffled.shape[-1] == 32  # F = 32 has half a tile of codes: see the next test for whole ones
+
+    a_log = source.tensor("layers.0.linear_attn.A_log")
+    assert states("layers.0.linear_attn.A_log", a_log)[0][0] == "equal"
+    assert states("layers.0.linear_attn.A_log", a_log.to(torch.bfloat16)) == [("wrong", "rounded to bfloat16 from float32")]
+    joined = torch.cat([source.weight(f"layers.0.linear_attn.in_proj_{n}").values for n in "ba"])
+    assert states("layers.0.linear_attn.in_proj_ba.weight", joined)[0][0] == "equal"
+    assert states("layers.0.linear_attn.in_proj_ba.weight", joined.roll(4, 0)) == [("wrong", "halves swapped")]
+    assert states("layers.0.nonsense", joined)[0][0] == "unknown"
+
+
+def test_weights_in_aiters_layout(engine: Trace, source) -> None:
+    gate_up = [source.slot("layers.0.mlp", e)[0] for e in range(10)]
+    codes = torch.stack([torch.cat([p.codes for p in g.parts]) for g in gate_up])
+    scales = torch.stack([torch.cat([p.scales for p in g.parts]) for g in gate_up])
+    dump = from_trace(engine)
+    dump.weights = param("layers.0.mlp.experts.w13_weight", shuffle_weight(codes))
+    assert {w.state for w in check_weights(dump, source)} == {"reordered"}
+    dump.weights = param("layers.0.mlp.experts.w13_weight_scale", scales + 1)
+    assert {w.detail for w in check_weights(dump, source)} == {"one step high"}
+    assert shuffle_scales(scales[0]).shape == (256, 8)
+
+
+def test_logits() -> None:
+    p = torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.001, 0.0], [5.0, 0.0, 0.0]], dtype=torch.float64)
+    q = torch.tensor([[2.0, 1.0, 0.0], [1.001, 1.0, 0.0], [0.0, 5.0, 0.0]], dtype=torch.float64)
+    rows = torch.tensor([[0, 0], [0, 1], [0, 2]])
+    found = compare_logits(Pair("next_token_logits", p, q, rows), torch.full((3,), 0.01), torch.tensor([[0, 1, 2]]))
+    assert (found.tokens, found.flips, found.legal_flips, found.worst) == (3, 2, 1, (0, 2))
+    assert found.kl_max == pytest.approx(float((p[2].softmax(-1) * (p[2] - q[2])).sum()))
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [v or "" for k, v in attrs if k in ("src", "href")]
+        if tag not in ("meta", "line", "circle", "rect", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("line", "circle", "rect", "polyline"):
+            assert self.open.pop() == tag
+
+
+def test_reports_are_views_of_the_same_records(truth: Trace, engine: Trace, source) -> None:
+    bad = changed(engine, layers__1__mlp_output=engine["layers.1.mlp_output"] * 1.2)
+    found = compare(truth, bad, source)
+    for width in (60, 80, 132):
+        text = report.text(found, width)
+        assert max(map(len, text.splitlines())) <= width and "DIVERGES" in text and "whole block times 1.2" in " ".join(text.split())
+    lines = [json.loads(line) for line in report.jsonl(found).splitlines()]
+    assert lines[-1]["type"] == "summary" and lines[-1]["exit_code"] == found.exit_code == 1
+    assert sum(line["type"] == "tap" for line in lines) == lines[-1]["total"]
+    page = Page()
+    page.feed(report_html.html(found))
+    assert page.open == [] or page.open == ["html"] or not page.open
+    assert page.links == []
+
+
+def test_page_of_60_layers_is_small() -> None:
+    names = [n for n in DUMPED.split(",") if n not in ("embed_tokens", "final_norm", "next_token_logits")] * 4
+    records = [Record(f"layers.{i}.{n}_{k}", "within rounding", "mlp", i, 1.234, 1.2, 1e-3, 1.0, 1.0, 1e-3, (0, 511), 512)
+               for i in range(60) for k, n in enumerate(names)]  # fmt: skip
+    assert len(report_html.html(Comparison(records, layers=("gdn",) * 60)).encode()) < 1_000_000
+
+
+def test_commands(built: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = str(built("tiny"))
+    (tmp_path / "ids.json").write_text(json.dumps([[1, 5, 9, 200, 7, 8], [3, 4]]))
+    common = ["trace", checkpoint, "--ids", str(tmp_path / "ids.json"), "--taps", DUMPED]
+    assert cli.main([*common, "--out", str(tmp_path / "truth")]) == 0
+    assert cli.main([*common, "--out", str(tmp_path / "dump"), "--arithmetic", "transformers-bf16", "--no-envelope"]) == 0
+    out = ["--html", str(tmp_path / "r.html"), "--json", str(tmp_path / "r.jsonl")]
+    assert cli.main(["compare", str(tmp_path / "truth"), str(tmp_path / "dump"), *out]) == 0
+    assert "AGREES" in capsys.readouterr().out and (tmp_path / "r.html").stat().st_size < 100_000
+    assert cli.main(["diagnose", checkpoint, str(tmp_path / "dump"), "--layer", "1"]) == 0
+    assert cli.main(["compare", str(tmp_path / "truth"), str(tmp_path / "none")]) == 2
+    (tmp_path / "ids.json").write_text('["a"]')
+    assert cli.main([*common, "--out", str(tmp_path / "truth")]) == 2
+    assert "not token ids" in capsys.readouterr().err
+
+
+def test_truth_of_another_checkpoint_is_refused(built: Callable[[str], Path], tmp_path: Path) -> None:
+    oracle_cli.write_truth(built("tiny"), IDS[:, :4], None, tmp_path / "truth", taps=DUMPED, with_envelope=False)
+    arguments = ["compare", str(tmp_path / "truth"), str(tmp_path / "truth"), "--checkpoint", str(built("tiny-mxfp4"))]
+    assert cli.main(arguments) == 2
+
+
+def test_catalogue_is_data_with_names_of_taps() -> None:
+    from qwen35_moe.tap_names import TAPS
+
+    assert len({f.name for f in FAULTS}) == len(FAULTS) >= 50
+    for fault in FAULTS:
+        for name in (*fault.taps, *fault.remembers):
+            assert name in TAPS or name.endswith(".gain"), (fault.name, name)
+        assert fault.taps or fault.slot or fault.weight or fault.tensor, fault.name
+
+
+def test_envelope_of_a_declared_arithmetic() -> None:
+    mine = replace(get("sglang-bf16"), name="mine")
+    assert legal("exact", mine)[0] is mine and len(legal("exact", mine)) == len(legal("exact")) + 1
+    assert all(m.dtype == torch.float32 for m in legal("exact", "float32"))
