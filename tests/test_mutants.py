@@ -19,8 +19,8 @@ IDS = (torch.arange(32) * 7919 % 251)[None]
 # Every kind of fault once: scale, weights' bytes, one expert, norm, rotary, state, conv; the smallest ones.
 CHOSEN = (
     "shared expert counted twice", "shared gate applied twice", "BF16 shared expert read as FP4", "nibbles swapped",
-    "one expert's slot is stale", "final norm without 1 +", "rotary theta 10000", "recall term missing", "state in bf16",
-    "A_log in bf16", "MTP shared expert dropped",
+    "one expert's slot is stale", "final norm without 1 +", "rotary theta 10000", "recall term missing",
+    "state in bf16", "A_log in bf16", "MTP shared expert dropped",
 )  # fmt: skip
 
 

@@ -2,13 +2,13 @@
 
 Two errors are measured. The inherited one is what stands between the engine and the truth, and grows from layer to
 layer. The added one is what is left when each block of the truth runs on the engine's own captured input with the
-engine's own choice of experts: it names the block that is wrong. It needs the checkpoint, and decides where it is known.
+engine's own choice of experts: it names the block that is wrong. It needs the checkpoint, and decides where known.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..taps import OBSERVE, Site, attach
 from .align import Alignment, Pair, align
 from .diagnose import BF16_GRID, diagnose
 from .dump import Dump
-from .envelope import LIMIT, Norms, envelope, judge, legal
+from .envelope import LIMIT, Class, Norms, envelope, judge, legal
 from .logits import compare_logits
 from .records import Comparison, Record, block_of, layer_of
 from .replay import RESTARTS, STREAMS, Captured, ReplayRouting
@@ -192,15 +192,15 @@ class _Work:
     def _record_routing(self, key: str, layer: int | None, pair: Pair, routing: Routing) -> None:
         self.result.routing.append(routing)
         bad = len(routing.illegal) + routing.nonsense
-        cls = "wrong" if bad else "within rounding" if routing.flips else "bit-equal"
+        cls: Class = "wrong" if bad else "within rounding" if routing.flips else "bit-equal"
         worst = max(routing.flips, key=lambda f: f.margin - f.noise, default=None)
         ratio = max((f.margin / f.noise if f.noise else float("inf") for f in routing.flips), default=0.0)
         where = None if worst is None else (int(pair.rows[worst.row][0]), int(pair.rows[worst.row][1]))
         note = (
             f"{routing.agree} of {routing.tokens} sets agree, {len(routing.flips) - len(routing.illegal)} legal flips"
         )
-        record = Record(key, cls, "mlp", layer, max(ratio, float("inf") if routing.nonsense else 0.0), rows=routing.tokens,
-                        bad_rows=bad, worst=where, note=note)  # fmt: skip
+        ratio = float("inf") if routing.nonsense else ratio
+        record = Record(key, cls, "mlp", layer, ratio, rows=routing.tokens, bad_rows=bad, worst=where, note=note)
         self.records[key] = record
 
     def guilty(self, layer: int | None) -> list[Record]:
@@ -293,9 +293,8 @@ class _Work:
             note = "no envelope for this tap" if present else ""
             if present:
                 note = self.alignment.pair(key).problem or note
-            self.records[key] = Record(
-                key, "not comparable" if present else "missing", block_of(key), layer_of(key), note=note
-            )
+            cls: Class = "not comparable" if present else "missing"
+            self.records[key] = Record(key, cls, block_of(key), layer_of(key), note=note)
         self.result.records = sorted(self.records.values(), key=lambda r: order[r.key])
         self.result.holes = list(_holes(self.alignment))
         logits = next((k for k in self.alignment.keys if k.startswith("next_token_log")), None)
@@ -325,7 +324,7 @@ def _stored_envelope(truth: Trace) -> dict[str, Tensor]:
 
 
 def as_rows(key: str, x: Tensor, tokens: int) -> Tensor:
-    """[rows, features] of a tap as the model hands it over: a row a token, or (states, parameters) one a first index."""
+    """[rows, features] of a tap as the model hands it over: a row a token, or (states, gains) one a first index."""
     if not per_token(key):
         return x.reshape(x.shape[0], -1)
     x = x.movedim(2, 1) if TAPS[base_name(key)].dims == "b n t s" else x
@@ -353,7 +352,7 @@ class _Errors:
         self.norms[key] = error if known is None else error.largest(known)
 
 
-def write_envelope(truth: Trace, models: Sequence[Any]) -> None:
+def write_envelope(truth: Trace, models: Iterable[Any]) -> None:
     """Run models of legal arithmetics on the truth's tokens and keep their errors beside it (`envelope.safetensors`).
 
     They choose the truth's experts, so that the envelope measures roundings and not flips. `models` may be a generator.

@@ -2,8 +2,9 @@
 
 What a hypothesis explains is the share of the squared error that goes away when its output stands in for the truth:
 1 - |engine - broken truth|^2 / |engine - truth|^2. Rounding noise is never explained, so the share of the right answer
-is about 1 - 1 / ratio^2, and an answer that leaves no more than roundings is one even where the error was small. Scales of the MoE block's parts are solved for directly: engine = a R + b gS + c S, by least
-squares, with R the routed sum, S the shared expert's output and g its gate.
+is about 1 - 1 / ratio^2, and an answer that leaves no more than roundings is one even where the error was small. Scales
+of the MoE block's parts are solved for directly: engine = a R + b gS + c S, by least squares, with R the routed sum, S
+the shared expert's output and g its gate.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ ENOUGH = 0.8
 OUTPUT = {"mlp": "mlp_output", "gdn": "attn_output", "attn": "attn_output"}
 DIAGNOSED = (*OUTPUT, "input_layernorm", "post_attention_layernorm", "final_norm", "stream")
 # Where the output of a norm was not captured, the block that follows starts before it.
-BEFORE = {"mlp": ("post_attention_layernorm", "pre_mlp_layernorm_output"), "gdn": ("input_layernorm", "input_layernorm"),
-          "attn": ("input_layernorm", "input_layernorm")}  # fmt: skip
+BEFORE = {
+    "mlp": ("post_attention_layernorm", "pre_mlp_layernorm_output"),
+    "gdn": ("input_layernorm", "input_layernorm"),
+    "attn": ("input_layernorm", "input_layernorm"),
+}
 
 
 # A state rounded at every token errs no more than its inputs' roundings do, until hundreds of tokens have gone by; but
-# it shows on its face.
+# its digits show it.
 BF16_GRID = "all its values are bf16, where every legal arithmetic keeps more digits"
 
 
@@ -72,7 +76,7 @@ def diagnose(
     diagnosis = Diagnosis(layer, first.block, key, found, False)
     members = [work.rows(s[key], pair)[finite] for s in seen[1:]]
     noise = float(envelope(truth[finite], members, pair.dtype).l2.norm())
-    if key == f"layers.{layer}.mlp_output":
+    if layer is not None and base_name(key) == "mlp_output":
         taps = rerun.run_layer(layer, table, stream, fused=False)[0]
         parts = [taps[f"layers.{layer}.{n}"] for n in ("moe_routed_output", "moe_shared_gated", "moe_shared_output")]
         _solve(diagnosis, [work.rows(x, pair).to(torch.float64)[finite] for x in parts], engine[finite], error, noise)

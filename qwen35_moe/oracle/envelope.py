@@ -3,16 +3,16 @@
 The truth is `exact`, on the same bytes. Some arithmetics that an engine may legally have (LEGAL) are run on the same
 input, and the largest of their errors is the envelope; one rounding of the truth to the engine's dtype is in it too.
 
-    ratio of a token = max( |e|_2 / envelope_2, |e|_max / envelope_max )        ratio of a tensor = that of its worst token
+    ratio of a token = max( |e|_2 / envelope_2, |e|_max / envelope_max )     of a tensor: that of its worst token
 
 A token's own legal errors are few samples of a random size, and may be small by luck. So the envelope of a token is at
 least the root mean square of the tensor's relative errors times its norm, and for rows of a few numbers, whose norm may
 cancel to nothing, the largest error of all rows.
 
-LIMIT is justified by measurement (`qwen35-moe mutants` prints it, tiny-mxfp4, 48 tokens): the worst clean variant, split-K
-with every value and every half sum in bf16, has 3.43 where the envelope does not know its arithmetic; the smallest error
-planted, a block times 1.02, has 3.98, and the smallest bug of the catalogue far more. From LIMIT to twice that a tensor is
-"suspicious", above "wrong"; neither is green.
+LIMIT is justified by measurement (`qwen35-moe mutants` prints it; tiny-mxfp4, 48 tokens): the worst clean variant,
+split-K with every value and every half sum in bf16, has 3.43 where the envelope does not know its arithmetic; the
+smallest error planted, a block times 1.02, has 3.98, and the bugs of the catalogue far more. From LIMIT to twice that a
+tensor is "suspicious", above "wrong"; neither is green.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Fault:
               in `remembered`
     slot      change of an expert's packed weights;  weight, of a linear module's;  tensor, of a plain tensor (by name)
     switches  of the arithmetic, where the fault can be expressed in one form of a rule only
-    needs     "mxfp4" (packed experts), "a4" (quantised activations) or "a16" (not so), where it has a meaning there only
+    needs     "mxfp4" (packed experts), "a4" (quantised activations) or "a16" (not quantised), where that is needed
     fused     the shared expert is a slot when this happens
     single    the fault of one expert (`Place.expert`)
     weights   found by comparing weights: activations differ by no more than roundings
@@ -97,10 +97,8 @@ class Break:
         self.remembered: dict[str, Tensor] = {}
 
     def __call__(self, site: Site, x: Tensor) -> Tensor | None:
-        if site.layer is None:
-            elsewhere = self.fault.block != "final_norm"
-        else:
-            elsewhere = not self.place.covers(site.layer)
+        whole_model = site.layer is None and self.fault.block == "final_norm"
+        elsewhere = not whole_model and (site.layer is None or not self.place.covers(site.layer))
         if elsewhere or (site.part == "mtp") != (self.fault.block == "mtp"):
             return None
         if site.name in self.fault.remembers:
@@ -198,7 +196,7 @@ def routed(factor: float) -> Mapping[str, Change]:
 
 
 def rotary(theta: float | None = None, full: bool = False, interleaved: bool = False) -> Mapping[str, Change]:
-    """q and k rotated anew from what their norms gave: with another base, over the whole head, or in pairs (2i, 2i+1)."""
+    """q and k rotated anew from what their norms gave: with another base, the whole head, or in pairs (2i, 2i+1)."""
 
     def rotate(norm: str) -> Change:
         def change(x: Tensor, kept: dict[str, Tensor], place: Place) -> Tensor:
@@ -316,7 +314,8 @@ ROUTED = (
     Fault("scales rotated", "mlp", "each block scaled as its neighbour", "flashinfer 4087",
           slot=on_packed(lambda w: MXFP4(w.codes, w.scales.roll(1, -1) if w.scales.shape[-1] > 1 else
                                          w.scales.roll(1, 0))), needs="mxfp4"),
-    Fault("scales not unshuffled", "mlp", "scales in a kernel's tile order read row by row", "flashinfer 4093, vLLM 54773",
+    Fault("scales not unshuffled", "mlp", "scales in a kernel's tile order read row by row",
+          "flashinfer 4093, vLLM 54773",
           slot=on_packed(lambda w: MXFP4(w.codes, _tiled(w.scales))), needs="mxfp4"),
     Fault("activation scales by the floor rule", "mlp", "one step low for most blocks", "FlyDSL 590, vLLM 43557",
           activations("floor"), needs="a4"),
@@ -378,7 +377,8 @@ def _gate_logit(kept: dict[str, Tensor], place: Place) -> Tensor:
 
 
 DELTANET = (
-    Fault("b and a swapped", "gdn", "in_proj_ba sharded or split in the wrong order", "vLLM 36242", weight=swap_b_and_a),
+    Fault("b and a swapped", "gdn", "in_proj_ba sharded or split in the wrong order", "vLLM 36242",
+          weight=swap_b_and_a),
     Fault("decay with the wrong sign", "gdn", "exp(+A softplus(a)): the memory grows", "",
           {"gdn_g": lambda x, _, __: -x}),
     Fault("no decay", "gdn", "g = 0", "", {"gdn_g": lambda x, _, __: x * 0}),

@@ -1,4 +1,4 @@
-"""What an error means for the next token: KL divergence, agreement of the best tokens, and whether it was a near tie."""
+"""What an error means for the next token: KL divergence, agreement of the best tokens, and near ties."""
 
 from __future__ import annotations
 

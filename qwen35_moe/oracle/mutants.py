@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Regime:
 
 
 class SplitK(TorchFunctionMode):
-    """Linear layers as split-K kernels compute them: the halves of the sum are rounded to bf16 before they are added."""
+    """Linear layers as split-K kernels compute them: both halves of the sum are rounded to bf16, then added."""
 
     def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if f is not torch.nn.functional.linear or args[0].dtype == torch.float64:
@@ -98,13 +99,18 @@ def variants(a4: bool, tokens: int) -> list[Variant]:
     by_id = replace(SGLANG_BF16, name="by id", switches={**SGLANG_BF16.switches, "moe_sum_order": "expert"})
     recurrent = replace(SGLANG_BF16, name="recurrent", switches={**SGLANG_BF16.switches, "gdn_rule": "recurrent"})
     return [
-        Variant("sglang-bf16", SGLANG_BF16), Variant("transformers-bf16", TRANSFORMERS_BF16),
-        Variant("all bf16", ALL_BF16), Variant("experts added in reverse", reverse), Variant("experts added by id", by_id),
-        Variant("recurrent DeltaNet", recurrent), Variant("split-K", SGLANG_BF16, split_k=True),
+        Variant("sglang-bf16", SGLANG_BF16),
+        Variant("transformers-bf16", TRANSFORMERS_BF16),
+        Variant("all bf16", ALL_BF16),
+        Variant("experts added in reverse", reverse),
+        Variant("experts added by id", by_id),
+        Variant("recurrent DeltaNet", recurrent),
+        Variant("split-K", SGLANG_BF16, split_k=True),
         Variant("split-K, all bf16", ALL_BF16, split_k=True),
-        Variant("float32", arithmetics.get("float32")), Variant("batched, padded", SGLANG_BF16, batch=True),
+        Variant("float32", arithmetics.get("float32")),
+        Variant("batched, padded", SGLANG_BF16, batch=True),
         Variant("chunked prefill and decode", SGLANG_BF16, chunks=(tokens // 2, tokens - tokens // 2 - 2, 1, 1)),
-    ]  # fmt: skip
+    ]
 
 
 # The smallest errors that must be found: they are no entries of the catalogue, and the fit names them.
@@ -164,7 +170,9 @@ class Bench:
 
     def _truth(self, ids: Tensor, mask: Tensor | None = None) -> Trace:
         models = (build(self.source, t, self.unfused, CPU, "decoded") for t in legal(self.exact.name))
-        truth = trace(build(self.source, self.exact, self.unfused, CPU, "decoded"), ids, taps=DUMPED, attention_mask=mask)
+        truth = trace(
+            build(self.source, self.exact, self.unfused, CPU, "decoded"), ids, taps=DUMPED, attention_mask=mask
+        )
         write_envelope(truth, models)
         return truth
 
@@ -255,7 +263,7 @@ def _parameters(source: Source, fault: Fault, layer: int | None) -> dict[str, Pi
     else:
         names = [f"layers.{layer}.linear_attn.{n}" for n in ("A_log", "dt_bias")]
         values = {n: source.tensor(n) for n in names}
-    return {f"{n}@0": Piece(n, (lambda x: lambda: x)(x)) for n, x in values.items()}
+    return {f"{n}@0": Piece(n, partial(values.__getitem__, n)) for n in values}
 
 
 def run(
@@ -317,5 +325,6 @@ def scores(planted: Sequence[Outcome], foreign: Sequence[Outcome], clean: Sequen
         f"clean      {sum(o.found for o in clean)} of {len(clean)} variants pass",
     ]
     if least and most:
-        lines.append(f"margin     worst clean {most.ratio:.2f}, limit {LIMIT:g}, smallest fault {show(least.ratio)} ({least.name})")
+        smallest = f"smallest fault {show(least.ratio)} ({least.name})"
+        lines.append(f"margin     worst clean {most.ratio:.2f} ({most.name}), limit {LIMIT:g}, {smallest}")
     return lines

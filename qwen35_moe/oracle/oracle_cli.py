@@ -1,4 +1,4 @@
-"""`qwen35-moe trace`, `compare`, `diagnose` and `mutants`.
+"""`qwen35-moe compare`, `diagnose` and `mutants`.
 
 Exit codes: 0 all that was compared agrees, 1 something diverges, 2 it could not be compared, in part or at all.
 """
@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arithmetic import ARITHMETICS, get
 from ..errors import Qwen35Error
 from ..load import SHARED, Source, load
 from ..model import Model
-from ..tap_names import TAPS
 from ..trace import trace
 from . import mutants, report, report_html
 from .compare import compare, write_envelope
@@ -34,17 +32,6 @@ from .trace_file import Trace
 
 
 def add_parser(subparsers: Any) -> None:
-    p = subparsers.add_parser("trace", help="write the truth: what every tap holds, and how far legal roundings stray")
-    p.add_argument("checkpoint", nargs="?")
-    p.add_argument("--ids", help="JSON file with token ids: a list, or a list of lists (padded on the right)")
-    p.add_argument("--out", help="directory to write")
-    p.add_argument("--arithmetic", default="exact", help="default: %(default)s")
-    p.add_argument("--taps", default="*", help="globs, separated by commas (default: all)")
-    p.add_argument("--no-envelope", action="store_true", help="the trace alone")
-    p.add_argument("--list", action="store_true", help="name all taps and arithmetics, and stop")
-    _shared(p)
-    p.set_defaults(run=run_trace)
-
     p = subparsers.add_parser("compare", help="an engine's dump against the truth: is it wrong, where first, and why")
     p.add_argument("truth", help="directory that `trace` wrote")
     p.add_argument("dump", help="directory or file of an engine")
@@ -55,7 +42,9 @@ def add_parser(subparsers: Any) -> None:
     p = subparsers.add_parser("diagnose", help="the same without a truth: it is computed for the tokens of the dump")
     p.add_argument("checkpoint")
     p.add_argument("dump")
-    p.add_argument("--arithmetic", default="exact", help="of the truth: exact+a4-round-up for W4A4 (default: %(default)s)")
+    p.add_argument(
+        "--arithmetic", default="exact", help="of the truth: exact+a4-round-up for W4A4 (default: %(default)s)"
+    )
     p.add_argument("--layer", type=int, action="append", help="judge this layer only; may be given again")
     _shared(p)
     _reports(p)
@@ -89,24 +78,26 @@ class Loaded:
     fused: list[bool]
 
 
-def open_checkpoint(path: str | Path, shared_expert: str = "unfused", arithmetic: str = "exact") -> tuple[Model, Loaded]:
+def open_checkpoint(
+    path: str | Path, shared_expert: str = "unfused", arithmetic: str = "exact"
+) -> tuple[Model, Loaded]:
     """A streamed model of a checkpoint, its weights, and which layers fuse the shared expert."""
     model = load(path, arithmetic, shared_expert, mode="stream", text_only=True)
-    return model, Loaded(model.source, [layer.mlp.fused for layer in model.layers.empty])  # type: ignore[union-attr,arg-type]
+    return model, Loaded(model.source, [layer.mlp.fused for layer in model.layers.empty])  # type: ignore[union-attr]
 
 
 def read_ids(path: str | Path) -> tuple[Tensor, Tensor | None]:
-    """Token ids [B, T] and mask from a JSON file: a list of ids, a list of such lists, or an object with `input_ids`."""
+    """Token ids [B, T] and mask from JSON: a list of ids, a list of such lists, or an object that has `input_ids`."""
     try:
         found = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise Qwen35Error("cannot read token ids", where=path, found=error, expected="JSON: [1, 2, 3]") from error
     found = found.get("input_ids") if isinstance(found, dict) else found
-    rows = [found] if isinstance(found, list) and found and isinstance(found[0], int) else found
-    good = isinstance(rows, list) and rows and all(
-        isinstance(r, list) and r and all(isinstance(i, int) and not isinstance(i, bool) for i in r) for r in rows)  # fmt: skip
-    if not good:
-        raise Qwen35Error("not token ids", where=path, expected="[1, 2, 3] or [[1, 2], [3, 4, 5]]", found=str(found)[:60])
+    rows = found if isinstance(found, list) else []
+    rows = [rows] if rows and isinstance(rows[0], int) else rows
+    if not rows or not all(isinstance(r, list) and r and all(type(i) is int for i in r) for r in rows):
+        shown, wanted = str(found)[:60], "[1, 2, 3] or [[1, 2], [3, 4, 5]]"
+        raise Qwen35Error("not token ids", where=path, expected=wanted, found=shown)
     return padded([torch.tensor(r) for r in rows])
 
 
@@ -125,7 +116,7 @@ def write_truth(
 ) -> Trace:  # fmt: skip
     """Trace a checkpoint to a directory, layer by layer, and beside it the envelope."""
     model, loaded = open_checkpoint(checkpoint, shared_expert, arithmetic)
-    meta = {"checkpoint": {**model.identity, "path": str(Path(checkpoint).resolve())}, "fused": loaded.fused}
+    meta = {"checkpoint": {**(model.identity or {}), "path": str(Path(checkpoint).resolve())}, "fused": loaded.fused}
     truth = trace(model, ids, taps=taps, attention_mask=mask, out=out, meta=meta)
     if with_envelope:
         write_envelope(truth, _legal_models(checkpoint, shared_expert, arithmetic, engine))
@@ -167,22 +158,6 @@ def truth_of(dump: Dump) -> tuple[Tensor, Tensor | None]:
     return padded([torch.cat(row) for row in rows])
 
 
-def run_trace(args: argparse.Namespace) -> int:
-    if args.list:
-        for name, tap in TAPS.items():
-            print(f"{name:<28}{tap.dims:<14}{tap.meaning}")
-        print("\narithmetics: " + ", ".join(ARITHMETICS))
-        return 0
-    if not (args.checkpoint and args.ids and args.out):
-        raise Qwen35Error("nothing to trace", expected="trace CHECKPOINT --ids FILE --out DIRECTORY")
-    ids, mask = read_ids(args.ids)
-    get(args.arithmetic)
-    truth = write_truth(args.checkpoint, ids, mask, args.out, args.arithmetic, args.shared_expert, args.taps,
-                        not args.no_envelope)  # fmt: skip
-    print(f"{args.out}: {len(truth)} tensors of {ids.numel()} tokens, arithmetic {args.arithmetic}")
-    return 0
-
-
 def run_compare(args: argparse.Namespace) -> int:
     truth = Trace.open(args.truth)
     dump = read_dump(args.dump, config=truth.meta.get("config"), name_map=args.name_map)
@@ -191,9 +166,9 @@ def run_compare(args: argparse.Namespace) -> int:
     loaded = None
     if path and (args.checkpoint or Path(path).exists()):
         model, loaded = open_checkpoint(path)
-        if known.get("headers_sha256") not in (None, model.identity["headers_sha256"]):
-            raise Qwen35Error("truth is of another checkpoint", where=args.truth, expected=known.get("path"), found=path,
-                              do="trace this checkpoint, or give the other one with --checkpoint")  # fmt: skip
+        if known.get("headers_sha256") not in (None, (model.identity or {}).get("headers_sha256")):
+            do, was = "trace this checkpoint, or give the other one with --checkpoint", known.get("path")
+            raise Qwen35Error("truth is of another checkpoint", where=args.truth, expected=was, found=path, do=do)
         loaded.fused = truth.meta.get("fused") or loaded.fused
     return _report(_compare(truth, dump, loaded, args), args)
 
@@ -203,15 +178,17 @@ def run_diagnose(args: argparse.Namespace) -> int:
     dump = read_dump(args.dump, config=model.config.raw, name_map=args.name_map)
     ids, mask = truth_of(dump)
     with tempfile.TemporaryDirectory() as folder:
-        truth = write_truth(args.checkpoint, ids, mask, folder, args.arithmetic, args.shared_expert, with_envelope=False)
+        truth = write_truth(
+            args.checkpoint, ids, mask, folder, args.arithmetic, args.shared_expert, with_envelope=False
+        )
         return _report(_compare(truth, dump, loaded, args, args.layer), args)
 
 
 def _compare(
     truth: Trace, dump: Dump, loaded: Loaded | None, args: argparse.Namespace, layers: list[int] | None = None
 ) -> Comparison:
-    return compare(truth, dump, loaded and loaded.source, fused=loaded.fused if loaded else False, engine=args.engine,
-                   limit=args.limit, layers=layers)  # fmt: skip
+    source, fused = (loaded.source, loaded.fused) if loaded else (None, [])
+    return compare(truth, dump, source, fused=fused, engine=args.engine, limit=args.limit, layers=layers)
 
 
 def _report(result: Comparison, args: argparse.Namespace) -> int:
@@ -239,9 +216,10 @@ def run_mutants(args: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print(f"\r{done}", end="", file=sys.stderr)
 
-    out = mutants.run(loaded.source, ids, args.regime or mutants.REGIMES, faults[:: 10 if args.quick else 1], args.a4, mxfp4,
-                      progress)  # fmt: skip
+    faults = faults[:: 10 if args.quick else 1]
+    out = mutants.run(loaded.source, ids, args.regime or mutants.REGIMES, faults, args.a4, mxfp4, progress)
     print(mutants.table(*out))
     planted, foreign, clean = out
-    good = all(o.found for o in (*planted, *foreign, *clean)) and sum(o.named_right for o in planted) >= 0.95 * len(planted)
-    return 0 if good else 1
+    found = all(o.found for o in (*planted, *foreign, *clean))
+    named = sum(o.named_right for o in planted) >= 0.95 * len(planted)
+    return 0 if found and named else 1

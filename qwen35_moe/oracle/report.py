@@ -11,7 +11,7 @@ from pathlib import Path
 from ..tap_names import base_name
 from .records import Comparison, Record, show
 
-SYMBOLS = {"bit-equal": "=", "within rounding": ".", "suspicious": "?", "wrong": "X", "not comparable": "!", "missing": " "}
+SYMBOLS = {"bit-equal": "=", "within rounding": ".", "suspicious": "?", "wrong": "X", "not comparable": "!"}
 SHORT = {
     "embed_tokens": "embed", "layer_input": "input", "input_layernorm": "norm1", "attn_output": "mixer",
     "pre_mlp_residual": "resid", "pre_mlp_layernorm_output": "norm2", "moe_router_logits": "router",
@@ -22,8 +22,12 @@ SHORT = {
 }  # fmt: skip
 
 
+def short(tap: str) -> str:
+    return SHORT.get(tap, tap.removeprefix("moe_").removeprefix("gdn_"))
+
+
 def grid(result: Comparison) -> tuple[list[int], list[str], dict[tuple[int, str], Record]]:
-    """Layers, taps that were looked at, and the record of each pair. `layer_input` stands with the layer that reads it."""
+    """Layers, taps that were looked at, and their records. `layer_input` stands with the layer that reads it."""
     cells = {}
     for r in result.records:
         if r.key.startswith("layers.") and r.cls != "missing":
@@ -31,6 +35,12 @@ def grid(result: Comparison) -> tuple[list[int], list[str], dict[tuple[int, str]
     layers = sorted({layer for layer, _ in cells})
     order = {base_name(r.key): i for i, r in reversed(list(enumerate(result.records)))}
     return layers, sorted({tap for _, tap in cells}, key=order.__getitem__), cells
+
+
+def worst(first: Record) -> str:
+    """Where a tap is worst, and in how many rows it is bad."""
+    where = f"worst row: sequence {first.worst[0]}, token {first.worst[1]}; " if first.worst else ""
+    return f"{where}{first.bad_rows} of {first.rows} rows beyond the limit; relative error {first.rel:.2g}"
 
 
 def text(result: Comparison, width: int = 80) -> str:
@@ -45,12 +55,8 @@ def text(result: Comparison, width: int = 80) -> str:
     say("limit", f"{result.limit:g} x the largest error of {', '.join(result.members)}, or of one rounding")
     lines.append("")
     lines += textwrap.wrap(result.verdict, width)
-    if first := result.first:
-        lines += textwrap.wrap(
-            f"worst row: sequence {first.worst[0]}, token {first.worst[1]}; " * bool(first.worst)
-            + f"{first.bad_rows} of {first.rows} rows beyond the limit; relative error {first.rel:.2g}",
-            width, initial_indent="  ", subsequent_indent="  ",
-        )  # fmt: skip
+    if result.first:
+        lines += textwrap.wrap(worst(result.first), width, initial_indent="  ", subsequent_indent="  ")
     for d in result.diagnoses:
         lines += ["", *textwrap.wrap(str(d), width, subsequent_indent="  ")]
         if d.fit and d.fit_left < 0.2:
@@ -60,7 +66,8 @@ def text(result: Comparison, width: int = 80) -> str:
     lines += ["", *_heat(result, width)]
     rest = [r for r in result.records if not r.key.startswith("layers.") and r.cls != "missing"]
     for r in rest:
-        say(SHORT.get(r.key, r.key)[:8], f"{r.cls}, {show(r.added)} x added, {show(r.inherited)} x inherited {r.note and '(' + r.note + ')'}")
+        note = f" ({r.note})" if r.note else ""
+        say(SHORT.get(r.key, r.key)[:8], f"{r.cls}, {show(r.added)} x added, {show(r.inherited)} x inherited{note}")
     lines.append("")
     if result.routing:
         total, agree = sum(r.tokens for r in result.routing), sum(r.agree for r in result.routing)
@@ -76,7 +83,8 @@ def text(result: Comparison, width: int = 80) -> str:
         for w in wrong[:8]:
             say("", f"X {w.name}: {w.detail}")
     counts = result.summary
-    say("taps", ", ".join(f"{counts[c]} {c}" for c in counts if c != "total" and counts[c]) + f": {counts['total']} in all")
+    found = ", ".join(f"{n} {c}" for c, n in counts.items() if c != "total" and n)
+    say("taps", f"{found}: {counts['total']} in all")
     for label, keys in (("missing", [r.key for r in result.records if r.cls == "missing"]), ("extra", result.extra),
                         ("unknown", result.unknown), ("holes", result.holes),
                         ("broken", [f"{r.key} ({r.note})" for r in result.records if r.cls == "not comparable"]),
@@ -108,7 +116,7 @@ def _heat(result: Comparison, width: int) -> list[str]:
     room = max(1, (width - 9) // 8)
     for start in range(0, len(taps), room):
         part = taps[start : start + room]
-        lines += ["", "layer    " + "".join(f"{SHORT.get(t, t.removeprefix('moe_').removeprefix('gdn_'))[:6]:>7} " for t in part)]
+        lines += ["", "layer    " + "".join(f"{short(t)[:6]:>7} " for t in part)]
         for layer in layers:
             kind = result.layers[layer] if layer < len(result.layers) else ""
             row = "".join(_cell(cells.get((layer, tap)), result.first) for tap in part)

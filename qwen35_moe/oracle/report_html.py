@@ -7,7 +7,7 @@ from html import escape
 
 from ..tap_names import base_name
 from .records import Comparison, Record, show
-from .report import SHORT, SYMBOLS, _fold, grid
+from .report import SYMBOLS, _fold, grid, short, worst
 
 STYLE = """
 :root{--ink:#1b1f24;--soft:#5d6670;--line:#d8dde3;--paper:#fff;--wash:#f5f7f9;--bad:#b3261e;--good:#1a6b3c}
@@ -43,16 +43,9 @@ def html(result: Comparison, title: str = "qwen35-moe compare") -> str:
     parts = [f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
              f"<title>{escape(title)}</title><style>{STYLE}</style><main><h1>{escape(title)}</h1>",
              f'<div class="verdict{" bad" if bad else ""}"><b>{"&#10007;" if bad else "&#10003;"} {escape(result.verdict)}</b>',
-             *(f"<p>{escape(str(d))}</p>" for d in result.diagnoses[:1]), f"<p>{escape(_worst(result.first))}</p></div>",
+             *(f"<p>{escape(str(d))}</p>" for d in result.diagnoses[:1]), f"<p>{escape(worst(result.first) if result.first else '')}</p></div>",
              _diagnoses(result), _heat(result), _growth(result), _routing(result), _rest(result), _facts(result)]  # fmt: skip
     return "".join(parts) + "</main></html>\n"
-
-
-def _worst(first: Record | None) -> str:
-    if first is None:
-        return ""
-    where = f"worst row: sequence {first.worst[0]}, token {first.worst[1]}; " if first.worst else ""
-    return f"{where}{first.bad_rows} of {first.rows} rows beyond the limit; relative error {first.rel:.2g}"
 
 
 def _diagnoses(result: Comparison) -> str:
@@ -79,12 +72,13 @@ def _heat(result: Comparison) -> str:
     layers, taps, cells = grid(result)
     if not layers:
         return ""
-    key = "".join(f'<span class="c" style="background-color:{colour}">{SYMBOLS[c]} {c}</span>' for c, colour in COLOURS.items())
-    head = "".join(f'<th title="{t}">{escape(SHORT.get(t, t.removeprefix("moe_").removeprefix("gdn_")))}</th>' for t in taps)
+    key = "".join(f'<span style="background-color:{colour}">{SYMBOLS[c]} {c}</span>' for c, colour in COLOURS.items())
+    head = "".join(f'<th title="{t}">{escape(short(t))}</th>' for t in taps)
     rows = []
     for layer in layers:
         kind = result.layers[layer] if layer < len(result.layers) else ""
-        rows.append(f"<tr><th>{layer} {kind}</th>" + "".join(_cell(cells.get((layer, t)), result.first) for t in taps) + "</tr>")
+        row = "".join(_cell(cells.get((layer, t)), result.first) for t in taps)
+        rows.append(f"<tr><th>{layer} {kind}</th>{row}</tr>")
     what = "added by each block on the engine's own input" if result.layers else "inherited from all layers before"
     return (f"<h2>Errors {what}, in units of the legal error (limit {result.limit:g})</h2><section>"
             f'<div class="key">{key}<span>&#9655; first divergence</span></div>'
@@ -94,8 +88,8 @@ def _heat(result: Comparison) -> str:
 def _cell(r: Record | None, first: Record | None) -> str:
     if r is None:
         return "<td></td>"
-    worst = f", worst at sequence {r.worst[0]} token {r.worst[1]}" if r.worst else ""
-    title = escape(f"{r.key}: {r.cls}{worst}. {r.equal_to and 'equal to ' + r.equal_to} {r.note}".strip(), quote=True)
+    where = f", worst at sequence {r.worst[0]} token {r.worst[1]}" if r.worst else ""
+    title = escape(f"{r.key}: {r.cls}{where}. {r.equal_to and 'equal to ' + r.equal_to} {r.note}".strip(), quote=True)
     mark = "&#9655; " if r is first else ""
     return (f'<td class="c {r.cls.split()[0]}{" first" if r is first else ""}" style="background-color:{COLOURS[r.cls]}" '
             f'title="{title}">{mark}{show(r.ratio)} <i>{SYMBOLS[r.cls]}</i></td>')  # fmt: skip
@@ -107,7 +101,12 @@ def _growth(result: Comparison) -> str:
                if base_name(r.key) in ("layer_input", "layer_output_sum") and r.inherited_rel and r.key.startswith("layers.")]  # fmt: skip
     blocks: dict[int, float] = {}
     for r in result.records:
-        if base_name(r.key) in ("attn_output", "mlp_output") and r.layer is not None and r.added is not None and r.rel > 0:
+        if (
+            base_name(r.key) in ("attn_output", "mlp_output")
+            and r.layer is not None
+            and r.added is not None
+            and r.rel > 0
+        ):
             blocks[r.layer] = max(blocks.get(r.layer, 0), r.rel)
     lines = {"stream, against the truth (inherited)": sorted(dict(streams).items()),
              "blocks, on the engine's input (added)": sorted(blocks.items())}  # fmt: skip
@@ -127,8 +126,8 @@ def _growth(result: Comparison) -> str:
         y = at(0, 10.0**p)[1]
         svg.append(f'<line x1="{left}" x2="{W - 20}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d8dde3"/>'
                    f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">1e{p}</text>')  # fmt: skip
-    for x in range(0, last + 1, max(1, last // 12)):
-        svg.append(f'<text x="{at(x, 1)[0]:.1f}" y="{H - 8}" text-anchor="middle">{x}</text>')
+    for layer in range(0, last + 1, max(1, last // 12)):
+        svg.append(f'<text x="{at(layer, 1)[0]:.1f}" y="{H - 8}" text-anchor="middle">{layer}</text>')
     styles = (("#2b5c94", "", "circle"), ("#a8501f", "6 4", "rect"))
     for (_, points), (colour, dash, shape) in zip(lines.items(), styles, strict=True):
         xy = [at(x, v) for x, v in points if math.isfinite(v)]
@@ -147,8 +146,8 @@ def _routing(result: Comparison) -> str:
         return ""
     rows = []
     for r in result.routing:
-        worst = max(r.flips, key=lambda f: f.margin - f.noise, default=None)
-        detail = f"largest margin {worst.margin:.2g}, noise {worst.noise:.2g}" if worst else ""
+        flip = max(r.flips, key=lambda f: f.margin - f.noise, default=None)
+        detail = f"largest margin {flip.margin:.2g}, noise {flip.noise:.2g}" if flip else ""
         legal = len(r.flips) - len(r.illegal)
         rows.append(f'<tr><td class="num">{r.layer}</td><td class="num">{r.agree} of {r.tokens}</td><td style="width:220px">'
                     f'<span class="bar" style="width:{100 * r.agree / max(r.tokens, 1):.0f}%"></span></td>'

@@ -97,7 +97,13 @@ class Rerun:
         return restart.seen, out
 
     def fault(
-        self, i: int | None, fault: Fault, table: Arithmetic, stream_BTD: Tensor, expert: int = 0, fused: bool | None = None
+        self,
+        i: int | None,
+        fault: Fault,
+        table: Arithmetic,
+        stream_BTD: Tensor,
+        expert: int = 0,
+        fused: bool | None = None,
     ) -> dict[str, Tensor]:
         """What the taps of layer i would hold if it had this fault."""
         place = self.place(i, expert)
