@@ -216,7 +216,8 @@ def decode_times(args: argparse.Namespace, config: q.Config, model: Model) -> di
     say("ours, decode, as a graph", times["decode"], "ms")
     if args.profile:
         profile("decode graph", lambda: step.step(token))
-        profile("prefill 512", lambda: model(ids))
+        for length in args.tokens:
+            profile(f"prefill {length}", lambda length=length: model(ids_of(length, config)))
     return times
 
 
@@ -238,7 +239,8 @@ def peer(
         compare("the other sum of experts, against transformers-bf16", model(ids_of(args.tokens[0], config)), grouped)
         for length in args.tokens:
             ids = ids_of(length, config)
-            compare(f"prefill {length}, grouped_mm's sum against grouped_mm", model(ids), theirs(input_ids=ids).logits)
+            ours = model(ids).cpu()
+            compare(f"prefill {length}, grouped_mm's sum against grouped_mm", ours, theirs(input_ids=ids).logits.cpu())
         model.arithmetic = EAGER
         time = peer_decode(config, theirs)
         say("transformers grouped_mm, decode", time, "ms")

@@ -107,11 +107,15 @@ class Arithmetic:
     def switch(self, name: str) -> str:
         return self.switches.get(name, SWITCHES[name][0])
 
-    def __call__(self, site: taps.Site, x: Tensor) -> Tensor | None:
-        how = self.rounding(site.name)
-        if how is KEEP or not x.is_floating_point():
-            return None
+    def round(self, name: str, x: Tensor) -> Tensor:
+        """`x` as it is rounded at the tap `name`."""
+        how = self.rounding(name)
+        if how is KEEP or how is x.dtype or not x.is_floating_point():
+            return x
         return x.to(how) if isinstance(how, torch.dtype) else how(x)
+
+    def __call__(self, site: taps.Site, x: Tensor) -> Tensor:
+        return self.round(site.name, x)
 
 
 def _first_match(name: str, table: Mapping[str, Any], default: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .quant.packed import Float, Packed, Stacked, adjoined
 
+CPU = torch.device("cpu")
 Slot = tuple[Packed, Packed]  # gate_up [2F, D] (F rows of gate, then F of up), down [D, F]
 
 
@@ -42,15 +43,32 @@ def is_plain(weight: Packed, dtype: torch.dtype) -> bool:
     return all(isinstance(part, Float) and part.values.dtype == dtype for part in parts)
 
 
+def moved(packed: Packed, device: torch.device) -> Packed:
+    """The same on another device."""
+    if isinstance(packed, Stacked):
+        return Stacked(tuple(moved(part, device) for part in packed.parts))
+    return type(packed)(**{name: x.to(device) for name, x in vars(packed).items()})
+
+
 class PackedExperts(nn.Module):
     """Hands out experts as `Experts` does. `read(e)` gives a slot, from memory or from disk.
 
     The next expert is read and decoded in a thread while the present one is computed with, so that reading, decoding
-    and multiplying overlap. No more than two decoded experts exist at a time.
+    and multiplying overlap. No more than two decoded experts exist at a time. For a GPU they are decoded there, on a
+    stream of their own, from copies of what is stored.
     """
 
-    def __init__(self, count: int, intermediate: int, read: Callable[[int], Slot], dtype: torch.dtype, quantised: bool):
+    def __init__(
+        self,
+        count: int,
+        intermediate: int,
+        read: Callable[[int], Slot],
+        dtype: torch.dtype,
+        quantised: bool,
+        device: torch.device = CPU,
+    ):
         super().__init__()
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.count, self.intermediate, self.read = count, intermediate, read
         self.dtype, self.quantised = dtype, quantised
         self._scratch: list[tuple[Tensor, Tensor]] = []
@@ -61,12 +79,19 @@ class PackedExperts(nn.Module):
             coming = [ahead.submit(self._decode, e, 0) for e in hit[:1]]
             for i, e in enumerate(hit):
                 gate_up, down = coming.pop().result()
+                if self.side is not None:
+                    torch.cuda.current_stream().wait_stream(self.side)
+                    for weight in (gate_up, down):  # their memory is not to be reused before they are
+                        weight.record_stream(torch.cuda.current_stream())
                 coming += [ahead.submit(self._decode, following, (i + 1) % 2) for following in hit[i + 1 : i + 2]]
                 yield e, gate_up, down
 
     @torch.inference_mode()
     def _decode(self, e: int, which: int) -> tuple[Tensor, Tensor]:
         slot = self.read(e)
+        if self.side is not None:
+            with torch.cuda.stream(self.side):
+                return tuple(moved(packed, self.side.device).decode(self.dtype) for packed in slot)
         if len(self._scratch) <= which:
             gate_up, down = (torch.empty(packed.shape, dtype=self.dtype) for packed in slot)
             self._scratch.append((gate_up, down))

@@ -18,9 +18,10 @@ from . import arithmetic
 from .ops import accumulation_dtype, one_wide, promote
 from .quant import mxfp4
 from .quant.packed import Packed, Stacked
-from .taps import Site, attached, tap
+from .taps import attached, tap
 
-# Packed experts: how many are decoded at a time, and up to how many (token, slot) pairs each pair gets its own copy.
+# Up to so many (token, slot) pairs, packed experts are decoded pair by pair; beyond, all of a layer (1.6 GB in the 35B,
+# for a moment), or in float64, where that is four times as much, some at a time.
 BATCH = 32
 FEW = 64
 
@@ -92,7 +93,7 @@ def combine(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: Stackable
         weights_TA, rows_TA = weights_TA.gather(-1, by_id_TA), rows_TA.gather(-1, by_id_TA)
     elif order == "slot-reversed":
         weights_TA, rows_TA = weights_TA.flip(1), rows_TA.flip(1)
-    return add_slots(y_ND[rows_TA.T], weights_TA.T)
+    return add_slots(y_ND[rows_TA.T.contiguous()], weights_TA.T)
 
 
 def pair_outputs(x_TD: Tensor, ids_TA: Tensor, experts: Stackable) -> tuple[Tensor, Tensor]:
@@ -107,18 +108,26 @@ def pair_outputs(x_TD: Tensor, ids_TA: Tensor, experts: Stackable) -> tuple[Tens
         x_ND = x_TD.repeat_interleave(A, 0)
         y_ND = run_experts(x_ND, *experts.stack(ids_N), ends, experts.quantised)
         return y_ND, torch.arange(T * A, device=x_TD.device).view(T, A)
-    sorted_N, pairs_N = ids_N.sort(stable=True)
-    ends_E = torch.searchsorted(sorted_N, torch.arange(E, device=x_TD.device), right=True, out_int32=True)
+    sorted_N, pairs_N = ids_N.to(torch.int16).sort(stable=True)  # narrow: a radix sort's time goes with the bits
+    ids_E = torch.arange(E, dtype=torch.int16, device=x_TD.device)
+    ends_E = torch.searchsorted(sorted_N, ids_E, right=True, out_int32=True)
     x_ND = x_TD[pairs_N // A]
-    if packed:
+    if packed and not has_grouped_mm(experts.dtype, x_TD.device):
         y_ND = _in_batches(x_ND, ends_E, experts)
     else:
         y_ND = run_experts(x_ND, *experts.stack(slice(None)), ends_E, experts.quantised)
-    return y_ND, pairs_N.argsort().view(T, A)
+    rows_N = torch.empty_like(pairs_N)
+    rows_N[pairs_N] = torch.arange(T * A, device=x_TD.device)
+    return y_ND, rows_N.view(T, A)
+
+
+def has_grouped_mm(dtype: torch.dtype, device: torch.device) -> bool:
+    """PyTorch's grouped product has bf16 operands and result, and fp32 sums. (On a CPU the loop is as fast.)"""
+    return dtype == torch.bfloat16 and device.type == "cuda"
 
 
 def _in_batches(x_ND: Tensor, ends_E: Tensor, experts: StackedExperts) -> Tensor:
-    """As `run_experts`, decoding some experts at a time: those between the first and the last that is hit."""
+    """As `run_experts`, decoding `BATCH` experts at a time, where one of them is hit."""
     ends, outputs, start = ends_E.tolist(), [], 0
     for first in range(0, len(ends), BATCH):
         last = min(first + BATCH, len(ends))
@@ -140,11 +149,10 @@ def run_experts(x_ND: Tensor, gate_up: Tensor, down: Tensor, ends_E: Tensor, qua
 def grouped_linear(name: str, x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """Rows ends[e-1] .. ends[e] of x times weight[e]^T, rounded as `name`.  -> [N, O].
 
-    PyTorch's grouped product has bf16 operands and result (and fp32 sums); where the table wants another dtype, this
-    is a loop that has to know the counts on the host.
+    Where the table wants another dtype than `has_grouped_mm`, this is a loop that has to know the counts on the host.
     """
     dtype = accumulation_dtype(name, x_NI, weight_EOI)
-    if dtype == torch.bfloat16 and x_NI.is_cuda:
+    if has_grouped_mm(dtype, x_NI.device):
         y_NO = _grouped_mm(x_NI, weight_EOI.mT, ends_E)
     else:
         y_NO, start = x_NI.new_empty(len(x_NI), weight_EOI.shape[1], dtype=dtype), 0
@@ -189,5 +197,4 @@ def _silu(x: Tensor) -> Tensor:
 
 def _rounded(name: str, x: Tensor) -> Tensor:
     """As the table rounds at a tap of that name. No tap: these values belong to many experts."""
-    rounded = arithmetic.current()(Site(name), x)
-    return x if rounded is None else rounded
+    return arithmetic.current().round(name, x)

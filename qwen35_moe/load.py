@@ -27,6 +27,7 @@ from .checkpoint import Checkpoint
 from .config import Config
 from .errors import Qwen35Error
 from .experts import PackedExperts, Slot, ViewedExperts, as_one, is_plain
+from .grouped import stack_slots
 from .model import Model
 from .moe import Experts, ExpertSource, MoE
 from .mtp import MTP
@@ -223,8 +224,11 @@ def _fill_experts(moe: MoE, path: str, source: Source, table: Arithmetic, device
         if mode == "decoded":
             moe.experts = decoded_experts(slots, dtype, device, quantised)
             return
+        if device.type == "cuda" and (stacked := stack_slots(slots, dtype, device, quantised)) is not None:
+            moe.experts = stacked
+            return
         read = slots.__getitem__
-    moe.experts = PackedExperts(count, F, read, dtype, quantised)
+    moe.experts = PackedExperts(count, F, read, dtype, quantised, device)
 
 
 def decoded_experts(slots: list[Slot], dtype: torch.dtype, device: torch.device, quantised: bool) -> ExpertSource:
@@ -315,7 +319,7 @@ class StreamedHead(nn.Module):
         """(which of the vocabulary, their logits [B, T, v] untapped), one block after another."""
         V = self.source.config.vocab_size
         for rows in (slice(v, min(v + HEAD_ROWS, V)) for v in range(0, V, HEAD_ROWS)):
-            weight = self.source.weight(self.module, rows).decode(self.dtype)
+            weight = self.source.weight(self.module, rows).decode(self.dtype).to(x_BTD.device)
             dtype = accumulation_dtype(name, x_BTD, weight)
             yield rows, F.linear(x_BTD.to(dtype), weight.to(dtype))
 

@@ -1,0 +1,137 @@
+"""On a GPU: the same function in `exact`, the same bits where bits are promised. Collected only where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import test_grouped
+import test_mxfp4
+import torch
+from peers.transformers_model import load_transformers
+from test_model import ids_of
+from tolerances import BF16_GROUPED, FLOAT64_REORDERED
+
+import qwen35_moe as q
+from qwen35_moe import arithmetic, grouped, moe
+from qwen35_moe.graphs import DecodeGraph, PrefillGraph
+from qwen35_moe.metrics import rel_l2
+from qwen35_moe.oracle.trace_file import Trace
+from qwen35_moe.quant import mxfp4
+
+pytestmark = pytest.mark.gpu
+GPU = "cuda"
+BF16 = "transformers-bf16"
+
+Built = Callable[[str], Path]
+
+
+def assert_same_taps(gpu: Trace, cpu: Trace) -> None:
+    assert list(gpu) == list(cpu)
+    for key, x in cpu.items():
+        if x.is_floating_point():
+            assert rel_l2(gpu[key].cpu(), x) <= FLOAT64_REORDERED, key
+        else:
+            assert torch.equal(gpu[key].cpu(), x), key
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["grouped", "loop"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-odd", "tiny-flat", "tiny-fp8"])
+def test_exact_is_the_same_function_at_every_tap(built: Built, name: str, experts: bool) -> None:
+    """`experts=True` watches single experts, which takes the loop."""
+    on_cpu, on_gpu = (q.load(built(name), device=device, text_only=True) for device in ("cpu", GPU))
+    for shape in ((1, 1), (2, 70)):
+        ids = ids_of(shape[1], shape[0], on_cpu.config.vocab_size)
+        assert_same_taps(q.trace(on_gpu, ids.to(GPU), experts=experts), q.trace(on_cpu, ids, experts=experts))
+
+
+@pytest.mark.parametrize("mode", ["decoded", "packed", "stream"])
+@pytest.mark.parametrize("name", ["tiny-mxfp4", "tiny-fp8-experts", "tiny-mixed"])
+def test_every_mode(built: Built, name: str, mode: str) -> None:
+    cpu, gpu = q.load(built(name), text_only=True), q.load(built(name), device=GPU, mode=mode, text_only=True)
+    for length in (1, 3, 70):
+        ids = ids_of(length)
+        assert rel_l2(gpu(ids.to(GPU)).cpu(), cpu(ids)) <= FLOAT64_REORDERED
+
+
+def test_padding_and_a_cache(built: Built) -> None:
+    cpu, gpu = (q.load(built("tiny"), device=device, text_only=True) for device in ("cpu", GPU))
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, :7] = 0
+    caches = q.Cache(), q.Cache()
+    ids = ids_of(22)
+    for part, given in ((ids[:, :20], mask), (ids[:, 20:21], None), (ids[:, 21:], None)):
+        ours = gpu(part.to(GPU), attention_mask=None if given is None else given.to(GPU), cache=caches[0]).cpu()
+        truth = cpu(part, attention_mask=given, cache=caches[1])
+        real = torch.ones_like(part).bool() if given is None else given.bool()
+        assert rel_l2(ours[real], truth[real]) <= FLOAT64_REORDERED
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (2, 65), (1, 333)])
+@pytest.mark.parametrize("name", ["tiny", "tiny-odd"])
+def test_bf16_has_the_bits_of_transformers_on_the_same_gpu(built: Built, name: str, shape: tuple[int, int]) -> None:
+    model = q.load(built(name), arithmetic=BF16, shared_expert="unfused", device=GPU, text_only=True)
+    ids = ids_of(shape[1], shape[0], model.config.vocab_size).to(GPU)
+    with torch.no_grad():
+        theirs = load_transformers(built(name), torch.bfloat16).to(GPU)(input_ids=ids, use_cache=False).logits
+    assert torch.equal(q.trace(model, ids, experts=True)["next_token_logits"], theirs)
+
+
+@pytest.mark.parametrize("name", [BF16, "exact", "sglang-bf16"])
+def test_two_runs_and_graphs_have_the_same_bits(built: Built, name: str) -> None:
+    model = q.load(built("tiny"), arithmetic=name, shared_expert="unfused", device=GPU, text_only=True)
+    ids = ids_of(70).to(GPU)
+    first = model(ids)
+    assert torch.equal(model(ids), first)
+    if name == BF16:  # in other dtypes grouped products are a loop, whose counts the host must know
+        assert torch.equal(PrefillGraph(model, ids)(ids), first)
+
+
+def test_decoding_as_a_graph_has_the_bits_of_its_step(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = q.load(built("tiny"), arithmetic=BF16, shared_expert="unfused", device=GPU, text_only=True)
+    ids, cache = ids_of(30).to(GPU), q.Cache()
+    model(ids[:, :20], cache=cache)
+    graph = DecodeGraph(model, cache, capacity=64)
+    monkeypatch.setattr("qwen35_moe.graphs.captured", lambda run, changed: run)
+    plain = DecodeGraph(model, cache, capacity=64)
+    for t in range(20, 30):
+        assert torch.equal(graph.step(ids[:, t : t + 1]), plain.step(ids[:, t : t + 1]))
+
+
+@pytest.mark.parametrize("name", test_grouped.TABLES)
+def test_grouped_products_against_the_loop(name: str) -> None:
+    """bf16 sums in another order; wider dtypes take the same products."""
+    table = arithmetic.get(name)
+    dtype = table.weight_dtype("experts")
+    T, E, D, F = test_grouped.T, test_grouped.E, test_grouped.D, test_grouped.F
+    weights = (test_grouped.drawn(*shape, dtype=dtype).to(GPU) for shape in ((E, 2 * F, D), (E, D, F)))
+    experts = moe.Experts.of(*weights, quantised=True)
+    ids, routing = (x.to(GPU) for x in test_grouped.routed(T))
+    x = test_grouped.drawn(T, D, dtype=dtype).to(GPU)
+    with arithmetic.using(table):
+        assert grouped.applies(x, experts)
+        together = moe.combine_experts(x, ids, routing.to(dtype), experts)
+        with q.taps.attach(lambda site, x: None):
+            assert not grouped.applies(x, experts)
+            loop = moe.combine_experts(x, ids, routing.to(dtype), experts)
+    assert rel_l2(together, loop) <= (FLOAT64_REORDERED if dtype == torch.float64 else BF16_GROUPED)
+
+
+@pytest.mark.parametrize("e8m0_zero", ["ocp", "zero"])
+@pytest.mark.parametrize("e8m0_nan", ["ocp", "inf", "zero"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_mxfp4_decodes_to_the_same_bits(dtype: torch.dtype, e8m0_zero: str, e8m0_nan: str) -> None:
+    codes, scales = test_mxfp4.every_byte_pair()
+    poisoned = torch.full((256, 512), torch.nan, dtype=dtype, device=GPU)
+    result = mxfp4.decode(codes.to(GPU), scales.to(GPU), dtype, poisoned, e8m0_zero, e8m0_nan).cpu()
+    plain = mxfp4.decode_plain(codes, scales, dtype, e8m0_zero, e8m0_nan)
+    assert torch.equal(test_mxfp4.bits(result), test_mxfp4.bits(plain))
+
+
+@pytest.mark.parametrize("rule", sorted(mxfp4.SCALE_RULES))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_mxfp4_encodes_to_the_same_bytes(dtype: torch.dtype, rule: str) -> None:
+    x = test_grouped.drawn(64, 256, dtype=dtype) * 2.0 ** torch.arange(-32, 32)[:, None].to(dtype)
+    for ours, theirs in zip(mxfp4.encode(x.to(GPU), rule), mxfp4.encode(x, rule), strict=True):
+        assert torch.equal(ours.cpu(), theirs)

@@ -1,0 +1,102 @@
+"""Experts all at once, and decoding in buffers of fixed size: the same functions as the plain forms, on any device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tolerances import FLOAT64_REORDERED
+from torch import Tensor
+
+import qwen35_moe as q
+from qwen35_moe import arithmetic, grouped, moe
+from qwen35_moe.graphs import DecodeGraph, PrefillGraph
+from qwen35_moe.metrics import rel_l2
+from qwen35_moe.quant import mxfp4
+from qwen35_moe.quant.packed import concatenate
+
+TABLES = ("exact", "float32", "transformers-bf16", "sglang-bf16", "sglang-aiter-mxfp4", "sglang-aiter-mxfp4/scatter")
+T, A, E, D, F = 23, 4, 9, 64, 32
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def routed(tokens: int) -> tuple[Tensor, Tensor]:
+    """Ids [T, A], different within a row, and weights; expert 8 is never hit."""
+    draw = torch.Generator().manual_seed(tokens)
+    ids = torch.stack([torch.randperm(E - 1, generator=draw)[:A] for _ in range(tokens)])
+    return ids, torch.rand(tokens, A, dtype=torch.float64, generator=draw)
+
+
+@pytest.mark.parametrize("order", ["expert", "slot", "slot-reversed"])
+@pytest.mark.parametrize("name", TABLES)
+def test_grouped_is_the_loop(name: str, order: str) -> None:
+    """On a CPU the same products in the same order: the same bits, whatever the table rounds."""
+    table = arithmetic.get(name)
+    table = replace(table, switches={**table.switches, "moe_sum_order": order})
+    dtype = table.weight_dtype("experts")
+    experts = moe.Experts.of(drawn(E, 2 * F, D, dtype=dtype), drawn(E, D, F, dtype=dtype, seed=1), quantised=True)
+    ids, weights = routed(T)
+    x = drawn(T, D, dtype=dtype, seed=2)
+    with arithmetic.using(table):
+        loop = moe.combine_experts(x, ids, weights.to(dtype), experts)
+        assert torch.equal(grouped.combine(x, ids, weights.to(dtype), experts), loop)
+
+
+@pytest.mark.parametrize("tokens", [3, T])
+def test_packed_experts_pair_by_pair_and_in_batches(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "BATCH", 4)
+    monkeypatch.setattr(grouped, "FEW", 3 * A)
+    gates, ups, downs = (
+        [mxfp4.MXFP4(*mxfp4.encode(drawn(*shape, seed=10 * i + e))) for e in range(E)]
+        for i, shape in enumerate([(F, D), (F, D), (D, F)])
+    )
+    slots = [(concatenate(gate, up), down) for gate, up, down in zip(gates, ups, downs, strict=True)]
+    packed = grouped.stack_slots(slots, torch.float64, torch.device("cpu"), quantised=True)
+    assert packed is not None
+    decoded = moe.Experts.of(*packed.stack(slice(None)), quantised=True)
+    assert torch.equal(decoded.gate_up_proj[5], slots[5][0].decode(torch.float64))
+    ids, weights = routed(tokens)
+    x = drawn(tokens, D, seed=2)
+    loop = moe.combine_experts(x, ids, weights, decoded)
+    assert rel_l2(grouped.combine(x, ids, weights, packed), loop) <= FLOAT64_REORDERED
+
+
+def test_only_mxfp4_is_stacked() -> None:
+    plain = q.quant.packed.Float(drawn(4, 4))
+    assert grouped.stack_slots([(plain, plain)], torch.float64, torch.device("cpu"), quantised=False) is None
+
+
+@pytest.fixture(scope="module")
+def model(built):
+    return q.load(built("tiny"), shared_expert="unfused")
+
+
+def test_decoding_in_buffers_of_fixed_size(model) -> None:
+    ids = torch.arange(40).view(2, 20) * 7 % 256
+    cache = q.Cache()
+    model(ids[:, :15], cache=cache)
+    fixed = DecodeGraph(model, cache.clone(), capacity=20)
+    for t in range(15, 20):
+        assert rel_l2(fixed.step(ids[:, t : t + 1]), model(ids[:, t : t + 1], cache=cache)) <= FLOAT64_REORDERED
+    with pytest.raises(q.Qwen35Error, match="no room"):
+        fixed.step(ids[:, :1])
+
+
+def test_what_decoding_cannot_start_from(model) -> None:
+    ids, cache = torch.ones(1, 4, dtype=torch.long), q.Cache()
+    with pytest.raises(q.Qwen35Error, match="0 tokens"):
+        DecodeGraph(model, cache, capacity=8)
+    model(ids, cache=cache, attention_mask=torch.tensor([[0, 1, 1, 1]]))
+    with pytest.raises(q.Qwen35Error, match="padding"):
+        DecodeGraph(model, cache, capacity=8)
+
+
+def test_prefill_again_and_again(model) -> None:
+    ids = torch.arange(20).view(1, 20)
+    again = PrefillGraph(model, ids)
+    assert torch.equal(again(ids + 3), model(ids + 3))
+    assert torch.equal(again(ids), model(ids)) and again.cache.length == 20
