@@ -17,6 +17,7 @@ from .errors import Qwen35Error
 from .load import load
 from .metrics import Row, compare, compare_traces
 from .oracle.align import align
+from .oracle.demo import planted_failure
 from .oracle.readers.transformers import capture_transformers
 from .trace import trace
 
@@ -88,10 +89,14 @@ def main() -> int:
     if not checkpoint.exists():
         build("tiny", checkpoint)
     print(f"{checkpoint}: a tiny Qwen3.5 MoE, {sum(f.stat().st_size for f in checkpoint.iterdir()) / 1e6:.1f} MB")
+    packed = out / "tiny-mxfp4"
+    if not packed.exists():
+        build("tiny-mxfp4", packed)
     ids = (torch.arange(2 * 33) * 7919 % 251).view(2, 33)
     claims = {
         "unfused and fused are one function": fused_against_unfused(checkpoint, ids),
         "transformers' bf16 is reproduced bit for bit": against_transformers(checkpoint, ids),
+        "an engine's failure is found, and named": planted_failure(packed, out / "oracle"),
     }
     print()
     for claim, holds in claims.items():

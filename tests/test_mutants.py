@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from qwen35_moe.oracle import mutants
+from qwen35_moe.oracle.catalogue import FAULTS
 from qwen35_moe.oracle.demo import planted_failure
-from qwen35_moe.oracle.faults import FAULTS
-from qwen35_moe.oracle.mutants import SMALL, UNLISTED, Bench, Variant, variants
+from qwen35_moe.oracle.faults import Fault
+from qwen35_moe.oracle.mutants import Bench
 from qwen35_moe.oracle.oracle_cli import open_checkpoint
+from qwen35_moe.oracle.variants import SMALL, UNLISTED, Variant, variants
 
 IDS = (torch.arange(32) * 7919 % 251)[None]
 
@@ -31,19 +33,19 @@ def benches(built: Callable[[str], Path]) -> dict[str, Bench]:
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.name in CHOSEN], ids=lambda f: f.name)
-def test_fault_is_found_and_named(benches: dict[str, Bench], fault: mutants.Fault) -> None:
+def test_fault_is_found_and_named(benches: dict[str, Bench], fault: Fault) -> None:
     found = benches["gate 0.5"].planted(fault)
     assert found.found and found.named_right, found
 
 
 @pytest.mark.parametrize("fault", SMALL, ids=lambda f: f.name)
-def test_smallest_faults_are_found_where_they_are_smallest(benches: dict[str, Bench], fault: mutants.Fault) -> None:
+def test_smallest_faults_are_found_where_they_are_smallest(benches: dict[str, Bench], fault: Fault) -> None:
     found = benches["gate 0.05"].planted(fault)
     assert found.found and found.named_right, found
 
 
 @pytest.mark.parametrize("fault", UNLISTED[2::3], ids=lambda f: f.name)
-def test_unlisted_fault_is_unknown(benches: dict[str, Bench], fault: mutants.Fault) -> None:
+def test_unlisted_fault_is_unknown(benches: dict[str, Bench], fault: Fault) -> None:
     found = benches["gate 0.5"].planted(fault)
     assert found.found and found.named == "unknown", found
 

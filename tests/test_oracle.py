@@ -16,10 +16,11 @@ from qwen35_moe.arithmetic import get
 from qwen35_moe.load import load
 from qwen35_moe.oracle import oracle_cli, report, report_html
 from qwen35_moe.oracle.align import Pair
-from qwen35_moe.oracle.compare import compare, write_envelope
+from qwen35_moe.oracle.catalogue import FAULTS
+from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.dump import Dump, Piece
 from qwen35_moe.oracle.envelope import LIMIT, Norms, envelope, judge, legal
-from qwen35_moe.oracle.faults import FAULTS
+from qwen35_moe.oracle.envelope_file import write_envelope
 from qwen35_moe.oracle.logits import compare_logits
 from qwen35_moe.oracle.mutants import DUMPED
 from qwen35_moe.oracle.readers.own import from_trace
@@ -31,7 +32,7 @@ from qwen35_moe.oracle.weights_check import check_weights
 from qwen35_moe.quant.layouts import shuffle_scales, shuffle_weight
 from qwen35_moe.trace import trace
 
-IDS = (torch.arange(24) * 7919 % 251)[None]
+IDS = (torch.arange(24) * 7919 % 251).view(4, 6)
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +317,7 @@ def test_commands(built: Callable[[str], Path], tmp_path: Path, capsys: pytest.C
 
 
 def test_truth_of_another_checkpoint_is_refused(built: Callable[[str], Path], tmp_path: Path) -> None:
-    oracle_cli.write_truth(built("tiny"), IDS[:, :4], None, tmp_path / "truth", taps=DUMPED, with_envelope=False)
+    oracle_cli.write_truth(built("tiny"), IDS[:1], None, tmp_path / "truth", taps=DUMPED, with_envelope=False)
     arguments = ["compare", str(tmp_path / "truth"), str(tmp_path / "truth"), "--checkpoint", str(built("tiny-mxfp4"))]
     assert cli.main(arguments) == 2
 

@@ -8,37 +8,32 @@ engine's own choice of experts: it names the block that is wrong. It needs the c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import arithmetic as arithmetics
 from ..arithmetic import Arithmetic
 from ..errors import Qwen35Error
 from ..load import Source
-from ..tap_names import TAPS, base_name, per_token
-from ..taps import OBSERVE, Site, attach
+from ..tap_names import base_name, per_token
 from .align import Alignment, Pair, align
 from .diagnose import BF16_GRID, diagnose
 from .dump import Dump
 from .envelope import LIMIT, Class, Norms, envelope, judge, legal
+from .envelope_file import ENVELOPE, WEIGHTS, as_rows, stored_envelope
 from .logits import compare_logits
 from .records import Comparison, Record, block_of, layer_of
-from .replay import RESTARTS, STREAMS, Captured, ReplayRouting
+from .replay import RESTARTS, STREAMS, Captured
 from .rerun import Rerun, Tokens
 from .routing import Routing, compare_ids, could_flip
 from .trace_file import Trace
 from .weights_check import check_weights
 
 IDS = ("moe_topk_ids", "moe_slot_ids")
-WEIGHTS = ("moe_topk_weights", "moe_topk_probs", "moe_slot_weights")
 ROUTED = ("mlp_output", "moe_routed_output", "layer_output_sum", "layer_input", *WEIGHTS)
 BOUNDARIES = {STREAMS.get(name, name) for name in RESTARTS} | {"layer_input", "layer_output_sum"}
-ENVELOPE = "envelope.safetensors"
 
 
 def compare(
@@ -87,7 +82,7 @@ def compare(
                     result.diagnoses.append(diagnose(rerun, layer, bad, work, seen))
     else:
         result.notes.append("without the checkpoint: errors are inherited from all layers before, nothing is diagnosed")
-    work.inherited(_stored_envelope(truth))
+    work.inherited(stored_envelope(truth))
     work.finish(truth, layers)
     return result
 
@@ -316,58 +311,3 @@ def _holes(alignment: Alignment) -> Iterator[str]:
     for key in alignment.missing:
         if layer_of(key) is not None and base_name(key) in names and layer_of(key) in layers:
             yield key
-
-
-def _stored_envelope(truth: Trace) -> dict[str, Tensor]:
-    path = None if truth.path is None else truth.path / ENVELOPE
-    return load_file(path) if path is not None and path.is_file() else truth.meta.get("_envelope", {})
-
-
-def as_rows(key: str, x: Tensor, tokens: int) -> Tensor:
-    """[rows, features] of a tap as the model hands it over: a row a token, or (states, gains) one a first index."""
-    if not per_token(key):
-        return x.reshape(x.shape[0], -1)
-    x = x.movedim(2, 1) if TAPS[base_name(key)].dims == "b n t s" else x
-    return x.reshape(tokens, -1)
-
-
-class _Errors:
-    """Observes a run and keeps the norms of its errors against the truth, the largest of all runs."""
-
-    stage = OBSERVE
-
-    def __init__(self, truth: Trace):
-        self.truth, self.tokens = truth, truth.ids.numel()
-        self.norms: dict[str, Norms] = {}
-
-    def __call__(self, site: Site, x: Tensor) -> None:
-        key = site.key
-        if key not in self.truth or not x.is_floating_point():
-            return
-        truth, x = self.truth[key].to(torch.float64), x.to(torch.float64)
-        if site.name in WEIGHTS:
-            truth, x = truth.sort(-1, descending=True).values, x.sort(-1, descending=True).values
-        error = Norms.of(as_rows(key, x - truth, self.tokens))
-        known = self.norms.get(key)
-        self.norms[key] = error if known is None else error.largest(known)
-
-
-def write_envelope(truth: Trace, models: Iterable[Any]) -> None:
-    """Run models of legal arithmetics on the truth's tokens and keep their errors beside it (`envelope.safetensors`).
-
-    They choose the truth's experts, so that the envelope measures roundings and not flips. `models` may be a generator.
-    """
-    if len(truth.steps) != 1:
-        raise Qwen35Error("an envelope needs a truth of one forward pass", where=truth.path, found=len(truth.steps))
-    errors = _Errors(truth)
-    mask = None if bool(truth.mask.all()) else truth.mask
-    for model in models:
-        with torch.no_grad(), attach(errors, ReplayRouting(truth)):
-            model(truth.ids, attention_mask=mask, position_ids=truth.positions)
-    out = {f"{k}|{n}": getattr(v, n).to(torch.float32) for k, v in errors.norms.items() for n in ("l2", "max")}
-    if truth.path is None:
-        truth.meta["_envelope"] = out
-        return
-    temporary = Path(truth.path) / (ENVELOPE + ".tmp")
-    save_file(out, temporary)
-    temporary.replace(Path(truth.path) / ENVELOPE)

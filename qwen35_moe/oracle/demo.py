@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,8 +11,9 @@ from ..arithmetic import get
 from ..load import build
 from ..trace import trace
 from . import report, report_html
+from .catalogue import FAULTS
 from .compare import compare
-from .faults import FAULTS, Place
+from .faults import Place
 from .mutants import DUMPED
 from .oracle_cli import open_checkpoint, write_truth
 from .readers import read_dump
@@ -33,6 +35,7 @@ def planted_failure(checkpoint: Path, out: Path, layer: int = 1) -> bool:
     fused = [i == layer for i in range(len(loaded.fused))]
     engine = build(fault.source(loaded.source, place), get("sglang-bf16"), fused, CPU, "decoded")
     run = trace(engine, ids, taps=DUMPED)
+    shutil.rmtree(out / "engine_dump", ignore_errors=True)  # of an earlier demo
     write_sglang_dump(run, out / "engine_dump")
     result = compare(truth, read_dump(out / "engine_dump", config=truth.meta["config"]), loaded.source)
     print(f"\nAn engine with the failure of SGLang PR 22948 in layer {layer}, its dump compared with the truth:\n")

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..tap_names import base_name
+from .catalogue import FAULTS
 from .envelope import LIMIT, envelope
-from .faults import FAULTS, Fault
+from .faults import Fault
 from .records import Diagnosis, Hypothesis, Record
 from .rerun import Rerun
 

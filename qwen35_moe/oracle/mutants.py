@@ -12,29 +12,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from .. import arithmetic as arithmetics
-from ..arithmetic import KEEP, Arithmetic
 from ..cache import Cache
 from ..load import Source, build
-from ..tables import AITER, AITER_VARIANTS, SGLANG_BF16, TRANSFORMERS_BF16
+from ..tables import AITER, SGLANG_BF16
 from ..taps import REPLAY, Handler, Site, attach
 from ..trace import trace
-from .compare import compare, write_envelope
+from .catalogue import FAULTS
+from .compare import compare
 from .dump import Dump, Piece
 from .envelope import LIMIT, legal
-from .faults import FAULTS, Fault, Place, scaled
+from .envelope_file import write_envelope
+from .faults import Fault, Place
 from .readers.own import from_trace
 from .records import Comparison, show
 from .rerun import CPU
 from .trace_file import Trace
+from .variants import SMALL, UNLISTED, SplitK, Variant, variants
 
 # What hooks on SGLang's modules see, and what its patches add.
 DUMPED = (
@@ -58,82 +59,6 @@ class Regime:
         if self.name == "outputs / 256" and site.name in ("moe_expert_down", "moe_shared_output"):
             return x / 256
         return None
-
-
-class SplitK(TorchFunctionMode):
-    """Linear layers as split-K kernels compute them: both halves of the sum are rounded to bf16, then added."""
-
-    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if f is not torch.nn.functional.linear or args[0].dtype == torch.float64:
-            return f(*args, **(kwargs or {}))
-        half = args[0].shape[-1] // 2
-        parts = (f(x, w).to(torch.bfloat16) for x, w in ((args[0][..., :half], args[1][:, :half]),
-                                                         (args[0][..., half:], args[1][:, half:])))  # fmt: skip
-        return sum(x.to(args[0].dtype) for x in parts)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A clean engine. `chunks` feeds the sequence in pieces, `batch` adds a second sequence, padded on the left."""
-
-    name: str
-    table: Arithmetic
-    split_k: bool = False
-    chunks: tuple[int, ...] | None = None
-    batch: bool = False
-
-
-ALL_BF16 = Arithmetic(
-    name="all-bf16", dtype=torch.bfloat16, doc="Every value that has a name is stored in bf16.",
-    rounds={"rope_*": torch.bfloat16, "gdn_state": KEEP, "gdn_recall": KEEP, "gdn_conv_product": torch.bfloat16},
-    switches={"gdn_rule": "recurrent"},
-)  # fmt: skip
-
-
-def variants(a4: bool, tokens: int) -> list[Variant]:
-    """Clean variants: those of W4A4 engines, or all others."""
-    if a4:
-        return [Variant(a.name.rpartition("/")[2], a) for a in (AITER, *AITER_VARIANTS) if "triton" not in a.name
-                and "threshold" not in a.name]  # fmt: skip
-    reverse = replace(SGLANG_BF16, name="reversed", switches={**SGLANG_BF16.switches, "moe_sum_order": "slot-reversed"})
-    by_id = replace(SGLANG_BF16, name="by id", switches={**SGLANG_BF16.switches, "moe_sum_order": "expert"})
-    recurrent = replace(SGLANG_BF16, name="recurrent", switches={**SGLANG_BF16.switches, "gdn_rule": "recurrent"})
-    return [
-        Variant("sglang-bf16", SGLANG_BF16),
-        Variant("transformers-bf16", TRANSFORMERS_BF16),
-        Variant("all bf16", ALL_BF16),
-        Variant("experts added in reverse", reverse),
-        Variant("experts added by id", by_id),
-        Variant("recurrent DeltaNet", recurrent),
-        Variant("split-K", SGLANG_BF16, split_k=True),
-        Variant("split-K, all bf16", ALL_BF16, split_k=True),
-        Variant("float32", arithmetics.get("float32")),
-        Variant("batched, padded", SGLANG_BF16, batch=True),
-        Variant("chunked prefill and decode", SGLANG_BF16, chunks=(tokens // 2, tokens - tokens // 2 - 2, 1, 1)),
-    ]
-
-
-# The smallest errors that must be found: they are no entries of the catalogue, and the fit names them.
-SMALL = (
-    Fault("whole block times 1.02", "mlp", taps={"mlp_output": lambda x, _, __: x * 1.02}),
-    Fault("shared expert times 1.06", "mlp", taps=scaled(1 + 1 / 16)),
-)
-
-# Bugs that the catalogue does not hold, so that "unknown" is the right answer.
-UNLISTED = (
-    Fault("relu for silu in the experts", "mlp",
-          taps={"moe_expert_silu": lambda x, kept, _: kept["moe_expert_gate_up"].chunk(2, -1)[0].relu()},
-          remembers=("moe_expert_gate_up",)),
-    Fault("columns of the output rolled", "mlp", taps={"mlp_output": lambda x, _, __: x.roll(1, -1)}),
-    Fault("routing weights squared", "mlp", taps={"moe_topk_weights": lambda x, _, __: x * x}),
-    Fault("outputs clamped", "mlp", taps={"moe_expert_down": lambda x, _, __: x.clamp(-x.std(), x.std())}),
-    Fault("heads permuted before o_proj", "attn", taps={"attn_context": lambda x, _, __: x.roll(1, 2)}),
-    Fault("values of the next token", "attn", taps={"attn_v": lambda x, _, __: x.roll(-1, 1)}),
-    Fault("beta squared", "gdn", taps={"gdn_beta": lambda x, _, __: x * x}),
-    Fault("keys negated", "gdn", taps={"gdn_core_out": lambda x, _, __: -x}),
-    Fault("every third token's read-out lost", "gdn", taps={"gdn_core_out": lambda x, _, __: x * (
-        torch.arange(x.shape[1]) % 3 != 0)[None, :, None, None]}),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Exit codes: 0 all that was compared agrees, 1 something diverges, 2 it could not
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,13 +21,16 @@ from ..load import SHARED, Source, load
 from ..model import Model
 from ..trace import trace
 from . import mutants, report, report_html
-from .compare import compare, write_envelope
+from .catalogue import FAULTS
+from .compare import compare
 from .dump import Dump
 from .envelope import LIMIT, legal
+from .envelope_file import write_envelope
 from .match import runs
 from .readers import read_dump
 from .records import Comparison
 from .trace_file import Trace
+from .variants import SMALL
 
 
 def add_parser(subparsers: Any) -> None:
@@ -84,21 +86,6 @@ def open_checkpoint(
     """A streamed model of a checkpoint, its weights, and which layers fuse the shared expert."""
     model = load(path, arithmetic, shared_expert, mode="stream", text_only=True)
     return model, Loaded(model.source, [layer.mlp.fused for layer in model.layers.empty])  # type: ignore[union-attr]
-
-
-def read_ids(path: str | Path) -> tuple[Tensor, Tensor | None]:
-    """Token ids [B, T] and mask from JSON: a list of ids, a list of such lists, or an object that has `input_ids`."""
-    try:
-        found = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise Qwen35Error("cannot read token ids", where=path, found=error, expected="JSON: [1, 2, 3]") from error
-    found = found.get("input_ids") if isinstance(found, dict) else found
-    rows = found if isinstance(found, list) else []
-    rows = [rows] if rows and isinstance(rows[0], int) else rows
-    if not rows or not all(isinstance(r, list) and r and all(type(i) is int for i in r) for r in rows):
-        shown, wanted = str(found)[:60], "[1, 2, 3] or [[1, 2], [3, 4, 5]]"
-        raise Qwen35Error("not token ids", where=path, expected=wanted, found=shown)
-    return padded([torch.tensor(r) for r in rows])
 
 
 def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -207,7 +194,7 @@ def run_mutants(args: argparse.Namespace) -> int:
     if args.a4 and not mxfp4:
         raise Qwen35Error("no activations are quantised here", where=args.checkpoint, expected="MXFP4 experts")
     ids = (torch.arange(args.tokens) * 7919 % 251 % model.config.vocab_size)[None]
-    faults = (*mutants.FAULTS, *mutants.SMALL)
+    faults = (*FAULTS, *SMALL)
     done = 0
 
     def progress(_: object) -> None:

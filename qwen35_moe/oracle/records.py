@@ -41,7 +41,7 @@ def layer_of(key: str) -> int | None:
 
 @dataclass
 class Record:
-    """One tap. Ratios are in units of the legal error; `added` on the engine's own input, `inherited` against the truth.
+    """One tap. Ratios are in units of the legal error: `added` on the engine's input, `inherited` against the truth.
 
     `layer` is the one that computed it: of `layers.3.layer_input` that is layer 2. `worst` is (sequence, token).
     """
@@ -167,7 +167,7 @@ class Comparison:
 
     @property
     def first(self) -> Record | None:
-        """The first tap, in order of execution, whose own error is too large. Else the first that inherited too much."""
+        """The first tap, in order of execution, whose own error is too large; else the first that inherited it."""
         bad = [record for record in self.records if record.bad]
         own = [record for record in bad if record.added is not None and record.added > self.limit]
         return next(iter(own or bad), None)

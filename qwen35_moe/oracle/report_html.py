@@ -15,22 +15,27 @@ STYLE = """
 body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:var(--ink);background:var(--wash);margin:0}
 main{max-width:1180px;margin:0 auto;padding:28px 24px 60px}
 h1{font-size:15px;font-weight:600;color:var(--soft);margin:0 0 10px}h2{font-size:17px;margin:34px 0 10px}
-section,.verdict{background:var(--paper);border:1px solid var(--line);border-radius:8px;padding:16px 20px;overflow-x:auto}
+section,.verdict{background:var(--paper);border:1px solid var(--line);border-radius:8px;padding:16px 20px}
+section{overflow-x:auto}
 .verdict{border-left:8px solid var(--good)}.verdict.bad{border-left-color:var(--bad)}
 .verdict b{font-size:21px;display:block;overflow-wrap:anywhere}
 .verdict p{margin:4px 0 0;color:var(--soft)}
 table{border-collapse:separate;border-spacing:2px;font-variant-numeric:tabular-nums}
 th{font-weight:500;color:var(--soft);text-align:right;padding:2px 8px;font-size:13px;white-space:nowrap}
-td.c{min-width:62px;text-align:right;padding:4px 8px;border-radius:4px;font-size:13px;border:2px solid transparent;white-space:nowrap}
+td.c{min-width:62px;text-align:right;padding:4px 8px;border-radius:4px;font-size:13px;white-space:nowrap}
+td.c{border:2px solid transparent}
 td.c i{font-style:normal;font-weight:700;display:inline-block;width:1.1em;text-align:center}
 td.suspicious{background-image:repeating-linear-gradient(45deg,#0000 0 6px,#0002 6px 8px)}
 td.wrong{background-image:repeating-linear-gradient(45deg,#0000 0 4px,#0003 4px 6px);font-weight:700}
 td.first{border-color:#000}
 .key span{display:inline-block;padding:2px 9px;margin:0 8px 6px 0;border-radius:4px;font-size:13px}
 .bar{height:14px;background:#456b9c;border-radius:3px;display:block;min-width:1px}
-.plain td{padding:3px 14px 3px 0;vertical-align:top}.num{text-align:right;white-space:nowrap}.plain th:first-child{text-align:left;padding-left:0}
-dl{display:grid;grid-template-columns:130px 1fr;gap:4px 12px;margin:0}dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-details{margin-top:8px}summary{cursor:pointer}code{font-size:13px;overflow-wrap:anywhere}svg text{font:12px system-ui,sans-serif;fill:#5d6670}
+.plain td{padding:3px 14px 3px 0;vertical-align:top}.num{text-align:right;white-space:nowrap}
+.plain th:first-child{text-align:left;padding-left:0}
+dl{display:grid;grid-template-columns:130px 1fr;gap:4px 12px;margin:0}
+dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
+details{margin-top:8px}summary{cursor:pointer}code{font-size:13px;overflow-wrap:anywhere}
+svg text{font:12px system-ui,sans-serif;fill:#5d6670}
 """
 # From bit-equal to wrong: light to dark in grey too.
 COLOURS = {"bit-equal": "#eef3f8", "within rounding": "#d5e5f2", "suspicious": "#f6d58b", "wrong": "#ee9a80",
@@ -40,20 +45,26 @@ COLOURS = {"bit-equal": "#eef3f8", "within rounding": "#d5e5f2", "suspicious": "
 def html(result: Comparison, title: str = "qwen35-moe compare") -> str:
     """The page."""
     bad = result.exit_code != 0
+    mark = "&#10007;" if bad else "&#10003;"
+    where = worst(result.first) if result.first else ""
     parts = [f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
              f"<title>{escape(title)}</title><style>{STYLE}</style><main><h1>{escape(title)}</h1>",
-             f'<div class="verdict{" bad" if bad else ""}"><b>{"&#10007;" if bad else "&#10003;"} {escape(result.verdict)}</b>',
-             *(f"<p>{escape(str(d))}</p>" for d in result.diagnoses[:1]), f"<p>{escape(worst(result.first) if result.first else '')}</p></div>",
-             _diagnoses(result), _heat(result), _growth(result), _routing(result), _rest(result), _facts(result)]  # fmt: skip
+             f'<div class="verdict{" bad" if bad else ""}"><b>{mark} {escape(result.verdict)}</b>',
+             *(f"<p>{escape(str(d))}</p>" for d in result.diagnoses[:1]), f"<p>{escape(where)}</p></div>"]  # fmt: skip
+    parts += [part(result) for part in (_diagnoses, _heat, _growth, _routing, _rest, _facts)]
     return "".join(parts) + "</main></html>\n"
+
+
+def _bar(share: float) -> str:
+    return f'<span class="bar" style="width:{220 * max(min(share, 1), 0):.0f}px"></span>'
 
 
 def _diagnoses(result: Comparison) -> str:
     out = []
     for d in result.diagnoses:
         rows = "".join(
-            f'<tr><td>{escape(h.name)}</td><td class="num">{100 * max(h.explains, 0):.1f} %</td><td style="width:220px">'
-            f'<span class="bar" style="width:{100 * max(min(h.explains, 1), 0):.0f}%"></span></td>'
+            f'<tr><td>{escape(h.name)}</td><td class="num">{100 * max(h.explains, 0):.1f} %</td>'
+            f"<td>{_bar(h.explains)}</td>"
             f"<td>{escape(h.doc)}</td><td>{escape(h.seen)}</td></tr>"
             for h in d.hypotheses[:6]
         )
@@ -91,14 +102,15 @@ def _cell(r: Record | None, first: Record | None) -> str:
     where = f", worst at sequence {r.worst[0]} token {r.worst[1]}" if r.worst else ""
     title = escape(f"{r.key}: {r.cls}{where}. {r.equal_to and 'equal to ' + r.equal_to} {r.note}".strip(), quote=True)
     mark = "&#9655; " if r is first else ""
-    return (f'<td class="c {r.cls.split()[0]}{" first" if r is first else ""}" style="background-color:{COLOURS[r.cls]}" '
+    kind = f"c {r.cls.split()[0]}{' first' if r is first else ''}"
+    return (f'<td class="{kind}" style="background-color:{COLOURS[r.cls]}" '
             f'title="{title}">{mark}{show(r.ratio)} <i>{SYMBOLS[r.cls]}</i></td>')  # fmt: skip
 
 
 def _growth(result: Comparison) -> str:
     """Relative error of the stream by layer, and of what each layer's blocks add."""
     streams = [(int(r.key.split(".")[1]), r.inherited_rel) for r in result.records
-               if base_name(r.key) in ("layer_input", "layer_output_sum") and r.inherited_rel and r.key.startswith("layers.")]  # fmt: skip
+               if base_name(r.key) in ("layer_input", "layer_output_sum") and r.inherited_rel]  # fmt: skip
     blocks: dict[int, float] = {}
     for r in result.records:
         if (
@@ -149,36 +161,40 @@ def _routing(result: Comparison) -> str:
         flip = max(r.flips, key=lambda f: f.margin - f.noise, default=None)
         detail = f"largest margin {flip.margin:.2g}, noise {flip.noise:.2g}" if flip else ""
         legal = len(r.flips) - len(r.illegal)
-        rows.append(f'<tr><td class="num">{r.layer}</td><td class="num">{r.agree} of {r.tokens}</td><td style="width:220px">'
-                    f'<span class="bar" style="width:{100 * r.agree / max(r.tokens, 1):.0f}%"></span></td>'
-                    f'<td class="num">{legal}</td><td class="num">{len(r.illegal) + r.nonsense}</td><td>{detail}</td></tr>')  # fmt: skip
+        rows.append(f'<tr><td class="num">{r.layer}</td><td class="num">{r.agree} of {r.tokens}</td>'
+                    f"<td>{_bar(r.agree / max(r.tokens, 1))}</td>"
+                    f'<td class="num">{legal}</td><td class="num">{len(r.illegal) + r.nonsense}</td>'
+                    f"<td>{detail}</td></tr>")  # fmt: skip
     head = "<tr><th>layer</th><th>agree</th><th></th><th>legal flips</th><th>illegal</th><th></th></tr>"
     return f'<h2>Routing</h2><section><table class="plain">{head}{"".join(rows)}</table></section>'
 
 
 def _rest(result: Comparison) -> str:
     rows = "".join(
-        f"<tr><td><code>{escape(r.key)}</code></td>{_cell(r, result.first)}<td>{show(r.inherited)} inherited</td><td>{escape(r.note)}</td></tr>"
+        f"<tr><td><code>{escape(r.key)}</code></td>{_cell(r, result.first)}<td>{show(r.inherited)} inherited</td>"
+        f"<td>{escape(r.note)}</td></tr>"
         for r in result.records if not r.key.startswith("layers.") and r.cls != "missing"
     )  # fmt: skip
     out = f"<h2>Outside of the layers</h2><section><table>{rows}</table>" if rows else "<section>"
     if (x := result.logits) is not None:
         legal = "" if x.legal_flips is None else f", {x.legal_flips} of {x.flips} flips within noise"
-        out += (f"<p>KL divergence mean {x.kl_mean:.2g}, max {x.kl_max:.2g} nat. Same best token {100 * x.top1:.1f} %{legal}; "
-                f"top-5 overlap {100 * x.top5:.1f} %. Change of log p: rms {x.delta_log_p_rms:.2g}, largest {x.delta_log_p_max:.2g}."
-                f"</p>")  # fmt: skip
+        out += (f"<p>KL divergence mean {x.kl_mean:.2g}, max {x.kl_max:.2g} nat. Same best token {100 * x.top1:.1f} %"
+                f"{legal}; top-5 overlap {100 * x.top5:.1f} %. Change of log p: rms {x.delta_log_p_rms:.2g}, largest "
+                f"{x.delta_log_p_max:.2g}.</p>")  # fmt: skip
     wrong = [w for w in result.weights if w.bad]
     if result.weights:
-        out += f"<p>{len(result.weights) - len(wrong)} of {len(result.weights)} dumped weights are as the checkpoint has them.</p>"
+        good = len(result.weights) - len(wrong)
+        out += f"<p>{good} of {len(result.weights)} dumped weights are as the checkpoint has them.</p>"
         out += "".join(f"<p>&#10007; <code>{escape(w.name)}</code>: {escape(w.detail)}</p>" for w in wrong[:20])
     return out + "</section>"
 
 
 def _facts(result: Comparison) -> str:
     counts = result.summary
+    taps = ", ".join(f"{n} {c}" for c, n in counts.items() if n and c != "total")
     facts = {"truth": result.truth, "engine": result.engine, "tokens": "{} of {}".format(*result.tokens),
              "envelope": ", ".join(result.members), "limit": f"{result.limit:g}",
-             "taps": ", ".join(f"{n} {c}" for c, n in counts.items() if n and c != "total") + f": {counts['total']} in all",
+             "taps": f"{taps}: {counts['total']} in all",
              **{f"note {i + 1}": note for i, note in enumerate(result.notes)},
              **{f"problem {i + 1}": str(p) for i, p in enumerate(result.problems)}}  # fmt: skip
     out = "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"
