@@ -103,7 +103,7 @@ spreads = []
 for i, ax in enumerate(axes):
     column = garbage[:, i::4].flatten()
     values, counts = column.abs().unique(return_counts=True)
-    ax.bar([f"{v:g}" for v in values.tolist()], counts / column.numel(), color=style.BLUE)
+    ax.bar([f"{v:g}" for v in values.tolist()], (counts / column.numel()).tolist(), color=style.BLUE)
     ax.set(title=names[i], xlabel="|value| read")
     ax.tick_params(axis="x", labelsize=7)
     spreads.append(counts.max().item() / column.numel())
@@ -178,7 +178,7 @@ for row, r in enumerate(recipes):
 
 fig, ax = plt.subplots(figsize=(8.4, 4.6))
 palette = ListedColormap(["#F2F2F2", style.SKY, style.GREEN, style.RED])
-ax.imshow(table, cmap=palette, vmin=0, vmax=3, aspect="auto")
+ax.imshow(table.numpy(), cmap=palette, vmin=0, vmax=3, aspect="auto")
 for row in range(len(recipes)):
     for column in range(len(labels)):
         word = WORDS[table[row, column]]

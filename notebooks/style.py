@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+import torch
 from cycler import cycler
 
 # The notebooks run from a checkout, whose `weights` folder is not part of the installed package.
@@ -72,7 +73,7 @@ def picture(
     ax: plt.Axes, values: Any, title: str = "", x: str = "", y: str = "", bar: str = "", **options: Any
 ) -> None:
     """A matrix as an image, with names on both axes and a named colour bar."""
-    image = ax.imshow(values, aspect=options.pop("aspect", "auto"), **options)
+    image = ax.imshow(torch.as_tensor(values).numpy(), aspect=options.pop("aspect", "auto"), **options)
     ax.set(title=title, xlabel=x, ylabel=y)
     ax.grid(False)
     if bar:
