@@ -20,7 +20,8 @@ from qwen35_moe.metrics import rel_l2
 from qwen35_moe.oracle.trace_file import Trace
 from qwen35_moe.quant import mxfp4
 
-pytestmark = pytest.mark.gpu
+# The compiler's first import meets torch's own deprecated functions.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")]
 GPU = "cuda"
 BF16 = "transformers-bf16"
 
