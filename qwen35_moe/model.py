@@ -80,6 +80,7 @@ class Model(nn.Module):
         super().__init__()
         self.config, self.arithmetic = config, arithmetics.get(arithmetic)
         flags = [fused] * config.num_hidden_layers if isinstance(fused, bool) else fused
+        self.fused = list(flags)
         self.embed_tokens: nn.Module = Embedding(config.vocab_size, config.hidden_size)
         self.layers: nn.ModuleList | Sequence[Layer] = nn.ModuleList(
             Layer(config, kind, flag) for kind, flag in zip(config.layer_types, flags, strict=True)

@@ -35,7 +35,7 @@ class Recorder:
         patterns: Patterns = "*",
         *,
         experts: bool = False,
-        out: str | Path | None = None,
+        out: str | Path | TraceWriter | None = None,
         meta: dict[str, Any] | None = None,
     ):
         split = patterns.split(",") if isinstance(patterns, str) else patterns
@@ -44,7 +44,7 @@ class Recorder:
         self.experts, self.step = experts, 0
         self.meta = {"steps": [], **(meta or {})}
         self.trace = Trace(meta=self.meta)
-        self._writer = None if out is None else TraceWriter(out)
+        self._writer = TraceWriter(out) if isinstance(out, (str, Path)) else out
         self._seen: set[str] = set()
         self._attached: Any = None
 
@@ -142,7 +142,7 @@ def trace(
             if mask is not None and len(sizes) > 1:
                 mask = mask[:, : mask.shape[1] - input_ids.shape[1] + stop]
             at = None if position_ids is None else position_ids[..., start:stop]
-            recorder.meta["steps"].append(_step(ids, mask, at, cache))
+            recorder.meta["steps"].append(step_record(ids, mask, at, cache))
             with torch.no_grad():
                 model(ids, attention_mask=mask, cache=cache, position_ids=at)
             start = stop
@@ -160,7 +160,7 @@ def _name(arithmetic: Any) -> str:
     return arithmetic if isinstance(arithmetic, str) else getattr(arithmetic, "name", "")
 
 
-def _step(ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> dict[str, Any]:
+def step_record(ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> dict[str, Any]:
     """Ids, positions and mask [B, T] of one forward pass. A mask may also cover the cached tokens: then [B, S]."""
     past = 0 if cache is None else int(getattr(cache, "length", 0))
     real = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.int64) if mask is None else mask.long()

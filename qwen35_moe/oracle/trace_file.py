@@ -26,7 +26,8 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from ..errors import Qwen35Error
 from ..taps import Site
 
 FORMAT, VERSION = "qwen35-moe-trace", 1
+RESUME = "resume.safetensors"  # what long_run.py needs to go on; no part of the trace
 CHUNK_BYTES = 1 << 28  # a chunk is closed at a new layer, or here: bounds memory for the logits and for 397B layers
 
 
@@ -170,14 +172,30 @@ def _read_head(path: Path, partial: bool) -> dict[str, Any]:
             found=f"{len(chunks)} files and no trace.json",
             do="run the trace again, or open what is there with partial=True",
         )
-    records: list[dict[str, Any]] = []
-    for chunk in chunks:
+    return {"meta": {}, "tensors": [record for chunk in chunks for record in _records(chunk)]}
+
+
+def _records(chunk: Path) -> list[dict[str, Any]]:
+    """What a file says of its tensors."""
+    try:
         with safe_open(chunk, framework="pt") as file:
-            records += json.loads(file.metadata()["tensors"])
-    return {"meta": {}, "tensors": records}
+            return json.loads(file.metadata()["tensors"])
+    except (OSError, SafetensorError) as error:
+        raise Qwen35Error("trace file cannot be read", where=chunk, found=error, do="write the trace again") from error
 
 
 _CHUNK = re.compile(r"\d{5}\.safetensors")
+
+
+def _header(entry: Entry, nbytes: int) -> bytes:
+    """The first bytes of a safetensors file that holds one tensor, padded so that the values are aligned."""
+    tensor = {"dtype": _DTYPES[entry.dtype], "shape": entry.shape, "data_offsets": [0, nbytes]}
+    text = json.dumps({"__metadata__": {"tensors": json.dumps([asdict(entry)])}, entry.key: tensor}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class TraceWriter:
@@ -186,27 +204,34 @@ class TraceWriter:
     A directory that holds anything but a trace is refused. An older trace there is unfinished from the first moment on.
     """
 
-    def __init__(self, path: str | Path, meta: dict[str, Any] | None = None):
+    def __init__(self, path: str | Path, meta: dict[str, Any] | None = None, keep: int = 0):
+        """keep: how many files of an unfinished trace there are kept, to be continued."""
         self.path, self.meta = Path(path), dict(meta or {})
         self.entries: list[Entry] = []
         self._keys: set[str] = set()
         self._buffer: dict[str, Tensor] = {}
         self._open: list[Entry] = []
-        self._files = 0
+        self.files = keep
         self.path.mkdir(parents=True, exist_ok=True)
         names = [p.name for p in self.path.iterdir()]
         foreign = [
             n
             for n in names
             if n != "trace.json"
-            and not re.fullmatch(r"(\d{5}|envelope)\.safetensors(\.tmp)?|trace\.json\.tmp", n)  # envelope: compare.py
+            and not re.fullmatch(
+                r"(\d{5}|envelope|resume)\.safetensors(\.tmp)?|trace\.json\.tmp", n
+            )  # envelope: compare.py
         ]
         if foreign:
             raise Qwen35Error(
                 "directory is not a trace", where=self.path, found=foreign[0], do="choose an empty directory"
             )
-        for name in sorted(names, reverse=True):  # trace.json first
+        kept = [f"{i:05d}.safetensors" for i in range(keep)]
+        for name in sorted(set(names) - {*kept, RESUME if keep else ""}, reverse=True):  # trace.json first
             (self.path / name).unlink()
+        for name in kept:
+            self.entries += [Entry(**{**r, "shape": tuple(r["shape"])}) for r in _records(self.path / name)]
+        self._keys.update(entry.key for entry in self.entries)
 
     def add(self, entry: Entry, x: Tensor) -> None:
         """Append one tensor. It must not change until the layer is written."""
@@ -226,14 +251,33 @@ class TraceWriter:
         """Write what is held as the next file."""
         if not self._open:
             return
-        name = f"{self._files:05d}.safetensors"
+        name = f"{self.files:05d}.safetensors"
         done = [Entry(**{**asdict(entry), "file": name}) for entry in self._open]
         temporary = self.path / (name + ".tmp")
         save_file(self._buffer, temporary, metadata={"tensors": json.dumps([asdict(entry) for entry in done])})
         os.replace(temporary, self.path / name)
         self.entries += done
-        self._files += 1
+        self.files += 1
         self._buffer, self._open = {}, []
+
+    def add_blocks(self, site: Site, dims: str, shape: tuple[int, ...], blocks: Iterator[tuple[slice, Tensor]]) -> None:
+        """Append one large tensor as a file of its own, block by block of its last dimension."""
+        self.flush()
+        name, rows = f"{self.files:05d}.safetensors", prod(shape[:-1])
+        temporary, at = self.path / (name + ".tmp"), 0
+        with open(temporary, "wb") as file:
+            for which, block in blocks:
+                if not at:
+                    width = block.element_size()
+                    done = replace(Entry.of(site, block, dims), shape=shape, file=name)
+                    at = file.write(_header(done, prod(shape) * width))
+                    file.truncate(at + prod(shape) * width)
+                for row, values in enumerate(block.reshape(rows, -1).cpu().contiguous().view(torch.uint8).numpy()):
+                    file.seek(at + (row * shape[-1] + which.start) * width)
+                    file.write(values.data)
+        os.replace(temporary, self.path / name)
+        self.entries.append(done)
+        self.files += 1
 
     def close(self) -> None:
         """Write the rest, and trace.json last."""

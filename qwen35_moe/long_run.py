@@ -1,0 +1,210 @@
+"""Tracing a model layer by layer, so that a run of hours survives: after each layer its values and the residual stream
+are on disk, and a later run goes on from there with the same bytes.
+
+Beside the trace's files (`oracle/trace_file.py`) lies `resume.safetensors` until all layers are done:
+
+    sum [B, T, D]     the residual stream after the last layer that is done, as the next one takes it (not yet rounded)
+    __metadata__      run: what must be the same for the bytes to be; next: the layer to go on with; files: how many
+                      files of the trace are done; unused: tensors of those layers that were never read
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import arithmetic as arithmetics
+from .cache import Cache, LayerState
+from .checkpoint import Report
+from .errors import Qwen35Error
+from .load import StreamedHead
+from .model import Model, extend
+from .oracle.trace_file import RESUME, Trace, TraceWriter
+from .rope import rotary_angles
+from .tap_names import dims_of
+from .taps import OBSERVE, Site, attach, scope, tap
+from .trace import Patterns, Recorder, sizes_of, step_record
+
+HEAD = "next_token_logits"
+
+
+class Progress:
+    """A tap handler that says on stderr where a run is: layer, experts, GB read, time left."""
+
+    stage, wants_experts = OBSERVE, False
+
+    def __init__(self, model: Model, layers: range, quiet: bool = False):
+        self.reader, self.layers, self.quiet = model.source.checkpoint.reader, layers, quiet
+        self.begin, self.layer, self.hit, self.expert, self.said = time.monotonic(), layers.start, 0, 0, 0.0
+
+    def __call__(self, site: Site, x: Tensor) -> None:
+        if site.name == "moe_topk_ids":
+            self.hit, self.expert = len(x.unique()), 0
+        if site.name == "moe_expert_down":
+            self.expert += 1
+            if sys.stderr.isatty() and time.monotonic() - self.said > 0.2:
+                self.say(end="")
+
+    def done(self, layer: int) -> None:
+        self.layer = layer + 1
+        self.say(end="" if sys.stderr.isatty() and self.layer < self.layers.stop else "\n")
+
+    def say(self, end: str = "\n") -> None:
+        self.said = time.monotonic()
+        took, done = self.said - self.begin, self.layer - self.layers.start
+        left = f"{took / done * (self.layers.stop - self.layer):.0f} s left" if done else "time left not known yet"
+        read = self.reader.bytes_read / 1e9
+        text = f"layer {self.layer}/{self.layers.stop}  expert {self.expert}/{self.hit}  {read:.1f} GB read  {left}"
+        if not self.quiet:
+            start = "\r\033[K" if sys.stderr.isatty() else ""
+            print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
+
+
+@torch.inference_mode()
+def trace_layers(
+    model: Model,
+    ids_BT: Tensor,
+    out: str | Path,
+    *,
+    mask: Tensor | None = None,
+    taps: Patterns = "*",
+    experts: bool = False,
+    last: int | None = None,
+    resume: bool = False,
+    meta: dict[str, Any] | None = None,
+    quiet: bool = False,
+) -> tuple[Trace, Report]:
+    """As `trace`, for one forward pass over ids [B, T]: to a directory, and it can be resumed.
+
+    last: the last layer to compute; without it, all, and norm and head. resume: go on after the last layer that an
+    earlier run completed, be it that it was killed or that it had a smaller `last`; the bytes of the trace are those
+    of an undisturbed run. Error: disk full, unreadable shard (what is done can be resumed); another run's state.
+    """
+    out, count = Path(out), len(model.layers)
+    stop = count if last is None else last + 1
+    if not 0 < stop <= count:
+        raise Qwen35Error("no such layer", expected=f"0 to {count - 1}", found=last)
+    meta = {"arithmetic": model.arithmetic.name, "checkpoint": model.identity, **(meta or {})}
+    meta |= {"config": sizes_of(model.config), "steps": [step_record(ids_BT, mask, None, None)]}
+    run = json.dumps({**meta, "taps": taps, "experts": experts}, default=str)
+    start, files, unused, sum_BTD = _read_state(out, run) if resume else (0, 0, [], None)
+    used = model.source.checkpoint.used
+    used.update(name for name in model.source.checkpoint.names() if _is_done(name, start))
+    used.difference_update(unused)
+    writer = TraceWriter(out, meta, keep=files)
+    recorder, progress = Recorder(taps, experts=experts, out=writer), Progress(model, range(start, stop), quiet)
+    real_BT, real_BS, positions = extend(Cache(), ids_BT, mask, None)
+    fresh = sum_BTD is None
+    with arithmetics.using(model.arithmetic), attach(*[recorder] * fresh), _resumable(out, start):
+        h_BTD = tap("embed_tokens", model.embed_tokens(ids_BT)) if sum_BTD is None else sum_BTD.to(ids_BT.device)
+        angles = rotary_angles(model.config, positions, h_BTD.dtype)
+    with arithmetics.using(model.arithmetic), attach(recorder, progress):
+        for i in range(start, stop):
+            with _resumable(out, i):
+                with scope(layer=i):
+                    h_BTD = model.layers[i](h_BTD, angles, real_BT, real_BS, LayerState())
+                writer.flush()
+                unused += sorted(n for n in model.source.checkpoint.names() if _is_left(n, i, used))
+                _write_state(out, run, i + 1, writer, unused, h_BTD)
+            progress.done(i)
+        aside = ["visual.*", "mtp.*"]
+        with _resumable(out, stop):
+            if stop == count:
+                aside += _head(model, h_BTD, recorder, writer)
+            else:
+                aside += ["norm.*", "lm_head.*", *(f"layers.{i}.*" for i in range(stop, count))]
+            writer.close()
+    if stop == count:
+        (out / RESUME).unlink(missing_ok=True)
+    return Trace.open(out), model.source.checkpoint.report(aside)
+
+
+def _head(model: Model, h_BTD: Tensor, recorder: Recorder, writer: TraceWriter) -> list[str]:
+    """Norm and head; a streamed head goes to disk block by block. Returns what was not needed."""
+    x_BTD = model.norm(h_BTD)
+    site = Site(HEAD)
+    if not recorder.wants(site):
+        return ["lm_head.*"]
+    if not isinstance(model.lm_head, StreamedHead):
+        model.lm_head(HEAD, x_BTD)
+        return []
+
+    def rounded() -> Iterator[tuple[slice, Tensor]]:
+        for rows, part in model.lm_head.blocks(HEAD, x_BTD):  # type: ignore[operator]
+            own = model.arithmetic(site, part)
+            yield rows, part if own is None else own
+
+    shape = (*x_BTD.shape[:2], model.config.vocab_size)
+    writer.add_blocks(site, dims_of(HEAD, 3), shape, rounded())
+    return []
+
+
+def _is_done(name: str, below: int) -> bool:
+    """Whether a run that has done the layers `below` has had its turn to read this tensor."""
+    parts = name.split(".")
+    return below > 0 and (parts[0] == "embed_tokens" or parts[0] == "layers" and int(parts[1]) < below)
+
+
+def _is_left(name: str, layer: int, used: set[str]) -> bool:
+    return name.startswith(f"layers.{layer}.") and name not in used
+
+
+@contextmanager
+def _resumable(out: Path, layer: int) -> Iterator[None]:
+    """Says of an error on the way what can be done about it."""
+    do = (
+        f"make it work again and add --resume: layers below {layer} are done"
+        if layer
+        else "make it work, and run again"
+    )
+    try:
+        yield
+    except Qwen35Error as error:
+        do = f"{error.do}; {do}" if error.do else do
+        raise Qwen35Error(error.what, where=error.where, expected=error.expected, found=error.found, do=do) from error
+    except (OSError, SafetensorError) as error:
+        raise Qwen35Error("cannot write the trace", where=out, found=error, do=do) from error
+
+
+def _write_state(out: Path, run: str, following: int, writer: TraceWriter, unused: list[str], sum_BTD: Tensor) -> None:
+    known = {"run": run, "next": str(following), "files": str(writer.files), "unused": json.dumps(unused)}
+    temporary = out / f"{RESUME}.tmp"
+    save_file({"sum": sum_BTD.cpu().contiguous()}, temporary, metadata=known)
+    os.replace(temporary, out / RESUME)
+
+
+def _read_state(out: Path, run: str) -> tuple[int, int, list[str], Tensor | None]:
+    """(layer to go on with, files that are done, tensors left unread, the residual stream)."""
+    if not (out / RESUME).is_file():
+        if (out / "trace.json").is_file():
+            raise Qwen35Error("this trace is complete", where=out, do="leave out --resume to write it anew")
+        return 0, 0, [], None  # killed before the first layer was done, or never begun
+    try:
+        with safe_open(out / RESUME, framework="pt") as file:
+            known, sum_BTD = file.metadata(), file.get_tensor("sum")
+    except (OSError, SafetensorError) as error:
+        raise Qwen35Error(
+            "cannot read the state", where=out / RESUME, found=error, do="start without --resume"
+        ) from error
+    if known["run"] != run:
+        then, now = json.loads(known["run"]), json.loads(run)
+        differ = [key for key in {*then, *now} if then.get(key) != now.get(key)]
+        raise Qwen35Error(
+            "another run was begun here",
+            where=out,
+            expected="the same checkpoint, ids and options",
+            found="differing: " + ", ".join(sorted(differ)),
+            do="give the options of that run, or leave out --resume to start anew",
+        )
+    return int(known["next"]), int(known["files"]), json.loads(known["unused"]), sum_BTD

@@ -1,0 +1,225 @@
+"""Streaming and long runs: the same values layer by layer, flat memory, and a trace that survives any kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import qwen35_moe as q
+from qwen35_moe.cli import main
+from qwen35_moe.load import HEAD_ROWS, runs
+from qwen35_moe.long_run import trace_layers
+from qwen35_moe.oracle.trace_file import Trace, TraceWriter
+
+Build = Callable[[str], Path]
+IDS = torch.tensor([[3, 7, 11, 5, 100, 17, 29, 31], [1, 2, 3, 4, 5, 0, 0, 0]])
+MASK = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def streamed(path: Path, arithmetic: str = "exact") -> q.Model:
+    return q.load(path, arithmetic, mode="stream", text_only=True)
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "transformers-bf16", "sglang-bf16"])
+@pytest.mark.parametrize("mode", ["stream", "decoded"])
+def test_layer_by_layer_is_what_one_forward_pass_computes(
+    built: Build, tmp_path: Path, mode: str, arithmetic: str
+) -> None:
+    model = q.load(built("tiny-mxfp4"), arithmetic, mode=mode, text_only=True)
+    whole = q.trace(model, IDS, attention_mask=MASK, experts=True)
+    found, report = trace_layers(model, IDS, tmp_path / "out", mask=MASK, experts=True, quiet=True)
+    assert list(found) == list(whole) and report.complete
+    assert all(torch.equal(found[key], whole[key]) for key in whole)
+    assert all(
+        (found.sites[k].dims, found.sites[k].dtype) == (whole.sites[k].dims, whole.sites[k].dtype) for k in whole
+    )
+    assert found.meta["steps"] == whole.meta["steps"] and found.meta["checkpoint"] == model.identity
+
+
+def test_the_streamed_head_is_one_tap_however_many_blocks_it_has(
+    built: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = streamed(built("tiny"))
+    before = q.trace(model, IDS)["next_token_logits"]
+    monkeypatch.setattr(sys.modules["qwen35_moe.load"], "HEAD_ROWS", 100)
+    assert HEAD_ROWS > model.config.vocab_size > 100
+    assert torch.allclose(q.trace(model, IDS)["next_token_logits"], before, rtol=0, atol=1e-12)
+    found, _ = trace_layers(model, IDS, tmp_path / "out", quiet=True)
+    assert torch.equal(found["next_token_logits"], q.trace(model, IDS)["next_token_logits"])
+
+
+def test_runs() -> None:
+    assert list(runs([3, 4, 5, 9, 11, 12])) == [slice(3, 6), slice(9, 10), slice(11, 13)]
+    assert list(runs([])) == []
+
+
+class Stop(Exception):
+    """A kill at a chosen moment."""
+
+
+@pytest.mark.parametrize("call", range(1, 12, 2))
+def test_a_run_that_stops_anywhere_resumes_to_the_same_bytes(
+    built: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """Before or after every rename: what a kill there would leave is on disk."""
+    model = streamed(built("tiny-mxfp4"))
+    trace_layers(model, IDS, tmp_path / "undisturbed", mask=MASK, quiet=True)
+    real, count = os.replace, 0
+
+    def stopping(source: str, target: str) -> None:
+        nonlocal count
+        count += 1
+        if count == call // 2 + 1 and call % 2 == 0:
+            raise Stop
+        real(source, target)
+        if count == call // 2 + 1:
+            raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(os, "replace", stopping)
+        trace_layers(model, IDS, tmp_path / "out", mask=MASK, quiet=True)
+    _, report = trace_layers(streamed(built("tiny-mxfp4")), IDS, tmp_path / "out", mask=MASK, resume=True, quiet=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert report.complete
+
+
+def command(checkpoint: Path, out: Path, *options: str) -> list[str]:
+    ids = ["--ids", "1,2,3,4,5,6,7,8", "--out", str(out), "--no-envelope", "--quiet"]
+    return [sys.executable, "-m", "qwen35_moe.cli", "trace", str(checkpoint), *ids, *options]
+
+
+def kill_and_resume(checkpoint: Path, out: Path, seconds: float) -> bool:
+    """Whether the kill met the process alive. Afterwards the run is complete."""
+    process = subprocess.Popen(command(checkpoint, out))
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    killed = process.wait() != 0
+    if killed:
+        subprocess.run(command(checkpoint, out, "--resume"), check=True, stdout=subprocess.DEVNULL)
+    return killed
+
+
+def test_kill_9(built: Build, tmp_path: Path) -> None:
+    """The moments come from the process itself: whenever a new file has appeared."""
+    checkpoint = built("tiny-mxfp4")
+    assert main(command(checkpoint, tmp_path / "undisturbed")[3:]) == 0
+    process = subprocess.Popen(command(checkpoint, tmp_path / "out"))
+    while process.poll() is None and not (tmp_path / "out" / "resume.safetensors").exists():
+        pass
+    process.kill()
+    if process.wait():
+        subprocess.run(command(checkpoint, tmp_path / "out", "--resume"), check=True, stdout=subprocess.DEVNULL)
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_first_layers_now_the_others_later(built: Build, tmp_path: Path) -> None:
+    checkpoint, out = built("tiny-mxfp4"), tmp_path / "out"
+    assert main(command(checkpoint, tmp_path / "whole")[3:]) == 0
+    assert main([*command(checkpoint, out)[3:], "--layers", "0-1"]) == 0
+    assert max(entry.layer or 0 for entry in Trace.open(out).sites.values()) == 1
+    assert main([*command(checkpoint, out)[3:], "--resume"]) == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_another_run_is_not_continued(built: Build, tmp_path: Path) -> None:
+    model = streamed(built("tiny-mxfp4"))
+    trace_layers(model, IDS, tmp_path, last=0, quiet=True)
+    with pytest.raises(q.Qwen35Error, match=r"(?s)another run.*steps"):
+        trace_layers(model, IDS + 1, tmp_path, resume=True, quiet=True)
+    with pytest.raises(q.Qwen35Error, match=r"(?s)another run.*arithmetic"):
+        trace_layers(streamed(built("tiny-mxfp4"), "float32"), IDS, tmp_path, resume=True, quiet=True)
+    trace_layers(model, IDS, tmp_path, quiet=True)
+    with pytest.raises(q.Qwen35Error, match="complete"):
+        trace_layers(model, IDS, tmp_path, resume=True, quiet=True)
+
+
+def test_disk_full_leaves_a_message_and_a_resumable_state(
+    built: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = streamed(built("tiny-mxfp4"))
+    trace_layers(model, IDS, tmp_path / "undisturbed", quiet=True)
+    real = TraceWriter.flush
+
+    def full(writer: TraceWriter) -> None:
+        if writer.files == 2:
+            raise OSError(28, "No space left on device")
+        real(writer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TraceWriter, "flush", full)
+        with pytest.raises(q.Qwen35Error, match=r"(?s)No space left.*--resume"):
+            trace_layers(model, IDS, tmp_path / "out", quiet=True)
+    trace_layers(model, IDS, tmp_path / "out", resume=True, quiet=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_a_read_error_leaves_a_message_and_a_resumable_state(
+    built: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = streamed(built("tiny-mxfp4"))
+    trace_layers(model, IDS, tmp_path / "undisturbed", quiet=True)
+    real = os.preadv
+
+    def broken(*args: object) -> int:
+        if (tmp_path / "out" / "resume.safetensors").exists():
+            raise OSError(5, "Input/output error")
+        return real(*args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", broken)
+        with pytest.raises(q.Qwen35Error, match=r"(?s)cannot read a tensor.*Input/output error.*--resume"):
+            trace_layers(streamed(built("tiny-mxfp4")), IDS, tmp_path / "out", quiet=True)
+    trace_layers(model, IDS, tmp_path / "out", resume=True, quiet=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_progress_names_layer_experts_and_time(
+    built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace_layers(streamed(built("tiny-mxfp4")), IDS, tmp_path, taps="layer_output_sum")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [f"layer {i}/4" for i in (1, 2, 3, 4)]
+    assert all("expert" in line and "GB read" in line and "s left" in line for line in lines)
+
+
+@pytest.mark.parametrize("ids", ["1,2,x", "nowhere.json", "[]"])
+def test_ids_that_are_none(built: Build, tmp_path: Path, ids: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", str(built("tiny")), "--ids", ids, "--out", str(tmp_path / "o")]) == 2
+    assert "token ids" in capsys.readouterr().err
+
+
+def test_ids_from_a_file_and_what_the_command_says(
+    built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ids.json").write_text(json.dumps([[1, 2, 3], [4, 5]]))
+    options = ["--ids", str(tmp_path / "ids.json"), "--taps", "moe_*", "--shared-expert", "fused-online"]
+    assert main(["trace", str(built("tiny-mxfp4")), *options, "--out", str(tmp_path / "o"), "--no-envelope"]) == 0
+    printed = capsys.readouterr().out
+    assert "tensors used" in printed and "converted to MXFP4, relative error 0." in printed
+    found = Trace.open(tmp_path / "o")
+    assert found.mask.tolist() == [[1, 1, 1], [1, 1, 0]] and all(".moe_" in key for key in found)
+    assert found.meta["fused"] == [True] * 4
+
+
+if __name__ == "__main__":  # python tests/test_stream.py CHECKPOINT OUT KILLS SECONDS: kills at random moments
+    base, folder, kills, seconds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+    subprocess.run(command(base, folder / "undisturbed"), check=True)
+    generator, met = random.Random(1), 0
+    for kill in range(kills):
+        met += kill_and_resume(base, folder / f"{kill}", generator.uniform(0.3 * seconds, seconds))
+        assert contents(folder / f"{kill}") == contents(folder / "undisturbed"), kill
+    print(f"{met} of {kills} kills met the run alive; all resumed to the same bytes")
