@@ -21,8 +21,8 @@ from ..tap_names import base_name, per_token
 from .align import Alignment, Pair, align
 from .diagnose import BF16_GRID, diagnose
 from .dump import Dump
-from .envelope import LIMIT, Class, Norms, envelope, judge, legal
-from .envelope_file import ENVELOPE, WEIGHTS, as_rows, stored_envelope
+from .envelope import LIMIT, Class, envelope, judge, legal
+from .envelope_file import ENVELOPE, WEIGHTS, Stored, as_rows, stored_envelope
 from .logits import compare_logits
 from .records import Comparison, Record, block_of, layer_of
 from .replay import RESTARTS, STREAMS, Captured
@@ -220,7 +220,7 @@ class _Work:
             if layer in self.flipped and name in ROUTED:
                 for token in self.flipped[layer].tolist():
                     touched[token : (token // self.T + 1) * self.T] = True
-            if name not in IDS and f"{key}|l2" in stored:
+            if name not in IDS and key in stored:
                 self._judge_inherited(key, layer, stored, touched)
 
     def _judge_inherited(self, key: str, layer: int | None, stored: Mapping[str, Tensor], touched: Tensor) -> None:
@@ -239,9 +239,12 @@ class _Work:
             if record.added is None:
                 record.note = "every token comes after a flip of experts"
             return
-        errors = Norms(*(stored[f"{key}|{n}"].to(torch.float64)[index][keep] for n in ("l2", "max")))
-        x, truth = x[keep], truth[keep]
-        verdict = judge(x, truth, envelope(truth, [errors], pair.dtype), pair.dtype, self.limit)
+        if not keep.all():
+            index, x, truth = index[keep], x[keep], truth[keep]
+        known = Stored.of(stored[key], index)
+        rounding = known.bf16 if pair.dtype == torch.bfloat16 else None
+        bound = envelope(truth, [known.error], pair.dtype, known.size, rounding)
+        verdict = judge(x, truth, bound, pair.dtype, self.limit, known.size, rounding)
         record.inherited, record.inherited_rel = verdict.ratio, verdict.rel
         if record.added is None:
             b, t = pair.rows[keep][verdict.worst].tolist()
@@ -262,12 +265,11 @@ class _Work:
     def _inherited_routing(self, key: str, layer: int | None, stored: Mapping[str, Tensor]) -> None:
         logits_key = f"layers.{layer}.moe_router_logits"
         pair = self.alignment.pair(key)
-        if logits_key not in self.alignment.truth or pair.engine is None or f"{logits_key}|max" not in stored:
+        if logits_key not in self.alignment.truth or pair.engine is None or logits_key not in stored:
             return
         index = self.index(pair)
         logits = self.alignment.truth[logits_key].flatten(0, -2)
-        error = Norms(*(stored[f"{logits_key}|{n}"].to(torch.float64) for n in ("l2", "max")))
-        delta = envelope(logits, [error], torch.bfloat16).max
+        delta = envelope(logits, [Stored.of(stored[logits_key], torch.arange(len(logits))).error], torch.bfloat16).max
         width = max(logits.shape[1], int(pair.truth.max()) + 1)
         logits = torch.nn.functional.pad(logits, (0, width - logits.shape[1]), value=torch.inf)
         routing = compare_ids(pair.truth, pair.engine, logits[index], delta[index], layer)
@@ -296,8 +298,9 @@ class _Work:
         if logits is not None:
             pair = self.alignment.pair(logits)
             if pair.engine is not None:
-                noise = self.stored.get("next_token_logits|max")
-                self.result.logits = compare_logits(pair, None if noise is None else noise[self.index(pair)], truth.ids)
+                known = self.stored.get("next_token_logits")
+                noise = None if known is None else Stored.of(known, self.index(pair)).error.max
+                self.result.logits = compare_logits(pair, noise, truth.ids)
 
 
 def _is_bf16(x: Tensor) -> bool:

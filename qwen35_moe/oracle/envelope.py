@@ -28,6 +28,7 @@ from ..arithmetic import KEEP, Arithmetic, get
 from ..tables import AITER, AITER_VARIANTS, FLOAT32, SGLANG_BF16, TRANSFORMERS_BF16
 
 LIMIT = 3.5
+BLOCK = 1 << 15  # numbers that are worked on at once
 NARROW = 16  # rows of fewer numbers than this
 
 Class = Literal["bit-equal", "within rounding", "suspicious", "wrong", "not comparable", "missing"]
@@ -69,9 +70,19 @@ class Norms:
     max: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> Norms:
-        x = x.to(torch.float64).reshape(x.shape[0], -1)
-        return cls(x.norm(dim=1), x.abs().amax(1) if x.shape[1] else x.new_zeros(len(x)))
+    def of(cls, x: Tensor, minus: Tensor | None = None) -> Norms:
+        """Norms of x, or of a difference, in float64. A few rows at a time: they stay in the processor's cache."""
+        x = x.reshape(x.shape[0], -1)
+        minus = None if minus is None else minus.reshape(x.shape)
+        step = max(1, BLOCK // max(1, x.shape[1]))
+        l2, most = x.new_zeros(len(x), dtype=torch.float64), x.new_zeros(len(x), dtype=torch.float64)
+        for rows in (slice(i, i + step) for i in range(0, len(x) if x.shape[1] else 0, step)):
+            a = x[rows].to(torch.float64)
+            if minus is not None:
+                a = a - minus[rows].to(torch.float64)
+            torch.linalg.vector_norm(a, 2, 1, out=l2[rows])
+            torch.amax(a.abs(), 1, out=most[rows])  # six times as fast as the norm of that name
+        return cls(l2, most)
 
     def pooled(self, size: Norms, narrow: bool) -> Norms:
         """At least the tensor's typical relative error at every row; for narrow rows, the largest of all rows."""
@@ -92,15 +103,20 @@ class Norms:
 
 def one_rounding(truth: Tensor, dtype: torch.dtype) -> Norms:
     """What the truth loses when it is stored in `dtype`."""
-    return Norms.of(truth.to(torch.float64) - truth.to(dtype).to(torch.float64))
+    return Norms.of(truth, minus=truth.to(dtype))
 
 
-def envelope(truth: Tensor, members: Sequence[Tensor | Norms], dtype: torch.dtype) -> Norms:
-    """The largest legal error of each row. truth [rows, ...]; members: legal results of that shape, or their errors."""
-    size, narrow = Norms.of(truth), truth[0].numel() < NARROW if len(truth) else False
-    bound = one_rounding(truth, dtype).pooled(size, narrow)
+def envelope(
+    truth: Tensor, members: Sequence[Tensor | Norms], dtype: torch.dtype,
+    size: Norms | None = None, rounding: Norms | None = None,
+) -> Norms:  # fmt: skip
+    """The largest legal error of each row. truth [rows, ...]; members: legal results of that shape, or their errors.
+    size and rounding (to `dtype`) are the truth's, where they are known already."""
+    narrow = truth[0].numel() < NARROW if len(truth) else False
+    size = Norms.of(truth) if size is None else size
+    bound = (one_rounding(truth, dtype) if rounding is None else rounding).pooled(size, narrow)
     for member in members:
-        errors = member if isinstance(member, Norms) else Norms.of(member.to(torch.float64) - truth.to(torch.float64))
+        errors = member if isinstance(member, Norms) else Norms.of(member, minus=truth)
         bound = bound.largest(errors.pooled(size, narrow))
     return bound
 
@@ -118,20 +134,25 @@ class Verdict:
     rel: float  # |e| / |truth| of the whole tensor
 
 
-def judge(engine: Tensor, truth: Tensor, bound: Norms, dtype: torch.dtype, limit: float = LIMIT) -> Verdict:
+def judge(
+    engine: Tensor, truth: Tensor, bound: Norms, dtype: torch.dtype, limit: float = LIMIT,
+    size: Norms | None = None, rounding: Norms | None = None,
+) -> Verdict:  # fmt: skip
     """Compare rows. NaN or infinity in the engine where the truth is finite is an infinite error."""
-    x, y = (t.to(torch.float64).reshape(t.shape[0], -1) for t in (engine, truth))
-    error = Norms.of(torch.where(x == y, 0.0, x - y))  # equal infinities are no error
+    error = Norms.of(engine, minus=truth)
+    if not error.l2.isfinite().all():  # equal infinities are no error
+        error = Norms.of(torch.where(engine == truth, 0.0, engine.to(torch.float64) - truth.to(torch.float64)))
     l2, most = (_ratio(e, b) for e, b in ((error.l2, bound.l2), (error.max, bound.max)))
     ratios = torch.maximum(l2, most)
     worst = int(ratios.argmax())
     ratio = float(ratios[worst])
-    if torch.equal(x.to(dtype), y.to(dtype)):
+    could_be_equal = rounding is None or torch.allclose(error.l2, rounding.l2, rtol=1e-5, atol=0)
+    if could_be_equal and torch.equal(engine.to(dtype), truth.to(dtype).reshape(engine.shape)):
         cls: Class = "bit-equal"
     else:
         cls = "within rounding" if ratio <= limit else "suspicious" if ratio <= 2 * limit else "wrong"
-    size = float(y.norm())
-    rel = float(error.l2.norm()) / size if size else float(error.l2.norm() > 0)
+    whole, off = float((Norms.of(truth) if size is None else size).l2.norm()), float(error.l2.norm())
+    rel = off / whole if whole else float(off > 0)
     return Verdict(cls, ratio, float(l2.max()), float(most.max()), worst, ratios, rel)
 
 

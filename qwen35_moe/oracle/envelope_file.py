@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..tap_names import TAPS, base_name, per_token
 from ..taps import OBSERVE, Site, attach
-from .envelope import Norms
+from .envelope import Norms, one_rounding
 from .replay import ReplayRouting
 from .trace_file import Trace
 
@@ -22,7 +22,21 @@ ENVELOPE = "envelope.safetensors"
 WEIGHTS = ("moe_topk_weights", "moe_topk_probs", "moe_slot_weights")
 
 
+class Stored(NamedTuple):
+    """Of the rows of one tap: the largest legal error, the size of the truth, its loss when it is stored in bf16."""
+
+    error: Norms
+    size: Norms
+    bf16: Norms
+
+    @classmethod
+    def of(cls, rows_R6: Tensor, index: Tensor) -> Stored:
+        columns = rows_R6.to(torch.float64)[index].unbind(1)
+        return cls(*(Norms(*columns[i : i + 2]) for i in (0, 2, 4)))
+
+
 def stored_envelope(truth: Trace) -> dict[str, Tensor]:
+    """Key -> [rows, 6], the columns of `Stored`."""
     path = None if truth.path is None else truth.path / ENVELOPE
     return load_file(path) if path is not None and path.is_file() else truth.meta.get("_envelope", {})
 
@@ -68,7 +82,11 @@ def write_envelope(truth: Trace, models: Iterable[Any]) -> None:
     for model in models:
         with torch.no_grad(), attach(errors, ReplayRouting(truth)):
             model(truth.ids, attention_mask=mask, position_ids=truth.positions)
-    out = {f"{k}|{n}": getattr(v, n).to(torch.float32) for k, v in errors.norms.items() for n in ("l2", "max")}
+    out = {}
+    for key, error in errors.norms.items():
+        x = as_rows(key, truth[key].to(torch.float64), truth.ids.numel())
+        norms = (error, Norms.of(x), one_rounding(x, torch.bfloat16))
+        out[key] = torch.stack([column for n in norms for column in (n.l2, n.max)], 1).to(torch.float32)
     if truth.path is None:
         truth.meta["_envelope"] = out
         return
