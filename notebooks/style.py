@@ -52,6 +52,7 @@ plt.rcParams.update(
     }
 )
 
+
 def show() -> None:
     """Show the figures in a notebook; in a script draw them and let them go."""
     if INLINE:
@@ -60,6 +61,14 @@ def show() -> None:
         for number in plt.get_fignums():
             plt.figure(number).canvas.draw()
     plt.close("all")
+
+
+def page(text: str, folder: Path) -> None:
+    """Show a long text below a cell, without the name of a scratch folder."""
+    if INLINE:
+        from IPython.display import display
+
+        display({"text/plain": text.replace(f"{folder}/", "")}, raw=True)
 
 
 def scratch() -> Path:
