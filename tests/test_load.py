@@ -1,0 +1,140 @@
+"""`load` in all three modes: every recipe's layout, the same bits; what is mapped, converted and refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fixture_models import FIXTURES
+from torch import Tensor
+
+import qwen35_moe as q
+from qwen35_moe.experts import PackedExperts, ViewedExperts
+from qwen35_moe.load import MODES
+from qwen35_moe.moe import Experts
+from qwen35_moe.tables import TRANSFORMERS_BF16
+
+Build = Callable[[str], Path]
+RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "weights" / "recipes").glob("tiny*.toml"))
+IDS = torch.tensor([[3, 7, 11, 5, 100, 17, 29, 31, 2, 2, 90]])
+
+
+def logits(path: Path, mode: str, arithmetic: str = "exact", **options: str) -> Tensor:
+    return q.load(path, arithmetic, mode=mode, text_only=True, **options)(IDS)
+
+
+def has_same_bits(path: Path, arithmetic: str) -> bool:
+    first, *others = (logits(path, mode, arithmetic) for mode in MODES)
+    return bool(first.isfinite().all()) and all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_layout_computes_the_same_bits_in_every_mode(built: Build, recipe: str) -> None:
+    assert has_same_bits(built(recipe), "exact")
+    assert has_same_bits(built(recipe), "sglang-bf16")
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "float32", "transformers-bf16"])
+@pytest.mark.parametrize("fixture", sorted(path.name for path in FIXTURES.iterdir() if path.is_dir()))
+def test_the_fixtures_in_every_mode(fixture: str, arithmetic: str) -> None:
+    assert has_same_bits(FIXTURES / fixture, arithmetic)
+
+
+@pytest.mark.parametrize("shared_expert", ["fused", "unfused"])
+def test_modes_agree_fused_and_unfused(built: Build, shared_expert: str) -> None:
+    for recipe in ("tiny", "tiny-moe-mxfp4"):
+        first, *others = (logits(built(recipe), mode, shared_expert=shared_expert) for mode in MODES)
+        assert all(torch.equal(first, other) for other in others)
+
+
+def in_a_file(x: Tensor, files: list[str]) -> bool:
+    """Whether the kernel says that this memory is one of the mapped files."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(word, 16) for word in line.split()[0].split("-"))
+        if begin <= x.data_ptr() < end:
+            return any(line.endswith(file) for file in files)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shared_expert", "kind"),
+    [
+        ("tiny", "unfused", Experts),  # fused 3-D tensors: one parameter, as it lies
+        ("tiny", "fused", ViewedExperts),  # slot E lies elsewhere
+        ("tiny-per-expert", "unfused", ViewedExperts),
+    ],
+)
+def test_bf16_is_used_where_it_lies(built: Build, recipe: str, shared_expert: str, kind: type) -> None:
+    path = built(recipe)
+    model = q.load(path, TRANSFORMERS_BF16, shared_expert)
+    assert all(type(layer.mlp.experts) is kind for layer in model.layers)
+    files = [str(file) for file in path.glob("*.safetensors")]
+    copied = [name for name, p in model.named_parameters() if p.dtype == torch.bfloat16 and not in_a_file(p, files)]
+    aside = {name for name in copied if name.endswith(("A_log", "linear_attn.norm.weight"))}  # stored as float32
+    assert set(copied) == aside and len(dict(model.named_parameters())) > 40
+    for _, gate_up, down in model.layers[0].mlp.experts.visit(range(3)):
+        assert in_a_file(down, files) and gate_up.dtype == torch.bfloat16
+
+
+def test_a_changed_weight_does_not_change_the_file(built: Build) -> None:
+    model = q.load(built("tiny"), TRANSFORMERS_BF16)
+    before = {file: file.read_bytes() for file in built("tiny").glob("*.safetensors")}
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.layers[0].mlp.experts.gate_up_proj.zero_()
+    assert {file: file.read_bytes() for file in before} == before
+    assert q.load(built("tiny"), TRANSFORMERS_BF16).lm_head.weight.any()
+
+
+def test_nothing_else_is_mapped(built: Build) -> None:
+    """What is decoded has memory of its own; a streamed run maps nothing, or its pages would count as resident."""
+    model = q.load(built("tiny"), "float32", mode="stream")
+    model(IDS)
+    assert not model.source.checkpoint.reader.mapped
+    assert isinstance(q.load(built("tiny-mxfp4"), mode="packed").layers[0].mlp.experts, PackedExperts)
+
+
+def test_an_engine_that_never_fuses_is_not_fused_by_the_gate(built: Build) -> None:
+    assert q.load(built("tiny"), "transformers-bf16").fused == [False] * 4
+    assert q.load(built("tiny"), "sglang-bf16").fused == [True] * 4
+    assert q.load(built("tiny"), "transformers-bf16", "fused").fused == [True] * 4
+
+
+def test_a_bf16_shared_expert_reaches_an_mxfp4_slot_by_conversion_only(built: Build) -> None:
+    path = built("tiny-mxfp4")
+    with pytest.raises(q.Qwen35Error, match="fused-online"):
+        q.load(path, shared_expert="fused")
+    first, *others = (logits(path, mode, shared_expert="fused-online") for mode in MODES)
+    assert all(torch.equal(first, other) for other in others)
+    unfused = logits(path, "packed", shared_expert="unfused")
+    assert not torch.equal(first, unfused)
+    model = q.load(path, shared_expert="fused-online", text_only=True)
+    assert model.fused == [True] * 4 and set(model.conversion) == {f"layers.{i}.mlp" for i in range(4)}
+    # Values of a normal distribution in MXFP4; scale rule even.
+    assert all(0.08 < cost < 0.2 for cost in model.conversion.values())
+
+
+def test_conversion_changes_nothing_that_is_mxfp4_already(built: Build) -> None:
+    path = built("tiny-moe-mxfp4")
+    model = q.load(path, shared_expert="fused-online", text_only=True)
+    assert set(model.conversion.values()) == {0.0}
+    assert torch.equal(model(IDS), logits(path, "packed", shared_expert="fused"))
+
+
+def test_conversion_is_to_mxfp4_alone(built: Build) -> None:
+    with pytest.raises(q.Qwen35Error, match="bf16 bytes would be read as fp8"):
+        q.load(built("tiny-fp8-experts"), shared_expert="fused-online")
+    assert q.load(built("tiny"), shared_expert="fused-online").conversion == {}
+
+
+def test_the_model_knows_its_checkpoint(built: Build) -> None:
+    a, b = (q.load(built(recipe), mode="stream").identity for recipe in ("tiny", "tiny-mxfp4"))
+    assert a and b and a["headers_sha256"] != b["headers_sha256"] and a["tensors"] == 112
+
+
+@pytest.mark.parametrize(("option", "value"), [("mode", "lazy"), ("shared_expert", "yes")])
+def test_an_unknown_option_is_named(built: Build, option: str, value: str) -> None:
+    with pytest.raises(q.Qwen35Error, match=f"unknown {option}"):
+        q.load(built("tiny"), **{option: value})
