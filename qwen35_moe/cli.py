@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from .errors import Qwen35Error
 
 # Modules with an `add_parser(subparsers)`, which sets `run(args) -> int` as the default of its parser.
-COMMANDS = ("gate_cli", "trace_cli", "generate_cli", "oracle.dump_config", "oracle.oracle_cli")
+COMMANDS = ("info_cli", "gate_cli", "trace_cli", "generate_cli", "oracle.dump_config", "oracle.oracle_cli")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -86,7 +86,7 @@ def read_ids(text: str) -> tuple[Tensor, Tensor | None]:
     """Token ids [B, T] and mask (None: no padding), from "1,2,3" or a JSON file: a list of ids, a list of such lists,
     or an object with `input_ids`."""
     found: Any
-    if re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text) and not Path(text).exists():
+    if re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text):
         found = [int(word) for word in text.split(",")]
     else:
         try:

@@ -1,0 +1,192 @@
+"""`qwen35-moe info`: what a checkpoint holds, and what a run of it will take."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections import Counter, defaultdict
+from typing import Any
+
+import torch
+
+from .arithmetic import get
+from .checkpoint import Checkpoint
+from .config import FULL, Config
+from .errors import Qwen35Error
+from .gate_cli import _lines, _result
+from .load import HEAD_ROWS
+
+PROCESS = 350 << 20  # Python, torch and its libraries
+
+
+def add_parser(subparsers: Any) -> None:
+    p = subparsers.add_parser(
+        "info",
+        help="sizes, formats, the gate's decision, and memory and time that a run will need",
+        description="Reads headers only, and measures this machine for a second.",
+    )
+    p.add_argument("checkpoint", help="checkpoint folder or .safetensors file")
+    p.add_argument("--tokens", type=int, default=512, help="of the run to estimate (default: %(default)s)")
+    p.add_argument("--arithmetic", default="exact", help="default: %(default)s")
+    p.add_argument("--json", action="store_true", help="the same as JSON")
+    p.add_argument("--verify", action="store_true", help="read everything and compare checksums, where any are known")
+    p.add_argument("--manifest", help="for --verify: a file of lines `sha256 ... name`")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints what is there. 0; 1 where a checksum differs. Error: a checkpoint that headers show to be broken."""
+    if args.tokens < 1:
+        raise Qwen35Error("nothing to estimate", where="--tokens", expected="at least 1", found=args.tokens)
+    with Checkpoint.open(args.checkpoint) as checkpoint:
+        found = describe(checkpoint, args.tokens, args.arithmetic)
+        failed = 0
+        if args.verify:
+            sums = list(checkpoint.verify(args.manifest))
+            failed = sum(not c.ok for c in sums)
+            found["checksums"] = [vars(c) | {"ok": c.ok} for c in sums]
+        print(json.dumps(found, indent=1) if args.json else "\n".join(text(found)))
+    return 1 if failed else 0
+
+
+def describe(checkpoint: Checkpoint, tokens: int, arithmetic: str) -> dict[str, Any]:
+    """All that `info` prints, as plain data."""
+    config = Config.from_dict(checkpoint.config)
+    checkpoint.validate(config)
+    return {
+        "path": str(checkpoint.path),
+        **checkpoint.identity(),
+        "layers": config.num_hidden_layers,
+        "full_attention_layers": sum(kind == FULL for kind in config.layer_types),
+        "hidden_size": config.hidden_size,
+        "experts": config.num_experts,
+        "experts_per_token": config.num_experts_per_tok,
+        "modules": modules(checkpoint),
+        "gate": _result(dict(checkpoint.config), checkpoint.spec, ("strict", "strict", {}), {}),
+        "estimate": estimate(checkpoint, config, tokens, arithmetic),
+    }
+
+
+def modules(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """A row for each kind of module: how many, in which format, how many parameters and bytes."""
+    rows: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for module, roles in checkpoint.modules.items():
+        weight = checkpoint.find(module)
+        kind = re.sub(r"(layers|experts|blocks)\.\d+\.", r"\1.*.", module)
+        count = rows[kind, str(weight.spec)]
+        values = 1
+        for size in weight.shape:
+            values *= size
+        count.update(modules=1, parameters=values, bytes=sum(stored.nbytes for stored in roles.values()))
+    return [{"module": kind, "format": spec, **count} for (kind, spec), count in rows.items()]
+
+
+def estimate(checkpoint: Checkpoint, config: Config, tokens: int, arithmetic: str) -> dict[str, Any]:
+    """Peak memory and time of one forward pass per mode.
+
+    Time: operations / this machine's matmul rate in the dtype, and values to decode / its decoding rate, whichever is
+    more; reading from a disk slower than that comes on top. Memory: weights that are held, the largest decoded piece,
+    what the process takes anyway; logits of all positions where they are held at once.
+    """
+    table = get(arithmetic)
+    width, D, F = table.dtype.itemsize, config.hidden_size, config.moe_intermediate_size
+    V, E, A, L = config.vocab_size, config.num_experts, config.num_experts_per_tok, config.num_hidden_layers
+    text = [row for row in modules(checkpoint) if not row["module"].startswith(("mtp.", "visual."))]
+    all_values = sum(row["parameters"] for row in text)
+    experts = [row for row in text if ".mlp.experts" in row["module"]]
+    packed, expert_values = sum(row["bytes"] for row in experts), sum(row["parameters"] for row in experts)
+    ends = V * D * (1 if config.tie_word_embeddings else 2)
+    plain = all_values - expert_values - ends
+    rates = measure(table.dtype, D, F)
+    hit = E * (1 - (1 - A / E) ** tokens)
+    operations = 2 * tokens * (plain + L * A * 3 * D * F + V * D)
+    decoded = plain + L * hit * 3 * D * F + V * D
+    seconds = max(operations / rates["matmul_flops"], decoded * width / rates["decode_bytes"])
+    logits, stream = tokens * V * width, tokens * D * width * 30 + tokens * A * D * max(width, 4)
+    two = 2 * 3 * D * F * width
+    mapped = all(row["format"] == str(table.dtype).removeprefix("torch.").replace("float", "f") for row in text)
+    return {
+        "tokens": tokens,
+        "arithmetic": arithmetic,
+        **rates,
+        "seconds": seconds,
+        "memory": {
+            "stream": int(PROCESS + max(plain // L * width + two, min(HEAD_ROWS, V) * D * (width + 2)) + stream),
+            "packed": int(PROCESS + packed + (plain + ends) * width + two + logits + stream),
+            "decoded": int(PROCESS + (0 if mapped else all_values * width) + logits + stream),
+        },
+    }
+
+
+def measure(dtype: torch.dtype, D: int, F: int) -> dict[str, float]:
+    """This machine: operations a second of a product [16, D] x [D, 2F], bytes a second of decoding MXFP4 to `dtype`."""
+    from .quant.mxfp4 import decode
+
+    x, weight = torch.ones(16, D, dtype=dtype), torch.ones(2 * F, D, dtype=dtype)
+    codes, scales = torch.zeros(2 * F, D // 2, dtype=torch.uint8), torch.full((2 * F, D // 32), 127, dtype=torch.uint8)
+    out = torch.empty_like(weight)
+    product = _best(lambda: torch.nn.functional.linear(x, weight))
+    decoding = _best(lambda: decode(codes, scales, dtype, out)) if dtype.itemsize > 1 else float("inf")
+    return {"matmul_flops": 2 * x.numel() * 2 * F / product, "decode_bytes": out.nbytes / decoding}
+
+
+def _best(step: Any, seconds: float = 0.3) -> float:
+    best, end = float("inf"), time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
+        step()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def text(found: dict[str, Any]) -> list[str]:
+    full, layers = found["full_attention_layers"], found["layers"]
+    lines = [
+        found["path"],
+        f"  {_size(found['bytes'])} in {found['files']} files, {found['tensors']} tensors, "
+        f"headers sha256 {found['headers_sha256'][:16]}",
+        f"  {layers} layers ({full} full attention, {layers - full} DeltaNet), width {found['hidden_size']}, "
+        f"{found['experts']} experts, {found['experts_per_token']} a token",
+        "",
+        f"  {'module':<46} {'format':<26} {'count':>7} {'parameters':>15} {'size':>9}",
+    ]
+    for row in found["modules"]:
+        lines.append(
+            f"  {row['module']:<46} {row['format']:<26} {row['modules']:>7} {row['parameters']:>15,} "
+            f"{_size(row['bytes']):>9}"
+        )
+    lines += [
+        "",
+        "  shared expert (rule strict, by what is stored)",
+        *("  " + line for line in _lines(found["gate"], False)),
+    ]
+    e = found["estimate"]
+    lines += [
+        "",
+        f"  one forward pass over {e['tokens']} tokens, {e['arithmetic']}: about {_time(e['seconds'])} on this machine "
+        f"({e['matmul_flops'] / 1e9:.0f} GFLOP/s, decodes {e['decode_bytes'] / 1e9:.1f} GB/s)",
+        "  peak memory: " + ", ".join(f"{mode} {_size(size)}" for mode, size in e["memory"].items()),
+    ]
+    for c in found.get("checksums", []):
+        verdict = ("ok" if c["expected"] else "nothing known") if c["ok"] else "DIFFERS"
+        lines.append(f"  {c['name']}: {verdict}  {c['found'] or 'absent'}  ({c['source']})")
+    return lines
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    raise AssertionError("the loop returns")
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -1,0 +1,70 @@
+"""`qwen35-moe info`: what it says is what the files hold."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen35_moe.cli import main
+
+Build = Callable[[str], Path]
+
+
+def info(capsys: pytest.CaptureFixture[str], path: Path, *options: str) -> dict[str, Any]:
+    assert main(["info", str(path), "--json", *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "module", "spec"),
+    [
+        ("tiny", "layers.*.mlp.experts.gate_up_proj", "bf16"),
+        ("tiny-mxfp4", "layers.*.mlp.experts.*.gate_proj", "mxfp4 (block 32)"),
+        ("tiny-gpt-oss", "layers.*.mlp.experts.gate_up_proj", "mxfp4 (block 32)"),
+        ("tiny-compressed-tensors", "layers.*.mlp.experts.*.up_proj", "mxfp4 (block 32)"),
+    ],
+)
+def test_modules_with_formats_and_sizes(
+    built: Build, capsys: pytest.CaptureFixture[str], recipe: str, module: str, spec: str
+) -> None:
+    found = info(capsys, built(recipe))
+    rows = {row["module"]: row for row in found["modules"]}
+    assert rows[module]["format"] == spec
+    headers = sum(8 + int.from_bytes(f.read_bytes()[:8], "little") for f in built(recipe).glob("*.safetensors"))
+    assert sum(row["bytes"] for row in found["modules"]) == found["bytes"] - headers
+
+
+def test_gate_and_estimate(built: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    assert info(capsys, built("tiny"))["gate"]["model"]["fused"]
+    found = info(capsys, built("tiny-mxfp4"), "--arithmetic", "float32", "--tokens", "7")
+    assert not found["gate"]["model"]["fused"]
+    memory = found["estimate"]["memory"]
+    assert found["estimate"]["seconds"] > 0 and memory["packed"] < memory["decoded"]
+    assert main(["info", str(built("tiny-mxfp4"))]) == 0
+    printed = capsys.readouterr().out
+    assert "layers.0-3     unfused" in printed and "peak memory: stream" in printed
+
+
+def test_checksums(built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = Path(__file__).parents[1] / "weights" / "manifests" / "tiny.txt"
+    found = info(capsys, built("tiny"), "--verify", "--manifest", str(manifest))
+    assert len(found["checksums"]) > 100 and all(c["ok"] for c in found["checksums"])
+    folder = tmp_path / "damaged"
+    shutil.copytree(built("tiny"), folder)
+    file = next(folder.glob("*.safetensors"))
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    assert main(["info", str(folder), "--verify", "--manifest", str(manifest)]) == 1
+    assert capsys.readouterr().out.count("DIFFERS") == 1
+
+
+def test_bad_input(tmp_path: Path, built: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(tmp_path / "nowhere")]) == 2
+    assert main(["info", str(built("tiny")), "--tokens", "0"]) == 2
+    assert "nothing to estimate" in capsys.readouterr().err
