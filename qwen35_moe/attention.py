@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .cache import LayerState
 from .config import Config
 from .norms import RMSNorm
-from .ops import Linear, accumulation_dtype, apply, matmul, multiply, promote
+from .ops import Linear, accumulation_dtype, apply, matmul, multiply
 from .rope import rotate
 from .taps import scope, tap
 
@@ -39,9 +39,10 @@ def attend(
         if real_BS is not None:
             visible_Bts = (visible_Bts & real_BS[:, None]) | (s == t)
         with scope(index=block if T > QUERY_BLOCK else None):
-            scores_BNts = promote(matmul("attn_qk", q_BNtH, k_BNSH.mT)) * H**-0.5
-            scores_BNts = promote(tap("attn_scores", scores_BNts)).masked_fill(~visible_Bts[:, None], -torch.inf)
-            probs_BNts = tap("attn_probs", scores_BNts.softmax(-1))
+            scores_BNts = apply("attn_scores", lambda x: x * H**-0.5, matmul("attn_qk", q_BNtH, k_BNSH.mT))
+            scores_BNts = scores_BNts.masked_fill(~visible_Bts[:, None], -torch.inf)
+            wide = torch.promote_types(scores_BNts.dtype, torch.float32)
+            probs_BNts = tap("attn_probs", scores_BNts.softmax(-1, dtype=wide))
             dtype = accumulation_dtype("attn_context", probs_BNts, v_BNSH)
             y_BNtH = probs_BNts.to(dtype) @ v_BNSH.to(dtype)
             blocks_BtNH.append(y_BNtH.transpose(1, 2))
