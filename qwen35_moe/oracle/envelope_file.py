@@ -15,6 +15,7 @@ from ..tap_names import TAPS, base_name, per_token
 from ..taps import OBSERVE, Site, attach
 from .envelope import Norms, one_rounding
 from .replay import ReplayRouting
+from .split_k import splitting
 from .trace_file import Trace
 
 ENVELOPE = "envelope.safetensors"
@@ -80,7 +81,7 @@ def write_envelope(truth: Trace, models: Iterable[Any]) -> None:
     errors = _Errors(truth)
     mask = None if bool(truth.mask.all()) else truth.mask
     for model in models:
-        with torch.no_grad(), attach(errors, ReplayRouting(truth)):
+        with torch.no_grad(), splitting(model.arithmetic), attach(errors, ReplayRouting(truth)):
             model(truth.ids, attention_mask=mask, position_ids=truth.positions)
     out = {}
     for key, error in errors.norms.items():

@@ -34,8 +34,9 @@ from .faults import Fault, Place
 from .readers.own import from_trace
 from .records import Comparison, show
 from .rerun import CPU
+from .split_k import SplitK
 from .trace_file import Trace
-from .variants import SMALL, UNLISTED, SplitK, Variant, variants
+from .variants import SMALL, UNLISTED, Variant, variants
 
 # What hooks on SGLang's modules see, and what its patches add.
 DUMPED = (
@@ -169,8 +170,8 @@ class Bench:
 
 @contextmanager
 def _mode(variant: Variant) -> Iterator[None]:
-    if variant.split_k:
-        with SplitK():
+    if variant.split_k > 1:
+        with SplitK(variant.split_k):
             yield
     else:
         yield

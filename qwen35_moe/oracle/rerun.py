@@ -21,6 +21,7 @@ from ..rope import rotary_angles
 from ..taps import Handler, attach, scope, tap
 from .faults import Fault, Place
 from .replay import Captured, Restart
+from .split_k import splitting
 
 SMALL = 1 << 26
 CPU = torch.device("cpu")
@@ -90,7 +91,7 @@ class Rerun:
         layer = self.layer(i, table, source or self.source, self.fused[i] if fused is None else fused)
         restart = Restart(self.captured, self.tokens.count)
         real = self.tokens.real
-        with using(table), attach(*handlers, restart):
+        with using(table), splitting(table), attach(*handlers, restart):
             angles = rotary_angles(self.config, self.tokens.positions, stream_BTD.dtype)
             with scope(layer=i):
                 out = layer(stream_BTD, angles, real, real, LayerState())
@@ -144,7 +145,7 @@ class Rerun:
     def head(self, model: Model, stream_BTD: Tensor, handlers: Sequence[Handler] = ()) -> dict[str, Tensor]:
         """What the taps after the last layer held."""
         restart = Restart(self.captured, self.tokens.count)
-        with using(model.arithmetic), attach(*handlers, restart):
+        with using(model.arithmetic), splitting(model.arithmetic), attach(*handlers, restart):
             model.lm_head("next_token_logits", model.norm(stream_BTD))
         return restart.seen
 

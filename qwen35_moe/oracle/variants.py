@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from .. import arithmetic as arithmetics
 from ..arithmetic import KEEP, Arithmetic
@@ -15,25 +13,13 @@ from .catalogue import scaled
 from .faults import Fault
 
 
-class SplitK(TorchFunctionMode):
-    """Linear layers as split-K kernels compute them: both halves of the sum are rounded to bf16, then added."""
-
-    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if f is not torch.nn.functional.linear or args[0].dtype == torch.float64:
-            return f(*args, **(kwargs or {}))
-        half = args[0].shape[-1] // 2
-        parts = (f(x, w).to(torch.bfloat16) for x, w in ((args[0][..., :half], args[1][:, :half]),
-                                                         (args[0][..., half:], args[1][:, half:])))  # fmt: skip
-        return sum(x.to(args[0].dtype) for x in parts)
-
-
 @dataclass(frozen=True)
 class Variant:
     """A clean engine. `chunks` feeds the sequence in pieces, `batch` adds a second sequence, padded on the left."""
 
     name: str
     table: Arithmetic
-    split_k: bool = False
+    split_k: int = 1
     chunks: tuple[int, ...] | None = None
     batch: bool = False
 
@@ -60,8 +46,8 @@ def variants(a4: bool, tokens: int) -> list[Variant]:
         Variant("experts added in reverse", reverse),
         Variant("experts added by id", by_id),
         Variant("recurrent DeltaNet", recurrent),
-        Variant("split-K", SGLANG_BF16, split_k=True),
-        Variant("split-K, all bf16", ALL_BF16, split_k=True),
+        Variant("split-K in 4", SGLANG_BF16, split_k=4),
+        Variant("split-K in 2, all bf16", ALL_BF16, split_k=2),
         Variant("float32", arithmetics.get("float32")),
         Variant("batched, padded", SGLANG_BF16, batch=True),
         Variant("chunked prefill and decode", SGLANG_BF16, chunks=(tokens // 2, tokens - tokens // 2 - 2, 1, 1)),
