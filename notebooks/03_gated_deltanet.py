@@ -121,7 +121,7 @@ torch.testing.assert_close(answers["without recall"], old[0] + new[0])
 def weights_of_both(beta):
     """With which weights `old` and `new` are in what is recalled after writing both under one key."""
     recalled = remember(twice, pair, beta).T @ key[0]
-    return torch.linalg.lstsq(pair.T, recalled[:, None]).solution[:, 0]
+    return torch.linalg.lstsq(pair.T, recalled[:, None]).solution[:, 0].round(decimals=12)
 
 
 fig, axes = plt.subplots(1, 2, figsize=(7.4, 2.9))

@@ -4,7 +4,7 @@
 # Notebook 4 showed that the shared expert may become slot `E` of the routed experts. This one is about when it must
 # not: the story of [sglang PR 22948](https://github.com/sgl-project/sglang/pull/22948). A checkpoint said in its
 # configuration that the shared expert is BF16 while the routed experts are MXFP4. SGLang fused all the same, and copied
-# BF16 weights into a slot that its kernel reads as packed FP4. The model loaded, ran at full speed, and wrote garbage.
+# BF16 weights into a slot that its kernel reads as packed FP4. The model loaded, and wrote garbage.
 
 # %%
 from textwrap import fill

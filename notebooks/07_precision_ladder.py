@@ -15,7 +15,7 @@ import style
 import torch
 
 import qwen35_moe as q
-from qwen35_moe.oracle.envelope import envelope, judge
+from qwen35_moe.oracle.envelope import LIMIT, envelope, judge
 from qwen35_moe.oracle.replay import ReplayRouting
 from weights.build import build
 
@@ -223,8 +223,8 @@ engines = ("transformers-bf16", "sglang-bf16", "engine with a bug")
 verdicts = {name: [ratio(name, layer) for layer in range(3)] for name in engines}
 for name in engines:
     ax.plot(range(3), [v.ratio for v in verdicts[name]], label=name)
-ax.axhline(3.5, color=style.GREY, linestyle="--", marker="")
-ax.text(2.05, 3.6, "limit 3.5", fontsize=8, color=style.GREY)
+ax.axhline(LIMIT, color=style.GREY, linestyle="--", marker="")
+ax.text(2.05, LIMIT + 0.1, "limit", fontsize=8, color=style.GREY)
 ax.set(
     xlabel="layer",
     ylabel="worst token's error / envelope",
@@ -234,15 +234,14 @@ ax.set(
 ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 style.show()
 for name in engines[:2]:
-    assert all(v.ratio <= 3.5 for v in verdicts[name])
-assert verdicts["engine with a bug"][1].ratio > 3.5
-assert all(verdicts["engine with a bug"][layer].ratio <= 3.5 for layer in (0, 2))
+    assert all(v.ratio <= LIMIT for v in verdicts[name])
+assert verdicts["engine with a bug"][1].ratio > LIMIT
+assert all(verdicts["engine with a bug"][layer].ratio <= LIMIT for layer in (0, 2))
 print("the bug is found, in its layer and in no other")
 
 # %% [markdown]
-# The bf16 arithmetics are members of the envelope themselves and cannot exceed 1; others may, a little. The limit of
-# 3.5 is measured, too: `envelope.py` says by what. This is how `qwen35-moe compare` works on a dump, for all blocks
-# (notebook 8).
+# The bf16 arithmetics are members of the envelope themselves and cannot exceed 1; others may, a little. The limit is
+# measured, too: `envelope.py` says how. This is how `qwen35-moe compare` works on a dump, for all blocks (notebook 8).
 #
 # ## Try it
 #
