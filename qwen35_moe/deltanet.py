@@ -83,9 +83,11 @@ def _chunked_span(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bet
     q = q * G.exp()[..., None]
     k = k * (G[..., -1:] - G).exp()[..., None]
     state, outputs, fade = promote(state), [], G[..., -1].exp()[..., None, None]
+    asked = torch.cat((u_recall, q), -2)  # both read the state: one product
     for n in range(q.shape[2]):
-        u = u_fresh[:, :, n] - u_recall[:, :, n] @ state
-        outputs.append(q[:, :, n] @ state + attention[:, :, n] @ u)
+        recalled, read = (asked[:, :, n] @ state).split(CHUNK, -2)
+        u = u_fresh[:, :, n] - recalled
+        outputs.append(read + attention[:, :, n] @ u)
         state = state * fade[:, :, n] + k[:, :, n].mT @ u
     return torch.cat(outputs, 2)[:, :, :T].transpose(1, 2), state
 

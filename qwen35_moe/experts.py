@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .quant.packed import Float, Packed, Stacked, adjoined
 
 CPU = torch.device("cpu")
+READERS = 6  # experts that are read at once for a GPU, which waits for the disk otherwise
 Slot = tuple[Packed, Packed]  # gate_up [2F, D] (F rows of gate, then F of up), down [D, F]
 
 
@@ -54,8 +56,8 @@ class PackedExperts(nn.Module):
     """Hands out experts as `Experts` does. `read(e)` gives a slot, from memory or from disk.
 
     The next expert is read and decoded in a thread while the present one is computed with, so that reading, decoding
-    and multiplying overlap. No more than two decoded experts exist at a time. For a GPU they are decoded there, on a
-    stream of their own, from copies of what is stored.
+    and multiplying overlap. No more than two decoded experts exist at a time. For a GPU several
+    are read at once, and decoded there, on a stream of their own, from copies of what is stored.
     """
 
     def __init__(
@@ -69,21 +71,23 @@ class PackedExperts(nn.Module):
     ):
         super().__init__()
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.ahead = 1 if self.side is None else READERS
         self.count, self.intermediate, self.read = count, intermediate, read
         self.dtype, self.quantised = dtype, quantised
         self._scratch: list[tuple[Tensor, Tensor]] = []
 
     def visit(self, hit: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
         hit = list(hit)
-        with ThreadPoolExecutor(1) as ahead:
-            coming = [ahead.submit(self._decode, e, 0) for e in hit[:1]]
+        with ThreadPoolExecutor(self.ahead) as ahead:
+            coming = deque(ahead.submit(self._decode, e, 0) for e in hit[: self.ahead])
             for i, e in enumerate(hit):
-                gate_up, down = coming.pop().result()
+                gate_up, down = coming.popleft().result()
                 if self.side is not None:
                     torch.cuda.current_stream().wait_stream(self.side)
                     for weight in (gate_up, down):  # their memory is not to be reused before they are
                         weight.record_stream(torch.cuda.current_stream())
-                coming += [ahead.submit(self._decode, following, (i + 1) % 2) for following in hit[i + 1 : i + 2]]
+                following = hit[i + self.ahead : i + self.ahead + 1]
+                coming.extend(ahead.submit(self._decode, f, (i + 1) % 2) for f in following)
                 yield e, gate_up, down
 
     @torch.inference_mode()
