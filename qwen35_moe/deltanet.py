@@ -82,14 +82,16 @@ def _chunked_span(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bet
     attention = (q @ k.mT) * decay
     q = q * G.exp()[..., None]
     k = k * (G[..., -1:] - G).exp()[..., None]
-    state, outputs, fade = promote(state), [], G[..., -1].exp()[..., None, None]
+    state, fade = promote(state), G[..., -1].exp()[..., None, None]
     asked = torch.cat((u_recall, q), -2)  # both read the state: one product
-    for n in range(q.shape[2]):
+    us, reads = [], []
+    for n in range(q.shape[2]):  # what only this order allows; a GPU waits for each launch here
         recalled, read = (asked[:, :, n] @ state).split(CHUNK, -2)
-        u = u_fresh[:, :, n] - recalled
-        outputs.append(read + attention[:, :, n] @ u)
-        state = state * fade[:, :, n] + k[:, :, n].mT @ u
-    return torch.cat(outputs, 2)[:, :, :T].transpose(1, 2), state
+        us.append(u_fresh[:, :, n] - recalled)
+        reads.append(read)
+        state = state * fade[:, :, n] + k[:, :, n].mT @ us[-1]
+    o = torch.stack(reads, 2) + attention @ torch.stack(us, 2)
+    return o.flatten(2, 3)[:, :, :T].transpose(1, 2), state
 
 
 def _chunks(x_BTJH: Tensor) -> Tensor:
@@ -105,22 +107,20 @@ def causal_conv(x_BTC: Tensor, weight_C1W: Tensor, state_BCW: Tensor, real_BT: T
     `state_BCW` holds the W-1 inputs before the first token; returns y [B, T, C] and the last W-1 inputs. Where
     `real_BT` marks padding, the state stands right before the first real token, and is taken right after the last.
     """
-    B, T, C = x_BTC.shape
+    T, C = x_BTC.shape[1:]
     memory = weight_C1W.shape[-1] - 1
     x_BCT = x_BTC.transpose(1, 2)
     if real_BT is None:
-        first, count = (
-            torch.zeros(B, 1, dtype=torch.long, device=x_BTC.device),
-            torch.full((B, 1), T, device=x_BTC.device),
-        )
         x_BCS = torch.cat((state_BCW.to(x_BCT.dtype), x_BCT), -1)
+        state_BCW = x_BCS[..., T:].contiguous()
     else:
         first, count = real_BT.int().argmax(1, keepdim=True), real_BT.sum(1, keepdim=True)
         x_BCS = F.pad(x_BCT * real_BT[:, None], (memory, 0))
         x_BCS = x_BCS.scatter(2, _window(first, memory, C), state_BCW.to(x_BCT.dtype))
+        state_BCW = x_BCS.gather(2, _window(first + count, memory, C))
     # Contiguous, since the order in which a reduction adds (the L2 norm of q and k) depends on the strides.
     y_BTC = tap("gdn_conv", _depthwise(x_BCS, weight_C1W).transpose(1, 2).contiguous())
-    return apply("gdn_conv_act", F.silu, y_BTC), x_BCS.gather(2, _window(first + count, memory, C))
+    return apply("gdn_conv_act", F.silu, y_BTC), state_BCW
 
 
 def _depthwise(x_BCS: Tensor, weight_C1W: Tensor) -> Tensor:
