@@ -61,10 +61,11 @@ def diagnose(
     if not finite.any():
         return Diagnosis(layer, first.block, key, [], False, note="every row holds NaN or infinity")
     error = (engine - truth)[finite]
+    unit = error.abs().max()  # squares of an error that explodes would not be finite
 
     def explains(y: Tensor) -> float:
         left = (engine - work.rows(y, pair).to(torch.float64))[finite]
-        share = 1 - float(left.square().sum() / error.square().sum())
+        share = 1 - float((left / unit).square().sum() / (error / unit).square().sum())
         return share if share == share else float("-inf")
 
     table, stream = rerun.tables[0], rerun.streams[0]
