@@ -28,6 +28,7 @@ class StaticState(LayerState):
         return self.index
 
     def append(self, k_BTGH: Tensor, v_BTGH: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.k is not None and self.v is not None and self.index is not None
         self.k.index_copy_(1, self.index, k_BTGH)
         self.v.index_copy_(1, self.index, v_BTGH)
         return self.k, self.v
@@ -74,13 +75,16 @@ class DecodeGraph:
         return [x for buffers in self.buffers.values() for name, x in buffers.items() if name not in ("k", "v")]
 
     def _step(self) -> Tensor:
-        layers = {key: StaticState(**buffers, index=self.index) for key, buffers in self.buffers.items()}
+        layers: dict[str, LayerState] = {
+            key: StaticState(**buffers, index=self.index) for key, buffers in self.buffers.items()
+        }
         cache = Cache(layers=layers, length=self.length, next_position=self.position_B)
         logits_B1V = self.model(inputs_embeds=self.model.embed_tokens(self.ids_B1), cache=cache)
         for key, buffers in self.buffers.items():
-            for name, x in layers[key].tensors():
-                if name in buffers and x is not buffers[name]:
-                    buffers[name].copy_(x)
+            for name, buffer in buffers.items():
+                if (x := getattr(layers[key], name)) is not buffer:
+                    buffer.copy_(x)
+        assert cache.next_position is not None
         self.position_B.copy_(cache.next_position)
         self.index.add_(1)
         return logits_B1V

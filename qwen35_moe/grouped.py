@@ -1,14 +1,20 @@
 """All experts of a layer in a few launches, for GPUs: what `moe.combine_experts` computes expert by expert.
 
 Tokens are sorted by expert on the device, both products are grouped matrix products over contiguous rows, and each
-token's slots are added in the order that the table asks for. With decoded experts nothing waits for the device, so
-that a forward pass can be captured as a graph. No atomics: every element is written once.
+token's slots are added in the order that the table asks for. In bf16 nothing waits for the device, so that a forward
+pass can be captured as a graph.
+
+Two runs on one GPU give the same bits: there are no atomics, every element is written once, and sorts are stable. What
+may change bits is what chooses among a library's kernels: another card, driver or torch; other lengths, batch sizes or
+capacities of a cache; several streams at once, which share cuBLAS's workspace unless CUBLAS_WORKSPACE_CONFIG says so.
+Of the operations used here torch lists `cumsum` and `index_put` as not deterministic: the sums are over rows of 64 and
+of positions, each within one block, and no index occurs twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +35,11 @@ FEW = 64
 class Stackable(Protocol):
     """Experts that can be had as two stacks."""
 
-    count: int
-    quantised: bool
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def quantised(self) -> bool: ...
 
     def stack(self, which: Any) -> tuple[Tensor, Tensor]: ...
 
@@ -65,15 +74,16 @@ def stack_slots(
     for slot in slots:
         for which, packed in enumerate(slot):
             parts = packed.parts if isinstance(packed, Stacked) else (packed,)
-            if not all(isinstance(part, mxfp4.MXFP4) for part in parts):
+            stored = [part for part in parts if isinstance(part, mxfp4.MXFP4)]
+            if len(stored) < len(parts):
                 return None
-            codes[which].append(torch.cat([part.codes for part in parts]).to(device))
-            scales[which].append(torch.cat([part.scales for part in parts]).to(device))
+            codes[which].append(torch.cat([part.codes for part in stored]).to(device))
+            scales[which].append(torch.cat([part.scales for part in stored]).to(device))
     gate_up, down = (mxfp4.MXFP4(torch.stack(c), torch.stack(s)) for c, s in zip(codes, scales, strict=True))
     return StackedExperts(gate_up, down, dtype, quantised)
 
 
-def applies(x_TD: Tensor, experts: object) -> bool:
+def applies(experts: object, x_TD: Tensor) -> TypeGuard[Stackable]:
     """Whether to take this form: on a GPU, with experts that can be had stacked, and nobody watching single experts."""
     table = arithmetic.current()
     return (
@@ -101,9 +111,9 @@ def pair_outputs(x_TD: Tensor, ids_TA: Tensor, experts: Stackable) -> tuple[Tens
 
     -> y [T*A, D], rows [T, A]
     """
-    (T, A), E, packed = ids_TA.shape, experts.count, isinstance(experts, StackedExperts)
+    (T, A), E = ids_TA.shape, experts.count
     ids_N = ids_TA.flatten()
-    if packed and T * A <= FEW:  # decode no more than what is hit
+    if isinstance(experts, StackedExperts) and T * A <= FEW:  # decode no more than what is hit
         ends = torch.arange(1, T * A + 1, dtype=torch.int32, device=x_TD.device)
         x_ND = x_TD.repeat_interleave(A, 0)
         y_ND = run_experts(x_ND, *experts.stack(ids_N), ends, experts.quantised)
@@ -112,7 +122,7 @@ def pair_outputs(x_TD: Tensor, ids_TA: Tensor, experts: Stackable) -> tuple[Tens
     ids_E = torch.arange(E, dtype=torch.int16, device=x_TD.device)
     ends_E = torch.searchsorted(sorted_N, ids_E, right=True, out_int32=True)
     x_ND = x_TD[pairs_N // A]
-    if packed and not has_grouped_mm(experts.dtype, x_TD.device):
+    if isinstance(experts, StackedExperts) and not has_grouped_mm(experts.dtype, x_TD.device):
         y_ND = _in_batches(x_ND, ends_E, experts)
     else:
         y_ND = run_experts(x_ND, *experts.stack(slice(None)), ends_E, experts.quantised)

@@ -96,7 +96,7 @@ def combine_experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: E
     if table.for_experts and (other := table.for_experts(len(x_TD), x_TD.shape[1], experts.intermediate)):
         with arithmetic.using(other):
             return combine_experts(x_TD, ids_TA, weights_TA, experts)
-    if grouped.applies(x_TD, experts):
+    if grouped.applies(experts, x_TD):
         return grouped.combine(x_TD, ids_TA, weights_TA, experts)
     outputs = _expert_outputs(x_TD, ids_TA, experts)
     if table.switch("moe_sum_order") == "expert":

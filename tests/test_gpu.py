@@ -111,10 +111,10 @@ def test_grouped_products_against_the_loop(name: str) -> None:
     ids, routing = (x.to(GPU) for x in test_grouped.routed(T))
     x = test_grouped.drawn(T, D, dtype=dtype).to(GPU)
     with arithmetic.using(table):
-        assert grouped.applies(x, experts)
+        assert grouped.applies(experts, x)
         together = moe.combine_experts(x, ids, routing.to(dtype), experts)
         with q.taps.attach(lambda site, x: None):
-            assert not grouped.applies(x, experts)
+            assert not grouped.applies(experts, x)
             loop = moe.combine_experts(x, ids, routing.to(dtype), experts)
     assert rel_l2(together, loop) <= (FLOAT64_REORDERED if dtype == torch.float64 else BF16_GROUPED)
 
