@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +56,10 @@ def moved(packed: Packed, device: torch.device) -> Packed:
 class PackedExperts(nn.Module):
     """Hands out experts as `Experts` does. `read(e)` gives a slot, from memory or from disk.
 
-    The next expert is read and decoded in a thread while the present one is computed with, so that reading, decoding
-    and multiplying overlap. No more than two decoded experts exist at a time. For a GPU several
-    are read at once, and decoded there, on a stream of their own, from copies of what is stored.
+    A thread reads the next expert while the present one is decoded and computed with. On a CPU it leaves the decoding
+    to those threads of torch that compute: they use all cores, and a second team fights with them. One decoded expert
+    exists at a time, in a buffer that is used again. For a GPU several are read at once, and decoded there, on a stream
+    of their own, from copies of what is stored.
     """
 
     def __init__(
@@ -74,30 +76,33 @@ class PackedExperts(nn.Module):
         self.ahead = 1 if self.side is None else READERS
         self.count, self.intermediate, self.read = count, intermediate, read
         self.dtype, self.quantised = dtype, quantised
-        self._scratch: list[tuple[Tensor, Tensor]] = []
+        self._scratch: tuple[Tensor, Tensor] | None = None
 
     def visit(self, hit: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
         hit = list(hit)
         with ThreadPoolExecutor(self.ahead) as ahead:
-            coming = deque(ahead.submit(self._decode, e, 0) for e in hit[: self.ahead])
+            fetch: Callable[[int], Any] = self.read if self.side is None else self._decode_there
+            coming = deque(ahead.submit(fetch, e) for e in hit[: self.ahead])
             for i, e in enumerate(hit):
-                gate_up, down = coming.popleft().result()
-                if self.side is not None:
+                slot = coming.popleft().result()
+                coming.extend(ahead.submit(fetch, following) for following in hit[i + self.ahead : i + self.ahead + 1])
+                gate_up, down = self._decode_here(slot) if self.side is None else slot
                     torch.cuda.current_stream().wait_stream(self.side)
                     for weight in (gate_up, down):  # their memory is not to be reused before they are
                         weight.record_stream(torch.cuda.current_stream())
-                following = hit[i + self.ahead : i + self.ahead + 1]
-                coming.extend(ahead.submit(self._decode, f, (i + 1) % 2) for f in following)
                 yield e, gate_up, down
 
     @torch.inference_mode()
-    def _decode(self, e: int, which: int) -> tuple[Tensor, Tensor]:
-        slot = self.read(e)
-        if self.side is not None:
-            with torch.cuda.stream(self.side):
-                return tuple(moved(packed, self.side.device).decode(self.dtype) for packed in slot)
-        if len(self._scratch) <= which:
+    def _decode_here(self, slot: Slot) -> tuple[Tensor, Tensor]:
+        if self._scratch is None:
             gate_up, down = (torch.empty(packed.shape, dtype=self.dtype) for packed in slot)
-            self._scratch.append((gate_up, down))
-        gate_up, down = self._scratch[which]
-        return slot[0].decode(self.dtype, gate_up), slot[1].decode(self.dtype, down)
+            self._scratch = gate_up, down
+        gate_up, down = (packed.decode(self.dtype, out) for packed, out in zip(slot, self._scratch, strict=True))
+        return gate_up, down
+
+    @torch.inference_mode()
+    def _decode_there(self, e: int) -> tuple[Tensor, Tensor]:
+        assert self.side is not None
+        with torch.cuda.stream(self.side):
+            gate_up, down = (moved(packed, self.side.device).decode(self.dtype) for packed in self.read(e))
+        return gate_up, down
