@@ -87,6 +87,7 @@ class PackedExperts(nn.Module):
                 slot = coming.popleft().result()
                 coming.extend(ahead.submit(fetch, following) for following in hit[i + self.ahead : i + self.ahead + 1])
                 gate_up, down = self._decode_here(slot) if self.side is None else slot
+                if self.side is not None:
                     torch.cuda.current_stream().wait_stream(self.side)
                     for weight in (gate_up, down):  # their memory is not to be reused before they are
                         weight.record_stream(torch.cuda.current_stream())
