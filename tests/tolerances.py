@@ -70,6 +70,6 @@ QUARK_W4A16_LOG_P = 2e-4
 QUARK_W4A4_LOG_P = 5e-4
 
 # One layer's experts in bf16 on a GPU, grouped products against the loop over experts, relative L2: one rounding to
-# bf16. Measured on H100 and H200 with torch 2.11: 0, as are the logits of the whole 35B (128 and 512 tokens); how a
+# bf16. Measured on H200 with torch 2.11: 0, as are the logits of the whole 35B (128 and 512 tokens); how a
 # library's product adds up is its own affair.
 BF16_GROUPED = 2**-9
