@@ -138,9 +138,7 @@ def main() -> None:
     print(
         f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {HEAD_ROWS} head rows a block"
     )
-    print(
-        f"{'':>20} {'layer':>7} {'products':>9} {'bytes':>7} {'/ bound':>8} {'head':>7} {'layers':>11} {'VmHWM':>10}"
-    )
+    print(f"{'':>20} {'layer':>7} {'products':>9} {'bytes':>7} {'/ bound':>8} {'head':>7} {'layers':>11} {'VmHWM':>10}")
     for arithmetic in args.arithmetic:
         for tokens in args.tokens:
             t = Bench(args.checkpoint, arithmetic, tokens).run(args.rounds)
