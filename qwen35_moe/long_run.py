@@ -97,7 +97,10 @@ def trace_layers(
         raise Qwen35Error("no such layer", expected=f"0 to {count - 1}", found=last)
     meta = {"arithmetic": model.arithmetic.name, "checkpoint": model.identity, **(meta or {})}
     meta |= {"config": sizes_of(model.config), "steps": [step_record(ids_BT, mask, None, None)]}
-    run = json.dumps({**meta, "taps": taps, "experts": experts}, default=str)
+    meta |= {"taps": taps if isinstance(taps, str) else list(taps), "experts": experts}
+    run = json.dumps(meta, default=str)
+    if resume and not (out / RESUME).is_file() and (out / "trace.json").is_file():
+        return _complete(model, out, run)
     start, files, unused, sum_BTD = _read_state(out, run) if resume else (0, 0, [], None)
     used = model.source.checkpoint.used
     used.update(name for name in model.source.checkpoint.names() if _is_done(name, start))
@@ -177,6 +180,16 @@ def _resumable(out: Path, layer: int) -> Iterator[None]:
         raise Qwen35Error("cannot write the trace", where=out, found=error, do=do) from error
 
 
+def _complete(model: Model, out: Path, run: str) -> tuple[Trace, Report]:
+    """The trace that is there, whose run was killed when all was done."""
+    trace = Trace.open(out)
+    if json.dumps(trace.meta, default=str) != run:
+        do = "leave out --resume to write it anew"
+        raise Qwen35Error("a complete trace of another run is here", where=out, expected="the same options", do=do)
+    model.source.checkpoint.used.update(model.source.checkpoint.names())
+    return trace, model.source.checkpoint.report()
+
+
 def _write_state(out: Path, run: str, following: int, writer: TraceWriter, unused: list[str], sum_BTD: Tensor) -> None:
     known = {"run": run, "next": str(following), "files": str(writer.files), "unused": json.dumps(unused)}
     temporary = out / f"{RESUME}.tmp"
@@ -187,8 +200,6 @@ def _write_state(out: Path, run: str, following: int, writer: TraceWriter, unuse
 def _read_state(out: Path, run: str) -> tuple[int, int, list[str], Tensor | None]:
     """(layer to go on with, files that are done, tensors left unread, the residual stream)."""
     if not (out / RESUME).is_file():
-        if (out / "trace.json").is_file():
-            raise Qwen35Error("this trace is complete", where=out, do="leave out --resume to write it anew")
         return 0, 0, [], None  # killed before the first layer was done, or never begun
     try:
         with safe_open(out / RESUME, framework="pt") as file:

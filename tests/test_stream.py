@@ -143,8 +143,11 @@ def test_another_run_is_not_continued(built: Build, tmp_path: Path) -> None:
     with pytest.raises(q.Qwen35Error, match=r"(?s)another run.*arithmetic"):
         trace_layers(streamed(built("tiny-mxfp4"), "float32"), IDS, tmp_path, resume=True, quiet=True)
     trace_layers(model, IDS, tmp_path, quiet=True)
-    with pytest.raises(q.Qwen35Error, match="complete"):
-        trace_layers(model, IDS, tmp_path, resume=True, quiet=True)
+    before = contents(tmp_path)
+    with pytest.raises(q.Qwen35Error, match="complete trace of another run"):
+        trace_layers(model, IDS + 1, tmp_path, resume=True, quiet=True)
+    trace_layers(model, IDS, tmp_path, resume=True, quiet=True)
+    assert contents(tmp_path) == before
 
 
 def test_disk_full_leaves_a_message_and_a_resumable_state(
