@@ -1,7 +1,7 @@
 """Prefill on CPU in bf16: this model beside transformers, on the same checkpoint, in one run.
 
     python -m weights.build slice-35b --layers 4 --layout bf16 --text-only --out build/slice-35b
-    python benchmarks/prefill.py build/slice-35b --tokens 128 512
+    python -m benchmarks.bench_prefill build/slice-35b --tokens 128 512
 
 Each program runs in a process of its own, the two in turn; printed are medians, their ratio, and the peak of anonymous
 memory. Logits of all positions are computed by both.
