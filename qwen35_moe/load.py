@@ -90,7 +90,8 @@ class Source:
         parts = [self.weight(f"{mlp}.shared_expert.{name}_proj") for name in ("gate", "up", "down")]
         if self.online and self.spec(f"{mlp}.experts").kind == "mxfp4":
             converted = [_convert(part) for part in parts]
-            self.conversion[mlp] = _distance(converted, parts)
+            if mlp not in self.conversion:  # a streamed model comes here at every pass
+                self.conversion[mlp] = _distance(converted, parts)
             parts = converted
         return concatenate(*parts[:2]), parts[2]
 

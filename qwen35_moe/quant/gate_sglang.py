@@ -16,11 +16,7 @@ def sglang_22948(model: Model, layer: Layer, options: Options) -> Decision:
 
     Only Quark's configuration has a list under the name that is searched, so every other method passes.
     """
-    if (refusal := refuse_platform(options)) is not None:
-        return refusal
-    if options.disable_shared_experts_fusion:
-        return no("--disable-shared-experts-fusion")
-    if (refusal := refuse_sizes(model)) is not None:
+    if (refusal := _refuse_before_quantisation(model, options)) is not None:
         return refusal
     if options.a2a_backend == "deepep":
         return no("the all-to-all backend is deepep")
@@ -35,11 +31,7 @@ def sglang_0_5_23(model: Model, layer: Layer, options: Options) -> Decision:
     """SGLang 0.5.23: qwen2_moe.py:137-152, 283-302, quark.py:1085-1297, modelopt_quant.py:1552, qwen3_5_mtp.py:50."""
     if options.cutedsl_ar_fusion:
         return no("the CuTe-DSL all-reduce fusion needs the shared expert apart")
-    if (refusal := refuse_platform(options)) is not None:
-        return refusal
-    if options.disable_shared_experts_fusion:
-        return no("--disable-shared-experts-fusion")
-    if (refusal := refuse_sizes(model)) is not None:
+    if (refusal := _refuse_before_quantisation(model, options)) is not None:
         return refusal
     if options.a2a_backend in ("deepep", "deepep_v2", "mori"):
         return no(f"the all-to-all backend is {options.a2a_backend}")
@@ -49,6 +41,15 @@ def sglang_0_5_23(model: Model, layer: Layer, options: Options) -> Decision:
         ranks = Evidence(f"a2a_backend = {options.a2a_backend}, moe_ep_size = {options.moe_ep_size}")
         return no("the backend keeps a shared slot per rank, and Qwen has one slot in all", ranks)
     return decision
+
+
+def _refuse_before_quantisation(model: Model, options: Options) -> Decision | None:
+    """What both versions ask first: platform, flag, sizes."""
+    if (refusal := refuse_platform(options)) is not None:
+        return refusal
+    if options.disable_shared_experts_fusion:
+        return no("--disable-shared-experts-fusion")
+    return refuse_sizes(model)
 
 
 def _sglang_draft(model: Model) -> Decision | None:
