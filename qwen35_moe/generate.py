@@ -18,11 +18,14 @@ from torch import Tensor
 
 from .cache import Cache
 from .errors import Qwen35Error
+from .graphs import DecodeGraph, can_capture
 from .model import Model
 from .mtp import draft, greedy, with_hidden
+from .taps import attached
 
 Prompt = Tensor | Sequence[int] | Mapping[str, Tensor]
 SCORED_AT_ONCE = 256  # tokens whose logits are held at a time
+ROOM = 1024  # tokens that a graph has room for; a longer continuation takes another one
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,15 @@ def generate(
     top: how many alternatives to record. drafts: let the model's own draft head guess so many tokens ahead and verify
     them in one pass. The same tokens come out: a draft counts only if it is what would have been chosen. (In an
     arithmetic that rounds, a pass over several tokens may round differently from single ones, here as in engines.)
+    On a GPU tokens come from a graph where one can be captured (`graphs.can_capture`), unless taps are attached.
     """
     sampling = sampling or Sampling()
     choose = sampling.choose
     if max_new_tokens < 0 or drafts < 0:
         found = (max_new_tokens, drafts)
         raise Qwen35Error("bad value", where="max_new_tokens, drafts", expected="0 or more", found=found)
-    tokens = _speculate(model, prompt, choose, drafts) if drafts else _one_by_one(model, prompt, choose)
+    room = min(max_new_tokens, ROOM)
+    tokens = _speculate(model, prompt, choose, drafts) if drafts else _one_by_one(model, prompt, choose, room)
     for logits_V, token, drafted in islice(tokens, max_new_tokens):
         yield describe(logits_V, token, top, drafted)
         if token in stop:
@@ -136,7 +141,7 @@ def generate(
 def score(model: Model, prompt: Prompt, forced: Sequence[int], top: int = 0) -> Iterator[Step]:
     """What the model thinks of an engine's tokens: each with the log p that the truth gives it after those before."""
     cache, forced = Cache(), [int(i) for i in forced]
-    logits_TV = model(**_inputs(prompt), cache=cache, logits_to_keep=1)[0]
+    logits_TV = model(**_inputs(model, prompt), cache=cache, logits_to_keep=1)[0]
     for start in range(0, len(forced), SCORED_AT_ONCE):
         piece = forced[start : start + SCORED_AT_ONCE]
         ids_BT = torch.tensor([piece], device=logits_TV.device)
@@ -148,23 +153,33 @@ def score(model: Model, prompt: Prompt, forced: Sequence[int], top: int = 0) -> 
 Chosen = Iterator[tuple[Tensor, int, bool]]  # the logits of each token, the token, whether it was drafted
 
 
-def _inputs(prompt: Prompt) -> dict[str, Tensor]:
+def _inputs(model: Model, prompt: Prompt) -> dict[str, Tensor]:
+    device = model.norm.weight.device
     if isinstance(prompt, Mapping):
-        return dict(prompt)
+        return {name: x.to(device) for name, x in prompt.items()}
     ids = prompt if isinstance(prompt, Tensor) else torch.tensor([int(i) for i in prompt], dtype=torch.long)
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.shape[0] != 1:
         raise Qwen35Error("one sequence at a time", where="prompt", expected="[1, T]", found=list(ids.shape))
-    return {"input_ids": ids}
+    return {"input_ids": ids.to(device)}
 
 
-def _one_by_one(model: Model, prompt: Prompt, choose: Callable[[Tensor, int], int]) -> Chosen:
-    cache, inputs, place = Cache(), _inputs(prompt), 0
+def _one_by_one(model: Model, prompt: Prompt, choose: Callable[[Tensor, int], int], room: int) -> Chosen:
+    cache, place, capturable = Cache(), 0, can_capture(model)
+    graph: DecodeGraph | None = None
+    logits_BTV = model(**_inputs(model, prompt), cache=cache, logits_to_keep=1)
     while True:
-        logits_V = model(**inputs, cache=cache, logits_to_keep=1)[0, -1]
-        token = choose(logits_V, place)
-        yield logits_V, token, False
-        inputs, place = {"input_ids": torch.tensor([[token]], device=logits_V.device)}, place + 1
+        token = choose(logits_BTV[0, -1], place)
+        yield logits_BTV[0, -1], token, False
+        ids_BT, place = torch.tensor([[token]], device=logits_BTV.device), place + 1
+        watched = bool(attached())  # a graph calls no taps
+        if graph is not None and (graph.full or watched):
+            cache, graph = graph.cache(), None
+        if capturable and not watched:
+            graph = graph or DecodeGraph(model, cache, cache.length + room)
+            logits_BTV = graph.step(ids_BT)
+        else:
+            logits_BTV = model(ids_BT, cache=cache, logits_to_keep=1)
 
 
 def _speculate(model: Model, prompt: Prompt, choose: Callable[[Tensor, int], int], drafts: int) -> Chosen:
@@ -176,7 +191,7 @@ def _speculate(model: Model, prompt: Prompt, choose: Callable[[Tensor, int], int
     if (mtp := model.mtp) is None:
         do = "load without text_only" if "mtp" in model.left_out else "generate without drafts"
         raise Qwen35Error("the model has no draft head", where="model.mtp", found=None, do=do)
-    cache, draft_cache, inputs = Cache(), Cache(), _inputs(prompt)
+    cache, draft_cache, inputs = Cache(), Cache(), _inputs(model, prompt)
     logits_BTV, hidden_BTD = with_hidden(model, **inputs, cache=cache)
     row_V = logits_BTV[0, -1]
     fresh = [choose(row_V, 0)]  # tokens chosen in this round

@@ -46,6 +46,7 @@ def add_parser(subparsers: Any) -> None:
         "--arithmetic", default="exact", choices=[*ARITHMETICS], metavar="A", help="default: %(default)s"
     )
     parser.add_argument("--mode", default="packed", choices=MODES, help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--text-only", action="store_true", help="load neither draft head nor vision tower")
     parser.set_defaults(run=run)
 
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.checkpoint) if args.prompt is not None or has_tokenizer(args.checkpoint) else None
     ids = read_ids(args.ids, "--ids") if args.prompt is None else encode(tokenizer, args)
     images = load_images(args.checkpoint, args.image) if args.image else None
-    model = load(args.checkpoint, args.arithmetic, mode=args.mode, text_only=args.text_only)
+    model = load(args.checkpoint, args.arithmetic, device=args.device, mode=args.mode, text_only=args.text_only)
     for part, count in model.left_out.items():
         print(f"left out, as --text-only asks: {count} tensors of {part}", file=sys.stderr)
     prompt = prepare(model, ids, images)
@@ -110,7 +111,8 @@ def prepare(model: Model, ids: list[int], images: tuple[torch.Tensor, torch.Tens
     tower: Any = model.visual
     if tower is not None:
         ids = place_images(model.config, ids, images[1], tower.config.spatial_merge_size)
-    return embed_prompt(model, torch.tensor([ids]), *images)
+    device = model.norm.weight.device
+    return embed_prompt(model, torch.tensor([ids], device=device), *(x.to(device) for x in images))
 
 
 def show(steps: Iterable[Step], tokenizer: Any, args: argparse.Namespace) -> None:

@@ -10,11 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from . import arithmetic
 from .cache import Cache, LayerState
 from .errors import Qwen35Error
+from .grouped import has_grouped_mm
 from .model import Model
+from .moe import MoE
+from .ops import accumulation_dtype
 
 
 @dataclass
@@ -92,12 +96,40 @@ class DecodeGraph:
     @torch.inference_mode()
     def step(self, ids_B1: Tensor) -> Tensor:
         """Logits after one more token. The ids must be in the vocabulary; on a GPU that is not checked here."""
-        if self.length >= self.capacity:
+        if self.full:
             expected = f"at most {self.capacity} tokens"
             raise Qwen35Error("no room for another token", where="DecodeGraph", expected=expected, do="more capacity")
         self.length += 1
         self.ids_B1.copy_(ids_B1)
         return self._replay().clone()
+
+    @property
+    def full(self) -> bool:
+        return self.length >= self.capacity
+
+    def cache(self) -> Cache:
+        """A growing cache that goes on from here, a copy."""
+        layers = {
+            key: LayerState(**{n: (x[:, : self.length] if n in ("k", "v") else x).clone() for n, x in buffers.items()})
+            for key, buffers in self.buffers.items()
+        }
+        return Cache(layers=layers, length=self.length, next_position=self.position_B.clone())
+
+
+def can_capture(model: Model) -> bool:
+    """Whether a pass on this model never makes the host wait for the device, so that a graph can hold it.
+
+    On a GPU, with all layers in memory and experts in stacks, in an arithmetic whose products of experts PyTorch groups
+    (bf16 results): `transformers-bf16` can be captured; `exact`, and tables that keep those products in fp32, cannot.
+    """
+    device, config = model.norm.weight.device, model.config
+    weight = torch.empty(0, dtype=model.arithmetic.weight_dtype("experts"), device=device)
+    products = (("moe_expert_gate_up", config.hidden_size), ("moe_expert_down", config.moe_intermediate_size))
+    with arithmetic.using(model.arithmetic):
+        grouped = all(has_grouped_mm(accumulation_dtype(name, weight), device, columns) for name, columns in products)
+    if not grouped or not isinstance(model.layers, nn.ModuleList):
+        return False
+    return all(hasattr(module.experts, "stack") for module in model.layers.modules() if isinstance(module, MoE))
 
 
 class PrefillGraph:

@@ -131,9 +131,12 @@ def pair_outputs(x_TD: Tensor, ids_TA: Tensor, experts: Stackable) -> tuple[Tens
     return y_ND, rows_N.view(T, A)
 
 
-def has_grouped_mm(dtype: torch.dtype, device: torch.device) -> bool:
-    """PyTorch's grouped product has bf16 operands and result, and fp32 sums. (On a CPU the loop is as fast.)"""
-    return dtype == torch.bfloat16 and device.type == "cuda"
+def has_grouped_mm(dtype: torch.dtype, device: torch.device, columns: int = 8) -> bool:
+    """PyTorch's grouped product has bf16 operands and result, fp32 sums, and rows of whole 16 bytes.
+
+    On a CPU the loop is as fast.
+    """
+    return dtype == torch.bfloat16 and device.type == "cuda" and columns % 8 == 0
 
 
 def _in_batches(x_ND: Tensor, ends_E: Tensor, experts: StackedExperts) -> Tensor:
@@ -162,7 +165,7 @@ def grouped_linear(name: str, x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) 
     Where the table wants another dtype than `has_grouped_mm`, this is a loop that has to know the counts on the host.
     """
     dtype = accumulation_dtype(name, x_NI, weight_EOI)
-    if has_grouped_mm(dtype, x_NI.device):
+    if has_grouped_mm(dtype, x_NI.device, x_NI.shape[1]):
         y_NO = _grouped_mm(x_NI, weight_EOI.mT, ends_E)
     else:
         y_NO, start = x_NI.new_empty(len(x_NI), weight_EOI.shape[1], dtype=dtype), 0

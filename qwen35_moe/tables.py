@@ -62,6 +62,16 @@ TRANSFORMERS_BF16 = Arithmetic(
     fuses=False,
 )
 
+# What transformers takes unless it is told otherwise: a token's slots are rounded one by one, added in fp32 in their
+# order, and the sum is rounded once.
+GROUPED_MM = replace(
+    TRANSFORMERS_BF16,
+    name="transformers-bf16/grouped_mm",
+    doc="transformers 5.23 with experts_implementation grouped_mm; all else as transformers-bf16.",
+    rounds={**TRANSFORMERS_BF16.rounds, "moe_partial_sum": KEEP},
+    switches={**TRANSFORMERS_BF16.switches, "moe_sum_order": "slot"},
+)
+
 SGLANG_BF16 = Arithmetic(
     name="sglang-bf16",
     dtype=torch.bfloat16,
@@ -239,5 +249,5 @@ EXACT_A4 = with_activations(EXACT, QUARK, "exact+a4")
 EXACT_A4_HIP = with_activations(EXACT, HIP, "exact+a4-round-up")
 FLOAT32_A4 = with_activations(FLOAT32, QUARK, "float32+a4")
 
-register(EXACT, FLOAT32, TRANSFORMERS_BF16, SGLANG_BF16, AITER, AITER_SMALL_BATCH, *AITER_VARIANTS)
+register(EXACT, FLOAT32, TRANSFORMERS_BF16, GROUPED_MM, SGLANG_BF16, AITER, AITER_SMALL_BATCH, *AITER_VARIANTS)
 register(EXACT_A4, EXACT_A4_HIP, FLOAT32_A4)

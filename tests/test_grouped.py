@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
+from itertools import islice
 
 import pytest
 import torch
+from peers.transformers_model import load_transformers, logits_of
 from tolerances import FLOAT64_REORDERED
 from torch import Tensor
 
 import qwen35_moe as q
 from qwen35_moe import arithmetic, grouped, moe
-from qwen35_moe.graphs import DecodeGraph, PrefillGraph
+from qwen35_moe.generate import generate
+from qwen35_moe.graphs import DecodeGraph, PrefillGraph, can_capture
 from qwen35_moe.metrics import rel_l2
 from qwen35_moe.quant import mxfp4
 from qwen35_moe.quant.packed import concatenate
 
+MODULE = import_module("qwen35_moe.generate")  # whose name in the package is the function
 TABLES = ("exact", "float32", "transformers-bf16", "sglang-bf16", "sglang-aiter-mxfp4", "sglang-aiter-mxfp4/scatter")
 T, A, E, D, F = 23, 4, 9, 64, 32
 
@@ -100,3 +105,38 @@ def test_prefill_again_and_again(model) -> None:
     again = PrefillGraph(model, ids)
     assert torch.equal(again(ids + 3), model(ids + 3))
     assert torch.equal(again(ids), model(ids)) and again.cache.length == 20
+
+
+def test_a_continuation_by_graphs_is_the_same(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU the steps run directly. A graph that is full hands its cache on; watched, none is used."""
+    plain = [step.id for step in generate(model, [1, 2, 3], 12)]
+    monkeypatch.setattr(MODULE, "can_capture", lambda model: True)
+    made = []
+    monkeypatch.setattr(MODULE, "DecodeGraph", lambda *args: made.append(DecodeGraph(*args)) or made[-1])
+    monkeypatch.setattr(MODULE, "ROOM", 5)
+    assert [step.id for step in generate(model, [1, 2, 3], 12)] == plain
+    assert [graph.capacity for graph in made] == [8, 13, 18]
+    steps = generate(model, [1, 2, 3], 12)
+    ids = [step.id for step in islice(steps, 4)]
+    with q.taps.attach(lambda site, x: None):
+        ids += [step.id for step in steps]
+    assert ids == plain and len(made) == 4
+
+
+def test_what_can_be_captured_needs_a_gpu(model) -> None:
+    assert not can_capture(model)
+    assert not grouped.has_grouped_mm(torch.bfloat16, torch.device("cpu"))
+    assert grouped.has_grouped_mm(torch.bfloat16, torch.device("cuda"), 24)
+    assert not grouped.has_grouped_mm(torch.bfloat16, torch.device("cuda"), 20)
+    assert not grouped.has_grouped_mm(torch.float32, torch.device("cuda"), 24)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 7), (1, 70)])
+def test_the_sum_of_grouped_mm_is_that_of_transformers(built, shape: tuple[int, int]) -> None:
+    """Bit for bit, on checkpoints whose rows its product takes; in eager's arithmetic other bits come out."""
+    path = built("tiny")
+    ids = torch.arange(shape[0] * shape[1]).view(shape) * 7919 % 256
+    theirs = logits_of(load_transformers(path, torch.bfloat16, experts="grouped_mm"), ids)
+    for name, same in (("transformers-bf16/grouped_mm", True), ("transformers-bf16", False)):
+        ours = q.load(path, name, "unfused", text_only=True)(ids)
+        assert torch.equal(ours, theirs) == same
