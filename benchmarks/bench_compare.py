@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from qwen35_moe.oracle.envelope import Norms, one_rounding
 from qwen35_moe.oracle.envelope_file import ENVELOPE, as_rows
-from qwen35_moe.oracle.trace_file import Entry, Trace, TraceWriter
+from qwen35_moe.oracle.trace_file import Entry, TraceWriter
 from qwen35_moe.tap_names import TAPS
 from qwen35_moe.taps import Site
 
@@ -114,8 +114,11 @@ def report(folder: Path, layers: int, tokens: int, rounds: int) -> None:
         reading.append(timed(READ, *both)[0])
         comparing.append(timed(COMPARE, *both))
     read, (seconds, memory) = min(reading), min(comparing)
-    print(f"{layers} layers, {size / 1e9:.2f} GB: reading {read:.2f} s ({size / read / 1e9:.1f} GB/s), comparing "
-          f"{seconds:.2f} s, ratio {seconds / read:.2f}, peak memory {int(memory) / 1024:.0f} MiB", flush=True)  # fmt: skip
+    print(
+        f"{layers} layers, {size / 1e9:.2f} GB: reading {read:.2f} s ({size / read / 1e9:.1f} GB/s), comparing "
+        f"{seconds:.2f} s, ratio {seconds / read:.2f}, peak memory {int(memory) / 1024:.0f} MiB",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
