@@ -29,7 +29,7 @@ CHOSEN = (
 @pytest.fixture(scope="module")
 def benches(built: Callable[[str], Path]) -> dict[str, Bench]:
     source = open_checkpoint(built("tiny-mxfp4"))[1].source
-    return {regime: Bench(source, regime, IDS) for regime in mutants.REGIMES[:1]}
+    return {regime: Bench(source, regime, IDS) for regime in mutants.REGIMES[:2]}
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.name in CHOSEN], ids=lambda f: f.name)
@@ -38,10 +38,11 @@ def test_fault_is_found_and_named(benches: dict[str, Bench], fault: Fault) -> No
     assert found.found and found.named_right, found
 
 
+@pytest.mark.parametrize("regime", mutants.REGIMES[:2])
 @pytest.mark.parametrize("fault", SMALL, ids=lambda f: f.name)
-def test_smallest_faults_are_found(benches: dict[str, Bench], fault: Fault) -> None:
-    """The shared expert times 17/16 is at the edge of what can be seen where its gate is 0.05: ratio 3.4 to 6.6."""
-    found = benches["gate 0.5"].planted(fault)
+def test_smallest_faults_are_found(benches: dict[str, Bench], fault: Fault, regime: str) -> None:
+    """No row is beyond the limit where the gate is 0.05: it is all rows together that tell."""
+    found = benches[regime].planted(fault)
     assert found.found and found.named_right, found
 
 

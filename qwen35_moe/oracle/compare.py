@@ -28,6 +28,8 @@ from .records import Comparison, Record, block_of, layer_of
 from .replay import RESTARTS, STREAMS, Captured
 from .rerun import Rerun, Tokens
 from .routing import Routing, compare_ids, could_flip
+from .scale import scale_errors
+from .second_look import second_look
 from .trace_file import Trace
 from .weights_check import check_weights
 
@@ -77,7 +79,9 @@ def compare(
         rerun = Rerun(source, flags, tokens, work.captured(), [table, *members])
         for layer, seen in rerun:
             if layers is None or layer is None or layer in layers:
+                work.shared = rerun.shared
                 work.added(layer, seen)
+                seen = second_look(rerun, layer, work, seen)
                 if len(result.diagnoses) < diagnoses and (bad := work.guilty(layer)):
                     result.diagnoses.append(diagnose(rerun, layer, bad, work, seen))
     else:
@@ -96,6 +100,7 @@ class _Work:
         self.records: dict[str, Record] = {}
         self.flipped: dict[int, Tensor] = {}  # layer -> flat tokens whose experts differ from the truth's
         self.stored: Mapping[str, Tensor] = {}
+        self.shared: Tensor | None = None  # the shared expert's part of the true mlp_output of this layer, [tokens, D]
 
     def index(self, pair: Pair) -> Tensor:
         """Rows of [B*T] (or of [B], for values that are not of one token)."""
@@ -115,7 +120,7 @@ class _Work:
                     captured.add(key, self.index(pair), pair.engine)
         return captured
 
-    def added(self, layer: int | None, seen: list[dict[str, Tensor]]) -> None:
+    def added(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> None:
         """Judge all taps that a rerun computed."""
         loose = self._routing(layer, seen)
         for key in [k for k in seen[0] if k in self.alignment.keys and base_name(k) not in IDS]:
@@ -125,6 +130,14 @@ class _Work:
             truth, *members = (self.rows(s[key], pair) for s in seen if key in s)
             exclude = loose if base_name(key) in ROUTED else None
             self._judge(key, layer, pair, truth, members, exclude)
+
+    def again(self, keys: Sequence[str], layer: int | None, seen: Sequence[dict[str, Tensor]]) -> None:
+        """Judge taps of a layer anew, under more arithmetics."""
+        for key in keys:
+            del self.records[key]
+        if any(base_name(key) in IDS for key in keys):
+            self.result.routing = [r for r in self.result.routing if r.layer != layer]
+        self.added(layer, seen)
 
     def _judge(
         self, key: str, layer: int | None, pair: Pair, truth: Tensor, members: list[Tensor], exclude: Tensor | None
@@ -155,8 +168,22 @@ class _Work:
         record.bad_rows = int((verdict.ratios > self.limit).sum())
         if base_name(key) == "gdn_state" and _is_bf16(x) and not any(_is_bf16(m) for m in members):
             record.cls, record.note = "wrong", BF16_GRID
+        if base_name(key) in ("mlp_output", "attn_output"):
+            self._judge_scale(record, x, truth, self.index(pair)[keep])
         equal = (m for m, y in zip(self.result.members, members, strict=False) if torch.equal(y.to(x.dtype), x))
         record.equal_to = next(equal, "")
+
+    def _judge_scale(self, record: Record, x: Tensor, truth: Tensor, index: Tensor) -> None:
+        """A factor that is wrong in all rows alike, however little in each (`scale.py`)."""
+        parts = [{"the block": truth}]
+        if record.block == "mlp" and self.shared is not None:
+            shared = self.shared[index]
+            parts.append({"the routed experts": truth - shared, "the shared expert": shared})
+        for some in parts:
+            for part, (off, ratio) in zip(some, scale_errors(x, truth, list(some.values())), strict=False):
+                if ratio > max(self.limit, record.added or 0.0):
+                    record.added, record.note = ratio, f"{part}: {100 * off:+.1f} % in all rows"
+                    record.cls = "suspicious" if ratio <= 2 * self.limit else "wrong"
 
     def _unordered(self, key: str) -> bool:
         ids = re.sub(r"(weights|probs)$", "ids", key)
@@ -165,7 +192,7 @@ class _Work:
         x = self.alignment.pair(ids).engine
         return x is None or (x.shape[1] > 2 and bool((x[:, 1:] >= x[:, :-1]).all()))
 
-    def _routing(self, layer: int | None, seen: list[dict[str, Tensor]]) -> Tensor | None:
+    def _routing(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> Tensor | None:
         """Compare a layer's ids. Returns, where the dump has none, the tokens at which they might differ."""
         logits_key = f"layers.{layer}.moe_router_logits"
         if logits_key not in seen[0]:
@@ -177,6 +204,8 @@ class _Work:
         if pair is None or pair.engine is None:
             A = seen[0][f"layers.{layer}.moe_topk_ids"].shape[1]
             return could_flip(logits_TE, delta_T, A)
+        if ids_key in self.records:
+            return None
         index = self.index(pair)
         width = max(logits_TE.shape[1], int(seen[0][ids_key].max()) + 1)  # a fused slot has an id, and no logit
         logits = torch.nn.functional.pad(logits_TE, (0, width - logits_TE.shape[1]), value=torch.inf)

@@ -1,29 +1,33 @@
-"""Which known bug is it? Each hypothesis of the catalogue is run on the guilty block's own input, and ranked.
+"""Which known bug is it? Each hypothesis of the catalogue is run on the guilty block's own input.
 
-What a hypothesis explains is the share of the squared error that goes away when its output stands in for the truth:
-1 - |engine - broken truth|^2 / |engine - truth|^2. Rounding noise is never explained, so the share of the right answer
-is about 1 - 1 / ratio^2, and an answer that leaves no more than roundings is one even where the error was small. Scales
-of the MoE block's parts are solved for directly: engine = a R + b gS + c S, by least squares, with R the routed sum, S
-the shared expert's output and g its gate.
+What a hypothesis explains is the share of the squared error that goes away when its output stands in for the truth,
+1 - |engine - broken truth|^2 / |engine - truth|^2, each row in units of its own size, so that no row that explodes
+outweighs the others. That ranks. It does not decide: an answer is named only if what it leaves is rounding, row by row,
+by the same ratio and limit as the verdict (with the fault planted in every arithmetic of the envelope). Else the bug is
+"unknown", however much a neighbour of it in the catalogue may explain.
+
+Scales of the MoE block's parts are solved for: engine = a R + b gS + c S, by least squares, with R the routed sum, S
+the shared expert's output and g its gate. They must leave no more than rounding, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arithmetic import Arithmetic
 from ..tap_names import base_name
 from .catalogue import FAULTS
-from .envelope import LIMIT, envelope
+from .envelope import envelope, judge
 from .faults import Fault
 from .records import Diagnosis, Hypothesis, Record
 from .rerun import Rerun
+from .second_look import AGAIN, Taps, batches
 
-# The share that an answer must explain to be named; else it is "unknown". Measured by `qwen35-moe mutants`.
-ENOUGH = 0.8
+WORTH, TRIES = 0.5, 3  # hypotheses that explain less are not looked at closely, nor more than so many
 OUTPUT = {"mlp": "mlp_output", "gdn": "attn_output", "attn": "attn_output"}
 DIAGNOSED = (*OUTPUT, "input_layernorm", "post_attention_layernorm", "final_norm", "stream")
 # Where the output of a norm was not captured, the block that follows starts before it.
@@ -32,11 +36,52 @@ BEFORE = {
     "gdn": ("input_layernorm", "input_layernorm"),
     "attn": ("input_layernorm", "input_layernorm"),
 }
-
+PARTS = ("moe_routed_output", "moe_shared_gated", "moe_shared_output")
 
 # A state rounded at every token errs no more than its inputs' roundings do, until hundreds of tokens have gone by; but
 # its digits show it.
 BF16_GRID = "all its values are bf16, where every legal arithmetic keeps more digits"
+
+
+class _Case:
+    """One tap that went wrong: what the engine had, and what was right. Numbers that are not finite count as 0 in both,
+    and rows without any other are left out."""
+
+    def __init__(self, key: str, pair: Any, work: Any, truth: Tensor):
+        self.key, self.pair, self.work = key, pair, work
+        engine, truth = pair.engine.to(torch.float64), work.rows(truth, pair).to(torch.float64)
+        finite = engine.isfinite() & truth.isfinite()
+        self.used, self.broken = finite.any(1), not finite.all()
+        self.finite = finite[self.used]
+        self.engine, self.truth = (torch.where(self.finite, x[self.used], 0.0) for x in (engine, truth))
+        self.size = (self.engine.norm(dim=1) + self.truth.norm(dim=1)).clamp(min=torch.finfo(torch.float64).tiny)
+        self.error = self.engine - self.truth
+
+    def rows(self, y: Tensor) -> Tensor:
+        return torch.where(self.finite, self.work.rows(y, self.pair).to(torch.float64)[self.used], 0.0)
+
+    def explains(self, y_Rn: Tensor) -> float:
+        before, after = ((e.norm(dim=1) / self.size).square().sum() for e in (self.error, self.engine - y_Rn))
+        share = 1 - float(after / before)
+        return share if share == share else float("-inf")
+
+    def left(self, outputs: Sequence[Tensor]) -> float:
+        """The ratio of what a hypothesis leaves: its exact output first, then what legal arithmetics make of it."""
+        good = torch.stack([y.isfinite() for y in outputs]).all(0)
+        if not good.any():
+            return float("inf")
+        engine, y, *members = (torch.where(good, x, 0.0) for x in (self.engine, *outputs))
+        return judge(engine, y, envelope(y, members, self.pair.dtype), self.pair.dtype).ratio
+
+    def settled(self, run: Callable[[int, Arithmetic], Tensor], tables: Sequence[Arithmetic]) -> float:
+        """The ratio that `run(i, table)` leaves under the tables, and under more where that could clear it."""
+        outputs = [run(i, table) for i, table in enumerate(tables)]
+        ratio, limit = self.left(outputs), self.work.limit
+        more = batches(tables[1:], lambda i, table: {self.key: run(i + 1, table)})
+        while limit < ratio <= AGAIN * limit and (batch := next(more, None)):
+            outputs += [taps[self.key] for taps in batch]
+            ratio = self.left(outputs)
+        return ratio
 
 
 def diagnose(
@@ -44,88 +89,87 @@ def diagnose(
     layer: int | None,
     bad: Sequence[Record],
     work: Any,
-    seen: Sequence[dict[str, Tensor]],
+    seen: Sequence[Taps],
     faults: Sequence[Fault] = FAULTS,
 ) -> Diagnosis:
     """Why the first of the bad records of a layer is bad."""
+    order = {key: i for i, key in enumerate(seen[0])}
+    bad = sorted(bad, key=lambda r: order.get(r.key, len(order)))
     first = bad[0]
     output = f"layers.{layer}.{OUTPUT.get(first.block, '')}"
     key = next((r.key for r in bad if r.key == output), first.key)
     if base_name(key) == "moe_topk_ids":
         key = next((r.key for r in bad if r.key != key), key)
-    pair = work.alignment.pair(key)
-    if pair.engine is None or base_name(key) == "moe_topk_ids" or first.block not in DIAGNOSED:
+    if work.alignment.pair(key).engine is None or base_name(key) == "moe_topk_ids" or first.block not in DIAGNOSED:
         return Diagnosis(layer, first.block, first.key, [], False, note="nothing that can be recomputed was captured")
-    truth, engine = work.rows(seen[0][key], pair).to(torch.float64), pair.engine.to(torch.float64)
-    finite = engine.isfinite().all(1) & truth.isfinite().all(1)
-    if not finite.any():
-        return Diagnosis(layer, first.block, key, [], False, note="every row holds NaN or infinity")
-    error = (engine - truth)[finite]
-    unit = error.abs().max()  # squares of an error that explodes would not be finite
-
-    def explains(y: Tensor) -> float:
-        left = (engine - work.rows(y, pair).to(torch.float64))[finite]
-        share = 1 - float((left / unit).square().sum() / (error / unit).square().sum())
-        return share if share == share else float("-inf")
-
+    case = _Case(key, work.alignment.pair(key), work, seen[0][key])
+    if not case.used.any():  # another tap of the block may have kept something, as states of other heads do
+        key = first.key
+        case = _Case(key, work.alignment.pair(key), work, seen[0][key])
+    if not case.used.any():
+        return Diagnosis(layer, first.block, key, [], False, note="every number of it is NaN or infinity")
     table, stream = rerun.tables[0], rerun.streams[0]
-    found = []
-    for fault, expert in _candidates(rerun, layer, first.block, table.name, error, pair, work, seen, finite, faults):
+    tried: list[tuple[Hypothesis, Fault, int]] = []
+    for fault, expert in _candidates(rerun, layer, first.block, table.name, case, seen, faults):
         taps = rerun.fault(layer, fault, table, stream, expert)
         if key in taps:
             name = f"{fault.name} (expert {expert})" if fault.single else fault.name
-            found.append(Hypothesis(name, explains(taps[key]), fault.seen, fault.doc))
-    diagnosis = Diagnosis(layer, first.block, key, found, False)
-    members = [work.rows(s[key], pair)[finite] for s in seen[1:]]
-    noise = float(envelope(truth[finite], members, pair.dtype).l2.norm())
-    if layer is not None and base_name(key) == "mlp_output":
-        taps = rerun.run_layer(layer, table, stream, fused=False)[0]
-        parts = [taps[f"layers.{layer}.{n}"] for n in ("moe_routed_output", "moe_shared_gated", "moe_shared_output")]
-        _solve(diagnosis, [work.rows(x, pair).to(torch.float64)[finite] for x in parts], engine[finite], error, noise)
-    diagnosis.hypotheses.sort(key=lambda h: -h.explains)
+            share = case.explains(case.rows(taps[key]))
+            tried.append((Hypothesis(name, share, fault.seen, fault.doc), fault, expert))
+    tried.sort(key=lambda one: -one[0].explains)
+    diagnosis = Diagnosis(layer, first.block, key, [h for h, _, _ in tried], False)
     if first.note == BF16_GRID:
         diagnosis.hypotheses.sort(key=lambda h: h.name != "state in bf16")
         diagnosis.named, diagnosis.note = True, BF16_GRID
         return diagnosis
-    if diagnosis.hypotheses:
-        share = diagnosis.hypotheses[0].explains
-        rest = max(0.0, 1 - share) ** 0.5 * float(error.norm())
-        diagnosis.named = share >= ENOUGH or (share > 0.5 and rest <= 1.5 * noise)
+    answer = None
+    for hypothesis, fault, expert in tried[:TRIES]:
+        if answer is None and hypothesis.explains > WORTH:
+
+            def run(i: int, table: Arithmetic, fault: Fault = fault, expert: int = expert) -> Tensor:
+                return case.rows(rerun.fault(layer, fault, table, rerun.streams[i], expert)[key])
+
+            answer = hypothesis if case.settled(run, rerun.tables) <= work.limit else None
+    if layer is not None and base_name(key) == "mlp_output":
+        fitted, leaves = _fit(diagnosis, case, rerun, layer)
+        if answer is None and fitted.explains > WORTH and leaves <= work.limit:
+            answer = fitted
+            diagnosis.hypotheses.append(fitted)
+    diagnosis.hypotheses.sort(key=lambda h: (h is not answer, -h.explains))
+    diagnosis.named = answer is not None
     return diagnosis
 
 
 def _candidates(
-    rerun: Rerun, layer: int | None, block: str, truth: str, error: Tensor, pair: Any, work: Any,
-    seen: Sequence[dict[str, Tensor]], finite: Tensor, faults: Sequence[Fault],
+    rerun: Rerun, layer: int | None, block: str, truth: str, case: _Case, seen: Sequence[Taps], faults: Sequence[Fault]
 ) -> Iterator[tuple[Fault, int]]:  # fmt: skip
     """The faults of a block, with the experts that a fault of one expert could be of."""
     if layer is None:
         yield from ((fault, 0) for fault in faults if fault.block == block)
         return
-    kind = work.result.layers[layer]
+    kind = case.work.result.layers[layer]
     blocks = {block}
     if block == "stream":
         blocks = {kind, "mlp", "input_layernorm", "post_attention_layernorm"}
     elif block in BEFORE and f"layers.{layer}.{BEFORE[block][1]}" not in rerun.captured:
         blocks.add(BEFORE[block][0])
     mxfp4 = rerun.source.spec(f"layers.{layer}.mlp.experts").kind == "mxfp4"
-    suspects = _suspects(error, f"layers.{layer}.moe_topk_ids", pair, work, seen, finite) if "mlp" in blocks else []
+    suspects = _suspects(case, f"layers.{layer}.moe_topk_ids", seen) if "mlp" in blocks else []
     for fault in faults:
         if fault.block in blocks and fault.applies(mxfp4, "a4" in truth):
             for expert in suspects if fault.single else [0]:
                 yield fault, expert
 
 
-def _suspects(
-    error: Tensor, ids_key: str, pair: Any, work: Any, seen: Sequence[dict[str, Tensor]], finite: Tensor
-) -> list[int]:
+def _suspects(case: _Case, ids_key: str, seen: Sequence[Taps]) -> list[int]:
     """Experts whose tokens hold nearly all of the error, those with the fewest tokens first."""
-    ids = work.alignment.pair(ids_key).engine if ids_key in work.alignment.keys else None
-    if ids is None or len(ids) != len(finite):
+    alignment = case.work.alignment
+    ids = alignment.pair(ids_key).engine if ids_key in alignment.keys else None
+    if ids is None or len(ids) != len(case.used):
         if ids_key not in seen[0]:
             return []
-        ids = work.rows(seen[0][ids_key], pair)
-    ids, energy = ids[finite].long(), error.square().sum(1)
+        ids = case.work.rows(seen[0][ids_key], case.pair)
+    ids, energy = ids[case.used].long(), case.error.square().sum(1)
     found = []
     for e in ids.unique().tolist():
         hit = (ids == e).any(1)
@@ -134,24 +178,40 @@ def _suspects(
     return [e for _, e in sorted(found)[:3]]
 
 
-def _solve(diagnosis: Diagnosis, parts: list[Tensor], engine: Tensor, error: Tensor, noise: float) -> None:
-    """Fit engine = a R + b gS + c S; add it as a hypothesis where it says more than the catalogue does, and leaves no
-    more than roundings unexplained: free numbers always explain something. One number is tried before three."""
-    R, gS, S = (x.flatten() for x in parts)
-    y, total = engine.flatten(), float(error.square().sum())
+def _fit(diagnosis: Diagnosis, case: _Case, rerun: Rerun, layer: int) -> tuple[Hypothesis, float]:
+    """Fit engine = a R + b gS + c S. The hypothesis that it stands for, and the ratio that this leaves: one number, of
+    which it takes the best, or all three where none of them is enough."""
+    names = [f"layers.{layer}.{name}" for name in PARTS]
+
+    def parts(i: int, table: Arithmetic) -> list[Tensor]:
+        taps = rerun.run_layer(layer, table, rerun.streams[i], fused=False)[0]
+        return [case.rows(taps[name]) for name in names]
+
+    R, gS, S = parts(0, rerun.tables[0])
 
     def fit(base: Tensor | float, *columns: Tensor) -> tuple[list[float], float]:
-        matrix = torch.stack(columns, 1)
-        solution = torch.linalg.lstsq(matrix, (y - base)[:, None]).solution.flatten()
-        return solution.tolist(), float((y - base - matrix @ solution).norm())
+        matrix, y = torch.stack([c.flatten() for c in columns], 1), (case.engine - base).flatten()
+        solution = torch.linalg.lstsq(matrix, y[:, None]).solution.flatten()
+        return solution.tolist(), float((y - matrix @ solution).norm())
 
-    (a, b, c), rest = fit(0.0, R, gS, S)
-    diagnosis.fit, diagnosis.fit_left = (a, b, c), rest**2 / total
-    name = f"routed x {a:.3g}, gated shared x {b:.3g}, ungated shared x {c:.3g}"
+    abc, rest = fit(0.0, R, gS, S)
+    diagnosis.fit, diagnosis.fit_left = (abc[0], abc[1], abc[2]), (rest / float(case.error.norm())) ** 2
     one = {"shared expert times": fit(R, gS), "routed experts times": fit(gS, R), "whole block times": fit(0.0, R + gS)}
-    simplest = min(one, key=lambda n: one[n][1])
-    if one[simplest][1] <= 1.1 * rest:
-        rest, name = one[simplest][1], f"{simplest} {one[simplest][0][0]:.3g}"
-    explains, best = 1 - rest**2 / total, max((h.explains for h in diagnosis.hypotheses), default=0.0)
-    if rest <= LIMIT * noise and explains > best + 0.5 * (1 - best):
-        diagnosis.hypotheses.append(Hypothesis(name, explains, "", "least squares"))
+    best = min(one, key=lambda n: one[n][1])
+    x = one[best][0][0]
+    weights = {"shared": (1.0, x, 0.0), "routed": (x, 1.0, 0.0), "whole": (x, x, 0.0)}[best.split()[0]]
+
+    def settled(a: float, b: float, c: float, name: str) -> tuple[Hypothesis, float]:
+        def run(i: int, table: Arithmetic) -> Tensor:
+            r, gs, s = (R, gS, S) if i == 0 else parts(i, table)
+            return a * r + b * gs + c * s
+
+        return Hypothesis(name, case.explains(run(0, rerun.tables[0])), "", "least squares"), case.settled(
+            run, rerun.tables
+        )
+
+    found = settled(*weights, f"{best} {x:.3g}")
+    if found[1] <= case.work.limit:
+        return found
+    a, b, c = abc
+    return settled(a, b, c, f"routed x {a:.3g}, gated shared x {b:.3g}, ungated shared x {c:.3g}")

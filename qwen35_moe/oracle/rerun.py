@@ -18,7 +18,7 @@ from ..cache import LayerState
 from ..load import Source, build, fill
 from ..model import Layer, Model
 from ..rope import rotary_angles
-from ..taps import Handler, attach, scope, tap
+from ..taps import OBSERVE, Handler, Site, attach, scope, tap
 from .faults import Fault, Place
 from .replay import Captured, Restart
 from .split_k import splitting
@@ -44,6 +44,20 @@ class Tokens:
         return None if bool(self.mask.all()) else self.mask.bool()
 
 
+class SharedPart:
+    """Sees what the shared expert adds to mlp_output, where it stands beside the others and where it is a slot."""
+
+    stage = OBSERVE
+
+    def __init__(self, experts: int, table: Arithmetic):
+        self.slot = experts if table.switch("moe_sum_order") == "expert" else None
+        self.value: Tensor | None = None
+
+    def __call__(self, site: Site, x: Tensor) -> None:
+        if site.name == "moe_shared_gated" or (site.name == "moe_expert_weighted" and site.index == self.slot):
+            self.value = x
+
+
 class Rerun:
     """Reruns the parts of a checkpoint's model on captured values. `tables`: the truth's arithmetic first."""
 
@@ -58,7 +72,9 @@ class Rerun:
         self.mode = "decoded" if size < SMALL else "stream"
         self._layers: dict[Any, Layer] = {}
         self._index: int | None = None
+        self.models: list[Model] = []  # one a table; their layers are not used
         self.streams: list[Tensor] = []  # one a table: what the current layer reads
+        self.shared: Tensor | None = None  # what the shared expert adds to the first table's mlp_output [tokens, D]
 
     def place(self, layer: int | None, expert: int = 0) -> Place:
         return Place(self.config, self.tokens.positions, None if layer is None else frozenset({layer}), expert)
@@ -120,9 +136,9 @@ class Rerun:
         What layer i hands on is among its own taps, under the names that the next layer gives to it.
         """
         tokens, captured = self.tokens, self.captured
-        models = [build(self.source, table, self.fused, CPU, "stream") for table in self.tables]
+        self.models = [build(self.source, table, self.fused, CPU, "stream") for table in self.tables]
         seen, self.streams = [], []
-        for table, model in zip(self.tables, models, strict=True):
+        for table, model in zip(self.tables, self.models, strict=True):
             restart = Restart(captured, tokens.count)
             with using(table), attach(restart):
                 self.streams.append(self._enter(0, tap("embed_tokens", model.embed_tokens(tokens.ids)), restart))
@@ -130,22 +146,32 @@ class Rerun:
         yield None, seen
         for i in range(self.config.num_hidden_layers):
             seen, after = [], []
+            part = SharedPart(self.config.num_experts, self.tables[0])
             for table, stream in zip(self.tables, self.streams, strict=True):
-                taps, out = self.run_layer(i, table, stream)
+                taps, out = self.run_layer(i, table, stream, () if seen else (part,))
                 restart = Restart(captured, tokens.count)
                 with using(table), attach(restart):
                     after.append(self._enter(i + 1, out, restart))
                 taps.pop(f"layers.{i}.layer_input")  # an output of the layer before
                 seen.append({**taps, **restart.seen})
+            self.shared = part.value
             yield i, seen
             self.streams = after
-        yield None, [self.head(model, stream) for model, stream in zip(models, self.streams, strict=True)]
+        yield None, [self.head(model, stream) for model, stream in zip(self.models, self.streams, strict=True)]
+
+    def taps(self, i: int | None, table: Arithmetic, like: int) -> dict[str, Tensor]:
+        """What the taps of layer i (None: after the last) held under one more table, run from where `like` started."""
+        if i is None:
+            return self.head(self.models[like], self.streams[like], table=table)
+        return self.run_layer(i, table, self.streams[like])[0]
 
     @torch.inference_mode()
-    def head(self, model: Model, stream_BTD: Tensor, handlers: Sequence[Handler] = ()) -> dict[str, Tensor]:
+    def head(
+        self, model: Model, stream_BTD: Tensor, handlers: Sequence[Handler] = (), table: Arithmetic | None = None
+    ) -> dict[str, Tensor]:
         """What the taps after the last layer held."""
-        restart = Restart(self.captured, self.tokens.count)
-        with using(model.arithmetic), splitting(model.arithmetic), attach(*handlers, restart):
+        restart, table = Restart(self.captured, self.tokens.count), table or model.arithmetic
+        with using(table), splitting(table), attach(*handlers, restart):
             model.lm_head("next_token_logits", model.norm(stream_BTD))
         return restart.seen
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from .. import arithmetic as arithmetics
-from ..arithmetic import KEEP, Arithmetic
+from ..arithmetic import Arithmetic
 from ..tables import AITER, AITER_VARIANTS, SGLANG_BF16, TRANSFORMERS_BF16
 from .catalogue import scaled
+from .envelope import ALL_BF16
 from .faults import Fault
 
 
@@ -22,13 +23,6 @@ class Variant:
     split_k: int = 1
     chunks: tuple[int, ...] | None = None
     batch: bool = False
-
-
-ALL_BF16 = Arithmetic(
-    name="all-bf16", dtype=torch.bfloat16, doc="Every value that has a name is stored in bf16.",
-    rounds={"rope_*": torch.bfloat16, "gdn_state": KEEP, "gdn_recall": KEEP, "gdn_conv_product": torch.bfloat16},
-    switches={"gdn_rule": "recurrent"},
-)  # fmt: skip
 
 
 def variants(a4: bool, tokens: int) -> list[Variant]:

@@ -1,0 +1,39 @@
+"""Is a part of a block's output too large or too small by a constant factor?
+
+Rounding errors of different tokens have nothing to do with each other, and a wrong factor errs everywhere in the same
+direction. So it is seen in all rows together long before it is seen in any: engine - truth = sum_i d_i part_i, by least
+squares, each row in units of the truth's norm. How well d is known, the rows say themselves: each is left out in turn
+(the jackknife), whatever its error is made of. A row that decides alone is so found out.
+
+    ratio = |d_i| / max(standard error of d_i, 2^-8)        2^-8: a factor that an engine stores in bf16
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FACTOR = 2.0**-8
+ENOUGH = 16  # rows; a standard error from fewer is none
+
+
+def scale_errors(engine: Tensor, truth: Tensor, parts: Sequence[Tensor]) -> list[tuple[float, float]]:
+    """(d, ratio) of each part. All [rows, n]; rows that are not finite are left out. Empty where nothing can be said:
+    of a few rows, or of parts that are alike."""
+    size_R1 = truth.to(torch.float64).norm(dim=1, keepdim=True)
+    rows = engine.isfinite().all(1) & (size_R1 > 0).flatten()
+    if int(rows.sum()) < ENOUGH:
+        return []
+    x_RIn = torch.stack([part.to(torch.float64) / size_R1 for part in parts], 1)[rows]
+    error_Rn = ((engine.to(torch.float64) - truth.to(torch.float64)) / size_R1)[rows]
+    gram_RIJ = torch.einsum("rin,rjn->rij", x_RIn, x_RIn)
+    right_RI = torch.einsum("rin,rn->ri", x_RIn, error_Rn)
+    gram_IJ, right_I = gram_RIJ.sum(0), right_RI.sum(0)
+    d_I, failed = torch.linalg.solve_ex(gram_IJ, right_I)
+    without_RI, fails_R = torch.linalg.solve_ex(gram_IJ - gram_RIJ, right_I - right_RI)
+    if failed or fails_R.any() or not without_RI.isfinite().all():
+        return []
+    ratio_I = d_I.abs() / (without_RI - d_I).square().sum(0).sqrt().clamp(min=FACTOR)
+    return list(zip(d_I.tolist(), ratio_I.tolist(), strict=True))
