@@ -14,7 +14,7 @@ from qwen35_moe.oracle.demo import planted_failure
 from qwen35_moe.oracle.faults import Fault
 from qwen35_moe.oracle.mutants import Bench
 from qwen35_moe.oracle.oracle_cli import open_checkpoint
-from qwen35_moe.oracle.variants import SMALL, UNLISTED, Variant, variants
+from qwen35_moe.oracle.variants import SMALL, UNLISTED, UNSEEN, Variant, variants
 
 IDS = (torch.arange(32) * 7919 % 251)[None]
 
@@ -46,7 +46,7 @@ def test_smallest_faults_are_found(benches: dict[str, Bench], fault: Fault, regi
     assert found.found and found.named_right, found
 
 
-@pytest.mark.parametrize("fault", UNLISTED[2::3], ids=lambda f: f.name)
+@pytest.mark.parametrize("fault", (*UNLISTED[2::3], *UNSEEN[::2]), ids=lambda f: f.name)
 def test_unlisted_fault_is_unknown(benches: dict[str, Bench], fault: Fault) -> None:
     found = benches["gate 0.5"].planted(fault)
     assert found.found and found.named == "unknown", found

@@ -70,28 +70,31 @@ def routed(factor: float) -> Mapping[str, Change]:
     return {"moe_routed_output": lambda x, _, __: x * factor, "moe_slot_weights": but_last}
 
 
-def rotary(theta: float | None = None, full: bool = False, interleaved: bool = False) -> Mapping[str, Change]:
-    """q and k rotated anew from what their norms gave: with another base, the whole head, or in pairs (2i, 2i+1)."""
+def rotate_with(
+    norm: str, theta: float | None = None, full: bool = False, interleaved: bool = False, offset: int = 0
+) -> Change:
+    """What a norm gave, rotated anew: with another base, the whole head, in pairs (2i, 2i+1), or by other positions."""
 
-    def rotate(norm: str) -> Change:
-        def change(x: Tensor, kept: dict[str, Tensor], place: Place) -> Tensor:
-            c, x_BTNH = place.config, kept[norm].to(x.dtype)
-            R = x.shape[-1] if full else c.rotary_dim
-            j = torch.arange(R // 2, dtype=torch.float64)
-            angle = place.positions[..., None].double() * (theta or c.rope_theta) ** (-2 * j / R)
-            cos, sin = (f(angle)[:, :, None].to(x.dtype) for f in (torch.cos, torch.sin))
-            head, rest = x_BTNH[..., :R], x_BTNH[..., R:]
-            if interleaved:
-                a, b = head[..., 0::2], head[..., 1::2]
-                head = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
-            else:
-                a, b = head.chunk(2, -1)
-                head = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-            return torch.cat((head, rest), -1)
+    def change(x: Tensor, kept: dict[str, Tensor], place: Place) -> Tensor:
+        c, x_BTNH = place.config, kept[norm].to(x.dtype)
+        R = x.shape[-1] if full else c.rotary_dim
+        j = torch.arange(R // 2, dtype=torch.float64)
+        angle = (place.positions[..., None].double() + offset) * (theta or c.rope_theta) ** (-2 * j / R)
+        cos, sin = (f(angle)[:, :, None].to(x.dtype) for f in (torch.cos, torch.sin))
+        head, rest = x_BTNH[..., :R], x_BTNH[..., R:]
+        if interleaved:
+            a, b = head[..., 0::2], head[..., 1::2]
+            head = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+        else:
+            a, b = head.chunk(2, -1)
+            head = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+        return torch.cat((head, rest), -1)
 
-        return change
+    return change
 
-    return {"attn_q": rotate("attn_q_norm"), "attn_k": rotate("attn_k_norm")}
+
+def rotary(**ways: Any) -> Mapping[str, Change]:
+    return {"attn_q": rotate_with("attn_q_norm", **ways), "attn_k": rotate_with("attn_k_norm", **ways)}
 
 
 QK_NORMS = ("attn_q_norm", "attn_k_norm")

@@ -132,7 +132,8 @@ def diagnose(
             answer = hypothesis if case.settled(run, rerun.tables) <= work.limit else None
     if layer is not None and base_name(key) == "mlp_output":
         fitted, leaves = _fit(diagnosis, case, rerun, layer)
-        if answer is None and fitted.explains > WORTH and leaves <= work.limit:
+        in_all_rows = max(first.ratio_l2, first.ratio_max) <= work.limit  # and in none alone: see scale.py
+        if answer is None and (fitted.explains > WORTH or in_all_rows) and leaves <= work.limit:
             answer = fitted
             diagnosis.hypotheses.append(fitted)
     diagnosis.hypotheses.sort(key=lambda h: (h is not answer, -h.explains))
@@ -179,8 +180,8 @@ def _suspects(case: _Case, ids_key: str, seen: Sequence[Taps]) -> list[int]:
 
 
 def _fit(diagnosis: Diagnosis, case: _Case, rerun: Rerun, layer: int) -> tuple[Hypothesis, float]:
-    """Fit engine = a R + b gS + c S. The hypothesis that it stands for, and the ratio that this leaves: one number, of
-    which it takes the best, or all three where none of them is enough."""
+    """Fit engine = a R + b gS + c S, rows in units of their size. The hypothesis that it stands for, and the ratio that
+    this leaves: one number, of which it takes the best, or all three where none of them is enough."""
     names = [f"layers.{layer}.{name}" for name in PARTS]
 
     def parts(i: int, table: Arithmetic) -> list[Tensor]:
@@ -190,12 +191,16 @@ def _fit(diagnosis: Diagnosis, case: _Case, rerun: Rerun, layer: int) -> tuple[H
     R, gS, S = parts(0, rerun.tables[0])
 
     def fit(base: Tensor | float, *columns: Tensor) -> tuple[list[float], float]:
-        matrix, y = torch.stack([c.flatten() for c in columns], 1), (case.engine - base).flatten()
+        flat = [(x / case.size[:, None]).flatten() for x in (case.engine - base, *columns)]
+        y, matrix = flat[0], torch.stack(flat[1:], 1)
         solution = torch.linalg.lstsq(matrix, y[:, None]).solution.flatten()
         return solution.tolist(), float((y - matrix @ solution).norm())
 
     abc, rest = fit(0.0, R, gS, S)
-    diagnosis.fit, diagnosis.fit_left = (abc[0], abc[1], abc[2]), (rest / float(case.error.norm())) ** 2
+    diagnosis.fit, diagnosis.fit_left = (
+        (abc[0], abc[1], abc[2]),
+        (rest / float((case.error / case.size[:, None]).norm())) ** 2,
+    )
     one = {"shared expert times": fit(R, gS), "routed experts times": fit(gS, R), "whole block times": fit(0.0, R + gS)}
     best = min(one, key=lambda n: one[n][1])
     x = one[best][0][0]

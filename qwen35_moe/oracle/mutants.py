@@ -11,8 +11,7 @@ all outputs of experts 256 times smaller.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,9 +34,8 @@ from .faults import Fault, Place
 from .readers.own import from_trace
 from .records import Comparison, show
 from .rerun import CPU
-from .split_k import SplitK
 from .trace_file import Trace
-from .variants import SMALL, UNLISTED, Variant, variants
+from .variants import SMALL, UNLISTED, UNSEEN, Variant, variants
 
 # What hooks on SGLang's modules see, and what its patches add.
 DUMPED = (
@@ -154,8 +152,9 @@ class Bench:
 
     def clean(self, variant: Variant) -> Outcome:
         truth, ids, mask = self.truth, self.ids, None
-        with attach(self.handler), _mode(variant):
-            model = build(self.source, variant.table, self.unfused, CPU, "decoded")
+        fused = [variant.fused] * len(self.unfused)
+        with attach(self.handler), variant.products():
+            model = build(self.source, variant.table, fused, CPU, "decoded")
             if variant.batch:
                 half = ids.shape[1] // 2
                 ids = torch.cat((ids, torch.cat((torch.zeros_like(ids[:, :half]), ids[:, half:]), 1)))
@@ -166,21 +165,19 @@ class Bench:
         if variant.batch:
             with attach(self.handler):
                 truth = self._truth(ids, mask)
-        members = [m for m in legal(self.exact.name) if m.name != variant.table.name]
+        members = [m for m in legal(self.exact.name) if m.name != variant.left_out]
         with attach(self.handler):
-            result = compare(truth, from_trace(run), self.source, diagnoses=0, members=members)
+            result = compare(truth, from_trace(run), self.source, fused=variant.fused, diagnoses=0, members=members)
         worst = max((r for r in result.records if r.added is not None), key=lambda r: r.added or 0)
         return Outcome(self.regime, variant.name, worst.block, worst.layer, worst.added or 0.0, result.exit_code == 0,
                        worst.key, "")  # fmt: skip
 
 
-@contextmanager
-def _mode(variant: Variant) -> Iterator[None]:
-    if variant.split_k > 1:
-        with SplitK(variant.split_k):
-            yield
-    else:
-        yield
+def _fusable(source: Source) -> bool:
+    """Whether the shared expert is stored as the routed ones are, and may be a slot among them."""
+    c, mlps = source.config, [f"layers.{i}.mlp" for i in range(source.config.num_hidden_layers)]
+    alike = (source.spec(f"{m}.experts").kind == source.spec(f"{m}.shared_expert.gate_proj").kind for m in mlps)
+    return c.shared_expert_intermediate_size == c.moe_intermediate_size and all(alike)
 
 
 def _largest(result: Comparison) -> float:
@@ -207,7 +204,7 @@ def run(
     mxfp4: bool = True,
     progress: Callable[[Outcome], None] = lambda _: None,
     clean: bool = True,
-    unlisted: Sequence[Fault] = UNLISTED,
+    unlisted: Sequence[Fault] = (*UNLISTED, *UNSEEN),
 ) -> tuple[list[Outcome], list[Outcome], list[Outcome]]:
     """(faults planted, faults that the catalogue lacks, clean variants), in all regimes."""
     planted, foreign, passed = [], [], []
@@ -218,10 +215,10 @@ def run(
             if fault.applies(mxfp4, a4):
                 planted.append(bench.planted(fault))
                 progress(planted[-1])
-        for fault in unlisted:
+        for fault in [f for f in unlisted if f.applies(mxfp4, a4)]:
             foreign.append(bench.planted(fault))
             progress(foreign[-1])
-        for variant in variants(a4, ids.shape[1]) if clean else []:
+        for variant in variants(a4, ids.shape[1], _fusable(source)) if clean else []:
             passed.append(bench.clean(variant))
             progress(passed[-1])
     return planted, foreign, passed
