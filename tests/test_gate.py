@@ -5,6 +5,7 @@ Row sources: "#N" is an issue or pull request of sgl-project/sglang unless a rep
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -236,3 +237,35 @@ def test_vllm_is_opt_in_and_layers_must_agree() -> None:
     assert not mixed and "1 of 4 layers may not fuse" in mixed.reason
     halves = can_fuse_shared_expert(QWEN, quark(*body(parts="gate")), "vllm", vllm_opt_in=True)
     assert not halves and "refuses to load" in halves.reason
+
+
+class EngineQuarkConfig:
+    """As SGLang and vLLM hold it: the file's dictionary, and the exclude list as an attribute of its own."""
+
+    def __init__(self, quant_config: dict[str, Any]):
+        self.quant_config, self.exclude_layers = quant_config, quant_config["exclude"]
+
+    def get_name(self) -> str:
+        return "quark"
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("exclude", [body(), [f"{PREFIX}.0.mlp.shared_expert_gate"], ["re:.*mlp.gate$"], []])
+def test_objects_of_engines_decide_as_the_dictionary_does(rule: str, exclude: list[str]) -> None:
+    file = quark(*exclude)
+    as_file = can_fuse_shared_expert(QWEN, file, rule)
+    assert bool(can_fuse_shared_expert(QWEN, EngineQuarkConfig(file), rule)) == bool(as_file)
+    assert bool(can_fuse_shared_expert(SimpleNamespace(**TEXT), SimpleNamespace(**file), rule)) == bool(as_file)
+
+
+@pytest.mark.parametrize("rule", ["strict", "sglang-22948", "sglang-0.5.23"])
+def test_an_exclude_list_alone_is_about_something_quantised(rule: str) -> None:
+    """Whoever asks with a list only must not hear that all is BF16 alike."""
+    named, other = body(), [f"{PREFIX}.0.mlp.shared_expert_gate"]
+    for wrapped in (
+        lambda e: {"exclude": e},
+        lambda e: {"exclude_layers": e},
+        lambda e: SimpleNamespace(exclude_layers=e),
+    ):
+        assert not can_fuse_shared_expert(QWEN, wrapped(named), rule)
+        assert can_fuse_shared_expert(QWEN, wrapped(other), rule)

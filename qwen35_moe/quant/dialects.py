@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import Qwen35Error
 from .exclude import ExcludeList, exclude_list
-from .precision import BF16, MXFP4, Activation, ModuleSpec
+from .precision import BF16, MXFP4, UNSTATED, Activation, ModuleSpec
 
 
 def quark_spec(entry: Mapping[str, Any] | None) -> ModuleSpec:
@@ -35,11 +35,12 @@ def quark_spec(entry: Mapping[str, Any] | None) -> ModuleSpec:
 
 def _quark(raw: Mapping[str, Any]) -> dict[str, Any]:
     layers = tuple((key, quark_spec(spec)) for key, spec in (raw.get("layer_quant_config") or {}).items())
+    stated = "global_quant_config" in raw  # every file has it; an excerpt that lists exclusions is about something
     return {
         "exclude": _exclude(raw, "exclude", "quark"),
         "layers": layers,
-        "default": quark_spec(raw.get("global_quant_config")),
-        "default_from": "global_quant_config",
+        "default": quark_spec(raw["global_quant_config"]) if stated else UNSTATED,
+        "default_from": "global_quant_config" if stated else "a quantisation that is not stated",
     }
 
 

@@ -52,6 +52,7 @@ class ModuleSpec:
 BF16 = ModuleSpec("bf16")
 MXFP4 = ModuleSpec("mxfp4", (32,), "e8m0")
 NVFP4 = ModuleSpec("nvfp4", (16,), "e4m3")
+UNSTATED = ModuleSpec("quantised")  # in a format that a configuration does not say
 
 
 def float_spec(dtype: str) -> ModuleSpec:

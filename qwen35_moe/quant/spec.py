@@ -44,15 +44,12 @@ class QuantConfig:
         """From a config.json's quantization_config (or ModelOpt's hf_quant_config.json); None is an unquantised model.
 
         `num_hidden_layers` lets `mtp.layers.0` be found under the name `model.layers.<num_hidden_layers>`.
+        An engine's loaded object (SGLang's QuarkConfig, say) will do as well, see `as_raw`.
         Error: a quant_method that is not known, named together with the ones that are.
         """
-        raw = raw.to_dict() if hasattr(raw, "to_dict") else raw
-        if raw is None or raw == {}:
+        raw = as_raw(raw)
+        if not raw:
             return cls("none", exclude_list((), "quark"), BF16, "no quantization_config", (), "", {})
-        if not isinstance(raw, Mapping):
-            raise Qwen35Error(
-                "quantization_config must be an object", expected="{...} or null", found=type(raw).__name__
-            )
         method = raw.get("quant_method") or ("modelopt" if "quantization" in raw or "quant_algo" in raw else None)
         if method not in READERS:
             raise Qwen35Error(
@@ -92,3 +89,22 @@ class QuantConfig:
                     if test(pattern, name):
                         return Resolution(spec, Hit(self.layers_from, None, pattern, "layer pattern", name))
         return Resolution(self.default, Hit(self.default_from, None, "", "default"))
+
+
+def as_raw(quant_config: Any) -> Mapping[str, Any]:
+    """The dictionary behind a quantization_config: itself; an object's `to_dict()`; or of an engine's object the
+    dictionary that it keeps (`quant_config`) or its attributes, with `exclude_layers` as the exclude list."""
+    raw = quant_config.to_dict() if hasattr(quant_config, "to_dict") else quant_config
+    if raw is not None and not isinstance(raw, Mapping):
+        if not hasattr(raw, "__dict__"):
+            raise Qwen35Error(
+                "quantization_config must be an object", expected="{...} or null", found=type(raw).__name__
+            )
+        name, kept = getattr(raw, "get_name", None), getattr(raw, "quant_config", None)
+        excluded = getattr(raw, "exclude_layers", None)
+        raw = dict(kept) if isinstance(kept, Mapping) else dict(vars(raw))
+        raw |= {"quant_method": name()} if callable(name) else {}
+        raw |= {} if excluded is None else {"exclude_layers": excluded}
+    if raw and "exclude_layers" in raw:
+        raw = {"quant_method": "quark", **raw, "exclude": raw["exclude_layers"]}
+    return raw if not raw or raw.get("quant_method") or "exclude" not in raw else {**raw, "quant_method": "quark"}
