@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .arithmetic import ARITHMETICS
+from .device_options import add_device_options, device_options
 from .errors import Qwen35Error
 from .generate import Sampling, Step, generate, score
 from .load import MODES, load
@@ -46,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
         "--arithmetic", default="exact", choices=[*ARITHMETICS], metavar="A", help="default: %(default)s"
     )
     parser.add_argument("--mode", default="packed", choices=MODES, help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    add_device_options(parser)
     parser.add_argument("--text-only", action="store_true", help="load neither draft head nor vision tower")
     parser.set_defaults(run=run)
 
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.checkpoint) if args.prompt is not None or has_tokenizer(args.checkpoint) else None
     ids = read_ids(args.ids, "--ids") if args.prompt is None else encode(tokenizer, args)
     images = load_images(args.checkpoint, args.image) if args.image else None
-    model = load(args.checkpoint, args.arithmetic, device=args.device, mode=args.mode, text_only=args.text_only)
+    where = device_options(args)
+    model = load(args.checkpoint, args.arithmetic, mode=args.mode, text_only=args.text_only, **where)
     for part, count in model.left_out.items():
         print(f"left out, as --text-only asks: {count} tensors of {part}", file=sys.stderr)
     prompt = prepare(model, ids, images)

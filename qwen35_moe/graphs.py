@@ -127,7 +127,7 @@ def can_capture(model: Model) -> bool:
     products = (("moe_expert_gate_up", config.hidden_size), ("moe_expert_down", config.moe_intermediate_size))
     with arithmetic.using(model.arithmetic):
         grouped = all(has_grouped_mm(accumulation_dtype(name, weight), device, columns) for name, columns in products)
-    if not grouped or not isinstance(model.layers, nn.ModuleList):
+    if not grouped or not isinstance(model.layers, nn.ModuleList) or hasattr(model, "hf_device_map"):
         return False
     return all(hasattr(module.experts, "stack") for module in model.layers.modules() if isinstance(module, MoE))
 

@@ -10,7 +10,7 @@ A mode says how much of it is held decoded:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from itertools import groupby
@@ -116,6 +116,9 @@ def load(
     mode: str = "decoded",
     ignore_config_keys: Iterable[str] = (),
     text_only: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> Model:
     """All of a checkpoint folder: the text model, and its draft head and vision tower as `model.mtp`, `model.visual`.
 
@@ -124,10 +127,14 @@ def load(
     by layer, the draft's among them, unless the arithmetic is of an engine that never fuses.
     mode: "decoded", "packed" or "stream", see above; all three compute the same bits.
     text_only: without draft head and vision tower; `model.left_out` counts the tensors that this leaves unread.
+    device_map: spreads the model over GPUs, "cpu" and "disk" instead of `device`: "auto", or a dictionary of parts
+    ("layers.3", "lm_head", "" for the rest) to devices; `max_memory` and `offload_folder` as in accelerate.
     """
     for name, value, allowed in (("mode", mode, MODES), ("shared_expert", shared_expert, SHARED)):
         if value not in allowed:
             raise Qwen35Error(f"unknown {name}", where="load()", expected=" | ".join(allowed), found=repr(value))
+    if device_map is not None and mode == "stream":
+        raise Qwen35Error("a streamed model stays on disk", where="load()", expected="a device_map, or mode='stream'")
     table = arithmetics.get(arithmetic)
     checkpoint = Checkpoint.open(path)
     config = Config.from_dict(checkpoint.config, ignore=ignore_config_keys)
@@ -140,22 +147,29 @@ def load(
         draft_fused = shared_expert.startswith("fused")
         fused = [draft_fused] * config.num_hidden_layers
     source = Source(checkpoint, config, online=shared_expert == "fused-online")
-    model = build(source, table, fused, torch.device(device), mode)
+    device = torch.device("meta" if device_map is not None else device)
+    model = build(source, table, fused, device, mode)
     model.source, model.identity, model.conversion = source, checkpoint.identity(), source.conversion
     counts = {part: sum(name.startswith(f"{part}.") for name in checkpoint.names()) for part in PARTS}
     for part in (part for part, count in counts.items() if count):
         if text_only:
             model.left_out[part] = counts[part]
         else:
-            setattr(model, part, build_part(part, source, table, draft_fused, torch.device(device), mode))
+            setattr(model, part, build_part(part, source, table, draft_fused, device, mode))
+    if device_map is not None:
+        from .placement import place  # here: accelerate takes its time
+
+        place(model, source, table, mode, device_map, max_memory, offload_folder)
     return model
 
 
 def build(source: Source, table: Arithmetic, fused: Sequence[bool], device: torch.device, mode: str) -> Model:
-    """A text model whose weights come from `source`."""
+    """A text model whose weights come from `source`; on the meta device, one without."""
     config = source.config
     with torch.device("meta"):
         model = Model(config, table, fused)
+    if device.type == "meta":
+        return model
     if mode == "stream":
         stream_layers(model, "layers", "layers", source, table, device)
         model.embed_tokens, model.lm_head = StreamedEmbedding(source, table), StreamedHead(source, table)
@@ -189,7 +203,8 @@ def build_part(
         )
     if mode == "stream":
         return StreamedPart(name, part, source, table, device)
-    fill(part, name, source, table, device, mode)
+    if device.type != "meta":
+        fill(part, name, source, table, device, mode)
     return part
 
 

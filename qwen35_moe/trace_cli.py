@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import ARITHMETICS
+from .device_options import add_device_options, device_options
 from .errors import Qwen35Error
 from .load import MODES, SHARED, load
 from .long_run import trace_layers
@@ -38,9 +39,9 @@ def add_parser(subparsers: Any) -> None:
     p.add_argument("--experts", action="store_true", help="values inside of every single expert, too")
     p.add_argument("--layers", metavar="0-N", help="only the first layers; --resume with a larger N goes on")
     p.add_argument("--resume", action="store_true", help="go on where an earlier run was stopped")
-    p.add_argument("--mode", choices=MODES, default="stream", help="what is held in memory (default: %(default)s)")
+    p.add_argument("--mode", choices=MODES, help="what is held in memory (default: stream; packed with --device-map)")
     p.add_argument("--stream", dest="mode", action="store_const", const="stream", help="the same as --mode stream")
-    p.add_argument("--device", default="cpu", help="default: %(default)s")
+    add_device_options(p)
     p.add_argument("--shared-expert", default="unfused", choices=SHARED, help="default: %(default)s")
     p.add_argument("--no-envelope", action="store_true", help="the trace alone, not how far legal roundings stray")
     p.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -117,7 +118,8 @@ def _last_layer(text: str | None) -> int | None:
 
 
 def _load(args: argparse.Namespace, arithmetic: Any) -> Model:
-    return load(args.checkpoint, arithmetic, args.shared_expert, args.device, args.mode, text_only=True)
+    mode = args.mode or ("stream" if args.device_map is None else "packed")
+    return load(args.checkpoint, arithmetic, args.shared_expert, mode=mode, text_only=True, **device_options(args))
 
 
 def _legal_models(args: argparse.Namespace) -> Iterator[Model]:

@@ -1,0 +1,134 @@
+"""A model spread by a device map: the bits of the plain one, wherever its weights are kept."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qwen35_moe as q
+from qwen35_moe.cli import main
+from qwen35_moe.long_run import trace_layers
+
+Build = Callable[[str], Path]
+IDS = torch.tensor([[3, 7, 11, 5, 100, 17, 29, 31]])
+SPREAD = {"": "cpu", "layers.1": "disk", "layers.3": "disk", "lm_head": "disk"}
+
+
+def spread(path: Path, tmp_path: Path, device_map: Any = SPREAD, **options: Any) -> q.Model:
+    return q.load(path, device_map=device_map, offload_folder=tmp_path / "offloaded", **options)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "mode", "arithmetic"),
+    [
+        ("tiny", "decoded", "exact"),
+        ("tiny", "decoded", "transformers-bf16"),  # weights are mapped, and then written to the folder
+        ("tiny-per-expert", "decoded", "transformers-bf16"),  # experts stay in the checkpoint's file
+        ("tiny-mxfp4", "decoded", "float32"),
+        ("tiny-mxfp4", "packed", "float32"),
+        ("tiny-mxfp4", "packed", "transformers-bf16"),
+        ("tiny-gpt-oss", "packed", "exact"),
+        ("tiny-flat", "packed", "exact"),  # tied head
+    ],
+)
+def test_bits_do_not_depend_on_the_place(built: Build, tmp_path: Path, recipe: str, mode: str, arithmetic: str) -> None:
+    path, options = built(recipe), {"arithmetic": arithmetic, "mode": mode, "text_only": True}
+    plain = q.load(path, **options)(IDS)
+    for device_map in (SPREAD, {"": "disk"}, {"": "cpu"}):
+        model = spread(path, tmp_path, device_map, **options)
+        assert torch.equal(model(IDS), plain)
+        assert torch.equal(model(IDS), plain)  # what a hook has dropped comes back
+
+
+def test_what_is_on_disk_is_not_in_memory(built: Build, tmp_path: Path) -> None:
+    model = spread(built("tiny"), tmp_path)
+    assert model.lm_head.weight.is_meta and all(p.is_meta for p in model.layers[1].parameters())
+    assert not any(p.is_meta for i in (0, 2) for p in model.layers[i].parameters())
+    model(IDS)
+    assert all(p.is_meta for p in model.layers[1].parameters())
+    (folder,) = (tmp_path / "offloaded").iterdir()
+    assert sum(f.stat().st_size for f in folder.iterdir()) > sum(8 * p.numel() for p in model.layers[1].parameters())
+    del model
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_taps_traces_and_caches_work_through_the_hooks(built: Build, tmp_path: Path) -> None:
+    plain, model = q.load(built("tiny-mxfp4"), mode="packed"), spread(built("tiny-mxfp4"), tmp_path, mode="packed")
+    expected = q.trace(plain, IDS, experts=True)
+    for found in (
+        q.trace(model, IDS, experts=True),
+        trace_layers(model, IDS, tmp_path / "trace", experts=True, quiet=True)[0],
+    ):
+        assert list(found) == list(expected) and all(torch.equal(found[key], expected[key]) for key in expected)
+    pieces = [q.trace(m, IDS, chunks=[5, 1, 2], cache=q.Cache()) for m in (plain, model)]
+    assert len(pieces[0]) and all(torch.equal(pieces[1][key], x) for key, x in pieces[0].items())
+
+
+def test_draft_head_and_vision_tower_are_placed_too(built: Build, tmp_path: Path) -> None:
+    plain = q.load(built("tiny"), "float32")
+    model = spread(built("tiny"), tmp_path, {"": "cpu", "mtp": "disk", "visual": "disk"}, arithmetic="float32")
+    assert model.mtp is not None and model.visual is not None
+    assert all(p.is_meta for part in (model.mtp, model.visual) for p in part.parameters())
+    steps = [list(q.generate(m, IDS, 6, drafts=2)) for m in (plain, model)]
+    assert [s.to_dict() for s in steps[0]] == [s.to_dict() for s in steps[1]]
+    pixels = torch.linspace(-1, 1, 16 * plain.visual.config.patch_values).view(16, -1)
+    grid = torch.tensor([[1, 4, 4]])
+    assert torch.equal(model.visual(pixels, grid), plain.visual(pixels, grid))
+
+
+@pytest.mark.parametrize("mode", ["decoded", "packed"])
+def test_auto_fills_the_memory_that_it_may_take(built: Build, tmp_path: Path, mode: str) -> None:
+    path = built("tiny-mxfp4")
+    plain = q.load(path, mode=mode)
+    whole = spread(path, tmp_path, "auto", mode=mode)
+    assert set(whole.hf_device_map.values()) == {"cpu"} and torch.equal(whole(IDS), plain(IDS))
+    sizes = [sum(p.nbytes for p in part.parameters()) for part in (plain.embed_tokens, plain.layers)]
+    if mode == "packed":
+        modules = plain.source.checkpoint.modules.items()
+        sizes.append(sum(x.nbytes for name, roles in modules if ".experts." in name for x in roles.values()))
+    part = spread(path, tmp_path, "auto", mode=mode, max_memory={"cpu": sizes[0] + int(0.6 * sum(sizes[1:]))})
+    places = [part.hf_device_map[f"layers.{i}"] for i in range(4)]
+    assert {"cpu", "disk"} == set(places) and places == sorted(places)  # the first layers stay in memory
+    assert torch.equal(part(IDS), plain(IDS))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_map": {"layers": "cpu"}}, r"(?s)does not fit.*embed_tokens: no place"),
+        ({"device_map": {"": "cpu", "layers.0.mlp": "disk"}}, r"(?s)layers.0.mlp: no such unit"),
+        ({"device_map": {"": "cpu", "layers.9": "disk"}}, "layers.9: no such unit"),
+        ({"device_map": "sideways"}, "unknown device_map"),
+        ({"device_map": {"": "floppy"}}, "no such device"),
+        ({"device_map": {"": "disk"}}, "offload_folder"),
+        ({"device_map": {"": "cpu"}, "mode": "stream"}, "streamed"),
+    ],
+)
+def test_maps_that_place_nothing(built: Build, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(q.Qwen35Error, match=message):
+        q.load(built("tiny"), **options)
+
+
+def test_the_command_line_takes_a_map(built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "map.json").write_text(json.dumps(SPREAD))
+    options = ["--device-map", str(tmp_path / "map.json"), "--offload-folder", str(tmp_path / "offloaded")]
+    path, ids = str(built("tiny-mxfp4")), ["--ids", "1,2,3,4,5"]
+    trace = ["trace", path, *ids, "--no-envelope", "--quiet", "--mode", "decoded", "--arithmetic", "float32", "--out"]
+    assert main([*trace, str(tmp_path / "plain")]) == 0 == main([*trace, str(tmp_path / "spread"), *options])
+    files = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("plain", "spread")]
+    assert files[0] == files[1] and len(files[0]) > 4
+    printed = []
+    for more in ([], options, ["--device-map", "auto"]):
+        capsys.readouterr()
+        assert main(["generate", path, *ids, "--text-only", "--max-new-tokens", "4", "--ignore-stop", *more]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == printed[2]
+    assert main(["trace", path, *ids, "--out", str(tmp_path / "o"), "--device-map", "nowhere.json"]) == 2
+    assert main([*trace, str(tmp_path / "o"), "--device-map", "auto", "--mode", "stream"]) == 2
