@@ -41,8 +41,9 @@ Rounding = torch.dtype | Callable[[Tensor], Tensor] | None
 
 SWITCHES: Mapping[str, tuple[str, ...]] = {
     # In which order the experts' weighted outputs of a token are added: by slot (the order of `moe_topk_ids`, the
-    # fused shared expert last), or by expert id. The running sum is the tap `moe_partial_sum`.
-    "moe_sum_order": ("slot", "expert", "slot-reversed"),
+    # fused shared expert last), or by expert id, the running sum being the tap `moe_partial_sum`; or all at once, as
+    # torch.sum happens to add them on the device.
+    "moe_sum_order": ("slot", "expert", "slot-reversed", "torch.sum"),
     # How a weighted output enters the running sum: as a product that may be rounded before (`moe_expert_weighted`),
     # or in one fused multiply-add of weight and output.
     "moe_weight": ("product", "fma"),

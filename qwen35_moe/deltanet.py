@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import arithmetic
 from .cache import LayerState
 from .config import Config
+from .fused import one_pass
 from .norms import gated_rms_norm, l2_norm
 from .ops import Linear, accumulation_dtype, apply, promote
 from .taps import scope, tap
@@ -67,31 +68,34 @@ def chunked_delta_rule(
 
 
 def _chunked_span(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    T = q.shape[1]
-    q, k, v = (_chunks(x) for x in (q, k, v))  # [B, J, n, 64, K or P]
-    g, beta = (_chunks(x[..., None]).squeeze(-1) for x in (g, beta))  # [B, J, n, 64]; padding: g = beta = 0
-    G = g.cumsum(-1)
+    B, T, J = beta.shape
+    g, beta = (_chunks(x[..., None]) for x in (g, beta))  # [B, J, n, 64, 1]; padding: g = beta = 0
+    G = g.squeeze(-1).cumsum(-1)[..., None]
     causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).tril()
-    decay = (G[..., :, None] - G[..., None, :]).masked_fill(~causal, -torch.inf).exp()
-    k_beta = k * beta[..., None]
+    decay = (G - G.mT).masked_fill(~causal, -torch.inf).exp()
+    last = G[..., -1:, :]
+    q, q_read, k, k_beta, k_write, right = _operands(q, k, v, beta, G.exp(), (last - G).exp())
     # The solver reads the strict lower triangle and takes the diagonal as 1.
-    system = (k_beta @ k.mT) * decay
-    right = torch.cat((v * beta[..., None], k_beta * G.exp()[..., None]), -1)
-    u = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    u_fresh, u_recall = u.split((v.shape[-1], k.shape[-1]), -1)
+    u = torch.linalg.solve_triangular((k_beta @ k.mT) * decay, right, upper=False, unitriangular=True)
     attention = (q @ k.mT) * decay
-    q = q * G.exp()[..., None]
-    k = k * (G[..., -1:] - G).exp()[..., None]
-    state, fade = promote(state), G[..., -1].exp()[..., None, None]
-    asked = torch.cat((u_recall, q), -2)  # both read the state: one product
-    us, reads = [], []
-    for n in range(q.shape[2]):  # what only this order allows; a GPU waits for each launch here
-        recalled, read = (asked[:, :, n] @ state).split(CHUNK, -2)
-        us.append(u_fresh[:, :, n] - recalled)
-        reads.append(read)
-        state = state * fade[:, :, n] + k[:, :, n].mT @ us[-1]
-    o = torch.stack(reads, 2) + attention @ torch.stack(us, 2)
-    return o.flatten(2, 3)[:, :, :T].transpose(1, 2), state
+    u, u_recall = u.flatten(0, 1).split((v.shape[-1], k.shape[-1]), -1)  # [B * J, n, 64, ...]
+    k_write, fade = k_write.flatten(0, 1), last.exp().flatten(0, 1)
+    states = u.new_empty(*u.shape[:2], *state.shape[-2:])  # what each chunk starts with
+    states[:, 0] = state.flatten(0, 1)
+    for n in range(u.shape[1]):  # what only this order allows; a GPU waits for each launch here
+        u[:, n].baddbmm_(u_recall[:, n], states[:, n], alpha=-1)
+        after = states[:, n + 1] if n + 1 < u.shape[1] else torch.empty_like(states[:, 0])
+        torch.mul(states[:, n], fade[:, n], out=after).baddbmm_(k_write[:, n].mT, u[:, n])
+    o = q_read @ states.unflatten(0, (B, J)) + attention @ u.unflatten(0, (B, J))
+    return o.flatten(2, 3)[:, :, :T].transpose(1, 2), after.view_as(state)
+
+
+@one_pass
+def _operands(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, faded: Tensor, left: Tensor) -> tuple[Tensor, ...]:
+    """By chunks: q, q exp(G), k, k beta, k exp(G_C - G); and both right sides, v beta and k beta exp(G)."""
+    q, k, v = (_chunks(x) for x in (q, k, v))
+    k_beta = k * beta
+    return q, q * faded, k, k_beta, k * left, torch.cat((v * beta, k_beta * faded), -1)
 
 
 def _chunks(x_BTJH: Tensor) -> Tensor:
@@ -109,38 +113,50 @@ def causal_conv(x_BTC: Tensor, weight_C1W: Tensor, state_BCW: Tensor, real_BT: T
     """
     T, C = x_BTC.shape[1:]
     memory = weight_C1W.shape[-1] - 1
-    x_BCT = x_BTC.transpose(1, 2)
+    past_BWC = state_BCW.mT.to(x_BTC.dtype)
     if real_BT is None:
-        x_BCS = torch.cat((state_BCW.to(x_BCT.dtype), x_BCT), -1)
-        state_BCW = x_BCS[..., T:].contiguous()
+        y_BTC = _depthwise(x_BTC, past_BWC, weight_C1W)
+        past_BWC = torch.cat((past_BWC, x_BTC[:, -memory:]), 1)[:, -memory:]
     else:
         first, count = real_BT.int().argmax(1, keepdim=True), real_BT.sum(1, keepdim=True)
-        x_BCS = F.pad(x_BCT * real_BT[:, None], (memory, 0))
-        x_BCS = x_BCS.scatter(2, _window(first, memory, C), state_BCW.to(x_BCT.dtype))
-        state_BCW = x_BCS.gather(2, _window(first + count, memory, C))
-    # Contiguous, since the order in which a reduction adds (the L2 norm of q and k) depends on the strides.
-    y_BTC = tap("gdn_conv", _depthwise(x_BCS, weight_C1W).transpose(1, 2).contiguous())
-    return apply("gdn_conv_act", F.silu, y_BTC), state_BCW
+        x_BSC = F.pad(x_BTC * real_BT[..., None], (0, 0, memory, 0))
+        x_BSC = x_BSC.scatter(1, _window(first, memory, C), past_BWC)
+        y_BTC = _depthwise(x_BSC[:, memory:], x_BSC[:, :memory], weight_C1W)
+        past_BWC = x_BSC.gather(1, _window(first + count, memory, C))
+    y_BTC = tap("gdn_conv", y_BTC)
+    return apply("gdn_conv_act", F.silu, y_BTC), past_BWC.mT.contiguous()
 
 
-def _depthwise(x_BCS: Tensor, weight_C1W: Tensor) -> Tensor:
-    """y_t = sum_w weight_w x_{t+w}. SGLang's Triton kernel rounds each product to bf16 and adds in fp32 (measured)."""
-    wide = promote(x_BCS).dtype
+def _depthwise(x_BTC: Tensor, past_BWC: Tensor, weight_C1W: Tensor) -> Tensor:
+    """y_t = sum_w weight_w x_{t-W+1+w}; `past` is x before the first token.
+
+    SGLang's Triton kernel rounds each product to bf16 and adds in fp32 (measured).
+    """
+    weight_WC, T = promote(weight_C1W[:, 0].T), x_BTC.shape[1]
     product_dtype = arithmetic.current().rounding("gdn_conv_product")
-    if product_dtype is not arithmetic.KEEP and product_dtype != wide:
-        T = x_BCS.shape[-1] - weight_C1W.shape[-1] + 1
-        total_BCT = promote(torch.zeros_like(x_BCS[..., :T]))
-        for w, weight_C1 in enumerate(promote(weight_C1W).unbind(-1)):
-            with scope(index=w):
-                total_BCT = total_BCT + promote(tap("gdn_conv_product", promote(x_BCS[..., w : w + T]) * weight_C1))
-        return total_BCT
-    dtype = accumulation_dtype("gdn_conv", x_BCS, weight_C1W)
-    return F.conv1d(x_BCS.to(dtype), weight_C1W.to(dtype), groups=x_BCS.shape[1])
+    if product_dtype is arithmetic.KEEP or product_dtype == promote(x_BTC[:0]).dtype:
+        return _weighted_sum(x_BTC, past_BWC, weight_WC, accumulation_dtype("gdn_conv", x_BTC, weight_C1W))
+    x_BSC = torch.cat((past_BWC, x_BTC), 1)
+    total_BTC = promote(torch.zeros_like(x_BSC[:, :T]))
+    for w, weight_C in enumerate(weight_WC):
+        with scope(index=w):
+            total_BTC = total_BTC + promote(tap("gdn_conv_product", promote(x_BSC[:, w : w + T]) * weight_C))
+    return total_BTC
+
+
+@one_pass
+def _weighted_sum(x_BTC: Tensor, past_BWC: Tensor, weight_WC: Tensor, dtype: torch.dtype) -> Tensor:
+    """One product after another, as a library's convolution adds them (on a CPU in an eighth of its time)."""
+    T, x_BSC = x_BTC.shape[1], promote(torch.cat((past_BWC, x_BTC), 1))
+    y_BTC = x_BSC[:, :T] * weight_WC[0]
+    for w in range(1, len(weight_WC)):
+        y_BTC = torch.addcmul(y_BTC, x_BSC[:, w : w + T], weight_WC[w])
+    return y_BTC.to(dtype)
 
 
 def _window(first_B1: Tensor, size: int, channels: int) -> Tensor:
-    """Indices first, first+1, ..., first+size-1 for every channel.  [B, 1] -> [B, C, size]."""
-    return (first_B1 + torch.arange(size, device=first_B1.device))[:, None].expand(-1, channels, -1)
+    """Indices first, first+1, ..., first+size-1 for every channel.  [B, 1] -> [B, size, C]."""
+    return (first_B1 + torch.arange(size, device=first_B1.device))[..., None].expand(-1, -1, channels)
 
 
 class GatedDeltaNet(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import arithmetic
 from .cache import Cache, LayerState
 from .errors import Qwen35Error
+from .fused import compiling
 from .grouped import has_grouped_mm
 from .model import Model
 from .moe import MoE
@@ -133,13 +134,18 @@ def can_capture(model: Model) -> bool:
 
 
 class PrefillGraph:
-    """`model(ids)` of one shape [B, T], again and again. `cache` is that of the last call; clone it to go on."""
+    """`model(ids)` of one shape [B, T], again and again. `cache` is that of the last call; clone it to go on.
+
+    Passes over memory are compiled for long inputs, which takes seconds for each shape (`fused.py`); the bits are those
+    of `model(ids)`.
+    """
 
     @torch.inference_mode()
     def __init__(self, model: Model, ids_BT: Tensor, logits_to_keep: int | None = None):
         self.model, self.ids_BT, self.keep = model, ids_BT.clone(), logits_to_keep
         self.cache = Cache()
-        self._replay = captured(self._run, [])
+        with compiling():
+            self._replay = captured(self._run, [])
 
     def _run(self) -> Tensor:
         self.cache = Cache()

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import arithmetic
+from .fused import one_pass
 from .ops import accumulation_dtype, one_wide, promote
 from .quant import mxfp4
 from .quant.packed import Packed, Stacked
@@ -103,7 +104,10 @@ def combine(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: Stackable
         weights_TA, rows_TA = weights_TA.gather(-1, by_id_TA), rows_TA.gather(-1, by_id_TA)
     elif order == "slot-reversed":
         weights_TA, rows_TA = weights_TA.flip(1), rows_TA.flip(1)
-    return add_slots(y_ND[rows_TA.T.contiguous()], weights_TA.T)
+    elif order == "torch.sum":
+        terms_TAD = promote(_product("moe_expert_weighted", weights_TA[..., None], y_ND[rows_TA]))
+        return promote(_rounded("moe_partial_sum", terms_TAD.sum(1)))
+    return add_slots(y_ND, rows_TA, weights_TA)
 
 
 def pair_outputs(x_TD: Tensor, ids_TA: Tensor, experts: Stackable) -> tuple[Tensor, Tensor]:
@@ -184,19 +188,35 @@ _grouped_mm = (
 )
 
 
-def add_slots(y_ATD: Tensor, weights_AT: Tensor) -> Tensor:
+def add_slots(y_ND: Tensor, rows_TA: Tensor, weights_TA: Tensor) -> Tensor:
     """The running sum over slots of weight * y, rounded at `moe_expert_weighted` and `moe_partial_sum`.  -> [T, D]"""
-    fused = arithmetic.current().switch("moe_weight") == "fma"
-    if fused:  # the product of fp32 and bf16 is exact in float64
-        terms_ATD = weights_AT.double()[..., None] * y_ATD.double()
-    else:
-        terms_ATD = _product("moe_expert_weighted", weights_AT[..., None], y_ATD)
-    total_TD = promote(y_ATD.new_zeros(y_ATD.shape[1:]))
-    wide = total_TD.dtype
-    for term_TD in terms_ATD:
-        dtype = wide if fused else accumulation_dtype("moe_partial_sum", total_TD, term_TD)
-        total_TD = _rounded("moe_partial_sum", (total_TD + term_TD).to(dtype))
-    return promote(total_TD)
+    table = arithmetic.current()
+    roundings = [table.rounding(name) for name in ("moe_expert_weighted", "moe_partial_sum")]
+    if table.switch("moe_weight") == "product" and not any(callable(r) for r in roundings):
+        product, total = (promote(y_ND[:0]).dtype if r is arithmetic.KEEP else r for r in roundings)
+        return promote(_sum_of_slots(y_ND, rows_TA, weights_TA, product, total))
+    total_TD = promote(y_ND.new_zeros(len(rows_TA), y_ND.shape[1]))
+    for rows_T, weights_T in zip(rows_TA.T, weights_TA.T, strict=True):
+        if table.switch("moe_weight") == "fma":  # the product of fp32 and bf16 is exact in float64
+            term_TD = weights_T.double()[:, None] * y_ND[rows_T].double()
+        else:
+            term_TD = _product("moe_expert_weighted", weights_T[:, None], y_ND[rows_T])
+        total_TD = promote(_rounded("moe_partial_sum", (total_TD + term_TD).to(total_TD.dtype)))
+    return total_TD
+
+
+@one_pass
+def _sum_of_slots(
+    y_ND: Tensor, rows_TA: Tensor, weights_TA: Tensor, product: torch.dtype, total: torch.dtype
+) -> Tensor:
+    """The same, where both roundings are dtypes: the products in one, the sums in the other."""
+    sum_TD = y_ND.new_zeros(len(rows_TA), y_ND.shape[1], dtype=total)
+    for a in range(rows_TA.shape[1]):
+        y_TD, weight_T1 = y_ND[rows_TA[:, a]], weights_TA[:, a, None]
+        wide = product not in (y_TD.dtype, weight_T1.dtype)
+        term_TD = ((weight_T1.to(product) if wide else weight_T1) * y_TD).to(product)
+        sum_TD = (sum_TD + term_TD).to(total)
+    return sum_TD
 
 
 def _product(name: str, a: Tensor, b: Tensor) -> Tensor:

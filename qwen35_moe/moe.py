@@ -99,9 +99,10 @@ def combine_experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: E
     if grouped.applies(experts, x_TD):
         return grouped.combine(x_TD, ids_TA, weights_TA, experts)
     outputs = _expert_outputs(x_TD, ids_TA, experts)
-    if table.switch("moe_sum_order") == "expert":
+    order = table.switch("moe_sum_order")
+    if order == "expert":
         return _sum_by_expert(outputs, x_TD, weights_TA)
-    return _sum_by_slot(outputs, x_TD, weights_TA, table.switch("moe_sum_order") == "slot-reversed")
+    return _sum_by_slot(outputs, x_TD, weights_TA, order)
 
 
 def _expert_outputs(x_TD: Tensor, ids_TA: Tensor, experts: ExpertSource) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -128,18 +129,20 @@ def _sum_by_expert(outputs: Iterable[tuple[int, Tensor, Tensor]], x_TD: Tensor, 
     return total_TD
 
 
-def _sum_by_slot(
-    outputs: Iterable[tuple[int, Tensor, Tensor]], x_TD: Tensor, weights_TA: Tensor, backwards: bool
-) -> Tensor:
+def _sum_by_slot(outputs: Iterable[tuple[int, Tensor, Tensor]], x_TD: Tensor, weights_TA: Tensor, order: str) -> Tensor:
     T, A = weights_TA.shape
     y_PD = promote(x_TD.new_empty(T * A, x_TD.shape[1]))
     for _, pair, y_ND in outputs:
         y_PD[pair] = promote(y_ND)
     y_TAD, total_TD = y_PD.view(T, A, -1), promote(torch.zeros_like(x_TD))
-    for a in reversed(range(A)) if backwards else range(A):
+    terms_TAD = torch.empty_like(y_TAD) if order == "torch.sum" else None
+    for a in reversed(range(A)) if order == "slot-reversed" else range(A):
         with scope(index=a):
-            total_TD = _add(total_TD, weights_TA[:, a], y_TAD[:, a])
-    return total_TD
+            if terms_TAD is None:
+                total_TD = _add(total_TD, weights_TA[:, a], y_TAD[:, a])
+            else:
+                terms_TAD[:, a] = tap("moe_expert_weighted", promote(weights_TA[:, a])[:, None] * y_TAD[:, a])
+    return total_TD if terms_TAD is None else promote(tap("moe_partial_sum", terms_TAD.sum(1)))
 
 
 def _add(total_ND: Tensor, weight_N: Tensor, y_ND: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import apply, multiply, promote
+from .fused import one_pass
+from .ops import accumulation_dtype, apply, multiply, promote
 from .taps import tap
 
 
@@ -16,8 +17,9 @@ def rms_norm(name: str, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     The stored weight is the deviation from 1 and may be negative; leaving out the `1 +` is a classic bug.
     Rounds at `<name>.gain` (1 + w; SGLang's fused all-reduce keeps it in bf16) and once at the end, at `name`.
     """
-    x, gain = promote(x), tap(f"{name}.gain", 1 + promote(weight))
-    return tap(name, x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain)
+    gain = promote(tap(f"{name}.gain", 1 + promote(weight)))
+    root = torch.rsqrt(squares(x).mean(-1, keepdim=True) + eps)
+    return tap(name, scaled(x, root, gain, accumulation_dtype(name, x)))
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, gate_type: str = "silu") -> Tensor:
@@ -27,8 +29,8 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, gate_type: 
     the weight; SGLang's and fla's kernels round once, at the end. `gate_type` is the config's `output_gate_type`:
     silu (also called swish), or sigmoid.
     """
-    x = promote(x)
-    x = tap("gdn_norm_normed", x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+    root = torch.rsqrt(squares(x).mean(-1, keepdim=True) + eps)
+    x = tap("gdn_norm_normed", scaled(x, root, None, accumulation_dtype("gdn_norm_normed", x)))
     x = multiply("gdn_norm_weighted", weight, x)
     gate = apply("gdn_z_gate", torch.sigmoid if gate_type == "sigmoid" else F.silu, z)
     return multiply("gdn_norm_out", x, gate)
@@ -36,8 +38,19 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, gate_type: 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum(x^2) + eps), not x / max(|x|, eps): with heads of norm 1e-3 the two differ by a lot."""
-    x = promote(x)
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+    root = torch.rsqrt(squares(x).sum(-1, keepdim=True) + eps)
+    return scaled(x, root, None, root.dtype)
+
+
+@one_pass
+def squares(x: Tensor) -> Tensor:
+    return promote(x).square()
+
+
+@one_pass
+def scaled(x: Tensor, root: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
+    y = promote(x) * root
+    return (y if gain is None else y * gain).to(dtype)
 
 
 class RMSNorm(nn.Module):

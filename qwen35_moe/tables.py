@@ -62,14 +62,14 @@ TRANSFORMERS_BF16 = Arithmetic(
     fuses=False,
 )
 
-# What transformers takes unless it is told otherwise: a token's slots are rounded one by one, added in fp32 in their
-# order, and the sum is rounded once.
+# What transformers takes unless it is told otherwise: a token's slots are rounded one by one, added in fp32 by
+# torch.sum (on a CPU in their order, on a GPU not), and the sum is rounded once.
 GROUPED_MM = replace(
     TRANSFORMERS_BF16,
     name="transformers-bf16/grouped_mm",
     doc="transformers 5.23 with experts_implementation grouped_mm; all else as transformers-bf16.",
     rounds={**TRANSFORMERS_BF16.rounds, "moe_partial_sum": KEEP},
-    switches={**TRANSFORMERS_BF16.switches, "moe_sum_order": "slot"},
+    switches={**TRANSFORMERS_BF16.switches, "moe_sum_order": "torch.sum"},
 )
 
 SGLANG_BF16 = Arithmetic(

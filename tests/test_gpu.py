@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import test_grouped
 import test_mxfp4
 import torch
+from fixture_models import FIXTURES
 from peers.transformers_model import load_transformers
+from safetensors.torch import load_file
 from test_model import ids_of
 from tolerances import BF16_GROUPED, FLOAT64_REORDERED
 
 import qwen35_moe as q
-from qwen35_moe import arithmetic, grouped, moe
-from qwen35_moe.graphs import DecodeGraph, PrefillGraph
+from qwen35_moe import arithmetic, cli, grouped, moe
+from qwen35_moe.fused import compiling
+from qwen35_moe.generate import generate
+from qwen35_moe.graphs import DecodeGraph, PrefillGraph, can_capture
 from qwen35_moe.metrics import rel_l2
+from qwen35_moe.mtp import draft_head, with_hidden
+from qwen35_moe.oracle.mutants import DUMPED
+from qwen35_moe.oracle.oracle_cli import write_truth
 from qwen35_moe.oracle.trace_file import Trace
+from qwen35_moe.prompt import embed_prompt
 from qwen35_moe.quant import mxfp4
+from qwen35_moe.trace import record
 
 # The compiler's first import meets torch's own deprecated functions.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")]
@@ -70,6 +81,18 @@ def test_padding_and_a_cache(built: Built) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (2, 65), (1, 333)])
+def test_bf16_has_the_bits_of_grouped_mm_on_the_same_gpu(built: Built, shape: tuple[int, int]) -> None:
+    """At once and one expert after the other."""
+    model = q.load(built("tiny"), f"{BF16}/grouped_mm", "unfused", device=GPU, text_only=True)
+    ids = ids_of(shape[1], shape[0]).to(GPU)
+    with torch.no_grad():
+        peer = load_transformers(built("tiny"), torch.bfloat16, experts="grouped_mm").to(GPU)
+        theirs = peer(input_ids=ids, use_cache=False).logits
+    assert torch.equal(model(ids), theirs)
+    assert torch.equal(q.trace(model, ids, experts=True)["next_token_logits"], theirs)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (2, 65), (1, 333)])
 @pytest.mark.parametrize("name", ["tiny", "tiny-odd"])
 def test_bf16_has_the_bits_of_transformers_on_the_same_gpu(built: Built, name: str, shape: tuple[int, int]) -> None:
     model = q.load(built(name), arithmetic=BF16, shared_expert="unfused", device=GPU, text_only=True)
@@ -77,6 +100,94 @@ def test_bf16_has_the_bits_of_transformers_on_the_same_gpu(built: Built, name: s
     with torch.no_grad():
         theirs = load_transformers(built(name), torch.bfloat16).to(GPU)(input_ids=ids, use_cache=False).logits
     assert torch.equal(q.trace(model, ids, experts=True)["next_token_logits"], theirs)
+    # Rows of 16 bytes or not: all experts at once are the loop again.
+    assert torch.equal(model(ids), theirs)
+
+
+def test_tower_and_draft_head_are_the_same_functions_at_every_tap() -> None:
+    """An image through the tower, the prompt through the model, its hidden states through the draft head."""
+    expected = load_file(FIXTURES / "expected.safetensors")
+    inputs = [expected[f"image/{name}"] for name in ("input_ids", "pixel_values", "image_grid_thw")]
+    traces = []
+    for device in ("cpu", GPU):
+        model = q.load(FIXTURES / "bf16-hub", device=device)
+        assert model.mtp is not None
+        with record() as recorder:
+            prompt = embed_prompt(
+                model, *(x.to(device) if x.is_floating_point() else x.long().to(device) for x in inputs)
+            )
+            _, hidden = with_hidden(model, **prompt)
+            positions = prompt["position_ids"]
+            draft_head(model, model.mtp, None, hidden, position_ids=positions, next_embeds=prompt["inputs_embeds"])
+        traces.append(recorder.trace)
+    assert {"visual", "mtp", "layers"} <= {key.split(".")[0] for key in traces[0]}
+    assert_same_taps(traces[1], traces[0])
+
+
+GREEDY = json.loads((FIXTURES.parent / "greedy" / "llamacpp.json").read_text())
+
+
+def test_greedy_text_is_that_of_the_cpu() -> None:
+    """100 tokens after each prompt, which are llama.cpp's, too; after an image, those of the CPU; with drafts."""
+    expected = load_file(FIXTURES / "expected.safetensors")
+    cpu, gpu = (q.load(FIXTURES / "bf16-hub", device=device) for device in ("cpu", GPU))
+    for case in GREEDY:
+        prompt = expected["ids"][case["row"], : case["prompt_tokens"]].long()
+        assert [step.id for step in generate(gpu, prompt, 100)] == case["continuation"]
+        assert [step.id for step in generate(gpu, prompt, 12, drafts=3)] == case["continuation"][:12]
+    names = ("pixel_values", "image_grid_thw")
+    image = embed_prompt(cpu, expected["image/input_ids"].long(), *(expected[f"image/{name}"] for name in names))
+    assert [step.id for step in generate(gpu, image, 30)] == [step.id for step in generate(cpu, image, 30)]
+
+
+def test_a_graph_writes_the_same_text(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As steps on a growing cache. A graph that is full is followed by another; whoever watches is called."""
+    module = import_module("qwen35_moe.generate")
+    monkeypatch.setattr(module, "ROOM", 16)
+    made = []
+    monkeypatch.setattr(module, "DecodeGraph", lambda *args: made.append(DecodeGraph(*args)) or made[-1])
+    model = q.load(built("tiny"), arithmetic=BF16, device=GPU, text_only=True)
+    for start in range(4):
+        prompt = (ids_of(9 + 30 * start, 1)[0] + start) % 256
+        by_graph = [step.id for step in generate(model, prompt, 40)]
+        assert len(made) == 3 * (start + 1)
+        seen = set[str]()
+        with q.taps.attach(lambda site, x, seen=seen: seen.add(site.name)):
+            assert [step.id for step in generate(model, prompt, 40)] == by_graph
+        assert "next_token_logits" in seen
+
+
+def test_what_can_be_captured(built: Built) -> None:
+    def loaded(name: str, table: str = BF16, mode: str = "decoded") -> q.Model:
+        return q.load(built(name), arithmetic=table, device=GPU, mode=mode, text_only=True)
+
+    assert can_capture(loaded("tiny")) and can_capture(loaded("tiny-mxfp4", mode="packed"))
+    assert not can_capture(loaded("tiny", "exact")) and not can_capture(loaded("tiny", "sglang-bf16"))
+    assert not can_capture(loaded("tiny", mode="stream")) and not can_capture(loaded("tiny-odd"))
+
+
+def test_the_oracle_takes_a_gpu_for_an_engine(built: Built, tmp_path: Path) -> None:
+    """Its bf16 run agrees with the CPU's truth; with a block too large by a fifth it does not."""
+    path, ids = built("tiny"), ids_of(24, 2)
+    write_truth(path, ids, None, tmp_path / "truth", taps=DUMPED)
+    model = q.load(path, arithmetic=BF16, shared_expert="unfused", device=GPU, text_only=True)
+
+    def fault(site: q.taps.Site, x: torch.Tensor) -> torch.Tensor | None:
+        return x * 1.2 if site.key == "layers.1.mlp_output" else None
+
+    fault.stage = q.taps.BREAK  # type: ignore[attr-defined]
+    for name, planted in (("clean", ()), ("broken", (fault,))):
+        q.trace(model, ids.to(GPU), taps=DUMPED, replay=planted, out=tmp_path / name)
+    assert cli.main(["compare", str(tmp_path / "truth"), str(tmp_path / "clean")]) == 0
+    assert cli.main(["compare", str(tmp_path / "truth"), str(tmp_path / "broken")]) == 1
+
+
+def test_the_truth_written_on_a_gpu_is_that_of_the_cpu(built: Built, tmp_path: Path) -> None:
+    """`qwen35-moe trace --device`, layer by layer from disk."""
+    common = ["trace", str(built("tiny-mxfp4")), "--ids", "3,1,4,1,5,9,2,6", "--no-envelope", "--quiet"]
+    for device in ("cpu", GPU):
+        assert cli.main([*common, "--device", device, "--out", str(tmp_path / device)]) == 0
+    assert_same_taps(Trace.open(tmp_path / GPU), Trace.open(tmp_path / "cpu"))
 
 
 @pytest.mark.parametrize("name", [BF16, "exact", "sglang-bf16"])
@@ -117,6 +228,22 @@ def test_grouped_products_against_the_loop(name: str) -> None:
             assert not grouped.applies(experts, x)
             loop = moe.combine_experts(x, ids, routing.to(dtype), experts)
     assert rel_l2(together, loop) <= (FLOAT64_REORDERED if dtype == torch.float64 else BF16_GROUPED)
+
+
+@pytest.mark.parametrize("table", [BF16, "transformers-bf16/grouped_mm", "sglang-bf16"])
+def test_passes_over_memory_have_the_bits_of_plain_torch(
+    built: Built, table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled, which otherwise only large tensors in a graph are, at every tap."""
+    model = q.load(built("tiny"), arithmetic=table, shared_expert="unfused", device=GPU, text_only=True)
+    for shape in ((1, 70), (2, 128)):
+        ids = ids_of(shape[1], shape[0]).to(GPU)
+        plain = q.trace(model, ids)
+        with monkeypatch.context() as patch, compiling():
+            patch.setattr("qwen35_moe.fused.LARGE", 0)
+            compiled = q.trace(model, ids)
+        for key, x in plain.items():
+            assert torch.equal(compiled[key], x), key
 
 
 @pytest.mark.parametrize("e8m0_zero", ["ocp", "zero"])
