@@ -116,12 +116,20 @@ def _heat(result: Comparison, width: int) -> list[str]:
     room = max(1, (width - 9) // 8)
     for start in range(0, len(taps), room):
         part = taps[start : start + room]
-        lines += ["", "layer    " + "".join(f"{short(t)[:6]:>7} " for t in part)]
+        lines += ["", *_head([short(t).split("_") for t in part])]
         for layer in layers:
             kind = result.layers[layer] if layer < len(result.layers) else ""
             row = "".join(_cell(cells.get((layer, tap)), result.first) for tap in part)
             lines.append(f"{layer:>3} {kind:<5}{row}".rstrip())
     return [*lines, ""]
+
+
+def _head(names: list[list[str]]) -> list[str]:
+    """Names of columns, a word a line, the last ones beside "layer"."""
+    depth = max(map(len, names))
+    words = [[""] * (depth - len(name)) + name for name in names]
+    lines = ["".join(f"{name[i][:7]:>7} " for name in words) for i in range(depth)]
+    return [*(f"{'':9}{line}".rstrip() for line in lines[:-1]), f"layer    {lines[-1]}".rstrip()]
 
 
 def _cell(record: Record | None, first: Record | None) -> str:

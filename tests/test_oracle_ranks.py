@@ -1,0 +1,73 @@
+"""From an engine's files to the verdict: two sequences in one batch, prefill and decode steps, TP and EP ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from engine_like import Engine, Value, write_dumper, write_passes
+from torch import Tensor
+
+import qwen35_moe as q
+from qwen35_moe.cli import main
+from qwen35_moe.model import Model
+
+SEQUENCES = [[3, 7, 11, 5, 100, 17, 29, 31, 2, 90], [9, 8, 4, 4, 77, 12]]
+STEPS = [[(0, 0, 8), (1, 0, 5)], [(1, 5, 6), (0, 8, 9)], [(0, 9, 10)]]
+
+
+class FaultyRank(Engine):
+    """Rank 1 has the rows of its down projections in another order, in layer 1."""
+
+    def _moe(self, layer: int, rank: int, parts: list[tuple[int, int, int]], *rest) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+        weight = self.model.layers[layer].mlp.experts.down_proj
+        kept = weight.data
+        if (layer, rank) == (1, 1):
+            weight.data = kept.roll(1, 1)
+        try:
+            return super()._moe(layer, rank, parts, *rest)
+        finally:
+            weight.data = kept
+
+
+def in_bf16(values: Iterator[Value]) -> Iterator[Value]:
+    """Partial sums too, as engines hand them to the all-reduce."""
+    for value in values:
+        value.x = value.x.to(torch.bfloat16) if value.x.is_floating_point() else value.x
+        yield value
+
+
+@pytest.fixture(scope="module")
+def case(built: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
+    path, folder = built("tiny"), tmp_path_factory.mktemp("ranks")
+    (folder / "ids.json").write_text(json.dumps(SEQUENCES))
+    common = ["--ids", str(folder / "ids.json"), "--out", str(folder / "truth"), "--quiet"]
+    assert main(["trace", str(path), *common]) == 0
+    return folder / "truth", q.load(path, "exact", "unfused", text_only=True)
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (2, 2)])
+def test_right_ranks_agree(case: tuple[Path, Model], tmp_path: Path, tp: int, ep: int) -> None:
+    truth, model = case
+    write_dumper(tmp_path / "dump", in_bf16(Engine(model, SEQUENCES, tp, ep).values(STEPS)), tp)
+    assert main(["compare", str(truth), str(tmp_path / "dump")]) == 0
+
+
+def test_passes_agree(case: tuple[Path, Model], tmp_path: Path) -> None:
+    truth, model = case
+    write_passes(tmp_path / "dump", in_bf16(Engine(model, SEQUENCES, 2).values(STEPS)))
+    assert main(["compare", str(truth), str(tmp_path / "dump")]) == 0
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_one_faulty_rank_is_found(
+    case: tuple[Path, Model], tmp_path: Path, ep: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth, model = case
+    write_dumper(tmp_path / "dump", in_bf16(FaultyRank(model, SEQUENCES, 2, ep).values(STEPS)), 2)
+    capsys.readouterr()
+    assert main(["compare", str(truth), str(tmp_path / "dump")]) == 1
+    assert "DIVERGES: first at layer 1, mlp, tap layers.1.moe_routed_output" in capsys.readouterr().out
