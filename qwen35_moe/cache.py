@@ -57,11 +57,9 @@ class Cache:
         return self.layers.setdefault(str(key), LayerState())
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {"length": torch.tensor(self.length)}
+        tensors = {"length": torch.tensor(self.length), "mask": self.mask, "next_position": self.next_position}
         tensors |= {f"{key}.{name}": x for key, layer in self.layers.items() for name, x in layer.tensors()}
-        return tensors | {
-            name: x for name, x in (("mask", self.mask), ("next_position", self.next_position)) if x is not None
-        }
+        return {name: x for name, x in tensors.items() if x is not None}
 
     @classmethod
     def _from_tensors(cls, tensors: dict[str, Tensor]) -> Cache:

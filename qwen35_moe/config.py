@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from .errors import Qwen35Error
 
@@ -37,7 +34,7 @@ INERT_KEYS = frozenset(
 
 # No checkpoint of the family has any other value.
 ONLY = {"hidden_act": "silu", "attention_bias": False, "attn_output_gate": True}
-ONLY |= {"decoder_sparse_step": 1, "mlp_only_layers": ()}
+ONLY |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
 # Far more than any model has: a wrong number must not take memory before it is found to be wrong.
 MOST_LAYERS = 10_000
 
@@ -64,14 +61,9 @@ class Config:
     full_attention_interval: int = 4
     linear_conv_kernel_dim: int = 4
     rms_norm_eps: float = 1e-6
-    hidden_act: str = "silu"
     output_gate_type: str = "silu"
     norm_topk_prob: bool = True
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    attn_output_gate: bool = True
-    decoder_sparse_step: int = 1
-    mlp_only_layers: tuple[int, ...] = ()
     rope_theta: float = 10_000_000.0
     partial_rotary_factor: float = 0.25
     mrope_section: tuple[int, ...] = (11, 11, 10)
@@ -96,20 +88,45 @@ class Config:
         text = raw.get("text_config", raw) if isinstance(raw, Mapping) else raw
         if not isinstance(text, Mapping):
             raise Qwen35Error("not an object", where="config.json", expected="{...}", found=type(text).__name__)
-        own = [f for f in fields(cls) if f.name != "raw"]
-        _check_keys(text, {f.name for f in own} | INERT_KEYS | set(ignore))
-        values = {**text, **_rope_values(text)}
+        _check_keys(text, ignore)
+        own = [f for f in fields(Config) if f.name != "raw"]
+        given = {**text, **_rope_values(text)}
         if "tie_word_embeddings" in raw:  # the top level is what loaders obey
-            values["tie_word_embeddings"] = raw["tie_word_embeddings"]
-        if missing := [f.name for f in own if f.default is MISSING and f.name not in values]:
+            given["tie_word_embeddings"] = raw["tie_word_embeddings"]
+        if given.get("layer_types") is None:
+            given["layer_types"] = ()
+        if missing := [f.name for f in own if f.default is MISSING and f.name not in given]:
             raise Qwen35Error("keys are missing", where="config.json", expected=", ".join(missing), found="absent")
-        values = {f.name: _typed(f.name, str(f.type), values[f.name]) for f in own if f.name in values}
-        if not values.get("layer_types"):
+        values = {f.name: _typed(f.name, str(f.type), given[f.name]) for f in own if f.name in given}
+        if not values["layer_types"]:
             interval, count = values.get("full_attention_interval", 4), min(values["num_hidden_layers"], MOST_LAYERS)
             values["layer_types"] = tuple(LINEAR if (i + 1) % max(interval, 1) else FULL for i in range(count))
-        config = cls(**values, raw=raw)
-        config._check()
-        return config
+        return cls(**values, raw=raw)
+
+    def __post_init__(self) -> None:
+        for key, right, expected in self._rules():
+            if not right:
+                raise Qwen35Error("bad value", where=f"config.json: {key}", expected=expected, found=getattr(self, key))
+
+    def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        """(key, whether its value is right, what would be); a rule relies on those before it."""
+        for f in fields(self):
+            if f.type == "int" and f.name != "mtp_num_hidden_layers":
+                yield f.name, getattr(self, f.name) > 0, "a positive integer"
+        kinds, layers = self.layer_types, self.num_hidden_layers
+        yield "layer_types", len(kinds) == layers, f"{layers} entries, as num_hidden_layers says"
+        yield "layer_types", set(kinds) <= {LINEAR, FULL}, f"{LINEAR!r} or {FULL!r} each"
+        yield "num_experts_per_tok", self.num_experts_per_tok <= self.num_experts, f"at most {self.num_experts} experts"
+        divides = self.num_attention_heads % self.num_key_value_heads == 0
+        yield "num_key_value_heads", divides, f"a divisor of num_attention_heads = {self.num_attention_heads}"
+        divides = self.linear_num_value_heads % self.linear_num_key_heads == 0
+        yield "linear_num_key_heads", divides, f"a divisor of linear_num_value_heads = {self.linear_num_value_heads}"
+        yield "partial_rotary_factor", 0 < self.partial_rotary_factor <= 1, "above 0, at most 1"
+        R = self.rotary_dim
+        yield "partial_rotary_factor", R > 0 and R % 2 == 0, "an even part of a head"
+        right = len(self.mrope_section) == 3 and sum(self.mrope_section) == R // 2
+        yield "mrope_section", right, f"three counts that add up to {R // 2}"
+        yield "output_gate_type", self.output_gate_type in ("silu", "swish", "sigmoid"), "silu, swish or sigmoid"
 
     @property
     def rotary_dim(self) -> int:
@@ -117,48 +134,10 @@ class Config:
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
-    def value_dim(self) -> int:
-        return self.linear_num_value_heads * self.linear_value_head_dim
-
-    @property
     def conv_dim(self) -> int:
         """C: channels of the convolution, q and k and v side by side."""
-        return 2 * self.linear_num_key_heads * self.linear_key_head_dim + self.value_dim
-
-    @property
-    def quantization_config(self) -> Mapping[str, Any] | None:
-        return self.raw.get("quantization_config") or self.raw.get("text_config", {}).get("quantization_config")
-
-    def rope_axes(self, j: Tensor) -> Tensor:
-        """The axis (0 time, 1 height, 2 width) to which rotary frequency j belongs."""
-        _, height, width = self.mrope_section
-        return torch.where((j % 3 == 1) & (j < 3 * height), 1, torch.where((j % 3 == 2) & (j < 3 * width), 2, 0))
-
-    def _check(self) -> None:
-        if not 0 < self.partial_rotary_factor <= 1:
-            where, found = "config.json: partial_rotary_factor", self.partial_rotary_factor
-            raise Qwen35Error("bad value", where=where, expected="above 0, at most 1", found=found)
-        half, layers = self.rotary_dim // 2, self.num_hidden_layers
-        counts = [f.name for f in fields(self) if f.type == "int" and f.name != "mtp_num_hidden_layers"]
-        rules: list[tuple[str, Callable[[Any], bool], object]] = [
-            *((key, lambda value: value > 0, "a positive integer") for key in counts),
-            ("layer_types", lambda kinds: len(kinds) == layers, f"{layers} entries, as num_hidden_layers says"),
-            ("layer_types", lambda kinds: set(kinds) <= {LINEAR, FULL}, f"{LINEAR!r} or {FULL!r} each"),
-            ("num_experts_per_tok", lambda k: k <= self.num_experts, f"at most num_experts = {self.num_experts}"),
-            ("num_key_value_heads", lambda n: self.num_attention_heads % n == 0, "a divisor of num_attention_heads"),
-            ("linear_num_key_heads", lambda n: self.linear_num_value_heads % n == 0, "a divisor of the value heads"),
-            (
-                "partial_rotary_factor",
-                lambda _: 0 < 2 * half == self.rotary_dim <= self.head_dim,
-                "an even part of a head",
-            ),
-            ("mrope_section", lambda counts: sum(counts) == half, f"three counts that add up to {half}"),
-            ("output_gate_type", lambda kind: kind in ("silu", "swish", "sigmoid"), "silu, swish or sigmoid"),
-            *((key, lambda value, only=only: value == only, f"{only!r}; all there is") for key, only in ONLY.items()),
-        ]
-        for key, holds, expected in rules:
-            if not holds(getattr(self, key)):
-                raise Qwen35Error("bad value", where=f"config.json: {key}", expected=expected, found=getattr(self, key))
+        keys = self.linear_num_key_heads * self.linear_key_head_dim
+        return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
 
 
 def _rope_values(text: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,9 +155,9 @@ def _rope_values(text: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _check_keys(text: Mapping[str, Any], known: set[str]) -> None:
-    unknown = sorted(str(key) for key in text if key not in known and not str(key).startswith("_"))
-    if unknown:
+def _check_keys(text: Mapping[str, Any], ignore: Iterable[str]) -> None:
+    known = {f.name for f in fields(Config)} | INERT_KEYS | ONLY.keys() | set(ignore)
+    if unknown := sorted(str(key) for key in text if key not in known and not str(key).startswith("_")):
         near = get_close_matches(unknown[0], known, n=1)
         raise Qwen35Error(
             "unknown keys, which might change what the model computes",
@@ -187,6 +166,9 @@ def _check_keys(text: Mapping[str, Any], known: set[str]) -> None:
             found=", ".join(unknown),
             do="if they are harmless, name them in load(..., ignore_config_keys=[...])",
         )
+    for key, only in ONLY.items():
+        if (found := text.get(key, only)) != only:
+            raise Qwen35Error("bad value", where=f"config.json: {key}", expected=f"{only!r}; all there is", found=found)
 
 
 def _typed(name: str, kind: str, value: Any) -> Any:
@@ -196,17 +178,10 @@ def _typed(name: str, kind: str, value: Any) -> Any:
         return int(value)
     if kind == "float" and number and abs(value) <= sys.float_info.max:
         return float(value)
-    if (kind == "bool" and isinstance(value, bool)) or (kind == "str" and isinstance(value, str)):
+    if type(value).__name__ == kind in ("bool", "str"):
         return value
-    if kind.startswith("tuple"):
-        if value is None and name == "layer_types":
-            return ()
+    if kind.startswith("tuple") and isinstance(value, (list, tuple)):
         item = str if "str" in kind else int
-        length = 3 if name == "mrope_section" else None
-        if (
-            isinstance(value, (list, tuple))
-            and all(type(v) is item for v in value)
-            and len(value) == (length or len(value))
-        ):
+        if all(type(v) is item for v in value):
             return tuple(value)
     raise Qwen35Error("wrong type", where=f"config.json: {name}", expected=kind, found=repr(value))

@@ -113,10 +113,10 @@ class Model(nn.Module):
         for input_ids. logits_to_keep: only for the last so many positions.
         """
         cache = Cache() if cache is None else cache
-        ids, embeds = self._inputs(input_ids, inputs_embeds)
-        real_BT, real_BS, position_ids = extend(cache, ids if embeds is None else embeds, attention_mask, position_ids)
+        new = self._checked(input_ids, inputs_embeds)
+        real_BT, real_BS, position_ids = extend(cache, new, attention_mask, position_ids)
         with arithmetics.using(self.arithmetic):
-            h_BTD = tap("embed_tokens", self.embed_tokens(ids) if embeds is None else embeds)
+            h_BTD = tap("embed_tokens", self.embed_tokens(new) if inputs_embeds is None else new)
             angles = rotary_angles(self.config, position_ids, h_BTD.dtype)
             for i, layer in enumerate(self.layers):
                 with scope(layer=i):
@@ -125,22 +125,21 @@ class Model(nn.Module):
                 h_BTD = h_BTD[:, -logits_to_keep:]
             return self.lm_head("next_token_logits", self.norm(h_BTD))
 
-    def _inputs(self, ids: Tensor | None, embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Checks what came in; gives ids and embeddings, of which one is a placeholder."""
-        given, rank = (embeds, 3) if ids is None else (ids, 2)
-        if given is None or given.dim() != rank or 0 in given.shape:
+    def _checked(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+        """The ids, or the embeddings that stand in for them."""
+        new, rank = (ids, 2) if embeds is None else (embeds, 3)
+        if new is None or new.dim() != rank or 0 in new.shape:
             expected = "input_ids [B, T] (or inputs_embeds [B, T, D]), B and T at least 1"
-            found = "neither" if given is None else list(given.shape)
+            found = "neither" if new is None else list(new.shape)
             raise Qwen35Error("nothing to compute on", where="model(input_ids)", expected=expected, found=found)
-        if ids is None:
-            return given, embeds
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise Qwen35Error("ids must be integers", where="model(input_ids)", expected=torch.int64, found=ids.dtype)
-        bad = ((ids < 0) | (ids >= self.config.vocab_size)).nonzero().tolist()
-        if embeds is None and bad:
+        if embeds is not None:
+            return embeds
+        if new.dtype not in (torch.int64, torch.int32):
+            raise Qwen35Error("ids must be integers", where="model(input_ids)", expected=torch.int64, found=new.dtype)
+        if bad := ((new < 0) | (new >= self.config.vocab_size)).nonzero().tolist():
             where, expected = f"input_ids{bad[0]}", f"0 .. {self.config.vocab_size - 1}"
-            raise Qwen35Error("not in the vocabulary", where=where, expected=expected, found=int(ids[tuple(bad[0])]))
-        return ids, embeds
+            raise Qwen35Error("not in the vocabulary", where=where, expected=expected, found=int(new[tuple(bad[0])]))
+        return new
 
 
 def extend(
@@ -152,20 +151,17 @@ def extend(
     their positions, [B, T] or [3, B, T].
     """
     B, T = new.shape[:2]
-    real_BT = real_BS = None
-    if attention_mask is not None or cache.mask is not None:
-        real_BS = _extended_mask(cache, new, attention_mask)
-        real_BT = real_BS[:, -T:]
+    never = attention_mask is None and cache.mask is None
+    real_BS = None if never else _extended_mask(cache, new, attention_mask)
+    real_BT = None if real_BS is None else real_BS[:, -T:]
     next_B = new.new_zeros(B, dtype=torch.long) if cache.next_position is None else cache.next_position
+    count_BT = next_B.new_ones(B, T) if real_BT is None else real_BT.long()
     if position_ids is None:
-        ones_BT = next_B.new_ones(B, T) if real_BT is None else real_BT.long()
-        position_ids = next_B[:, None] + (ones_BT.cumsum(1) - 1).clamp_min(0)
+        position_ids = next_B[:, None] + (count_BT.cumsum(1) - 1).clamp_min(0)
     if position_ids.shape not in ((B, T), (3, B, T)):
         expected, found = f"[{B}, {T}] or [3, {B}, {T}]", list(position_ids.shape)
         raise Qwen35Error("position_ids have the wrong shape", expected=expected, found=found)
-    last_BT = position_ids if position_ids.dim() == 2 else position_ids.amax(0)
-    if real_BT is not None:
-        last_BT = last_BT.masked_fill(~real_BT, -1)
+    last_BT = torch.where(count_BT > 0, position_ids.reshape(-1, B, T).amax(0), -1)
     cache.next_position = torch.maximum(next_B, last_BT.amax(1) + 1)
     cache.length, cache.mask = cache.length + T, real_BS
     return real_BT, real_BS, position_ids
@@ -173,8 +169,7 @@ def extend(
 
 def _extended_mask(cache: Cache, new: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The cache's mask and that of the new tokens, side by side. A mask of the new tokens alone will do."""
-    B, T = new.shape[:2]
-    past = cache.length
+    (B, T), past = new.shape[:2], cache.length
     seen = new.new_ones(B, past, dtype=torch.bool) if cache.mask is None else cache.mask
     mask = new.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if mask.shape not in ((B, T), (B, past + T)):

@@ -23,7 +23,9 @@ def rotary_angles(config: Config, position_ids: Tensor, dtype: torch.dtype) -> t
     wide = torch.promote_types(dtype, torch.float32)
     j = torch.arange(config.rotary_dim // 2, device=position_ids.device)
     inverse_frequency = 1 / config.rope_theta ** (2 * j.to(wide) / config.rotary_dim)
-    position_BTj = position_ids[config.rope_axes(j)].movedim(0, -1)
+    _, height, width = config.mrope_section
+    axis_j = torch.where((j % 3 == 1) & (j < 3 * height), 1, torch.where((j % 3 == 2) & (j < 3 * width), 2, 0))
+    position_BTj = position_ids[axis_j].movedim(0, -1)
     angle_BTj = position_BTj.to(wide) * inverse_frequency
     return tap("rope_cos", angle_BTj.cos()), tap("rope_sin", angle_BTj.sin())
 
