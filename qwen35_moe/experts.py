@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Sequence
+from threading import local
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 from .quant.packed import Float, Packed, Stacked, adjoined
 
 CPU = torch.device("cpu")
-READERS = 6  # experts that are read at once for a GPU, which waits for the disk otherwise
 Slot = tuple[Packed, Packed]  # gate_up [2F, D] (F rows of gate, then F of up), down [D, F]
 
 
@@ -28,10 +25,9 @@ class ViewedExperts(nn.Module):
         self.slots, self.dtype, self.quantised = slots, dtype, False
         self.count, self.intermediate = len(slots), slots[0][1].shape[1]
 
-    def visit(self, hit: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        for e in hit:
-            gate_up, down = self.slots[e]
-            yield e, gate_up.decode(self.dtype), down.decode(self.dtype)
+    def at(self, e: int) -> tuple[Tensor, Tensor]:
+        gate_up, down = self.slots[e]
+        return gate_up.decode(self.dtype), down.decode(self.dtype)
 
 
 def as_one(weights: Sequence[Packed]) -> Tensor | None:
@@ -56,10 +52,7 @@ def moved(packed: Packed, device: torch.device) -> Packed:
 class PackedExperts(nn.Module):
     """Hands out experts as `Experts` does. `read(e)` gives a slot, from memory or from disk.
 
-    A thread reads the next expert while the present one is decoded and computed with. On a CPU it leaves the decoding
-    to those threads of torch that compute: they use all cores, and a second team fights with them. One decoded expert
-    exists at a time, in a buffer that is used again. For a GPU several are read at once, and decoded there, on a stream
-    of their own, from copies of what is stored.
+    On a CPU they are decoded into memory that a thread uses again and again; for a GPU they are decoded there.
     """
 
     def __init__(
@@ -72,38 +65,25 @@ class PackedExperts(nn.Module):
         device: torch.device = CPU,
     ):
         super().__init__()
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.ahead = 1 if self.side is None else READERS
         self.count, self.intermediate, self.read = count, intermediate, read
-        self.dtype, self.quantised = dtype, quantised
-        self._scratch: tuple[Tensor, Tensor] | None = None
-
-    def visit(self, hit: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        hit = list(hit)
-        with ThreadPoolExecutor(self.ahead) as ahead:
-            fetch: Callable[[int], Any] = self.read if self.side is None else self._decode_there
-            coming = deque(ahead.submit(fetch, e) for e in hit[: self.ahead])
-            for i, e in enumerate(hit):
-                slot = coming.popleft().result()
-                coming.extend(ahead.submit(fetch, following) for following in hit[i + self.ahead : i + self.ahead + 1])
-                gate_up, down = self._decode_here(slot) if self.side is None else slot
-                if self.side is not None:
-                    torch.cuda.current_stream().wait_stream(self.side)
-                    for weight in (gate_up, down):  # their memory is not to be reused before they are
-                        weight.record_stream(torch.cuda.current_stream())
-                yield e, gate_up, down
+        self.dtype, self.quantised, self.device = dtype, quantised, device
 
     @torch.inference_mode()
-    def _decode_here(self, slot: Slot) -> tuple[Tensor, Tensor]:
-        if self._scratch is None:
-            gate_up, down = (torch.empty(packed.shape, dtype=self.dtype) for packed in slot)
-            self._scratch = gate_up, down
-        gate_up, down = (packed.decode(self.dtype, out) for packed, out in zip(slot, self._scratch, strict=True))
+    def at(self, e: int) -> tuple[Tensor, Tensor]:
+        slot = self.read(e)
+        if self.device.type != "cpu":
+            gate_up, down = (moved(packed, self.device).decode(self.dtype) for packed in slot)
+        else:
+            gate_up, down = (p.decode(self.dtype, scratch(i, p.shape, self.dtype)) for i, p in enumerate(slot))
         return gate_up, down
 
-    @torch.inference_mode()
-    def _decode_there(self, e: int) -> tuple[Tensor, Tensor]:
-        assert self.side is not None
-        with torch.cuda.stream(self.side):
-            gate_up, down = (moved(packed, self.side.device).decode(self.dtype) for packed in self.read(e))
-        return gate_up, down
+
+_own = local()
+
+
+def scratch(which: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Memory of this thread, the same at each call that has the same arguments as the one before."""
+    kept: dict[int, Tensor] = _own.__dict__.setdefault("kept", {})
+    if which not in kept or (kept[which].shape, kept[which].dtype) != (shape, dtype):
+        kept[which] = torch.empty(shape, dtype=dtype)
+    return kept[which]

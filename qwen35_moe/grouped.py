@@ -13,7 +13,7 @@ of positions, each within one block, and no index occurs twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -60,10 +60,9 @@ class StackedExperts(nn.Module):
         )
         return gate_up, down
 
-    def visit(self, hit: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        for e in hit:
-            gate_up, down = self.stack(slice(e, e + 1))
-            yield e, gate_up[0], down[0]
+    def at(self, e: int) -> tuple[Tensor, Tensor]:
+        gate_up, down = self.stack(slice(e, e + 1))
+        return gate_up[0], down[0]
 
 
 def stack_slots(
@@ -86,12 +85,13 @@ def stack_slots(
 
 def applies(experts: object, x_TD: Tensor) -> TypeGuard[Stackable]:
     """Whether to take this form: on a GPU, with experts that can be had stacked, and nobody watching single experts."""
+    return x_TD.is_cuda and hasattr(experts, "stack") and not watched()
+
+
+def watched() -> bool:
+    """Whether a handler other than the arithmetic may want to see, or change, values inside of single experts."""
     table = arithmetic.current()
-    return (
-        x_TD.is_cuda
-        and hasattr(experts, "stack")
-        and all(handler is table or not getattr(handler, "wants_experts", True) for handler in attached())
-    )
+    return any(handler is not table and getattr(handler, "wants_experts", True) for handler in attached())
 
 
 def combine(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: Stackable) -> Tensor:
@@ -105,8 +105,8 @@ def combine(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: Stackable
     elif order == "slot-reversed":
         weights_TA, rows_TA = weights_TA.flip(1), rows_TA.flip(1)
     elif order == "torch.sum":
-        terms_TAD = promote(_product("moe_expert_weighted", weights_TA[..., None], y_ND[rows_TA]))
-        return promote(_rounded("moe_partial_sum", terms_TAD.sum(1)))
+        terms_TAD = _product("moe_expert_weighted", weights_TA[..., None], y_ND[rows_TA])
+        return promote(_rounded("moe_partial_sum", terms_TAD.sum(1, dtype=promote(terms_TAD[:0]).dtype)))
     return add_slots(y_ND, rows_TA, weights_TA)
 
 

@@ -18,6 +18,7 @@ from .config import Config
 from .errors import Qwen35Error
 from .ops import Linear, add, apply, linear, multiply, promote
 from .router import append_shared, route, shared_gate
+from .side_by_side import side_by_side
 from .taps import scope, tap
 
 
@@ -37,8 +38,9 @@ class ExpertSource(Protocol):
         """Whether engines would quantise the inputs of these experts, too."""
         ...
 
-    def visit(self, hit: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yields (id, gate_up [2F, D], down [D, F]) for each id, in order. Rows of gate_up: F of gate, then F of up."""
+    def at(self, e: int) -> tuple[Tensor, Tensor]:
+        """(gate_up [2F, D], down [D, F]) of an expert, until the same thread asks for the next. Rows of gate_up: F of
+        gate, then F of up."""
         ...
 
 
@@ -73,9 +75,8 @@ class Experts(nn.Module):
         """Some of the experts: gate_up [n, 2F, D], down [n, D, F]."""
         return self.gate_up_proj[which], self.down_proj[which]
 
-    def visit(self, hit: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        for e in hit:
-            yield e, self.gate_up_proj[e], self.down_proj[e]
+    def at(self, e: int) -> tuple[Tensor, Tensor]:
+        return self.gate_up_proj[e], self.down_proj[e]
 
 
 def expert(x_ND: Tensor, gate_up_2FD: Tensor, down_DF: Tensor, quantised: bool = False) -> Tensor:
@@ -86,7 +87,7 @@ def expert(x_ND: Tensor, gate_up_2FD: Tensor, down_DF: Tensor, quantised: bool =
 
 
 def combine_experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: ExpertSource) -> Tensor:
-    """sum_a weights_a expert_{ids_a}(x), visiting each hit expert once.  -> [T, D]
+    """sum_a weights_a expert_{ids_a}(x), each hit expert once.  -> [T, D]
 
     The taps `moe_a1` and `moe_a2`, where engines quantise the inputs of both products, exist for quantised experts.
     The sum runs by expert id or by slot (switch `moe_sum_order`) and rounds each partial sum at `moe_partial_sum`.
@@ -106,7 +107,10 @@ def combine_experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: E
 
 
 def _expert_outputs(x_TD: Tensor, ids_TA: Tensor, experts: ExpertSource) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yields, for each hit expert: its id; its (token, slot) pairs [N], as token * A + slot; its outputs [N, D]."""
+    """Yields, for each hit expert: its id; its (token, slot) pairs [N], as token * A + slot; its outputs [N, D].
+
+    On a CPU experts are computed side by side, one after the other where somebody watches single ones.
+    """
     x_TD = tap("moe_a1", x_TD) if experts.quantised else x_TD
     pairs = ids_TA.flatten().argsort(stable=True)  # grouped by expert
     counts = ids_TA.flatten().bincount(minlength=experts.count).tolist()
@@ -114,9 +118,15 @@ def _expert_outputs(x_TD: Tensor, ids_TA: Tensor, experts: ExpertSource) -> Iter
         raise Qwen35Error("no such expert", where="moe_topk_ids", expected=f"< {experts.count}", found=len(counts) - 1)
     hit = [e for e, count in enumerate(counts) if count]
     groups = pairs.split([counts[e] for e in hit])
-    for (e, gate_up, down), pair in zip(experts.visit(hit), groups, strict=True):
+
+    def compute(work: tuple[int, Tensor]) -> Tensor:
+        e, pair = work
         with scope(expert=e):
-            y_ND = expert(x_TD[pair // ids_TA.shape[1]], gate_up, down, experts.quantised)
+            return expert(x_TD[pair // ids_TA.shape[1]], *experts.at(e), experts.quantised)
+
+    work = list(zip(hit, groups, strict=True))
+    outputs = map(compute, work) if x_TD.is_cuda else side_by_side(compute, work, one_by_one=grouped.watched())
+    for (e, pair), y_ND in zip(work, outputs, strict=True):
         yield e, pair, y_ND
 
 

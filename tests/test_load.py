@@ -74,7 +74,7 @@ def test_bf16_is_used_where_it_lies(built: Build, recipe: str, shared_expert: st
     copied = [name for name, p in model.named_parameters() if p.dtype == torch.bfloat16 and not in_a_file(p, files)]
     aside = {name for name in copied if name.endswith(("A_log", "linear_attn.norm.weight"))}  # stored as float32
     assert set(copied) == aside and len(dict(model.named_parameters())) > 40
-    for _, gate_up, down in model.layers[0].mlp.experts.visit(range(3)):
+    for gate_up, down in map(model.layers[0].mlp.experts.at, range(3)):
         assert in_a_file(down, files) and gate_up.dtype == torch.bfloat16
 
 

@@ -170,13 +170,17 @@ def _both_lanes(bits: int) -> int:
 
 def _decode_float(codes: Tensor, scales: Tensor, lanes: Tensor, out: Tensor) -> None:
     """float32, float64: read the lanes as float16, where a code is worth 2^-14 of its value (0.5 is a subnormal, as in
-    E2M1); the conversion makes it a normal number, times 2^14 and the scale."""
+    E2M1); the conversion makes it a normal number, times 2^14 and the scale. To float64 by way of float32: torch has no
+    vector instructions for the direct conversion."""
     _spread(codes, lanes, position=9)
-    out.copy_(lanes.view(torch.float16))
+    values = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    values.copy_(lanes.view(torch.float16))
     exponent = scales.to(torch.int32)
     exponent += 14
     exponent <<= 23
-    out *= exponent.view(torch.float32)
+    values *= exponent.view(torch.float32)
+    if values is not out:
+        out.copy_(values)
 
 
 def _decode_bfloat16(codes: Tensor, scales: Tensor, lanes: Tensor, out: Tensor) -> None:

@@ -1,0 +1,55 @@
+"""Many small pieces of work, several at once, each by few threads: the experts of a layer on a CPU.
+
+A product with a few rows does not occupy two threads of torch, and between operations they wait for each other. So each
+piece has threads of its own, the same number whether one runs at a time or several do: in float32 a product's last bit
+may depend on it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from typing import TypeVar
+
+import torch
+
+WORKERS = 4  # each holds one decoded expert
+In = TypeVar("In")
+Out = TypeVar("Out")
+# The first call, even of what holds already, lets MKL no longer choose fewer threads for small products, and with them
+# other last bits. Made here, no product comes before it.
+torch.set_num_threads(torch.get_num_threads())
+
+
+def side_by_side(function: Callable[[In], Out], items: Iterable[In], one_by_one: bool = False) -> Iterator[Out]:
+    """function(item) of each item, in their order. The calls overlap, unless `one_by_one`.
+
+    Each runs in the context (`contextvars`) that was current when it was handed out, with torch's threads divided among
+    at most `WORKERS`.
+    """
+    total, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    workers = min(total, WORKERS)
+
+    def run(item: In) -> Out:
+        with torch.inference_mode(inference):
+            return function(item)
+
+    if workers == 1:
+        yield from map(run, items)
+        return
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(total // workers,)) as pool:
+        coming: deque[Future[Out]] = deque()
+        torch.set_num_threads(total // workers)  # a team of threads that waits for its next turn takes a core
+        try:
+            for item in items:
+                coming.append(pool.submit(copy_context().run, run, item))
+                if one_by_one or len(coming) > 2 * workers:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            for future in coming:
+                future.cancel()
+            torch.set_num_threads(total)
