@@ -157,7 +157,7 @@ def _candidates(
     mxfp4 = rerun.source.spec(f"layers.{layer}.mlp.experts").kind == "mxfp4"
     suspects = _suspects(case, f"layers.{layer}.moe_topk_ids", seen) if "mlp" in blocks else []
     for fault in faults:
-        if fault.block in blocks and fault.applies(mxfp4, "a4" in truth):
+        if fault.block in blocks and fault.applies(rerun.config, mxfp4, "a4" in truth):
             for expert in suspects if fault.single else [0]:
                 yield fault, expert
 

@@ -79,8 +79,10 @@ class Fault:
     def arithmetic(self, table: Arithmetic) -> Arithmetic:
         return replace(table, switches={**table.switches, **self.switches}) if self.switches else table
 
-    def applies(self, mxfp4: bool, a4: bool) -> bool:
-        return {"": True, "mxfp4": mxfp4, "a4": a4, "a16": mxfp4 and not a4}[self.needs]
+    def applies(self, config: Config, mxfp4: bool, a4: bool) -> bool:
+        """Whether a model can have it: a shared expert of another width than the routed ones is never a slot."""
+        fits = config.shared_expert_intermediate_size == config.moe_intermediate_size or not self.fused
+        return fits and {"": True, "mxfp4": mxfp4, "a4": a4, "a16": mxfp4 and not a4}[self.needs]
 
 
 class Break:

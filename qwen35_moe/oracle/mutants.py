@@ -212,10 +212,10 @@ def run(
         bench = Bench(source, regime, ids, a4)
         # Activations in MXFP4 err by more than the small ones: what they hide is no fault of the oracle.
         for fault in [f for f in faults if not (a4 and f in SMALL)]:
-            if fault.applies(mxfp4, a4):
+            if fault.applies(source.config, mxfp4, a4):
                 planted.append(bench.planted(fault))
                 progress(planted[-1])
-        for fault in [f for f in unlisted if f.applies(mxfp4, a4)]:
+        for fault in [f for f in unlisted if f.applies(source.config, mxfp4, a4)]:
             foreign.append(bench.planted(fault))
             progress(foreign[-1])
         for variant in variants(a4, ids.shape[1], _fusable(source)) if clean else []:

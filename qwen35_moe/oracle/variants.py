@@ -105,7 +105,7 @@ def unseen_variants(tokens: int, fusable: bool) -> list[Variant]:
 SMALL = (
     Fault("whole block times 1.02", "mlp", taps={"mlp_output": lambda x, _, __: x * 1.02}),
     Fault("shared expert times 1.06", "mlp", taps=scaled(1 + 1 / 16)),
-    Fault("shared expert times 1.02", "mlp", taps=scaled(1.02)),  # this one and the next: unseen
+    Fault("shared expert times 1.02", "mlp", taps=scaled(1.02)),
     Fault("routed experts times 0.98", "mlp", taps=routed(0.98)),
 )
 
@@ -154,8 +154,8 @@ def _swapped(x: Tensor, _: Any, __: Any) -> Tensor:
 
 
 UNSEEN = (
-    Fault("second chosen expert dropped", "mlp", taps={"moe_topk_weights": lambda x, _, __: torch.cat(
-        (x[:, :1], x[:, 1:2] * 0, x[:, 2:]), 1)}),
+    Fault("first chosen expert dropped", "mlp", taps={"moe_topk_weights": lambda x, _, __: torch.cat(
+        (x[:, :1] * 0, x[:, 1:]), 1)}),
     Fault("gate and up swapped in one expert", "mlp", taps={"moe_expert_gate_up": _swapped}, single=True),
     Fault("one expert's scales one step low", "mlp", slot=on_packed(lambda w: MXFP4(w.codes, w.scales - 1)),
           needs="mxfp4", single=True),

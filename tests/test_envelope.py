@@ -1,0 +1,83 @@
+"""What an engine may do, and what speaks against it: split products, a second look, factors in all rows together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qwen35_moe.oracle import second_look
+from qwen35_moe.oracle.mutants import Bench
+from qwen35_moe.oracle.oracle_cli import open_checkpoint
+from qwen35_moe.oracle.scale import ENOUGH, scale_errors
+from qwen35_moe.oracle.split_k import SplitK, samples, split, splitting
+from qwen35_moe.oracle.variants import variants
+from qwen35_moe.tables import FLOAT32, SGLANG_BF16, TRANSFORMERS_BF16
+
+QUARK = Path(__file__).parent / "data" / "fixtures" / "quark-mxfp4"
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def test_split_products_are_sums_of_rounded_parts() -> None:
+    x, w = _random(5, 12), _random(7, 12)
+    parts = [
+        F.linear(a, b).to(torch.bfloat16).to(torch.float32) for a, b in zip(x.split(3, 1), w.split(3, 1), strict=True)
+    ]
+    with SplitK(4):
+        assert torch.equal(F.linear(x, w), torch.stack(parts).sum(0))
+        assert torch.equal(F.linear(x.double(), w.double()), x.double() @ w.double().T)
+        assert torch.equal(x @ w.T, x.to(torch.bfloat16).float() @ w.T.to(torch.bfloat16).float())
+    with SplitK(4, running=True):
+        assert all(v == v.to(torch.bfloat16) for v in F.linear(x, w).flatten())
+
+
+def test_samples_are_all_different_and_said_by_their_names() -> None:
+    x, w = _random(3, 64), _random(64, 64)
+    seen = []
+    for table in samples((SGLANG_BF16, TRANSFORMERS_BF16), 8):
+        with splitting(table):
+            seen.append(F.linear(x, w))
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    with splitting(split(FLOAT32, 4, 0)):  # float32 is split too, but not rounded to bf16
+        assert float((F.linear(x, w) - x @ w.T).abs().max()) < 1e-4
+    with splitting(SGLANG_BF16):
+        assert torch.equal(F.linear(x, w), x @ w.T)
+
+
+def _with_noise(rows: int, noise: float = 3e-3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two parts, the second a twentieth of the first, and a bf16-like error of their sum."""
+    routed, shared = _random(rows, 64), _random(rows, 65)[:, :64] / 20
+    truth = routed + shared
+    return routed, shared, truth + noise * truth.norm(dim=1, keepdim=True) / 8 * _random(rows, 66)[:, :64]
+
+
+def test_a_factor_is_seen_in_all_rows_where_no_row_shows_it() -> None:
+    routed, shared, engine = _with_noise(48)
+    truth = routed + shared
+    assert max(ratio for _, ratio in scale_errors(engine, truth, [routed, shared])) < 1.5
+    (_, other), (off, ratio) = scale_errors(engine + 0.04 * shared, truth, [routed, shared])
+    assert ratio > 7 and other < 1.5 and off == pytest.approx(0.04, abs=0.01)
+    per_row = (0.04 * shared).norm(dim=1) / (engine - truth).norm(dim=1)
+    assert float(per_row.max()) < 1.5  # no row is off by more than its rounding
+
+
+def test_few_rows_and_a_single_row_prove_no_factor() -> None:
+    routed, shared, engine = _with_noise(ENOUGH - 1)
+    assert scale_errors(engine * 1.5, routed + shared, [routed, shared]) == []
+    routed, shared, engine = _with_noise(48)
+    engine[7] *= 1.5
+    assert max(ratio for _, ratio in scale_errors(engine, routed + shared, [routed + shared])) < 1.5
+
+
+def test_a_second_look_clears_an_engine_that_splits_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first samples of legal errors are small here by luck; without more of them it is a false alarm."""
+    bench = Bench(open_checkpoint(QUARK)[1].source, "gate 0.5", (torch.arange(48) * 7919 % 251)[None])
+    engine = next(v for v in variants(False, 48) if v.name == "8 ranks, all-reduce in bf16")
+    assert bench.clean(engine).found
+    monkeypatch.setattr(second_look, "SAMPLES", 0)
+    assert not bench.clean(engine).found
