@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 from ..errors import Qwen35Error
 from ..quant.packed import Packed, concatenate
+from .reader import read_together
 from .weight import Weight
 
 GATE_UP = ("gate_proj", "up_proj")
@@ -50,7 +52,9 @@ class Experts:
 
     def read(self, e: int) -> tuple[Packed, Packed]:
         """(gate_up, down) of expert e, as stored."""
-        *first, down = (weight.read() for weight in self.weights(e))
+        weights = self.weights(e)
+        found = iter(read_together(weights[0].reader, [rows for weight in weights for rows in weight.parts]))
+        *first, down = (weight.assemble(*islice(found, len(weight.parts))) for weight in weights)
         return first[0] if len(first) == 1 else concatenate(*first), down
 
     def nbytes(self, e: int) -> int:

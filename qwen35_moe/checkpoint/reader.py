@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -35,7 +36,7 @@ class Reader:
         self._lock = Lock()
         self.close = weakref.finalize(self, _close_all, self._descriptors)
         self.bytes_read = 0
-        self.mapped = False
+        self.mapped = self.pinned = False
         self._maps: dict[Path, Tensor] = {}
 
     def map(self, stored: Stored, begin: int, nbytes: int) -> Tensor:
@@ -75,6 +76,10 @@ class Reader:
             rest, at = rest[count:], at + count
         with self._lock:
             self.bytes_read += into.numel()
+
+    def buffer(self, nbytes: int) -> Tensor:
+        """Memory (uint8) to read into; `pinned`, so that a GPU fetches it from there while the CPU goes on."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.pinned)
 
     def prefetch(self, stored: Stored, begin: int, nbytes: int) -> None:
         """Asks the system to read these bytes into its cache; returns at once, and never fails."""
@@ -144,7 +149,7 @@ class Rows:
         aligned = (self.stored.begin + begin) % DTYPES[self.stored.dtype].itemsize == 0
         if reader.mapped and self.step == 1 and nbytes and aligned:
             return reader.map(self.stored, begin, nbytes).view(DTYPES[self.stored.dtype]).view(self.count, *self.size)
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        buffer = reader.buffer(nbytes)
         reader.read(self.stored, begin, buffer)
         if self.step > 1:
             padded = torch.nn.functional.pad(buffer, (0, self.count * self.step * self.row_bytes - nbytes))
@@ -153,3 +158,40 @@ class Rows:
 
     def prefetch(self, reader: Reader) -> None:
         reader.prefetch(self.stored, *self.span())
+
+
+def read_together(reader: Reader, wanted: Sequence[Rows]) -> list[Tensor]:
+    """`Rows.read` of each. What lies side by side in one file is read at once, into one piece of memory."""
+    found: dict[int, Tensor] = {}
+    at = [rows.stored.begin + rows.span()[0] for rows in wanted]
+    run: list[int] = []
+    for i in sorted(range(len(wanted)), key=lambda i: (wanted[i].stored.file, at[i])):
+        if run and not _adjoins(wanted, at, run, i):
+            found |= _read_run(reader, wanted, at, run)
+            run = []
+        run.append(i)
+    found |= _read_run(reader, wanted, at, run)
+    return [found[i] for i in range(len(wanted))]
+
+
+def _adjoins(wanted: Sequence[Rows], at: Sequence[int], run: Sequence[int], i: int) -> bool:
+    """Whether rows i lie right behind those of the run, on a multiple of their size."""
+    last, rows = wanted[run[-1]], wanted[i]
+    return (
+        rows.stored.file == last.stored.file
+        and at[i] == at[run[-1]] + last.span()[1]
+        and rows.step == last.step == 1
+        and (at[i] - at[run[0]]) % DTYPES[rows.stored.dtype].itemsize == 0
+    )
+
+
+def _read_run(reader: Reader, wanted: Sequence[Rows], at: Sequence[int], run: Sequence[int]) -> dict[int, Tensor]:
+    if len(run) < 2 or reader.mapped:
+        return {i: wanted[i].read(reader) for i in run}
+    first, sizes = wanted[run[0]], [wanted[i].span()[1] for i in run]
+    buffer = reader.buffer(sum(sizes))
+    reader.read(first.stored, first.span()[0], buffer)
+    return {
+        i: part.view(DTYPES[wanted[i].stored.dtype]).view(wanted[i].count, *wanted[i].size)
+        for i, part in zip(run, buffer.split(sizes), strict=True)
+    }

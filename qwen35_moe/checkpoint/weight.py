@@ -88,13 +88,22 @@ class Weight:
         """
         whole = self.interleaved and self.values.step == 1  # gate and up still take turns
         values = self.values.rows(None if whole else rows).read(self.reader)
-        if self.scale is None:
+        scale = None if self.scale is None else self._scale_rows(None if whole else rows).read(self.reader)
+        return self.assemble(values, scale, rows=rows if whole else None)
+
+    @property
+    def parts(self) -> tuple[Rows, ...]:
+        """What `assemble` takes, once it is read."""
+        return (self.values,) if self.scale is None else (self.values, self.scale)
+
+    def assemble(self, values: Tensor, scale: Tensor | None = None, *, rows: slice | None = None) -> Packed:
+        """The weight of what was read. rows: which of them to keep, where gate and up took turns."""
+        if scale is None or self.scale is None:
             return Float(values)
-        scale = self._scale_rows(None if whole else rows).read(self.reader)
         _check_finite(scale, self.scale.stored)
         if self.kind == "mxfp4":
             codes, scale = values.view(*scale.shape[:-1], 16 * scale.shape[-1]), scale.view(torch.uint8)
-            if whole:
+            if self.interleaved and self.values.step == 1:
                 codes, scale = (deinterleave_gate_up(x)[rows or slice(None)] for x in (codes, scale))
             return mxfp4.MXFP4(codes, scale)
         return fp8.FP8(values, scale.view(()) if self.kind == "fp8-tensor" else scale)
