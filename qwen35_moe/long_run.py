@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from .model import Model, extend
 from .oracle.trace_file import RESUME, Trace, TraceWriter
 from .rope import rotary_angles
 from .tap_names import dims_of
-from .taps import OBSERVE, Site, attach, scope, tap
+from .taps import OBSERVE, Handler, Site, attach, scope, tap
 from .trace import Patterns, Recorder, sizes_of, step_record
 
 HEAD = "next_token_logits"
@@ -44,8 +44,9 @@ class Progress:
 
     stage, wants_experts = OBSERVE, False
 
-    def __init__(self, model: Model, layers: range, quiet: bool = False):
+    def __init__(self, model: Model, layers: range, quiet: bool = False, label: str = ""):
         self.reader, self.layers, self.quiet = model.source.checkpoint.reader, layers, quiet
+        self.label = f"{label}  " if label else ""
         self.begin, self.layer, self.hit, self.expert, self.said = time.monotonic(), layers.start, 0, 0, 0.0
 
     def __call__(self, site: Site, x: Tensor) -> None:
@@ -68,7 +69,7 @@ class Progress:
         text = f"layer {self.layer}/{self.layers.stop}  expert {self.expert}/{self.hit}  {read:.1f} GB read  {left}"
         if not self.quiet:
             start = "\r\033[K" if sys.stderr.isatty() else ""
-            print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
+            print(f"{start}{self.label}{text}", end=end, file=sys.stderr, flush=True)
 
 
 @torch.inference_mode()
@@ -84,73 +85,112 @@ def trace_layers(
     resume: bool = False,
     meta: dict[str, Any] | None = None,
     quiet: bool = False,
+    label: str = "",
 ) -> tuple[Trace, Report]:
     """As `trace`, for one forward pass over ids [B, T]: to a directory, and it can be resumed.
 
     last: the last layer to compute; without it, all, and norm and head. resume: go on after the last layer that an
     earlier run completed, be it that it was killed or that it had a smaller `last`; the bytes of the trace are those
-    of an undisturbed run. Error: disk full, unreadable shard (what is done can be resumed); another run's state.
+    of an undisturbed run. label: begins each line of progress. Error: disk full, unreadable shard (what is done can be
+    resumed); another run's state.
     """
     out, count = Path(out), len(model.layers)
     stop = count if last is None else last + 1
     if not 0 < stop <= count:
         raise Qwen35Error("no such layer", expected=f"0 to {count - 1}", found=last)
-    meta = {"arithmetic": model.arithmetic.name, "checkpoint": model.identity, **(meta or {})}
-    meta |= {"config": sizes_of(model.config), "steps": [step_record(ids_BT, mask, None, None)]}
-    meta |= {"taps": taps if isinstance(taps, str) else list(taps), "experts": experts}
+    meta = meta_of(model, ids_BT, mask, taps, experts, meta)
     run = json.dumps(meta, default=str)
     if resume and not (out / RESUME).is_file() and (out / "trace.json").is_file():
         return _complete(model, out, run)
     start, files, unused, sum_BTD = _read_state(out, run) if resume else (0, 0, [], None)
     used = model.source.checkpoint.used
+    before = set(used)
     used.update(name for name in model.source.checkpoint.names() if _is_done(name, start))
     used.difference_update(unused)
     writer = TraceWriter(out, meta, keep=files)
-    recorder, progress = Recorder(taps, experts=experts, out=writer), Progress(model, range(start, stop), quiet)
-    real_BT, real_BS, positions = extend(Cache(), ids_BT, mask, None)
-    fresh = sum_BTD is None
-    with arithmetics.using(model.arithmetic), attach(*[recorder] * fresh), _resumable(out, start):
-        h_BTD = tap("embed_tokens", model.embed_tokens(ids_BT)) if sum_BTD is None else sum_BTD.to(ids_BT.device)
-        angles = rotary_angles(model.config, positions, h_BTD.dtype)
+    recorder, progress = Recorder(taps, experts=experts, out=writer), Progress(model, range(start, stop), quiet, label)
+    with resumable(out, start):
+        h_BTD, given = begin(model, ids_BT, mask, sum_BTD=sum_BTD, handlers=(recorder,))
     with arithmetics.using(model.arithmetic), attach(recorder, progress):
         for i in range(start, stop):
-            with _resumable(out, i):
+            with resumable(out, i):
                 with scope(layer=i):
-                    h_BTD = model.layers[i](h_BTD, angles, real_BT, real_BS, LayerState())
+                    h_BTD = model.layers[i](h_BTD, *given, LayerState())
                 writer.flush()
                 unused += sorted(n for n in model.source.checkpoint.names() if _is_left(n, i, used))
                 _write_state(out, run, i + 1, writer, unused, h_BTD)
             progress.done(i)
-        aside = ["visual.*", "mtp.*"]
-        with _resumable(out, stop):
+        with resumable(out, stop):
             if stop == count:
-                aside += _head(model, h_BTD, recorder, writer)
-            else:
-                aside += ["norm.*", "lm_head.*", *(f"layers.{i}.*" for i in range(stop, count))]
+                _head(model, h_BTD, recorder, writer)
             writer.close()
     if stop == count:
         (out / RESUME).unlink(missing_ok=True)
-    return Trace.open(out), model.source.checkpoint.report(aside)
+    used |= before  # by prompts that the same model was run on
+    return Trace.open(out), model.source.checkpoint.report(aside_of(model, taps, last))
 
 
-def _head(model: Model, h_BTD: Tensor, recorder: Recorder, writer: TraceWriter) -> list[str]:
-    """Norm and head; a streamed head goes to disk block by block. Returns what was not needed."""
+def meta_of(
+    model: Model, ids_BT: Tensor, mask: Tensor | None, taps: Patterns, experts: bool, more: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What a trace says of its run. What must be the same for the bytes to be is in it."""
+    return {
+        "arithmetic": model.arithmetic.name,
+        "checkpoint": model.identity,
+        **(more or {}),
+        "config": sizes_of(model.config),
+        "steps": [step_record(ids_BT, mask, None, None)],
+        "taps": taps if isinstance(taps, str) else list(taps),
+        "experts": experts,
+    }
+
+
+def begin(
+    model: Model,
+    ids_BT: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None = None,
+    sum_BTD: Tensor | None = None,
+    handlers: Iterable[Handler] = (),
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """What the first layer takes: the residual stream [B, T, D], and what all layers take beside it.
+
+    sum_BTD: the stream after some layers that an earlier run has done; handlers: for taps that come before the layers,
+    which that run has met.
+    """
+    real_BT, real_BS, positions = extend(Cache(), ids_BT, mask, positions)
+    with arithmetics.using(model.arithmetic), attach(*(handlers if sum_BTD is None else ())):
+        h_BTD = tap("embed_tokens", model.embed_tokens(ids_BT)) if sum_BTD is None else sum_BTD.to(ids_BT.device)
+        return h_BTD, (rotary_angles(model.config, positions, h_BTD.dtype), real_BT, real_BS)
+
+
+def _head(model: Model, h_BTD: Tensor, recorder: Recorder, writer: TraceWriter) -> None:
+    """Norm and head, if asked for; a streamed head goes to disk block by block."""
     x_BTD = model.norm(h_BTD)
     site = Site(HEAD)
     if not recorder.wants(site):
-        return ["lm_head.*"]
+        return
     if not isinstance(model.lm_head, StreamedHead):
         model.lm_head(HEAD, x_BTD)
-        return []
-
-    def rounded() -> Iterator[tuple[slice, Tensor]]:
-        for rows, part in model.lm_head.blocks(HEAD, x_BTD):  # type: ignore[operator]
-            own = model.arithmetic(site, part)
-            yield rows, part if own is None else own
-
+        return
     shape = (*x_BTD.shape[:2], model.config.vocab_size)
-    writer.add_blocks(site, dims_of(HEAD, 3), shape, rounded())
-    return []
+    writer.add_blocks(site, dims_of(HEAD, 3), shape, rounded_blocks(model, x_BTD))
+
+
+def aside_of(model: Model, taps: Patterns, last: int | None) -> list[str]:
+    """Patterns of the tensors that a run has no need of."""
+    count, stop = len(model.layers), len(model.layers) if last is None else last + 1
+    aside = ["visual.*", "mtp.*", *(f"layers.{i}.*" for i in range(stop, count))]
+    if stop < count:
+        return [*aside, "norm.*", "lm_head.*"]
+    return aside if Recorder(taps).wants(Site(HEAD)) else [*aside, "lm_head.*"]
+
+
+def rounded_blocks(model: Model, x_BTD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The logits of a streamed head, block by block, as the arithmetic stores them."""
+    for rows, part in model.lm_head.blocks(HEAD, x_BTD):  # type: ignore[operator]
+        own = model.arithmetic(Site(HEAD), part)
+        yield rows, part if own is None else own
 
 
 def _is_done(name: str, below: int) -> bool:
@@ -164,13 +204,12 @@ def _is_left(name: str, layer: int, used: set[str]) -> bool:
 
 
 @contextmanager
-def _resumable(out: Path, layer: int) -> Iterator[None]:
+def resumable(out: Path, layer: int) -> Iterator[None]:
     """Says of an error on the way what can be done about it."""
-    do = (
-        f"make it work again and add --resume: layers below {layer} are done"
-        if layer
-        else "make it work, and run again"
-    )
+    if layer:
+        do = f"make it work again and add --resume: layers below {layer} are done"
+    else:
+        do = "make it work, and run again"
     try:
         yield
     except Qwen35Error as error:

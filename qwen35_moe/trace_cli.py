@@ -17,11 +17,13 @@ from .arithmetic import ARITHMETICS
 from .device_options import add_device_options, device_options
 from .errors import Qwen35Error
 from .load import MODES, SHARED, load
-from .long_run import trace_layers
+from .long_run import aside_of, meta_of, resumable, trace_layers
 from .model import Model
 from .oracle.envelope import legal
-from .oracle.envelope_file import write_envelope
+from .oracle.envelope_file import remaining, write_envelope
 from .oracle.oracle_cli import padded
+from .oracle.trace_file import Trace
+from .shares import Processes, begin_parts, join, remove_parts
 from .tap_names import TAPS
 
 
@@ -38,6 +40,10 @@ def add_parser(subparsers: Any) -> None:
     p.add_argument("--taps", default="*", help="globs, separated by commas (default: all)")
     p.add_argument("--experts", action="store_true", help="values inside of every single expert, too")
     p.add_argument("--layers", metavar="0-N", help="only the first layers; --resume with a larger N goes on")
+    p.add_argument(
+        "--batch", type=positive, metavar="N", help="prompts in one forward pass (default: all; under `accelerate "
+        "launch`, where each process takes prompts of its own, 1)",
+    )  # fmt: skip
     p.add_argument("--resume", action="store_true", help="go on where an earlier run was stopped")
     p.add_argument("--mode", choices=MODES, help="what is held in memory (default: stream; packed with --device-map)")
     p.add_argument("--stream", dest="mode", action="store_const", const="stream", help="the same as --mode stream")
@@ -58,29 +64,74 @@ def run(args: argparse.Namespace) -> int:
     if not (args.checkpoint and args.ids and args.out):
         raise Qwen35Error("nothing to trace", expected="trace CHECKPOINT --ids FILE --out DIRECTORY")
     ids, mask = read_ids(args.ids)
-    last = _last_layer(args.layers)
-    model = _load(args, args.arithmetic)
+    processes = Processes(args.device)
+    args.device = processes.device
+    batch = args.batch or (len(ids) if processes.count == 1 else 1)
+    groups = [slice(i, min(i + batch, len(ids))) for i in range(0, len(ids), batch)]
+    try:
+        _trace(args, ids, mask, groups, processes)
+    except KeyboardInterrupt:
+        print("qwen35-moe: interrupted; the same command with --resume goes on", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _trace(
+    args: argparse.Namespace, ids: Tensor, mask: Tensor | None, groups: list[slice], processes: Processes
+) -> None:
+    """Traces those groups of prompts that are this process's; the first process joins them."""
+    out, last, model = Path(args.out), _last_layer(args.layers), _load(args, args.arithmetic)
     path = str(Path(args.checkpoint).resolve())
-    meta = {
+    more = {
         "checkpoint": {**(model.identity or {}), "path": path},
         "shared_expert": args.shared_expert,
         "fused": model.fused,
     }
-    try:
-        truth, report = trace_layers(
-            model, ids.to(args.device), args.out, mask=None if mask is None else mask.to(args.device), taps=args.taps,
-            experts=args.experts, last=last, resume=args.resume, meta=meta, quiet=args.quiet,
-        )  # fmt: skip
-    except KeyboardInterrupt:
-        print("qwen35-moe: interrupted; the same command with --resume goes on", file=sys.stderr)
-        return 2
-    for mlp, cost in model.conversion.items():
-        print(f"{mlp}: shared expert converted to MXFP4, relative error {cost:.4f}")
+    meta = meta_of(model, ids, mask, args.taps, args.experts, more)
+    parts = [out] if len(groups) == 1 else begin_parts(out, len(groups), meta, args.resume, processes.rank == 0)
+    for i in processes.own(len(parts)):
+        rows = groups[i]
+        label = "" if len(groups) == 1 else f"prompts {rows.start} to {rows.stop - 1}"
+        try:
+            _trace_group(args, model, ids[rows], None if mask is None else mask[rows], parts[i], last, more, label)
+        except Qwen35Error as error:
+            where = f"{error.where} ({label}, process {processes.rank})" if label else error.where
+            raise Qwen35Error(
+                error.what, where=where, expected=error.expected, found=error.found, do=error.do
+            ) from error
+    checkpoint = model.source.checkpoint
+    checkpoint.used.update(processes.gather(set(checkpoint.used)))
+    if processes.rank == 0:
+        with resumable(out, len(model.layers)):
+            truth = join(parts, out, meta) if len(parts) > 1 else Trace.open(out)
+        if last is None or last + 1 == len(model.layers):
+            remove_parts(out)
+        for mlp, cost in model.conversion.items():
+            print(f"{mlp}: shared expert converted to MXFP4, relative error {cost:.4f}")
+        print(checkpoint.report(aside_of(model, args.taps, last)))
+        print(f"{args.out}: {len(truth)} tensors of {ids.numel()} tokens, arithmetic {args.arithmetic}")
+    processes.close()
+
+
+def _trace_group(
+    args: argparse.Namespace, model: Model, ids: Tensor, mask: Tensor | None, out: Path, last: int | None,
+    more: dict[str, Any], label: str,
+) -> None:  # fmt: skip
+    """What one forward pass holds, and its envelope."""
+    mask = None if mask is None else mask.to(args.device)
+    truth, _ = trace_layers(
+        model, ids.to(args.device), out, mask=mask, taps=args.taps, experts=args.experts, last=last,
+        resume=args.resume, meta=more, quiet=args.quiet, label=label,
+    )  # fmt: skip
     if last is None and not args.no_envelope:
-        write_envelope(truth, _legal_models(args))
-    print(report)
-    print(f"{args.out}: {len(truth)} tensors of {ids.numel()} tokens, arithmetic {args.arithmetic}")
-    return 0
+        with resumable(out, len(model.layers)):
+            write_envelope(truth, _legal_models(args, truth), resume=args.resume)
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 def read_ids(text: str) -> tuple[Tensor, Tensor | None]:
@@ -122,6 +173,7 @@ def _load(args: argparse.Namespace, arithmetic: Any) -> Model:
     return load(args.checkpoint, arithmetic, args.shared_expert, mode=mode, text_only=True, **device_options(args))
 
 
-def _legal_models(args: argparse.Namespace) -> Iterator[Model]:
-    for table in legal(args.arithmetic, None):
+def _legal_models(args: argparse.Namespace, truth: Trace) -> Iterator[Model]:
+    """Those that are still to run."""
+    for table in remaining(truth, legal(args.arithmetic, None)) if args.resume else legal(args.arithmetic, None):
         yield _load(args, table)

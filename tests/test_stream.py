@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import kills
 import pytest
 import torch
 
@@ -17,6 +18,8 @@ import qwen35_moe as q
 from qwen35_moe.cli import main
 from qwen35_moe.load import HEAD_ROWS, runs
 from qwen35_moe.long_run import trace_layers
+from qwen35_moe.oracle.envelope import legal
+from qwen35_moe.oracle.envelope_file import remaining, write_envelope
 from qwen35_moe.oracle.trace_file import Trace, TraceWriter
 
 Build = Callable[[str], Path]
@@ -28,7 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def streamed(path: Path, arithmetic: str = "exact") -> q.Model:
+def streamed(path: Path, arithmetic: Any = "exact") -> q.Model:
     return q.load(path, arithmetic, mode="stream", text_only=True)
 
 
@@ -95,43 +98,55 @@ def test_a_run_that_stops_anywhere_resumes_to_the_same_bytes(
     assert report.complete
 
 
-def command(checkpoint: Path, out: Path, *options: str) -> list[str]:
-    ids = ["--ids", "1,2,3,4,5,6,7,8", "--out", str(out), "--no-envelope", "--quiet"]
-    return [sys.executable, "-m", "qwen35_moe.cli", "trace", str(checkpoint), *ids, *options]
+def command(checkpoint: Path, out: Path) -> list[str]:
+    return [*kills.arguments(checkpoint, out), "--no-envelope"]
 
 
-def kill_and_resume(checkpoint: Path, out: Path, seconds: float) -> bool:
-    """Whether the kill met the process alive. Afterwards the run is complete."""
-    process = subprocess.Popen(command(checkpoint, out))
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    killed = process.wait() != 0
-    if killed:
-        subprocess.run(command(checkpoint, out, "--resume"), check=True, stdout=subprocess.DEVNULL)
-    return killed
-
-
-def test_kill_9(built: Build, tmp_path: Path) -> None:
-    """The moments come from the process itself: whenever a new file has appeared."""
+@pytest.mark.parametrize("states", [2, 7, 13])
+def test_a_killed_process_resumes_to_the_same_bytes(built: Build, tmp_path: Path, states: int) -> None:
+    """Of the trace 4 states are written, of the envelope 5 for each of its 4 arithmetics."""
     checkpoint = built("tiny-mxfp4")
-    assert main(command(checkpoint, tmp_path / "undisturbed")[3:]) == 0
-    process = subprocess.Popen(command(checkpoint, tmp_path / "out"))
-    while process.poll() is None and not (tmp_path / "out" / "resume.safetensors").exists():
-        pass
-    process.kill()
-    if process.wait():
-        subprocess.run(command(checkpoint, tmp_path / "out", "--resume"), check=True, stdout=subprocess.DEVNULL)
+    assert main([*kills.arguments(checkpoint, tmp_path / "undisturbed")]) == 0
+    where = kills.kill(checkpoint, tmp_path / "out", states, delay=random.Random(states).uniform(0, 0.05))
+    assert where is not None, "the process was done before it was killed"
+    assert main([*kills.arguments(checkpoint, tmp_path / "out"), "--resume"]) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("call", [1, 4, 5, 10, 19, 20, 21])
+def test_an_envelope_that_stops_anywhere_resumes_to_the_same_bytes(
+    built: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """After the rename of that number: 5 for each arithmetic, and one for the whole."""
+    trace_layers(streamed(built("tiny-mxfp4")), IDS, tmp_path, mask=MASK, taps="layer_*,next_token_logits", quiet=True)
+    tables = legal("exact")[:4]
+    write_envelope(Trace.open(tmp_path), (streamed(built("tiny-mxfp4"), table) for table in tables))
+    expected, real, count = contents(tmp_path), os.replace, 0
+    (tmp_path / "envelope.safetensors").unlink()
+
+    def stopping(source: str, target: str) -> None:
+        nonlocal count
+        count += 1
+        real(source, target)
+        if count == call:
+            raise Stop
+
+    truth = Trace.open(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(os, "replace", stopping)
+        write_envelope(truth, (streamed(built("tiny-mxfp4"), table) for table in tables))
+    left = remaining(truth, tables)
+    assert len(left) == max(0, 4 - call // 5)
+    write_envelope(truth, (streamed(built("tiny-mxfp4"), table) for table in left), resume=True)
+    assert contents(tmp_path) == expected
 
 
 def test_first_layers_now_the_others_later(built: Build, tmp_path: Path) -> None:
     checkpoint, out = built("tiny-mxfp4"), tmp_path / "out"
-    assert main(command(checkpoint, tmp_path / "whole")[3:]) == 0
-    assert main([*command(checkpoint, out)[3:], "--layers", "0-1"]) == 0
+    assert main(command(checkpoint, tmp_path / "whole")) == 0
+    assert main([*command(checkpoint, out), "--layers", "0-1"]) == 0
     assert max(entry.layer or 0 for entry in Trace.open(out).sites.values()) == 1
-    assert main([*command(checkpoint, out)[3:], "--resume"]) == 0
+    assert main([*command(checkpoint, out), "--resume"]) == 0
     assert contents(out) == contents(tmp_path / "whole")
 
 
@@ -216,13 +231,3 @@ def test_ids_from_a_file_and_what_the_command_says(
     found = Trace.open(tmp_path / "o")
     assert found.mask.tolist() == [[1, 1, 1], [1, 1, 0]] and all(".moe_" in key for key in found)
     assert found.meta["fused"] == [True] * 4
-
-
-if __name__ == "__main__":  # python tests/test_stream.py CHECKPOINT OUT KILLS SECONDS: kills at random moments
-    base, folder, kills, seconds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-    subprocess.run(command(base, folder / "undisturbed"), check=True)
-    generator, met = random.Random(1), 0
-    for kill in range(kills):
-        met += kill_and_resume(base, folder / f"{kill}", generator.uniform(0.3 * seconds, seconds))
-        assert contents(folder / f"{kill}") == contents(folder / "undisturbed"), kill
-    print(f"{met} of {kills} kills met the run alive; all resumed to the same bytes")

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .. import arithmetic as arithmetics
+from ..arithmetic import Arithmetic
+from ..cache import LayerState
 from ..errors import Qwen35Error
+from ..load import HEAD_ROWS, StreamedHead
+from ..long_run import HEAD, begin, rounded_blocks
+from ..model import Model
 from ..tap_names import TAPS, base_name, per_token
-from ..taps import OBSERVE, Site, attach
+from ..taps import OBSERVE, Site, attach, scope
 from .envelope import Norms, one_rounding
 from .replay import ReplayRouting
 from .split_k import splitting
 from .trace_file import Trace
 
-ENVELOPE = "envelope.safetensors"
+ENVELOPE, STATE = "envelope.safetensors", "envelope-state.safetensors"
 # Taps whose columns follow the order of the ids.
 WEIGHTS = ("moe_topk_weights", "moe_topk_probs", "moe_slot_weights")
 
@@ -63,34 +72,132 @@ class _Errors:
         key = site.key
         if key not in self.truth or not x.is_floating_point():
             return
-        truth, x = self.truth[key].to(torch.float64), x.to(torch.float64)
+        truth, x = self.truth[key].to(torch.float64), x.cpu().to(torch.float64)
         if site.name in WEIGHTS:
             truth, x = truth.sort(-1, descending=True).values, x.sort(-1, descending=True).values
-        error = Norms.of(as_rows(key, x - truth, self.tokens))
+        self.add(key, Norms.of(as_rows(key, x - truth, self.tokens)))
+
+    def add(self, key: str, error: Norms) -> None:
         known = self.norms.get(key)
         self.norms[key] = error if known is None else error.largest(known)
 
+    def write(self, path: Path | None, run: dict[str, str], sum_BTD: Tensor | None) -> None:
+        """All that is known so far, whole or not at all; nothing, where the truth is in memory."""
+        if path is None:
+            return
+        tensors = {f"error.{key}": torch.stack((n.l2, n.max)) for key, n in self.norms.items()}
+        if sum_BTD is not None:
+            tensors["sum"] = sum_BTD.cpu().contiguous()
+        temporary = path.with_name(path.name + ".tmp")
+        save_file(tensors, temporary, metadata=run)
+        temporary.replace(path)
 
-def write_envelope(truth: Trace, models: Iterable[Any]) -> None:
+    def read(self, path: Path) -> tuple[dict[str, str], Tensor | None]:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            run = file.metadata()
+        sum_BTD = tensors.pop("sum", None)
+        self.norms = {name.removeprefix("error."): Norms(*x.unbind()) for name, x in tensors.items()}
+        return run, sum_BTD
+
+
+@torch.inference_mode()
+def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False) -> None:
     """Run models of legal arithmetics on the truth's tokens and keep their errors beside it (`envelope.safetensors`).
 
     They choose the truth's experts, so that the envelope measures roundings and not flips. `models` may be a generator.
+    Layer by layer, the state is kept beside a truth on disk, in `envelope-state.safetensors`; resume: go on from there,
+    to the same bytes, with models of those arithmetics that `remaining` names.
     """
     if len(truth.steps) != 1:
         raise Qwen35Error("an envelope needs a truth of one forward pass", where=truth.path, found=len(truth.steps))
-    errors = _Errors(truth)
-    mask = None if bool(truth.mask.all()) else truth.mask
+    errors, state = _Errors(truth), None if truth.path is None else truth.path / STATE
+    if resume and state is not None and (state.parent / ENVELOPE).is_file():
+        state.unlink(missing_ok=True)
+        return
+    run, sum_BTD = errors.read(state) if resume and state is not None and state.is_file() else ({}, None)
+    done, first = json.loads(run.get("done", "[]")), int(run.get("next", 0))
     for model in models:
-        with torch.no_grad(), splitting(model.arithmetic), attach(errors, ReplayRouting(truth)):
-            model(truth.ids, attention_mask=mask, position_ids=truth.positions)
-    out = {}
-    for key, error in errors.norms.items():
-        x = as_rows(key, truth[key].to(torch.float64), truth.ids.numel())
-        norms = (error, Norms.of(x), one_rounding(x, torch.bfloat16))
-        out[key] = torch.stack([column for n in norms for column in (n.l2, n.max)], 1).to(torch.float32)
-    if truth.path is None:
+        name = model.arithmetic.name
+        if first and name != run["arithmetic"]:
+            do = "leave out --resume to start anew"
+            raise Qwen35Error("another envelope was begun", where=state, expected=run["arithmetic"], found=name, do=do)
+        with splitting(model.arithmetic), attach(errors, ReplayRouting(truth)):
+            h_BTD, given = _begin(model, truth, sum_BTD)
+            for i in range(first, len(model.layers)):
+                with arithmetics.using(model.arithmetic), scope(layer=i):
+                    h_BTD = model.layers[i](h_BTD, *given, LayerState())
+                errors.write(state, {"done": json.dumps(done), "arithmetic": name, "next": str(i + 1)}, h_BTD)
+            _head(model, errors, h_BTD)
+        done, first, sum_BTD = [*done, name], 0, None
+        errors.write(state, {"done": json.dumps(done)}, None)
+    out = {
+        key: torch.cat((_columns(error), _of_truth(truth, key)), 1).to(torch.float32)
+        for key, error in errors.norms.items()
+    }
+    if truth.path is None or state is None:
         truth.meta["_envelope"] = out
         return
-    temporary = Path(truth.path) / (ENVELOPE + ".tmp")
+    temporary = truth.path / (ENVELOPE + ".tmp")
     save_file(out, temporary)
-    temporary.replace(Path(truth.path) / ENVELOPE)
+    temporary.replace(truth.path / ENVELOPE)
+    state.unlink()
+
+
+def remaining(truth: Trace, tables: Iterable[Arithmetic]) -> list[Arithmetic]:
+    """Those of the arithmetics that an interrupted `write_envelope` has not done."""
+    if truth.path is None or not (truth.path / STATE).is_file():
+        return list(tables)
+    done = json.loads(_Errors(truth).read(truth.path / STATE)[0]["done"])
+    return [table for table in tables if table.name not in done]
+
+
+def _begin(model: Model, truth: Trace, sum_BTD: Tensor | None) -> tuple[Tensor, tuple[Any, ...]]:
+    device = model.norm.weight.device
+    mask = None if bool(truth.mask.all()) else truth.mask.to(device)
+    return begin(model, truth.ids.to(device), mask, truth.positions.to(device), sum_BTD)
+
+
+def _head(model: Model, errors: _Errors, sum_BTD: Tensor) -> None:
+    """Norm and head; the logits of a streamed head are many, and never all there."""
+    with arithmetics.using(model.arithmetic):
+        x_BTD = model.norm(sum_BTD)
+        if HEAD not in errors.truth or not isinstance(model.lm_head, StreamedHead):
+            model.lm_head(HEAD, x_BTD)
+            return
+        parts = (
+            Norms.of((part.cpu().to(torch.float64) - _slice(errors.truth, which)).flatten(0, 1))
+            for which, part in rounded_blocks(model, x_BTD)
+        )
+        errors.add(HEAD, _side_by_side(parts))
+
+
+def _of_truth(truth: Trace, key: str) -> Tensor:
+    """The truth's own columns of `Stored`: its size, and what one rounding to bf16 loses.  -> [rows, 4]"""
+    if key != HEAD:
+        x = as_rows(key, truth[key].to(torch.float64), truth.ids.numel())
+        return torch.cat((_columns(Norms.of(x)), _columns(one_rounding(x, torch.bfloat16))), 1)
+    V = truth.sites[key].shape[-1]
+    blocks = [slice(v, min(v + HEAD_ROWS, V)) for v in range(0, V, HEAD_ROWS)]
+    parts = (
+        [f(_slice(truth, which).flatten(0, 1)) for f in (Norms.of, lambda x: one_rounding(x, torch.bfloat16))]
+        for which in blocks
+    )
+    return torch.cat([_columns(_side_by_side(norms)) for norms in zip(*parts, strict=True)], 1)
+
+
+def _slice(truth: Trace, which: slice) -> Tensor:
+    """Some of the truth's logits, in float64."""
+    if truth.path is None:
+        return truth[HEAD][..., which].to(torch.float64)
+    with safe_open(truth.path / truth.sites[HEAD].file, framework="pt") as file:
+        return file.get_slice(HEAD)[:, :, which].to(torch.float64)
+
+
+def _side_by_side(parts: Iterable[Norms]) -> Norms:
+    """Norms of rows from those of their parts."""
+    return reduce(lambda a, b: Norms(torch.hypot(a.l2, b.l2), torch.maximum(a.max, b.max)), parts)
+
+
+def _columns(norms: Norms) -> Tensor:
+    return torch.stack((norms.l2, norms.max), 1)

@@ -27,7 +27,7 @@ class ReplayRouting:
 
     def __call__(self, site: Site, x: Tensor) -> Tensor | None:
         if site.name in self.names and site.key in self.values:
-            return self.values[site.key].reshape(x.shape).to(x.dtype)
+            return self.values[site.key].reshape(x.shape).to(x)
         return None
 
 

@@ -219,8 +219,8 @@ class TraceWriter:
             for n in names
             if n != "trace.json"
             and not re.fullmatch(
-                r"(\d{5}|envelope|resume)\.safetensors(\.tmp)?|trace\.json\.tmp", n
-            )  # envelope: compare.py
+                r"(\d{5}|envelope|envelope-state|resume)\.safetensors(\.tmp)?|trace\.json\.tmp", n
+            )  # envelope: envelope_file.py
         ]
         if foreign:
             raise Qwen35Error(

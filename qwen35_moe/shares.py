@@ -1,0 +1,174 @@
+"""Many prompts in many processes: each traces groups of prompts of its own, and one process joins the traces.
+
+    accelerate launch --num_processes 4 -m qwen35_moe.cli trace CHECKPOINT --ids prompts.json --out truth
+
+A group is what one forward pass holds, `--batch` prompts, padded like all of them. Each has a directory of its own
+beside the result, `truth.parts/00000` .., with the state that --resume needs, until the result is whole. The bytes of
+the result depend on the size of a group (a product of other shapes may add up in another order), and not on how many
+processes there were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import Qwen35Error
+from .load import HEAD_ROWS
+from .oracle.envelope_file import ENVELOPE, stored_envelope
+from .oracle.trace_file import Entry, Trace, TraceWriter
+from .taps import Site
+
+# What torchrun (`accelerate launch` with GPUs) and MPI (on CPUs) say of how many processes there are.
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+class Processes:
+    """Those that `accelerate launch` has started, or this one alone."""
+
+    def __init__(self, device: str):
+        self.state: Any = None
+        self.rank, self.count, self.device = 0, 1, device
+        if any(int(os.environ.get(name, "1")) > 1 for name in SIZES):
+            from accelerate import PartialState
+
+            # The fastest waits for the slowest, for hours.
+            self.state = PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
+            self.rank, self.count = self.state.process_index, self.state.num_processes
+            if device == "cuda":
+                self.device = str(self.state.device)
+
+    def own(self, groups: int) -> list[int]:
+        """Which of the groups are this process's."""
+        if self.state is None:
+            return list(range(groups))
+        with self.state.split_between_processes(list(range(groups))) as own:
+            return own
+
+    def gather(self, names: set[str]) -> set[str]:
+        """The union over all processes, once all of them have come here."""
+        if self.state is None:
+            return names
+        from accelerate.utils import gather_object
+
+        return set(gather_object(sorted(names)))
+
+    def close(self) -> None:
+        if self.state is not None:
+            self.state.wait_for_everyone()
+            self.state.destroy_process_group()
+
+
+def begin_parts(out: Path, groups: int, meta: dict[str, Any], resume: bool, first: bool) -> list[Path]:
+    """The directories of groups; none where an earlier run was killed when all was done.
+
+    Without `resume`, a trace that is there is unfinished from now on; the first process sees to that.
+    """
+    folder = _folder(out)
+    foreign = [p.name for p in folder.iterdir() if not re.fullmatch(r"\d{5}", p.name)] if folder.is_dir() else []
+    if foreign:
+        raise Qwen35Error("directory is not of a trace's parts", where=folder, found=foreign[0], do="move it away")
+    if resume and (out / "trace.json").is_file() and not folder.exists():
+        if json.dumps(Trace.open(out).meta, default=str) != json.dumps(meta, default=str):
+            do = "leave out --resume to write it anew"
+            raise Qwen35Error("a complete trace of another run is here", where=out, expected="the same options", do=do)
+        return []
+    if first and not resume:
+        TraceWriter(out, meta)
+    return [folder / f"{i:05d}" for i in range(groups)]
+
+
+def remove_parts(out: Path) -> None:
+    """All parts, which have become one. Their folder's name goes first: what is left of it is no state to resume."""
+    folder, old = _folder(out), out.with_name(f"{out.name}.parts-joined")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.is_dir():
+        folder.rename(old)
+        shutil.rmtree(old)
+
+
+def _folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.parts")
+
+
+def join(parts: Sequence[Path], out: Path, meta: dict[str, Any]) -> Trace:
+    """One trace, and one envelope where the parts have one, from those of consecutive prompts.
+
+    Values of tokens are put one behind the other in the order of the prompts; those that have no tokens (`dims` without
+    b, t or r: gains) are the same in all parts. Memory holds about one layer. Error: a part that is not complete.
+    """
+    traces = [Trace.open(part) for part in parts]
+    alone = {key for t in traces for key, e in t.sites.items() if [x.file for x in t.sites.values()].count(e.file) == 1}
+    with TraceWriter(out, meta) as writer:
+        for key in _order(traces):
+            there = [t for t in traces if key in t]
+            entry = there[0].sites[key]
+            if key in alone and key == entry.name:  # logits: larger than all of a layer
+                shape = (sum(t.sites[key].shape[0] for t in there), *entry.shape[1:])
+                writer.add_blocks(Site(key), entry.dims, shape, _blocks(there, key, entry.shape[-1]))
+            else:
+                x = _joined(key, entry, [t[key] for t in there])
+                writer.add(replace(entry, shape=tuple(x.shape), file=""), x)
+    envelopes = [stored_envelope(t) for t in traces]
+    if all(envelopes):
+        sites = {key: e for t in traces for key, e in t.sites.items()}
+        keys = {key: None for envelope in envelopes for key in envelope}
+        rows = {key: _joined(key, sites[key], [e[key] for e in envelopes if key in e]) for key in keys}
+        temporary = out / (ENVELOPE + ".tmp")
+        save_file(rows, temporary)
+        temporary.replace(out / ENVELOPE)
+    return Trace.open(out)
+
+
+def _order(traces: Sequence[Trace]) -> list[str]:
+    """Keys of all traces in the order of computing. Experts that a group does not hit are missing in its trace."""
+    order = list(traces[0])
+    for trace in traces[1:]:
+        at, known = 0, {key: i for i, key in enumerate(order)}
+        if all(key in known for key in trace):
+            continue
+        for key, entry in trace.sites.items():
+            if key in known:
+                at = order.index(key, at) + 1
+                continue
+            while at < len(order) and entry.expert is not None and _expert(traces, order[at]) < entry.expert:
+                at += 1
+            order.insert(at, key)
+            at += 1
+    return order
+
+
+def _expert(traces: Sequence[Trace], key: str) -> float:
+    """The expert of a key; what is no expert's comes after all experts."""
+    expert = next(t.sites[key] for t in traces if key in t).expert
+    return float("inf") if expert is None else expert
+
+
+def _joined(key: str, entry: Entry, values: Sequence[Tensor]) -> Tensor:
+    if entry.dims.split()[0] in ("b", "t", "r"):
+        return torch.cat(list(values))
+    if any(not torch.equal(value, values[0]) for value in values[1:]):
+        raise Qwen35Error("parts of a trace do not belong together", where=key, expected="the same weights' values")
+    return values[0]
+
+
+def _blocks(traces: Sequence[Trace], key: str, columns: int) -> Iterator[tuple[slice, Tensor]]:
+    for first in range(0, columns, HEAD_ROWS):
+        which, parts = slice(first, min(first + HEAD_ROWS, columns)), []
+        for trace in traces:
+            assert trace.path is not None
+            with safe_open(trace.path / trace.sites[key].file, framework="pt") as file:
+                parts.append(file.get_slice(key)[:, :, which])
+        yield which, torch.cat(parts)

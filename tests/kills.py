@@ -1,0 +1,133 @@
+"""Kills of a streamed run at random moments, and where each fell: in reading, decoding, computing, writing, saving.
+
+    python tests/kills.py CHECKPOINT OUT [--kills 20] [--tokens 64] [--seed 1]
+
+An undisturbed run is timed from its first file on; each other run is aborted at a moment drawn evenly from that time,
+and resumed. Where it fell is read off the traceback that Python's fault handler writes: SIGABRT ends a process as
+abruptly as SIGKILL, after this. Fails at the first run whose files are not those of the undisturbed one, byte by byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from safetensors import safe_open
+
+# What the innermost functions of the main thread say of what it was doing; the first that matches.
+DOING = (
+    ("saving a state", r"_write_state|envelope_file.py.* in write$|_read_state"),
+    ("writing values", r"trace_file.py.* in (flush|add_blocks|close|add|__init__)"),
+    ("writing the envelope", r"envelope_file.py.* in _of_truth"),
+    ("decoding", r"quant/|in decode"),
+    ("reading", r"checkpoint/"),
+    ("computing", r"model.py|moe.py|long_run.py|envelope_file.py|ops.py"),
+)
+
+
+def arguments(checkpoint: Path, out: Path, tokens: int = 8) -> list[str]:
+    ids = ",".join(str(i * 7919 % 251) for i in range(tokens))
+    return ["trace", str(checkpoint), "--ids", ids, "--out", str(out), "--quiet"]
+
+
+def start(checkpoint: Path, out: Path, tokens: int = 8, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-X", "faulthandler", "-m", "qwen35_moe.cli", *arguments(checkpoint, out, tokens)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(
+        [*command, *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(process: subprocess.Popen[str], out: Path, states: int) -> bool:
+    """Waits until that many states have been seen, or the process is done. Whether it still runs."""
+    seen: set[object] = set()
+    while len(seen) < states and process.poll() is None:
+        for name in ("resume.safetensors", "envelope-state.safetensors"):
+            try:
+                seen.add((name, (out / name).stat().st_ino, (out / name).stat().st_mtime_ns))
+            except FileNotFoundError:
+                continue
+        time.sleep(0.0005)
+    return process.poll() is None
+
+
+def abort(process: subprocess.Popen[str], out: Path) -> str | None:
+    """Where the process was when it was killed; None if it was done."""
+    process.send_signal(signal.SIGABRT)
+    _, stderr = process.communicate()
+    if process.returncode != -signal.SIGABRT:
+        assert process.returncode == 0, stderr
+        return None
+    current = re.split(r"\n(?=Thread|Current thread)", stderr)[-1]
+    doing = next((name for name, pattern in DOING if re.search(pattern, current, re.MULTILINE)), current[-300:])
+    return f"{state(out)}: {doing}"
+
+
+def state(out: Path) -> str:
+    """What is done, by the files there."""
+    for name in ("envelope-state.safetensors", "resume.safetensors"):
+        if (out / name).is_file():
+            with safe_open(out / name, framework="pt") as file:
+                known = file.metadata()
+            return f"{known.get('arithmetic', 'exact')} layer {known.get('next', '-')}"
+    return "exact layer 0"
+
+
+def kill(checkpoint: Path, out: Path, states: int, delay: float) -> str | None:
+    """Starts a run and kills it so long after it has written so many states."""
+    process = start(checkpoint, out)
+    wait_for(process, out, states)
+    time.sleep(delay)
+    return abort(process, out)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def timed(process: subprocess.Popen[str], out: Path) -> float:
+    """Seconds from the first sign of the run on disk to its end."""
+    while not out.is_dir() and process.poll() is None:
+        time.sleep(0.0005)
+    begin = time.perf_counter()
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    whole = args.out / "undisturbed"
+    seconds = timed(start(args.checkpoint, whole, args.tokens), whole)
+    print(f"undisturbed: {seconds:.1f} s from the first file on")
+    generator, fell = random.Random(args.seed), Counter[str]()
+    for number in range(args.kills):
+        out, moment = args.out / f"{number}", generator.uniform(0, seconds)
+        process = start(args.checkpoint, out, args.tokens)
+        while not out.is_dir() and process.poll() is None:
+            time.sleep(0.0005)
+        time.sleep(moment)
+        where = abort(process, out)
+        timed(start(args.checkpoint, out, args.tokens, "--resume"), out)
+        assert contents(out) == contents(whole), f"kill {number} at {moment:.2f} s, {where}: other bytes"
+        print(f"kill {number} at {moment:.2f} s, {where or 'done before'}: same bytes", flush=True)
+        fell[where.rpartition(": ")[2] if where else "done before"] += 1
+    print(", ".join(f"{name} {count}" for name, count in fell.most_common()))
+
+
+if __name__ == "__main__":
+    main()
