@@ -25,8 +25,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -74,9 +72,9 @@ class Arithmetic:
     switches: Mapping[str, str] = field(default_factory=dict)
     # An engine may pick another expert kernel by shape: (tokens, hidden, intermediate) -> arithmetic.
     for_experts: Callable[[int, int, int], Arithmetic | None] | None = None
-
     # Whether the engine ever fuses the shared expert: what `load(shared_expert="auto")` goes by, besides the gate.
     fuses: bool = True
+    _found: dict[str, Rounding] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     stage = taps.ROUND
 
@@ -84,16 +82,8 @@ class Arithmetic:
         check_patterns(tuple(self.rounds))
         for key, value in self.switches.items():
             if value not in SWITCHES.get(key, ()):
-                raise Qwen35Error(
-                    "unknown switch or value",
-                    where=f"arithmetic {self.name!r}",
-                    expected=dict(SWITCHES),
-                    found=(key, value),
-                )
-
-    @cached_property
-    def _found(self) -> dict[str, Rounding]:
-        return {}
+                where, found = f"arithmetic {self.name!r}", (key, value)
+                raise Qwen35Error("unknown switch or value", where=where, expected=dict(SWITCHES), found=found)
 
     def rounding(self, name: str) -> Rounding:
         """The row that decides for a tap name: the exact name, else the first matching glob, else `dtype`."""
@@ -135,7 +125,7 @@ def register(*arithmetics: Arithmetic) -> None:
 
 
 # What functions of the model do when they are called on their own, outside of a model: nothing is rounded.
-AS_GIVEN = Arithmetic(name="as-given", dtype=torch.float64, rounds=MappingProxyType({"*": KEEP}))
+AS_GIVEN = Arithmetic(name="as-given", dtype=torch.float64, rounds={"*": KEEP})
 
 _current: ContextVar[Arithmetic] = ContextVar("arithmetic", default=AS_GIVEN)
 
@@ -146,12 +136,9 @@ def get(arithmetic: str | Arithmetic) -> Arithmetic:
         return arithmetic
     if arithmetic not in ARITHMETICS:
         near = get_close_matches(str(arithmetic), ARITHMETICS, n=1)
-        raise Qwen35Error(
-            "unknown arithmetic",
-            expected=f"one of {', '.join(ARITHMETICS)}, or an Arithmetic",
-            found=repr(arithmetic),
-            do=f"did you mean {near[0]!r}?" if near else "see qwen35_moe.arithmetic",
-        )
+        expected = f"one of {', '.join(ARITHMETICS)}, or an Arithmetic"
+        do = f"did you mean {near[0]!r}?" if near else "see qwen35_moe.arithmetic"
+        raise Qwen35Error("unknown arithmetic", expected=expected, found=repr(arithmetic), do=do)
     return ARITHMETICS[arithmetic]
 
 

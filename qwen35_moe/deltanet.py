@@ -59,10 +59,8 @@ def chunked_delta_rule(
     Both halves of the right side are solved for at once for all chunks; only S runs through them in order.
     """
     outputs = []
-    for start in range(0, q_BTJK.shape[1], SPAN):
-        span = slice(start, start + SPAN)
-        inputs = (x[:, span] for x in (q_BTJK, k_BTJK, v_BTJP, g_BTJ, beta_BTJ))
-        o, state_BJKP = _chunked_span(state_BJKP, *inputs)
+    for span in zip(*(x.split(SPAN, 1) for x in (q_BTJK, k_BTJK, v_BTJP, g_BTJ, beta_BTJ)), strict=True):
+        o, state_BJKP = _chunked_span(state_BJKP, *span)
         outputs.append(o)
     return torch.cat(outputs, 1), state_BJKP
 
@@ -115,16 +113,15 @@ def causal_conv(x_BTC: Tensor, weight_C1W: Tensor, state_BCW: Tensor, real_BT: T
     memory = weight_C1W.shape[-1] - 1
     past_BWC = state_BCW.mT.to(x_BTC.dtype)
     if real_BT is None:
-        y_BTC = _depthwise(x_BTC, past_BWC, weight_C1W)
-        past_BWC = torch.cat((past_BWC, x_BTC[:, -memory:]), 1)[:, -memory:]
+        next_BWC = torch.cat((past_BWC, x_BTC[:, -memory:]), 1)[:, -memory:]
     else:
         first, count = real_BT.int().argmax(1, keepdim=True), real_BT.sum(1, keepdim=True)
         x_BSC = F.pad(x_BTC * real_BT[..., None], (0, 0, memory, 0))
         x_BSC = x_BSC.scatter(1, _window(first, memory, C), past_BWC)
-        y_BTC = _depthwise(x_BSC[:, memory:], x_BSC[:, :memory], weight_C1W)
-        past_BWC = x_BSC.gather(1, _window(first + count, memory, C))
-    y_BTC = tap("gdn_conv", y_BTC)
-    return apply("gdn_conv_act", F.silu, y_BTC), past_BWC.mT.contiguous()
+        next_BWC = x_BSC.gather(1, _window(first + count, memory, C))
+        past_BWC, x_BTC = x_BSC[:, :memory], x_BSC[:, memory:]
+    y_BTC = tap("gdn_conv", _depthwise(x_BTC, past_BWC, weight_C1W))
+    return apply("gdn_conv_act", F.silu, y_BTC), next_BWC.mT.contiguous()
 
 
 def _depthwise(x_BTC: Tensor, past_BWC: Tensor, weight_C1W: Tensor) -> Tensor:
@@ -194,18 +191,17 @@ class GatedDeltaNet(nn.Module):
             if arithmetic.current().switch("gdn_padding") == "still":
                 g_BTJ = g_BTJ * real_BT[..., None]
 
-        conv_weight = self.conv1d["weight"]
-        if past.conv is None:
+        table, conv_weight = arithmetic.current(), self.conv1d["weight"]
+        one_by_one = (T == 1 and past.state is not None) or table.switch("gdn_rule") == "recurrent"
+        if past.conv is None or past.state is None:
             past.conv = x_BTD.new_zeros(B, conv_weight.shape[0], conv_weight.shape[-1] - 1)
+            past.state = promote(x_BTD.new_zeros(B, J, K, P))
         qkv_BTC, conv_BCW = causal_conv(qkv_BTC, conv_weight, past.conv, real_BT)
         past.conv = tap("gdn_conv_state", conv_BCW)
-        one_by_one = (T == 1 and past.state is not None) or arithmetic.current().switch("gdn_rule") == "recurrent"
-        if past.state is None:
-            past.state = promote(x_BTD.new_zeros(B, J, K, P))
 
         q, k, v = qkv_BTC.split((M * K, M * K, J * P), -1)
         q_BTMK = promote(tap("gdn_q", l2_norm(q.unflatten(-1, (M, K)))))
-        divide = one_by_one and arithmetic.current().switch("gdn_step_scale") == "divided"
+        divide = one_by_one and table.switch("gdn_step_scale") == "divided"
         q_BTMK = tap("gdn_q_scaled", q_BTMK / K**0.5 if divide else q_BTMK * K**-0.5)
         k_BTMK = tap("gdn_k", l2_norm(k.unflatten(-1, (M, K))))
         v_BTJP = tap("gdn_v", v.unflatten(-1, (J, P)))

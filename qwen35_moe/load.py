@@ -251,12 +251,12 @@ def decoded_experts(slots: list[Slot], dtype: torch.dtype, device: torch.device,
     """Experts in memory. Those that are in this memory and of this dtype as they are stored are used where they lie."""
     if device.type == "cpu" and all(is_plain(weight, dtype) for slot in slots for weight in slot):
         gate_up, down = (as_one([slot[i] for slot in slots]) for i in (0, 1))
-        return ViewedExperts(slots, dtype) if gate_up is None or down is None else Experts.of(gate_up, down, quantised)
+        return ViewedExperts(slots, dtype) if gate_up is None or down is None else Experts(gate_up, down, quantised)
     first = slots[0]
     gate_up, down = (torch.empty(len(slots), *weight.shape, dtype=dtype, device=device) for weight in first)
     for e, slot in enumerate(slots):
         gate_up[e], down[e] = slot[0].decode(dtype), slot[1].decode(dtype)
-    return Experts.of(gate_up, down, quantised)
+    return Experts(gate_up, down, quantised)
 
 
 class StreamedLayers(Sequence[nn.Module]):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import arithmetic as arithmetics
@@ -21,15 +20,6 @@ from .norms import RMSNorm
 from .ops import Linear, add
 from .rope import rotary_angles
 from .taps import scope, tap
-
-
-class Embedding(nn.Module):
-    def __init__(self, vocabulary: int, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocabulary, width), requires_grad=False)
-
-    def forward(self, ids_BT: Tensor) -> Tensor:
-        return F.embedding(ids_BT, self.weight)
 
 
 class Layer(nn.Module):
@@ -79,11 +69,10 @@ class Model(nn.Module):
     def __init__(self, config: Config, arithmetic: str | Arithmetic = "exact", fused: bool | Sequence[bool] = False):
         super().__init__()
         self.config, self.arithmetic = config, arithmetics.get(arithmetic)
-        flags = [fused] * config.num_hidden_layers if isinstance(fused, bool) else fused
-        self.fused = list(flags)
-        self.embed_tokens: nn.Module = Embedding(config.vocab_size, config.hidden_size)
+        self.fused = [fused] * config.num_hidden_layers if isinstance(fused, bool) else list(fused)
+        self.embed_tokens: nn.Module = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
         self.layers: nn.ModuleList | Sequence[Layer] = nn.ModuleList(
-            Layer(config, kind, flag) for kind, flag in zip(config.layer_types, flags, strict=True)
+            Layer(config, kind, flag) for kind, flag in zip(config.layer_types, self.fused, strict=True)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, "final_norm")
         self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size)

@@ -21,6 +21,10 @@ from .router import append_shared, route, shared_gate
 from .side_by_side import side_by_side
 from .taps import scope, tap
 
+# Outputs of an expert, or of all tokens' experts in a slot: its id, or the slot; the tokens [N]; their (token, slot)
+# pairs [N], as token * A + slot; the outputs [N, D].
+Term = tuple[int, Tensor | slice, Tensor | slice, Tensor]
+
 
 class ExpertSource(Protocol):
     """Whatever can hand out experts: decoded ones in memory, packed ones decoded when hit, ones still on disk."""
@@ -31,37 +35,24 @@ class ExpertSource(Protocol):
     @property
     def intermediate(self) -> int:
         """F, the width of an expert."""
-        ...
 
     @property
     def quantised(self) -> bool:
         """Whether engines would quantise the inputs of these experts, too."""
-        ...
 
     def at(self, e: int) -> tuple[Tensor, Tensor]:
         """(gate_up [2F, D], down [D, F]) of an expert, until the same thread asks for the next. Rows of gate_up: F of
         gate, then F of up."""
-        ...
 
 
 class Experts(nn.Module):
-    """Experts in memory, in the layout of the hub's BF16 checkpoints."""
+    """Experts in memory, in the layout of the hub's BF16 checkpoints: gate_up [E, 2F, D] and down [E, D, F]."""
 
-    def __init__(self, count: int, hidden: int, intermediate: int):
+    def __init__(self, gate_up: Tensor, down: Tensor, quantised: bool = False):
         super().__init__()
-        self.quantised = False
-        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * intermediate, hidden), requires_grad=False)
-        self.down_proj = nn.Parameter(torch.empty(count, hidden, intermediate), requires_grad=False)
-
-    @classmethod
-    def of(cls, gate_up: Tensor, down: Tensor, quantised: bool = False) -> Experts:
-        """Around tensors [E, 2F, D] and [E, D, F] that exist."""
-        with torch.device("meta"):
-            experts = cls(1, 1, 1)
-        experts.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
-        experts.down_proj = nn.Parameter(down, requires_grad=False)
-        experts.quantised = quantised
-        return experts
+        self.quantised = quantised
+        self.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
+        self.down_proj = nn.Parameter(down, requires_grad=False)
 
     @property
     def count(self) -> int:
@@ -99,15 +90,22 @@ def combine_experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: E
             return combine_experts(x_TD, ids_TA, weights_TA, experts)
     if grouped.applies(experts, x_TD):
         return grouped.combine(x_TD, ids_TA, weights_TA, experts)
-    outputs = _expert_outputs(x_TD, ids_TA, experts)
     order = table.switch("moe_sum_order")
-    if order == "expert":
-        return _sum_by_expert(outputs, x_TD, weights_TA)
-    return _sum_by_slot(outputs, x_TD, weights_TA, order)
+    terms = _expert_outputs(x_TD, ids_TA, experts)
+    terms = terms if order == "expert" else _by_slot(terms, x_TD, ids_TA.shape[1], backwards=order == "slot-reversed")
+    total_TD, weighted_TD = promote(torch.zeros_like(x_TD)), []
+    for index, token, pair, y_ND in terms:  # a token meets an expert, or a slot, once
+        weight_N1 = promote(weights_TA.flatten()[pair])[:, None]
+        with scope(index=index):
+            if order == "torch.sum":
+                weighted_TD.append(promote(tap("moe_expert_weighted", weight_N1 * y_ND)))
+            else:
+                total_TD[token] = _add(total_TD[token], weight_N1, y_ND)
+    return promote(tap("moe_partial_sum", torch.stack(weighted_TD, 1).sum(1))) if weighted_TD else total_TD
 
 
-def _expert_outputs(x_TD: Tensor, ids_TA: Tensor, experts: ExpertSource) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yields, for each hit expert: its id; its (token, slot) pairs [N], as token * A + slot; its outputs [N, D].
+def _expert_outputs(x_TD: Tensor, ids_TA: Tensor, experts: ExpertSource) -> Iterator[Term]:
+    """The outputs of each hit expert, for its tokens.
 
     On a CPU experts are computed side by side, one after the other where somebody watches single ones.
     """
@@ -117,52 +115,33 @@ def _expert_outputs(x_TD: Tensor, ids_TA: Tensor, experts: ExpertSource) -> Iter
     if len(counts) > experts.count:
         raise Qwen35Error("no such expert", where="moe_topk_ids", expected=f"< {experts.count}", found=len(counts) - 1)
     hit = [e for e, count in enumerate(counts) if count]
-    groups = pairs.split([counts[e] for e in hit])
+    groups = list(zip(hit, pairs.split([counts[e] for e in hit]), strict=True))
 
-    def compute(work: tuple[int, Tensor]) -> Tensor:
-        e, pair = work
+    def compute(group: tuple[int, Tensor]) -> Term:
+        e, pair = group
+        token = pair // ids_TA.shape[1]
         with scope(expert=e):
-            return expert(x_TD[pair // ids_TA.shape[1]], *experts.at(e), experts.quantised)
+            return e, token, pair, expert(x_TD[token], *experts.at(e), experts.quantised)
 
-    work = list(zip(hit, groups, strict=True))
-    outputs = map(compute, work) if x_TD.is_cuda else side_by_side(compute, work, one_by_one=grouped.watched())
-    for (e, pair), y_ND in zip(work, outputs, strict=True):
-        yield e, pair, y_ND
+    yield from map(compute, groups) if x_TD.is_cuda else side_by_side(compute, groups, one_by_one=grouped.watched())
 
 
-def _sum_by_expert(outputs: Iterable[tuple[int, Tensor, Tensor]], x_TD: Tensor, weights_TA: Tensor) -> Tensor:
-    total_TD = promote(torch.zeros_like(x_TD))
-    for e, pair, y_ND in outputs:  # a token meets an expert at most once
-        token = pair // weights_TA.shape[1]
-        with scope(index=e):
-            total_TD[token] = _add(total_TD[token], weights_TA.flatten()[pair], y_ND)
-    return total_TD
-
-
-def _sum_by_slot(outputs: Iterable[tuple[int, Tensor, Tensor]], x_TD: Tensor, weights_TA: Tensor, order: str) -> Tensor:
-    T, A = weights_TA.shape
-    y_PD = promote(x_TD.new_empty(T * A, x_TD.shape[1]))
-    for _, pair, y_ND in outputs:
+def _by_slot(terms: Iterable[Term], x_TD: Tensor, A: int, backwards: bool) -> Iterator[Term]:
+    """The same outputs, slot by slot: all tokens' first, all tokens' second, ..."""
+    y_PD = promote(x_TD.new_empty(len(x_TD) * A, x_TD.shape[1]))
+    for _, _, pair, y_ND in terms:
         y_PD[pair] = promote(y_ND)
-    y_TAD, total_TD = y_PD.view(T, A, -1), promote(torch.zeros_like(x_TD))
-    terms_TAD = torch.empty_like(y_TAD) if order == "torch.sum" else None
-    for a in reversed(range(A)) if order == "slot-reversed" else range(A):
-        with scope(index=a):
-            if terms_TAD is None:
-                total_TD = _add(total_TD, weights_TA[:, a], y_TAD[:, a])
-            else:
-                terms_TAD[:, a] = tap("moe_expert_weighted", promote(weights_TA[:, a])[:, None] * y_TAD[:, a])
-    return total_TD if terms_TAD is None else promote(tap("moe_partial_sum", terms_TAD.sum(1)))
+    for a in reversed(range(A)) if backwards else range(A):
+        yield a, slice(None), slice(a, None, A), y_PD[a::A]
 
 
-def _add(total_ND: Tensor, weight_N: Tensor, y_ND: Tensor) -> Tensor:
+def _add(total_ND: Tensor, weight_N1: Tensor, y_ND: Tensor) -> Tensor:
     """total + weight * y, one step of the running sum."""
-    weight_N1 = promote(weight_N)[:, None]
     if arithmetic.current().switch("moe_weight") == "fma":  # the product of fp32 and bf16 is exact in float64
-        total = (total_ND.double() + weight_N1.double() * y_ND.double()).to(promote(total_ND).dtype)
+        total_ND = (total_ND.double() + weight_N1.double() * y_ND.double()).to(total_ND.dtype)
     else:
-        total = promote(total_ND) + promote(tap("moe_expert_weighted", weight_N1 * promote(y_ND)))
-    return promote(tap("moe_partial_sum", total))
+        total_ND = total_ND + promote(tap("moe_expert_weighted", weight_N1 * promote(y_ND)))
+    return promote(tap("moe_partial_sum", total_ND))
 
 
 class MLP(nn.Module):
@@ -192,15 +171,11 @@ class MoE(nn.Module):
         self.top_k, self.renormalise, self.routed = config.num_experts_per_tok, config.norm_topk_prob, E
         self.fused, self.ep_scale = fused, 1.0
         if fused and config.shared_expert_intermediate_size != F:
-            raise Qwen35Error(
-                "the shared expert cannot be fused",
-                where="config.json: shared_expert_intermediate_size",
-                expected=f"moe_intermediate_size = {F}",
-                found=config.shared_expert_intermediate_size,
-                do='load with shared_expert="unfused"',
-            )
+            where, expected = "config.json: shared_expert_intermediate_size", f"moe_intermediate_size = {F}"
+            found, do = config.shared_expert_intermediate_size, 'load with shared_expert="unfused"'
+            raise Qwen35Error("the shared expert cannot be fused", where=where, expected=expected, found=found, do=do)
         self.gate = Linear(D, E)
-        self.experts: ExpertSource = Experts(E + fused, D, F)
+        self.experts: ExpertSource = Experts(torch.empty(E + fused, 2 * F, D), torch.empty(E + fused, D, F))
         self.shared_expert = None if fused else MLP(D, config.shared_expert_intermediate_size)
         self.shared_expert_gate = Linear(D, 1)
 
@@ -223,13 +198,9 @@ def fuse(
     slot = torch.cat((shared_gate, shared_up))
     for name, ours, theirs in (("gate_up_proj", slot, gate_up), ("down_proj", shared_down, down)):
         if ours.shape != theirs.shape[1:] or ours.dtype != theirs.dtype:
-            raise Qwen35Error(
-                "the shared expert does not fit the experts' slot",
-                where=f"shared_expert -> experts.{name}[{theirs.shape[0]}]",
-                expected=f"{list(theirs.shape[1:])} {theirs.dtype}",
-                found=f"{list(ours.shape)} {ours.dtype}",
-                do="run unfused",
-            )
+            where, expected = f"experts.{name}[{len(theirs)}]", f"{list(theirs.shape[1:])} {theirs.dtype}"
+            what, found = "the shared expert does not fit the experts' slot", f"{list(ours.shape)} {ours.dtype}"
+            raise Qwen35Error(what, where=where, expected=expected, found=found, do="run unfused")
     return torch.cat((gate_up, slot[None])), torch.cat((down, shared_down[None]))
 
 

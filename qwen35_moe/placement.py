@@ -178,7 +178,7 @@ def _reach(module: nn.Module, main: torch.device) -> None:
         elif isinstance(block.experts, ViewedExperts):
             pairs = [block.experts.at(e) for e in range(block.experts.count)]
             gate_up, down = (torch.stack(matrices) for matrices in zip(*pairs, strict=True))
-            block.experts = Experts.of(gate_up, down)
+            block.experts = Experts(gate_up, down)
 
 
 def _parameters(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, Tensor]]:

@@ -112,10 +112,9 @@ class Packed:
         self.w13, self.w2 = MXFP4(g["w13_codes"], g["w13_scales"]), MXFP4(g["w2_codes"], g["w2_scales"])
         self.count, _, self.intermediate = self.w2.shape
 
-    def visit(self, hit):
+    def at(self, e):
         dtype = arithmetic.current().dtype
-        for e in hit:
-            yield e, *(MXFP4(w.codes[e], w.scales[e]).decode(dtype) for w in (self.w13, self.w2))
+        return tuple(MXFP4(w.codes[e], w.scales[e]).decode(dtype) for w in (self.w13, self.w2))
 
 
 # The recorded run stored gate_up in bf16 and applied SiLU to that. Its kernel computed with the stored scale bytes,

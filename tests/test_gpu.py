@@ -218,7 +218,7 @@ def test_grouped_products_against_the_loop(name: str) -> None:
     dtype = table.weight_dtype("experts")
     T, E, D, F = test_grouped.T, test_grouped.E, test_grouped.D, test_grouped.F
     weights = (test_grouped.drawn(*shape, dtype=dtype).to(GPU) for shape in ((E, 2 * F, D), (E, D, F)))
-    experts = moe.Experts.of(*weights, quantised=True)
+    experts = moe.Experts(*weights, quantised=True)
     ids, routing = (x.to(GPU) for x in test_grouped.routed(T))
     x = test_grouped.drawn(T, D, dtype=dtype).to(GPU)
     with arithmetic.using(table):
