@@ -25,7 +25,9 @@ from .taps import attached
 
 Prompt = Tensor | Sequence[int] | Mapping[str, Tensor]
 SCORED_AT_ONCE = 256  # tokens whose logits are held at a time
-ROOM = 1024  # tokens that a graph has room for; a longer continuation takes another one
+ROOM = (
+    1024  # a graph holds up to the next multiple of so many tokens, the last bits depending on it; then comes another
+)
 
 
 @dataclass(frozen=True)
@@ -123,15 +125,15 @@ def generate(
     top: how many alternatives to record. drafts: let the model's own draft head guess so many tokens ahead and verify
     them in one pass. The same tokens come out: a draft counts only if it is what would have been chosen. (In an
     arithmetic that rounds, a pass over several tokens may round differently from single ones, here as in engines.)
-    On a GPU tokens come from a graph where one can be captured (`graphs.can_capture`), unless taps are attached.
+    On a GPU tokens come from a graph where one can be captured (`graphs.can_capture`); while taps are attached its
+    steps run one operation after the other, to the same bits.
     """
     sampling = sampling or Sampling()
     choose = sampling.choose
     if max_new_tokens < 0 or drafts < 0:
         found = (max_new_tokens, drafts)
         raise Qwen35Error("bad value", where="max_new_tokens, drafts", expected="0 or more", found=found)
-    room = min(max_new_tokens, ROOM)
-    tokens = _speculate(model, prompt, choose, drafts) if drafts else _one_by_one(model, prompt, choose, room)
+    tokens = _speculate(model, prompt, choose, drafts) if drafts else _one_by_one(model, prompt, choose)
     for logits_V, token, drafted in islice(tokens, max_new_tokens):
         yield describe(logits_V, token, top, drafted)
         if token in stop:
@@ -164,7 +166,7 @@ def _inputs(model: Model, prompt: Prompt) -> dict[str, Tensor]:
     return {"input_ids": ids.to(device)}
 
 
-def _one_by_one(model: Model, prompt: Prompt, choose: Callable[[Tensor, int], int], room: int) -> Chosen:
+def _one_by_one(model: Model, prompt: Prompt, choose: Callable[[Tensor, int], int]) -> Chosen:
     cache, place, capturable = Cache(), 0, can_capture(model)
     graph: DecodeGraph | None = None
     logits_BTV = model(**_inputs(model, prompt), cache=cache, logits_to_keep=1)
@@ -172,14 +174,14 @@ def _one_by_one(model: Model, prompt: Prompt, choose: Callable[[Tensor, int], in
         token = choose(logits_BTV[0, -1], place)
         yield logits_BTV[0, -1], token, False
         ids_BT, place = torch.tensor([[token]], device=logits_BTV.device), place + 1
-        watched = bool(attached())  # a graph calls no taps
-        if graph is not None and (graph.full or watched):
-            cache, graph = graph.cache(), None
-        if capturable and not watched:
-            graph = graph or DecodeGraph(model, cache, cache.length + room)
-            logits_BTV = graph.step(ids_BT)
-        else:
+        if not capturable:
             logits_BTV = model(ids_BT, cache=cache, logits_to_keep=1)
+            continue
+        unwatched = not attached()  # a graph calls no taps
+        if graph is None or graph.full or graph.capture != unwatched:
+            cache = cache if graph is None else graph.cache()
+            graph = DecodeGraph(model, cache, (cache.length // ROOM + 1) * ROOM, unwatched)
+        logits_BTV = graph.step(ids_BT)
 
 
 def _speculate(model: Model, prompt: Prompt, choose: Callable[[Tensor, int], int], drafts: int) -> Chosen:

@@ -44,11 +44,12 @@ class DecodeGraph:
 
     Starts from a copy of `cache` (without padding) and holds at most `capacity` tokens. Attention runs over the whole
     capacity with a mask, so that sums have more terms (all zero) than those of the growing cache: the same function,
-    the last bits of a library's product may differ. Against the same step without a graph all bits are equal.
+    the last bits of a library's product may differ. Without `capture` the same step runs directly, to the same bits,
+    and calls its taps.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Model, cache: Cache, capacity: int):
+    def __init__(self, model: Model, cache: Cache, capacity: int, capture: bool = True):
         if cache.mask is not None or cache.next_position is None or capacity <= cache.length:
             found = "padding" if cache.mask is not None else f"{cache.length} tokens"
             raise Qwen35Error(
@@ -57,13 +58,15 @@ class DecodeGraph:
                 expected=f"1 to {capacity - 1} tokens, none of them padding",
                 found=found,
             )
-        self.model, self.capacity, self.length = model, capacity, cache.length
+        self.model, self.capacity, self.length, self.capture = model, capacity, cache.length, capture
         self.position_B = cache.next_position.clone()
         device = self.position_B.device
         self.index = torch.tensor([cache.length], device=device)
         self.ids_B1 = torch.zeros(len(self.position_B), 1, dtype=torch.long, device=device)
         self.buffers = {key: self._buffers(layer) for key, layer in cache.layers.items()}
-        self._replay = captured(self._step, [self.position_B, self.index, *self._states()])
+        self._replay: Callable[[], Tensor] = self._step
+        if capture:
+            self._replay = captured(self._step, [self.position_B, self.index, *self._states()])
 
     def _buffers(self, layer: LayerState) -> dict[str, Tensor]:
         buffers = {}

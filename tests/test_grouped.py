@@ -43,7 +43,7 @@ def test_grouped_is_the_loop(name: str, order: str) -> None:
     table = arithmetic.get(name)
     table = replace(table, switches={**table.switches, "moe_sum_order": order})
     dtype = table.weight_dtype("experts")
-    experts = moe.Experts(drawn(E, 2 * F, D, dtype=dtype), drawn(E, D, F, dtype=dtype, seed=1), quantised=True)
+    experts = moe.Experts.of(drawn(E, 2 * F, D, dtype=dtype), drawn(E, D, F, dtype=dtype, seed=1), quantised=True)
     ids, weights = routed(T)
     x = drawn(T, D, dtype=dtype, seed=2)
     with arithmetic.using(table):
@@ -62,7 +62,7 @@ def test_packed_experts_pair_by_pair_and_in_batches(tokens: int, monkeypatch: py
     slots = [(concatenate(gate, up), down) for gate, up, down in zip(gates, ups, downs, strict=True)]
     packed = grouped.stack_slots(slots, torch.float64, torch.device("cpu"), quantised=True)
     assert packed is not None
-    decoded = moe.Experts(*packed.stack(slice(None)), quantised=True)
+    decoded = moe.Experts.of(*packed.stack(slice(None)), quantised=True)
     assert torch.equal(decoded.gate_up_proj[5], slots[5][0].decode(torch.float64))
     ids, weights = routed(tokens)
     x = drawn(tokens, D, seed=2)
@@ -108,19 +108,21 @@ def test_prefill_again_and_again(model) -> None:
 
 
 def test_a_continuation_by_graphs_is_the_same(model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU the steps run directly. A graph that is full hands its cache on; watched, none is used."""
+    """Without a GPU the steps run directly. A graph that is full hands its cache on; watched, nothing is captured."""
     plain = [step.id for step in generate(model, [1, 2, 3], 12)]
     monkeypatch.setattr(MODULE, "can_capture", lambda model: True)
     made = []
     monkeypatch.setattr(MODULE, "DecodeGraph", lambda *args: made.append(DecodeGraph(*args)) or made[-1])
     monkeypatch.setattr(MODULE, "ROOM", 5)
     assert [step.id for step in generate(model, [1, 2, 3], 12)] == plain
-    assert [graph.capacity for graph in made] == [8, 13, 18]
+    assert [(graph.capacity, graph.capture) for graph in made] == [(5, True), (10, True), (15, True)]
     steps = generate(model, [1, 2, 3], 12)
     ids = [step.id for step in islice(steps, 4)]
     with q.taps.attach(lambda site, x: None):
         ids += [step.id for step in steps]
-    assert ids == plain and len(made) == 4
+    assert ids == plain and [(graph.capacity, graph.capture) for graph in made[3:]] == [
+        (5, True), (10, True), (10, False), (15, False)
+    ]  # fmt: skip
 
 
 def test_what_can_be_captured_needs_a_gpu(model) -> None:
