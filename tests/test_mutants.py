@@ -79,7 +79,7 @@ def test_a_shared_expert_of_another_width_is_never_taken_for_a_slot(built: Calla
     """tiny-odd's is 22 wide, its routed experts 18: what strikes a fused slot is neither planted nor tried."""
     bench = Bench(open_checkpoint(built("tiny-odd"))[1].source, "gate 0.5", IDS % 193)
     fault = next(f for f in FAULTS if f.fused)
-    assert not fault.applies(bench.source.config, True, False)
+    assert not fault.applies(bench.source, 0, False)
     twice = next(f for f in FAULTS if f.name == "shared expert counted twice")
     found = bench.planted(twice)
     assert found.found and found.named_right, found

@@ -154,10 +154,9 @@ def _candidates(
         blocks = {kind, "mlp", "input_layernorm", "post_attention_layernorm"}
     elif block in BEFORE and f"layers.{layer}.{BEFORE[block][1]}" not in rerun.captured:
         blocks.add(BEFORE[block][0])
-    mxfp4 = rerun.source.spec(f"layers.{layer}.mlp.experts").kind == "mxfp4"
     suspects = _suspects(case, f"layers.{layer}.moe_topk_ids", seen) if "mlp" in blocks else []
     for fault in faults:
-        if fault.block in blocks and fault.applies(rerun.config, mxfp4, "a4" in truth):
+        if fault.block in blocks and fault.applies(rerun.source, layer, "a4" in truth):
             for expert in suspects if fault.single else [0]:
                 yield fault, expert
 

@@ -79,10 +79,15 @@ class Fault:
     def arithmetic(self, table: Arithmetic) -> Arithmetic:
         return replace(table, switches={**table.switches, **self.switches}) if self.switches else table
 
-    def applies(self, config: Config, mxfp4: bool, a4: bool) -> bool:
-        """Whether a model can have it: a shared expert of another width than the routed ones is never a slot."""
-        fits = config.shared_expert_intermediate_size == config.moe_intermediate_size or not self.fused
-        return fits and {"": True, "mxfp4": mxfp4, "a4": a4, "a16": mxfp4 and not a4}[self.needs]
+    def applies(self, source: Source, layer: int, a4: bool) -> bool:
+        """Whether this layer can have it. A slot that holds what does not belong there takes a shared expert of the
+        routed ones' width, stored in another format."""
+        c, mlp = source.config, f"layers.{layer}.mlp"
+        routed, shared = (source.spec(f"{mlp}.{n}").kind for n in ("experts", "shared_expert.gate_proj"))
+        fits = c.shared_expert_intermediate_size == c.moe_intermediate_size and routed != shared
+        mxfp4 = routed == "mxfp4"
+        needs = {"": True, "mxfp4": mxfp4, "a4": a4, "a16": mxfp4 and not a4}[self.needs]
+        return needs and (fits or not self.fused)
 
 
 class Break:

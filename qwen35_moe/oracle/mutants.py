@@ -201,7 +201,6 @@ def run(
     regimes: Iterable[str] = REGIMES,
     faults: Sequence[Fault] = (*FAULTS, *SMALL),
     a4: bool = False,
-    mxfp4: bool = True,
     progress: Callable[[Outcome], None] = lambda _: None,
     clean: bool = True,
     unlisted: Sequence[Fault] = (*UNLISTED, *UNSEEN),
@@ -212,10 +211,10 @@ def run(
         bench = Bench(source, regime, ids, a4)
         # Activations in MXFP4 err by more than the small ones: what they hide is no fault of the oracle.
         for fault in [f for f in faults if not (a4 and f in SMALL)]:
-            if fault.applies(source.config, mxfp4, a4):
+            if fault.applies(source, bench.layer_of(fault) or 0, a4):
                 planted.append(bench.planted(fault))
                 progress(planted[-1])
-        for fault in [f for f in unlisted if f.applies(source.config, mxfp4, a4)]:
+        for fault in [f for f in unlisted if f.applies(source, bench.layer_of(f) or 0, a4)]:
             foreign.append(bench.planted(fault))
             progress(foreign[-1])
         for variant in variants(a4, ids.shape[1], _fusable(source)) if clean else []:

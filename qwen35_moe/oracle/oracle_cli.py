@@ -204,7 +204,7 @@ def run_mutants(args: argparse.Namespace) -> int:
             print(f"\r{done}", end="", file=sys.stderr)
 
     faults = faults[:: 10 if args.quick else 1]
-    out = mutants.run(loaded.source, ids, args.regime or mutants.REGIMES, faults, args.a4, mxfp4, progress)
+    out = mutants.run(loaded.source, ids, args.regime or mutants.REGIMES, faults, args.a4, progress)
     print(mutants.table(*out))
     planted, foreign, clean = out
     found = all(o.found for o in (*planted, *foreign, *clean))
