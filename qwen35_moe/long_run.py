@@ -30,7 +30,7 @@ from .checkpoint import Report
 from .errors import Qwen35Error
 from .load import StreamedHead
 from .model import Model, extend
-from .oracle.trace_file import RESUME, Trace, TraceWriter
+from .oracle.trace_file import RESUME, Trace, TraceWriter, sweep
 from .rope import rotary_angles
 from .tap_names import dims_of
 from .taps import OBSERVE, Handler, Site, attach, scope, tap
@@ -158,7 +158,7 @@ def begin(
     sum_BTD: the stream after some layers that an earlier run has done; handlers: for taps that come before the layers,
     which that run has met.
     """
-    real_BT, real_BS, positions = extend(Cache(), ids_BT, mask, positions)
+    real_BT, real_BS, positions = extend(Cache(), model.checked(ids_BT), mask, positions)
     with arithmetics.using(model.arithmetic), attach(*(handlers if sum_BTD is None else ())):
         h_BTD = tap("embed_tokens", model.embed_tokens(ids_BT)) if sum_BTD is None else sum_BTD.to(ids_BT.device)
         return h_BTD, (rotary_angles(model.config, positions, h_BTD.dtype), real_BT, real_BS)
@@ -225,6 +225,7 @@ def _complete(model: Model, out: Path, run: str) -> tuple[Trace, Report]:
     if json.dumps(trace.meta, default=str) != run:
         do = "leave out --resume to write it anew"
         raise Qwen35Error("a complete trace of another run is here", where=out, expected="the same options", do=do)
+    sweep(out)
     model.source.checkpoint.used.update(model.source.checkpoint.names())
     return trace, model.source.checkpoint.report()
 

@@ -1,10 +1,11 @@
 """Kills of a streamed run at random moments, and where each fell: in reading, decoding, computing, writing, saving.
 
-    python tests/kills.py CHECKPOINT OUT [--kills 20] [--tokens 64] [--seed 1]
+    python -m tests.kills CHECKPOINT OUT [--kills 20] [--tokens 64] [--seed 1]
 
-An undisturbed run is timed from its first file on; each other run is aborted at a moment drawn evenly from that time,
-and resumed. Where it fell is read off the traceback that Python's fault handler writes: SIGABRT ends a process as
-abruptly as SIGKILL, after this. Fails at the first run whose files are not those of the undisturbed one, byte by byte.
+The run is a trace with its envelope. Each kill falls after a number of saved states drawn at random, from none to all
+but one, and a random share of the time that one takes; then the run is resumed. Where it fell is read off the traceback
+that Python's fault handler writes: SIGABRT ends a process as abruptly as SIGKILL, after this. Fails at the first run
+whose files are not those of the undisturbed one, byte by byte.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from collections import Counter
 from pathlib import Path
 
 from safetensors import safe_open
+
+from qwen35_moe.oracle.envelope import legal
+from qwen35_moe.oracle.trace_file import Trace
 
 # What the innermost functions of the main thread say of what it was doing; the first that matches.
 DOING = (
@@ -66,8 +70,10 @@ def abort(process: subprocess.Popen[str], out: Path) -> str | None:
     if process.returncode != -signal.SIGABRT:
         assert process.returncode == 0, stderr
         return None
-    current = re.split(r"\n(?=Thread|Current thread)", stderr)[-1]
-    doing = next((name for name, pattern in DOING if re.search(pattern, current, re.MULTILINE)), current[-300:])
+    main_thread = [part for part in re.split(r"\n(?=Thread |Current thread )", stderr) if "cli.py" in part]
+    if not main_thread:
+        return "all done: leaving"
+    doing = next((name for name, pattern in DOING if re.search(pattern, main_thread[0], re.MULTILINE)), main_thread[0])
     return f"{state(out)}: {doing}"
 
 
@@ -113,20 +119,24 @@ def main() -> None:
     args = parser.parse_args()
     whole = args.out / "undisturbed"
     seconds = timed(start(args.checkpoint, whole, args.tokens), whole)
-    print(f"undisturbed: {seconds:.1f} s from the first file on")
+    layers = 1 + max(entry.layer or 0 for entry in Trace.open(whole).sites.values())
+    states = layers + len(legal("exact")) * (layers + 1)
+    print(f"undisturbed: {seconds:.1f} s from the first file on, {states} states")
     generator, fell = random.Random(args.seed), Counter[str]()
     for number in range(args.kills):
-        out, moment = args.out / f"{number}", generator.uniform(0, seconds)
+        out, after = args.out / f"{number}", generator.randrange(states)
+        delay = generator.uniform(0, seconds / states)
         process = start(args.checkpoint, out, args.tokens)
         while not out.is_dir() and process.poll() is None:
             time.sleep(0.0005)
-        time.sleep(moment)
-        where = abort(process, out)
+        wait_for(process, out, after)
+        time.sleep(delay)
+        where = abort(process, out) or "done before"
         timed(start(args.checkpoint, out, args.tokens, "--resume"), out)
-        assert contents(out) == contents(whole), f"kill {number} at {moment:.2f} s, {where}: other bytes"
-        print(f"kill {number} at {moment:.2f} s, {where or 'done before'}: same bytes", flush=True)
-        fell[where.rpartition(": ")[2] if where else "done before"] += 1
-    print(", ".join(f"{name} {count}" for name, count in fell.most_common()))
+        assert contents(out) == contents(whole), f"kill {number}, {where}: other bytes"
+        print(f"kill {number}, {after} states and {1000 * delay:.0f} ms: {where}: same bytes", flush=True)
+        fell[where.rpartition(": ")[2]] += 1
+    print(", ".join(f"{count} {name}" for name, count in fell.most_common()))
 
 
 if __name__ == "__main__":

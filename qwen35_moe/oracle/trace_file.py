@@ -185,6 +185,15 @@ def _records(chunk: Path) -> list[dict[str, Any]]:
 
 
 _CHUNK = re.compile(r"\d{5}\.safetensors")
+_OURS = re.compile(r"(\d{5}|envelope|envelope-state|resume)\.safetensors")  # envelope: envelope_file.py
+# What a kill leaves of a file that was being written: ours, and those that safetensors writes first, with random names.
+_LEFT = re.compile(_OURS.pattern + r"\.tmp|trace\.json\.tmp|\.tmp\w{6}")
+
+
+def sweep(path: Path) -> None:
+    """Removes what a kill has left of files that were being written."""
+    for name in [p.name for p in path.iterdir() if _LEFT.fullmatch(p.name)]:
+        (path / name).unlink()
 
 
 def _header(entry: Entry, nbytes: int) -> bytes:
@@ -214,14 +223,7 @@ class TraceWriter:
         self.files = keep
         self.path.mkdir(parents=True, exist_ok=True)
         names = [p.name for p in self.path.iterdir()]
-        foreign = [
-            n
-            for n in names
-            if n != "trace.json"
-            and not re.fullmatch(
-                r"(\d{5}|envelope|envelope-state|resume)\.safetensors(\.tmp)?|trace\.json\.tmp", n
-            )  # envelope: envelope_file.py
-        ]
+        foreign = [n for n in names if n != "trace.json" and not _OURS.fullmatch(n) and not _LEFT.fullmatch(n)]
         if foreign:
             raise Qwen35Error(
                 "directory is not a trace", where=self.path, found=foreign[0], do="choose an empty directory"
