@@ -24,6 +24,7 @@ import difflib
 import fnmatch
 import re
 from dataclasses import dataclass
+from functools import cache
 
 from .errors import Qwen35Error
 
@@ -199,6 +200,7 @@ del _
 _PLACE = re.compile(r"^(?:(?:mtp|visual)\.)?(?:layers\.[^.]+\.)?")
 
 
+@cache
 def base_name(key: str) -> str:
     """The tap name of a key: `layers.3.moe_expert_17_down` -> `moe_expert_down`.
 

@@ -26,7 +26,7 @@ from qwen35_moe.oracle.mutants import DUMPED
 from qwen35_moe.oracle.readers.own import from_trace
 from qwen35_moe.oracle.records import Comparison, Record
 from qwen35_moe.oracle.replay import ReplayRouting
-from qwen35_moe.oracle.routing import by_id, compare_ids, could_flip
+from qwen35_moe.oracle.routing import compare_ids, could_flip
 from qwen35_moe.oracle.trace_file import Trace
 from qwen35_moe.oracle.weights_check import check_weights
 from qwen35_moe.quant.layouts import shuffle_scales, shuffle_weight
@@ -114,11 +114,6 @@ def test_routing_compares_sets_and_weighs_margins() -> None:
     assert found.agree == 1 and found.nonsense == 1
     assert [(f.row, f.legal, f.rank) for f in found.flips] == [(1, True, 3), (2, False, 4)]
     assert could_flip(logits, torch.full((4,), 0.01), 2).tolist() == [False, True, False, False]
-
-
-def test_weights_follow_their_ids() -> None:
-    ids, like = torch.tensor([[7, 2, 5]]), torch.tensor([[2, 5, 7]])
-    assert by_id(torch.tensor([[0.7, 0.2, 0.5]]), ids, like).tolist() == [torch.tensor([0.2, 0.5, 0.7]).tolist()]
 
 
 @pytest.mark.parametrize("level", ["ids", "weights", "logits"])

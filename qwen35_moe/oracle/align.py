@@ -75,9 +75,10 @@ class Alignment:
         return len(self.keys)
 
     def pair(self, key: str) -> Pair:
-        """Read one tap of both sides. What cannot be compared comes back with a `problem`, and is not raised."""
-        truth = joined(self.truth, key)
+        """Read one tap of both sides. What cannot be read or compared comes back with a `problem`, not as an error."""
+        truth = torch.empty(0)
         try:
+            truth = joined(self.truth, key)
             return self._rows(key, truth) if per_token(key) else self._whole(key, truth)
         except Qwen35Error as error:
             return Pair(key, truth, None, torch.empty(0, 2), problem=str(error))
@@ -146,7 +147,8 @@ def align(dump: Dump, truth: Trace) -> Alignment:
     hit = torch.zeros_like(mask)
     for table in where.values():
         hit[table[:, 1], table[:, 2]] = True
-    missing = [key for key in names if key not in keys]
+    common = set(keys)
+    missing = [key for key in names if key not in common]
     extra = [key for key in dump.sources if key not in used]
     total, found = int(mask.sum()), int((hit & mask).sum())
     if found < total:

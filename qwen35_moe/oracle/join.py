@@ -58,7 +58,8 @@ def _columns(key: str, ranks: list[Tensor], blocks: Blocks, sizes: Mapping[str, 
     heads = sizes.get("g", count)
     # Fewer key/value heads than ranks: each head is held by several, one after another.
     thin = [x[:: count // heads] if "g" in w and count > heads else x for x, (_, w) in zip(parts, blocks)]  # noqa: B905
-    return torch.cat([x for part in thin for x in part], 1)
+    columns = [x for part in thin for x in part]
+    return torch.cat(columns, 1) if len(columns) > 1 else columns[0]
 
 
 def _shares(key: str, blocks: Blocks, count: int, columns: int, sizes: Mapping[str, int]) -> list[int]:

@@ -51,19 +51,26 @@ def compare_ids(
     truth_RA: Tensor, engine_RA: Tensor, logits_RE: Tensor, delta_R: Tensor, layer: int | None = None
 ) -> Routing:
     """Compare ids [R, A] as sets, given the truth's logits [R, E] and the largest legal error of a logit [R]."""
-    E = logits_RE.shape[1]
     routing = Routing(layer, len(truth_RA))
-    truth_RA, engine_RA = truth_RA.long(), engine_RA.long()
-    for row in (truth_RA.sort(1).values != engine_RA.sort(1).values).any(1).nonzero().flatten().tolist():
-        ours, theirs = set(truth_RA[row].tolist()), set(engine_RA[row].tolist())
-        if len(theirs) < engine_RA.shape[1] or not all(0 <= e < E for e in theirs):
-            routing.nonsense += 1
-            continue
-        lost, won = sorted(ours - theirs), sorted(theirs - ours)
-        logits = logits_RE[row].to(torch.float64)
-        margin = float(logits[lost].max() - logits[won].min())
-        rank = int((logits > logits[won].min()).sum()) + 1
-        routing.flips.append(Flip(row, tuple(lost), tuple(won), margin, 2 * float(delta_R[row]), rank))
+    sets_RA = engine_RA.long().sort(1).values
+    differ_R = (truth_RA.long().sort(1).values != sets_RA).any(1)
+    nonsense_R = (sets_RA < 0).any(1) | (sets_RA >= logits_RE.shape[1]).any(1) | (sets_RA.diff(dim=1) == 0).any(1)
+    routing.nonsense = int((differ_R & nonsense_R).sum())
+    rows = (differ_R & ~nonsense_R).nonzero().flatten()
+    if not len(rows):
+        return routing
+    logits_RE, noise_R = logits_RE[rows].to(torch.float64), 2 * delta_R[rows]
+    ours_RE, theirs_RE = (
+        torch.zeros(logits_RE.shape, dtype=torch.bool).scatter(1, ids_RA[rows].long(), True)
+        for ids_RA in (truth_RA, engine_RA)
+    )
+    lost_RE, won_RE = ours_RE & ~theirs_RE, theirs_RE & ~ours_RE
+    least_R1 = logits_RE.masked_fill(~won_RE, torch.inf).amin(1, keepdim=True)
+    margin_R = logits_RE.masked_fill(~lost_RE, -torch.inf).amax(1) - least_R1.flatten()
+    rank_R = (logits_RE > least_R1).sum(1) + 1
+    lost, won = ([tuple(row.nonzero().flatten().tolist()) for row in x_RE] for x_RE in (lost_RE, won_RE))
+    columns = (x.tolist() for x in (margin_R, noise_R, rank_R))
+    routing.flips = [Flip(*flip) for flip in zip(rows.tolist(), lost, won, *columns, strict=True)]
     return routing
 
 
@@ -73,9 +80,3 @@ def could_flip(logits_RE: Tensor, delta_R: Tensor, top_k: int) -> Tensor:
     if best.shape[1] <= top_k:
         return torch.zeros(len(best), dtype=torch.bool)
     return best[:, top_k - 1] - best[:, top_k] <= 2 * delta_R
-
-
-def by_id(values_RA: Tensor, ids_RA: Tensor, like_RA: Tensor) -> Tensor:
-    """Values of one order of ids in that of another; rows whose sets differ come in the order of their ids."""
-    order, target = ids_RA.long().argsort(1), like_RA.long().argsort(1)
-    return values_RA.gather(1, order).scatter(1, target, values_RA.gather(1, order))

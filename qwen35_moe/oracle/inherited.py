@@ -1,0 +1,127 @@
+"""The inherited error: each tap against the truth itself, in units of the envelope of a whole run (`envelope_file.py`).
+
+Once an engine chooses other experts at a token, that token and all that follow it in its sequence are another
+computation, and are left out. The taps are judged side by side, each by one thread from its files to its verdict:
+threads that share one operation wait for each other after each, which costs more than the operation wherever something
+else runs. So it takes little longer than reading, and memory holds a tap of both sides for each thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..errors import Qwen35Error
+from ..tap_names import base_name, per_token
+from .added import IDS, ROUTED, Work
+from .align import Pair
+from .envelope import envelope, judge
+from .envelope_file import ENVELOPE, WEIGHTS, Stored
+from .records import Record, block_of, layer_of
+from .routing import compare_ids
+
+THREADS = 4  # at most: more would read more files at once than they can compare
+
+
+def inherited(work: Work, stored: Mapping[str, Tensor]) -> None:
+    """Judge all taps that both sides have and that the envelope knows, and all choices of experts."""
+    if not stored and work.result.layers == ():
+        raise Qwen35Error(
+            "truth has no envelope, and the checkpoint is not here", where=work.alignment.truth.path,
+            expected=ENVELOPE, do="write the truth with `qwen35-moe trace`, or give --checkpoint",
+        )  # fmt: skip
+    first = dict(_first_others(work, stored))
+    keys = [key for key in first if base_name(key) not in IDS and key in stored]
+    with _one_thread_each() as threads, ThreadPoolExecutor(min(threads, THREADS)) as pool:
+        records = pool.map(lambda key: _judge(work, key, stored[key], first[key]), keys)
+        work.records.update(zip(keys, records, strict=True))
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[int]:
+    """An operation runs in the thread that called it. Yields how many threads it could have had."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _first_others(work: Work, stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(key, [B] the first token of each sequence that other experts than the truth's have touched by then; T: none).
+
+    Experts touch what their layer computes from them, and everything in the layers after.
+    """
+    B, T = work.alignment.truth.ids.shape
+    first_B, chosen_B = torch.full((2, B), T)
+    of: int | None = None  # the layer whose experts were chosen last
+    for key in work.alignment.keys:
+        name, layer = base_name(key), layer_of(key)
+        if layer != of or name in ROUTED:
+            first_B = torch.minimum(first_B, chosen_B)
+        if name in IDS:
+            pair = work.alignment.pair(key)
+            if layer is not None and pair.engine is not None:
+                differ = (pair.truth.long().sort(1).values != pair.engine.long().sort(1).values).any(1)
+                b, t = pair.rows[differ].unbind(1)
+                chosen_B, of = chosen_B.scatter_reduce(0, b, t, "amin"), layer
+            if key not in work.records:
+                _judge_ids(work, key, pair, layer, stored)
+        yield key, first_B
+
+
+def _judge_ids(work: Work, key: str, pair: Pair, layer: int | None, stored: Mapping[str, Tensor]) -> None:
+    logits_key = f"layers.{layer}.moe_router_logits"
+    if logits_key not in work.alignment.truth or pair.engine is None or logits_key not in stored:
+        return
+    try:
+        logits = work.alignment.truth[logits_key].flatten(0, -2)
+    except Qwen35Error:
+        return  # it is counted where the logits themselves are judged
+    errors = Stored.of(stored[logits_key], torch.arange(len(logits))).error
+    noise = envelope(logits, [errors], torch.bfloat16).max
+    index = work.index(pair)
+    width = max(logits.shape[1], int(pair.truth.max()) + 1)
+    logits = torch.nn.functional.pad(logits, (0, width - logits.shape[1]), value=torch.inf)
+    work.record_routing(key, layer, pair, compare_ids(pair.truth, pair.engine, logits[index], noise[index], layer))
+
+
+def _judge(work: Work, key: str, stored_R6: Tensor, first_B: Tensor) -> Record:
+    """The record of one tap, or what is known of it already with the inherited error in it."""
+    pair = work.alignment.pair(key)
+    layer = layer_of(key)
+    record = work.records.get(key) or Record(key, "not comparable", block_of(key), layer, note=pair.problem)
+    if pair.engine is None or pair.dtype is None:
+        return record
+    index, x, truth = work.index(pair), pair.engine, pair.truth
+    if per_token(key):
+        keep = pair.rows[:, 1] < first_B[pair.rows[:, 0]]
+    else:
+        untouched = bool((first_B == work.T).all())
+        keep = torch.full((len(index),), key.endswith(".gain") or untouched)
+    if base_name(key) in WEIGHTS:
+        x, truth = x.sort(1, descending=True).values, truth.sort(1, descending=True).values
+    if not keep.any():
+        if record.added is None:
+            record.note = "every token comes after a flip of experts"
+        return record
+    if not keep.all():
+        index, x, truth = index[keep], x[keep], truth[keep]
+    known = Stored.of(stored_R6, index)
+    rounding = known.bf16 if pair.dtype == torch.bfloat16 else None
+    bound = envelope(truth, [known.error], pair.dtype, known.size, rounding)
+    verdict = judge(x, truth, bound, pair.dtype, work.limit, known.size, rounding)
+    record.inherited, record.inherited_rel = verdict.ratio, verdict.rel
+    if record.added is None:
+        b, t = pair.rows[keep][verdict.worst].tolist()
+        record.cls, record.ratio_l2, record.ratio_max, record.rel = (
+            verdict.cls, verdict.ratio_l2, verdict.ratio_max, verdict.rel)  # fmt: skip
+        record.worst, record.rows, record.nan = (int(b), int(t)), int(keep.sum()), pair.nan
+        record.bad_rows = int((verdict.ratios > work.limit).sum())
+        record.excluded = int((~keep).sum())
+    return record
