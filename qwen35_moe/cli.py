@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 from .errors import Qwen35Error
@@ -28,6 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qwen35-moe: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
+        return 2
+    except OSError as error:
+        print(f"qwen35-moe: {error}", file=sys.stderr)
+        return 2
+    except Exception:  # left alone it would exit with 1, and a caller would read a verdict
+        traceback.print_exc()
+        print("qwen35-moe: a bug in qwen35-moe; please report it with the lines above", file=sys.stderr)
         return 2
 
 

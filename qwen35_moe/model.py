@@ -102,7 +102,8 @@ class Model(nn.Module):
         for input_ids. logits_to_keep: only for the last so many positions.
         """
         cache = Cache() if cache is None else cache
-        new = self._checked(input_ids, inputs_embeds)
+        input_ids, attention_mask = (x if x is None else torch.as_tensor(x) for x in (input_ids, attention_mask))
+        new = self.checked(input_ids, inputs_embeds)
         real_BT, real_BS, position_ids = extend(cache, new, attention_mask, position_ids)
         with arithmetics.using(self.arithmetic):
             h_BTD = tap("embed_tokens", self.embed_tokens(new) if inputs_embeds is None else new)
@@ -114,8 +115,8 @@ class Model(nn.Module):
                 h_BTD = h_BTD[:, -logits_to_keep:]
             return self.lm_head("next_token_logits", self.norm(h_BTD))
 
-    def _checked(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-        """The ids, or the embeddings that stand in for them."""
+    def checked(self, ids: Tensor | None, embeds: Tensor | None = None) -> Tensor:
+        """The ids, or the embeddings that stand in for them. Error: neither, wrong shape or dtype, no such id."""
         new, rank = (ids, 2) if embeds is None else (embeds, 3)
         if new is None or new.dim() != rank or 0 in new.shape:
             expected = "input_ids [B, T] (or inputs_embeds [B, T, D]), B and T at least 1"

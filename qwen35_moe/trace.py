@@ -116,6 +116,7 @@ def trace(
     With `out` the trace is streamed to that directory and memory stays flat. No rounding happens here.
     """
     input_ids = torch.as_tensor(input_ids)
+    attention_mask = None if attention_mask is None else torch.as_tensor(attention_mask)
     if input_ids.dim() != 2:
         raise Qwen35Error("input_ids must be [B, T]", found=list(input_ids.shape), do="add the batch dimension")
     sizes = [input_ids.shape[1]] if chunks is None else list(chunks)

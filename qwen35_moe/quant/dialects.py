@@ -129,7 +129,8 @@ def _gptq(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _exclude(raw: Mapping[str, Any], key: str, semantics: str) -> ExcludeList:
     entries = raw.get(key) or ()
-    if isinstance(entries, str) or not all(isinstance(e, str) for e in entries):
+    listed = isinstance(entries, (list, tuple, set, frozenset))
+    if not listed or not all(isinstance(e, str) for e in entries):
         raise Qwen35Error(
             "an exclude list must hold strings", where=f"quantization_config.{key}", found=repr(entries)[:200]
         )

@@ -51,6 +51,7 @@ class QuantConfig:
         if not raw:
             return cls("none", exclude_list((), "quark"), BF16, "no quantization_config", (), "", {})
         method = raw.get("quant_method") or ("modelopt" if "quantization" in raw or "quant_algo" in raw else None)
+        method = getattr(method, "value", method)  # transformers' configs hold an enum
         if method not in READERS:
             raise Qwen35Error(
                 "unknown quantisation method",

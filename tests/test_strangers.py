@@ -1,0 +1,76 @@
+"""What somebody tries who has not read the code: odd arguments, wrong ids, absent devices, full disks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+import qwen35_moe as q
+from qwen35_moe import cli
+
+Build = Callable[[str], Path]
+IDS = [[3, 1, 4], [1, 5, 9]]
+
+
+@pytest.mark.parametrize("given", [list, numpy.array])
+def test_ids_and_masks_need_not_be_tensors(built: Build, given: Callable[[list[list[int]]], object]) -> None:
+    model = q.load(built("tiny"), text_only=True)
+    mask = [[0, 1, 1], [1, 1, 1]]
+    expected = model(torch.tensor(IDS), attention_mask=torch.tensor(mask))
+    assert torch.equal(model(given(IDS), attention_mask=given(mask)), expected)
+    traced = q.trace(model, given(IDS), attention_mask=given(mask), taps="next_token_logits")
+    assert torch.equal(traced["next_token_logits"], expected)
+
+
+@pytest.mark.parametrize("mode", ["stream", "packed"])
+def test_tracing_an_id_beyond_the_vocabulary_says_so(
+    built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    arguments = ["trace", str(built("tiny")), "--ids", "1,99999", "--mode", mode, "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 2
+    assert "not in the vocabulary\n  where: input_ids[0, 1]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["trace", "--out", "out"], ["generate"]])
+def test_a_device_that_is_absent_is_named(built: Build, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    assert cli.main([*command[:1], str(built("tiny")), "--ids", "1,2", *command[1:], "--device", "cuda:77"]) == 2
+    assert "no such device here\n  where: --device cuda:77" in capsys.readouterr().err
+
+
+def test_a_file_where_a_directory_should_be_is_one_line(
+    built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert cli.main(["trace", str(built("tiny")), "--ids", "1,2", "--quiet", "--out", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err
+    assert "file" in error and "Traceback" not in error
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_bug_is_not_a_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1 means "diverges"."""
+    monkeypatch.setattr("qwen35_moe.gate_cli.read", lambda *_: 1 / 0)
+    assert cli.main(["gate", "anything"]) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def config_with(**quant: object) -> dict[str, object]:
+    sizes = dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32)
+    return {"num_hidden_layers": 1, "num_experts": 2, **sizes, "quantization_config": quant}
+
+
+@pytest.mark.parametrize("entries", [5, {"lm_head": 1}, "lm_head", [None]])
+def test_an_exclude_list_is_a_list_of_strings(entries: object) -> None:
+    with pytest.raises(q.Qwen35Error, match="an exclude list must hold strings"):
+        q.can_fuse_shared_expert(config_with(quant_method="quark", exclude=entries))
+
+
+def test_a_method_that_is_an_enum_is_called_by_its_value() -> None:
+    method = Enum("Method", {"MXFP4": "mxfp4"}, type=str).MXFP4
+    decision = q.can_fuse_shared_expert(config_with(quant_method=method), rule="sglang-0.5.23")
+    assert decision.reason == "the gate does not look at method 'mxfp4'"
