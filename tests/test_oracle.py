@@ -283,14 +283,31 @@ def test_reports_are_views_of_the_same_records(truth: Trace, engine: Trace, sour
     assert page.links == []
 
 
-def test_page_of_60_layers_is_small() -> None:
+def test_reports_of_60_layers() -> None:
     names = [n for n in DUMPED.split(",") if n not in ("embed_tokens", "final_norm", "next_token_logits")] * 4
     records = [
-        Record(f"layers.{i}.{n}_{k}", "within rounding", "mlp", i, 1.234, 1.2, 1e-3, 1.0, 1.0, 1e-3, (0, 511), 512)
+        Record(
+            f"layers.{i}.{n}_{k}", "within rounding", "mlp", i, 1 + i / 100, 1.2, 1e-3, 1.0, 1.0, 1e-3, (0, 511), 512
+        )
         for i in range(60)
         for k, n in enumerate(names)
     ]
-    assert len(report_html.html(Comparison(records, layers=("gdn",) * 60)).encode()) < 1_000_000
+    lost = "trace file cannot be read\n  where: 00041.safetensors"
+    for r in records:
+        if r.layer == 31 and "mlp_output" in r.key:
+            r.cls, r.added = "wrong", 556.0
+        if r.layer == 41:
+            r.cls, r.added, r.inherited, r.note = "not comparable", None, None, lost
+    result = Comparison(records, layers=("gdn",) * 60)
+    assert len(report_html.html(result).encode()) < 1_000_000
+    # Layers with nothing to see are one row, and show the largest of their ratios; a bad layer's neighbours stay.
+    text = report.text(result)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    rows = {line[:9].strip(): line for line in text.splitlines() if line[8:9] == " " and line[:3].strip().isdigit()}
+    assert list(rows) == ["0-29", "30 gdn", "31 gdn", "32 gdn", *(f"{i} gdn" for i in range(33, 43)), "43-59"]
+    assert "1.29." in rows["0-29"] and "1.59." in rows["43-59"]
+    # One reason is told once, however many taps it concerns.
+    assert text.count("00041.safetensors") == 1 == report_html.html(result).split("<h2>What")[1].count("00041")
 
 
 def test_commands(built: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

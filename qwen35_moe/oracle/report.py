@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from ..tap_names import base_name
-from .records import Comparison, Record, show
+from .records import CLASSES, Comparison, Record, show
 
 SYMBOLS = {"bit-equal": "=", "within rounding": ".", "suspicious": "?", "wrong": "X", "not comparable": "!"}
 SHORT = {
@@ -20,6 +22,9 @@ SHORT = {
     "moe_routed_output": "routed", "moe_slot_ids": "slots", "moe_slot_weights": "sl.wgt",
     "gdn_state": "state", "gdn_core_out": "core", "final_norm": "norm", "next_token_logits": "logits",
 }  # fmt: skip
+
+LAYER = re.compile(r"layers\.\d+\.")
+QUIET = 8
 
 
 def short(tap: str) -> str:
@@ -87,10 +92,11 @@ def text(result: Comparison, width: int = 80) -> str:
     say("taps", f"{found}: {counts['total']} in all")
     for label, keys in (("missing", [r.key for r in result.records if r.cls == "missing"]), ("extra", result.extra),
                         ("unknown", result.unknown), ("holes", result.holes),
-                        ("broken", [f"{r.key} ({r.note})" for r in result.records if r.cls == "not comparable"]),
                         ("NaN in", [f"{r.key} ({r.nan} rows)" for r in result.records if r.nan])):  # fmt: skip
         if keys:
-            say(label, f"{len(keys)}: {', '.join(_fold(keys)[:10])}{', ...' if len(_fold(keys)) > 10 else ''}")
+            say(label, _some(keys))
+    for reason, keys in broken(result).items():
+        say("broken", f"{_some(keys)}: {reason}")
     for problem in result.problems:
         say("problem", " ".join(str(problem).split()))
     for note in result.notes:
@@ -98,13 +104,27 @@ def text(result: Comparison, width: int = 80) -> str:
     return "\n".join(line[:width] for line in lines)
 
 
-def _fold(keys: Iterable[str]) -> list[str]:
+def broken(result: Comparison) -> dict[str, list[str]]:
+    """Why taps could not be compared, and which."""
+    found: dict[str, list[str]] = {}
+    for r in result.records:
+        if r.cls == "not comparable":
+            found.setdefault(" ".join(r.note.split()), []).append(r.key)
+    return found
+
+
+def fold(keys: Iterable[str]) -> list[str]:
     """One name for a tap of many layers: `layers.*.gdn_q (3)`."""
     found: dict[str, list[str]] = {}
     for key in keys:
-        found.setdefault(f"layers.*.{base_name(key)}" if key.startswith("layers.") else key, []).append(key)
-    return [name if len(all_) == 1 and "*" not in name else all_[0] if len(all_) == 1 else f"{name} ({len(all_)})"
-            for name, all_ in found.items()]  # fmt: skip
+        name = f"layers.*.{base_name(key)}" if key.startswith("layers.") else LAYER.sub("layers.*.", key)
+        found.setdefault(name, []).append(key)
+    return [all_[0] if len(all_) == 1 else f"{name} ({len(all_)})" for name, all_ in found.items()]
+
+
+def _some(keys: Sequence[str]) -> str:
+    folded = fold(keys)
+    return f"{len(keys)}: {', '.join(folded[:10])}{', ...' if len(folded) > 10 else ''}"
 
 
 def _heat(result: Comparison, width: int) -> list[str]:
@@ -113,15 +133,34 @@ def _heat(result: Comparison, width: int) -> list[str]:
         return []
     lines = ["ratio of each tap: = bit-equal, . within rounding, ? suspicious, X wrong,"[:width],
              "! not comparable; > marks the first divergence"]  # fmt: skip
+    rows = _quiet_as_one(layers, cells)
+    if len(rows) < len(layers):
+        lines += ["a range of layers with nothing to see: the largest ratio in it"]
     room = max(1, (width - 9) // 8)
     for start in range(0, len(taps), room):
         part = taps[start : start + room]
         lines += ["", *_head([short(t).split("_") for t in part])]
-        for layer in layers:
-            kind = result.layers[layer] if layer < len(result.layers) else ""
-            row = "".join(_cell(cells.get((layer, tap)), result.first) for tap in part)
-            lines.append(f"{layer:>3} {kind:<5}{row}".rstrip())
+        for row in rows:
+            kind = result.layers[row[0]] if row[0] < len(result.layers) else ""
+            label = f"{row[0]:>3} {kind}" if len(row) == 1 else f"{row[0]:>3}-{row[-1]}"
+            line = "".join(_cell(_largest(cells, row, tap), result.first) for tap in part)
+            lines.append(f"{label:<9}{line}".rstrip())
     return [*lines, ""]
+
+
+def _quiet_as_one(layers: Sequence[int], cells: Mapping[tuple[int, str], Record]) -> list[list[int]]:
+    """Rows of layers: one each, but for QUIET and more in a row that are fine and have no bad neighbour."""
+    loud = {layer for (layer, _), r in cells.items() if r.cls not in ("bit-equal", "within rounding")}
+    rows: list[list[int]] = []
+    for near, run in groupby(layers, key=lambda i: not loud.isdisjoint((i - 1, i, i + 1))):
+        some = list(run)
+        rows += [[i] for i in some] if near or len(some) < QUIET else [some]
+    return rows
+
+
+def _largest(cells: Mapping[tuple[int, str], Record], row: Sequence[int], tap: str) -> Record | None:
+    found = [cells[i, tap] for i in row if (i, tap) in cells]
+    return max(found, key=lambda r: (CLASSES.index(r.cls), r.ratio or 0.0), default=None)
 
 
 def _head(names: list[list[str]]) -> list[str]:

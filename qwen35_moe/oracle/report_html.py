@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 
 from ..tap_names import base_name
 from .records import Comparison, Record, show
-from .report import SYMBOLS, _fold, grid, short, worst
+from .report import SYMBOLS, broken, fold, grid, short, worst
 
 STYLE = """
 :root{--ink:#1b1f24;--soft:#5d6670;--line:#d8dde3;--paper:#fff;--wash:#f5f7f9;--bad:#b3261e;--good:#1a6b3c}
 *{box-sizing:border-box}
 body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:var(--ink);background:var(--wash);margin:0}
-main{max-width:1180px;margin:0 auto;padding:28px 24px 60px}
+main{max-width:1320px;margin:0 auto;padding:28px 24px 60px}
 h1{font-size:15px;font-weight:600;color:var(--soft);margin:0 0 10px}h2{font-size:17px;margin:34px 0 10px}
 section,.verdict{background:var(--paper);border:1px solid var(--line);border-radius:8px;padding:16px 20px}
 section{overflow-x:auto}
@@ -22,11 +23,11 @@ section{overflow-x:auto}
 .verdict p{margin:4px 0 0;color:var(--soft)}
 table{border-collapse:separate;border-spacing:2px;font-variant-numeric:tabular-nums}
 th{font-weight:500;color:var(--soft);text-align:right;padding:2px 8px;font-size:13px;white-space:nowrap}
-td.c{min-width:62px;text-align:right;padding:4px 8px;border-radius:4px;font-size:13px;white-space:nowrap}
-td.c{border:2px solid transparent}
-td.c i{font-style:normal;font-weight:700;display:inline-block;width:1.1em;text-align:center}
-td.suspicious{background-image:repeating-linear-gradient(45deg,#0000 0 6px,#0002 6px 8px)}
-td.wrong{background-image:repeating-linear-gradient(45deg,#0000 0 4px,#0003 4px 6px);font-weight:700}
+td.c{text-align:right;padding:2px 1px 2px 3px;border:2px solid transparent;border-radius:4px;white-space:nowrap}
+td.c,.heat th{font-size:12px}td.c i{font-style:normal;font-weight:700;display:inline-block;width:1em;text-align:center}
+.heat th{padding:2px 3px;vertical-align:bottom}.heat th:first-child{position:sticky;left:0;background:var(--paper)}
+td.suspicious{background-image:repeating-linear-gradient(45deg,#0000 0 12px,#0001 12px 14px)}
+td.wrong{background-image:repeating-linear-gradient(45deg,#0000 0 6px,#0001 6px 8px);font-weight:700}
 td.first{border-color:#000}
 .key span{display:inline-block;padding:2px 9px;margin:0 8px 6px 0;border-radius:4px;font-size:13px}
 .bar{height:14px;background:#456b9c;border-radius:3px;display:block;min-width:1px}
@@ -84,7 +85,7 @@ def _heat(result: Comparison) -> str:
     if not layers:
         return ""
     key = "".join(f'<span style="background-color:{colour}">{SYMBOLS[c]} {c}</span>' for c, colour in COLOURS.items())
-    head = "".join(f'<th title="{t}">{escape(short(t))}</th>' for t in taps)
+    head = "".join(f'<th title="{t}">{escape(short(t)).replace("_", "<br>")}</th>' for t in taps)
     rows = []
     for layer in layers:
         kind = result.layers[layer] if layer < len(result.layers) else ""
@@ -93,7 +94,7 @@ def _heat(result: Comparison) -> str:
     what = "added by each block on the engine's own input" if result.layers else "inherited from all layers before"
     return (f"<h2>Errors {what}, in units of the legal error (limit {result.limit:g})</h2><section>"
             f'<div class="key">{key}<span>&#9655; first divergence</span></div>'
-            f"<table><tr><th>layer</th>{head}</tr>{''.join(rows)}</table></section>")  # fmt: skip
+            f'<table class="heat"><tr><th>layer</th>{head}</tr>{"".join(rows)}</table></section>')  # fmt: skip
 
 
 def _cell(r: Record | None, first: Record | None) -> str:
@@ -199,10 +200,14 @@ def _facts(result: Comparison) -> str:
              **{f"problem {i + 1}": str(p) for i, p in enumerate(result.problems)}}  # fmt: skip
     out = "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"
     for name, keys in (("missing in the dump", [r.key for r in result.records if r.cls == "missing"]),
-                       ("not comparable", [f"{r.key}: {r.note}" for r in result.records if r.cls == "not comparable"]),
                        ("in the dump only", result.extra), ("names without meaning", result.unknown),
                        ("dumped for other layers only", result.holes)):  # fmt: skip
         if keys:
-            folded = _fold(keys) if name != "not comparable" else keys
-            out += f"<details><summary>{len(keys)} {name}</summary><code>{escape(', '.join(folded))}</code></details>"
+            out += _folded(f"{len(keys)} {name}", keys)
+    for reason, keys in broken(result).items():
+        out += _folded(f"{len(keys)} not comparable: {reason}", keys)
     return f"<h2>What was compared</h2><section>{out}</section>"
+
+
+def _folded(summary: str, keys: Sequence[str]) -> str:
+    return f"<details><summary>{escape(summary)}</summary><code>{escape(', '.join(fold(keys)))}</code></details>"
