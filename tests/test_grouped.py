@@ -43,7 +43,7 @@ def test_grouped_is_the_loop(name: str, order: str) -> None:
     table = arithmetic.get(name)
     table = replace(table, switches={**table.switches, "moe_sum_order": order})
     dtype = table.weight_dtype("experts")
-    experts = moe.Experts.of(drawn(E, 2 * F, D, dtype=dtype), drawn(E, D, F, dtype=dtype, seed=1), quantised=True)
+    experts = moe.Experts(drawn(E, 2 * F, D, dtype=dtype), drawn(E, D, F, dtype=dtype, seed=1), quantised=True)
     ids, weights = routed(T)
     x = drawn(T, D, dtype=dtype, seed=2)
     with arithmetic.using(table):
@@ -62,7 +62,7 @@ def test_packed_experts_pair_by_pair_and_in_batches(tokens: int, monkeypatch: py
     slots = [(concatenate(gate, up), down) for gate, up, down in zip(gates, ups, downs, strict=True)]
     packed = grouped.stack_slots(slots, torch.float64, torch.device("cpu"), quantised=True)
     assert packed is not None
-    decoded = moe.Experts.of(*packed.stack(slice(None)), quantised=True)
+    decoded = moe.Experts(*packed.stack(slice(None)), quantised=True)
     assert torch.equal(decoded.gate_up_proj[5], slots[5][0].decode(torch.float64))
     ids, weights = routed(tokens)
     x = drawn(tokens, D, seed=2)
