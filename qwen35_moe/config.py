@@ -142,9 +142,13 @@ class Config:
 
 def _rope_values(text: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings: `rope_parameters`, or the flat keys of older files, or the family's defaults."""
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise Qwen35Error("wrong type", where="config.json: rope_parameters", expected="an object", found=repr(rope))
+    given = [rope for key in ("rope_parameters", "rope_scaling") if (rope := text.get(key))]
+    if odd := [rope for rope in given if not isinstance(rope, Mapping)]:
+        raise Qwen35Error("wrong type", where="config.json: rope_parameters", expected="an object", found=repr(odd[0]))
+    if len(given) == 2 and given[0] != given[1]:  # transformers takes the second, as those expect who add YaRN there
+        where, expected = "config.json: rope_parameters and rope_scaling", "one of them, or the same in both"
+        raise Qwen35Error("two rotary embeddings", where=where, expected=expected, found=given[1], do="delete one")
+    rope = given[0] if given else {}
     kind, interleaved = rope.get("rope_type", rope.get("type", "default")), rope.get("mrope_interleaved", True)
     if kind not in ("default", "mrope") or interleaved is not True:
         where, found = "config.json: rope_parameters", f"rope_type {kind!r}, mrope_interleaved {interleaved}"

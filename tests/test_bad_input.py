@@ -46,6 +46,10 @@ CONFIGS = {
         lambda c: c["rope_parameters"].update(mrope_section=[1, 1, 1]),
         ["mrope_section", "add up"],
     ),
+    "YaRN beside the rope": (
+        lambda c: c.update(rope_scaling={"type": "yarn", "factor": 4.0}),
+        ["two rotary embeddings", "rope_scaling", "yarn"],
+    ),
     "rope is a list": (lambda c: c.update(rope_parameters=[1]), ["wrong type", "rope_parameters"]),
     "an output gate of unknown kind": (lambda c: c.update(output_gate_type="relu"), ["output_gate_type", "relu"]),
 }
