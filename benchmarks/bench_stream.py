@@ -66,7 +66,7 @@ class Bench:
 
     def layer(self, i: int) -> None:
         with torch.inference_mode(), arithmetics.using(self.model.arithmetic), attach(self.hits):
-            self.model.layers[i](self.x, self.angles, None, None, LayerState())
+            self.model.layers[i](self.x, self.angles, None, LayerState())
 
     def head(self) -> None:
         with torch.inference_mode(), arithmetics.using(self.model.arithmetic):

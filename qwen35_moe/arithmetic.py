@@ -50,6 +50,8 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
     # How the router's softmax and the shared gate's dot product are summed: in the library's order, in the dtype of the
     # table; or exactly, to be rounded once, which is the fair model of an fp32 kernel whose order is not known.
     "moe_router_sums": ("library", "exact"),
+    # Whether the shared gate's dot product is added as the last switch says, or in the order of Triton (`sums.py`).
+    "moe_shared_gate_sum": ("as router", "triton"),
     # Which rule DeltaNet uses. A single token that continues a sequence always takes the recurrent rule.
     "gdn_rule": ("chunked", "recurrent"),
     # How the recurrent rule scales q: times K^-0.5, as the chunked rule does, or divided by K^0.5.

@@ -174,9 +174,10 @@ class GatedDeltaNet(nn.Module):
         self.norm = nn.ParameterDict({"weight": _parameter(P)})
         self.out_proj = Linear(J * P, D)
 
-    def forward(self, x_BTD: Tensor, real_BT: Tensor | None, past: LayerState) -> Tensor:
+    def forward(self, x_BTD: Tensor, real_BS: Tensor | None, past: LayerState) -> Tensor:
         J, M, K, P = self.sizes
         B, T, _ = x_BTD.shape
+        real_BT = None if real_BS is None else real_BS[:, -T:]
         if real_BT is not None:
             x_BTD = x_BTD * real_BT[..., None]
         qkv_BTC = self.in_proj_qkv("gdn_qkv", x_BTD)

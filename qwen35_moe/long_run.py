@@ -158,10 +158,10 @@ def begin(
     sum_BTD: the stream after some layers that an earlier run has done; handlers: for taps that come before the layers,
     which that run has met.
     """
-    real_BT, real_BS, positions = extend(Cache(), model.checked(ids_BT), mask, positions)
+    real_BS, positions = extend(Cache(), model.checked(ids_BT), mask, positions)
     with arithmetics.using(model.arithmetic), attach(*(handlers if sum_BTD is None else ())):
         h_BTD = tap("embed_tokens", model.embed_tokens(ids_BT)) if sum_BTD is None else sum_BTD.to(ids_BT.device)
-        return h_BTD, (rotary_angles(model.config, positions, h_BTD.dtype), real_BT, real_BS)
+        return h_BTD, (rotary_angles(model.config, positions, h_BTD.dtype), real_BS)
 
 
 def _head(model: Model, h_BTD: Tensor, recorder: Recorder, writer: TraceWriter) -> None:

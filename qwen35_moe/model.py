@@ -41,19 +41,14 @@ class Layer(nn.Module):
         self.mlp = MoE(config, fused)
 
     def forward(
-        self,
-        sum_BTD: Tensor,
-        angles: tuple[Tensor, Tensor],
-        real_BT: Tensor | None,
-        real_BS: Tensor | None,
-        past: LayerState,
+        self, sum_BTD: Tensor, angles: tuple[Tensor, Tensor], real_BS: Tensor | None, past: LayerState
     ) -> Tensor:
         h_BTD = tap("layer_input", sum_BTD)
         x_BTD = self.input_layernorm(sum_BTD)
         if self.kind == FULL:
             y_BTD = self.self_attn(x_BTD, *angles, real_BS, past)
         else:
-            y_BTD = self.linear_attn(x_BTD, real_BT, past)
+            y_BTD = self.linear_attn(x_BTD, real_BS, past)
         sum_BTD = add("pre_mlp_residual_sum", h_BTD, y_BTD)
         h_BTD = tap("pre_mlp_residual", sum_BTD)
         y_BTD = self.mlp(self.post_attention_layernorm(sum_BTD))
@@ -104,13 +99,13 @@ class Model(nn.Module):
         cache = Cache() if cache is None else cache
         input_ids, attention_mask = (x if x is None else torch.as_tensor(x) for x in (input_ids, attention_mask))
         new = self.checked(input_ids, inputs_embeds)
-        real_BT, real_BS, position_ids = extend(cache, new, attention_mask, position_ids)
+        real_BS, position_ids = extend(cache, new, attention_mask, position_ids)
         with arithmetics.using(self.arithmetic):
             h_BTD = tap("embed_tokens", self.embed_tokens(new) if inputs_embeds is None else new)
             angles = rotary_angles(self.config, position_ids, h_BTD.dtype)
             for i, layer in enumerate(self.layers):
                 with scope(layer=i):
-                    h_BTD = layer(h_BTD, angles, real_BT, real_BS, cache.layer(i))
+                    h_BTD = layer(h_BTD, angles, real_BS, cache.layer(i))
             if logits_to_keep is not None:
                 h_BTD = h_BTD[:, -logits_to_keep:]
             return self.lm_head("next_token_logits", self.norm(h_BTD))
@@ -134,18 +129,17 @@ class Model(nn.Module):
 
 def extend(
     cache: Cache, new: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
+) -> tuple[Tensor | None, Tensor]:
     """Enters the new tokens (`new` is [B, T, ...]) into the cache, once all that was given about them fits.
 
-    Returns which of them are real [B, T], which of all tokens so far [B, S] (None where there never was padding), and
-    their positions, [B, T] or [3, B, T].
+    Returns which of all tokens so far are real [B, S] (None where there never was padding), and the positions of the
+    new ones, [B, T] or [3, B, T].
     """
     B, T = new.shape[:2]
     never = attention_mask is None and cache.mask is None
     real_BS = None if never else _extended_mask(cache, new, attention_mask)
-    real_BT = None if real_BS is None else real_BS[:, -T:]
     next_B = new.new_zeros(B, dtype=torch.long) if cache.next_position is None else cache.next_position
-    count_BT = next_B.new_ones(B, T) if real_BT is None else real_BT.long()
+    count_BT = next_B.new_ones(B, T) if real_BS is None else real_BS[:, -T:].long()
     if position_ids is None:
         position_ids = next_B[:, None] + (count_BT.cumsum(1) - 1).clamp_min(0)
     if position_ids.shape not in ((B, T), (3, B, T)):
@@ -154,7 +148,7 @@ def extend(
     last_BT = torch.where(count_BT > 0, position_ids.reshape(-1, B, T).amax(0), -1)
     cache.next_position = torch.maximum(next_B, last_BT.amax(1) + 1)
     cache.length, cache.mask = cache.length + T, real_BS
-    return real_BT, real_BS, position_ids
+    return real_BS, position_ids
 
 
 def _extended_mask(cache: Cache, new: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -50,7 +50,6 @@ class MTP(nn.Module):
         embeds_BTD: Tensor,
         hidden_BTD: Tensor,
         angles: tuple[Tensor, Tensor],
-        real_BT: Tensor | None,
         real_BS: Tensor | None,
         past: LayerState,
     ) -> Tensor:
@@ -58,7 +57,7 @@ class MTP(nn.Module):
         halves = self.pre_fc_norm_embedding(embeds_BTD), self.pre_fc_norm_hidden(hidden_BTD)
         x_BTD = self.fc("mtp_fc", torch.cat(halves, -1))
         with scope(layer=0):
-            x_BTD = self.layers[0](x_BTD, angles, real_BT, real_BS, past)
+            x_BTD = self.layers[0](x_BTD, angles, real_BS, past)
         return self.norm(x_BTD)
 
 
@@ -101,11 +100,11 @@ def draft_head(
             found=None if given is None else list(given.shape),
             do="drop the last hidden state, or append the token that was sampled from it",
         )
-    real_BT, real_BS, position_ids = extend(cache, hidden_BTD, attention_mask, position_ids)
+    real_BS, position_ids = extend(cache, hidden_BTD, attention_mask, position_ids)
     with arithmetics.using(model.arithmetic), scope(part="mtp"):
         embeds_BTD = tap("embed_tokens", model.embed_tokens(next_ids) if next_embeds is None else next_embeds)
         angles = rotary_angles(model.config, position_ids, hidden_BTD.dtype)
-        hidden_BTD = mtp(embeds_BTD, hidden_BTD, angles, real_BT, real_BS, cache.layer(0))
+        hidden_BTD = mtp(embeds_BTD, hidden_BTD, angles, real_BS, cache.layer(0))
         return model.lm_head("next_token_logits", hidden_BTD), hidden_BTD
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import arithmetic
 from .ops import linear, promote
+from .sums import triton_sum
 from .taps import tap
 
 
@@ -32,10 +33,13 @@ def route(x_TD: Tensor, weight_ED: Tensor, top_k: int, renormalise: bool = True)
 def shared_gate(x_TD: Tensor, weight_1D: Tensor) -> Tensor:
     """sigmoid(w . x): how much of the shared expert a token gets.  -> [T, 1].
 
-    transformers rounds logit and sigmoid to bf16; SGLang's fused kernels keep both in fp32.
+    transformers rounds logit and sigmoid to bf16; SGLang's fused kernels keep both in fp32, summed in Triton's order.
     """
-    logit_T1 = linear("moe_shared_gate_logit", _for_sums(x_TD), weight_1D)
-    return tap("moe_shared_gate", promote(logit_T1).sigmoid())
+    if arithmetic.current().switch("moe_shared_gate_sum") == "triton":
+        logit_T1 = tap("moe_shared_gate_logit", triton_sum(promote(x_TD) * promote(weight_1D))[:, None])
+    else:
+        logit_T1 = linear("moe_shared_gate_logit", _for_sums(x_TD), weight_1D)
+    return tap("moe_shared_gate", _for_sums(promote(logit_T1)).sigmoid())
 
 
 def append_shared(

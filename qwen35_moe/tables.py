@@ -120,7 +120,9 @@ SGLANG_BF16 = Arithmetic(
         "moe_partial_sum": KEEP,
     },
     weights={"*.A_log": torch.float32},
-    switches={"moe_router_sums": "exact"},
+    # The kernel that appends the shared expert adds its gate with 8 warps (sglang 28666): bit for bit, or next to it,
+    # where a warp has 32 lanes. ROCm's have 64; no outputs of one are at hand.
+    switches={"moe_router_sums": "exact", "moe_shared_gate_sum": "triton"},
 )
 
 

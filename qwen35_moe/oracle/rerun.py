@@ -110,7 +110,7 @@ class Rerun:
         with using(table), splitting(table), attach(*handlers, restart):
             angles = rotary_angles(self.config, self.tokens.positions, stream_BTD.dtype)
             with scope(layer=i):
-                out = layer(stream_BTD, angles, real, real, LayerState())
+                out = layer(stream_BTD, angles, real, LayerState())
         return restart.seen, out
 
     def fault(
