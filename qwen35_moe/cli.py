@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         return 2
+    except KeyboardInterrupt:
+        print("qwen35-moe: interrupted", file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"qwen35-moe: {error}", file=sys.stderr)
         return 2

@@ -59,6 +59,15 @@ def test_a_bug_is_not_a_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
+def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qwen35_moe.gate_cli.read", interrupted)
+    assert cli.main(["gate", "anything"]) == 2
+    assert capsys.readouterr().err == "qwen35-moe: interrupted\n"
+
+
 def config_with(**quant: object) -> dict[str, object]:
     sizes = dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32)
     return {"num_hidden_layers": 1, "num_experts": 2, **sizes, "quantization_config": quant}
