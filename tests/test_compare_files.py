@@ -1,4 +1,4 @@
-"""Comparing files of many layers: every format, threads, broken files in the middle, flips of experts."""
+"""Comparing files of many layers: every format, broken files in the middle, flips of experts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def cut(file: Path) -> str:
     return file.name
 
 
-def test_formats_and_threads_have_the_same_verdict(files: Path) -> None:
+def test_formats_have_the_same_verdict_and_threads_stay_as_they_were(files: Path) -> None:
     before, rows = torch.get_num_threads(), []
     for form, threads in (*((form, 2) for form in FORMATS), ("trace", 1)):
         torch.set_num_threads(threads)
