@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from threading import local
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import grouped
+from .ahead import fetch_ahead
+from .quant.mxfp4 import decode
 from .quant.packed import Float, Packed, Stacked, adjoined
 
 CPU = torch.device("cpu")
@@ -42,11 +47,38 @@ def is_plain(weight: Packed, dtype: torch.dtype) -> bool:
     return all(isinstance(part, Float) and part.values.dtype == dtype for part in parts)
 
 
-def moved(packed: Packed, device: torch.device) -> Packed:
-    """The same on another device."""
+def moved(slot: Sequence[Packed], device: torch.device) -> list[Packed]:
+    """The same on another device. What was read into one piece of memory goes there in one copy, unless most of that is
+    not asked for, as of a mapped file."""
+    if device.type == "cpu":
+        return list(slot)
+    own = sum(packed.nbytes for packed in slot)
+    copies: dict[int, Tensor] = {}
+
+    def there(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.nbytes() > own or storage.nbytes() == x.nbytes or not x.is_contiguous():
+            return x.to(device, non_blocking=True)
+        if storage.data_ptr() not in copies:
+            flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+            copies[storage.data_ptr()] = flat.to(device, non_blocking=True)
+        begin = x.storage_offset() * x.element_size()
+        copy = copies[storage.data_ptr()][begin : begin + x.nbytes]
+        return (copy if x.dtype == torch.uint8 else copy.view(x.dtype)).view(x.shape)
+
+    return [_each(packed, there) for packed in slot]
+
+
+def _each(packed: Packed, change: Callable[[Tensor], Tensor]) -> Packed:
     if isinstance(packed, Stacked):
-        return Stacked(tuple(moved(part, device) for part in packed.parts))
-    return type(packed)(**{name: x.to(device) for name, x in vars(packed).items()})
+        return Stacked(tuple(_each(part, change) for part in packed.parts))
+    return type(packed)(**{name: change(x) for name, x in vars(packed).items()})
+
+
+def tensors(slot: Iterable[Packed]) -> Iterator[Tensor]:
+    """What the weights are stored in."""
+    for packed in slot:
+        yield from tensors(packed.parts) if isinstance(packed, Stacked) else vars(packed).values()
 
 
 class PackedExperts(nn.Module):
@@ -72,7 +104,7 @@ class PackedExperts(nn.Module):
     def at(self, e: int) -> tuple[Tensor, Tensor]:
         slot = self.read(e)
         if self.device.type != "cpu":
-            gate_up, down = (moved(packed, self.device).decode(self.dtype) for packed in slot)
+            gate_up, down = (packed.decode(self.dtype) for packed in moved(slot, self.device))
         else:
             gate_up, down = (p.decode(self.dtype, scratch(i, p.shape, self.dtype)) for i, p in enumerate(slot))
         return gate_up, down
@@ -87,3 +119,23 @@ def scratch(which: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if which not in kept or (kept[which].shape, kept[which].dtype) != (shape, dtype):
         kept[which] = torch.empty(shape, dtype=dtype)
     return kept[which]
+
+
+class PassingExperts(PackedExperts):
+    """Packed experts that do not stay on a GPU: threads read some of them ahead, from memory or from disk, while it
+    decodes and multiplies a batch of others."""
+
+    def batches(self, hit: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """gate_up [n, 2F, D] and down [n, D, F] of the next n experts, until all have been had."""
+        coming = fetch_ahead(lambda e: moved(self.read(e), self.device), hit, tensors, self.device, 2 * grouped.BATCH)
+        while slots := list(islice(coming, grouped.BATCH)):
+            gate_up, down = (self._decoded([slot[i] for slot in slots]) for i in (0, 1))
+            yield gate_up, down
+
+    def _decoded(self, weights: list[Packed]) -> Tensor:
+        stack = grouped.as_one_mxfp4(weights, self.device)
+        if stack is None:
+            return torch.stack([weight.decode(self.dtype) for weight in weights])
+        empty = (0, 0, 0, 0, 0, grouped.BATCH - len(weights))  # each size of batch would be compiled
+        codes, scales = F.pad(stack.codes, empty), F.pad(stack.scales, empty)
+        return decode(codes, scales, self.dtype)[: len(weights)]

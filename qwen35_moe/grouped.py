@@ -13,8 +13,9 @@ of positions, each within one block, and no index occurs twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, TypeGuard
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,20 @@ class Stackable(Protocol):
     def stack(self, which: Any) -> tuple[Tensor, Tensor]: ...
 
 
+class Batched(Protocol):
+    """Experts that can be had some at a time."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def quantised(self) -> bool: ...
+
+    def batches(self, hit: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """gate_up [n, 2F, D] and down [n, D, F] of the next n, until all have been had."""
+        ...
+
+
 class StackedExperts(nn.Module):
     """MXFP4 experts that stay packed on the device, stacked: codes [E, 2F, Z], scales [E, 2F, Q], and so for down."""
 
@@ -60,6 +75,12 @@ class StackedExperts(nn.Module):
         )
         return gate_up, down
 
+    def batches(self, hit: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        for some in (hit[i : i + BATCH] for i in range(0, len(hit), BATCH)):
+            filled = [*some, *[some[-1]] * (BATCH - len(some))]  # each size of batch would be compiled
+            gate_up, down = self.stack(torch.tensor(filled, device=self.gate_up.codes.device))
+            yield gate_up[: len(some)], down[: len(some)]
+
     def at(self, e: int) -> tuple[Tensor, Tensor]:
         gate_up, down = self.stack(slice(e, e + 1))
         return gate_up[0], down[0]
@@ -69,23 +90,24 @@ def stack_slots(
     slots: Sequence[tuple[Packed, Packed]], dtype: torch.dtype, device: torch.device, quantised: bool
 ) -> StackedExperts | None:
     """Slots (gate_up, down) as `StackedExperts` on the device; None unless all are MXFP4."""
-    codes: tuple[list[Tensor], list[Tensor]] = ([], [])
-    scales: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for slot in slots:
-        for which, packed in enumerate(slot):
-            parts = packed.parts if isinstance(packed, Stacked) else (packed,)
-            stored = [part for part in parts if isinstance(part, mxfp4.MXFP4)]
-            if len(stored) < len(parts):
-                return None
-            codes[which].append(torch.cat([part.codes for part in stored]).to(device))
-            scales[which].append(torch.cat([part.scales for part in stored]).to(device))
-    gate_up, down = (mxfp4.MXFP4(torch.stack(c), torch.stack(s)) for c, s in zip(codes, scales, strict=True))
-    return StackedExperts(gate_up, down, dtype, quantised)
+    gate_up, down = (as_one_mxfp4([slot[i] for slot in slots], device) for i in (0, 1))
+    return None if gate_up is None or down is None else StackedExperts(gate_up, down, dtype, quantised)
 
 
-def applies(experts: object, x_TD: Tensor) -> TypeGuard[Stackable]:
+def as_one_mxfp4(weights: Sequence[Packed], device: torch.device) -> mxfp4.MXFP4 | None:
+    """Weights [O, I] of equal shape as one [n, O, I] on the device; None unless all are MXFP4."""
+    parts = [part for weight in weights for part in (weight.parts if isinstance(weight, Stacked) else (weight,))]
+    stored = [part for part in parts if isinstance(part, mxfp4.MXFP4)]
+    if len(stored) < len(parts):
+        return None
+    codes, scales = ([x.to(device) for x in xs] for xs in zip(*((p.codes, p.scales) for p in stored), strict=True))
+    n = len(weights)
+    return mxfp4.MXFP4(*(torch.cat(xs).view(n, -1, xs[0].shape[-1]) for xs in (codes, scales)))
+
+
+def applies(experts: object, x_TD: Tensor) -> TypeGuard[Stackable | Batched]:
     """Whether to take this form: on a GPU, with experts that can be had stacked, and nobody watching single experts."""
-    return x_TD.is_cuda and hasattr(experts, "stack") and not watched()
+    return x_TD.is_cuda and (hasattr(experts, "stack") or hasattr(experts, "batches")) and not watched()
 
 
 def watched() -> bool:
@@ -94,7 +116,7 @@ def watched() -> bool:
     return any(handler is not table and getattr(handler, "wants_experts", True) for handler in attached())
 
 
-def combine(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: Stackable) -> Tensor:
+def combine(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: Stackable | Batched) -> Tensor:
     """sum_a weights_a expert_{ids_a}(x), as `moe.combine_experts`. Rounds where the loop rounds.  -> [T, D]"""
     x_TD = tap("moe_a1", x_TD) if experts.quantised else x_TD
     y_ND, rows_TA = pair_outputs(x_TD, ids_TA, experts)
@@ -110,7 +132,7 @@ def combine(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: Stackable
     return add_slots(y_ND, rows_TA, weights_TA)
 
 
-def pair_outputs(x_TD: Tensor, ids_TA: Tensor, experts: Stackable) -> tuple[Tensor, Tensor]:
+def pair_outputs(x_TD: Tensor, ids_TA: Tensor, experts: Stackable | Batched) -> tuple[Tensor, Tensor]:
     """What each (token, slot) pair's expert makes of the token, unweighted, in some order, and the row of each pair.
 
     -> y [T*A, D], rows [T, A]
@@ -126,10 +148,12 @@ def pair_outputs(x_TD: Tensor, ids_TA: Tensor, experts: Stackable) -> tuple[Tens
     ids_E = torch.arange(E, dtype=torch.int16, device=x_TD.device)
     ends_E = torch.searchsorted(sorted_N, ids_E, right=True, out_int32=True)
     x_ND = x_TD[pairs_N // A]
-    if isinstance(experts, StackedExperts) and not has_grouped_mm(experts.dtype, x_TD.device):
-        y_ND = _in_batches(x_ND, ends_E, experts)
+    stack = getattr(experts, "stack", None)
+    if stack is None or (isinstance(experts, StackedExperts) and not has_grouped_mm(experts.dtype, x_TD.device)):
+        y_ND = _in_batches(x_ND, ends_E, cast(Batched, experts))
     else:
-        y_ND = run_experts(x_ND, *experts.stack(slice(None)), ends_E, experts.quantised)
+        gate_up, down = stack(slice(None))
+        y_ND = run_experts(x_ND, gate_up, down, ends_E, experts.quantised)
     rows_N = torch.empty_like(pairs_N)
     rows_N[pairs_N] = torch.arange(T * A, device=x_TD.device)
     return y_ND, rows_N.view(T, A)
@@ -143,16 +167,16 @@ def has_grouped_mm(dtype: torch.dtype, device: torch.device, columns: int = 8) -
     return dtype == torch.bfloat16 and device.type == "cuda" and columns % 8 == 0
 
 
-def _in_batches(x_ND: Tensor, ends_E: Tensor, experts: StackedExperts) -> Tensor:
-    """As `run_experts`, decoding `BATCH` experts at a time, where one of them is hit."""
-    ends, outputs, start = ends_E.tolist(), [], 0
-    for first in range(0, len(ends), BATCH):
-        last = min(first + BATCH, len(ends))
-        stop = ends[last - 1]
-        if stop > start:
-            weights = experts.stack(slice(first, last))
-            outputs.append(run_experts(x_ND[start:stop], *weights, ends_E[first:last] - start, experts.quantised))
-        start = stop
+def _in_batches(x_ND: Tensor, ends_E: Tensor, experts: Batched) -> Tensor:
+    """As `run_experts`, with some of the hit experts at a time."""
+    ends = ends_E.tolist()
+    hit = [e for e, (start, stop) in enumerate(pairwise([0, *ends])) if stop > start]
+    ends_H, outputs, start, first = ends_E[hit], [], 0, 0
+    for gate_up, down in experts.batches(hit):
+        last = first + len(down)
+        stop = ends[hit[last - 1]]
+        outputs.append(run_experts(x_ND[start:stop], gate_up, down, ends_H[first:last] - start, experts.quantised))
+        start, first = stop, last
     return torch.cat(outputs)
 
 

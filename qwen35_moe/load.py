@@ -22,11 +22,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import arithmetic as arithmetics
+from .ahead import Ahead, fetch_ahead
 from .arithmetic import Arithmetic
 from .checkpoint import Checkpoint
 from .config import Config
 from .errors import Qwen35Error
-from .experts import PackedExperts, Slot, ViewedExperts, as_one, is_plain
+from .experts import (
+    PackedExperts,
+    PassingExperts,
+    Slot,
+    ViewedExperts,
+    as_one,
+    is_plain,
+    moved,
+    tensors,
+)
 from .grouped import stack_slots
 from .model import Model
 from .moe import Experts, ExpertSource, MoE
@@ -140,6 +150,7 @@ def load(
     config = Config.from_dict(checkpoint.config, ignore=ignore_config_keys)
     checkpoint.validate(config)
     checkpoint.reader.mapped = mode != "stream"
+    checkpoint.reader.pinned = mode == "stream" and torch.device(device).type == "cuda"
     if shared_expert == "auto" and table.fuses:
         decisions = decide_layers(checkpoint.config, stored=checkpoint.spec)
         fused, draft_fused = [bool(d) for d in decisions if not d.draft], any(d for d in decisions if d.draft)
@@ -220,7 +231,7 @@ def fill(
             if parameter.is_meta:
                 dtype = table.weight_dtype(f"{path}.{name}")
                 if isinstance(owner, Linear):
-                    value = source.weight(path).decode(dtype)
+                    value = moved([source.weight(path)], device)[0].decode(dtype)
                 else:
                     value = source.tensor(f"{path}.{name}").to(dtype)
                 owner.register_parameter(name, nn.Parameter(value.to(device), requires_grad=False))
@@ -244,7 +255,8 @@ def _fill_experts(moe: MoE, path: str, source: Source, table: Arithmetic, device
             moe.experts = stacked
             return
         read = slots.__getitem__
-    moe.experts = PackedExperts(count, F, read, dtype, quantised, device)
+    kind = PassingExperts if device.type == "cuda" else PackedExperts
+    moe.experts = kind(count, F, read, dtype, quantised, device)
 
 
 def decoded_experts(slots: list[Slot], dtype: torch.dtype, device: torch.device, quantised: bool) -> ExpertSource:
@@ -266,6 +278,7 @@ class StreamedLayers(Sequence[nn.Module]):
         self, prefix: str, empty: Sequence[nn.Module], source: Source, table: Arithmetic, device: torch.device
     ):
         self.prefix, self.empty, self.source, self.table, self.device = prefix, empty, source, table, device
+        self.coming: tuple[int, Ahead[nn.Module]] | None = None  # what a thread reads while a GPU computes
 
     def __len__(self) -> int:
         return len(self.empty)
@@ -273,6 +286,18 @@ class StreamedLayers(Sequence[nn.Module]):
     def __getitem__(self, i: int) -> nn.Module:  # type: ignore[override]  # no slices
         if not 0 <= i < len(self):
             raise IndexError(i)
+        if self.device.type != "cuda":
+            return self._read(i)
+        if self.coming is None or self.coming[0] != i:
+            self.coming = i, self._ahead(i)
+        layer = self.coming[1].result()
+        self.coming = (i + 1, self._ahead(i + 1)) if i + 1 < len(self) else None
+        return layer
+
+    def _ahead(self, i: int) -> Ahead[nn.Module]:
+        return Ahead(lambda: self._read(i), lambda layer: (p.data for p in layer.parameters()), self.device)
+
+    def _read(self, i: int) -> nn.Module:
         layer = deepcopy(self.empty[i])
         fill(layer, f"{self.prefix}.{i}", self.source, self.table, self.device, "stream")
         return layer
@@ -334,8 +359,14 @@ class StreamedHead(nn.Module):
     def blocks(self, name: str, x_BTD: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(which of the vocabulary, their logits [B, T, v] untapped), one block after another."""
         V = self.source.config.vocab_size
-        for rows in (slice(v, min(v + HEAD_ROWS, V)) for v in range(0, V, HEAD_ROWS)):
-            weight = self.source.weight(self.module, rows).decode(self.dtype).to(x_BTD.device)
+        blocks = [slice(v, min(v + HEAD_ROWS, V)) for v in range(0, V, HEAD_ROWS)]
+
+        def fetch(rows: slice) -> list[Packed]:
+            return moved([self.source.weight(self.module, rows)], x_BTD.device)
+
+        found = fetch_ahead(fetch, blocks, tensors, x_BTD.device, 4) if x_BTD.is_cuda else map(fetch, blocks)
+        for rows, (packed,) in zip(blocks, found, strict=True):
+            weight = packed.decode(self.dtype)
             dtype = accumulation_dtype(name, x_BTD, weight)
             yield rows, F.linear(x_BTD.to(dtype), weight.to(dtype))
 

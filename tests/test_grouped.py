@@ -14,6 +14,7 @@ from torch import Tensor
 
 import qwen35_moe as q
 from qwen35_moe import arithmetic, grouped, moe
+from qwen35_moe.experts import PassingExperts
 from qwen35_moe.generate import generate
 from qwen35_moe.graphs import DecodeGraph, PrefillGraph, can_capture
 from qwen35_moe.metrics import rel_l2
@@ -68,6 +69,9 @@ def test_packed_experts_pair_by_pair_and_in_batches(tokens: int, monkeypatch: py
     x = drawn(tokens, D, seed=2)
     loop = moe.combine_experts(x, ids, weights, decoded)
     assert rel_l2(grouped.combine(x, ids, weights, packed), loop) <= FLOAT64_REORDERED
+    passing = PassingExperts(E, F, slots.__getitem__, torch.float64, True, torch.device("cpu"))
+    assert torch.equal(grouped.combine(x, ids, weights, passing), loop)
+    assert torch.equal(moe.combine_experts(x, ids, weights, passing), loop)
 
 
 def test_only_mxfp4_is_stacked() -> None:

@@ -191,7 +191,8 @@ def _read_run(reader: Reader, wanted: Sequence[Rows], at: Sequence[int], run: Se
     first, sizes = wanted[run[0]], [wanted[i].span()[1] for i in run]
     buffer = reader.buffer(sum(sizes))
     reader.read(first.stored, first.span()[0], buffer)
-    return {
-        i: part.view(DTYPES[wanted[i].stored.dtype]).view(wanted[i].count, *wanted[i].size)
-        for i, part in zip(run, buffer.split(sizes), strict=True)
-    }
+    found = {}
+    for i, part in zip(run, buffer.split(sizes), strict=True):
+        dtype = DTYPES[wanted[i].stored.dtype]  # a view less for bytes: readers wait for each other at each operation
+        found[i] = (part if dtype == torch.uint8 else part.view(dtype)).view(wanted[i].count, *wanted[i].size)
+    return found
