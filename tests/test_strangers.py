@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import qwen35_moe as q
 from qwen35_moe import cli
+from qwen35_moe.oracle.readers import read_dump
 
 Build = Callable[[str], Path]
 IDS = [[3, 1, 4], [1, 5, 9]]
@@ -66,6 +68,15 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr("qwen35_moe.gate_cli.read", interrupted)
     assert cli.main(["gate", "anything"]) == 2
     assert capsys.readouterr().err == "qwen35-moe: interrupted\n"
+
+
+def test_the_output_of_attention_is_not_taken_for_the_layers(built: Build, tmp_path: Path) -> None:
+    model = q.load(built("tiny"), text_only=True)
+    truth = q.trace(model, torch.tensor(IDS[:1]), taps="attn_output")
+    save_file({"model.layers.3.self_attn.output": truth["layers.3.attn_output"][0]}, tmp_path / "a.safetensors")
+    dump = read_dump(tmp_path, config=model.config.raw)
+    assert torch.equal(dump["layers.3.attn_output"], truth["layers.3.attn_output"][0])
+    assert "layers.3.mlp_output" not in dump
 
 
 def config_with(**quant: object) -> dict[str, object]:

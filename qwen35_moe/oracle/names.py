@@ -66,6 +66,7 @@ SGLANG = {
     "linear_attn.out_proj.inputs.0": "cat gdn_norm_out:jp",
     "linear_attn.out_proj.output": "sum attn_output",
     "linear_attn.output": "sum attn_output",
+    "self_attn.output": "sum attn_output",
     "mlp.gate.output": "same moe_router_logits",
     "mlp.gate.output.0": "same moe_router_logits",
     "mlp.topk.output.2": "same moe_router_logits",
@@ -181,7 +182,8 @@ def place(raw: str) -> tuple[str, int | None, str]:
 def rule_for(path: str, family: str) -> tuple[Rule, int] | None:
     """The rule of a path below the layer, and its rank of preference (0 is best); None for names without meaning."""
     table = TRANSFORMERS if family == "transformers" else SGLANG
-    path = path if family == "transformers" else path.removeprefix("self_attn.")
+    if family != "transformers" and not path.startswith("self_attn.output"):  # "output" alone is the layer's
+        path = path.removeprefix("self_attn.")
     if path in table:
         return Rule.parse(table[path]), 1 + list(table).index(path)
     if path in TAPS:
