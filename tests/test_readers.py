@@ -352,9 +352,9 @@ def test_other_tokens_and_warm_up(model, truth: Trace, tmp_path: Path) -> None:
     write_dumper(tmp_path / "other", Engine(model, other).values([[(0, 0, 3)]]))
     with pytest.raises(Qwen35Error, match=r"other tokens(.|\n)*\[5, 9, 200(.|\n)*\[1, 2, 3\]"):
         align(read_dump(tmp_path / "other"), truth)
-    write_dumper(tmp_path / "warm", Engine(model, [[0] * 6]).values([[(0, 0, 6)]]))
-    dump = read_dump(tmp_path / "warm")
-    assert "only warm-up" in str(dump.problems[0])
+    write_dumper(tmp_path / "warm", Engine(model, [[0] * 6]).values([[(0, 0, 5)], [(0, 5, 6)]]))
+    with pytest.raises(Qwen35Error, match="only warm-up"):
+        read_dump(tmp_path / "warm")
     # Warm-up, then another request, then the real one.
     engine = Engine(model, [[0] * 6, [1, 2, 3], *SEQUENCES])
     write_dumper(tmp_path / "d", engine.values([[(0, 0, 6)], [(1, 0, 3), (2, 0, 7)], [(3, 0, 5)]]))
@@ -401,6 +401,44 @@ def test_missing_rank_nan_and_shape(model, truth: Trace, tmp_path: Path) -> None
     assert "63 features for 64" in alignment.pair("layers.1.mlp_output").problem
     assert "11 rows for 12 tokens" in alignment.pair("layers.2.mlp_output").problem
     assert sum(1 for pair in alignment if pair.problem) == 2
+
+
+def test_one_rank_of_two_that_does_not_say_so(model, truth: Trace, tmp_path: Path) -> None:
+    """By its shares of fused columns: a partial sum alone would look like a wrong one."""
+    write_dumper(tmp_path / "d", (v for v in Engine(model, SEQUENCES, 2).values(ALL_AT_ONCE) if v.rank == 1), 1)
+    alignment = align(read_dump(tmp_path / "d", config=truth.meta["config"]), truth)
+    assert "found: ranks [1] of 2" in alignment.pair("layers.0.attn_output").problem
+    assert alignment.matched == 12 and not alignment.pair("layers.0.moe_router_logits").problem
+
+
+@pytest.mark.parametrize("spoiled", [lambda x: x[:, :3], lambda x: (x * 100).to(torch.int8)])
+def test_tensors_of_a_rank_that_cannot_be_values(model, truth: Trace, tmp_path: Path, spoiled: object) -> None:
+    values = list(Engine(model, SEQUENCES, 2).values(ALL_AT_ONCE))
+    value = next(v for v in values if v.name.endswith("layers.1.mlp.gate.output"))
+    value.x = spoiled(value.x)  # type: ignore[operator]
+    write_dumper(tmp_path / "d", iter(values), 2)
+    alignment = align(read_dump(tmp_path / "d", config=truth.meta["config"]), truth)
+    assert [p.key for p in alignment if p.problem] == ["layers.1.moe_router_logits"]
+
+
+def test_other_objects_in_files(tmp_path: Path) -> None:
+    torch.save([1], tmp_path / "layer00_FusedMoE_rank0.pt")
+    with pytest.raises(Qwen35Error, match=r"something else(.|\n)*hidden(.|\n)*list"):
+        read_dump(tmp_path)
+    (tmp_path / "p").mkdir()
+    torch.save([1], tmp_path / "p/Pass00000.pt")
+    with pytest.raises(Qwen35Error, match=r"not a pass(.|\n)*list"):
+        read_dump(tmp_path / "p")
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
+    with pytest.raises(Qwen35Error, match="cannot be read"):
+        read_dump(tmp_path / "cut.npz")
+
+
+def test_lost_ids_are_the_message(model, tmp_path: Path) -> None:
+    write_dumper(tmp_path / "d", Engine(model, SEQUENCES).values(ALL_AT_ONCE))
+    next((tmp_path / "d").glob("*name=input_ids*")).write_bytes(b"")
+    with pytest.raises(Qwen35Error, match=r"truncated(.|\n)*name=input_ids"):
+        read_dump(tmp_path / "d")
 
 
 def test_fused_without_sizes(model, truth: Trace, tmp_path: Path) -> None:

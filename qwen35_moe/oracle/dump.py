@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..tap_names import TAPS, base_name, per_token
 from .join import by_row, declared, join_ranks
-from .names import Rule, letters, place, rule_for
+from .names import Rule, letters, place, rule_for, width
 
 
 @dataclass
@@ -102,6 +102,7 @@ class Dump(Mapping[str, Tensor]):
         self.unknown: list[str] = []
         self.sources: dict[str, dict[int, Source]] = defaultdict(dict)
         self._counts: dict[int, int | None] = {}
+        self._ranks = 0
         self._dtypes: dict[tuple[str, int], torch.dtype] = {}
         fused = self._fused_layers(pieces)
         for pieces_of_one in _groups(pieces).values():
@@ -193,17 +194,40 @@ class Dump(Mapping[str, Tensor]):
                 raise Qwen35Error("ranks of this tap cannot be joined", where=key, do="dump with TP 1, or its dims")
             return source.pieces[0].load()
         world = int(source.pieces[0].parallel.get("world_size", 1)) // int(source.pieces[0].parallel.get("pp_size", 1))
-        if source.rule.join != "same" and len(source.pieces) < world:
-            found = f"ranks {[p.rank for p in source.pieces]} of {world}"
+        if source.rule.join != "same" and len(source.pieces) < max(world, self._world()):
+            found = f"ranks {[p.rank for p in source.pieces]} of {max(world, self._world())}"
             raise Qwen35Error(
                 "ranks are missing", where=key, found=found, do="copy the dumps of all ranks to one place"
             )
         loaded = [piece.load() for piece in source.pieces]
+        if not loaded[0].is_floating_point() and not base_name(key).endswith("_ids"):
+            found, do = str(loaded[0].dtype), "dump what its codes mean, or the tensor before it is quantised"
+            raise Qwen35Error("integers where values were expected", where=source.pieces[0].where, found=found, do=do)
         self._dtypes[key, step] = loaded[0].dtype
         count = None if source.pieces[0].rows is not None else self.count(step)
         ranks = [by_row(x, count) for x in loaded]
         join, order = declared(source.pieces) or (source.rule.join, list(range(len(ranks))))
         return join_ranks(key, [ranks[i] for i in order], join, source.rule.blocks, self.sizes)
+
+    def _world(self) -> int:
+        """How many ranks there were, if only one is here and does not say: by the shares of fused columns it holds."""
+        if self._ranks == 0:
+            found: dict[tuple[tuple[str, str], ...], int] = {}
+            for steps in self.sources.values():
+                step, source = next(iter(steps.items()))
+                blocks = source.rule.blocks
+                widths = [None if w.isdigit() else width(w, self.sizes) for _, w in blocks]
+                # Key and value heads are no measure: several ranks may hold the same ones.
+                alone = len(source.pieces) == 1 and source.rule.join == "cat" and not any("g" in w for _, w in blocks)
+                if alone and blocks not in found and len(blocks) > 1 and None not in widths:
+                    try:
+                        columns = by_row(source.pieces[0].load(), self.count(step)).shape[1]
+                    except Qwen35Error:
+                        continue
+                    whole = sum(w or 0 for w in widths)
+                    found[blocks] = whole // columns if columns and whole % columns == 0 else 1
+            self._ranks = found.popitem()[1] if len(set(found.values())) == 1 else 1
+        return self._ranks
 
     def dtype(self, key: str, step: int | None = None) -> torch.dtype:
         """The dtype that the engine wrote."""
@@ -214,12 +238,13 @@ class Dump(Mapping[str, Tensor]):
 
     def check_steps(self) -> None:
         """Find dumps that look alright and are not: warm-up, and CUDA/HIP graphs that hide the decode steps."""
-        warm = [step for step, t in self.tokens.items() if t.ids is not None and t.ids.numel() > 1 and not t.ids.any()]
-        if warm and len(warm) == len(self.tokens):
-            self.problems.append(Qwen35Error(
+        known = {step: t.ids for step, t in self.tokens.items() if t.ids is not None}
+        warm = [step for step, ids in known.items() if ids.numel() > 1 and not ids.any()]
+        if warm and not any(ids.any() for ids in known.values()):
+            raise Qwen35Error(
                 "dump holds only warm-up", where=self.path, found="every token id is 0",
                 do="dump a real request: skip the first passes, and turn one-shot dumping off",
-            ))  # fmt: skip
+            )  # fmt: skip
         elif warm:
             self.notes.append(f"warm-up left out: steps {', '.join(map(str, warm))}")
             for steps in self.sources.values():

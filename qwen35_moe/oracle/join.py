@@ -27,6 +27,9 @@ class Ranked(Protocol):
 def join_ranks(key: str, ranks: list[Tensor], join: str, blocks: Blocks, sizes: Mapping[str, int]) -> Tensor:
     """One tap's rows from those of all ranks: "same" (replicated), "sum", "cat" (columns) or "rows" (tokens)."""
     full = features(base_name(key), sizes)
+    if join in ("sum", "same") and len({x.shape for x in ranks}) > 1:
+        found = ", ".join(str(list(x.shape)) for x in ranks)
+        raise Qwen35Error("ranks have different shapes", where=key, found=found, do="dump all ranks in one run")
     same = len(ranks) > 1 and all(x.shape == ranks[0].shape and torch.equal(x, ranks[0]) for x in ranks[1:])
     if same and (join != "cat" or (len(blocks) == 1 and ranks[0].shape[1] == full)):
         ranks = ranks[:1]  # replicated, or reduced already

@@ -52,7 +52,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
             calls = calls or call is not None
             path_below = next((p for pattern, p in CLASSES if re.fullmatch(pattern, kind)), f"{kind}.output")
             try:
-                load_pt(file)
+                load_tensor(file, "hidden")
             except Qwen35Error as error:
                 problems.append(error)
                 continue

@@ -53,8 +53,14 @@ def _first_byte(path: Path) -> bytes:
 def load_tensor(path: str | Path, *keys: str | int) -> Tensor:
     """One tensor of a torch file, by the keys that lead to it."""
     found = load_pt(path)
-    for key in keys:
-        found = found[key]
+    try:
+        for key in keys:
+            found = found[key]
+    except (KeyError, IndexError, TypeError) as error:
+        holds = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
+        do = "dump again, or delete the file to go on without it"
+        wanted = ", ".join(map(str, keys))
+        raise Qwen35Error("file holds something else", where=path, expected=wanted, found=holds, do=do) from error
     if not isinstance(found, Tensor):
         raise Qwen35Error("not a tensor", where=path, found=type(found).__name__)
     return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, name_map: Any =
                     pieces[-1].key, pieces[-1].layer = key, int(layer[1]) if layer else None
                 else:
                     pieces.append(Piece.named(key, load, where=str(file)))
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, EOFError, SafetensorError, zipfile.BadZipFile) as error:
             do = "dump again; object arrays and pickles are not read"
             problems.append(Qwen35Error("file cannot be read", where=file, found=str(error)[:120], do=do))
     tokens = {0: _tokens(core)} if "input_ids" in core else {}
@@ -83,7 +84,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     if file.suffix == ".npy":
         yield file.stem, partial(lambda f: torch.from_numpy(np.load(f, allow_pickle=False)), file)
     elif file.suffix == ".npz":
-        with np.load(file, allow_pickle=False) as archive:
+        with file.open("rb") as data, np.load(data, allow_pickle=False) as archive:  # numpy leaves bad files open
             for name in archive.files:
                 yield name, partial(_from_npz, file, name)
     else:

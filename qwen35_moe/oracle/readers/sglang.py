@@ -37,7 +37,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
     pieces: list[Piece] = []
     weights: dict[str, Piece] = {}
     problems: list[Qwen35Error] = []
-    core: dict[int, dict[str, Any]] = {}
+    core: dict[tuple[int, int], dict[str, Any]] = {}
     for tags, file in sorted(((_tags(f), f) for f in _files(path)), key=lambda pair: int(pair[0]["dump_index"])):
         try:
             loaded = load_pt(file)
@@ -48,8 +48,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
         value, meta = (loaded["value"], loaded["meta"]) if wrapped else (loaded, {})
         name, step, rank = tags["name"], int(tags["step"]), int(tags["rank"])
         if name in CORE:
-            if rank == 0:  # again for every layer: the first counts
-                core.setdefault(step, {}).setdefault(name, value)
+            core.setdefault((step, rank), {}).setdefault(name, value)  # again for every layer: the first counts
             continue
         if not isinstance(value, Tensor):
             continue
@@ -71,7 +70,11 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
         elif not name.startswith("grad__"):
             pieces.append(piece)
     problems += _unsupported(path, pieces)
-    tokens = {step: _tokens(found) for step, found in core.items() if isinstance(found.get("input_ids"), Tensor)}
+    # The same on all ranks: the last of these to be set is the first rank's.
+    known = sorted((k for k, found in core.items() if isinstance(found.get("input_ids"), Tensor)), reverse=True)
+    tokens = {step: _tokens(core[step, rank]) for step, rank in known}
+    if lost := [error for error in problems if not tokens and "name=input_ids__" in str(error)]:
+        raise lost[0]
     # The dumper can hook any model, transformers' among them.
     theirs = ("self_attn.q_proj.", "linear_attn.in_proj_qkv.", "mlp.gate.output.2")
     family = "transformers" if any(piece.path.startswith(theirs) for piece in pieces) else "sglang"

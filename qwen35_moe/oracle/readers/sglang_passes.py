@@ -42,6 +42,9 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
             number = int(re.sub(r"\D", "", file.stem))
             try:
                 loaded = load_pt(file)
+                if not isinstance(loaded, dict):
+                    raise Qwen35Error("not a pass of SGLang's", where=file, expected="a dict of tensors by module",
+                                      found=type(loaded).__name__, do="keep other files out of the dump")  # fmt: skip
             except Qwen35Error as error:
                 problems.append(error)
                 continue
