@@ -18,6 +18,7 @@ from engine_like import Engine, Value, padded_truth, tiny_model, write_dumper, w
 from fixture_models import read as read_fixture
 from safetensors.torch import save_file
 
+import qwen35_moe as q
 from qwen35_moe import Qwen35Error
 from qwen35_moe.oracle.align import Alignment, align
 from qwen35_moe.oracle.dump import Dump
@@ -300,6 +301,17 @@ def test_llama_cpp_logits(model, tmp_path: Path) -> None:
     (tmp_path / "llamacpp-tiny.bin").write_bytes(last.tobytes()[:-2])
     with pytest.raises(Qwen35Error, match="truncated"):
         read_dump(tmp_path)
+
+
+def test_llama_cpp_wrote_a_base_file() -> None:
+    dump = read_dump(Path(__file__).parent / "data/dumps/llama_cpp.kld")
+    model = q.load(Path(__file__).parent / "data/fixtures/bf16-hub", "exact", text_only=True)
+    for step in (0, 1):
+        truth = model(dump.tokens[step].ids[None]).log_softmax(-1)[0, 16:31]
+        kept = truth > truth.amax(-1, keepdim=True) - 15.9  # what is less likely by 16 was clipped
+        assert kept.double().mean() > 0.95
+        read = dump.read("next_token_logprobs", step).double()
+        torch.testing.assert_close(read[kept], truth[kept], rtol=0, atol=tolerances.LLAMA_KL_BASE)
 
 
 def test_plain_files_with_a_name_map(truth: Trace, tmp_path: Path) -> None:
