@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import Qwen35Error
+from .exclude import Hit
 from .gate_common import no, refuse_sizes, yes
 from .gate_types import PROJECTIONS, Decision, Evidence, Layer, Model, Options
 from .names import spellings, tells_experts_apart
-from .spec import ModuleSpec, QuantConfig, Resolution
+from .spec import BF16, ModuleSpec, QuantConfig, Resolution
 
 Stored = Callable[[str], ModuleSpec | None]
 
@@ -58,8 +59,17 @@ def layer_facts(model: Model, layer: Layer, stored: Stored | None, semantics: st
 def _fact(name: str, quant: QuantConfig, other: QuantConfig | None, stored: Stored | None) -> Fact:
     declared = quant.spec_of(name)
     second = other.spec_of(name) if other and other.exclude.patterns else None
+    if other and second is None and (hit := _block_above(name, quant)):  # to Quark, an entry is one linear module
+        second = Resolution(BF16, hit)
     disagrees = second is not None and second.spec != declared.spec
     return Fact(name, declared, second if disagrees else None, stored(name) if stored else None)
+
+
+def _block_above(name: str, quant: QuantConfig) -> Hit | None:
+    """An entry that names the block around a module, as people write by hand and ATOM reads."""
+    blocks = {spelled.rpartition(".")[0] for spelled in spellings(name, quant.num_hidden_layers)}
+    found = ((i, entry) for i, entry in enumerate(quant.exclude.entries) if entry.rstrip(".") in blocks)
+    return next((Hit(quant.exclude.list, i, entry, "the block around it") for i, entry in found), None)
 
 
 def _routed(
@@ -101,10 +111,10 @@ def strict(model: Model, layer: Layer, options: Options, stored: Stored | None) 
     unknown = [f for f in everything if f.stored is None]
     if stored and unknown:
         return no("a tensor is missing from the checkpoint", Evidence(unknown[0].name, "warning"), *evidence)
-    vague = [(f, f.other.spec) for f in everything if f.other is not None and f.stored is None]
+    vague = [(f, f.other) for f in everything if f.other is not None and f.stored is None]
     if vague:
         fact, other = vague[0]
-        text = f"{fact.name}: {fact.declared.spec} by {fact.declared.hit}, yet {other} to SGLang and vLLM"
+        text = f"{fact.name}: {fact.declared.spec} by {fact.declared.hit}, yet {other.spec} to others by {other.hit}"
         return no(
             "readers of the exclude list disagree, and no bytes were given to settle it",
             Evidence(text, "warning"),
