@@ -76,7 +76,7 @@ def test_two_processes_one_of_which_fails_and_resumes(built: Build, tmp_path: Pa
     assert "envelope.safetensors" in contents(tmp_path / "shared") and not obstacle.parent.exists()
 
 
-class Stop(Exception):
+class Stop(BaseException):
     """A kill at a chosen moment."""
 
 
