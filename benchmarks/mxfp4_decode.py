@@ -79,6 +79,7 @@ def best_times(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[s
     return best
 
 
+@torch.inference_mode()  # as the model runs
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("experts", 64), ("rows", 1024), ("columns", 2048), ("threads", 0), ("rounds", 7)):
