@@ -7,6 +7,8 @@ import json
 import re
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -17,8 +19,11 @@ from .config import FULL, Config
 from .errors import Qwen35Error
 from .gate_cli import _lines, _result
 from .load import HEAD_ROWS
+from .oracle.envelope import legal
+from .oracle.trace_file import CHUNK_BYTES
+from .tap_names import TAPS
 
-PROCESS = 350 << 20  # Python, torch and its libraries
+PROCESS = 300 << 20  # Python, torch and its libraries: 245 MiB with a tiny checkpoint, more with larger products
 
 
 def add_parser(subparsers: Any) -> None:
@@ -84,11 +89,16 @@ def modules(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 
 def estimate(checkpoint: Checkpoint, config: Config, tokens: int, arithmetic: str) -> dict[str, Any]:
-    """Peak memory and time of one forward pass per mode.
+    """Peak memory, time and disk of a run over so many tokens.
 
-    Time: operations / this machine's matmul rate in the dtype, and values to decode / its decoding rate, whichever is
-    more; reading from a disk slower than that comes on top. Memory: weights that are held, the largest decoded piece,
-    what the process takes anyway; logits of all positions where they are held at once.
+    Time of one forward pass: operations / this machine's matmul rate in the dtype, and values to decode / its decoding
+    rate, one after the other; reading from a disk slower than that, and writing a trace, come on top. Measured on four
+    layers of the 35B, two cores: 0.8 to 2.1 times this; where others use the cores, its rates mean little.
+
+    Memory, an upper bound for `qwen35-moe trace` with all taps when it streams: the process; the weights of one layer;
+    an expert a thread; what taps hold until they are written, and once more while they are (measured there: 2 to 13 %
+    less). For the other modes: one
+    forward pass, whose logits are held.
     """
     table = get(arithmetic)
     width, D, F = table.dtype.itemsize, config.hidden_size, config.moe_intermediate_size
@@ -99,25 +109,60 @@ def estimate(checkpoint: Checkpoint, config: Config, tokens: int, arithmetic: st
     packed, expert_values = sum(row["bytes"] for row in experts), sum(row["parameters"] for row in experts)
     ends = V * D * (1 if config.tie_word_embeddings else 2)
     plain = all_values - expert_values - ends
+    layers, largest = _layers(checkpoint)
     rates = measure(table.dtype, D, F)
     hit = E * (1 - (1 - A / E) ** tokens)
     operations = 2 * tokens * (plain + L * A * 3 * D * F + V * D)
     decoded = plain + L * hit * 3 * D * F + V * D
-    seconds = max(operations / rates["matmul_flops"], decoded * width / rates["decode_bytes"])
-    logits, stream = tokens * V * width, tokens * D * width * 30 + tokens * A * D * max(width, 4)
-    two = 2 * 3 * D * F * width
+    seconds = operations / rates["matmul_flops"] + decoded * width / rates["decode_bytes"]
+    taps = [tap_bytes(config, kind, tokens, width) for kind in config.layer_types]
+    held = max(min(sum(sizes), CHUNK_BYTES + max(sizes)) for sizes in taps)
+    logits, stream = tokens * V * width, tokens * D * width * 8
+    some = torch.get_num_threads() * 3 * D * F * width
+    head = min(HEAD_ROWS, V) * (D * (width + 2) + 2 * tokens * width)
     mapped = all(row["format"] == str(table.dtype).removeprefix("torch.").replace("float", "f") for row in text)
     return {
         "tokens": tokens,
         "arithmetic": arithmetic,
         **rates,
         "seconds": seconds,
+        "trace_bytes": sum(map(sum, taps)) + logits,
         "memory": {
-            "stream": int(PROCESS + max(plain // L * width + two, min(HEAD_ROWS, V) * D * (width + 2)) + stream),
-            "packed": int(PROCESS + packed + (plain + ends) * width + two + logits + stream),
+            "stream": int(PROCESS + max(layers * width + largest + some + 2 * held, head) + stream),
+            "packed": int(PROCESS + packed + (plain + ends) * width + some + logits + stream),
             "decoded": int(PROCESS + (0 if mapped else all_values * width) + logits + stream),
         },
     }
+
+
+def _layers(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Values of the largest layer without its experts, and stored bytes of the largest weight in one."""
+    values, largest = Counter[str](), 0
+    for module, roles in checkpoint.modules.items():
+        if module.startswith("layers.") and ".mlp.experts" not in module:
+            values[module.split(".")[1]] += prod(checkpoint.find(module).shape)
+            largest = max(largest, *(stored.nbytes for stored in roles.values()))
+    return max(values.values()), largest
+
+
+def tap_bytes(config: Config, kind: str, tokens: int, width: int) -> list[int]:
+    """Bytes of each tap of a layer: the product of its dims (tap_names.py), for one sequence of so many tokens."""
+    c, elsewhere = config, "gdn_" if kind == FULL else "attn_"
+    J, K, P, M = c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim, c.linear_num_key_heads
+    sizes = {
+        "t": tokens, "s": tokens, "d": c.hidden_size, "n": c.num_attention_heads, "g": c.num_key_value_heads,
+        "h": c.head_dim, "r": c.head_dim, "j": J, "m": M, "k": K, "p": P, "c": 2 * M * K + J * P,
+        "w": c.linear_conv_kernel_dim - 1, "e": c.num_experts, "a": c.num_experts_per_tok + 1,
+        "f": c.shared_expert_intermediate_size,
+    }  # fmt: skip
+    found = []
+    for name, tap in TAPS.items():
+        in_layer = re.match(r"(layer_|input_layernorm|pre_mlp_|mlp_output|moe_|attn_|gdn_)", name)
+        in_loop = re.match(r"(moe_expert_|moe_a2|moe_partial_sum|gdn_recall|gdn_conv_product)", name)
+        if in_layer and not in_loop and (not name.startswith(elsewhere) or name == "attn_output"):
+            words = re.findall(r"\d+|[a-z]", tap.dims)
+            found.append(width * prod(int(word) if word.isdigit() else sizes.get(word, 1) for word in words))
+    return found
 
 
 def measure(dtype: torch.dtype, D: int, F: int) -> dict[str, float]:
@@ -132,11 +177,13 @@ def measure(dtype: torch.dtype, D: int, F: int) -> dict[str, float]:
     return {"matmul_flops": 2 * x.numel() * 2 * F / product, "decode_bytes": out.nbytes / decoding}
 
 
-def _best(step: Any, seconds: float = 0.3) -> float:
-    best, end = float("inf"), time.perf_counter() + seconds
-    while (start := time.perf_counter()) < end:
+def _best(step: Callable[[], object], seconds: float = 0.3) -> float:
+    """Of at least five; the first, which sets things up, does not count."""
+    step()
+    best, end, times = float("inf"), time.perf_counter() + seconds, 0
+    while (start := time.perf_counter()) < end or times < 5:
         step()
-        best = min(best, time.perf_counter() - start)
+        best, times = min(best, time.perf_counter() - start), times + 1
     return best
 
 
@@ -166,6 +213,8 @@ def text(found: dict[str, Any]) -> list[str]:
         "",
         f"  one forward pass over {e['tokens']} tokens, {e['arithmetic']}: about {_time(e['seconds'])} on this machine "
         f"({e['matmul_flops'] / 1e9:.0f} GFLOP/s, decodes {e['decode_bytes'] / 1e9:.1f} GB/s)",
+        f"  a trace of all taps takes {_size(e['trace_bytes'])} on disk; its envelope takes "
+        f"{len(legal(e['arithmetic']))} passes more",
         "  peak memory: " + ", ".join(f"{mode} {_size(size)}" for mode, size in e["memory"].items()),
     ]
     for c in found.get("checksums", []):

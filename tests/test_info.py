@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,20 @@ def test_gate_and_estimate(built: Build, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["info", str(built("tiny-mxfp4"))]) == 0
     printed = capsys.readouterr().out
     assert "layers.0-3     unfused" in printed and "peak memory: stream" in printed
+
+
+def test_the_estimates_of_a_trace_hold(built: Build, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """What is written is known but for a few taps that not every run has; memory is an upper bound."""
+    estimate = info(capsys, built("tiny-mxfp4"), "--tokens", "64")["estimate"]
+    arguments = ["trace", str(built("tiny-mxfp4")), "--ids", ",".join(["7"] * 64), "--out", str(tmp_path / "t")]
+    code = "import sys; from qwen35_moe.cli import main; main(sys.argv[1:]); print(open('/proc/self/status').read())"
+    command = [sys.executable, "-c", code, *arguments, "--quiet", "--no-envelope"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    printed = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
+    peak = next(int(line.split()[1]) << 10 for line in printed.splitlines() if line.startswith("VmHWM"))
+    assert 0.5 * estimate["memory"]["stream"] < peak <= estimate["memory"]["stream"]
+    written = sum(file.stat().st_size for file in (tmp_path / "t").glob("*.safetensors"))
+    assert 0.8 * estimate["trace_bytes"] < written < 1.2 * estimate["trace_bytes"]
 
 
 def test_checksums(built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
