@@ -1,6 +1,6 @@
 """Kills of a streamed run at random moments, and where each fell: in reading, decoding, computing, writing, saving.
 
-    python -m tests.kills CHECKPOINT OUT [--kills 20] [--tokens 64] [--seed 1]
+    PYTHONPATH=. python tests/kills.py CHECKPOINT OUT [--kills 20] [--tokens 64] [--seed 1]
 
 The run is a trace with its envelope. Each kill falls after a number of saved states drawn at random, from none to all
 but one, and a random share of the time that one takes; then the run is resumed. Where it fell is read off the traceback
