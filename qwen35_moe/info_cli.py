@@ -11,6 +11,7 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
+import psutil
 import torch
 
 from .arithmetic import get
@@ -23,7 +24,7 @@ from .oracle.envelope import legal
 from .oracle.trace_file import CHUNK_BYTES
 from .tap_names import TAPS
 
-PROCESS = 300 << 20  # Python, torch and its libraries: 245 MiB with a tiny checkpoint, more with larger products
+SLACK = 64 << 20  # what the libraries take once they compute more than the rates
 
 
 def add_parser(subparsers: Any) -> None:
@@ -111,6 +112,7 @@ def estimate(checkpoint: Checkpoint, config: Config, tokens: int, arithmetic: st
     plain = all_values - expert_values - ends
     layers, largest = _layers(checkpoint)
     rates = measure(table.dtype, D, F)
+    process = psutil.Process().memory_info().rss + SLACK  # as much as this one, which has just multiplied and decoded
     hit = E * (1 - (1 - A / E) ** tokens)
     operations = 2 * tokens * (plain + L * A * 3 * D * F + V * D)
     decoded = plain + L * hit * 3 * D * F + V * D
@@ -128,9 +130,9 @@ def estimate(checkpoint: Checkpoint, config: Config, tokens: int, arithmetic: st
         "seconds": seconds,
         "trace_bytes": sum(map(sum, taps)) + logits,
         "memory": {
-            "stream": int(PROCESS + max(layers * width + largest + some + 2 * held, head) + stream),
-            "packed": int(PROCESS + packed + (plain + ends) * width + some + logits + stream),
-            "decoded": int(PROCESS + (0 if mapped else all_values * width) + logits + stream),
+            "stream": int(process + max(layers * width + largest + some + 2 * held, head) + stream),
+            "packed": int(process + packed + (plain + ends) * width + some + logits + stream),
+            "decoded": int(process + (0 if mapped else all_values * width) + logits + stream),
         },
     }
 

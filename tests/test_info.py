@@ -53,14 +53,19 @@ def test_gate_and_estimate(built: Build, capsys: pytest.CaptureFixture[str]) -> 
     assert "layers.0-3     unfused" in printed and "peak memory: stream" in printed
 
 
-def test_the_estimates_of_a_trace_hold(built: Build, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_estimates_of_a_trace_hold(built: Build, tmp_path: Path) -> None:
     """What is written is known but for a few taps that not every run has; memory is an upper bound."""
-    estimate = info(capsys, built("tiny-mxfp4"), "--tokens", "64")["estimate"]
-    arguments = ["trace", str(built("tiny-mxfp4")), "--ids", ",".join(["7"] * 64), "--out", str(tmp_path / "t")]
     code = "import sys; from qwen35_moe.cli import main; main(sys.argv[1:]); print(open('/proc/self/status').read())"
-    command = [sys.executable, "-c", code, *arguments, "--quiet", "--no-envelope"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    printed = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
+
+    path, ids = str(built("tiny-mxfp4")), ",".join(["7"] * 64)
+    told = run("info", path, "--tokens", "64", "--json")
+    estimate = json.JSONDecoder().raw_decode(told)[0]["estimate"]
+    printed = run("trace", path, "--ids", ids, "--out", str(tmp_path / "t"), "--quiet", "--no-envelope")
     peak = next(int(line.split()[1]) << 10 for line in printed.splitlines() if line.startswith("VmHWM"))
     assert 0.5 * estimate["memory"]["stream"] < peak <= estimate["memory"]["stream"]
     written = sum(file.stat().st_size for file in (tmp_path / "t").glob("*.safetensors"))
