@@ -33,7 +33,7 @@ lint: $(STAMP)
 test: lint
 	$(PY) -m pytest --complete -n 2
 
-# The others need a checkpoint or a GPU; each says so in its first lines: bench_prefill, bench_stream, bench_gpu.
+# The others need a checkpoint, a GPU or gigabytes of disk; each says so in its first lines.
 bench: $(STAMP)
 	$(PY) -m benchmarks.mxfp4_decode
 

@@ -16,7 +16,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -362,43 +361,6 @@ def to_cpu(model: Model) -> Model:
     return model.cpu()
 
 
-def stream(args: argparse.Namespace) -> None:
-    """Four layers from disk (page cache warm), against its three parts: reading, copying to the device, computing."""
-    from weights.build import build
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = build("slice-35b", Path(folder) / "slice")
-        checkpoint = q.checkpoint.Checkpoint.open(path)
-        stored = [checkpoint.stored(name) for name in checkpoint.names() if not name.startswith(("mtp.", "visual."))]
-        size = sum(tensor.end - tensor.begin for tensor in stored)
-        say("stream, bytes of the text model", size / GIB, "GiB")
-        options: dict[str, Any] = {"arithmetic": "transformers-bf16", "device": DEVICE, "text_only": True}
-        streamed, resident = q.load(path, mode="stream", **options), q.load(path, mode="packed", **options)
-        ids = ids_of(512, resident.config)
-        host = torch.empty(size, dtype=torch.uint8)
-        parts = {
-            "reading": milliseconds(lambda: read_ranges(path, stored), repeat=3, warm_up=1),
-            "copying": milliseconds(lambda: host.to(DEVICE), repeat=3, warm_up=1),
-            "computing": milliseconds(lambda: resident(ids), repeat=3, warm_up=1),
-        }
-        for name, time in parts.items():
-            say(f"stream, {name} alone", time, "ms")
-        time = milliseconds(lambda: streamed(ids), repeat=3, warm_up=1)
-        say("stream, 512 tokens", time, "ms")
-        say("RATIO stream to the largest part", time / max(parts.values()))
-        compare("stream against packed", streamed(ids), resident(ids))
-
-
-def read_ranges(path: Path, stored: list[Any]) -> None:
-    """Reads what is stored, tensor by tensor, into one buffer."""
-    buffer = bytearray(max(tensor.end - tensor.begin for tensor in stored))
-    for file in {tensor.file for tensor in stored}:
-        with open(path / file, "rb", buffering=0) as reader:
-            for tensor in (t for t in stored if t.file == file):
-                reader.seek(tensor.begin)
-                reader.readinto(memoryview(buffer)[: tensor.end - tensor.begin])
-
-
 def profile(name: str, run: Callable[[], object]) -> None:
     """How much of the time the device works, and on what."""
     run()
@@ -419,7 +381,6 @@ def free() -> None:
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "limits": limits, "decode": decode, "bf16": bf16, "packed": packed, "exact": exact, "slice": on_cpu_and_gpu,
-    "stream": stream,
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Streaming from disk to one GPU, beside its three parts: reading, copying to the GPU, computing.
 
-    python -m benchmarks.bench_stream_gpu [--layouts bf16 mxfp4] [--layers 4] [--tokens 512] [--readers 6] [--profile]
+    python -m benchmarks.bench_stream_gpu [--layouts bf16 mxfp4] [--layers 4] [--tokens 512] [--readers 4] [--profile]
 
 A slice with the dimensions of the 35B is built in a temporary folder, and stays in the page cache. Each part is
 measured alone and as fast as it goes here: all bytes of the text model read by as many threads as stream them, the same

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -110,7 +111,8 @@ def join(parts: Sequence[Path], out: Path, meta: dict[str, Any]) -> Trace:
     b, t or r: gains) are the same in all parts. Memory holds about one layer. Error: a part that is not complete.
     """
     traces = [Trace.open(part) for part in parts]
-    alone = {key for t in traces for key, e in t.sites.items() if [x.file for x in t.sites.values()].count(e.file) == 1}
+    tensors = [Counter(entry.file for entry in t.sites.values()) for t in traces]  # how many a file holds
+    alone = {key for t, held in zip(traces, tensors, strict=True) for key, e in t.sites.items() if held[e.file] == 1}
     with TraceWriter(out, meta) as writer:
         for key in _order(traces):
             there = [t for t in traces if key in t]
