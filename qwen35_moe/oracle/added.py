@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..tap_names import base_name
+from . import kl_base
 from .align import Alignment, Pair
 from .diagnose import BF16_GRID
 from .envelope import Class, envelope, judge
@@ -90,7 +91,9 @@ class Work:
             record.note = "experts could have flipped at every token, and the dump does not say which were chosen"
             return
         x, truth, members = x[keep], truth[keep], [m[keep] for m in members]
-        verdict = judge(x, truth, envelope(truth, members, pair.dtype), pair.dtype, self.limit)
+        rounding = kl_base.one_rounding(truth) if key == kl_base.LOG_P else None
+        bound = envelope(truth, members, pair.dtype, rounding=rounding)
+        verdict = judge(x, truth, bound, pair.dtype, self.limit)
         record.cls, record.added, record.ratio_l2, record.ratio_max = (
             verdict.cls, verdict.ratio, verdict.ratio_l2, verdict.ratio_max)  # fmt: skip
         b, t = pair.rows[keep][verdict.worst].tolist()

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..tap_names import TAPS, base_name, per_token
 from .dump import Dump
+from .kl_base import LOG_P, log_p
 from .match import match
 from .trace_file import Trace
 
@@ -136,9 +137,9 @@ def align(dump: Dump, truth: Trace) -> Alignment:
     names = [key for key, site in truth.sites.items() if site.step == 0]
     keys = [key for key in names if _source(dump, key)[0] in dump.sources]
     used = {_source(dump, key)[0] for key in keys}
-    if "next_token_logprobs" in dump.sources and "next_token_logits" in names:
-        keys.append("next_token_logprobs")
-        used.add("next_token_logprobs")
+    if LOG_P in dump.sources and "next_token_logits" in names:
+        keys.append(LOG_P)
+        used.add(LOG_P)
     if not keys:
         raise Qwen35Error("dump and truth have no tap in common", where=dump.path, found=", ".join(list(dump)[:4]),
                           expected=", ".join(names[:4]), do="record those taps, or give a name map")  # fmt: skip
@@ -159,8 +160,8 @@ def align(dump: Dump, truth: Trace) -> Alignment:
 
 def joined(truth: Trace, key: str) -> Tensor:
     """A tap of the truth over all its steps: [B, T, ...] for values of tokens, else that of the last step."""
-    if key == "next_token_logprobs":
-        return joined(truth, "next_token_logits").to(torch.float64).log_softmax(-1)
+    if key == LOG_P:
+        return log_p(joined(truth, "next_token_logits"))
     keys = [key if step == 0 else f"step.{step}.{key}" for step in range(max(1, len(truth.steps)))]
     keys = [k for k in keys if k in truth.sites]
     if not per_token(key):
@@ -189,7 +190,7 @@ def _fit(key: str, left: Tensor, right: Tensor) -> tuple[Tensor, tuple[str, ...]
     name, n, more = base_name(key), left.shape[1], right.shape[1] - left.shape[1]
     if more == 0:
         return right, ()
-    if more > 0 and name in ("next_token_logits", "next_token_logprobs"):
+    if more > 0 and name in ("next_token_logits", LOG_P):
         return right[:, :n], (f"{more} padded columns of the vocabulary left out",)
     if more == 1 and name in ("moe_topk_ids", "moe_topk_weights"):
         return right[:, :n], ("the appended shared slot was left out",)

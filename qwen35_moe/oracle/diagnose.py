@@ -77,7 +77,7 @@ class _Case:
         """The ratio that `run(i, table)` leaves under the tables, and under more where that could clear it."""
         outputs = [run(i, table) for i, table in enumerate(tables)]
         ratio, limit = self.left(outputs), self.work.limit
-        more = batches(tables[1:], lambda i, table: {self.key: run(i + 1, table)})
+        more = batches(tables[1:], lambda some: [{self.key: run(i + 1, table)} for i, table in some])
         while limit < ratio <= AGAIN * limit and (batch := next(more, None)):
             outputs += [taps[self.key] for taps in batch]
             ratio = self.left(outputs)

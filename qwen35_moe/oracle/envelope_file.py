@@ -55,7 +55,7 @@ def as_rows(key: str, x: Tensor, tokens: int) -> Tensor:
     """[rows, features] of a tap as the model hands it over: a row a token, or (states, gains) one a first index."""
     if not per_token(key):
         return x.reshape(x.shape[0], -1)
-    x = x.movedim(2, 1) if TAPS[base_name(key)].dims == "b n t s" else x
+    x = x.movedim(2, 1) if base_name(key) in TAPS and TAPS[base_name(key)].dims == "b n t s" else x
     return x.reshape(tokens, -1)
 
 

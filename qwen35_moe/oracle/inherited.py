@@ -15,13 +15,20 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
+from ..long_run import HEAD
 from ..tap_names import base_name, per_token
 from .added import IDS, ROUTED, Work
 from .align import Pair
-from .envelope import envelope, judge
+from .envelope import Norms, envelope, judge
 from .envelope_file import ENVELOPE, WEIGHTS, Stored
+from .kl_base import LOG_P, error_of_log_p, one_rounding
 from .records import Record, block_of, layer_of
-from .routing import compare_ids
+from .routing import compare_ids, could_flip
+
+AFTER = ("final_norm", "head")  # blocks after the last layer
+UNSAID = (
+    "beyond the limit, where legal experts may be others than the truth's: dump moe_topk_ids, or give the checkpoint"
+)
 
 
 @contextmanager
@@ -44,8 +51,8 @@ def inherited(work: Work, stored: Mapping[str, Tensor]) -> None:
             expected=ENVELOPE, do="write the truth with `qwen35-moe trace`, or give --checkpoint",
         )  # fmt: skip
     for key, first_B in _first_others(work, stored):
-        if base_name(key) not in IDS and key in stored:
-            work.records[key] = _judge(work, key, stored[key], first_B)
+        if base_name(key) not in IDS and (HEAD if key == LOG_P else key) in stored:
+            work.records[key] = _judge(work, key, stored, first_B)
 
 
 def _first_others(work: Work, stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -71,23 +78,47 @@ def _first_others(work: Work, stored: Mapping[str, Tensor]) -> Iterator[tuple[st
         yield key, first_B
 
 
+def _could_differ(work: Work, key: str, stored: Mapping[str, Tensor]) -> Tensor:
+    """[B] the first token of each sequence that other legal experts may have touched by then, in layers whose ids the
+    dump does not have; T: none. The truth's router logits and their legal errors tell; without them it is any token."""
+    truth, layer, sizes = work.alignment.truth, layer_of(key), work.alignment.truth.meta.get("config") or {}
+    B, T = truth.ids.shape
+    first_B = torch.full((B,), T)
+    after = base_name(key) in ROUTED and base_name(key) != "layer_input"
+    stop = layer + after if layer is not None else sizes.get("num_hidden_layers", 0) * (block_of(key) in AFTER)
+    for i in range(stop):
+        if any(f"layers.{i}.{name}" in work.alignment.keys for name in IDS):
+            continue
+        logits_key = f"layers.{i}.moe_router_logits"
+        if logits_key not in truth or logits_key not in stored:
+            return torch.zeros_like(first_B)
+        loose_T = could_flip(*_router(work, logits_key, stored), sizes["num_experts_per_tok"]).view(B, T)
+        first_B = torch.minimum(first_B, torch.where(loose_T.any(1), loose_T.int().argmax(1), T))
+    return first_B
+
+
+def _router(work: Work, key: str, stored: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The truth's router logits [B*T, E], and the largest legal error of one in each row."""
+    logits = work.alignment.truth[key].flatten(0, -2)
+    errors = Stored.of(stored[key], torch.arange(len(logits))).error
+    return logits, envelope(logits, [errors], torch.bfloat16).max
+
+
 def _judge_ids(work: Work, key: str, pair: Pair, layer: int | None, stored: Mapping[str, Tensor]) -> None:
     logits_key = f"layers.{layer}.moe_router_logits"
     if logits_key not in work.alignment.truth or pair.engine is None or logits_key not in stored:
         return
     try:
-        logits = work.alignment.truth[logits_key].flatten(0, -2)
+        logits, noise = _router(work, logits_key, stored)
     except Qwen35Error:
         return  # it is counted where the logits themselves are judged
-    errors = Stored.of(stored[logits_key], torch.arange(len(logits))).error
-    noise = envelope(logits, [errors], torch.bfloat16).max
     index = work.index(pair)
     width = max(logits.shape[1], int(pair.truth.max()) + 1)
     logits = torch.nn.functional.pad(logits, (0, width - logits.shape[1]), value=torch.inf)
     work.record_routing(key, layer, pair, compare_ids(pair.truth, pair.engine, logits[index], noise[index], layer))
 
 
-def _judge(work: Work, key: str, stored_R6: Tensor, first_B: Tensor) -> Record:
+def _judge(work: Work, key: str, stored: Mapping[str, Tensor], first_B: Tensor) -> Record:
     """The record of one tap, or what is known of it already with the inherited error in it."""
     pair = work.alignment.pair(key)
     layer = layer_of(key)
@@ -108,16 +139,22 @@ def _judge(work: Work, key: str, stored_R6: Tensor, first_B: Tensor) -> Record:
         return record
     if not keep.all():
         index, x, truth = index[keep], x[keep], truth[keep]
-    known = Stored.of(stored_R6, index)
-    rounding = known.bf16 if pair.dtype == torch.bfloat16 else None
-    bound = envelope(truth, [known.error], pair.dtype, known.size, rounding)
-    verdict = judge(x, truth, bound, pair.dtype, work.limit, known.size, rounding)
+    error, size, bf16 = Stored.of(stored[HEAD if key == LOG_P else key], index)
+    rounding = bf16 if pair.dtype == torch.bfloat16 else None
+    if key == LOG_P:
+        error, size, rounding = error_of_log_p(error, truth.shape[1]), Norms.of(truth), one_rounding(truth)
+    bound = envelope(truth, [error], pair.dtype, size, rounding)
+    verdict = judge(x, truth, bound, pair.dtype, work.limit, size, rounding)
     record.inherited, record.inherited_rel = verdict.ratio, verdict.rel
     if record.added is None:
         b, t = pair.rows[keep][verdict.worst].tolist()
         record.cls, record.ratio_l2, record.ratio_max, record.rel = (
             verdict.cls, verdict.ratio_l2, verdict.ratio_max, verdict.rel)  # fmt: skip
         record.worst, record.rows, record.nan = (int(b), int(t)), int(keep.sum()), pair.nan
-        record.bad_rows = int((verdict.ratios > work.limit).sum())
-        record.excluded = int((~keep).sum())
+        bad = verdict.ratios > work.limit
+        record.bad_rows, record.excluded = int(bad.sum()), int((~keep).sum())
+        if record.bad and per_token(key):
+            b, t = pair.rows[keep][bad].unbind(1)
+            if (t >= _could_differ(work, key, stored)[b]).all():
+                record.cls, record.note = "not comparable", UNSAID
     return record

@@ -20,6 +20,7 @@ from ..model import Layer, Model
 from ..rope import rotary_angles
 from ..taps import OBSERVE, Handler, Site, attach, scope, tap
 from .faults import Fault, Place
+from .kl_base import LOG_P, log_p
 from .replay import Captured, Restart
 from .split_k import splitting
 
@@ -62,10 +63,11 @@ class Rerun:
     """Reruns the parts of a checkpoint's model on captured values. `tables`: the truth's arithmetic first."""
 
     def __init__(
-        self, source: Source, fused: Sequence[bool], tokens: Tokens, captured: Captured, tables: Sequence[Arithmetic]
-    ):
+        self, source: Source, fused: Sequence[bool], tokens: Tokens, captured: Captured, tables: Sequence[Arithmetic],
+        with_log_p: bool = False,
+    ):  # fmt: skip
         self.source, self.fused, self.tokens, self.captured = source, list(fused), tokens, captured
-        self.tables = list(tables)
+        self.tables, self.with_log_p = list(tables), with_log_p
         self.config = source.config
         c = self.config
         size = 24 * c.num_experts * c.moe_intermediate_size * c.hidden_size  # of one layer's experts in float64
@@ -159,11 +161,15 @@ class Rerun:
             self.streams = after
         yield None, [self.head(model, stream) for model, stream in zip(self.models, self.streams, strict=True)]
 
-    def taps(self, i: int | None, table: Arithmetic, like: int) -> dict[str, Tensor]:
-        """What the taps of layer i (None: after the last) held under one more table, run from where `like` started."""
+    def taps(self, i: int | None, tables: Sequence[tuple[int, Arithmetic]]) -> list[dict[str, Tensor]]:
+        """What the taps of layer i (None: after the last) held under more tables, each run from where one of ours
+        started, by index. With nothing captured, what comes after the last layer is what a whole run makes."""
+        if i is None and not self.captured.values:
+            more = [table for _, table in tables]
+            return list(Rerun(self.source, self.fused, self.tokens, self.captured, more, self.with_log_p))[-1][1]
         if i is None:
-            return self.head(self.models[like], self.streams[like], table=table)
-        return self.run_layer(i, table, self.streams[like])[0]
+            return [self.head(self.models[like], self.streams[like], table=table) for like, table in tables]
+        return [self.run_layer(i, table, self.streams[like])[0] for like, table in tables]
 
     @torch.inference_mode()
     def head(
@@ -173,6 +179,8 @@ class Rerun:
         restart, table = Restart(self.captured, self.tokens.count), table or model.arithmetic
         with using(table), splitting(table), attach(*handlers, restart):
             model.lm_head("next_token_logits", model.norm(stream_BTD))
+        if self.with_log_p:
+            restart.seen[LOG_P] = log_p(restart.seen["next_token_logits"])
         return restart.seen
 
     def _enter(self, i: int, stream: Tensor, restart: Restart) -> Tensor:

@@ -23,11 +23,13 @@ SAMPLES, BATCH, AGAIN = 16, 4, 4.0
 Taps = dict[str, Tensor]
 
 
-def batches(tables: Sequence[Arithmetic], run: Callable[[int, Arithmetic], Taps]) -> Iterator[list[Taps]]:
-    """Taps under BATCH more arithmetics at a time. `run(member, table)`: `table` is made from the member's."""
-    more = samples(tables, SAMPLES)
+def batches(
+    tables: Sequence[Arithmetic], run: Callable[[Sequence[tuple[int, Arithmetic]]], list[Taps]]
+) -> Iterator[list[Taps]]:
+    """Taps under BATCH more arithmetics at a time. `run` gets (member, table): `table` is made from that member's."""
+    more = [(i % len(tables), table) for i, table in enumerate(samples(tables, SAMPLES))]
     for start in range(0, SAMPLES, BATCH):
-        yield [run(i % len(tables), more[i]) for i in range(start, start + BATCH)]
+        yield run(more[start : start + BATCH])
 
 
 def doubtful(record: Record, limit: float) -> bool:
@@ -39,7 +41,7 @@ def doubtful(record: Record, limit: float) -> bool:
 def second_look(rerun: Rerun, layer: int | None, work: Any, seen: Sequence[Taps]) -> list[Taps]:
     """Judge again, by more samples, what was just beyond the limit in this layer. Returns all taps that were used."""
     found = list(seen)
-    more = batches(rerun.tables[1:], lambda i, table: rerun.taps(layer, table, i + 1))
+    more = batches(rerun.tables[1:], lambda some: rerun.taps(layer, [(i + 1, table) for i, table in some]))
     while keys := [r.key for r in work.guilty(layer) if r.key in seen[0] and doubtful(r, work.limit)]:
         batch = next(more, None)
         if batch is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..tap_names import TAPS, base_name
 from .align import joined
+from .kl_base import encode, log_p
 from .names import SGLANG, Rule, features
 from .trace_file import Trace
 
@@ -106,8 +107,7 @@ def write_kl_base(path: str | Path, ids: Tensor, logits: Tensor) -> None:
     """Write the file of `llama-perplexity --kl-divergence-base`: log-probabilities, 16 bits each.
 
     ids [chunks, n_ctx]; logits [chunks, n_ctx, V], any dtype, after each token. Rows are written for the second half of
-    each window, as llama.cpp scores them. Per row, with m the largest logit and l = max(least logit, m - 16):
-    scale = (m - l) / 65535, min_log_prob = l - logsumexp, q = round((logit - l) / scale). It resolves (m - l) / 65535.
+    each window, as llama.cpp scores them: scale, least and q of `kl_base.encode`.
     """
     if ids.dim() != 2 or logits.shape[:2] != ids.shape or logits.dim() != 3:
         raise Qwen35Error("ids and logits do not fit", expected="[chunks, n_ctx] and [chunks, n_ctx, V]",
@@ -121,13 +121,9 @@ def write_kl_base(path: str | Path, ids: Tensor, logits: Tensor) -> None:
         file.write(b"_logits_" + struct.pack("<3i", n_ctx, n_vocab, chunks))
         file.write(ids.to(torch.int32).contiguous().numpy().tobytes())
         for chunk in logits:
-            x = chunk[first : n_ctx - 1].to(torch.float64)
-            most = x.max(-1, keepdim=True).values
-            least = torch.maximum(x.min(-1, keepdim=True).values, most - 16)
-            scale = (most - least) / 65535
-            q = ((x - least).clamp(min=0) / torch.where(scale > 0, scale, 1)).round()
-            head = torch.cat((scale, least - x.logsumexp(-1, keepdim=True)), 1).numpy().astype("<f4")
-            rows = np.zeros((len(x), 2 * ((n_vocab + 1) // 2) + 4), "<u2")
+            scale, least, q = encode(log_p(chunk[first : n_ctx - 1]))
+            head = torch.cat((scale, least), 1).numpy().astype("<f4")
+            rows = np.zeros((len(q), 2 * ((n_vocab + 1) // 2) + 4), "<u2")
             rows[:, :4] = head.view("<u2")
             rows[:, 4 : 4 + n_vocab] = q.numpy()
             file.write(rows.tobytes())
