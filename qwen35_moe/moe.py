@@ -93,9 +93,9 @@ def combine_experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: E
     order = table.switch("moe_sum_order")
     terms = _expert_outputs(x_TD, ids_TA, experts)
     terms = terms if order == "expert" else _by_slot(terms, x_TD, ids_TA.shape[1], backwards=order == "slot-reversed")
-    total_TD, weighted_TD = promote(torch.zeros_like(x_TD)), []
+    total_TD, weighted_TD, weights_P1 = promote(torch.zeros_like(x_TD)), [], promote(weights_TA).reshape(-1, 1)
     for index, token, pair, y_ND in terms:  # a token meets an expert, or a slot, once
-        weight_N1 = promote(weights_TA.flatten()[pair])[:, None]
+        weight_N1 = weights_P1[pair]
         with scope(index=index):
             if order == "torch.sum":
                 weighted_TD.append(promote(tap("moe_expert_weighted", weight_N1 * y_ND)))
@@ -115,11 +115,11 @@ def _expert_outputs(x_TD: Tensor, ids_TA: Tensor, experts: ExpertSource) -> Iter
     if len(counts) > experts.count:
         raise Qwen35Error("no such expert", where="moe_topk_ids", expected=f"< {experts.count}", found=len(counts) - 1)
     hit = [e for e, count in enumerate(counts) if count]
-    groups = list(zip(hit, pairs.split([counts[e] for e in hit]), strict=True))
+    sizes = [counts[e] for e in hit]
+    groups = zip(hit, pairs.split(sizes), (pairs // ids_TA.shape[1]).split(sizes), strict=True)
 
-    def compute(group: tuple[int, Tensor]) -> Term:
-        e, pair = group
-        token = pair // ids_TA.shape[1]
+    def compute(group: tuple[int, Tensor, Tensor]) -> Term:
+        e, pair, token = group
         with scope(expert=e):
             return e, token, pair, expert(x_TD[token], *experts.at(e), experts.quantised)
 

@@ -14,7 +14,12 @@ from .taps import tap
 
 def promote(x: Tensor) -> Tensor:
     """At least float32, never narrower: bf16 becomes fp32, float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return cast(x, torch.promote_types(x.dtype, torch.float32))
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), without a call where it has it: threads that compute side by side wait for each other at each."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def accumulation_dtype(name: str, *operands: Tensor) -> torch.dtype:
@@ -34,13 +39,13 @@ def accumulation_dtype(name: str, *operands: Tensor) -> torch.dtype:
 def linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b, tapped as `name`.  x [..., I], weight [O, I] -> [..., O]."""
     dtype = accumulation_dtype(name, x, weight)
-    return tap(name, F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)))
+    return tap(name, F.linear(cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype)))
 
 
 def matmul(name: str, a: Tensor, b: Tensor) -> Tensor:
     """a b, tapped as `name`."""
     dtype = accumulation_dtype(name, a, b)
-    return tap(name, a.to(dtype) @ b.to(dtype))
+    return tap(name, cast(a, dtype) @ cast(b, dtype))
 
 
 def add(name: str, a: Tensor, b: Tensor) -> Tensor:
@@ -55,7 +60,7 @@ def multiply(name: str, a: Tensor, b: Tensor) -> Tensor:
 
 def apply(name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function(x), element by element, tapped as `name`. The library computes bf16 in fp32 and rounds once."""
-    return tap(name, function(x.to(accumulation_dtype(name, x))))
+    return tap(name, function(cast(x, accumulation_dtype(name, x))))
 
 
 def one_wide(name: str, a: Tensor, b: Tensor) -> Tensor:

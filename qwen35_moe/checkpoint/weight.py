@@ -102,7 +102,9 @@ class Weight:
             return Float(values)
         _check_finite(scale, self.scale.stored)
         if self.kind == "mxfp4":
-            codes, scale = values.view(*scale.shape[:-1], 16 * scale.shape[-1]), scale.view(torch.uint8)
+            shape = (*scale.shape[:-1], 16 * scale.shape[-1])
+            codes = values if values.shape == shape else values.view(shape)
+            scale = scale if scale.dtype == torch.uint8 else scale.view(torch.uint8)
             if self.interleaved and self.values.step == 1:
                 codes, scale = (deinterleave_gate_up(x)[rows or slice(None)] for x in (codes, scale))
             return mxfp4.MXFP4(codes, scale)
@@ -135,7 +137,7 @@ class Weight:
 def _check_finite(scale: Tensor, stored: Stored) -> None:
     if scale.element_size() == 1:  # E8M0. A search of bytes is done before a comparison of tensors has begun.
         what, expected = "a scale is NaN", "scale bytes 0 to 254 (255 is NaN)"
-        fine = b"\xff" not in scale.view(torch.uint8).numpy().tobytes()
+        fine = b"\xff" not in (scale if scale.dtype == torch.uint8 else scale.view(torch.uint8)).numpy().tobytes()
     else:
         what, expected = "a scale is not finite", "finite scales"
         fine = bool(scale.isfinite().all())

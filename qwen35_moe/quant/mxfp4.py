@@ -135,5 +135,5 @@ class MXFP4:
 
     def decode(self, dtype: torch.dtype, out: Tensor | None = None, rows: slice | None = None) -> Tensor:
         """The values, or those of a slice of dimension 0."""
-        rows = slice(None) if rows is None else rows
-        return decode(self.codes[rows], self.scales[rows], dtype, out)
+        codes, scales = (self.codes, self.scales) if rows is None else (self.codes[rows], self.scales[rows])
+        return decode(codes, scales, dtype, out)

@@ -7,8 +7,10 @@ GPU compiled to one pass over memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
+from threading import local
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,15 +136,14 @@ def decode_in_pieces(
     if dtype not in (torch.bfloat16, torch.float32, torch.float64) or out.storage_offset() % 2:  # it writes pairs
         return out.copy_(decode_plain(codes, scales, dtype, e8m0_zero, e8m0_nan))
     blocks, scale_bytes, out_blocks = codes.reshape(-1, BLOCK // 2), scales.reshape(-1, 1), out.view(-1, BLOCK)
-    step = max(1, len(blocks) if codes.is_cuda else min(len(blocks), CACHED_BLOCKS))
-    lanes = torch.empty((step, BLOCK // 2), dtype=torch.int32, device=codes.device)
     decode_piece = _decode_float
     if dtype == torch.bfloat16:
         decode_piece = _decode_bfloat16_compiled if compiled else _decode_bfloat16
-    for codes_piece, scales_piece, out_piece in zip(
-        blocks.split(step), scale_bytes.split(step), out_blocks.split(step), strict=True
-    ):
-        decode_piece(codes_piece, scales_piece, lanes[: len(codes_piece)], out_piece)
+    pieces: Iterable[tuple[Tensor, ...]] = [(blocks, scale_bytes, out_blocks)]
+    if not codes.is_cuda and len(blocks) > CACHED_BLOCKS:
+        pieces = zip(*(x.split(CACHED_BLOCKS) for x in (blocks, scale_bytes, out_blocks)), strict=True)
+    for codes_piece, scales_piece, out_piece in pieces:
+        decode_piece(codes_piece, scales_piece, out_piece, _scratch(len(codes_piece), codes.device))
     least, most = map(int, torch.aminmax(scales)) if len(blocks) else SAFE_SCALES
     if least < SAFE_SCALES[0] or most > SAFE_SCALES[1]:
         unsafe = ((scale_bytes < SAFE_SCALES[0]) | (scale_bytes > SAFE_SCALES[1])).squeeze(1)
@@ -155,12 +156,49 @@ CACHED_BLOCKS = 2**16  # 4 MiB of scratch: within the last cache, and large besi
 SAFE_SCALES = (2, 240)  # the scale bytes for which neither of the two below meets a subnormal or an overflow
 
 
-def _spread(codes: Tensor, lanes: Tensor, position: int) -> None:
+class _Scratch(NamedTuple):
+    """Memory for a piece, and the same memory as other dtypes."""
+
+    lanes: Tensor  # int32 [blocks, 16]
+    int16: Tensor  # [blocks, 32]
+    float16: Tensor
+    values: Tensor  # float32 [blocks, 32]
+    exponent: Tensor  # int32 [blocks, 1]
+    scale: Tensor  # float32
+
+    @classmethod
+    @torch.inference_mode(False)  # it may be used outside of the mode that it was made in
+    def of(cls, blocks: int, device: torch.device) -> _Scratch:
+        lanes = torch.empty((blocks, BLOCK // 2), dtype=torch.int32, device=device)
+        values = torch.empty((blocks, BLOCK), dtype=torch.float32, device=device)
+        exponent = torch.empty((blocks, 1), dtype=torch.int32, device=device)
+        return cls(
+            lanes, lanes.view(torch.int16), lanes.view(torch.float16), values, exponent, exponent.view(torch.float32)
+        )
+
+
+_own = local()
+
+
+def _scratch(blocks: int, device: torch.device) -> _Scratch:
+    """On a CPU memory of this thread, which is used again, and views that are there already: where several threads
+    decode, they wait for each other at each operation, even one that only makes a view."""
+    if device.type != "cpu":
+        return _Scratch.of(blocks, device)
+    kept: dict[int, _Scratch] = _own.__dict__.setdefault("kept", {})
+    if blocks not in kept:
+        if CACHED_BLOCKS not in kept:
+            kept[CACHED_BLOCKS] = _Scratch.of(CACHED_BLOCKS, device)
+        kept[blocks] = _Scratch(*(x[:blocks] for x in kept[CACHED_BLOCKS]))
+    return kept[blocks]
+
+
+def _spread(codes: Tensor, scratch: _Scratch, position: int) -> None:
     """Each byte to two 16-bit lanes (in one int32): sign at bit 15, the other three bits from bit `position` on."""
-    lanes.copy_(codes)
-    lanes.mul_(1 << 12 | 1 << 24)  # a nibble at the top of each lane, and others below it
-    lanes.view(torch.int16).bitwise_right_shift_(12 - position)
-    lanes.bitwise_and_(_both_lanes(0x8000 | 7 << position))
+    scratch.lanes.copy_(codes)
+    scratch.lanes.mul_(1 << 12 | 1 << 24)  # a nibble at the top of each lane, and others below it
+    scratch.int16.bitwise_right_shift_(12 - position)
+    scratch.lanes.bitwise_and_(_both_lanes(0x8000 | 7 << position))
 
 
 def _both_lanes(bits: int) -> int:
@@ -168,26 +206,25 @@ def _both_lanes(bits: int) -> int:
     return (bits << 16 | bits) - (1 << 32 if bits >> 15 else 0)
 
 
-def _decode_float(codes: Tensor, scales: Tensor, lanes: Tensor, out: Tensor) -> None:
+def _decode_float(codes: Tensor, scales: Tensor, out: Tensor, scratch: _Scratch) -> None:
     """float32, float64: read the lanes as float16, where a code is worth 2^-14 of its value (0.5 is a subnormal, as in
     E2M1); the conversion makes it a normal number, times 2^14 and the scale. To float64 by way of float32: torch has no
     vector instructions for the direct conversion."""
-    _spread(codes, lanes, position=9)
-    values = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
-    values.copy_(lanes.view(torch.float16))
-    exponent = scales.to(torch.int32)
-    exponent += 14
-    exponent <<= 23
-    values *= exponent.view(torch.float32)
+    _spread(codes, scratch, position=9)
+    values = out if out.dtype == torch.float32 else scratch.values
+    values.copy_(scratch.float16)
+    scratch.exponent.copy_(scales)
+    scratch.exponent.add_(14).bitwise_left_shift_(23)
+    values.mul_(scratch.scale)
     if values is not out:
         out.copy_(values)
 
 
-def _decode_bfloat16(codes: Tensor, scales: Tensor, lanes: Tensor, out: Tensor) -> None:
+def _decode_bfloat16(codes: Tensor, scales: Tensor, out: Tensor, scratch: _Scratch) -> None:
     """bfloat16, in integers. The magnitude c of a code becomes that of a normal number by c + min(c, 2): exponent and
     mantissa are then 0 0 | 1 0 | 2 0 | 2 1 | 3 0 | 3 1 | 4 0 | 4 1. Where c is not zero, add the scale's exponent."""
-    _spread(codes, lanes, position=6)
-    bits, pairs = out.view(torch.int16), out.view(torch.int32)
+    _spread(codes, scratch, position=6)
+    bits, pairs, lanes = out.view(torch.int16), out.view(torch.int32), scratch.lanes
     torch.bitwise_and(lanes, _both_lanes(7 << 6), out=pairs)  # c
     bits.clamp_max_(2 << 6)  # min(c, 2)
     lanes += pairs
@@ -195,12 +232,12 @@ def _decode_bfloat16(codes: Tensor, scales: Tensor, lanes: Tensor, out: Tensor) 
     exponent = scales.to(torch.int16)
     exponent -= 2  # 0.5 has exponent 1 by now, and shall have scale - 1
     exponent <<= 7
-    torch.addcmul(lanes.view(torch.int16), bits, exponent, out=bits)
+    torch.addcmul(scratch.int16, bits, exponent, out=bits)
 
 
-def _decode_bfloat16_compiled(codes: Tensor, scales: Tensor, lanes: Tensor, out: Tensor) -> None:
-    lanes.copy_(codes)
-    _compiled(_bfloat16_pairs)(lanes.view(torch.float32), scales, out.view(torch.float32))  # whole vectors of floats
+def _decode_bfloat16_compiled(codes: Tensor, scales: Tensor, out: Tensor, scratch: _Scratch) -> None:
+    scratch.lanes.copy_(codes)
+    _compiled(_bfloat16_pairs)(scratch.lanes.view(torch.float32), scales, out.view(torch.float32))  # vectors of floats
 
 
 def _bfloat16_pairs(codes: Tensor, scales: Tensor, out: Tensor) -> None:
