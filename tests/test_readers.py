@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -395,7 +396,10 @@ def test_graph_capture(model, tmp_path: Path) -> None:
 def test_missing_rank_nan_and_shape(model, truth: Trace, tmp_path: Path) -> None:
     write_dumper(tmp_path / "d", (v for v in Engine(model, SEQUENCES, 2).values(ALL_AT_ONCE) if v.rank == 0), 2)
     alignment = align(read_dump(tmp_path / "d", config=truth.meta["config"]), truth)
-    assert "ranks are missing" in alignment.pair("layers.0.mlp_output").problem
+    problems = {pair.problem for pair in alignment if pair.problem}
+    assert len(problems) == 1 and "layers.0.mlp_output" not in str(problems)  # one line of the report
+    for said in ("rank 1 is missing", "found: rank 0 of 2", "step=*___rank=1___*.pt"):
+        assert said in alignment.pair("layers.0.mlp_output").problem
     assert not alignment.pair("layers.0.moe_router_logits").problem  # replicated: one rank will do
 
     def spoil(v: Value) -> Value:
@@ -419,7 +423,7 @@ def test_one_rank_of_two_that_does_not_say_so(model, truth: Trace, tmp_path: Pat
     """By its shares of fused columns: a partial sum alone would look like a wrong one."""
     write_dumper(tmp_path / "d", (v for v in Engine(model, SEQUENCES, 2).values(ALL_AT_ONCE) if v.rank == 1), 1)
     alignment = align(read_dump(tmp_path / "d", config=truth.meta["config"]), truth)
-    assert "found: ranks [1] of 2" in alignment.pair("layers.0.attn_output").problem
+    assert "found: rank 1 of 2" in alignment.pair("layers.0.attn_output").problem
     assert alignment.matched == 12 and not alignment.pair("layers.0.moe_router_logits").problem
 
 
@@ -491,3 +495,26 @@ def test_unknown_paths(tmp_path: Path) -> None:
     )
     with pytest.raises(Qwen35Error, match="printed text(.|\n)*use_repr=False"):
         read_dump(tmp_path / "Foo_debug_tree_FULL_TENSORS.json")
+
+
+def test_atoms_newer_names_and_files_that_nobody_understands(model, tmp_path: Path) -> None:
+    single = trace(model, torch.tensor(SEQUENCES[:1]))
+    rows = single["layers.0.mlp_output"].reshape(7, 64)
+    for context, x in ((0, rows[:6]), (6, rows[6:])):
+        name = f"layer00_Qwen3_5DecoderLayer_rank0_ctx{context:05d}_fp9f3a0c1d_bs1.pt"
+        torch.save({"hidden": x, "shape": tuple(x.shape), "input": None}, tmp_path / name)
+    for name in ("moe_prefill_0_rank0.pt", "notes.txt", "extra.npy"):
+        (tmp_path / name).write_bytes(b"?")
+    dump = read_dump(tmp_path)
+    assert torch.equal(dump["layers.0.mlp_output"], rows) and dump.steps == [0, 1]
+    assert dump.notes[-1] == "2 files were not understood, and left out: extra.npy, moe_prefill_0_rank0.pt"
+
+
+def test_sglang_files_are_unpickled_once(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dumper(tmp_path / "d", Engine(model, SEQUENCES).values(ALL_AT_ONCE))
+    opened: Counter[str] = Counter()
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **how: opened.update([Path(path).name]) or load(path, **how))
+    dump = read_dump(tmp_path / "d")
+    assert all(dump[key].numel() for key in ("layers.0.mlp_output", "layers.3.attn_output"))
+    assert len(opened) > 50 and set(opened.values()) == {1}

@@ -21,6 +21,12 @@ from ..tap_names import TAPS, base_name, per_token
 from .join import by_row, declared, join_ranks
 from .names import Rule, letters, place, rule_for, width
 
+RANK_FILES = {
+    "sglang dumper": "step=*___rank={}___*.pt",
+    "sglang passes": "TP*_Rank{}_pid*/Pass*.pt",
+    "atom": "layer*_rank{}*.pt",
+}
+
 
 @dataclass
 class Piece:
@@ -193,12 +199,7 @@ class Dump(Mapping[str, Tensor]):
             if len(source.pieces) > 1:
                 raise Qwen35Error("ranks of this tap cannot be joined", where=key, do="dump with TP 1, or its dims")
             return source.pieces[0].load()
-        world = int(source.pieces[0].parallel.get("world_size", 1)) // int(source.pieces[0].parallel.get("pp_size", 1))
-        if source.rule.join != "same" and len(source.pieces) < max(world, self._world()):
-            found = f"ranks {[p.rank for p in source.pieces]} of {max(world, self._world())}"
-            raise Qwen35Error(
-                "ranks are missing", where=key, found=found, do="copy the dumps of all ranks to one place"
-            )
+        self._check_ranks(source)
         loaded = [piece.load() for piece in source.pieces]
         if not loaded[0].is_floating_point() and not base_name(key).endswith("_ids"):
             found, do = str(loaded[0].dtype), "dump what its codes mean, or the tensor before it is quantised"
@@ -208,6 +209,21 @@ class Dump(Mapping[str, Tensor]):
         ranks = [by_row(x, count) for x in loaded]
         join, order = declared(source.pieces) or (source.rule.join, list(range(len(ranks))))
         return join_ranks(key, [ranks[i] for i in order], join, source.rule.blocks, self.sizes)
+
+    def _check_ranks(self, source: Source) -> None:
+        """Raises Qwen35Error, the same one for all taps, if shares of a rank are not here."""
+        first = source.pieces[0]
+        stages = int(first.parallel.get("pp_size", 1))
+        world = max(int(first.parallel.get("world_size", 1)) // stages, self._world())
+        here = [piece.rank for piece in source.pieces]
+        if source.rule.join == "same" or len(here) >= world:
+            return
+        lost = ", ".join(str(rank) for rank in range(world) if stages == 1 and rank not in here)
+        files = RANK_FILES.get(self.format, "").format(lost if lost.isdigit() else "N")
+        raise Qwen35Error(
+            f"rank {lost or '?'} is missing", where=self.path, found=f"rank {', '.join(map(str, here))} of {world}",
+            expected=files, do="copy the dumps of all ranks to one place",
+        )  # fmt: skip
 
     def _world(self) -> int:
         """How many ranks there were, if only one is here and does not say: by the shares of fused columns it holds."""

@@ -16,6 +16,8 @@ from ..dump import Dump, Piece, Tokens
 from . import atom, llama_cpp, own, plain, sglang, sglang_passes, transformers, vllm
 
 # The first that recognises a path reads it; `plain` takes what is left.
+TORCH = (".pt", ".pth", ".pkl", ".bin")
+TENSORS = (*TORCH, ".npy", ".npz", ".safetensors")
 READERS = (own, sglang, sglang_passes, atom, transformers, llama_cpp, vllm, plain)
 
 __all__ = ["Dump", "Piece", "Tokens", "read_dump", "transformers"]
@@ -62,4 +64,14 @@ def read_dump(
             do="give a name map",
         )
     dump.check_steps()
+    if left := _not_understood(path, reader):
+        dump.notes.append(f"{len(left)} files were not understood, and left out: {', '.join(left[:5])}"
+                          f"{', ...' if len(left) > 5 else ''}")  # fmt: skip
     return dump
+
+
+def _not_understood(path: Path, reader: Any) -> list[str]:
+    """Files of tensors in the folder that its reader does not read. Those that it failed to read are problems."""
+    known = getattr(reader, "known", lambda file: file.suffix not in TORCH)
+    files = (p for p in path.rglob("*") if p.suffix in TENSORS) if path.is_dir() else ()
+    return sorted(str(p.relative_to(path)) for p in files if p.is_file() and not known(p))

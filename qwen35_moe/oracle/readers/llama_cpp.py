@@ -26,6 +26,10 @@ from ..dump import Dump, Piece, Tokens
 MAGIC = b"_logits_"
 
 
+def known(file: Path) -> bool:
+    return file.name.startswith(("llamacpp-", "pytorch-"))
+
+
 def sniff(path: Path) -> bool:
     if path.is_dir():
         return len(_logit_files(path)) > 0

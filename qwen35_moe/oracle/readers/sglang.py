@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ...errors import Qwen35Error
 from ..dump import Dump, Piece, Tokens
-from .common import load_pt, load_tensor, whole_numbers
+from .common import load_pt, load_tensor, same, whole_numbers
 
+HELD = 1 << 13  # files that stay mapped; a process may have 65,530 mappings
 CORE = ("input_ids", "positions", "seq_lens", "req_pool_indices", "rids")
 
 
@@ -55,9 +56,10 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
         parallel = {**meta.get("megatron_parallel_info", {}), **meta.get("sglang_parallel_info", {})}
         parallel = {"world_size": meta.get("world_size", 1), **parallel}
         layer = tags.get("layer_id", meta.get("layer_id"))
+        held = len(pieces) < HELD
         piece = Piece.named(
             name,
-            partial(load_tensor, file, *(["value"] if wrapped else [])),
+            partial(same, value) if held else partial(load_tensor, file, *(["value"] if wrapped else [])),
             None if layer in (None, "None") else int(layer),
             step=step,
             rank=rank,
@@ -81,8 +83,12 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
     return Dump("sglang dumper", path, pieces, tokens, problems, family=family, config=config, weights=weights)
 
 
+def known(file: Path) -> bool:
+    return {"step", "rank", "dump_index", "name"} <= set(_tags(file))
+
+
 def _files(path: Path) -> list[Path]:
-    return [p for p in path.glob("*.pt") if {"step", "rank", "dump_index", "name"} <= set(_tags(p))]
+    return [p for p in path.glob("*.pt") if known(p)]
 
 
 def _experiments(path: Path) -> list[Path]:
