@@ -4,10 +4,13 @@
 
 Without CHECKPOINT, two layers with the dimensions of the 35B model and MXFP4 experts are built in build/ (3 GB). Limits
 are measured in the same rounds as the layers, at the layer's own shapes and dtype: each product of the layer at its
-number of rows, and reading and decoding of its weights into a reused buffer. `bound` is the larger of the two sums,
-since one can hide behind the other; printed are the best of the rounds, peak memory (VmHWM) at the end, and the
-extrapolation to all layers and the head. Files are in the page cache: the first round, which reads them, does not
-count.
+number of rows, and reading and decoding of its weights into a reused buffer. Printed are the best of the rounds, the
+layer beside the larger of the two and beside their sum, peak memory (VmHWM) at the end, and the extrapolation to all
+layers and the head. Files are in the page cache: the first round, which reads them, does not count.
+
+Which of the two is the limit? The larger, where one hides behind the other: a slow disk, or cores that products leave
+idle. With the files in the page cache decoding and products want the same cores, each takes all of them when it is
+measured alone, and what is left to win is what exceeds the sum.
 """
 
 from __future__ import annotations
@@ -138,15 +141,17 @@ def main() -> None:
     print(
         f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {HEAD_ROWS} head rows a block"
     )
-    print(f"{'':>20} {'layer':>7} {'products':>9} {'bytes':>7} {'/ bound':>8} {'head':>7} {'layers':>11} {'VmHWM':>10}")
+    titles = {"": 20, "layer": 7, "products": 10, "bytes": 8, "/ larger": 10, "/ sum": 8, "head": 8}
+    print("".join(f"{title:>{width}}" for title, width in {**titles, "layers": 11, "VmHWM": 11}.items()))
     for arithmetic in args.arithmetic:
         for tokens in args.tokens:
             t = Bench(args.checkpoint, arithmetic, tokens).run(args.rounds)
-            ratio = t["layer"] / max(t["products"], t["bytes"])
+            parts = t["products"], t["bytes"]
             whole = args.layers * t["layer"] + t["head"]
+            ratios = f"{t['layer'] / max(parts):10.2f}{t['layer'] / sum(parts):8.2f}"
             print(
-                f"{arithmetic:>14} {tokens:>5}{t['layer']:11.2f}{t['products']:11.2f}{t['bytes']:11.2f}{ratio:11.2f}"
-                f"{t['head']:11.2f}{whole:9.0f} s{peak_mib():>7} MiB",
+                f"{arithmetic:>14} {tokens:>5}{t['layer']:7.2f}{t['products']:10.2f}{t['bytes']:8.2f}{ratios}"
+                f"{t['head']:8.2f}{whole:9.0f} s{peak_mib():>7} MiB",
                 flush=True,
             )
 
