@@ -72,10 +72,10 @@ class _Errors:
         key = site.key
         if key not in self.truth or not x.is_floating_point():
             return
-        truth, x = self.truth[key].to(torch.float64), x.cpu().to(torch.float64)
+        truth, x = self.truth[key], x.cpu()
         if site.name in WEIGHTS:
             truth, x = truth.sort(-1, descending=True).values, x.sort(-1, descending=True).values
-        self.add(key, Norms.of(as_rows(key, x - truth, self.tokens)))
+        self.add(key, Norms.of(as_rows(key, x, self.tokens), minus=as_rows(key, truth, self.tokens)))
 
     def add(self, key: str, error: Norms) -> None:
         known = self.norms.get(key)
@@ -166,7 +166,7 @@ def _head(model: Model, errors: _Errors, sum_BTD: Tensor) -> None:
             model.lm_head(HEAD, x_BTD)
             return
         parts = (
-            Norms.of((part.cpu().to(torch.float64) - _slice(errors.truth, which)).flatten(0, 1))
+            Norms.of(part.cpu().flatten(0, 1), minus=_slice(errors.truth, which).flatten(0, 1))
             for which, part in rounded_blocks(model, x_BTD)
         )
         errors.add(HEAD, _side_by_side(parts))
@@ -175,7 +175,7 @@ def _head(model: Model, errors: _Errors, sum_BTD: Tensor) -> None:
 def _of_truth(truth: Trace, key: str) -> Tensor:
     """The truth's own columns of `Stored`: its size, and what one rounding to bf16 loses.  -> [rows, 4]"""
     if key != HEAD:
-        x = as_rows(key, truth[key].to(torch.float64), truth.ids.numel())
+        x = as_rows(key, truth[key], truth.ids.numel())
         return torch.cat((_columns(Norms.of(x)), _columns(one_rounding(x, torch.bfloat16))), 1)
     V = truth.sites[key].shape[-1]
     blocks = [slice(v, min(v + HEAD_ROWS, V)) for v in range(0, V, HEAD_ROWS)]
@@ -187,11 +187,11 @@ def _of_truth(truth: Trace, key: str) -> Tensor:
 
 
 def _slice(truth: Trace, which: slice) -> Tensor:
-    """Some of the truth's logits, in float64."""
+    """Some of the truth's logits."""
     if truth.path is None:
-        return truth[HEAD][..., which].to(torch.float64)
+        return truth[HEAD][..., which]
     with safe_open(truth.path / truth.sites[HEAD].file, framework="pt") as file:
-        return file.get_slice(HEAD)[:, :, which].to(torch.float64)
+        return file.get_slice(HEAD)[:, :, which]
 
 
 def _side_by_side(parts: Iterable[Norms]) -> Norms:
