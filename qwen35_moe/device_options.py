@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .errors import Qwen35Error
+from .load import usable
 from .placement import AUTOMATIC
 
 
@@ -26,11 +25,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 def device_options(args: argparse.Namespace) -> dict[str, Any]:
     """These options as arguments of `load`."""
     if args.device_map is None:
-        try:
-            torch.empty(0, device=args.device)
-        except (RuntimeError, AssertionError) as error:  # what torch raises without CUDA is an assertion
-            found = str(error).splitlines()[0]
-            raise Qwen35Error("no such device here", where=f"--device {args.device}", found=found) from error
+        usable(args.device, f"--device {args.device}")
         return {"device": args.device}
     memory: dict[int | str, str] | None = None if args.max_memory is None else {}
     for part in args.max_memory.split(",") if args.max_memory else ():

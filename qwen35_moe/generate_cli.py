@@ -17,7 +17,7 @@ from .errors import Qwen35Error
 from .generate import Sampling, Step, generate, score
 from .load import MODES, load
 from .model import Model
-from .prompt import embed_prompt, load_images, load_tokenizer, place_images, stop_ids
+from .prompt import embed_prompt, load_images, load_tokenizer, place_images, read_ids, stop_ids
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,7 +30,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("checkpoint", help="checkpoint folder")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="text, as it is; see --chat")
-    prompt.add_argument("--ids", help='ids instead: "1,2,3", or a JSON file with a list')
+    prompt.add_argument("--ids", help='ids instead: "1,2,3", or a file with a list')
     parser.add_argument("--chat", action="store_true", help="put --prompt into the folder's chat template")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="default: %(default)s")
@@ -58,10 +58,10 @@ def run(args: argparse.Namespace) -> int:
         if args.text_only and wanted:
             raise Qwen35Error(f"{option} needs what --text-only leaves out", where="command line")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    forced = None if args.force is None else read_ids(args.force, "--force")
+    forced = None if args.force is None else one(read_ids(args.force, "--force"), "--force")
     # The prompt first: what is wrong with it shows before a large checkpoint is read.
     tokenizer = load_tokenizer(args.checkpoint) if args.prompt is not None or has_tokenizer(args.checkpoint) else None
-    ids = read_ids(args.ids, "--ids") if args.prompt is None else encode(tokenizer, args)
+    ids = one(read_ids(args.ids, "--ids"), "--ids") if args.prompt is None else encode(tokenizer, args)
     images = load_images(args.checkpoint, args.image) if args.image else None
     where = device_options(args)
     model = load(args.checkpoint, args.arithmetic, mode=args.mode, text_only=args.text_only, **where)
@@ -81,17 +81,11 @@ def has_tokenizer(folder: str) -> bool:
     return (Path(folder) / "tokenizer.json").is_file()
 
 
-def read_ids(text: str, option: str) -> list[int]:
-    """Ids from "1,2,3" (or "1 2 3", "[1, 2, 3]"), or from a JSON file that holds a list."""
-    try:
-        source = Path(text).read_text(encoding="utf-8") if Path(text).is_file() else text
-    except (OSError, UnicodeDecodeError) as error:
-        raise Qwen35Error("cannot read ids", where=f"{option} {text}", found=error) from error
-    words = source.strip().strip("[]").replace(",", " ").split()
-    if not words or not all(word.isdigit() for word in words):
-        expected = '"1,2,3", or a JSON file with a list of ids'
-        raise Qwen35Error("not a list of ids", where=option, expected=expected, found=source[:60])
-    return [int(word) for word in words]
+def one(rows: list[list[int]], option: str) -> list[int]:
+    if len(rows) > 1:
+        do = "give them one after another"
+        raise Qwen35Error("one prompt at a time", where=option, found=f"{len(rows)} lists of ids", do=do)
+    return rows[0]
 
 
 def encode(tokenizer: Any, args: argparse.Namespace) -> list[int]:

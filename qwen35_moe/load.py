@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from itertools import groupby
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,9 @@ def load(
     for name, value, allowed in (("mode", mode, MODES), ("shared_expert", shared_expert, SHARED)):
         if value not in allowed:
             raise Qwen35Error(f"unknown {name}", where="load()", expected=" | ".join(allowed), found=repr(value))
+    if not isinstance(path, str | PathLike):
+        raise Qwen35Error("no checkpoint", where="load()", expected="the path of a folder", found=repr(path))
+    device = usable(device, "load(device=...)")
     if device_map is not None and mode == "stream":
         raise Qwen35Error("a streamed model stays on disk", where="load()", expected="a device_map, or mode='stream'")
     table = arithmetics.get(arithmetic)
@@ -150,7 +154,7 @@ def load(
     config = Config.from_dict(checkpoint.config, ignore=ignore_config_keys)
     checkpoint.validate(config)
     checkpoint.reader.mapped = mode != "stream"
-    checkpoint.reader.pinned = mode == "stream" and torch.device(device).type == "cuda"
+    checkpoint.reader.pinned = mode == "stream" and device.type == "cuda"
     if shared_expert == "auto" and table.fuses:
         decisions = decide_layers(checkpoint.config, stored=checkpoint.spec)
         fused, draft_fused = [bool(d) for d in decisions if not d.draft], any(d for d in decisions if d.draft)
@@ -158,7 +162,7 @@ def load(
         draft_fused = shared_expert.startswith("fused")
         fused = [draft_fused] * config.num_hidden_layers
     source = Source(checkpoint, config, online=shared_expert == "fused-online")
-    device = torch.device("meta" if device_map is not None else device)
+    device = torch.device("meta") if device_map is not None else device
     model = build(source, table, fused, device, mode)
     model.source, model.identity, model.conversion = source, checkpoint.identity(), source.conversion
     counts = {part: sum(name.startswith(f"{part}.") for name in checkpoint.names()) for part in PARTS}
@@ -172,6 +176,14 @@ def load(
 
         place(model, source, table, mode, device_map, max_memory, offload_folder)
     return model
+
+
+def usable(device: str | torch.device, where: str) -> torch.device:
+    """The device, if tensors can be made on it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # what torch raises without CUDA is an assertion
+        raise Qwen35Error("no such device here", where=where, found=str(error).splitlines()[0]) from error
 
 
 def build(source: Source, table: Arithmetic, fused: Sequence[bool], device: torch.device, mode: str) -> Model:

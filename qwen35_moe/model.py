@@ -99,6 +99,9 @@ class Model(nn.Module):
         cache = Cache() if cache is None else cache
         input_ids, attention_mask = (x if x is None else torch.as_tensor(x) for x in (input_ids, attention_mask))
         new = self.checked(input_ids, inputs_embeds)
+        if logits_to_keep is not None and logits_to_keep < 1:
+            raise Qwen35Error("no positions to keep", where="logits_to_keep", expected="1 or more, or None for all",
+                              found=logits_to_keep)  # fmt: skip
         real_BS, position_ids = extend(cache, new, attention_mask, position_ids)
         with arithmetics.using(self.arithmetic):
             h_BTD = tap("embed_tokens", self.embed_tokens(new) if inputs_embeds is None else new)
@@ -118,6 +121,10 @@ class Model(nn.Module):
             found = "neither" if new is None else list(new.shape)
             raise Qwen35Error("nothing to compute on", where="model(input_ids)", expected=expected, found=found)
         if embeds is not None:
+            if new.shape[2] != self.config.hidden_size or not new.is_floating_point():
+                raise Qwen35Error("inputs_embeds do not fit the model", where="model(inputs_embeds)",
+                                  expected=f"[B, T, {self.config.hidden_size}], floating",
+                                  found=f"{list(new.shape)}, {new.dtype}")  # fmt: skip
             return embeds
         if new.dtype not in (torch.int64, torch.int32):
             raise Qwen35Error("ids must be integers", where="model(input_ids)", expected=torch.int64, found=new.dtype)
@@ -136,6 +143,9 @@ def extend(
     new ones, [B, T] or [3, B, T].
     """
     B, T = new.shape[:2]
+    if cache.next_position is not None and len(cache.next_position) != B:
+        do = "a new Cache() for other sequences"
+        raise Qwen35Error("cache is of another batch", expected=len(cache.next_position), found=B, do=do)
     never = attention_mask is None and cache.mask is None
     real_BS = None if never else _extended_mask(cache, new, attention_mask)
     next_B = new.new_zeros(B, dtype=torch.long) if cache.next_position is None else cache.next_position

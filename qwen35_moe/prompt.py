@@ -6,6 +6,7 @@ Ids need none of it. transformers is imported where it is used, and never asks t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,39 @@ from .positions import check_grids, embed_images, rope_positions, token_types
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def read_ids(text: str, option: str) -> list[list[int]]:
+    """Token ids of one or more prompts, as an argument or in a file: "1,2,3", "1 2 3", "[1, 2, 3]", "[[1, 2], [3]]", an
+    object with `input_ids`, or what `generate` prints, with --json too.
+
+    Raises Qwen35Error for anything else, and for a file that cannot be read.
+    """
+    try:
+        source = Path(text).read_text(encoding="utf-8") if Path(text).is_file() else text
+    except (OSError, UnicodeDecodeError) as error:
+        raise Qwen35Error("cannot read token ids", where=f"{option} {text}", found=error) from error
+    rows = _rows(source.strip())
+    if not (rows and all(row and all(type(i) is int and 0 <= i < 2**31 for i in row) for row in rows)):
+        expected = '"1,2,3", or a file with a list of ids, or of such lists'
+        raise Qwen35Error("not a list of ids", where=option, expected=expected, found=source[:60])
+    return rows
+
+
+def _rows(source: str) -> list[list[Any]]:
+    """What looks like lists of ids; empty for all that does not."""
+    if re.fullmatch(r"\d+([\s,]+\d+)*", source):
+        return [[int(word) for word in re.findall(r"\d+", source)]]
+    try:
+        found = json.loads(source)
+    except ValueError:
+        try:  # generate --json: one object a token
+            return [[json.loads(line)["id"] for line in source.splitlines()]]
+        except (ValueError, KeyError, TypeError):
+            return []
+    found = found.get("input_ids") if isinstance(found, dict) else found
+    rows: list[Any] = found if isinstance(found, list) and found and isinstance(found[0], list) else [found]
+    return rows if all(isinstance(row, list) for row in rows) else []
 
 
 @torch.inference_mode()

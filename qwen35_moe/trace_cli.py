@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from .oracle.envelope import legal
 from .oracle.envelope_file import remaining, write_envelope
 from .oracle.oracle_cli import padded
 from .oracle.trace_file import Trace
+from .prompt import read_ids
 from .shares import Processes, begin_parts, join, remove_parts
 from .tap_names import TAPS
 
@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
         description="Computes layer by layer. What is done is on disk after each layer, and --resume goes on.",
     )
     p.add_argument("checkpoint", nargs="?")
-    p.add_argument("--ids", help="1,2,3 or a JSON file: a list of token ids, or a list of lists (padded on the right)")
+    p.add_argument("--ids", help="1,2,3 or a file: a list of token ids, or a list of lists (padded on the right)")
     p.add_argument("--out", help="directory to write")
     p.add_argument("--arithmetic", default="exact", help="default: %(default)s")
     p.add_argument("--taps", default="*", help="globs, separated by commas (default: all)")
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not (args.checkpoint and args.ids and args.out):
         raise Qwen35Error("nothing to trace", expected="trace CHECKPOINT --ids FILE --out DIRECTORY")
-    ids, mask = read_ids(args.ids)
+    ids, mask = padded([torch.tensor(row) for row in read_ids(args.ids, "--ids")])
     processes = Processes(args.device)
     args.device = processes.device
     batch = args.batch or (len(ids) if processes.count == 1 else 1)
@@ -132,30 +132,6 @@ def positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise ValueError
     return number
-
-
-def read_ids(text: str) -> tuple[Tensor, Tensor | None]:
-    """Token ids [B, T] and mask (None: no padding), from "1,2,3" or a JSON file: a list of ids, a list of such lists,
-    or an object with `input_ids`."""
-    found: Any
-    if re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text):
-        found = [int(word) for word in text.split(",")]
-    else:
-        try:
-            found = json.loads(Path(text).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise Qwen35Error("cannot read token ids", where=text, found=error, expected="JSON: [1, 2, 3]") from error
-    found = found.get("input_ids") if isinstance(found, dict) else found
-    rows = [found] if isinstance(found, list) and found and type(found[0]) is int else found
-    if not (isinstance(rows, list) and rows and all(_is_row(row) for row in rows)):
-        raise Qwen35Error(
-            "not token ids", where=text, expected="[1, 2, 3] or [[1, 2], [3, 4, 5]]", found=str(found)[:60]
-        )
-    return padded([torch.tensor(row) for row in rows])
-
-
-def _is_row(row: Any) -> bool:
-    return isinstance(row, list) and bool(row) and all(type(i) is int and 0 <= i < 2**31 for i in row)
 
 
 def _last_layer(text: str | None) -> int | None:

@@ -156,6 +156,11 @@ def test_ids(model, ids, words):
     ({"attention_mask": torch.ones(1, 5)}, ["attention_mask", "[1, 3]"]),
     ({"attention_mask": torch.tensor([[1, 0, 1]])}, ["padding between"]),
     ({"position_ids": torch.zeros(1, 4, dtype=torch.long)}, ["position_ids", "[1, 3]"]),
+    ({"logits_to_keep": -1}, ["logits_to_keep", "1 or more"]),
+    ({"logits_to_keep": 0}, ["logits_to_keep", "1 or more"]),
+    ({"inputs_embeds": torch.zeros(1, 3, 65)}, ["inputs_embeds", "64", "[1, 3, 65]"]),
+    ({"inputs_embeds": torch.zeros(1, 3, 64, dtype=torch.long)}, ["inputs_embeds", "int64"]),
+    ({"cache": q.Cache(length=1, next_position=torch.ones(2, dtype=torch.long))}, ["another batch", "expected: 2"]),
 ])  # fmt: skip
 def test_masks_and_positions(model, kwargs, words):
     with pytest.raises(q.Qwen35Error) as error:
@@ -188,6 +193,19 @@ def test_a_failed_call_leaves_the_cache_as_it_was(model):
 def test_load_options(built, kwargs, words):
     with pytest.raises(q.Qwen35Error) as error:
         q.load(built("tiny"), **kwargs)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("path, kwargs, words", [
+    (None, {}, ["no checkpoint", "None"]),
+    (3, {}, ["no checkpoint", "3"]),
+    ("nowhere", {"device": "cuda:99"}, ["no such device", "load(device=...)"]),
+    ("nowhere", {"device": "gpu"}, ["no such device", "gpu"]),
+])  # fmt: skip
+def test_what_load_cannot_use(path, kwargs, words):
+    with pytest.raises(q.Qwen35Error) as error:
+        q.load(path, **kwargs)
     for word in words:
         assert word in str(error.value)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import qwen35_moe as q
 from qwen35_moe.cli import main
 from qwen35_moe.generate import Step, generate
-from qwen35_moe.prompt import embed_prompt, load_images, load_tokenizer, place_images, stop_ids
+from qwen35_moe.prompt import embed_prompt, load_images, load_tokenizer, place_images, read_ids, stop_ids
 
 BARE = FIXTURES / "bf16-hub"
 
@@ -73,8 +73,12 @@ SIX = ("--max-new-tokens", 6)
 
 
 def test_ids_need_no_tokenizer(capsys: pytest.CaptureFixture[str], plain: list[int], tmp_path: Path) -> None:
-    (tmp_path / "ids.json").write_text("[1, 2,\n 3]")
-    for ids in ("1,2,3", "1 2 3", "[1, 2, 3]", tmp_path / "ids.json"):
+    printed = '{"step": 0, "id": 1}\n{"id": 2}\n{"id": 3}\n'
+    texts = ("[1, 2,\n 3]", "1, 2, 3\n", "[[1, 2, 3]]", '{"input_ids": [1, 2, 3]}', printed)
+    for name, text in zip("abcde", texts, strict=True):
+        (tmp_path / name).write_text(text)
+        assert read_ids(str(tmp_path / name), "--ids") == [[1, 2, 3]]
+    for ids in ("1,2,3", "1 2 3", "[1, 2, 3]", *(tmp_path / name for name in "abcde")):
         assert call(capsys, BARE, "--ids", ids, *SIX) == (0, ", ".join(map(str, plain)) + "\n", "")
 
 
@@ -185,6 +189,10 @@ def test_text_only_says_so(capsys: pytest.CaptureFixture[str], plain: list[int])
         (["--prompt", "x"], "as ids (--ids)"),
         (["--ids", "1,x"], "not a list of ids"),
         (["--ids", ""], "not a list of ids"),
+        (["--ids", "[[1], [2]]"], "one prompt at a time"),
+        (["--ids", "[[1], 2]"], "not a list of ids"),
+        (["--ids", '{"x": 1}'], "not a list of ids"),
+        (["--ids", "[1, -2]"], "not a list of ids"),
         (["--ids", "1,999"], "not in the vocabulary"),
         (["--ids", "1", "--image", "no.png"], "no image processor"),
         (["--ids", "1", "--text-only", "--draft"], "--text-only leaves out"),
