@@ -26,7 +26,9 @@ from torch import Tensor
 
 from qwen35_moe.oracle.envelope import Norms, one_rounding
 from qwen35_moe.oracle.envelope_file import ENVELOPE, as_rows
-from qwen35_moe.oracle.trace_file import Entry, Trace, TraceWriter
+from qwen35_moe.oracle.trace_file import Entry, Trace
+from qwen35_moe.oracle.trace_writer import TraceWriter
+from qwen35_moe.oracle.trace_writer import write as write_trace
 from qwen35_moe.oracle.writers import write_sglang_dump
 from qwen35_moe.tap_names import TAPS
 from qwen35_moe.taps import Site
@@ -116,7 +118,7 @@ def write(folder: Path, layers: int, tokens: int) -> Callable[[str], None]:
     def write_dump(form: str) -> None:
         shutil.rmtree(folder / "dump", ignore_errors=True)
         if form == "trace":
-            engine.write(folder / "dump")
+            write_trace(engine, folder / "dump")
         elif form == "sglang":
             write_sglang_dump(engine, folder / "dump")
         else:

@@ -37,7 +37,7 @@ def read_ids(text: str, option: str) -> list[list[int]]:
     rows = _rows(source.strip())
     if not (rows and all(row and all(type(i) is int and 0 <= i < 2**31 for i in row) for row in rows)):
         expected = '"1,2,3", or a file with a list of ids, or of such lists'
-        raise Qwen35Error("not a list of ids", where=option, expected=expected, found=source[:60])
+        raise Qwen35Error("not a list of token ids", where=option, expected=expected, found=source[:60])
     return rows
 
 

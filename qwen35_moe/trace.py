@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .errors import Qwen35Error
-from .oracle.trace_file import Entry, Trace, TraceWriter
+from .oracle.trace_file import Entry, Trace
+from .oracle.trace_writer import TraceWriter
 from .tap_names import check_patterns, dims_of
 from .taps import OBSERVE, Handler, Site, attach
 

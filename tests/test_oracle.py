@@ -325,7 +325,7 @@ def test_commands(built: Callable[[str], Path], tmp_path: Path, capsys: pytest.C
     assert cli.main(["compare", str(tmp_path / "truth"), str(tmp_path / "none")]) == 2
     (tmp_path / "ids.json").write_text('["a"]')
     assert cli.main([*common, "--out", str(tmp_path / "truth")]) == 2
-    assert "not a list of ids" in capsys.readouterr().err
+    assert "not a list of token ids" in capsys.readouterr().err
 
 
 def test_truth_of_another_checkpoint_is_refused(built: Callable[[str], Path], tmp_path: Path) -> None:

@@ -510,6 +510,16 @@ def test_atoms_newer_names_and_files_that_nobody_understands(model, tmp_path: Pa
     assert dump.notes[-1] == "2 files were not understood, and left out: extra.npy, moe_prefill_0_rank0.pt"
 
 
+def test_plain_tensors_with_modules_of_transformers(tmp_path: Path) -> None:
+    x = torch.randn(3, 8)
+    name = "model.language_model.layers.0.linear_attn.in_proj_qkv.output"
+    save_file({"lm_head.output": x}, tmp_path / "a.safetensors")
+    assert list(read_dump(tmp_path / "a.safetensors")) == ["next_token_logits"]
+    save_file({"lm_head.output": x, name: x + 1, "model.layers.0.mlp.gate.output.0": x - 1}, tmp_path / "a.safetensors")
+    dump = read_dump(tmp_path / "a.safetensors")
+    assert not dump.unknown and torch.equal(dump["layers.0.gdn_qkv"], x + 1)
+
+
 def test_sglang_files_are_unpickled_once(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dumper(tmp_path / "d", Engine(model, SEQUENCES).values(ALL_AT_ONCE))
     opened: Counter[str] = Counter()

@@ -20,7 +20,8 @@ from qwen35_moe.load import HEAD_ROWS, runs
 from qwen35_moe.long_run import trace_layers
 from qwen35_moe.oracle.envelope import legal
 from qwen35_moe.oracle.envelope_file import remaining, write_envelope
-from qwen35_moe.oracle.trace_file import Trace, TraceWriter
+from qwen35_moe.oracle.trace_file import Trace
+from qwen35_moe.oracle.trace_writer import TraceWriter
 
 Build = Callable[[str], Path]
 IDS = torch.tensor([[3, 7, 11, 5, 100, 17, 29, 31], [1, 2, 3, 4, 5, 0, 0, 0]])

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from engine_like import padded_truth, tiny_model
 
 from qwen35_moe import Cache, Qwen35Error
-from qwen35_moe.oracle.trace_file import Entry, Trace, TraceWriter
+from qwen35_moe.cli import main
+from qwen35_moe.oracle.envelope_file import write_envelope
+from qwen35_moe.oracle.trace_file import Entry, Trace
+from qwen35_moe.oracle.trace_writer import TraceWriter, write
 from qwen35_moe.tap_names import TAPS, base_name, check_patterns, dims_of
 from qwen35_moe.taps import Site, scope, tap
 from qwen35_moe.trace import record, trace
@@ -38,7 +43,7 @@ def test_disk_and_memory_hold_the_same(model, tmp_path: Path) -> None:
     disk = padded_truth(model, SEQUENCES, out=tmp_path / "t")
     assert list(memory) == list(disk) and memory.meta == disk.meta
     assert all(torch.equal(memory[key], disk[key]) for key in memory)
-    again = memory.write(tmp_path / "again")
+    again = write(memory, tmp_path / "again")
     assert again.sites == disk.sites
     assert again.ids.tolist()[0] == SEQUENCES[0] and again.mask[1].tolist() == [1, 1, 1, 1, 1, 0, 0]
     assert disk.meta["arithmetic"] == "exact" and disk.meta["config"]["num_experts"] == 8
@@ -110,6 +115,21 @@ def test_bad_traces(model, tmp_path: Path) -> None:
     (tmp_path / "t/trace.json").write_text('{"format": "qwen35-moe-trace", "version": 2}')
     with pytest.raises(Qwen35Error, match="another format(.|\n)*qwen35-moe-trace 2"):
         Trace.open(tmp_path / "t")
+
+
+def test_a_path_that_is_not_utf8(model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    strange = tmp_path / os.fsdecode(b"w\xff")
+    with pytest.raises(Qwen35Error, match="not UTF-8(.|\n)*rename"):
+        trace(model, torch.tensor([[1, 2]]), out=strange)
+    strange.mkdir()
+    with pytest.raises(Qwen35Error, match="not UTF-8"):
+        Trace.open(strange)
+    np.savez(strange / "a.npz", **{"layers.0.mlp_output": np.zeros((2, 64))})
+    written = trace(model, torch.tensor([[1, 2]]), out=tmp_path / "truth")
+    write_envelope(written, [model])
+    page = strange / "x.html"
+    assert main(["compare", str(tmp_path / "truth"), str(strange), "--html", str(page)]) == 1
+    assert "udcff" in capsys.readouterr().out and page.is_file()
 
 
 def test_names(model) -> None:

@@ -252,53 +252,6 @@ class Dump(Mapping[str, Tensor]):
             self._dtypes[key, step] = self.sources[key][step].pieces[0].load().dtype
         return self._dtypes[key, step]
 
-    def check_steps(self) -> None:
-        """Find dumps that look alright and are not: warm-up, and CUDA/HIP graphs that hide the decode steps."""
-        known = {step: t.ids for step, t in self.tokens.items() if t.ids is not None}
-        warm = [step for step, ids in known.items() if ids.numel() > 1 and not ids.any()]
-        if warm and not any(ids.any() for ids in known.values()):
-            raise Qwen35Error(
-                "dump holds only warm-up", where=self.path, found="every token id is 0",
-                do="dump a real request: skip the first passes, and turn one-shot dumping off",
-            )  # fmt: skip
-        elif warm:
-            self.notes.append(f"warm-up left out: steps {', '.join(map(str, warm))}")
-            for steps in self.sources.values():
-                for step in warm:
-                    steps.pop(step, None)
-            self.sources = {key: steps for key, steps in self.sources.items() if steps}
-        if same := self._identical_steps():
-            self.problems.append(Qwen35Error(
-                "decode steps are identical although their tokens differ", where=self.path,
-                found=f"{same[0]} in steps {same[1]} and {same[2]}",
-                do="a captured graph was replayed: dump with graphs off (--disable-cuda-graph, --enforce-eager)",
-            ))  # fmt: skip
-
-    def _identical_steps(self) -> tuple[str, int, int] | None:
-        """(key, step, next step) of a tensor that did not change although the tokens did. Looks at a few taps."""
-        keys = [k for k, steps in self.sources.items() if len(steps) > 1 and base_name(k).endswith(("output", "norm"))]
-        for key in keys[:2] + keys[-1:]:
-            steps = sorted(self.sources[key])
-            for a, b in zip(steps, steps[1:], strict=False):
-                one, two = self.tokens.get(a), self.tokens.get(b)
-                differ = (one is None or two is None or one.ids is None or two.ids is None
-                          or not torch.equal(one.ids, two.ids) or _moved(one, two))  # fmt: skip
-                if differ and self._equal(key, a, b):
-                    return key, a, b
-        return None
-
-    def _equal(self, key: str, a: int, b: int) -> bool:
-        try:
-            x, y = (self.sources[key][step].pieces[0].load() for step in (a, b))
-        except Qwen35Error:
-            return False
-        return x.shape == y.shape and bool(x.any()) and torch.equal(x, y)
-
-
-def _moved(one: Tokens, two: Tokens) -> bool:
-    a, b = one.positions, two.positions
-    return a is not None and b is not None and not torch.equal(a, b)
-
 
 def _groups(pieces: Sequence[Piece]) -> dict[tuple[Any, ...], list[Piece]]:
     """Pieces of one value: same step, layer and name, one a rank (a repeated one counts once)."""

@@ -114,6 +114,8 @@ class Break:
 class BrokenSource(Source):
     """Weights as an engine with this fault reads them. No guard keeps a foreign format out of a slot."""
 
+    as_stored = False
+
     def __init__(self, inner: Source, fault: Fault, place: Place):
         super().__init__(inner.checkpoint, inner.config, inner.online)
         self.inner, self.fault, self.place = inner, fault, place

@@ -10,9 +10,7 @@ all outputs of experts 256 times smaller.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,12 +26,13 @@ from ..trace import trace
 from .catalogue import FAULTS
 from .compare import compare
 from .dump import Dump, Piece
-from .envelope import LIMIT, legal
+from .envelope import legal
 from .envelope_file import write_envelope
 from .faults import Fault, Place
 from .readers.own import from_trace
-from .records import Comparison, show
+from .records import Comparison
 from .rerun import CPU
+from .score import Outcome
 from .trace_file import Trace
 from .variants import SMALL, UNLISTED, UNSEEN, Variant, variants
 
@@ -59,31 +58,6 @@ class Regime:
         if self.name == "outputs / 256" and site.name in ("moe_expert_down", "moe_shared_output"):
             return x / 256
         return None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one planted fault, or one clean variant."""
-
-    regime: str
-    name: str
-    block: str
-    layer: int | None
-    ratio: float  # the largest of the block's first bad tap; of a clean variant, the largest of all
-    found: bool  # for a clean variant: passed
-    where: str
-    named: str
-    explains: float = 0.0
-    next_best: float = 0.0
-
-    @property
-    def named_right(self) -> bool:
-        """The same fault; a factor that was fitted may be off by 2 %."""
-        kind, _, factor = self.name.rpartition(" times ")
-        said, _, fitted = self.named.rpartition(" times ")
-        if kind and kind == said and all(re.fullmatch(r"[\d.]+", x) for x in (factor, fitted)):
-            return abs(float(fitted) / float(factor) - 1) <= 0.02
-        return self.named.startswith(self.name)
 
 
 class Bench:
@@ -221,38 +195,3 @@ def run(
             passed.append(bench.clean(variant))
             progress(passed[-1])
     return planted, foreign, passed
-
-
-def table(planted: Sequence[Outcome], foreign: Sequence[Outcome], clean: Sequence[Outcome]) -> str:
-    """Both tables and the scores."""
-    lines = ["Faults planted: found in the right layer and block; ratio of its first tap; what the diagnosis says", ""]
-    for o in planted:
-        mark = "ok " if o.found and o.named_right else "-- "
-        share = f"{100 * o.explains:.1f}/{100 * max(o.next_best, 0):.1f} %" if o.explains else ""
-        said = "" if o.named_right else f" SAID {o.named}"
-        lines.append(f"{mark}{o.regime:<14}{o.name:<48.48}{show(o.ratio):>6} {o.where:<28.28}{share:>14}{said}")
-    lines += ["", "Faults that the catalogue lacks: found, and the diagnosis says unknown", ""]
-    for o in foreign:
-        mark = "ok " if o.found and o.named == "unknown" else "-- "
-        lines.append(f"{mark}{o.regime:<14}{o.name:<48.48}{show(o.ratio):>6} {o.where:<28.28} {o.named}")
-    lines += ["", f"Clean variants: the largest ratio of all taps (limit {LIMIT:g})", ""]
-    for o in clean:
-        lines.append(f"{'ok ' if o.found else '-- '}{o.regime:<14}{o.name:<48.48}{show(o.ratio):>6} {o.where}")
-    lines += ["", *scores(planted, foreign, clean)]
-    return "\n".join(lines)
-
-
-def scores(planted: Sequence[Outcome], foreign: Sequence[Outcome], clean: Sequence[Outcome]) -> list[str]:
-    seen = [o for o in (*planted, *foreign) if o.ratio and o.name != "state in bf16"]  # that one is seen by its digits
-    least = min(seen, key=lambda o: o.ratio, default=None)
-    most = max(clean, key=lambda o: o.ratio, default=None)
-    lines = [
-        f"found      {sum(o.found for o in planted)} of {len(planted)} faults in the right layer and block",
-        f"named      {sum(o.named_right for o in planted)} of {len(planted)} by the diagnosis, first",
-        f"unknown    {sum(o.named == 'unknown' for o in foreign)} of {len(foreign)} faults that the catalogue lacks",
-        f"clean      {sum(o.found for o in clean)} of {len(clean)} variants pass",
-    ]
-    if least and most:
-        smallest = f"smallest fault {show(least.ratio)} ({least.name})"
-        lines.append(f"margin     worst clean {most.ratio:.2f} ({most.name}), limit {LIMIT:g}, {smallest}")
-    return lines

@@ -14,7 +14,7 @@ that the dump has counts.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -32,6 +32,7 @@ SGLANG = {
     "logits_processor.output": "same next_token_logits",
     "logits_processor.output.next_token_logits": "same next_token_logits",
     "next_token_logits": "same next_token_logits",
+    "lm_head.output": "same next_token_logits",
     "input_layernorm.output": "same input_layernorm",
     "input_layernorm.output.0": "same input_layernorm",
     "input_layernorm.output.1": "same layer_input",
@@ -177,6 +178,12 @@ def place(raw: str) -> tuple[str, int | None, str]:
     if found := re.search(r"(?:^|\.)layers\.(\d+)(?:\.|$)", raw):
         return part, int(found[1]), raw[found.end() :]
     return part, None, re.sub(r"^(?:model\.|language_model\.|mtp\.)+", "", raw)
+
+
+def family_of(paths: Iterable[str]) -> str:
+    """Whose modules these are: transformers' where some are that no other engine has."""
+    theirs = ("self_attn.q_proj.", "linear_attn.in_proj_qkv.", "mlp.gate.output.2")
+    return "transformers" if any(path.startswith(theirs) for path in paths) else "sglang"
 
 
 def rule_for(path: str, family: str) -> tuple[Rule, int] | None:

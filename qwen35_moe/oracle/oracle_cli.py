@@ -20,7 +20,7 @@ from ..errors import Qwen35Error
 from ..load import SHARED, Source, load
 from ..model import Model
 from ..trace import trace
-from . import mutants, report, report_html
+from . import mutants, report, report_html, score
 from .catalogue import FAULTS
 from .compare import compare
 from .dump import Dump
@@ -205,7 +205,7 @@ def run_mutants(args: argparse.Namespace) -> int:
 
     faults = faults[:: 10 if args.quick else 1]
     out = mutants.run(loaded.source, ids, args.regime or mutants.REGIMES, faults, args.a4, progress)
-    print(mutants.table(*out))
+    print(score.table(*out))
     planted, foreign, clean = out
     found = all(o.found for o in (*planted, *foreign, *clean))
     named = sum(o.named_right for o in planted) >= 0.95 * len(planted)

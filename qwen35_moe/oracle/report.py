@@ -195,5 +195,5 @@ def write(path: str | Path, content: str) -> None:
     """Complete or not at all."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8")
+    partial.write_text(content, encoding="utf-8", errors="backslashreplace")  # of paths that are not UTF-8
     partial.replace(path)

@@ -17,7 +17,7 @@ and `expert` are null where they do not apply; `part` is "", "mtp" or "visual"; 
 "step.1.". `mask` is 1 for real tokens and 0 for padding. Each file carries its records a second time, as JSON in the
 safetensors header's `__metadata__["tensors"]`, so that the files of an interrupted run can be read (`partial=True`).
 
-Files are written under a temporary name and renamed; memory holds one layer.
+`trace_writer.py` writes them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from math import prod
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import Qwen35Error
@@ -126,26 +124,28 @@ class Trace(Mapping[str, Tensor]):
     def mask(self) -> Tensor:
         return self._per_token("mask")
 
-    def write(self, path: str | Path) -> Trace:
-        """Write this trace to a directory and return the one read from there."""
-        with TraceWriter(path, self.meta) as writer:
-            for key, entry in self.sites.items():
-                writer.add(entry, self[key])
-        return Trace.open(path)
-
     @classmethod
     def open(cls, path: str | Path, *, partial: bool = False) -> Trace:
         """Open a trace directory; tensors stay on disk until they are asked for.
 
         Raises Qwen35Error where there is no trace, an unfinished one (unless `partial`), or another version.
         """
-        path = Path(path)
+        path = in_utf8(path)
         head = _read_head(path, partial)
         entries = [Entry(**{**record, "shape": tuple(record["shape"])}) for record in head["tensors"]]
         lost = sorted({e.file for e in entries} - {p.name for p in path.iterdir()})
         if lost:
             raise Qwen35Error("trace has lost files", where=path, found=", ".join(lost), do="write the trace again")
         return cls({entry.key: entry for entry in entries}, head["meta"], path)
+
+
+def in_utf8(path: str | Path) -> Path:
+    """The path, if safetensors can open files there: names that are not UTF-8 it cannot."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Qwen35Error("path is not UTF-8", where=ascii(str(path)), do="rename the directory") from error
+    return Path(path)
 
 
 def _read_head(path: Path, partial: bool) -> dict[str, Any]:
@@ -172,10 +172,10 @@ def _read_head(path: Path, partial: bool) -> dict[str, Any]:
             found=f"{len(chunks)} files and no trace.json",
             do="run the trace again, or open what is there with partial=True",
         )
-    return {"meta": {}, "tensors": [record for chunk in chunks for record in _records(chunk)]}
+    return {"meta": {}, "tensors": [record for chunk in chunks for record in records_of(chunk)]}
 
 
-def _records(chunk: Path) -> list[dict[str, Any]]:
+def records_of(chunk: Path) -> list[dict[str, Any]]:
     """What a file says of its tensors."""
     try:
         with safe_open(chunk, framework="pt") as file:
@@ -185,113 +185,3 @@ def _records(chunk: Path) -> list[dict[str, Any]]:
 
 
 _CHUNK = re.compile(r"\d{5}\.safetensors")
-_OURS = re.compile(r"(\d{5}|envelope|envelope-state|resume)\.safetensors")  # envelope: envelope_file.py
-# What a kill leaves of a file that was being written: ours, and those that safetensors writes first, with random names.
-_LEFT = re.compile(_OURS.pattern + r"\.tmp|trace\.json\.tmp|\.tmp\w{6}")
-
-
-def sweep(path: Path) -> None:
-    """Removes what a kill has left of files that were being written."""
-    for name in [p.name for p in path.iterdir() if _LEFT.fullmatch(p.name)]:
-        (path / name).unlink()
-
-
-def _header(entry: Entry, nbytes: int) -> bytes:
-    """The first bytes of a safetensors file that holds one tensor, padded so that the values are aligned."""
-    tensor = {"dtype": _DTYPES[entry.dtype], "shape": entry.shape, "data_offsets": [0, nbytes]}
-    text = json.dumps({"__metadata__": {"tensors": json.dumps([asdict(entry)])}, entry.key: tensor}).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-
-class TraceWriter:
-    """Write a trace to a directory, a layer at a time. Use as a context manager: it is finished by a clean exit only.
-
-    A directory that holds anything but a trace is refused. An older trace there is unfinished from the first moment on.
-    """
-
-    def __init__(self, path: str | Path, meta: dict[str, Any] | None = None, keep: int = 0):
-        """keep: how many files of an unfinished trace there are kept, to be continued."""
-        self.path, self.meta = Path(path), dict(meta or {})
-        self.entries: list[Entry] = []
-        self._keys: set[str] = set()
-        self._buffer: dict[str, Tensor] = {}
-        self._open: list[Entry] = []
-        self.files = keep
-        self.path.mkdir(parents=True, exist_ok=True)
-        names = [p.name for p in self.path.iterdir()]
-        foreign = [n for n in names if n != "trace.json" and not _OURS.fullmatch(n) and not _LEFT.fullmatch(n)]
-        if foreign:
-            raise Qwen35Error(
-                "directory is not a trace", where=self.path, found=foreign[0], do="choose an empty directory"
-            )
-        kept = [f"{i:05d}.safetensors" for i in range(keep)]
-        for name in sorted(set(names) - {*kept, RESUME if keep else ""}, reverse=True):  # trace.json first
-            (self.path / name).unlink()
-        for name in kept:
-            self.entries += [Entry(**{**r, "shape": tuple(r["shape"])}) for r in _records(self.path / name)]
-        self._keys.update(entry.key for entry in self.entries)
-
-    def add(self, entry: Entry, x: Tensor) -> None:
-        """Append one tensor. It must not change until the layer is written."""
-        if entry.key in self._keys:
-            raise Qwen35Error("key is in the trace already", where=self.path, found=entry.key)
-        place = (entry.step, entry.part, entry.layer)
-        size = sum(t.nbytes for t in self._buffer.values())
-        if self._open and (
-            (self._open[-1].step, self._open[-1].part, self._open[-1].layer) != place or size > CHUNK_BYTES
-        ):
-            self.flush()
-        self._keys.add(entry.key)
-        self._buffer[entry.key] = x.detach().cpu().contiguous()
-        self._open.append(entry)
-
-    def flush(self) -> None:
-        """Write what is held as the next file."""
-        if not self._open:
-            return
-        name = f"{self.files:05d}.safetensors"
-        done = [Entry(**{**asdict(entry), "file": name}) for entry in self._open]
-        temporary = self.path / (name + ".tmp")
-        save_file(self._buffer, temporary, metadata={"tensors": json.dumps([asdict(entry) for entry in done])})
-        os.replace(temporary, self.path / name)
-        self.entries += done
-        self.files += 1
-        self._buffer, self._open = {}, []
-
-    def add_blocks(self, site: Site, dims: str, shape: tuple[int, ...], blocks: Iterator[tuple[slice, Tensor]]) -> None:
-        """Append one large tensor as a file of its own, block by block of its last dimension."""
-        self.flush()
-        name, rows = f"{self.files:05d}.safetensors", prod(shape[:-1])
-        temporary, at = self.path / (name + ".tmp"), 0
-        with open(temporary, "wb") as file:
-            for which, block in blocks:
-                if not at:
-                    width = block.element_size()
-                    done = replace(Entry.of(site, block, dims), shape=shape, file=name)
-                    at = file.write(_header(done, prod(shape) * width))
-                    file.truncate(at + prod(shape) * width)
-                for row, values in enumerate(block.reshape(rows, -1).cpu().contiguous().view(torch.uint8).numpy()):
-                    file.seek(at + (row * shape[-1] + which.start) * width)
-                    file.write(values.data)
-        os.replace(temporary, self.path / name)
-        self.entries.append(done)
-        self.files += 1
-
-    def close(self) -> None:
-        """Write the rest, and trace.json last."""
-        self.flush()
-        head = {"format": FORMAT, "version": VERSION, "meta": self.meta, "tensors": [asdict(e) for e in self.entries]}
-        temporary = self.path / "trace.json.tmp"
-        temporary.write_text(json.dumps(head))
-        os.replace(temporary, self.path / "trace.json")
-
-    def __enter__(self) -> TraceWriter:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.close()

@@ -19,7 +19,7 @@ from .. import arithmetic as arithmetics
 from ..arithmetic import KEEP, Arithmetic
 from ..quant.mxfp4 import MXFP4
 from ..tables import AITER, AITER_SMALL_BATCH, AITER_VARIANTS, SGLANG_BF16, TRANSFORMERS_BF16
-from .catalogue import on_packed, rotate_with, routed, scaled
+from .changes import on_packed, rotate_with, routed, scaled
 from .envelope import ALL_BF16
 from .faults import Fault, Place
 from .split_k import SplitK

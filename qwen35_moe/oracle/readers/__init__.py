@@ -13,6 +13,7 @@ from typing import Any
 
 from ...errors import Qwen35Error
 from ..dump import Dump, Piece, Tokens
+from ..dump_steps import check_steps
 from . import atom, llama_cpp, own, plain, sglang, sglang_passes, transformers, vllm
 
 # The first that recognises a path reads it; `plain` takes what is left.
@@ -63,7 +64,7 @@ def read_dump(
             found=", ".join(dump.unknown[:5]) or "no tensors",
             do="give a name map",
         )
-    dump.check_steps()
+    check_steps(dump)
     if left := _not_understood(path, reader):
         dump.notes.append(f"{len(left)} files were not understood, and left out: {', '.join(left[:5])}"
                           f"{', ...' if len(left) > 5 else ''}")  # fmt: skip

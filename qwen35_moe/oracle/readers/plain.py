@@ -24,6 +24,7 @@ from torch import Tensor
 from ...errors import Qwen35Error
 from ...tap_names import TAPS, base_name
 from ..dump import Dump, Piece, Tokens
+from ..names import family_of
 from .common import whole_numbers
 
 SUFFIXES = (".safetensors", ".npz", ".npy")
@@ -55,7 +56,8 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, name_map: Any =
             do = "dump again; object arrays and pickles are not read"
             problems.append(Qwen35Error("file cannot be read", where=file, found=str(error)[:120], do=do))
     tokens = {0: _tokens(core)} if "input_ids" in core else {}
-    return Dump("plain", path, pieces, tokens, problems, config=config)
+    family = family_of(piece.path for piece in pieces)
+    return Dump("plain", path, pieces, tokens, problems, family=family, config=config)
 
 
 def _load_map(path: Path, name_map: Any) -> dict[str, str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...errors import Qwen35Error
 from ..dump import Dump, Piece, Tokens
+from ..names import family_of
 from .common import load_pt, load_tensor, same, whole_numbers
 
 HELD = 1 << 13  # files that stay mapped; a process may have 65,530 mappings
@@ -77,9 +78,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
     tokens = {step: _tokens(core[step, rank]) for step, rank in known}
     if lost := [error for error in problems if not tokens and "name=input_ids__" in str(error)]:
         raise lost[0]
-    # The dumper can hook any model, transformers' among them.
-    theirs = ("self_attn.q_proj.", "linear_attn.in_proj_qkv.", "mlp.gate.output.2")
-    family = "transformers" if any(piece.path.startswith(theirs) for piece in pieces) else "sglang"
+    family = family_of(piece.path for piece in pieces)  # the dumper can hook any model
     return Dump("sglang dumper", path, pieces, tokens, problems, family=family, config=config, weights=weights)
 
 
