@@ -14,6 +14,7 @@ from torch import Tensor
 import qwen35_moe as q
 from qwen35_moe.cli import main
 from qwen35_moe.model import Model
+from qwen35_moe.oracle.where import wrong_columns
 
 SEQUENCES = [[3, 7, 11, 5, 100, 17, 29, 31, 2, 90], [9, 8, 4, 4, 77, 12]]
 STEPS = [[(0, 0, 8), (1, 0, 5)], [(1, 5, 6), (0, 8, 9)], [(0, 9, 10)]]
@@ -71,3 +72,34 @@ def test_one_faulty_rank_is_found(
     capsys.readouterr()
     assert main(["compare", str(truth), str(tmp_path / "dump")]) == 1
     assert "DIVERGES: first at layer 1, mlp, tap layers.1.moe_routed_output" in capsys.readouterr().out
+
+
+class FaultyQueries(Engine):
+    """Rank 1 has the rows of its query, key and value projections in another order, in layer 3."""
+
+    def values(self, steps: list[list[tuple[int, int, int]]]) -> Iterator[Value]:
+        for value in super().values(steps):
+            if value.rank == 1 and value.name.endswith("layers.3.qkv_proj.output"):
+                value.x = value.x.roll(1, -1)
+            yield value
+
+
+def test_a_faulty_rank_is_named_where_it_has_columns_of_its_own(
+    case: tuple[Path, Model], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth, model = case
+    write_dumper(tmp_path / "dump", in_bf16(FaultyQueries(model, SEQUENCES, 2).values(STEPS)), 2)
+    assert main(["compare", str(truth), str(tmp_path / "dump")]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "first at layer 3, attn" in said and "rows beyond the limit, in columns of rank 1 only" in said
+
+
+def test_wrong_columns() -> None:
+    truth = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
+    x = truth.clone()
+    x[:, 8:20] += 1
+    assert wrong_columns(x, truth) == "in columns 8 to 19 of 40"
+    assert wrong_columns(x, truth, torch.arange(40) // 20) == "in columns of rank 0 only"
+    x[2, 31] = torch.nan
+    assert wrong_columns(x, truth) == "in column 31 of 40"
+    assert wrong_columns(truth + 1, truth, torch.arange(40) // 20) == ""

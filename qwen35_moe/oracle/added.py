@@ -18,6 +18,7 @@ from .records import Comparison, Record, block_of
 from .replay import RESTARTS, STREAMS, Captured
 from .routing import Routing, compare_ids, could_flip
 from .scale import scale_errors
+from .where import wrong_columns
 
 IDS = ("moe_topk_ids", "moe_slot_ids")
 ROUTED = ("mlp_output", "moe_routed_output", "layer_output_sum", "layer_input", *WEIGHTS)
@@ -62,6 +63,11 @@ class Work:
             exclude = loose if base_name(key) in ROUTED else None
             self._judge(key, layer, pair, truth, members, exclude)
 
+    def owners(self, key: str, x: Tensor) -> Tensor | None:
+        dump = self.alignment.dump
+        found = dump.owners(key) if key in dump.sources else None
+        return found if found is not None and len(found) == x.shape[1] else None
+
     def again(self, keys: Sequence[str], layer: int | None, seen: Sequence[dict[str, Tensor]]) -> None:
         """Judge taps of a layer anew, under more arithmetics."""
         for key in keys:
@@ -98,7 +104,10 @@ class Work:
             verdict.cls, verdict.ratio, verdict.ratio_l2, verdict.ratio_max)  # fmt: skip
         b, t = pair.rows[keep][verdict.worst].tolist()
         record.worst, record.rel, record.rows, record.nan = (int(b), int(t)), verdict.rel, int(keep.sum()), pair.nan
-        record.bad_rows = int((verdict.ratios > self.limit).sum())
+        bad = verdict.ratios > self.limit
+        record.bad_rows = int(bad.sum())
+        if record.bad:
+            record.where = wrong_columns(x[bad], truth[bad], self.owners(key, x))
         if base_name(key) == "gdn_state" and _is_bf16(x) and not any(_is_bf16(m) for m in members):
             record.cls, record.note = "wrong", BF16_GRID
         if base_name(key) in ("mlp_output", "attn_output"):

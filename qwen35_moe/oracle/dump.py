@@ -210,6 +210,17 @@ class Dump(Mapping[str, Tensor]):
         join, order = declared(source.pieces) or (source.rule.join, list(range(len(ranks))))
         return join_ranks(key, [ranks[i] for i in order], join, source.rule.blocks, self.sizes)
 
+    def owners(self, key: str) -> Tensor | None:
+        """[features] the rank that each column of a tap came from; None where ranks hold no columns of it."""
+        step, source = next(iter(self.sources[key].items()))
+        join, order = declared(source.pieces) or (source.rule.join, list(range(len(source.pieces))))
+        if join != "cat" or len(source.pieces) < 2:
+            return None
+        count = None if source.pieces[0].rows is not None else self.count(step)
+        pieces = [source.pieces[i] for i in order]
+        ranks = [torch.full_like(by_row(p.load(), count), p.rank, dtype=torch.float64) for p in pieces]
+        return join_ranks(key, ranks, join, source.rule.blocks, self.sizes)[0]
+
     def _check_ranks(self, source: Source) -> None:
         """Raises Qwen35Error, the same one for all taps, if shares of a rank are not here."""
         first = source.pieces[0]

@@ -24,6 +24,7 @@ from .envelope_file import ENVELOPE, WEIGHTS, Stored
 from .kl_base import LOG_P, error_of_log_p, one_rounding
 from .records import Record, block_of, layer_of
 from .routing import compare_ids, could_flip
+from .where import wrong_columns
 
 AFTER = ("final_norm", "head")  # blocks after the last layer
 UNSAID = (
@@ -153,6 +154,8 @@ def _judge(work: Work, key: str, stored: Mapping[str, Tensor], first_B: Tensor) 
         record.worst, record.rows, record.nan = (int(b), int(t)), int(keep.sum()), pair.nan
         bad = verdict.ratios > work.limit
         record.bad_rows, record.excluded = int(bad.sum()), int((~keep).sum())
+        if record.bad:
+            record.where = wrong_columns(x[bad], truth[bad], work.owners(key, x))
         if record.bad and per_token(key):
             b, t = pair.rows[keep][bad].unbind(1)
             if (t >= _could_differ(work, key, stored)[b]).all():

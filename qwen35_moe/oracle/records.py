@@ -61,6 +61,7 @@ class Record:
     bad_rows: int = 0
     excluded: int = 0
     nan: int = 0
+    where: str = ""  # in which columns
     equal_to: str = ""
     note: str = ""
 

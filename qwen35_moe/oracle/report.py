@@ -45,7 +45,8 @@ def grid(result: Comparison) -> tuple[list[int], list[str], dict[tuple[int, str]
 def worst(first: Record) -> str:
     """Where a tap is worst, and in how many rows it is bad."""
     where = f"worst row: sequence {first.worst[0]}, token {first.worst[1]}; " if first.worst else ""
-    return f"{where}{first.bad_rows} of {first.rows} rows beyond the limit; relative error {first.rel:.2g}"
+    columns = f", {first.where}" if first.where else ""
+    return f"{where}{first.bad_rows} of {first.rows} rows beyond the limit{columns}; relative error {first.rel:.2g}"
 
 
 def text(result: Comparison, width: int = 80) -> str:
