@@ -1,10 +1,12 @@
 """Streaming from disk to one GPU, beside its three parts: reading, copying to the GPU, computing.
 
-    python -m benchmarks.bench_stream_gpu [--layouts bf16 mxfp4] [--layers 4] [--tokens 512] [--readers 4] [--profile]
+    python -m benchmarks.bench_stream_gpu [--layouts bf16 mxfp4] [--layers 4] [--tokens 512] [--profile]
 
-A slice with the dimensions of the 35B is built in a temporary folder, and stays in the page cache. Each part is
-measured alone and as fast as it goes here: all bytes of the text model read by as many threads as stream them, the same
-bytes copied from pinned memory, and the forward pass of the same model resident. What cannot overlap is their largest.
+A slice with the dimensions of the 35B is built in a folder, and stays in the page cache. Each part is measured alone
+and as fast as it goes here: the bytes that a streamed pass reads, read by a thread a core into pinned memory that stays
+in its cache; as many bytes copied from pinned memory; and the forward pass of the same model resident. What cannot
+overlap is the largest of them. Then what reading and copying take together, as they are streamed but with nothing to
+compute, and the streamed pass.
 """
 
 from __future__ import annotations
@@ -23,11 +25,14 @@ from torch import Tensor
 
 import qwen35_moe as q
 from qwen35_moe import ahead
+from qwen35_moe.ahead import Plan
+from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.checkpoint.header import Stored
+from qwen35_moe.checkpoint.reader import Rows
 from weights.build import build
 
-PIECE = 2**22
-DEVICE = torch.device("cuda")
+DEVICE = torch.device("cuda", 0)
+THREADS = os.cpu_count() or 1
 
 
 def milliseconds(run: Callable[[], object], rounds: int = 3) -> float:
@@ -42,62 +47,97 @@ def milliseconds(run: Callable[[], object], rounds: int = 3) -> float:
 
 
 def pieces(stored: list[Stored]) -> list[tuple[Path, int, int]]:
-    """(file, first byte, bytes), no more than PIECE of them at a time."""
-    starts = ((s.file, at, min(PIECE, s.end - at)) for s in stored for at in range(s.begin, s.end, PIECE))
-    return list(starts)
+    """(file, first byte, bytes): all of them in the order of the files, as many at a time as a thread streams."""
+    runs: list[list[int]] = []
+    files: list[Path] = []
+    for s in sorted(stored, key=lambda s: (s.file, s.begin)):
+        if files and files[-1] == s.file and runs[-1][1] == s.begin:
+            runs[-1][1] = s.end
+        else:
+            files.append(s.file)
+            runs.append([s.begin, s.end])
+    return [
+        (file, at, min(ahead.CHUNK, end - at))
+        for file, (begin, end) in zip(files, runs, strict=True)
+        for at in range(begin, end, ahead.CHUNK)
+    ]
 
 
-def read_all(found: list[tuple[Path, int, int]], threads: int) -> None:
-    """Each thread reads every so many-th piece into a buffer that is used again."""
+def read_all(found: list[tuple[Path, int, int]], buffers: list[memoryview]) -> None:
+    """Each thread reads every so many-th piece into its buffer."""
     descriptors = {file: os.open(file, os.O_RDONLY) for file in {file for file, _, _ in found}}
 
     def some(first: int) -> None:
-        buffer = memoryview(bytearray(PIECE))
-        for file, at, count in found[first::threads]:
-            os.preadv(descriptors[file], [buffer[:count]], at)
+        for file, at, count in found[first :: len(buffers)]:
+            os.preadv(descriptors[file], [buffers[first][:count]], at)
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(some, range(threads)))
+    with ThreadPoolExecutor(len(buffers)) as pool:
+        list(pool.map(some, range(len(buffers))))
     for descriptor in descriptors.values():
         os.close(descriptor)
 
 
 def copy_all(size: int, host: Tensor, target: Tensor) -> None:
-    for _ in range(size // len(host)):
-        target.copy_(host, non_blocking=True)
+    for at in range(0, size, len(host)):
+        count = min(len(host), size - at)
+        target[:count].copy_(host[:count], non_blocking=True)
 
 
-def bench(layout: str, layers: int, tokens: int, readers: list[int], profile: bool) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = build("slice-35b", Path(folder) / "slice", layers=layers, layout=layout)
-        checkpoint = q.checkpoint.Checkpoint.open(path)
-        stored = [checkpoint.stored(name) for name in checkpoint.names() if not name.startswith(("mtp.", "visual."))]
-        size, found = sum(s.end - s.begin for s in stored), pieces(stored)
-        print(f"{layout}: {layers} layers, {size / 2**30:.2f} GiB of text model, {tokens} tokens")
-        load = partial(q.load, path, "transformers-bf16", device=DEVICE, text_only=True)
-        ids = (torch.arange(tokens, device=DEVICE) * 7919 % 200_003)[None]
-        resident, streamed = load(mode="packed" if layout == "mxfp4" else "decoded"), load(mode="stream")
-        host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
-        target = torch.empty_like(host, device=DEVICE)
-        parts = {
-            "reading": milliseconds(lambda: read_all(found, max(readers))),
-            "reading, 1 thread": milliseconds(lambda: read_all(found, 1)),
-            "copying": milliseconds(lambda: copy_all(size, host, target)),
-            "computing": milliseconds(lambda: resident(ids)),
-        }
-        for name, took in parts.items():
-            print(f"  {name:<20} {took:8.1f} ms {size / took / 1e6:8.1f} GB/s")
-        del parts["reading, 1 thread"]
-        for ahead.READERS in readers:
-            took = milliseconds(lambda: streamed(ids))
-            name, ratio = f"streamed, {ahead.READERS} readers", took / max(parts.values())
-            print(f"  {name:<20} {took:8.1f} ms, {ratio:.2f} of the largest part", flush=True)
-        same = torch.equal(streamed(ids), resident(ids))
-        print(
-            f"  the same bits as resident: {same}; peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True
-        )
-        if profile:
-            show(lambda: streamed(ids))
+def read_and_copy(plans: list[Plan]) -> None:
+    feed = ahead.feed(DEVICE)
+    for order in [feed.order(plan) for plan in plans]:
+        order.arrive()
+
+
+def bench(layout: str, layers: int, tokens: int, folder: Path, profile: bool) -> None:
+    path = build("slice-35b", folder / layout, layers=layers, layout=layout, jobs=os.cpu_count() or 1)
+    checkpoint = Checkpoint.open(path)
+    names = [name for name in checkpoint.names() if not name.startswith(("mtp.", "visual.", "embed_tokens"))]
+    stored = [checkpoint.stored(name) for name in names]
+    size, found = sum(s.nbytes for s in stored), pieces(stored)
+    print(f"{layout}: {layers} layers, {size / 1e9:.2f} GB but for the embedding, {tokens} tokens")
+    load = partial(q.load, path, "transformers-bf16", device=DEVICE, text_only=True)
+    ids = (torch.arange(tokens, device=DEVICE) * 7919 % 200_003)[None]
+    resident, streamed = load(mode="packed" if layout == "mxfp4" else "decoded"), load(mode="stream")
+    host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(host, device=DEVICE)
+    buffers = [torch.empty(ahead.CHUNK, dtype=torch.uint8, pin_memory=True).numpy().data for _ in range(THREADS)]
+    plans = [Plan(checkpoint.reader, [[Rows.of(s) for s in some]]) for some in parcels(stored)]
+    parts = {
+        "reading": milliseconds(lambda: read_all(found, buffers)),
+        "copying": milliseconds(lambda: copy_all(size, host, target)),
+        "computing": milliseconds(lambda: resident(ids)),
+    }
+    both = milliseconds(lambda: read_and_copy(plans))
+    for name, took in {**parts, "reading and copying": both}.items():
+        print(f"  {name:<20} {took:8.1f} ms {size / took / 1e6:8.1f} GB/s")
+    begin = time.perf_counter()
+    same = torch.equal(streamed(ids), resident(ids))
+    first = time.perf_counter() - begin
+    reader = streamed.source.checkpoint.reader
+    before = reader.bytes_read
+    streamed(ids)
+    read = reader.bytes_read - before
+    took = milliseconds(lambda: streamed(ids), 5)
+    ratio = took / max(parts.values())
+    print(f"  streamed             {took:8.1f} ms, {ratio:.2f} of the largest part; {read / 1e9:.2f} GB read")
+    print(f"  the same bits as resident: {same}; the first pass took {first:.1f} s", flush=True)
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    streamed(ids)
+    print(f"  peak of the device's memory {(torch.cuda.max_memory_allocated() - held) / 2**30:.1f} GiB", flush=True)
+    if profile:
+        show(lambda: streamed(ids))
+
+
+def parcels(stored: list[Stored]) -> list[list[Stored]]:
+    """Some tensors at a time, of 128 MiB or more together."""
+    found: list[list[Stored]] = [[]]
+    for s in sorted(stored, key=lambda s: (s.file, s.begin)):
+        if sum(other.nbytes for other in found[-1]) >= 2**27:
+            found.append([])
+        found[-1].append(s)
+    return found
 
 
 def show(run: Callable[[], object]) -> None:
@@ -114,12 +154,13 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", default=["bf16", "mxfp4"])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--readers", type=int, nargs="+", default=[ahead.READERS], help="threads that read")
+    parser.add_argument("--folder", type=Path, help="where the slices are built and stay; a temporary one if absent")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
-    for layout in args.layouts:
-        bench(layout, args.layers, args.tokens, args.readers, args.profile)
+    with tempfile.TemporaryDirectory() as temporary:
+        for layout in args.layouts:
+            bench(layout, args.layers, args.tokens, args.folder or Path(temporary), args.profile)
 
 
 if __name__ == "__main__":

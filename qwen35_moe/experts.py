@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import groupby, islice
+from math import prod
 from threading import local
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import grouped
-from .ahead import fetch_ahead
-from .quant.mxfp4 import decode
+from .ahead import Plan, feed
+from .checkpoint.weight import Weight, settle
 from .quant.packed import Float, Packed, Stacked, adjoined
 
 CPU = torch.device("cpu")
+BATCH = 2**31  # bytes of decoded experts that a GPU holds at a time
 Slot = tuple[Packed, Packed]  # gate_up [2F, D] (F rows of gate, then F of up), down [D, F]
 
 
@@ -47,38 +50,13 @@ def is_plain(weight: Packed, dtype: torch.dtype) -> bool:
     return all(isinstance(part, Float) and part.values.dtype == dtype for part in parts)
 
 
-def moved(slot: Sequence[Packed], device: torch.device) -> list[Packed]:
-    """The same on another device. What was read into one piece of memory goes there in one copy, unless most of that is
-    not asked for, as of a mapped file."""
+def moved(packed: Packed, device: torch.device) -> Packed:
+    """The same on another device."""
     if device.type == "cpu":
-        return list(slot)
-    own = sum(packed.nbytes for packed in slot)
-    copies: dict[int, Tensor] = {}
-
-    def there(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.nbytes() > own or storage.nbytes() == x.nbytes or not x.is_contiguous():
-            return x.to(device, non_blocking=True)
-        if storage.data_ptr() not in copies:
-            flat = torch.empty(0, dtype=torch.uint8).set_(storage)
-            copies[storage.data_ptr()] = flat.to(device, non_blocking=True)
-        begin = x.storage_offset() * x.element_size()
-        copy = copies[storage.data_ptr()][begin : begin + x.nbytes]
-        return (copy if x.dtype == torch.uint8 else copy.view(x.dtype)).view(x.shape)
-
-    return [_each(packed, there) for packed in slot]
-
-
-def _each(packed: Packed, change: Callable[[Tensor], Tensor]) -> Packed:
+        return packed
     if isinstance(packed, Stacked):
-        return Stacked(tuple(_each(part, change) for part in packed.parts))
-    return type(packed)(**{name: change(x) for name, x in vars(packed).items()})
-
-
-def tensors(slot: Iterable[Packed]) -> Iterator[Tensor]:
-    """What the weights are stored in."""
-    for packed in slot:
-        yield from tensors(packed.parts) if isinstance(packed, Stacked) else vars(packed).values()
+        return Stacked(tuple(moved(part, device) for part in packed.parts))
+    return type(packed)(**{name: x.to(device) for name, x in vars(packed).items()})
 
 
 class PackedExperts(nn.Module):
@@ -104,7 +82,7 @@ class PackedExperts(nn.Module):
     def at(self, e: int) -> tuple[Tensor, Tensor]:
         slot = self.read(e)
         if self.device.type != "cpu":
-            gate_up, down = (packed.decode(self.dtype) for packed in moved(slot, self.device))
+            gate_up, down = (moved(packed, self.device).decode(self.dtype) for packed in slot)
         else:
             gate_up, down = (p.decode(self.dtype, scratch(i, p.shape, self.dtype)) for i, p in enumerate(slot))
         return gate_up, down
@@ -121,21 +99,92 @@ def scratch(which: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return kept[which]
 
 
+class Group(NamedTuple):
+    """Experts that are stored alike, to be read and decoded at once. weights: of the first. plan: None for a slot that
+    is not as it is stored."""
+
+    experts: Sequence[int]
+    weights: tuple[Weight, ...]
+    plan: Plan | None
+
+
 class PassingExperts(PackedExperts):
-    """Packed experts that do not stay on a GPU: threads read some of them ahead, from memory or from disk, while it
-    decodes and multiplies a batch of others."""
+    """Packed experts that do not stay on a GPU: threads read some from disk while it decodes and multiplies others.
 
-    def batches(self, hit: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """gate_up [n, 2F, D] and down [n, D, F] of the next n experts, until all have been had."""
-        coming = fetch_ahead(lambda e: moved(self.read(e), self.device), hit, tensors, self.device, 2 * grouped.BATCH)
-        while slots := list(islice(coming, grouped.BATCH)):
-            gate_up, down = (self._decoded([slot[i] for slot in slots]) for i in (0, 1))
-            yield gate_up, down
+    Where nearly all experts are hit, all are read: those of a layer that comes next can then be begun with `begin`,
+    before it is known which it will hit.
+    """
 
-    def _decoded(self, weights: list[Packed]) -> Tensor:
-        stack = grouped.as_one_mxfp4(weights, self.device)
-        if stack is None:
-            return torch.stack([weight.decode(self.dtype) for weight in weights])
-        empty = (0, 0, 0, 0, 0, grouped.BATCH - len(weights))  # each size of batch would be compiled
-        codes, scales = F.pad(stack.codes, empty), F.pad(stack.scales, empty)
-        return decode(codes, scales, self.dtype)[: len(weights)]
+    def __init__(
+        self,
+        count: int,
+        intermediate: int,
+        read: Callable[[int], Slot],
+        dtype: torch.dtype,
+        quantised: bool,
+        device: torch.device,
+        stored: Callable[[int], tuple[Weight, ...]],
+    ):
+        """stored: the weights of an expert, (gate_up, down) or (gate, up, down); none where `read` changes them."""
+        super().__init__(count, intermediate, read, dtype, quantised, device)
+        self.stored, self.nearly_all = cache(stored), False
+        self.all: list[Group] = []
+        self.coming: list[Callable[[], list[Tensor]]] = []
+
+    def begin(self) -> None:
+        """Has all of them read, unless that has begun."""
+        self.all = self.all or self._groups(range(self.count))
+        self.coming = self.coming or [self._order(group) for group in self.all]
+
+    def batches(self, hit: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
+        """Some experts and their gate_up [n, 2F, D] and down [n, D, F], until all that are hit have been had.
+
+        Error: what cannot be read; a scale that is NaN or infinite.
+        """
+        self.nearly_all = 8 * len(hit) > 7 * self.count
+        if self.nearly_all:
+            self.begin()
+        groups = self.all if self.nearly_all else self._groups(hit)
+        coming = deque(self.coming if self.nearly_all else [self._order(group) for group in groups])
+        self.coming, doubts = [], list[Tensor]()
+        for group in groups:
+            read = coming.popleft()()
+            yield group.experts, *self._decoded(group, read, doubts)
+        settle(doubts, (weight for group in groups for e in group.experts for weight in self.stored(e)))
+
+    def _groups(self, which: Sequence[int]) -> list[Group]:
+        found = []
+        for _, run in groupby(which, key=lambda e: [weight.form for weight in self.stored(e)]):
+            alike = list(run)
+            weights = self.stored(alike[0])
+            if not weights:
+                found += [Group([e], (), None) for e in alike]
+                continue
+            nbytes = sum(prod(weight.shape) for weight in weights) * self.dtype.itemsize
+            size = -(-self.count // -(-self.count * nbytes // BATCH))  # in all, about equal ones
+            for some in (alike[i : i + size] for i in range(0, len(alike), size)):
+                items = [[rows for weight in self.stored(e) for rows in weight.parts] for e in some]
+                room = size if self.device.type == "cuda" else 0  # each number of experts would be compiled
+                found.append(Group(some, weights, Plan(weights[0].reader, items, room)))
+        return found
+
+    def _order(self, group: Group) -> Callable[[], list[Tensor]]:
+        coming = feed(self.device)
+        if group.plan is not None:
+            return coming.order(group.plan).result
+        return lambda: [x[None] for x in self.at(group.experts[0])]
+
+    def _decoded(self, group: Group, read: list[Tensor], doubts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        n, parts = len(group.experts), iter(read)
+        if not group.weights:
+            return read[0], read[1]
+        found = []
+        for weight in group.weights:
+            stacks = list(islice(parts, len(weight.parts)))
+            if weight.kind.startswith("fp8"):
+                each = zip(*(x[:n] for x in stacks), strict=True)
+                found.append(torch.stack([weight.of(one, doubts).decode(self.dtype) for one in each]))
+            else:
+                found.append(weight.of(stacks, doubts, n).decode(self.dtype)[:n])
+        *first, down = found
+        return first[0] if len(first) == 1 else torch.cat(first, 1), down

@@ -55,8 +55,9 @@ class Batched(Protocol):
     @property
     def quantised(self) -> bool: ...
 
-    def batches(self, hit: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """gate_up [n, 2F, D] and down [n, D, F] of the next n, until all have been had."""
+    def batches(self, hit: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
+        """Experts in ascending order, their gate_up [n, 2F, D] and down [n, D, F]; until all that are hit, and maybe
+        others, have been had."""
         ...
 
 
@@ -75,11 +76,11 @@ class StackedExperts(nn.Module):
         )
         return gate_up, down
 
-    def batches(self, hit: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, hit: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
         for some in (hit[i : i + BATCH] for i in range(0, len(hit), BATCH)):
             filled = [*some, *[some[-1]] * (BATCH - len(some))]  # each size of batch would be compiled
             gate_up, down = self.stack(torch.tensor(filled, device=self.gate_up.codes.device))
-            yield gate_up[: len(some)], down[: len(some)]
+            yield some, gate_up[: len(some)], down[: len(some)]
 
     def at(self, e: int) -> tuple[Tensor, Tensor]:
         gate_up, down = self.stack(slice(e, e + 1))
@@ -168,15 +169,16 @@ def has_grouped_mm(dtype: torch.dtype, device: torch.device, columns: int = 8) -
 
 
 def _in_batches(x_ND: Tensor, ends_E: Tensor, experts: Batched) -> Tensor:
-    """As `run_experts`, with some of the hit experts at a time."""
-    ends = ends_E.tolist()
-    hit = [e for e, (start, stop) in enumerate(pairwise([0, *ends])) if stop > start]
-    ends_H, outputs, start, first = ends_E[hit], [], 0, 0
-    for gate_up, down in experts.batches(hit):
-        last = first + len(down)
-        stop = ends[hit[last - 1]]
-        outputs.append(run_experts(x_ND[start:stop], gate_up, down, ends_H[first:last] - start, experts.quantised))
-        start, first = stop, last
+    """As `run_experts`, with some of the experts at a time."""
+    ends = [0, *ends_E.tolist()]
+    hit = [e for e, (start, stop) in enumerate(pairwise(ends)) if stop > start]
+    outputs = []
+    for some, gate_up, down in experts.batches(hit):
+        start, stop = ends[some[0]], ends[some[-1] + 1]
+        if stop > start:
+            in_a_row = some[-1] - some[0] + 1 == len(some)  # an index from the host would wait for the device
+            which = slice(some[0], some[-1] + 1) if in_a_row else torch.tensor(some, device=ends_E.device)
+            outputs.append(run_experts(x_ND[start:stop], gate_up, down, ends_E[which] - start, experts.quantised))
     return torch.cat(outputs)
 
 

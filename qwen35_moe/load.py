@@ -10,10 +10,11 @@ A mode says how much of it is held decoded:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import arithmetic as arithmetics
-from .ahead import Ahead, fetch_ahead
+from .ahead import Order, Plan, feed
 from .arithmetic import Arithmetic
 from .checkpoint import Checkpoint
+from .checkpoint.names import split_role
+from .checkpoint.weight import Weight, settle
 from .config import Config
 from .errors import Qwen35Error
 from .experts import (
@@ -36,7 +39,6 @@ from .experts import (
     as_one,
     is_plain,
     moved,
-    tensors,
 )
 from .grouped import stack_slots
 from .model import Model
@@ -54,14 +56,17 @@ MODES = ("decoded", "packed", "stream")
 PARTS = {"mtp": "layers", "visual": "blocks"}  # what is not the text model, and what its layers are called
 SHARED = ("auto", "unfused", "fused", "fused-online")
 HEAD_ROWS = 4096  # rows of the head that a streamed model holds at a time
+HEAD_ROWS_GPU = 16384  # the same on a GPU, whose host has more to do the more there are of them
 
 
 class Source:
-    """Weights by name, as a checkpoint stores them. A fault wraps one and changes what it gives.
+    """Weights by name, as a checkpoint stores them. A fault wraps one and changes what it gives (no more `as_stored`).
 
     online: a float shared expert is converted to MXFP4 where it becomes a slot of MXFP4 experts; `conversion` then has
     what this costs, MoE block -> |converted - stored| / |stored|.
     """
+
+    as_stored = True  # so that a GPU's may be read past it
 
     def __init__(self, checkpoint: Checkpoint, config: Config, online: bool = False):
         self.checkpoint, self.config, self.online = checkpoint, config, online
@@ -74,6 +79,14 @@ class Source:
     def weight(self, module: str, rows: slice | None = None) -> Packed:
         """The weight of a linear module, packed or not."""
         return self.checkpoint.weight(module).read(rows)
+
+    def stored(self, mlp: str, e: int) -> tuple[Weight, ...]:
+        """Where the bytes of `slot` are; nowhere if they are not as stored."""
+        if e < self.config.num_experts:
+            return self.checkpoint.experts(f"{mlp}.experts").weights(e)
+        if self.online and self.spec(f"{mlp}.experts").kind == "mxfp4":
+            return ()
+        return tuple(self.checkpoint.weight(f"{mlp}.shared_expert.{name}_proj") for name in ("gate", "up", "down"))
 
     def spec(self, module: str) -> ModuleSpec:
         """What the bytes of a module, or of all experts of a layer, are."""
@@ -154,7 +167,6 @@ def load(
     config = Config.from_dict(checkpoint.config, ignore=ignore_config_keys)
     checkpoint.validate(config)
     checkpoint.reader.mapped = mode != "stream"
-    checkpoint.reader.pinned = mode == "stream" and device.type == "cuda"
     if shared_expert == "auto" and table.fuses:
         decisions = decide_layers(checkpoint.config, stored=checkpoint.spec)
         fused, draft_fused = [bool(d) for d in decisions if not d.draft], any(d for d in decisions if d.draft)
@@ -194,8 +206,9 @@ def build(source: Source, table: Arithmetic, fused: Sequence[bool], device: torc
     if device.type == "meta":
         return model
     if mode == "stream":
-        stream_layers(model, "layers", "layers", source, table, device)
+        layers = stream_layers(model, "layers", "layers", source, table, device)
         model.embed_tokens, model.lm_head = StreamedEmbedding(source, table), StreamedHead(source, table)
+        model.embed_tokens.before, layers.then = layers.begin, partial(model.lm_head.begin, device)
         fill(model.norm, "norm", source, table, device)
     else:
         for name, module in model.named_children():
@@ -235,18 +248,24 @@ def fill(
     module: nn.Module, prefix: str, source: Source, table: Arithmetic, device: torch.device, mode: str = "decoded"
 ) -> None:
     """Puts the checkpoint's weights in the place of the meta parameters of `module`, in the table's dtypes."""
-    for path, owner in list(module.named_modules(prefix=prefix)):
-        if isinstance(owner, MoE):
-            _fill_experts(owner, path, source, table, device, mode)
+    fill_experts(module, prefix, source, table, device, mode)
     for path, owner in module.named_modules(prefix=prefix):
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.is_meta:
                 dtype = table.weight_dtype(f"{path}.{name}")
                 if isinstance(owner, Linear):
-                    value = moved([source.weight(path)], device)[0].decode(dtype)
+                    value = moved(source.weight(path), device).decode(dtype)
                 else:
                     value = source.tensor(f"{path}.{name}").to(dtype)
                 owner.register_parameter(name, nn.Parameter(value.to(device), requires_grad=False))
+
+
+def fill_experts(
+    module: nn.Module, prefix: str, source: Source, table: Arithmetic, device: torch.device, mode: str
+) -> None:
+    for path, owner in list(module.named_modules(prefix=prefix)):
+        if isinstance(owner, MoE):
+            _fill_experts(owner, path, source, table, device, mode)
 
 
 def _fill_experts(moe: MoE, path: str, source: Source, table: Arithmetic, device: torch.device, mode: str) -> None:
@@ -267,8 +286,11 @@ def _fill_experts(moe: MoE, path: str, source: Source, table: Arithmetic, device
             moe.experts = stacked
             return
         read = slots.__getitem__
-    kind = PassingExperts if device.type == "cuda" else PackedExperts
-    moe.experts = kind(count, F, read, dtype, quantised, device)
+    if device.type == "cuda" and source.as_stored:
+        stored = partial(source.stored, path)
+        moe.experts = PassingExperts(count, F, partial(source.slot, path), dtype, quantised, device, stored)
+    else:
+        moe.experts = PackedExperts(count, F, read, dtype, quantised, device)
 
 
 def decoded_experts(slots: list[Slot], dtype: torch.dtype, device: torch.device, quantised: bool) -> ExpertSource:
@@ -284,13 +306,21 @@ def decoded_experts(slots: list[Slot], dtype: torch.dtype, device: torch.device,
 
 
 class StreamedLayers(Sequence[nn.Module]):
-    """Layers that are read when it is their turn, and dropped after it. `empty`: the same on the meta device."""
+    """Layers that are read when it is their turn, and dropped after it. `empty`: the same on the meta device.
+
+    Those for a GPU are read ahead: the dense weights of the next layer, and its experts, too, if the layer before it
+    was hit in nearly all of its own; after the last layer `then` is called.
+    """
 
     def __init__(
         self, prefix: str, empty: Sequence[nn.Module], source: Source, table: Arithmetic, device: torch.device
     ):
         self.prefix, self.empty, self.source, self.table, self.device = prefix, empty, source, table, device
-        self.coming: tuple[int, Ahead[nn.Module]] | None = None  # what a thread reads while a GPU computes
+        self.ahead = device.type == "cuda" and source.as_stored
+        self.then: Callable[[], object] = lambda: None
+        self.dense: dict[int, Dense] = {}
+        self.coming: tuple[int, Order] | None = None
+        self.experts: list[PassingExperts] = []  # of the layer that was handed out last
 
     def __len__(self) -> int:
         return len(self.empty)
@@ -298,30 +328,95 @@ class StreamedLayers(Sequence[nn.Module]):
     def __getitem__(self, i: int) -> nn.Module:  # type: ignore[override]  # no slices
         if not 0 <= i < len(self):
             raise IndexError(i)
-        if self.device.type != "cuda":
-            return self._read(i)
-        if self.coming is None or self.coming[0] != i:
-            self.coming = i, self._ahead(i)
-        layer = self.coming[1].result()
-        self.coming = (i + 1, self._ahead(i + 1)) if i + 1 < len(self) else None
+        if not self.ahead:
+            layer = deepcopy(self.empty[i])
+            fill(layer, f"{self.prefix}.{i}", self.source, self.table, self.device, "stream")
+            return layer
+        order = self.coming[1] if self.coming and self.coming[0] == i else self._order(i)
+        self._begin_experts(i)
+        if i + 1 < len(self):
+            self.coming = i + 1, self._order(i + 1)
+        else:
+            self.coming = None
+            self.then()
+        layer = twin(self.empty[i])
+        self.dense[i].put(layer, order)
+        self.experts = passing(layer)
         return layer
 
-    def _ahead(self, i: int) -> Ahead[nn.Module]:
-        return Ahead(lambda: self._read(i), lambda layer: (p.data for p in layer.parameters()), self.device)
+    def begin(self) -> None:
+        """Has the first layer read, unless that has begun."""
+        if self.ahead and (self.coming is None or self.coming[0] != 0):
+            self.coming = 0, self._order(0)
 
-    def _read(self, i: int) -> nn.Module:
-        layer = deepcopy(self.empty[i])
-        fill(layer, f"{self.prefix}.{i}", self.source, self.table, self.device, "stream")
-        return layer
+    def _order(self, i: int) -> Order:
+        if i not in self.dense:
+            prefix = f"{self.prefix}.{i}"
+            fill_experts(self.empty[i], prefix, self.source, self.table, self.device, "stream")
+            self.dense[i] = Dense(self.empty[i], prefix, self.source.checkpoint, self.table)
+        order = feed(self.device).order(self.dense[i].plan)
+        self._begin_experts(i)
+        return order
+
+    def _begin_experts(self, i: int) -> None:
+        if any(experts.nearly_all for experts in self.experts):
+            for experts in passing(self.empty[i]):
+                experts.begin()
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A copy that can have parameters of its own. The rest, experts with it, is the same."""
+    new = object.__new__(type(module))
+    new.__dict__.update(module.__dict__)
+    new._parameters = dict(module._parameters)
+    new._modules = {
+        name: child if child is None or isinstance(child, PassingExperts) else twin(child)
+        for name, child in module._modules.items()
+    }
+    return new
+
+
+def passing(module: nn.Module) -> list[PassingExperts]:
+    return [m.experts for m in module.modules() if isinstance(m, MoE) and isinstance(m.experts, PassingExperts)]
+
+
+class Dense:
+    """All weights of a module but its experts, to be read at once. `module` is the same on the meta device."""
+
+    def __init__(self, module: nn.Module, prefix: str, checkpoint: Checkpoint, table: Arithmetic):
+        self.checkpoint = checkpoint
+        self.wanted: list[tuple[str, str, Weight, torch.dtype]] = []
+        for path, owner in module.named_modules():
+            for name, _ in owner.named_parameters(recurse=False):
+                full = ".".join(part for part in (prefix, path, name) if part)
+                weight = checkpoint.find(split_role(full)[0])
+                self.wanted.append((path, name, weight, table.weight_dtype(full)))
+        self.names = {stored.name for *_, weight, _ in self.wanted for stored in weight.tensors}
+        for path, part in module.named_modules(prefix=prefix):
+            self.names.update(checkpoint.expert_names(f"{path}.experts") if isinstance(part, MoE) else ())
+        self.plan = Plan(checkpoint.reader, [[rows for *_, weight, _ in self.wanted for rows in weight.parts]])
+
+    def put(self, module: nn.Module, order: Order) -> None:
+        """Into a copy of the module."""
+        self.checkpoint.used.update(self.names)
+        parts, doubts = (x[0] for x in order.result()), list[Tensor]()
+        for path, name, weight, dtype in self.wanted:
+            value = weight.of(islice(parts, len(weight.parts)), doubts).decode(dtype)
+            owner = module.get_submodule(path)
+            value = value.view(owner.get_parameter(name).shape)  # of a scalar
+            owner.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        settle(doubts, (weight for *_, weight, _ in self.wanted))
 
 
 def stream_layers(
     module: nn.Module, name: str, prefix: str, source: Source, table: Arithmetic, device: torch.device
-) -> None:
+) -> StreamedLayers:
     """Puts `StreamedLayers` in the place of the list of modules `name`."""
     empty = list(getattr(module, name))
     delattr(module, name)  # modules; what takes their place is none
-    setattr(module, name, StreamedLayers(prefix, empty, source, table, device))
+    layers = StreamedLayers(prefix, empty, source, table, device)
+    setattr(module, name, layers)
+    return layers
 
 
 class StreamedPart(nn.Module):
@@ -340,16 +435,22 @@ class StreamedPart(nn.Module):
 
 
 class StreamedEmbedding(nn.Module):
-    """Reads the rows of the tokens that occur."""
+    """Reads the rows of the tokens that occur, after a call of `before`."""
 
     def __init__(self, source: Source, table: Arithmetic):
         super().__init__()
         self.source, self.dtype = source, table.weight_dtype("embed_tokens.weight")
+        self.before: Callable[[], object] = lambda: None
 
     def forward(self, ids_BT: Tensor) -> Tensor:
+        self.before()
         unique, inverse = ids_BT.unique(return_inverse=True)
-        rows = [self.source.weight("embed_tokens", run).decode(self.dtype) for run in runs(unique.tolist())]
-        return torch.cat(rows).to(ids_BT.device)[inverse]
+        weight, wanted = self.source.checkpoint.weight("embed_tokens"), list(runs(unique.tolist()))
+        if weight.kind == "float":
+            rows = weight.values.gather(weight.reader, wanted).to(self.dtype)
+        else:
+            rows = torch.cat([weight.read(run).decode(self.dtype) for run in wanted])
+        return rows.to(ids_BT.device)[inverse]
 
 
 def runs(ascending: Iterable[int]) -> Iterator[slice]:
@@ -367,20 +468,36 @@ class StreamedHead(nn.Module):
         tied = source.config.tie_word_embeddings
         self.source, self.module = source, "embed_tokens" if tied else "lm_head"
         self.dtype = table.weight_dtype("lm_head.weight")
+        self.plans: list[tuple[Weight, Plan]] = []
+        self.coming: list[Order] = []
+
+    def begin(self, device: torch.device) -> None:
+        """Has it read for a GPU, unless that has begun."""
+        if not self.plans:
+            weight = self.source.checkpoint.weight(self.module)
+            self.plans = [(part, Plan(part.reader, [part.parts])) for part in map(weight.some, self._rows(device))]
+        self.coming = self.coming or [feed(device).order(plan) for _, plan in self.plans]
 
     def blocks(self, name: str, x_BTD: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(which of the vocabulary, their logits [B, T, v] untapped), one block after another."""
-        V = self.source.config.vocab_size
-        blocks = [slice(v, min(v + HEAD_ROWS, V)) for v in range(0, V, HEAD_ROWS)]
-
-        def fetch(rows: slice) -> list[Packed]:
-            return moved([self.source.weight(self.module, rows)], x_BTD.device)
-
-        found = fetch_ahead(fetch, blocks, tensors, x_BTD.device, 4) if x_BTD.is_cuda else map(fetch, blocks)
-        for rows, (packed,) in zip(blocks, found, strict=True):
-            weight = packed.decode(self.dtype)
+        for rows, weight in zip(self._rows(x_BTD.device), self._weights(x_BTD.device), strict=True):
             dtype = accumulation_dtype(name, x_BTD, weight)
             yield rows, F.linear(x_BTD.to(dtype), weight.to(dtype))
+
+    def _rows(self, device: torch.device) -> list[slice]:
+        V, step = self.source.config.vocab_size, HEAD_ROWS_GPU if device.type == "cuda" else HEAD_ROWS
+        return [slice(v, min(v + step, V)) for v in range(0, V, step)]
+
+    def _weights(self, device: torch.device) -> Iterator[Tensor]:
+        if device.type != "cuda" or not self.source.as_stored:
+            for rows in self._rows(device):
+                yield moved(self.source.weight(self.module, rows), device).decode(self.dtype)
+            return
+        self.begin(device)
+        coming, self.coming, doubts = deque(self.coming), [], list[Tensor]()
+        for weight, _ in self.plans:
+            yield weight.of([x[0] for x in coming.popleft().result()], doubts).decode(self.dtype)
+        settle(doubts, (weight for weight, _ in self.plans))
 
     def forward(self, name: str, x_BTD: Tensor) -> Tensor:
         logits_BTV = None

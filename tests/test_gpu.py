@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from fixture_models import FIXTURES
 from peers.transformers_model import load_transformers
 from safetensors.torch import load_file
+from test_ahead import cut, poison
 from test_model import ids_of
 from tolerances import BF16_GROUPED, FLOAT64_REORDERED
 
@@ -65,6 +67,36 @@ def test_every_mode(built: Built, name: str, mode: str) -> None:
     for length in (1, 3, 70):
         ids = ids_of(length)
         assert rel_l2(gpu(ids.to(GPU)).cpu(), cpu(ids)) <= FLOAT64_REORDERED
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["tiny", "tiny-per-expert", "tiny-mxfp4", "tiny-moe-mxfp4", "tiny-fp8-experts", "tiny-gpt-oss", "tiny-mixed"],
+)
+def test_streamed_has_the_bits_of_resident(built: Built, recipe: str) -> None:
+    """Long and short in turn, so that what is read ahead is now of use, now not."""
+    resident, streamed = (
+        q.load(built(recipe), BF16, device=GPU, mode=mode, text_only=True) for mode in ("decoded", "stream")
+    )
+    for length in (70, 1, 300, 2, 1, 300):
+        ids = ids_of(length).to(GPU)
+        assert torch.equal(streamed(ids), resident(ids))
+
+
+@pytest.mark.parametrize(("change", "says"), [(cut, "the file ends"), (poison, "1 such scales")])
+def test_a_file_that_breaks_while_it_is_streamed(
+    built: Built, tmp_path: Path, change: Callable[[Path, int], None], says: str
+) -> None:
+    path, ids = built("tiny-mxfp4"), ids_of(70).to(GPU)
+    shutil.copytree(path, tmp_path / "broken")
+    model = q.load(tmp_path / "broken", BF16, device=GPU, mode="stream", text_only=True)
+    expected = model(ids)
+    stored = model.source.checkpoint.stored("layers.3.mlp.experts.2.down_proj.weight_scale")
+    change(stored.file, stored.end - 1)
+    for _ in range(2):
+        with pytest.raises(q.errors.Qwen35Error, match=says):
+            model(ids)
+    assert torch.equal(q.load(path, BF16, device=GPU, mode="stream", text_only=True)(ids), expected)
 
 
 def test_padding_and_a_cache(built: Built) -> None:

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..errors import Qwen35Error
 from .folder import Folder
 from .header import Stored
@@ -82,9 +80,9 @@ def verify_manifest(folder: Folder, reader: Reader, manifest: Path) -> Iterator[
 
 def tensor_digest(reader: Reader, stored: Stored) -> str:
     """sha256 of a tensor's bytes, read in pieces."""
-    digest, buffer = hashlib.sha256(), torch.empty(min(CHUNK, stored.nbytes), dtype=torch.uint8)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(CHUNK, stored.nbytes)))
     for begin in range(0, stored.nbytes, CHUNK):
         piece = buffer[: min(CHUNK, stored.nbytes - begin)]
         reader.read(stored, begin, piece)
-        digest.update(piece.numpy().data)
+        digest.update(piece)
     return digest.hexdigest()

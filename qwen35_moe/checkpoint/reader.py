@@ -36,7 +36,7 @@ class Reader:
         self._lock = Lock()
         self.close = weakref.finalize(self, _close_all, self._descriptors)
         self.bytes_read = 0
-        self.mapped = self.pinned = False
+        self.mapped = False
         self._maps: dict[Path, Tensor] = {}
 
     def map(self, stored: Stored, begin: int, nbytes: int) -> Tensor:
@@ -53,7 +53,8 @@ class Reader:
             raise _failed(stored, f"the file ends at byte {len(file)}; was it changed after it was opened?")
         return file[at : at + nbytes]
 
-    def _descriptor(self, stored: Stored) -> int:
+    def descriptor(self, stored: Stored) -> int:
+        """Of the tensor's file, which stays open."""
         with self._lock:
             if stored.file not in self._descriptors:
                 try:
@@ -62,10 +63,9 @@ class Reader:
                     raise _failed(stored, error.strerror or error) from error
             return self._descriptors[stored.file]
 
-    def read(self, stored: Stored, begin: int, into: Tensor) -> None:
-        """Fills `into` (uint8) with the bytes that begin at `begin` of the tensor."""
-        descriptor, at = self._descriptor(stored), stored.begin + begin
-        rest = into.numpy().data
+    def read(self, stored: Stored, begin: int, into: memoryview) -> None:
+        """Fills `into` with the bytes that begin at `begin` of the tensor. Other threads run meanwhile."""
+        descriptor, at, rest = self.descriptor(stored), stored.begin + begin, into
         while len(rest):
             try:
                 count = os.preadv(descriptor, [rest], at)
@@ -75,16 +75,12 @@ class Reader:
                 raise _failed(stored, f"the file ends at byte {at}; was it changed after it was opened?")
             rest, at = rest[count:], at + count
         with self._lock:
-            self.bytes_read += into.numel()
-
-    def buffer(self, nbytes: int) -> Tensor:
-        """Memory (uint8) to read into; `pinned`, so that a GPU fetches it from there while the CPU goes on."""
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.pinned)
+            self.bytes_read += into.nbytes
 
     def prefetch(self, stored: Stored, begin: int, nbytes: int) -> None:
         """Asks the system to read these bytes into its cache; returns at once, and never fails."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor(stored), stored.begin + begin, nbytes, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self.descriptor(stored), stored.begin + begin, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def _close_all(descriptors: dict[Path, int]) -> None:
@@ -149,12 +145,23 @@ class Rows:
         aligned = (self.stored.begin + begin) % DTYPES[self.stored.dtype].itemsize == 0
         if reader.mapped and self.step == 1 and nbytes and aligned:
             return reader.map(self.stored, begin, nbytes).view(DTYPES[self.stored.dtype]).view(self.count, *self.size)
-        buffer = reader.buffer(nbytes)
-        reader.read(self.stored, begin, buffer)
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        reader.read(self.stored, begin, buffer.numpy().data)
         if self.step > 1:
             padded = torch.nn.functional.pad(buffer, (0, self.count * self.step * self.row_bytes - nbytes))
             buffer = padded.view(self.count, self.step, self.row_bytes)[:, 0].contiguous().view(-1)
         return buffer.view(DTYPES[self.stored.dtype]).view(self.count, *self.size)
+
+    def gather(self, reader: Reader, runs: Sequence[slice]) -> Tensor:
+        """Some runs of these rows, one after another: as `rows` and `read` of each, in a fraction of the time."""
+        count = sum(run.stop - run.start for run in runs)
+        found = torch.empty(count * self.row_bytes, dtype=torch.uint8)
+        memory, begin, size = found.numpy().data, 0, self.row_bytes
+        for run in runs:
+            end = begin + (run.stop - run.start) * size
+            reader.read(self.stored, (self.first + run.start) * size, memory[begin:end])
+            begin = end
+        return found.view(DTYPES[self.stored.dtype]).view(count, *self.size)
 
     def prefetch(self, reader: Reader) -> None:
         reader.prefetch(self.stored, *self.span())
@@ -189,8 +196,8 @@ def _read_run(reader: Reader, wanted: Sequence[Rows], at: Sequence[int], run: Se
     if len(run) < 2 or reader.mapped:
         return {i: wanted[i].read(reader) for i in run}
     first, sizes = wanted[run[0]], [wanted[i].span()[1] for i in run]
-    buffer = reader.buffer(sum(sizes))
-    reader.read(first.stored, first.span()[0], buffer)
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8)
+    reader.read(first.stored, first.span()[0], buffer.numpy().data)
     found = {}
     for i, part in zip(run, buffer.split(sizes), strict=True):
         dtype = DTYPES[wanted[i].stored.dtype]  # a view less for bytes: readers wait for each other at each operation

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +56,12 @@ class Weight:
         """Rows of gate and up take turns (gpt-oss)."""
         return self.values.stored.name.endswith("gate_up_proj_blocks")
 
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What weights that are stored alike have in common."""
+        parts = tuple((rows.stored.dtype, rows.count, rows.size, rows.step) for rows in self.parts)
+        return self.kind, self.shape, self.block, self.interleaved, parts
+
     def expert(self, e: int) -> Weight:
         """[O, I] of expert e, of [E, O, I]."""
         count = self.shape[0]
@@ -91,6 +99,12 @@ class Weight:
         scale = None if self.scale is None else self._scale_rows(None if whole else rows).read(self.reader)
         return self.assemble(values, scale, rows=rows if whole else None)
 
+    def some(self, rows: slice) -> Weight:
+        """Rows of a matrix [O, I], as a weight. Of FP8 blocks, they must begin with a block."""
+        start, stop, _ = rows.indices(self.shape[0])
+        scale = None if self.scale is None else self._scale_rows(rows)
+        return replace(self, shape=(stop - start, *self.shape[1:]), values=self.values.rows(rows), scale=scale)
+
     @property
     def parts(self) -> tuple[Rows, ...]:
         """What `assemble` takes, once it is read."""
@@ -101,6 +115,22 @@ class Weight:
         if scale is None or self.scale is None:
             return Float(values)
         _check_finite(scale, self.scale.stored)
+        return self._packed(values, scale, rows=rows)
+
+    def of(self, parts: Iterable[Tensor], doubts: list[Tensor], count: int | None = None) -> Packed:
+        """As `assemble`, on any device; nothing waits for it. Whether a scale is NaN or infinite is added to `doubts`.
+
+        Of a float or an MXFP4 weight, the parts may be stacks of many, of which the first `count` matter.
+        """
+        values, *scales = parts
+        for scale in (scale[:count] for scale in scales):
+            e8m0 = scale.element_size() == 1
+            doubts.append((scale.view(torch.uint8) == 255).any() if e8m0 else ~scale.isfinite().all())
+        return self._packed(values, *scales)
+
+    def _packed(self, values: Tensor, scale: Tensor | None = None, *, rows: slice | None = None) -> Packed:
+        if scale is None:
+            return Float(values)
         if self.kind == "mxfp4":
             shape = (*scale.shape[:-1], 16 * scale.shape[-1])
             codes = values if values.shape == shape else values.view(shape)
@@ -132,6 +162,13 @@ class Weight:
                 found=start,
             )
         return self.scale.rows(slice(start // high, -(-stop // high)))
+
+
+def settle(doubts: Sequence[Tensor], weights: Iterable[Weight]) -> None:
+    """Error if one of the doubts that `of` had about these weights was right: they are read once more, to say where."""
+    if doubts and bool(torch.stack(list(doubts)).any()):
+        for weight in weights:
+            weight.read()
 
 
 def _check_finite(scale: Tensor, stored: Stored) -> None:

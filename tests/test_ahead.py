@@ -1,0 +1,133 @@
+"""Reading ahead for a GPU, here on a CPU: the processes, where bytes go, every layout of experts, and what breaks."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import qwen35_moe as q
+from qwen35_moe import ahead
+from qwen35_moe.ahead import Feed, Plan
+from qwen35_moe.checkpoint.reader import Rows
+from qwen35_moe.experts import PassingExperts
+from qwen35_moe.load import Source, StreamedLayers
+
+Build = Callable[[str], Path]
+RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "weights" / "recipes").glob("tiny*.toml"))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def feed() -> Iterator[Feed]:
+    """Two processes with small pieces of memory, so that all is cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ahead, "READERS", 2)
+        patch.setattr(ahead, "CHUNK", 3000)
+        patch.setattr(ahead, "AHEAD", 40_000)
+        made = Feed(CPU)
+        for module in ("experts", "load"):
+            patch.setattr(sys.modules[f"qwen35_moe.{module}"], "feed", lambda device: made)
+        yield made
+
+
+def source(path: Path, online: bool = False) -> Source:
+    return q.load(path, mode="stream", text_only=True, shared_expert="fused-online" if online else "unfused").source
+
+
+def passing(found: Source, mlp: str, count: int) -> PassingExperts:
+    read, stored = partial(found.slot, mlp), partial(found.stored, mlp)
+    return PassingExperts(count, 0, read, torch.float32, False, CPU, stored)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_experts_of_every_layout(built: Build, feed: Feed, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["qwen35_moe.experts"], "BATCH", 100_000)  # bytes: some experts
+    found = source(built(recipe), online=recipe == "tiny-moe-mxfp4")
+    E = found.config.num_experts
+    experts = passing(found, "layers.0.mlp", E + 1)
+    for begun in (False, True):
+        for hit in ([0], [1, 2, E - 1], list(range(E)), list(range(E + 1))):
+            if begun:
+                experts.begin()
+            had = {}
+            for some, *stacks in experts.batches(hit):
+                had |= {e: [stack[i] for stack in stacks] for i, e in enumerate(some)}
+            assert list(had) == (list(range(E + 1)) if 8 * len(hit) > 7 * (E + 1) else hit)
+            for e, ours in had.items():
+                for ours_x, theirs in zip(ours, experts.at(e), strict=True):
+                    assert torch.equal(ours_x, theirs), e
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "tiny-fp8", "tiny-mxfp4"])
+def test_layers_and_head(built: Build, feed: Feed, recipe: str) -> None:
+    model = q.load(built(recipe), "float32", mode="stream", text_only=True)
+    ids, layers, used = torch.arange(60)[None], model.layers, model.source.checkpoint.used
+    assert isinstance(layers, StreamedLayers)
+    before = set(used)
+    expected, after = model(ids), set(used)
+    used.intersection_update(before)
+    layers.ahead = True
+    for _ in range(2):
+        assert torch.equal(model(ids), expected)
+    assert used == after and len(layers.dense) == len(layers)
+    assert all(not p.is_meta for p in layers[0].parameters()) and all(p.is_meta for p in layers.empty[0].parameters())
+
+
+def test_nobody_waits_for_what_was_forgotten(built: Build, feed: Feed) -> None:
+    checkpoint = source(built("tiny")).checkpoint
+    plan = Plan(checkpoint.reader, [[Rows.of(checkpoint.stored("lm_head.weight"))]])
+    for _ in range(3):
+        orders = [feed.order(plan) for _ in range(5)]
+        assert torch.equal(orders[3].result()[0][0], checkpoint.read("lm_head.weight"))
+        del orders
+    assert not feed.begun
+
+
+def broken(path: Path, to: Path, change: Callable[[Path, int], None], name: str) -> Source:
+    """After it was opened."""
+    shutil.copytree(path, to)
+    found = source(to)
+    stored = found.checkpoint.stored(name)
+    change(stored.file, stored.end - 1)
+    return found
+
+
+def cut(file: Path, at: int) -> None:
+    with open(file, "r+b") as handle:
+        handle.truncate(at)
+
+
+def poison(file: Path, at: int) -> None:
+    with open(file, "r+b") as handle:
+        handle.seek(at)
+        handle.write(b"\xff")
+
+
+@pytest.mark.parametrize(("change", "says"), [(cut, "the file ends"), (poison, "1 such scales")])
+def test_what_cannot_be_read_is_an_error_and_the_next_can(
+    built: Build, feed: Feed, tmp_path: Path, change: Callable[[Path, int], None], says: str
+) -> None:
+    name = "layers.3.mlp.experts.2.down_proj.weight_scale"
+    found = broken(built("tiny-mxfp4"), tmp_path / "broken", change, name)
+    for _ in range(2):
+        with pytest.raises(q.errors.Qwen35Error, match=says):
+            list(passing(found, "layers.3.mlp", 8).batches(range(8)))
+    assert len(list(passing(source(built("tiny-mxfp4")), "layers.3.mlp", 8).batches(range(8)))) == 1
+
+
+def test_a_process_that_ends_is_an_error(built: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "READERS", 1)
+    feed, checkpoint = Feed(CPU), source(built("tiny")).checkpoint
+    plan = Plan(checkpoint.reader, [[Rows.of(checkpoint.stored("lm_head.weight"))]])
+    assert torch.equal(feed.order(plan).result()[0][0], checkpoint.read("lm_head.weight"))
+    feed.processes[0].kill()
+    feed.processes[0].wait()
+    for _ in range(2):
+        with pytest.raises(q.errors.Qwen35Error, match="has ended"):
+            feed.order(plan).result()
