@@ -187,6 +187,9 @@ def test_illegal_flip_diverges(truth: Trace, engine: Trace, source) -> None:
 def test_nothing_compared_is_not_green() -> None:
     assert Comparison().exit_code == 2 and "NOT COMPARED" in Comparison().verdict
     assert Comparison([Record("x", "missing", "mlp", 0)]).exit_code == 2
+    one = [Record("x", "bit-equal", "mlp", 0)]
+    assert Comparison(one, unknown=["a", "b"]).verdict.endswith("; 2 names of the dump are unknown")
+    assert Comparison(one, unknown=["a"]).verdict.endswith("1 taps within rounding")
 
 
 def test_dump_without_ids_judges_no_token_that_could_have_flipped(truth: Trace, engine: Trace, source) -> None:

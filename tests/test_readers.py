@@ -518,6 +518,11 @@ def test_plain_tensors_with_modules_of_transformers(tmp_path: Path) -> None:
     save_file({"lm_head.output": x, name: x + 1, "model.layers.0.mlp.gate.output.0": x - 1}, tmp_path / "a.safetensors")
     dump = read_dump(tmp_path / "a.safetensors")
     assert not dump.unknown and torch.equal(dump["layers.0.gdn_qkv"], x + 1)
+    modules = {name.removesuffix(".output"): x + 1, "lm_head": x, "model.layers.3.self_attn.o_proj": x - 1}
+    save_file({**modules, "model.layers.3.act_fn": x * 2}, tmp_path / "a.safetensors")
+    dump = read_dump(tmp_path / "a.safetensors")  # a module's name alone is what it returns
+    assert set(dump) == {"layers.0.gdn_qkv", "next_token_logits", "layers.3.attn_output"}
+    assert dump.unknown == ["model.layers.3.act_fn"]
 
 
 def test_sglang_files_are_unpickled_once(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,11 @@ TRANSFORMERS = {
     "mlp.shared_expert.down_proj.output": "same moe_shared_output",
     "mlp.output": "same mlp_output",
     "output": "same layer_output_sum",
+    # What whole blocks return, where their last module was not dumped.
+    "self_attn.output": "same attn_output",
+    "self_attn.output.0": "same attn_output",
+    "linear_attn.output": "same attn_output",
+    "mlp.shared_expert.output": "same moe_shared_output",
 }
 
 LETTERS = {
@@ -183,7 +188,7 @@ def place(raw: str) -> tuple[str, int | None, str]:
 def family_of(paths: Iterable[str]) -> str:
     """Whose modules these are: transformers' where some are that no other engine has."""
     theirs = ("self_attn.q_proj.", "linear_attn.in_proj_qkv.", "mlp.gate.output.2")
-    return "transformers" if any(path.startswith(theirs) for path in paths) else "sglang"
+    return "transformers" if any(f"{path}.".startswith(theirs) for path in paths) else "sglang"
 
 
 def rule_for(path: str, family: str) -> tuple[Rule, int] | None:
@@ -195,6 +200,8 @@ def rule_for(path: str, family: str) -> tuple[Rule, int] | None:
         return Rule.parse(table[path]), 1 + list(table).index(path)
     if path in TAPS:
         return Rule(OURS.get(path, "same"), ((path, ""),)), 0
+    if not re.search(r"(^|\.)(output|inputs)(\.|$)", path):  # a module: what it returns
+        return rule_for(f"{path}.output".lstrip("."), family)
     return None
 
 

@@ -203,7 +203,8 @@ class Comparison:
                      f"{len(self.holes)} taps dumped for other layers only" if self.holes else "",
                      f"{len(self.problems)} problems" if self.problems else ""]  # fmt: skip
             return f"INCOMPLETE: {', '.join(p for p in parts if p)}; {self.compared} taps agree"
-        return f"AGREES: {self.compared} taps within rounding"
+        strange = f"; {len(self.unknown)} names of the dump are unknown" if len(self.unknown) > self.compared else ""
+        return f"AGREES: {self.compared} taps within rounding{strange}"
 
     def rows(self) -> list[dict[str, Any]]:
         """Everything as plain dicts, one a line of the JSONL report."""
