@@ -114,7 +114,10 @@ class Model(nn.Module):
             return self.lm_head("next_token_logits", self.norm(h_BTD))
 
     def checked(self, ids: Tensor | None, embeds: Tensor | None = None) -> Tensor:
-        """The ids, or the embeddings that stand in for them. Error: neither, wrong shape or dtype, no such id."""
+        """The ids, or the embeddings that stand in for them. Error: neither, wrong shape or dtype, no such id; files of
+        the checkpoint that were written to since they were opened."""
+        if self.source is not None:
+            self.source.checkpoint.reader.check()
         new, rank = (ids, 2) if embeds is None else (embeds, 3)
         if new is None or new.dim() != rank or 0 in new.shape:
             expected = "input_ids [B, T] (or inputs_embeds [B, T, D]), B and T at least 1"

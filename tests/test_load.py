@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,3 +139,23 @@ def test_the_model_knows_its_checkpoint(built: Build) -> None:
 def test_an_unknown_option_is_named(built: Build, option: str, value: str) -> None:
     with pytest.raises(q.Qwen35Error, match=f"unknown {option}"):
         q.load(built("tiny"), **{option: value})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [1000, None])
+def test_a_file_that_is_written_to_while_it_is_in_use(
+    built: Build, tmp_path: Path, mode: str, size: int | None
+) -> None:
+    """Cut off, where a mapped file would end the process, or of other weights."""
+    path = shutil.copytree(built("tiny"), tmp_path / "checkpoint")
+    model = q.load(path, "transformers-bf16", mode=mode, text_only=True)
+    before = model(IDS)
+    for file in list(path.glob("*.safetensors")):
+        file.rename(file.with_suffix(".old"))
+        file.write_bytes(b"another file of this name harms nobody")
+    assert torch.equal(model(IDS), before)
+    for file in path.glob("*.old"):
+        with open(file, "r+b") as handle:
+            handle.write(b"........") if size is None else handle.truncate(size)
+    with pytest.raises(q.Qwen35Error, match="written to while it was in use"):
+        model(IDS)

@@ -33,6 +33,7 @@ class Reader:
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
+        self._opened: dict[Path, tuple[int, int]] = {}  # size and time of the last change, as a file was opened
         self._lock = Lock()
         self.close = weakref.finalize(self, _close_all, self._descriptors)
         self.bytes_read = 0
@@ -40,11 +41,15 @@ class Reader:
         self._maps: dict[Path, Tensor] = {}
 
     def map(self, stored: Stored, begin: int, nbytes: int) -> Tensor:
-        """A view (uint8) of these bytes of the tensor in its file. Writing to it changes memory, never the file."""
+        """A view (uint8) of these bytes of the tensor in its file. Writing to it changes memory, never the file.
+
+        Where the file is cut off later, touching it ends the process (SIGBUS): see `check`.
+        """
+        self.descriptor(stored)
         with self._lock:
             if stored.file not in self._maps:
                 try:
-                    size = os.stat(stored.file).st_size
+                    size = self._opened[stored.file][0]
                     self._maps[stored.file] = torch.from_file(str(stored.file), False, size, dtype=torch.uint8)
                 except (OSError, RuntimeError) as error:
                     raise _failed(stored, error) from error
@@ -58,10 +63,26 @@ class Reader:
         with self._lock:
             if stored.file not in self._descriptors:
                 try:
-                    self._descriptors[stored.file] = os.open(stored.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                    descriptor = os.open(stored.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                    self._descriptors[stored.file], self._opened[stored.file] = descriptor, _now(descriptor)
                 except OSError as error:
                     raise _failed(stored, error.strerror or error) from error
             return self._descriptors[stored.file]
+
+    def check(self) -> None:
+        """Error where a file was written to since it was opened: it may be cut off, or hold other weights.
+
+        A file that was removed, or replaced by another of its name, stays readable and is fine.
+        """
+        for file, descriptor in list(self._descriptors.items()):
+            if _now(descriptor) != self._opened[file]:
+                raise Qwen35Error(
+                    "the file was written to while it was in use",
+                    where=file,
+                    expected=f"{self._opened[file][0]} bytes, as they were",
+                    found=f"{_now(descriptor)[0]} bytes",
+                    do="load the checkpoint again; write new files under another name and rename them",
+                )
 
     def read(self, stored: Stored, begin: int, into: memoryview) -> None:
         """Fills `into` with the bytes that begin at `begin` of the tensor. Other threads run meanwhile."""
@@ -81,6 +102,11 @@ class Reader:
         """Asks the system to read these bytes into its cache; returns at once, and never fails."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.descriptor(stored), stored.begin + begin, nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def _now(descriptor: int) -> tuple[int, int]:
+    found = os.fstat(descriptor)
+    return found.st_size, found.st_mtime_ns
 
 
 def _close_all(descriptors: dict[Path, int]) -> None:
