@@ -93,9 +93,9 @@ def combine_experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: E
     order = table.switch("moe_sum_order")
     terms = _expert_outputs(x_TD, ids_TA, experts)
     terms = terms if order == "expert" else _by_slot(terms, x_TD, ids_TA.shape[1], backwards=order == "slot-reversed")
-    total_TD, weighted_TD, weights_P1 = promote(torch.zeros_like(x_TD)), [], promote(weights_TA).reshape(-1, 1)
+    total_TD, weighted_TD, by_pair = promote(torch.zeros_like(x_TD)), [], promote(weights_TA).reshape(-1, 1)
     for index, token, pair, y_ND in terms:  # a token meets an expert, or a slot, once
-        weight_N1 = weights_P1[pair]
+        weight_N1 = by_pair[pair]
         with scope(index=index):
             if order == "torch.sum":
                 weighted_TD.append(promote(tap("moe_expert_weighted", weight_N1 * y_ND)))
