@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import Qwen35Error
 from ..tap_names import base_name
 from . import kl_base
 from .align import Alignment, Pair
 from .diagnose import BF16_GRID
 from .envelope import Class, envelope, judge
 from .envelope_file import WEIGHTS, as_rows
+from .ranks import owners
 from .records import Comparison, Record, block_of
 from .replay import RESTARTS, STREAMS, Captured
 from .routing import Routing, compare_ids, could_flip
@@ -64,8 +66,12 @@ class Work:
             self._judge(key, layer, pair, truth, members, exclude)
 
     def owners(self, key: str, x: Tensor) -> Tensor | None:
+        """[n] the rank of each column of x, where that is known."""
         dump = self.alignment.dump
-        found = dump.owners(key) if key in dump.sources else None
+        try:
+            found = owners(dump, key) if key in dump.sources else None
+        except Qwen35Error:  # a file of a step that was not compared
+            return None
         return found if found is not None and len(found) == x.shape[1] else None
 
     def again(self, keys: Sequence[str], layer: int | None, seen: Sequence[dict[str, Tensor]]) -> None:

@@ -19,13 +19,8 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..tap_names import TAPS, base_name, per_token
 from .join import by_row, declared, join_ranks
-from .names import Rule, letters, place, rule_for, width
-
-RANK_FILES = {
-    "sglang dumper": "step=*___rank={}___*.pt",
-    "sglang passes": "TP*_Rank{}_pid*/Pass*.pt",
-    "atom": "layer*_rank{}*.pt",
-}
+from .names import Rule, letters, place, rule_for
+from .ranks import check_ranks
 
 
 @dataclass
@@ -108,7 +103,7 @@ class Dump(Mapping[str, Tensor]):
         self.unknown: list[str] = []
         self.sources: dict[str, dict[int, Source]] = defaultdict(dict)
         self._counts: dict[int, int | None] = {}
-        self._ranks = 0
+        self.world = 0  # how many ranks there were; 0: not looked for yet (ranks.py)
         self._dtypes: dict[tuple[str, int], torch.dtype] = {}
         fused = self._fused_layers(pieces)
         for pieces_of_one in _groups(pieces).values():
@@ -199,7 +194,7 @@ class Dump(Mapping[str, Tensor]):
             if len(source.pieces) > 1:
                 raise Qwen35Error("ranks of this tap cannot be joined", where=key, do="dump with TP 1, or its dims")
             return source.pieces[0].load()
-        self._check_ranks(source)
+        check_ranks(self, source)
         loaded = [piece.load() for piece in source.pieces]
         if not loaded[0].is_floating_point() and not base_name(key).endswith("_ids"):
             found, do = str(loaded[0].dtype), "dump what its codes mean, or the tensor before it is quantised"
@@ -209,52 +204,6 @@ class Dump(Mapping[str, Tensor]):
         ranks = [by_row(x, count) for x in loaded]
         join, order = declared(source.pieces) or (source.rule.join, list(range(len(ranks))))
         return join_ranks(key, [ranks[i] for i in order], join, source.rule.blocks, self.sizes)
-
-    def owners(self, key: str) -> Tensor | None:
-        """[features] the rank that each column of a tap came from; None where ranks hold no columns of it."""
-        step, source = next(iter(self.sources[key].items()))
-        join, order = declared(source.pieces) or (source.rule.join, list(range(len(source.pieces))))
-        if join != "cat" or len(source.pieces) < 2:
-            return None
-        count = None if source.pieces[0].rows is not None else self.count(step)
-        pieces = [source.pieces[i] for i in order]
-        ranks = [torch.full_like(by_row(p.load(), count), p.rank, dtype=torch.float64) for p in pieces]
-        return join_ranks(key, ranks, join, source.rule.blocks, self.sizes)[0]
-
-    def _check_ranks(self, source: Source) -> None:
-        """Raises Qwen35Error, the same one for all taps, if shares of a rank are not here."""
-        first = source.pieces[0]
-        stages = int(first.parallel.get("pp_size", 1))
-        world = max(int(first.parallel.get("world_size", 1)) // stages, self._world())
-        here = [piece.rank for piece in source.pieces]
-        if source.rule.join == "same" or len(here) >= world:
-            return
-        lost = ", ".join(str(rank) for rank in range(world) if stages == 1 and rank not in here)
-        files = RANK_FILES.get(self.format, "").format(lost if lost.isdigit() else "N")
-        raise Qwen35Error(
-            f"rank {lost or '?'} is missing", where=self.path, found=f"rank {', '.join(map(str, here))} of {world}",
-            expected=files, do="copy the dumps of all ranks to one place",
-        )  # fmt: skip
-
-    def _world(self) -> int:
-        """How many ranks there were, if only one is here and does not say: by the shares of fused columns it holds."""
-        if self._ranks == 0:
-            found: dict[tuple[tuple[str, str], ...], int] = {}
-            for steps in self.sources.values():
-                step, source = next(iter(steps.items()))
-                blocks = source.rule.blocks
-                widths = [None if w.isdigit() else width(w, self.sizes) for _, w in blocks]
-                # Key and value heads are no measure: several ranks may hold the same ones.
-                alone = len(source.pieces) == 1 and source.rule.join == "cat" and not any("g" in w for _, w in blocks)
-                if alone and blocks not in found and len(blocks) > 1 and None not in widths:
-                    try:
-                        columns = by_row(source.pieces[0].load(), self.count(step)).shape[1]
-                    except Qwen35Error:
-                        continue
-                    whole = sum(w or 0 for w in widths)
-                    found[blocks] = whole // columns if columns and whole % columns == 0 else 1
-            self._ranks = found.popitem()[1] if len(set(found.values())) == 1 else 1
-        return self._ranks
 
     def dtype(self, key: str, step: int | None = None) -> torch.dtype:
         """The dtype that the engine wrote."""
