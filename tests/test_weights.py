@@ -231,11 +231,18 @@ def test_values_are_spread_as_stated(read: Callable[[str], dict[str, torch.Tenso
 def test_bad_input_is_refused(tmp_path: Path) -> None:
     (tmp_path / "odd.toml").write_text('layuot = "bf16"')
     (tmp_path / "layout.toml").write_text('layout = "int3"')
+    (tmp_path / "text.toml").write_text('layers = "two"')
+    (tmp_path / "half.toml").write_text("layers =")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     out = tmp_path / "out"
     for recipe, changes, words in (
         ("tniy", {}, "no such recipe"),
         (str(tmp_path / "odd.toml"), {}, "layuot"),
         (str(tmp_path / "layout.toml"), {}, "int3"),
+        (str(tmp_path / "text.toml"), {}, r"(?s)bad entry.*layers.*int"),
+        (str(tmp_path / "half.toml"), {}, "cannot read the recipe"),
+        (str(tmp_path / "bytes.toml"), {}, "cannot read the recipe"),
+        ("tiny", {"jobs": 0}, "nobody to draw"),
         ("tiny", {"config": "qwen9"}, "no such config"),
         ("tiny", {"layers": 5}, "1 to 4"),
         ("tiny-mxfp4", {"text_config": {"moe_intermediate_size": 40}}, "multiple of 32"),
@@ -253,7 +260,7 @@ def test_output_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(Qwen35Error, match="exists"):
         build("tiny", out)
     monkeypatch.setattr("weights.build._write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(Qwen35Error, match="(?s)cannot write the checkpoint.*disk full.*MB are needed"):
         build("tiny", tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -18,9 +18,9 @@ import sys
 import time
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from qwen35_moe.errors import Qwen35Error
 from weights.layouts import LAYOUTS, Stored, quantization_config, stored
@@ -61,11 +61,17 @@ def load(name: str | Path, **changes: Any) -> Recipe:
     path = Path(name) if str(name).endswith(".toml") else HERE / "recipes" / f"{name}.toml"
     if not path.is_file():
         raise Qwen35Error("no such recipe", where=path, expected=", ".join(recipes()), found=name)
-    entries = tomllib.loads(path.read_text(encoding="utf-8")) | changes
-    known = [f.name for f in fields(Recipe)]
-    for entry in entries:
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8")) | changes
+    except (OSError, ValueError) as error:  # bad UTF-8 and bad TOML are ValueErrors
+        raise Qwen35Error("cannot read the recipe", where=path, expected="TOML", found=error) from error
+    known = get_type_hints(Recipe)
+    for entry, value in entries.items():
         if entry not in known:
             raise Qwen35Error("unknown entry in a recipe", where=path, expected=", ".join(known), found=entry)
+        kind = dict if get_origin(known[entry]) is dict else known[entry]
+        if not isinstance(value, kind):
+            raise Qwen35Error("bad entry in a recipe", where=f"{path}: {entry}", expected=kind, found=repr(value))
     recipe = Recipe(**entries)
     if recipe.layout not in LAYOUTS:
         raise Qwen35Error("unknown layout", where=path, expected=", ".join(LAYOUTS), found=recipe.layout)
@@ -135,6 +141,8 @@ def build(recipe: str | Path | Recipe, out: str | Path, *, jobs: int = 1, **chan
     holds this very recipe already is left as it is."""
     recipe = replace(recipe, **changes) if isinstance(recipe, Recipe) else load(recipe, **changes)
     out = Path(out)
+    if jobs < 1:
+        raise Qwen35Error("nobody to draw the tensors", where="jobs", expected="1 or more", found=jobs)
     config, tensors = plan(recipe)
     made_from = json.dumps(vars(recipe) | {"built_by": fingerprint()}, indent=1)
     if out.exists():
@@ -143,8 +151,8 @@ def build(recipe: str | Path | Recipe, out: str | Path, *, jobs: int = 1, **chan
         raise Qwen35Error("the output folder exists", where=out, do="name a new one, or remove it first")
     scratch = out.parent / f".{out.name}.{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
     try:
+        scratch.mkdir(parents=True)
         files = shards(tensors, recipe.shards, recipe.shard_names)
         for name, run in files.items():
             write(scratch / name, run, jobs)
@@ -157,6 +165,9 @@ def build(recipe: str | Path | Recipe, out: str | Path, *, jobs: int = 1, **chan
         _write_json(scratch / "config.json", config)
         (scratch / "recipe.json").write_text(made_from, encoding="utf-8")
         scratch.rename(out)
+    except OSError as error:
+        do = f"{sum(map(nbytes, tensors)) / 1e6:.1f} MB are needed; what was written is removed again"
+        raise Qwen35Error("cannot write the checkpoint", where=out, found=error, do=do) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return out
