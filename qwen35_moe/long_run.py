@@ -210,13 +210,14 @@ def _read_state(out: Path, run: str) -> tuple[int, int, list[str], Tensor | None
         return 0, 0, [], None  # killed before the first layer was done, or never begun
     try:
         with safe_open(out / RESUME, framework="pt") as file:
-            known, sum_BTD = file.metadata(), file.get_tensor("sum")
-    except (OSError, SafetensorError) as error:
+            known, sum_BTD = file.metadata() or {}, file.get_tensor("sum")
+            then, now = json.loads(known["run"]), json.loads(run)
+            done = int(known["next"]), int(known["files"]), json.loads(known["unused"]), sum_BTD
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise Qwen35Error(
             "cannot read the state", where=out / RESUME, found=error, do="start without --resume"
         ) from error
     if known["run"] != run:
-        then, now = json.loads(known["run"]), json.loads(run)
         differ = [key for key in {*then, *now} if then.get(key) != now.get(key)]
         raise Qwen35Error(
             "another run was begun here",
@@ -225,4 +226,4 @@ def _read_state(out: Path, run: str) -> tuple[int, int, list[str], Tensor | None
             found="differing: " + ", ".join(sorted(differ)),
             do="give the options of that run, or leave out --resume to start anew",
         )
-    return int(known["next"]), int(known["files"]), json.loads(known["unused"]), sum_BTD
+    return done

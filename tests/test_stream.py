@@ -13,6 +13,7 @@ from typing import Any
 import kills
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import qwen35_moe as q
 from qwen35_moe.cli import main
@@ -166,6 +167,22 @@ def test_another_run_is_not_continued(built: Build, tmp_path: Path) -> None:
         trace_layers(model, IDS + 1, tmp_path, resume=True, quiet=True)
     trace_layers(model, IDS, tmp_path, resume=True, quiet=True)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("name", ["resume.safetensors", "envelope-state.safetensors"])
+def test_a_state_that_is_none_is_named(
+    built: Build, tmp_path: Path, name: str, foreign: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, some = tmp_path / "out", "0-1" if name.startswith("resume") else "0-3"
+    assert main([*command(built("tiny-mxfp4"), out), "--layers", some]) == 0
+    if foreign:
+        save_file({"sum": torch.zeros(2)}, out / name)
+    else:
+        (out / name).write_bytes(b"garbage")
+    assert main([*kills.arguments(built("tiny-mxfp4"), out), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot read the" in error and name in error and "report it" not in error
 
 
 def test_disk_full_leaves_a_message_and_a_resumable_state(

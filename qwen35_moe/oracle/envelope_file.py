@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -93,9 +93,14 @@ class _Errors:
         temporary.replace(path)
 
     def read(self, path: Path) -> tuple[dict[str, str], Tensor | None]:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            run = file.metadata()
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                run = file.metadata() or {}
+            json.loads(run["done"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            do = "remove it: the envelope begins anew, the trace stays"
+            raise Qwen35Error("cannot read the envelope's state", where=path, found=error, do=do) from error
         sum_BTD = tensors.pop("sum", None)
         self.norms = {name.removeprefix("error."): Norms(*x.unbind()) for name, x in tensors.items()}
         return run, sum_BTD
