@@ -25,9 +25,9 @@ from torch import Tensor
 
 import qwen35_moe as q
 from qwen35_moe import ahead
-from qwen35_moe.ahead import Plan
 from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.checkpoint.header import Stored
+from qwen35_moe.checkpoint.plan import CHUNK, Plan
 from qwen35_moe.checkpoint.reader import Rows
 from weights.build import build
 
@@ -57,9 +57,9 @@ def pieces(stored: list[Stored]) -> list[tuple[Path, int, int]]:
             files.append(s.file)
             runs.append([s.begin, s.end])
     return [
-        (file, at, min(ahead.CHUNK, end - at))
+        (file, at, min(CHUNK, end - at))
         for file, (begin, end) in zip(files, runs, strict=True)
-        for at in range(begin, end, ahead.CHUNK)
+        for at in range(begin, end, CHUNK)
     ]
 
 
@@ -101,7 +101,7 @@ def bench(layout: str, layers: int, tokens: int, folder: Path, profile: bool) ->
     resident, streamed = load(mode="packed" if layout == "mxfp4" else "decoded"), load(mode="stream")
     host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(host, device=DEVICE)
-    buffers = [torch.empty(ahead.CHUNK, dtype=torch.uint8, pin_memory=True).numpy().data for _ in range(THREADS)]
+    buffers = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True).numpy().data for _ in range(THREADS)]
     plans = [Plan(checkpoint.reader, [[Rows.of(s) for s in some]]) for some in parcels(stored)]
     parts = {
         "reading": milliseconds(lambda: read_all(found, buffers)),

@@ -14,109 +14,27 @@ import subprocess
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from select import select
 from threading import Event, Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checkpoint import plan as plans
 from .checkpoint import read_process
-from .checkpoint.header import Stored
+from .checkpoint.plan import Chunk, Plan, Read
 from .checkpoint.read_process import ANSWER, ASK
-from .checkpoint.reader import DTYPES, Reader, Rows
+from .checkpoint.reader import Reader
 from .errors import Qwen35Error
 
 READERS = max(1, min(12, (os.cpu_count() or 1) - 2))  # processes: with 10 or 14 it took as long (16 cores, an H100)
 SLOTS = 2  # pieces of memory of each: one is read into while the other is copied
-CHUNK = 2**22  # bytes of a piece
-MANY = 256  # reads of a piece: what is asked must fit into a pipe
 AHEAD = 2**30  # bytes under way, beside what is asked for
-ALIGN = 256  # of each part on the device, as of memory that torch allocates: kernels choose by it
-
-
-class Read(NamedTuple):
-    """Bytes at `at` of a tensor, to begin .. end of a buffer."""
-
-    stored: Stored
-    at: int
-    begin: int
-    end: int
-
-
-Chunk = tuple[int, int, list[Read]]  # first byte on the device, bytes, where they come from
-
-
-class Plan:
-    """Where the rows of n items lie, and where they go: in the order of the file, if all items follow each other alike
-    there, or else item after item. So a part of all items is one strided view.
-
-    items: of each the same parts, alike but for their place. room: for how many items there is to be memory.
-    """
-
-    def __init__(self, reader: Reader, items: Sequence[Sequence[Rows]], room: int = 0):
-        self.reader, self.parts, self.room = reader, items[0], max(room, len(items))
-        self.sizes = [rows.span()[1] for rows in self.parts]
-        found = [
-            (i, part, rows.stored, rows.span()[0]) for i, item in enumerate(items) for part, rows in enumerate(item)
-        ]
-        found.sort(key=lambda extent: (extent[2].file, extent[2].begin + extent[3]))
-        if not self._place(found):
-            order = [part for i, part, *_ in found if i == 0]
-            found.sort(key=lambda extent: (extent[0], order.index(extent[1])))
-            self._place(found)
-        self.nbytes = max(first + self.room * step for first, step in self.strided)
-        self.chunks = list(_chunks((stored, at, self.sizes[part], self.at[i, part]) for i, part, stored, at in found))
-
-    def _place(self, extents: Sequence[tuple[int, int, Stored, int]]) -> bool:
-        """One behind the other. -> whether each part of all items is a strided view"""
-        self.at, end = dict[tuple[int, int], int](), 0
-        for i, part, _, _ in extents:
-            self.at[i, part] = end
-            end += -(-self.sizes[part] // ALIGN) * ALIGN
-        parts = range(len(self.sizes))
-        self.strided = [(self.at[0, part], self.at.get((1, part), end) - self.at[0, part]) for part in parts]
-        alike = all(self.at[i, part] == self.strided[part][0] + i * self.strided[part][1] for i, part in self.at)
-        return alike and all(step > 0 for _, step in self.strided)
-
-    def views(self, target: Tensor) -> list[Tensor]:
-        """Each part of all items, [room, count, *size] in the dtype that is stored."""
-        found = []
-        for rows, size, (first, step) in zip(self.parts, self.sizes, self.strided, strict=True):
-            part = target.as_strided((self.room, size), (step, 1), first).contiguous()
-            found.append(part.view(DTYPES[rows.stored.dtype]).view(self.room, rows.count, *rows.size))
-        return found
-
-
-def _chunks(extents: Iterator[tuple[Stored, int, int, int]]) -> Iterator[Chunk]:
-    """Extents (tensor, first byte in it, bytes, first byte on the device), cut and put together to chunks. What adjoins
-    in the file and on the device is read at once."""
-    start, reads = 0, list[Read]()
-    for stored, at, left, position in extents:
-        while left:
-            if reads and (position - start >= CHUNK or len(reads) == MANY):
-                yield start, reads[-1].end, reads
-                reads = []
-            start = start if reads else position
-            begin = position - start
-            count = min(left, CHUNK - begin)
-            last = reads[-1] if reads else None
-            if last and last.end == begin and _follows(last, stored, at):
-                reads[-1] = last._replace(end=begin + count)
-            else:
-                reads.append(Read(stored, at, begin, begin + count))
-            at, left, position = at + count, left - count, position + count
-    if reads:
-        yield start, reads[-1].end, reads
-
-
-def _follows(last: Read, stored: Stored, at: int) -> bool:
-    ends = last.stored.begin + last.at + last.end - last.begin
-    return last.stored.file == stored.file and ends == stored.begin + at
 
 
 class Order:
@@ -151,14 +69,18 @@ class Slot:
     """A piece of the memory that a process reads into."""
 
     def __init__(self, feed: Feed, number: int):
-        begin = number * CHUNK
+        begin, end = number * plans.CHUNK, (number + 1) * plans.CHUNK
         self.number, self.begin, self.process = number, begin, feed.processes[number % READERS]
         self.stdin: Any = self.process.stdin
-        self.memory, self.bytes = feed.memory[begin : begin + CHUNK], memoryview(feed.shared)[begin : begin + CHUNK]
+        self.memory, self.bytes = feed.memory[begin:end], memoryview(feed.shared)[begin:end]
         self.copied: Any = torch.cuda.Event() if feed.side else None
         self.left, self.complete = 0, True
         self.order: Order | None = None
         self.chunk: Chunk = (0, 0, [])
+
+    def task(self, reader: Reader, read: Read) -> bytes:
+        at, begin = read.stored.begin + read.at, self.begin + read.begin
+        return ASK.pack(self.number, reader.descriptor(read.stored), at, begin, read.end - read.begin)
 
 
 class Feed:
@@ -171,7 +93,7 @@ class Feed:
         self.begun: weakref.WeakSet[Order] = weakref.WeakSet()
         self.chunks: deque[tuple[weakref.ref[Order], Chunk]] = deque()
         self.thread, self.lock, self.running = ThreadPoolExecutor(1), Lock(), False
-        size = READERS * SLOTS * CHUNK
+        size = READERS * SLOTS * plans.CHUNK
         descriptor = os.memfd_create("qwen35-moe")
         os.ftruncate(descriptor, size)
         self.shared = mmap.mmap(descriptor, size)
@@ -187,7 +109,7 @@ class Feed:
         ]
         os.close(answer)
         os.close(descriptor)
-        weakref.finalize(self, _end, self.processes, self.answers)
+        self.close = weakref.finalize(self, _end, self.processes, self.answers)
         self.slots = [Slot(self, number) for number in range(READERS * SLOTS)]
         self.free, self.copying = deque(self.slots), deque[Slot]()
 
@@ -248,10 +170,9 @@ class Feed:
         slot = self.free.popleft()
         slot.order, slot.chunk, slot.left, slot.complete = order, chunk, len(chunk[2]), True
         try:
-            for read in chunk[2]:
-                descriptor = order.plan.reader.descriptor(read.stored)
-                at, begin, count = read.stored.begin + read.at, slot.begin + read.begin, read.end - read.begin
-                slot.stdin.write(ASK.pack(slot.number, descriptor, at, begin, count))
+            tasks = [slot.task(order.plan.reader, read) for read in chunk[2]]  # all, before the first is asked for
+            for task in tasks:
+                slot.stdin.write(task)
         except BrokenPipeError:
             self._fail(slot, Qwen35Error("a process that reads has ended", found=slot.process.poll()))
         except Exception as error:

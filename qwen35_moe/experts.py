@@ -13,11 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ahead import Plan, feed
+from .ahead import feed
+from .checkpoint.plan import Plan
 from .checkpoint.weight import Weight, settle
 from .quant.packed import Float, Packed, Stacked, adjoined
 
 CPU = torch.device("cpu")
+FEW = 32  # experts that are decoded as so many, more of them as those of a batch
 BATCH = 2**31  # bytes of decoded experts that a GPU holds at a time
 Slot = tuple[Packed, Packed]  # gate_up [2F, D] (F rows of gate, then F of up), down [D, F]
 
@@ -109,7 +111,7 @@ class Group(NamedTuple):
 
 
 class PassingExperts(PackedExperts):
-    """Packed experts that do not stay on a GPU: threads read some from disk while it decodes and multiplies others.
+    """Packed experts that do not stay on a GPU: some are read from disk while it decodes and multiplies others.
 
     Where nearly all experts are hit, all are read: those of a layer that comes next can then be begun with `begin`,
     before it is known which it will hit.
@@ -164,14 +166,13 @@ class PassingExperts(PackedExperts):
             size = -(-self.count // -(-self.count * nbytes // BATCH))  # in all, about equal ones
             for some in (alike[i : i + size] for i in range(0, len(alike), size)):
                 items = [[rows for weight in self.stored(e) for rows in weight.parts] for e in some]
-                room = size if self.device.type == "cuda" else 0  # each number of experts would be compiled
+                room = size if len(some) > FEW else min(size, FEW)  # each number of experts would be compiled
                 found.append(Group(some, weights, Plan(weights[0].reader, items, room)))
         return found
 
     def _order(self, group: Group) -> Callable[[], list[Tensor]]:
-        coming = feed(self.device)
         if group.plan is not None:
-            return coming.order(group.plan).result
+            return feed(self.device).order(group.plan).result
         return lambda: [x[None] for x in self.at(group.experts[0])]
 
     def _decoded(self, group: Group, read: list[Tensor], doubts: list[Tensor]) -> tuple[Tensor, Tensor]:

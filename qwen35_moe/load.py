@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import arithmetic as arithmetics
-from .ahead import Order, Plan, feed
+from .ahead import Order, feed
 from .arithmetic import Arithmetic
 from .checkpoint import Checkpoint
 from .checkpoint.names import split_role
+from .checkpoint.plan import Plan
 from .checkpoint.weight import Weight, settle
 from .config import Config
 from .errors import Qwen35Error

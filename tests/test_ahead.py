@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,9 @@ import torch
 
 import qwen35_moe as q
 from qwen35_moe import ahead
-from qwen35_moe.ahead import Feed, Plan
+from qwen35_moe.ahead import Feed
+from qwen35_moe.checkpoint import plan
+from qwen35_moe.checkpoint.plan import Plan
 from qwen35_moe.checkpoint.reader import Rows
 from qwen35_moe.experts import PassingExperts
 from qwen35_moe.load import Source, StreamedLayers
@@ -28,12 +31,15 @@ def feed() -> Iterator[Feed]:
     """Two processes with small pieces of memory, so that all is cut."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ahead, "READERS", 2)
-        patch.setattr(ahead, "CHUNK", 3000)
+        patch.setattr(plan, "CHUNK", 3000)
         patch.setattr(ahead, "AHEAD", 40_000)
         made = Feed(CPU)
         for module in ("experts", "load"):
-            patch.setattr(sys.modules[f"qwen35_moe.{module}"], "feed", lambda device: made)
+            patch.setattr(sys.modules[f"qwen35_moe.{module}"], "feed", lambda device, made=made: made)
         yield made
+        made.close()
+    del made
+    gc.collect()  # closes what it had open: other tests count that
 
 
 def source(path: Path, online: bool = False) -> Source:
@@ -48,6 +54,7 @@ def passing(found: Source, mlp: str, count: int) -> PassingExperts:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_experts_of_every_layout(built: Build, feed: Feed, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["qwen35_moe.experts"], "BATCH", 100_000)  # bytes: some experts
+    monkeypatch.setattr(sys.modules["qwen35_moe.experts"], "FEW", 2)
     found = source(built(recipe), online=recipe == "tiny-moe-mxfp4")
     E = found.config.num_experts
     experts = passing(found, "layers.0.mlp", E + 1)
@@ -81,9 +88,9 @@ def test_layers_and_head(built: Build, feed: Feed, recipe: str) -> None:
 
 def test_nobody_waits_for_what_was_forgotten(built: Build, feed: Feed) -> None:
     checkpoint = source(built("tiny")).checkpoint
-    plan = Plan(checkpoint.reader, [[Rows.of(checkpoint.stored("lm_head.weight"))]])
+    wanted = Plan(checkpoint.reader, [[Rows.of(checkpoint.stored("lm_head.weight"))]])
     for _ in range(3):
-        orders = [feed.order(plan) for _ in range(5)]
+        orders = [feed.order(wanted) for _ in range(5)]
         assert torch.equal(orders[3].result()[0][0], checkpoint.read("lm_head.weight"))
         del orders
     assert not feed.begun
@@ -124,10 +131,13 @@ def test_what_cannot_be_read_is_an_error_and_the_next_can(
 def test_a_process_that_ends_is_an_error(built: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "READERS", 1)
     feed, checkpoint = Feed(CPU), source(built("tiny")).checkpoint
-    plan = Plan(checkpoint.reader, [[Rows.of(checkpoint.stored("lm_head.weight"))]])
-    assert torch.equal(feed.order(plan).result()[0][0], checkpoint.read("lm_head.weight"))
+    wanted = Plan(checkpoint.reader, [[Rows.of(checkpoint.stored("lm_head.weight"))]])
+    assert torch.equal(feed.order(wanted).result()[0][0], checkpoint.read("lm_head.weight"))
     feed.processes[0].kill()
     feed.processes[0].wait()
     for _ in range(2):
         with pytest.raises(q.errors.Qwen35Error, match="has ended"):
-            feed.order(plan).result()
+            feed.order(wanted).result()
+    feed.close()
+    del feed
+    gc.collect()

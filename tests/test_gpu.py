@@ -92,10 +92,16 @@ def test_a_file_that_breaks_while_it_is_streamed(
     model = q.load(tmp_path / "broken", BF16, device=GPU, mode="stream", text_only=True)
     expected = model(ids)
     stored = model.source.checkpoint.stored("layers.3.mlp.experts.2.down_proj.weight_scale")
-    change(stored.file, stored.end - 1)
-    for _ in range(2):
-        with pytest.raises(q.errors.Qwen35Error, match=says):
-            model(ids)
+
+    def strike(site: q.taps.Site, x: torch.Tensor) -> None:
+        if site.key == "layers.1.mlp_output":
+            change(stored.file, stored.end - 1)
+
+    strike.wants_experts = False  # type: ignore[attr-defined]
+    with q.taps.attach(strike), pytest.raises(q.Qwen35Error, match=says):
+        model(ids)
+    with pytest.raises(q.Qwen35Error, match="written to"):
+        model(ids)
     assert torch.equal(q.load(path, BF16, device=GPU, mode="stream", text_only=True)(ids), expected)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import struct
 import sys
 
@@ -16,6 +17,7 @@ ANSWER = struct.Struct("2q")  # task, whether
 
 
 def main(memory: int, size: int, answers: int, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     shared = memoryview(mmap.mmap(memory, size))
     while asked := os.read(0, ASK.size):
         task, descriptor, at, begin, left = ASK.unpack(asked)
