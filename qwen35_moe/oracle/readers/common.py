@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,13 @@ def load_tensor(path: str | Path, *keys: str | int) -> Tensor:
 def same(x: Tensor) -> Tensor:
     """For a piece that is mapped from its file already."""
     return x
+
+
+def once(x: Tensor, load: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """For a piece that is mapped already, whose file need not be opened again for its first use. After that it is let
+    go: pages that were read count as this process's memory while they are mapped."""
+    first = [x]
+    return lambda: first.pop() if first else load()
 
 
 def whole_numbers(x: Any) -> list[int] | None:

@@ -18,9 +18,9 @@ from torch import Tensor
 from ...errors import Qwen35Error
 from ..dump import Dump, Piece, Tokens
 from ..names import family_of
-from .common import load_pt, load_tensor, same, whole_numbers
+from .common import load_pt, load_tensor, once, whole_numbers
 
-HELD = 1 << 13  # files that stay mapped; a process may have 65,530 mappings
+HELD = 1 << 13  # files that stay mapped until they are used; a process may have 65,530 mappings
 CORE = ("input_ids", "positions", "seq_lens", "req_pool_indices", "rids")
 
 
@@ -57,10 +57,10 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
         parallel = {**meta.get("megatron_parallel_info", {}), **meta.get("sglang_parallel_info", {})}
         parallel = {"world_size": meta.get("world_size", 1), **parallel}
         layer = tags.get("layer_id", meta.get("layer_id"))
-        held = len(pieces) < HELD
+        load = partial(load_tensor, file, *(["value"] if wrapped else []))
         piece = Piece.named(
             name,
-            partial(same, value) if held else partial(load_tensor, file, *(["value"] if wrapped else [])),
+            once(value, load) if len(pieces) < HELD else load,
             None if layer in (None, "None") else int(layer),
             step=step,
             rank=rank,
