@@ -27,9 +27,9 @@ from torch import Tensor, nn
 import qwen35_moe as q
 from qwen35_moe import arithmetic as arithmetics
 from qwen35_moe.cache import LayerState
-from qwen35_moe.load import HEAD_ROWS
 from qwen35_moe.ops import Linear
 from qwen35_moe.rope import rotary_angles
+from qwen35_moe.streamed import HEAD_ROWS
 from qwen35_moe.taps import Site, attach
 
 

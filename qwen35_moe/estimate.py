@@ -18,10 +18,12 @@ from .arithmetic import Arithmetic, get
 from .cache import LayerState
 from .checkpoint import Checkpoint
 from .config import FULL, Config
-from .load import HEAD_ROWS, Source, build
+from .load import build
 from .moe import combine_experts
 from .oracle.trace_file import CHUNK_BYTES
 from .rope import rotary_angles
+from .source import Source
+from .streamed import HEAD_ROWS
 from .tap_names import TAPS
 
 SLACK = 64 << 20  # what the libraries take once they compute more than `warm_up`

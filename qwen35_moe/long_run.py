@@ -26,12 +26,12 @@ from . import arithmetic as arithmetics
 from .cache import Cache, LayerState
 from .checkpoint import Report
 from .errors import Qwen35Error
-from .load import StreamedHead
 from .model import Model, extend
 from .oracle.trace_file import RESUME, Trace
 from .oracle.trace_writer import TraceWriter, sweep
 from .progress import Progress
 from .rope import rotary_angles
+from .streamed import StreamedHead
 from .tap_names import dims_of
 from .taps import Handler, Site, attach, scope, tap
 from .trace import Patterns, Recorder, sizes_of, step_record

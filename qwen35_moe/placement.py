@@ -28,8 +28,8 @@ from .moe import Experts, MoE
 
 if TYPE_CHECKING:
     from .arithmetic import Arithmetic
-    from .load import Source
     from .model import Model
+    from .source import Source
 
 Place = int | str | torch.device
 UNITS = ["Layer", "MTP", "VisionTower"]  # classes that are never split: each is loaded as a whole
@@ -57,7 +57,7 @@ def place(
     from accelerate import dispatch_model
     from accelerate.utils import offload_weight, save_offload_index
 
-    from .load import fill
+    from .fill import fill
 
     if isinstance(device_map, str) and device_map in AUTOMATIC:
         places = _automatic(model, source, mode, device_map, max_memory)

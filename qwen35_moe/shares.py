@@ -27,10 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import Qwen35Error
-from .load import HEAD_ROWS
 from .oracle.envelope_file import ENVELOPE, stored_envelope
 from .oracle.trace_file import Entry, Trace
 from .oracle.trace_writer import TraceWriter
+from .streamed import HEAD_ROWS
 from .taps import Site
 
 # What torchrun (`accelerate launch` with GPUs) and MPI (on CPUs) say of how many processes there are.

@@ -19,7 +19,8 @@ from qwen35_moe.checkpoint import plan
 from qwen35_moe.checkpoint.plan import Plan
 from qwen35_moe.checkpoint.reader import Rows
 from qwen35_moe.experts import PassingExperts
-from qwen35_moe.load import Source, StreamedLayers
+from qwen35_moe.source import Source
+from qwen35_moe.streamed import StreamedLayers
 
 Build = Callable[[str], Path]
 RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "weights" / "recipes").glob("tiny*.toml"))
@@ -34,7 +35,7 @@ def feed() -> Iterator[Feed]:
         patch.setattr(plan, "CHUNK", 3000)
         patch.setattr(ahead, "AHEAD", 40_000)
         made = Feed(CPU)
-        for module in ("experts", "load"):
+        for module in ("experts", "streamed"):
             patch.setattr(sys.modules[f"qwen35_moe.{module}"], "feed", lambda device, made=made: made)
         yield made
         made.close()

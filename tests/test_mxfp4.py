@@ -425,6 +425,8 @@ def test_arguments_that_are_refused() -> None:
         encode(x, ties="odd")
     with pytest.raises(Qwen35Error, match="e8m0_nan"):
         decode(codes, scales, torch.float32, e8m0_nan="one")
+    with pytest.raises(Qwen35Error, match="decodes to floats"):
+        decode(codes, scales, torch.int32)
     for out in (torch.empty(2, 31), torch.empty(2, 32).bfloat16(), torch.empty(32, 2).T):
         with pytest.raises(Qwen35Error, match="out does not fit"):
             decode(codes, scales, torch.float32, out)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from safetensors.torch import save_file
 
 import qwen35_moe as q
 from qwen35_moe.cli import main
-from qwen35_moe.load import HEAD_ROWS, runs
 from qwen35_moe.long_run import trace_layers
 from qwen35_moe.oracle.envelope import legal
 from qwen35_moe.oracle.envelope_file import remaining, write_envelope
 from qwen35_moe.oracle.trace_file import Trace
 from qwen35_moe.oracle.trace_writer import TraceWriter
+from qwen35_moe.streamed import HEAD_ROWS, runs
 
 Build = Callable[[str], Path]
 IDS = torch.tensor([[3, 7, 11, 5, 100, 17, 29, 31], [1, 2, 3, 4, 5, 0, 0, 0]])
@@ -58,7 +57,7 @@ def test_the_streamed_head_is_one_tap_however_many_blocks_it_has(
 ) -> None:
     model = streamed(built("tiny"))
     before = q.trace(model, IDS)["next_token_logits"]
-    monkeypatch.setattr(sys.modules["qwen35_moe.load"], "HEAD_ROWS", 100)
+    monkeypatch.setattr("qwen35_moe.streamed.HEAD_ROWS", 100)
     assert HEAD_ROWS > model.config.vocab_size > 100
     assert torch.allclose(q.trace(model, IDS)["next_token_logits"], before, rtol=0, atol=1e-12)
     found, _ = trace_layers(model, IDS, tmp_path / "out", quiet=True)

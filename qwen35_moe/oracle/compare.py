@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import arithmetic as arithmetics
 from ..arithmetic import Arithmetic
-from ..load import Source
+from ..source import Source
 from ..tap_names import base_name
 from .added import Work
 from .align import Alignment, align

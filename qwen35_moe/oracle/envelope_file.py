@@ -17,9 +17,9 @@ from .. import arithmetic as arithmetics
 from ..arithmetic import Arithmetic
 from ..cache import LayerState
 from ..errors import Qwen35Error
-from ..load import HEAD_ROWS, StreamedHead
 from ..long_run import HEAD, begin, rounded_blocks
 from ..model import Model
+from ..streamed import HEAD_ROWS, StreamedHead
 from ..tap_names import TAPS, base_name, per_token
 from ..taps import OBSERVE, Site, attach, scope
 from .envelope import Norms, one_rounding

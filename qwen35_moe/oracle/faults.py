@@ -16,8 +16,8 @@ from torch import Tensor
 from ..arithmetic import Arithmetic
 from ..config import Config
 from ..experts import Slot
-from ..load import Source
 from ..quant.packed import Packed
+from ..source import Source
 from ..taps import BREAK, Handler, Site
 
 

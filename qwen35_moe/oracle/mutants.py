@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .. import arithmetic as arithmetics
 from ..cache import Cache
-from ..load import Source, build
+from ..load import build
+from ..source import Source
 from ..tables import AITER, SGLANG_BF16
 from ..taps import REPLAY, Handler, Site, attach
 from ..trace import trace

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..load import SHARED, Source, load
+from ..load import SHARED, load
 from ..model import Model
+from ..source import Source
 from ..trace import trace
 from . import mutants, report, report_html, score
 from .catalogue import FAULTS

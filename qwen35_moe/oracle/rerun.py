@@ -15,9 +15,11 @@ from torch import Tensor
 
 from ..arithmetic import Arithmetic, using
 from ..cache import LayerState
-from ..load import Source, build, fill
+from ..fill import fill
+from ..load import build
 from ..model import Layer, Model
 from ..rope import rotary_angles
+from ..source import Source
 from ..taps import OBSERVE, Handler, Site, attach, scope, tap
 from .faults import Fault, Place
 from .kl_base import LOG_P, log_p

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..load import Source
 from ..quant.layouts import as_bytes, interleave_gate_up, unshuffle_scales, unshuffle_weight
 from ..quant.mxfp4 import MXFP4
 from ..quant.packed import Float, Packed, Stacked
+from ..source import Source
 from .dump import Dump
 from .records import Weight
 

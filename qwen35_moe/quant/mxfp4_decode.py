@@ -81,6 +81,8 @@ def decode(
     yes on a GPU and no on a CPU, where it gains a factor of two for bfloat16 and changes nothing for other dtypes.
     """
     check(codes, scales)
+    if not dtype.is_floating_point:
+        raise Qwen35Error("MXFP4 decodes to floats", expected="bfloat16, float32, float64 or float16", found=dtype)
     shape = (*codes.shape[:-1], 2 * codes.shape[-1])
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=codes.device)
