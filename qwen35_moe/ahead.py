@@ -87,6 +87,9 @@ class Feed:
     """What a device will need, in that order. (On a CPU the same without streams.)"""
 
     def __init__(self, device: torch.device):
+        if not hasattr(os, "memfd_create"):  # the readers also take their files from /proc
+            what, do = "streaming to a GPU needs Linux", 'mode="packed" or "decoded", or stream to the CPU'
+            raise Qwen35Error(what, where=str(device), found=sys.platform, do=do)
         self.device = device
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.waiting: deque[weakref.ref[Order]] = deque()

@@ -129,6 +129,12 @@ def test_what_cannot_be_read_is_an_error_and_the_next_can(
     assert len(list(passing(source(built("tiny-mxfp4")), "layers.3.mlp", 8).batches(range(8)))) == 1
 
 
+def test_another_system_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.memfd_create")
+    with pytest.raises(q.errors.Qwen35Error, match="needs Linux"):
+        Feed(CPU)
+
+
 def test_a_process_that_ends_is_an_error(built: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "READERS", 1)
     feed, checkpoint = Feed(CPU), source(built("tiny")).checkpoint
