@@ -1,6 +1,6 @@
 """A streamed layer beside what this machine can do: its products, and reading and decoding its bytes.
 
-    python benchmarks/bench_stream.py [CHECKPOINT] [--tokens 128 512] [--arithmetic float32 exact]
+    python -m benchmarks.bench_stream [CHECKPOINT] [--tokens 128 512] [--arithmetic float32 exact]
 
 Without CHECKPOINT, two layers with the dimensions of the 35B model and MXFP4 experts are built in build/ (3 GB). Limits
 are measured in the same rounds as the layers, at the layer's own shapes and dtype: each product of the layer at its
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qwen35_moe as q
+from benchmarks.bench_prefill import status_mib
 from qwen35_moe import arithmetic as arithmetics
 from qwen35_moe.cache import LayerState
 from qwen35_moe.ops import Linear
@@ -37,11 +38,6 @@ def seconds(step: Callable[[], object]) -> float:
     begin = time.perf_counter()
     step()
     return time.perf_counter() - begin
-
-
-def peak_mib() -> int:
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) // 1024 for line in file if line.startswith("VmHWM"))
 
 
 class Hits:
@@ -151,7 +147,7 @@ def main() -> None:
             ratios = f"{t['layer'] / max(parts):10.2f}{t['layer'] / sum(parts):8.2f}"
             print(
                 f"{arithmetic:>14} {tokens:>5}{t['layer']:7.2f}{t['products']:10.2f}{t['bytes']:8.2f}{ratios}"
-                f"{t['head']:8.2f}{whole:9.0f} s{peak_mib():>7} MiB",
+                f"{t['head']:8.2f}{whole:9.0f} s{status_mib('VmHWM'):7.0f} MiB",
                 flush=True,
             )
 

@@ -199,7 +199,7 @@ class Feed:
         try:
             for read in reads:
                 if slot.complete:
-                    order.plan.reader.bytes_read += read.end - read.begin
+                    order.plan.reader.count(read.end - read.begin)
                 else:  # which says what is wrong
                     order.plan.reader.read(read.stored, read.at, slot.bytes[read.begin : read.end])
         except Exception as error:

@@ -8,7 +8,7 @@ from functools import cache
 from itertools import groupby, islice
 from math import prod
 from threading import local
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -117,18 +117,10 @@ class PassingExperts(PackedExperts):
     before it is known which it will hit.
     """
 
-    def __init__(
-        self,
-        count: int,
-        intermediate: int,
-        read: Callable[[int], Slot],
-        dtype: torch.dtype,
-        quantised: bool,
-        device: torch.device,
-        stored: Callable[[int], tuple[Weight, ...]],
-    ):
-        """stored: the weights of an expert, (gate_up, down) or (gate, up, down); none where `read` changes them."""
-        super().__init__(count, intermediate, read, dtype, quantised, device)
+    def __init__(self, *packed: Any, stored: Callable[[int], tuple[Weight, ...]]):
+        """As `PackedExperts`. stored: the weights of an expert, (gate_up, down) or (gate, up, down); none where `read`
+        changes them."""
+        super().__init__(*packed)
         self.stored, self.nearly_all = cache(stored), False
         self.all: list[Group] = []
         self.coming: list[Callable[[], list[Tensor]]] = []

@@ -60,7 +60,7 @@ def _fill_experts(moe: MoE, path: str, source: Source, table: Arithmetic, device
         read = slots.__getitem__
     if device.type == "cuda" and source.as_stored:
         stored = partial(source.stored, path)
-        moe.experts = PassingExperts(count, F, partial(source.slot, path), dtype, quantised, device, stored)
+        moe.experts = PassingExperts(count, F, partial(source.slot, path), dtype, quantised, device, stored=stored)
     else:
         moe.experts = PackedExperts(count, F, read, dtype, quantised, device)
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 from collections import Counter, defaultdict
+from math import prod
 from typing import Any
 
 from .checkpoint import Checkpoint
@@ -72,10 +73,7 @@ def modules(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         weight = checkpoint.find(module)
         kind = re.sub(r"(layers|experts|blocks)\.\d+\.", r"\1.*.", module)
         count = rows[kind, str(weight.spec)]
-        values = 1
-        for size in weight.shape:
-            values *= size
-        count.update(modules=1, parameters=values, bytes=sum(stored.nbytes for stored in roles.values()))
+        count.update(modules=1, parameters=prod(weight.shape), bytes=sum(stored.nbytes for stored in roles.values()))
     return [{"module": kind, "format": spec, **count} for (kind, spec), count in rows.items()]
 
 

@@ -49,7 +49,7 @@ def source(path: Path, online: bool = False) -> Source:
 
 def passing(found: Source, mlp: str, count: int) -> PassingExperts:
     read, stored = partial(found.slot, mlp), partial(found.stored, mlp)
-    return PassingExperts(count, 0, read, torch.float32, False, CPU, stored)
+    return PassingExperts(count, 0, read, torch.float32, False, CPU, stored=stored)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -69,7 +69,7 @@ def test_packed_experts_pair_by_pair_and_in_batches(tokens: int, monkeypatch: py
     x = drawn(tokens, D, seed=2)
     loop = moe.combine_experts(x, ids, weights, decoded)
     assert rel_l2(grouped.combine(x, ids, weights, packed), loop) <= FLOAT64_REORDERED
-    passing = PassingExperts(E, F, slots.__getitem__, torch.float64, True, torch.device("cpu"), lambda e: ())
+    passing = PassingExperts(E, F, slots.__getitem__, torch.float64, True, torch.device("cpu"), stored=lambda e: ())
     assert torch.equal(grouped.combine(x, ids, weights, passing), loop)
     assert torch.equal(moe.combine_experts(x, ids, weights, passing), loop)
 

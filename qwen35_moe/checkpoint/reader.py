@@ -95,8 +95,12 @@ class Reader:
             if count == 0:
                 raise _failed(stored, f"the file ends at byte {at}; was it changed after it was opened?")
             rest, at = rest[count:], at + count
+        self.count(into.nbytes)
+
+    def count(self, nbytes: int) -> None:
+        """So many bytes more were read, by `read` or past it, in whichever thread."""
         with self._lock:
-            self.bytes_read += into.nbytes
+            self.bytes_read += nbytes
 
     def prefetch(self, stored: Stored, begin: int, nbytes: int) -> None:
         """Asks the system to read these bytes into its cache; returns at once, and never fails."""

@@ -95,9 +95,8 @@ class Weight:
         Error: a scale that is NaN or infinite; it would turn whatever it touches into NaN.
         """
         whole = self.interleaved and self.values.step == 1  # gate and up still take turns
-        values = self.values.rows(None if whole else rows).read(self.reader)
-        scale = None if self.scale is None else self._scale_rows(None if whole else rows).read(self.reader)
-        return self.assemble(values, scale, rows=rows if whole else None)
+        stored = self if whole or rows is None else self.some(rows)
+        return self.assemble(*(part.read(self.reader) for part in stored.parts), rows=rows if whole else None)
 
     def some(self, rows: slice) -> Weight:
         """Rows of a matrix [O, I], as a weight. Of FP8 blocks, they must begin with a block."""
@@ -123,9 +122,7 @@ class Weight:
         Of a float or an MXFP4 weight, the parts may be stacks of many, of which the first `count` matter.
         """
         values, *scales = parts
-        for scale in (scale[:count] for scale in scales):
-            e8m0 = scale.element_size() == 1
-            doubts.append((scale.view(torch.uint8) == 255).any() if e8m0 else ~scale.isfinite().all())
+        doubts += [_not_finite(scale[:count]).any() for scale in scales]
         return self._packed(values, *scales)
 
     def _packed(self, values: Tensor, scale: Tensor | None = None, *, rows: slice | None = None) -> Packed:
@@ -146,9 +143,9 @@ class Weight:
             if rows:
                 rows.prefetch(self.reader)
 
-    def _scale_rows(self, rows: slice | None) -> Rows:
+    def _scale_rows(self, rows: slice) -> Rows:
         assert self.scale is not None
-        if rows is None or self.kind == "fp8-tensor":
+        if self.kind == "fp8-tensor":
             return self.scale
         if self.kind != "fp8-block":
             return self.scale.rows(rows)
@@ -171,6 +168,11 @@ def settle(doubts: Sequence[Tensor], weights: Iterable[Weight]) -> None:
             weight.read()
 
 
+def _not_finite(scale: Tensor) -> Tensor:
+    """Which scales are NaN or infinite; of E8M0 bytes, 255 is NaN."""
+    return scale.view(torch.uint8) == 255 if scale.element_size() == 1 else ~scale.isfinite()
+
+
 def _check_finite(scale: Tensor, stored: Stored) -> None:
     if scale.element_size() == 1:  # E8M0. A search of bytes is done before a comparison of tensors has begun.
         what, expected = "a scale is NaN", "scale bytes 0 to 254 (255 is NaN)"
@@ -179,7 +181,7 @@ def _check_finite(scale: Tensor, stored: Stored) -> None:
         what, expected = "a scale is not finite", "finite scales"
         fine = bool(scale.isfinite().all())
     if not fine:
-        bad = scale.view(torch.uint8) == 255 if scale.element_size() == 1 else ~scale.isfinite()
+        bad = _not_finite(scale)
         raise Qwen35Error(
             what,
             where=stored.where,

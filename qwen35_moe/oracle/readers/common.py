@@ -67,11 +67,6 @@ def load_tensor(path: str | Path, *keys: str | int) -> Tensor:
     return found
 
 
-def same(x: Tensor) -> Tensor:
-    """For a piece that is mapped from its file already."""
-    return x
-
-
 def once(x: Tensor, load: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """For a piece that is mapped already, whose file need not be opened again for its first use. After that it is let
     go: pages that were read count as this process's memory while they are mapped."""
