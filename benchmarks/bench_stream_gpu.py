@@ -27,12 +27,13 @@ import qwen35_moe as q
 from qwen35_moe import ahead
 from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.checkpoint.header import Stored
-from qwen35_moe.checkpoint.plan import CHUNK, Plan
+from qwen35_moe.checkpoint.plan import Plan
 from qwen35_moe.checkpoint.reader import Rows
 from weights.build import build
 
 DEVICE = torch.device("cuda", 0)
 THREADS = os.cpu_count() or 1
+PIECE = 2**22  # bytes that a thread reads at a time
 
 
 def milliseconds(run: Callable[[], object], rounds: int = 3) -> float:
@@ -57,9 +58,9 @@ def pieces(stored: list[Stored]) -> list[tuple[Path, int, int]]:
             files.append(s.file)
             runs.append([s.begin, s.end])
     return [
-        (file, at, min(CHUNK, end - at))
+        (file, at, min(PIECE, end - at))
         for file, (begin, end) in zip(files, runs, strict=True)
-        for at in range(begin, end, CHUNK)
+        for at in range(begin, end, PIECE)
     ]
 
 
@@ -101,7 +102,7 @@ def bench(layout: str, layers: int, tokens: int, folder: Path, profile: bool) ->
     resident, streamed = load(mode="packed" if layout == "mxfp4" else "decoded"), load(mode="stream")
     host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(host, device=DEVICE)
-    buffers = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True).numpy().data for _ in range(THREADS)]
+    buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True).numpy().data for _ in range(THREADS)]
     plans = [Plan(checkpoint.reader, [[Rows.of(s) for s in some]]) for some in parcels(stored)]
     parts = {
         "reading": milliseconds(lambda: read_all(found, buffers)),

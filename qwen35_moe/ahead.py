@@ -1,9 +1,10 @@
 """Weights on their way from disk to a GPU: what it will need next is read and copied while it computes.
 
-Processes read, into pinned memory that they share with this one, and a thread here starts the copies; on the device all
-that is left is to view them. (Threads of Python wait for each other at each operation: with them a model took two to
-four times as long.) The pinned memory is small enough to stay in the cores' caches: what is read into more of it has to
-go to memory and back, at half the speed.
+Processes read, into pinned memory that they share with this one, and the thread that computes starts the copies, at
+each tap (`Feed.go_on`); on the device all that is left is to view them. (Threads of Python wait for each other at each
+operation: with some that read, a model took two to four times as long.) The pinned memory is small enough to stay in
+caches, and each process has its own part of it: reading into more memory, or into what another core has written, takes
+up to twice as long.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import mmap
 import os
 import subprocess
 import sys
+import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from select import select
-from threading import Event, Lock
+from threading import RLock
 from typing import Any
 
 import torch
@@ -27,13 +28,13 @@ from torch import Tensor
 
 from .checkpoint import plan as plans
 from .checkpoint import read_process
-from .checkpoint.plan import Chunk, Plan, Read
+from .checkpoint.plan import Chunk, Plan
 from .checkpoint.read_process import ANSWER, ASK
-from .checkpoint.reader import Reader
 from .errors import Qwen35Error
+from .taps import OBSERVE, Site, attach
 
-READERS = max(1, min(12, (os.cpu_count() or 1) - 2))  # processes: with 10 or 14 it took as long (16 cores, an H100)
-SLOTS = 2  # pieces of memory of each: one is read into while the other is copied
+SLOTS = 4  # pieces of memory: some are read into while others are copied
+PAUSE = 2e-4  # seconds between two looks at what has been read
 AHEAD = 2**30  # bytes under way, beside what is asked for
 
 
@@ -43,7 +44,7 @@ class Order:
     def __init__(self, feed: Feed, plan: Plan):
         self.feed, self.plan = feed, plan
         self.target: Tensor | None = None
-        self.left, self.done, self.arrived = len(plan.chunks), Event(), None
+        self.left, self.arrived = len(plan.chunks), None
         self.error: Exception | None = None
 
     def result(self) -> list[Tensor]:
@@ -52,12 +53,14 @@ class Order:
 
     def arrive(self) -> Tensor:
         """All of it as bytes."""
+        if self.feed.broken:
+            return feed(self.feed.device).order(self.plan).arrive()
         self.feed.begin(self)
-        while not self.done.wait(1):
-            self.feed.check()
-        assert self.target is not None
+        while self.left and self.error is None:
+            self.feed.go_on(wait=1)
         if self.error is not None:
             raise self.error
+        assert self.target is not None
         if self.arrived is not None:
             present = torch.cuda.current_stream(self.feed.device)
             present.wait_event(self.arrived)
@@ -66,25 +69,21 @@ class Order:
 
 
 class Slot:
-    """A piece of the memory that a process reads into."""
+    """A piece of the memory that the processes read into, for a chunk of an order."""
 
     def __init__(self, feed: Feed, number: int):
-        begin, end = number * plans.CHUNK, (number + 1) * plans.CHUNK
-        self.number, self.begin, self.process = number, begin, feed.processes[number % READERS]
-        self.stdin: Any = self.process.stdin
-        self.memory, self.bytes = feed.memory[begin:end], memoryview(feed.shared)[begin:end]
+        size = len(feed.memory) // SLOTS
+        self.number, self.memory = number, feed.memory[number * size : (number + 1) * size]
         self.copied: Any = torch.cuda.Event() if feed.side else None
         self.left, self.complete = 0, True
         self.order: Order | None = None
         self.chunk: Chunk = (0, 0, [])
 
-    def task(self, reader: Reader, read: Read) -> bytes:
-        at, begin = read.stored.begin + read.at, self.begin + read.begin
-        return ASK.pack(self.number, reader.descriptor(read.stored), at, begin, read.end - read.begin)
-
 
 class Feed:
-    """What a device will need, in that order. (On a CPU the same without streams.)"""
+    """What a device will need, in that order. (On a CPU the same without streams.) As a tap handler, it goes on."""
+
+    stage, wants_experts = OBSERVE, False
 
     def __init__(self, device: torch.device):
         if not hasattr(os, "memfd_create"):  # the readers also take their files from /proc
@@ -94,26 +93,26 @@ class Feed:
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.waiting: deque[weakref.ref[Order]] = deque()
         self.begun: weakref.WeakSet[Order] = weakref.WeakSet()
-        self.chunks: deque[tuple[weakref.ref[Order], Chunk]] = deque()
-        self.thread, self.lock, self.running = ThreadPoolExecutor(1), Lock(), False
-        size = READERS * SLOTS * plans.CHUNK
-        descriptor = os.memfd_create("qwen35-moe")
+        self.chunks: deque[tuple[weakref.ref[Order], int]] = deque()
+        self.lock, self.next_look, self.broken = RLock(), 0.0, False
+        chunk = plans.READERS * plans.STRIPE
+        descriptor, size = os.memfd_create("qwen35-moe"), SLOTS * chunk
         os.ftruncate(descriptor, size)
-        self.shared = mmap.mmap(descriptor, size)
-        self.memory = torch.frombuffer(self.shared, dtype=torch.uint8)
+        self.memory = torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
         if self.side:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), size, 0))
         self.answers, answer = os.pipe()
         script = [sys.executable, "-I", "-S", str(Path(read_process.__file__))]
-        arguments = [str(x) for x in (descriptor, size, answer, os.getpid())]
+        arguments = [str(x) for x in (descriptor, SLOTS, chunk, answer, os.getpid())]
         self.processes = [
             subprocess.Popen([*script, *arguments], stdin=subprocess.PIPE, bufsize=0, pass_fds=(descriptor, answer))
-            for _ in range(READERS)
+            for _ in range(plans.READERS)
         ]
         os.close(answer)
         os.close(descriptor)
-        self.close = weakref.finalize(self, _end, self.processes, self.answers)
-        self.slots = [Slot(self, number) for number in range(READERS * SLOTS)]
+        registered = self.memory if self.side else None
+        self.close = weakref.finalize(self, _end, self.processes, self.answers, registered)
+        self.slots = [Slot(self, number) for number in range(SLOTS)]
         self.free, self.copying = deque(self.slots), deque[Slot]()
 
     def order(self, plan: Plan) -> Order:
@@ -124,116 +123,150 @@ class Feed:
 
     def begin(self, asked: Order | None = None) -> None:
         """Begins what is next, as much as may be under way; and whatever comes before that which is asked for."""
-        if asked:
-            self.begun.discard(asked)
-        while self.waiting:
-            late = asked is not None and asked.target is None
-            if not late and sum(order.plan.nbytes for order in self.begun) >= AHEAD:
-                break
-            if order := self.waiting.popleft()():
-                self._begin(order)
-                if order is not asked:
-                    self.begun.add(order)
+        with self._at_work():
+            if asked:
+                self.begun.discard(asked)
+            while self.waiting:
+                late = asked is not None and asked.target is None
+                if not late and sum(order.plan.nbytes for order in self.begun) >= AHEAD:
+                    break
+                if order := self.waiting.popleft()():
+                    with torch.inference_mode(False), torch.cuda.stream(self.side):  # copied into in whichever mode
+                        order.target = torch.empty(order.plan.nbytes, dtype=torch.uint8, device=self.device)
+                    self.chunks.extend((weakref.ref(order), i) for i in range(order.left))
+                    if order is not asked:
+                        self.begun.add(order)
+        self.go_on()
 
-    def _begin(self, order: Order) -> None:
-        with torch.inference_mode(False), torch.cuda.stream(self.side):  # the thread is in no such mode
-            order.target = torch.empty(order.plan.nbytes, dtype=torch.uint8, device=self.device)
+    def go_on(self, wait: float = 0) -> None:
+        """Starts copies of what has been read, and asks for more. wait: seconds for something to happen, at most."""
+        if not wait and time.perf_counter() < self.next_look:
+            return
+        with self._at_work():
+            self._take(wait)
+            while self.copying and (not self.side or self.copying[0].copied.query()):
+                self.free.append(self.copying.popleft())
+            while self.chunks and self.free:
+                self._ask(*self.chunks.popleft())
+        self.next_look = time.perf_counter() + PAUSE
+
+    def listed(self, x: Tensor) -> list[int]:
+        """`x.tolist()`; while the device is waited for, copies go on."""
+        if not self.side:
+            return x.tolist()
+        host = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+        known = torch.cuda.current_stream(self.device).record_event()
+        while not known.query():
+            self.go_on(wait=PAUSE)
+        return host.tolist()
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """One thread at a time; where it is interrupted, nobody knows what is under way."""
         with self.lock:
-            self.chunks.extend((weakref.ref(order), chunk) for chunk in order.plan.chunks)
-            idle, self.running = not self.running, True
-        if idle:
-            self.work = self.thread.submit(self._work)
+            try:
+                yield
+            except BaseException:
+                self.broken = True
+                raise
 
-    def check(self) -> None:
-        """Error if the thread has failed."""
-        if self.work.done():
-            self.work.result()
+    def __call__(self, site: Site, x: Tensor) -> None:
+        self.go_on()
 
-    def _work(self) -> None:
-        """Until all that has begun is on its way to the device."""
-        with torch.cuda.stream(self.side):
-            while True:
-                while self.copying and (not self.side or self.copying[0].copied.query()):
-                    self.free.append(self.copying.popleft())
-                while self.chunks and self.free:
-                    self._ask(*self.chunks.popleft())
-                if len(self.free) + len(self.copying) < len(self.slots):
-                    self._take()
-                elif self.chunks:
-                    self.copying[0].copied.synchronize()
-                else:
-                    with self.lock:
-                        if not self.chunks:
-                            self.running = False
-                            return
+    def beside(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The same function; while it computes, copies are started."""
 
-    def _ask(self, which: weakref.ref[Order], chunk: Chunk) -> None:
+        def run(*args: Any) -> Tensor:
+            with attach(self):
+                return forward(*args)
+
+        return run
+
+    def _ask(self, which: weakref.ref[Order], chunk: int) -> None:
         if (order := which()) is None or order.error:
             return
         slot = self.free.popleft()
-        slot.order, slot.chunk, slot.left, slot.complete = order, chunk, len(chunk[2]), True
+        slot.order, slot.chunk, slot.left, slot.complete = order, order.plan.chunks[chunk], 0, True
         try:
-            tasks = [slot.task(order.plan.reader, read) for read in chunk[2]]  # all, before the first is asked for
-            for task in tasks:
-                slot.stdin.write(task)
+            for process, tasks in zip(self.processes, order.plan.tasks[chunk], strict=True):
+                if tasks and process.stdin:
+                    slot.left += 1
+                    process.stdin.write(ASK.pack(slot.number, len(tasks)) + tasks)
         except BrokenPipeError:
-            self._fail(slot, Qwen35Error("a process that reads has ended", found=slot.process.poll()))
-        except Exception as error:
+            self._lost()
+        except Qwen35Error as error:
             self._fail(slot, error)
 
-    def _take(self) -> None:
+    def _take(self, wait: float) -> None:
         """Answers of processes; what has been read is copied."""
-        while not select([self.answers], [], [], 1)[0]:
-            for slot in self.slots:
-                if slot.left and slot.process.poll() is not None:
-                    self._fail(slot, Qwen35Error("a process that reads has ended", found=slot.process.returncode))
-                    return
-        for number, complete in ANSWER.iter_unpack(os.read(self.answers, 256 * ANSWER.size)):
+        if len(self.free) + len(self.copying) == len(self.slots):  # nothing is being read
+            if wait and self.copying and self.side:
+                self.copying[0].copied.synchronize()
+            return
+        if not select([self.answers], [], [], wait)[0]:
+            if wait >= 1 and any(process.poll() is not None for process in self.processes):
+                self._lost()
+            return
+        complete = []
+        for number, all_there in ANSWER.iter_unpack(os.read(self.answers, 256 * ANSWER.size)):
             slot = self.slots[number]
-            slot.left, slot.complete = slot.left - 1, slot.complete and bool(complete)
-            if not slot.left and slot.order:
-                self._copy(slot, slot.order)
+            slot.left, slot.complete = slot.left - 1, slot.complete and bool(all_there)
+            if not slot.left:
+                complete.append(slot)
+        if complete:
+            with torch.cuda.stream(self.side):
+                for slot in complete:
+                    self._copy(slot)
 
-    def _copy(self, slot: Slot, order: Order) -> None:
-        begin, count, reads = slot.chunk
+    def _copy(self, slot: Slot) -> None:
+        order, (begin, count, reads) = slot.order, slot.chunk
+        if order is None:
+            return
+        assert order.target is not None
         try:
-            for read in reads:
-                if slot.complete:
-                    order.plan.reader.count(read.end - read.begin)
-                else:  # which says what is wrong
-                    order.plan.reader.read(read.stored, read.at, slot.bytes[read.begin : read.end])
+            for read in () if slot.complete else reads:  # once more, which says what is wrong
+                order.plan.reader.read(read.stored, read.at, slot.memory[read.begin : read.end].numpy().data)
         except Exception as error:
             self._fail(slot, error)
             return
-        assert order.target is not None
         order.target[begin : begin + count].copy_(slot.memory[:count], non_blocking=True)
         if self.side:
             slot.copied.record(self.side)
         order.left -= 1
         if not order.left:
             order.arrived = self.side.record_event() if self.side else None
-            order.done.set()
+            order.plan.reader.count(order.plan.read_bytes)
         slot.order = None
         self.copying.append(slot)
+
+    def _lost(self) -> None:
+        """Error: a process has ended, and nobody knows what it was at."""
+        found = sorted({code for process in self.processes if (code := process.poll()) is not None})
+        raise Qwen35Error("a process that reads has ended", found=f"status {found}", do="try again")
 
     def _fail(self, slot: Slot, error: Exception) -> None:
         if slot.order:
             slot.order.error = error
-            slot.order.done.set()
         slot.order, slot.left = None, 0
         self.free.append(slot)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]], answers: int) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes]], answers: int, registered: Tensor | None) -> None:
     for process in processes:
         if process.stdin:
             process.stdin.close()
     for process in processes:
         process.wait()
     os.close(answers)
+    if registered is not None:
+        torch.cuda.cudart().cudaHostUnregister(registered.data_ptr())
 
 
-@cache
+_feeds: dict[torch.device, Feed] = {}
+
+
 def feed(device: torch.device) -> Feed:
     """The one of a device. Its processes stay, and so does its pinned memory."""
-    return Feed(device)
+    if device not in _feeds or _feeds[device].broken:
+        _feeds[device] = Feed(device)
+    return _feeds[device]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .ahead import feed
 from .checkpoint.plan import Plan
-from .checkpoint.weight import Weight, settle
+from .checkpoint.weight import Verdict, Weight
 from .quant.packed import Float, Packed, Stacked, adjoined
 
 CPU = torch.device("cpu")
@@ -124,6 +124,7 @@ class PassingExperts(PackedExperts):
         self.stored, self.nearly_all = cache(stored), False
         self.all: list[Group] = []
         self.coming: list[Callable[[], list[Tensor]]] = []
+        self.later: list[Verdict] | None = None  # where verdicts go that somebody else waits for
 
     def begin(self) -> None:
         """Has all of them read, unless that has begun."""
@@ -133,7 +134,7 @@ class PassingExperts(PackedExperts):
     def batches(self, hit: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
         """Some experts and their gate_up [n, 2F, D] and down [n, D, F], until all that are hit have been had.
 
-        Error: what cannot be read; a scale that is NaN or infinite.
+        Error: what cannot be read; a scale that is NaN or infinite (or `later`).
         """
         self.nearly_all = 8 * len(hit) > 7 * self.count
         if self.nearly_all:
@@ -144,7 +145,14 @@ class PassingExperts(PackedExperts):
         for group in groups:
             read = coming.popleft()()
             yield group.experts, *self._decoded(group, read, doubts)
-        settle(doubts, (weight for group in groups for e in group.experts for weight in self.stored(e)))
+        verdict = Verdict(doubts, (weight for group in groups for e in group.experts for weight in self.stored(e)))
+        if self.later is None:
+            verdict.wait()
+        else:
+            self.later.append(verdict)
+
+    def listed(self, x: Tensor) -> list[int]:
+        return feed(self.device).listed(x)
 
     def _groups(self, which: Sequence[int]) -> list[Group]:
         found = []

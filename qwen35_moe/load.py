@@ -111,7 +111,7 @@ def build(source: Source, table: Arithmetic, fused: Sequence[bool], device: torc
     if mode == "stream":
         layers = stream_layers(model, "layers", "layers", source, table, device)
         model.embed_tokens, model.lm_head = StreamedEmbedding(source, table), StreamedHead(source, table)
-        model.embed_tokens.before, layers.then = layers.begin, partial(model.lm_head.begin, device)
+        model.embed_tokens.then, layers.then = layers.begin, partial(model.lm_head.begin, device)
         fill(model.norm, "norm", source, table, device)
     else:
         for name, module in model.named_children():

@@ -3,7 +3,8 @@
 A map says where weights are kept, unit by unit: `embed_tokens`, `layers.0` .., `norm`, `lm_head`, `mtp`, `visual`, or
 "layers" for all layers and "" for all. What is kept on "cpu" (where there is a GPU in the map) or on "disk" is put on
 the main device by a hook when it is its turn, and dropped after it. Values do not depend on the place: a map gives the
-bits that its devices give.
+bits that its devices give; on a GPU, packed experts that are kept elsewhere are multiplied one by one, which in float64
+may change the last bits.
 
 Two things are never moved: experts that stay packed, or mapped to memory, lie in the checkpoint's own files, on "disk"
 as on "cpu"; the last norm stays on the main device, which is how a model says where it wants its input.

@@ -17,7 +17,7 @@ from .arithmetic import Arithmetic
 from .checkpoint import Checkpoint
 from .checkpoint.names import split_role
 from .checkpoint.plan import Plan
-from .checkpoint.weight import Weight, settle
+from .checkpoint.weight import Verdict, Weight
 from .experts import PassingExperts, moved
 from .fill import fill, fill_experts
 from .moe import MoE
@@ -29,14 +29,15 @@ from .vision import VisionTower
 
 PARTS = {"mtp": "layers", "visual": "blocks"}  # what is not the text model, and what its layers are called
 HEAD_ROWS = 4096  # rows of the head that a streamed model holds at a time
+LAYERS_AHEAD = 2  # layers that are asked for before it is their turn, as far as `ahead.AHEAD` lets them begin
 HEAD_ROWS_GPU = 16384  # the same on a GPU, whose host has more to do the more there are of them
 
 
 class StreamedLayers(Sequence[nn.Module]):
     """Layers that are read when it is their turn, and dropped after it. `empty`: the same on the meta device.
 
-    Those for a GPU are read ahead: the dense weights of the next layer, and its experts, too, if the layer before it
-    was hit in nearly all of its own; after the last layer `then` is called.
+    Those for a GPU are read ahead: the dense weights of the next layers, and their experts, too, if the layer before
+    was hit in nearly all of its own; after the last one `then` is called.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class StreamedLayers(Sequence[nn.Module]):
         self.ahead = device.type == "cuda" and source.as_stored
         self.then: Callable[[], object] = lambda: None
         self.dense: dict[int, Dense] = {}
-        self.coming: tuple[int, Order] | None = None
+        self.coming: dict[int, Order] = {}
         self.experts: list[PassingExperts] = []  # of the layer that was handed out last
 
     def __len__(self) -> int:
@@ -59,22 +60,48 @@ class StreamedLayers(Sequence[nn.Module]):
             layer = deepcopy(self.empty[i])
             fill(layer, f"{self.prefix}.{i}", self.source, self.table, self.device, "stream")
             return layer
-        order = self.coming[1] if self.coming and self.coming[0] == i else self._order(i)
+        return self._arrived(i, None)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """One after the other. What is wrong with the weights of one is an error when the next has been begun, or at
+        the end, so that nobody waits for the device in between."""
+        if not self.ahead:
+            yield from map(self.__getitem__, range(len(self)))
+            return
+        before = list[Verdict]()
+        for i in range(len(self)):
+            now = list[Verdict]()
+            yield self._arrived(i, now)
+            for verdict in before:
+                verdict.wait()
+            before = now
+        for verdict in before:
+            verdict.wait()
+
+    def _arrived(self, i: int, later: list[Verdict] | None) -> nn.Module:
+        """A layer. later: where verdicts on its weights go; None to wait for them."""
+        order = self.coming.get(i) or self._order(i)
         self._begin_experts(i)
-        if i + 1 < len(self):
-            self.coming = i + 1, self._order(i + 1)
-        else:
-            self.coming = None
+        soon = range(i + 1, min(i + 1 + LAYERS_AHEAD, len(self)))
+        self.coming = {j: self.coming.get(j) or self._order(j) for j in soon}
+        if i + 1 + LAYERS_AHEAD >= len(self):
             self.then()
         layer = twin(self.empty[i])
-        self.dense[i].put(layer, order)
-        self.experts = passing(layer)
+        verdict = self.dense[i].put(layer, order)
+        if later is None:
+            verdict.wait()
+        else:
+            later.append(verdict)
+        self.experts = self.dense[i].experts
+        for experts in self.experts:
+            experts.later = later
+        layer.forward = feed(self.device).beside(layer.forward)
         return layer
 
     def begin(self) -> None:
         """Has the first layer read, unless that has begun."""
-        if self.ahead and (self.coming is None or self.coming[0] != 0):
-            self.coming = 0, self._order(0)
+        if self.ahead and 0 not in self.coming:
+            self.coming = {0: self._order(0)}
 
     def _order(self, i: int) -> Order:
         if i not in self.dense:
@@ -87,7 +114,7 @@ class StreamedLayers(Sequence[nn.Module]):
 
     def _begin_experts(self, i: int) -> None:
         if any(experts.nearly_all for experts in self.experts):
-            for experts in passing(self.empty[i]):
+            for experts in self.dense[i].experts:
                 experts.begin()
 
 
@@ -103,12 +130,9 @@ def twin(module: nn.Module) -> nn.Module:
     return new
 
 
-def passing(module: nn.Module) -> list[PassingExperts]:
-    return [m.experts for m in module.modules() if isinstance(m, MoE) and isinstance(m.experts, PassingExperts)]
-
-
 class Dense:
-    """All weights of a module but its experts, to be read at once. `module` is the same on the meta device."""
+    """All weights of a module but its experts, to be read at once. `module` is the same on the meta device, but for the
+    experts, which hand themselves out."""
 
     def __init__(self, module: nn.Module, prefix: str, checkpoint: Checkpoint, table: Arithmetic):
         self.checkpoint = checkpoint
@@ -121,9 +145,11 @@ class Dense:
         self.names = {stored.name for *_, weight, _ in self.wanted for stored in weight.tensors}
         for path, part in module.named_modules(prefix=prefix):
             self.names.update(checkpoint.expert_names(f"{path}.experts") if isinstance(part, MoE) else ())
+        blocks = (m.experts for m in module.modules() if isinstance(m, MoE))
+        self.experts = [experts for experts in blocks if isinstance(experts, PassingExperts)]
         self.plan = Plan(checkpoint.reader, [[rows for *_, weight, _ in self.wanted for rows in weight.parts]])
 
-    def put(self, module: nn.Module, order: Order) -> None:
+    def put(self, module: nn.Module, order: Order) -> Verdict:
         """Into a copy of the module."""
         self.checkpoint.used.update(self.names)
         parts, doubts = (x[0] for x in order.result()), list[Tensor]()
@@ -132,7 +158,7 @@ class Dense:
             owner = module.get_submodule(path)
             value = value.view(owner.get_parameter(name).shape)  # of a scalar
             owner.register_parameter(name, nn.Parameter(value, requires_grad=False))
-        settle(doubts, (weight for *_, weight, _ in self.wanted))
+        return Verdict(doubts, (weight for *_, weight, _ in self.wanted))
 
 
 def stream_layers(
@@ -162,21 +188,21 @@ class StreamedPart(nn.Module):
 
 
 class StreamedEmbedding(nn.Module):
-    """Reads the rows of the tokens that occur, after a call of `before`."""
+    """Reads the rows of the tokens that occur, then calls `then`."""
 
     def __init__(self, source: Source, table: Arithmetic):
         super().__init__()
         self.source, self.dtype = source, table.weight_dtype("embed_tokens.weight")
-        self.before: Callable[[], object] = lambda: None
+        self.then: Callable[[], object] = lambda: None
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        self.before()
         unique, inverse = ids_BT.unique(return_inverse=True)
         weight, wanted = self.source.checkpoint.weight("embed_tokens"), list(runs(unique.tolist()))
         if weight.kind == "float" and self.source.as_stored:
             rows = weight.values.gather(weight.reader, wanted).to(self.dtype)
         else:
             rows = torch.cat([self.source.weight("embed_tokens", run).decode(self.dtype) for run in wanted])
+        self.then()
         return rows.to(ids_BT.device)[inverse]
 
 
@@ -224,7 +250,7 @@ class StreamedHead(nn.Module):
         coming, self.coming, doubts = deque(self.coming), [], list[Tensor]()
         for weight, _ in self.plans:
             yield weight.of([x[0] for x in coming.popleft().result()], doubts).decode(self.dtype)
-        settle(doubts, (weight for weight, _ in self.plans))
+        Verdict(doubts, (weight for weight, _ in self.plans)).wait()
 
     def forward(self, name: str, x_BTD: Tensor) -> Tensor:
         logits_BTV = None

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 
-# The workers of one run share the cores; this must be set before torch is first imported.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
+# The last bits of a product go with the number of threads, and the workers of one run share the cores. This must be set
+# before torch is first imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable
 from functools import cache

@@ -31,8 +31,8 @@ CPU = torch.device("cpu")
 def feed() -> Iterator[Feed]:
     """Two processes with small pieces of memory, so that all is cut."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ahead, "READERS", 2)
-        patch.setattr(plan, "CHUNK", 3000)
+        patch.setattr(plan, "READERS", 2)
+        patch.setattr(plan, "STRIPE", 1000)
         patch.setattr(ahead, "AHEAD", 40_000)
         made = Feed(CPU)
         for module in ("experts", "streamed"):
@@ -94,7 +94,8 @@ def test_nobody_waits_for_what_was_forgotten(built: Build, feed: Feed) -> None:
         orders = [feed.order(wanted) for _ in range(5)]
         assert torch.equal(orders[3].result()[0][0], checkpoint.read("lm_head.weight"))
         del orders
-    feed.work.result()  # until then its thread may hold the one that is being read
+    while feed.chunks or len(feed.free) < len(feed.slots):
+        feed.go_on(wait=1)
     assert not feed.begun
 
 
@@ -130,22 +131,72 @@ def test_what_cannot_be_read_is_an_error_and_the_next_can(
     assert len(list(passing(source(built("tiny-mxfp4")), "layers.3.mlp", 8).batches(range(8)))) == 1
 
 
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_broken_scale_is_an_error_of_the_pass(built: Build, feed: Feed, tmp_path: Path, layer: int) -> None:
+    """Though nobody waits for the verdict on a layer before the next."""
+    shutil.copytree(built("tiny-mxfp4"), tmp_path / "broken")
+    name = f"layers.{layer}.mlp.experts.2.down_proj.weight_scale"
+    stored = source(tmp_path / "broken").checkpoint.stored(name)
+    poison(stored.file, stored.end - 1)
+    model = q.load(tmp_path / "broken", "float32", mode="stream", text_only=True)
+    assert isinstance(model.layers, StreamedLayers)
+    model.layers.ahead = True
+    for _ in range(2):
+        with pytest.raises(q.errors.Qwen35Error, match=rf"(?s)a scale is NaN.*layers.{layer}.mlp.experts.2"):
+            model(torch.arange(60)[None])
+
+
 def test_another_system_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("os.memfd_create")
     with pytest.raises(q.errors.Qwen35Error, match="needs Linux"):
         Feed(CPU)
 
 
-def test_a_process_that_ends_is_an_error(built: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "READERS", 1)
-    feed, checkpoint = Feed(CPU), source(built("tiny")).checkpoint
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Feed]]:
+    """The present feed of the CPU, with two processes."""
+    monkeypatch.setattr(plan, "READERS", 2)
+    monkeypatch.setattr(plan, "STRIPE", 1000)
+    monkeypatch.setattr(ahead, "_feeds", {})
+    yield partial(ahead.feed, CPU)
+    ahead._feeds.clear()
+    gc.collect()
+
+
+def test_a_process_that_ends_is_an_error_and_another_follows(built: Build, own: Callable[[], Feed]) -> None:
+    checkpoint, feed = source(built("tiny")).checkpoint, own()
     wanted = Plan(checkpoint.reader, [[Rows.of(checkpoint.stored("lm_head.weight"))]])
-    assert torch.equal(feed.order(wanted).result()[0][0], checkpoint.read("lm_head.weight"))
+    order, later = feed.order(wanted), feed.order(wanted)
     feed.processes[0].kill()
     feed.processes[0].wait()
-    for _ in range(2):
-        with pytest.raises(q.errors.Qwen35Error, match="has ended"):
-            feed.order(wanted).result()
-    feed.close()
-    del feed
-    gc.collect()
+    with pytest.raises(q.errors.Qwen35Error, match="has ended"):
+        order.result()
+    assert feed.broken and own() is not feed
+    for again in (later, order, own().order(wanted)):
+        assert torch.equal(again.result()[0][0], checkpoint.read("lm_head.weight"))
+
+
+def test_an_interrupted_pass_can_be_had_again(
+    built: Build, own: Callable[[], Feed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C at any moment."""
+    model = q.load(built("tiny-mxfp4"), "float32", mode="stream", text_only=True)
+    ids = torch.arange(60)[None]
+    expected = model(ids)
+    assert isinstance(model.layers, StreamedLayers)
+    model.layers.ahead = True
+    model.layers.device = CPU
+    copy, left = Feed._copy, [0]
+
+    def interrupted(self: Feed, slot: ahead.Slot) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        copy(self, slot)
+
+    monkeypatch.setattr(Feed, "_copy", interrupted)
+    for moment in (1, 2, 7, 30, 100):
+        left[0] = moment
+        with pytest.raises(KeyboardInterrupt):
+            model(ids)
+        assert torch.equal(model(ids), expected)

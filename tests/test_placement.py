@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import FLOAT64_REORDERED
 
 import qwen35_moe as q
 from qwen35_moe.cli import main
 from qwen35_moe.long_run import trace_layers
+from qwen35_moe.metrics import rel_l2
 
 Build = Callable[[str], Path]
 IDS = torch.tensor([[3, 7, 11, 5, 100, 17, 29, 31]])
@@ -132,3 +134,32 @@ def test_the_command_line_takes_a_map(built: Build, tmp_path: Path, capsys: pyte
     assert printed[0] == printed[1] == printed[2]
     assert main(["trace", path, *ids, "--out", str(tmp_path / "o"), "--device-map", "nowhere.json"]) == 2
     assert main([*trace, str(tmp_path / "o"), "--device-map", "auto", "--mode", "stream"]) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # the compiler's first import
+@pytest.mark.parametrize(
+    ("recipe", "mode", "arithmetic"),
+    [
+        ("tiny", "decoded", "exact"),
+        ("tiny-per-expert", "decoded", "transformers-bf16"),
+        ("tiny-mxfp4", "packed", "transformers-bf16"),
+        ("tiny-gpt-oss", "packed", "exact"),
+        ("tiny-fp8", "packed", "float32"),
+        ("tiny-flat", "packed", "exact"),
+    ],
+)
+def test_bits_on_a_gpu_do_not_depend_on_the_place(
+    built: Build, tmp_path: Path, recipe: str, mode: str, arithmetic: str
+) -> None:
+    path, options = built(recipe), {"arithmetic": arithmetic, "mode": mode, "text_only": True}
+    plain = q.load(path, device="cuda", **options)(IDS.cuda())
+    maps = {"": 0}, "auto", {"": 0, "layers.0": "cpu", "layers.1": "disk"}, {"": "cpu", "layers.0": 0}
+    for device_map in maps:
+        model = spread(path, tmp_path, device_map, **options)
+        assert model.norm.weight.is_cuda
+        for _ in range(2):  # what a hook has dropped comes back
+            if arithmetic == "exact":  # experts that lie elsewhere are multiplied one by one
+                assert rel_l2(model(IDS.cuda()), plain) <= FLOAT64_REORDERED
+            else:
+                assert torch.equal(model(IDS.cuda()), plain)

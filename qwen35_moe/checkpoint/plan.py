@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
 
 from .header import Stored
+from .read_process import TASK
 from .reader import DTYPES, Reader, Rows
 
-CHUNK = 2**22  # bytes that are read, and copied, at a time
-MANY = 256  # reads of a chunk: what is asked of a process must fit into a pipe
+READERS = max(1, min(14, (os.cpu_count() or 1) - 2))  # processes that read
+STRIPE = 2**21  # bytes of a chunk that each of them reads, always into the same memory: it stays in its core's cache
 ALIGN = 256  # of each part on the device, as of memory that torch allocates: kernels choose by it
 
 
@@ -45,6 +48,7 @@ class Plan:
             order = [part for i, part, *_ in found if i == 0]
             found.sort(key=lambda extent: (extent[0], order.index(extent[1])))
             self._place(found)
+        self.read_bytes = len(items) * sum(self.sizes)
         self.nbytes = max(first + self.room * step for first, step in self.strided)
         self.chunks = list(_chunks((stored, at, self.sizes[part], self.at[i, part]) for i, part, stored, at in found))
 
@@ -59,6 +63,18 @@ class Plan:
         alike = all(self.at[i, part] == self.strided[part][0] + i * self.strided[part][1] for i, part in self.at)
         return alike and all(step > 0 for _, step in self.strided)
 
+    @cached_property
+    def tasks(self) -> list[list[bytes]]:
+        """Of each chunk, for each process: what it has to read, as `TASK`s. Error: a file that cannot be opened."""
+        found = []
+        for _, _, reads in self.chunks:
+            stripes = [b""] * READERS
+            for stored, at, begin, end in reads:
+                task = TASK.pack(self.reader.descriptor(stored), stored.begin + at, begin, end - begin)
+                stripes[begin // STRIPE] += task
+            found.append(stripes)
+        return found
+
     def views(self, target: Tensor) -> list[Tensor]:
         """Each part of all items, [room, count, *size] in the dtype that is stored."""
         found = []
@@ -69,19 +85,19 @@ class Plan:
 
 
 def _chunks(extents: Iterator[tuple[Stored, int, int, int]]) -> Iterator[Chunk]:
-    """Extents (tensor, first byte in it, bytes, first byte on the device), cut and put together to chunks. What adjoins
-    in the file and on the device is read at once."""
+    """Extents (tensor, first byte in it, bytes, first byte on the device), cut and put together to chunks, copied at
+    once. What adjoins in the file and on the device is read at once, but for the borders of stripes."""
     start, reads = 0, list[Read]()
     for stored, at, left, position in extents:
         while left:
-            if reads and (position - start >= CHUNK or len(reads) == MANY):
+            if reads and position - start >= READERS * STRIPE:
                 yield start, reads[-1].end, reads
                 reads = []
             start = start if reads else position
             begin = position - start
-            count = min(left, CHUNK - begin)
+            count = min(left, STRIPE - begin % STRIPE)
             last = reads[-1] if reads else None
-            if last and last.end == begin and _follows(last, stored, at):
+            if last and last.end == begin and begin % STRIPE and _follows(last, stored, at):
                 reads[-1] = last._replace(end=begin + count)
             else:
                 reads.append(Read(stored, at, begin, begin + count))

@@ -1,7 +1,7 @@
 """A process that reads: `ahead.Feed` runs it as a script, since threads of Python would wait for each other.
 
-Asked on stdin for bytes of a file that its parent has open, it puts them into the memory that both share, and answers
-which task is done and whether all bytes were there. It ends when nobody can ask any more.
+Asked on stdin for bytes of files that its parent has open, it puts them into a slot of the memory that both share, and
+answers for which slot it has read, and whether all bytes were there. It ends when nobody can ask any more.
 """
 
 from __future__ import annotations
@@ -12,23 +12,28 @@ import signal
 import struct
 import sys
 
-ASK = struct.Struct("5q")  # task, descriptor, first byte in the file, first byte in the memory, bytes
-ANSWER = struct.Struct("2q")  # task, whether
+ASK = struct.Struct("2q")  # slot, bytes of tasks that follow
+TASK = struct.Struct("4q")  # descriptor, first byte in the file, first byte in the slot, bytes
+ANSWER = struct.Struct("2q")  # slot, whether
 
 
-def main(memory: int, size: int, answers: int, parent: int) -> None:
+def main(memory: int, slots: int, size: int, answers: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    shared = memoryview(mmap.mmap(memory, size))
-    while asked := os.read(0, ASK.size):
-        task, descriptor, at, begin, left = ASK.unpack(asked)
-        try:
-            file = os.open(f"/proc/{parent}/fd/{descriptor}", os.O_RDONLY)
-            while left and (count := os.preadv(file, [shared[begin : begin + left]], at)):
-                at, begin, left = at + count, begin + count, left - count
-            os.close(file)
-        except OSError:
-            pass  # the parent tries again, and says what it met
-        os.write(answers, ANSWER.pack(task, not left))
+    shared = memoryview(mmap.mmap(memory, slots * size))
+    while asked := sys.stdin.buffer.read(ASK.size):
+        slot, tasks = ASK.unpack(asked)
+        complete = True
+        for descriptor, at, begin, left in TASK.iter_unpack(sys.stdin.buffer.read(tasks)):
+            begin += slot * size
+            try:
+                file = os.open(f"/proc/{parent}/fd/{descriptor}", os.O_RDONLY)
+                while left and (read := os.preadv(file, [shared[begin : begin + left]], at)):
+                    at, begin, left = at + read, begin + read, left - read
+                os.close(file)
+            except OSError:
+                pass  # the parent tries again, and says what it met
+            complete = complete and not left
+        os.write(answers, ANSWER.pack(slot, complete))
 
 
 if __name__ == "__main__":

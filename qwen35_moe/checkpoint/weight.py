@@ -161,11 +161,23 @@ class Weight:
         return self.scale.rows(slice(start // high, -(-stop // high)))
 
 
-def settle(doubts: Sequence[Tensor], weights: Iterable[Weight]) -> None:
-    """Error if one of the doubts that `of` had about these weights was right: they are read once more, to say where."""
-    if doubts and bool(torch.stack(list(doubts)).any()):
-        for weight in weights:
-            weight.read()
+class Verdict:
+    """On the doubts that `of` had about some weights: on its way from the device, until somebody waits for it."""
+
+    def __init__(self, doubts: Sequence[Tensor], weights: Iterable[Weight]):
+        self.weights, self.right, self.known = weights, None, None
+        if doubts:
+            right = torch.stack(list(doubts)).any()
+            self.right = torch.empty((), dtype=torch.bool, pin_memory=right.is_cuda).copy_(right, non_blocking=True)
+            self.known = torch.cuda.current_stream(right.device).record_event() if right.is_cuda else None
+
+    def wait(self) -> None:
+        """Error if one of the doubts was right: the weights are read once more, to say where."""
+        if self.known is not None:
+            self.known.synchronize()
+        if self.right is not None and self.right:
+            for weight in self.weights:
+                weight.read()
 
 
 def _not_finite(scale: Tensor) -> Tensor:
