@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from select import select
 from threading import RLock
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ from .checkpoint.read_process import ANSWER, ASK
 from .errors import Qwen35Error
 from .taps import OBSERVE, Site, attach
 
-SLOTS = 4  # pieces of memory: some are read into while others are copied
+READERS = max(1, min(12, (os.cpu_count() or 1) - 2))  # processes
+SLOTS = 2  # pieces of memory of each: one is read into while the other is copied
 PAUSE = 2e-4  # seconds between two looks at what has been read
 AHEAD = 2**30  # bytes under way, beside what is asked for
 
@@ -69,13 +70,12 @@ class Order:
 
 
 class Slot:
-    """A piece of the memory that the processes read into, for a chunk of an order."""
+    """A piece of the memory that a process reads into, for a chunk of an order."""
 
     def __init__(self, feed: Feed, number: int):
-        size = len(feed.memory) // SLOTS
-        self.number, self.memory = number, feed.memory[number * size : (number + 1) * size]
+        self.number, self.stdin = number, cast(Any, feed.processes[number % READERS].stdin)
+        self.memory = feed.memory[number * plans.CHUNK : (number + 1) * plans.CHUNK]
         self.copied: Any = torch.cuda.Event() if feed.side else None
-        self.left, self.complete = 0, True
         self.order: Order | None = None
         self.chunk: Chunk = (0, 0, [])
 
@@ -95,24 +95,24 @@ class Feed:
         self.begun: weakref.WeakSet[Order] = weakref.WeakSet()
         self.chunks: deque[tuple[weakref.ref[Order], int]] = deque()
         self.lock, self.next_look, self.broken = RLock(), 0.0, False
-        chunk = plans.READERS * plans.STRIPE
-        descriptor, size = os.memfd_create("qwen35-moe"), SLOTS * chunk
+        descriptor, slots = os.memfd_create("qwen35-moe"), READERS * SLOTS
+        size = slots * plans.CHUNK
         os.ftruncate(descriptor, size)
         self.memory = torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
         if self.side:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), size, 0))
         self.answers, answer = os.pipe()
         script = [sys.executable, "-I", "-S", str(Path(read_process.__file__))]
-        arguments = [str(x) for x in (descriptor, SLOTS, chunk, answer, os.getpid())]
+        arguments = [str(x) for x in (descriptor, slots, plans.CHUNK, answer, os.getpid())]
         self.processes = [
             subprocess.Popen([*script, *arguments], stdin=subprocess.PIPE, bufsize=0, pass_fds=(descriptor, answer))
-            for _ in range(plans.READERS)
+            for _ in range(READERS)
         ]
         os.close(answer)
         os.close(descriptor)
         registered = self.memory if self.side else None
         self.close = weakref.finalize(self, _end, self.processes, self.answers, registered)
-        self.slots = [Slot(self, number) for number in range(SLOTS)]
+        self.slots = [Slot(self, number) for number in range(slots)]
         self.free, self.copying = deque(self.slots), deque[Slot]()
 
     def order(self, plan: Plan) -> Order:
@@ -186,12 +186,12 @@ class Feed:
         if (order := which()) is None or order.error:
             return
         slot = self.free.popleft()
-        slot.order, slot.chunk, slot.left, slot.complete = order, order.plan.chunks[chunk], 0, True
+        slot.order, slot.chunk = order, order.plan.chunks[chunk]
         try:
-            for process, tasks in zip(self.processes, order.plan.tasks[chunk], strict=True):
-                if tasks and process.stdin:
-                    slot.left += 1
-                    process.stdin.write(ASK.pack(slot.number, len(tasks)) + tasks)
+            tasks = order.plan.tasks[chunk]
+            left = ASK.pack(slot.number, len(tasks)) + tasks
+            while left:
+                left = left[slot.stdin.write(left) :]
         except BrokenPipeError:
             self._lost()
         except Qwen35Error as error:
@@ -207,29 +207,21 @@ class Feed:
             if wait >= 1 and any(process.poll() is not None for process in self.processes):
                 self._lost()
             return
-        complete = []
-        for number, all_there in ANSWER.iter_unpack(os.read(self.answers, 256 * ANSWER.size)):
-            slot = self.slots[number]
-            slot.left, slot.complete = slot.left - 1, slot.complete and bool(all_there)
-            if not slot.left:
-                complete.append(slot)
-        if complete:
-            with torch.cuda.stream(self.side):
-                for slot in complete:
-                    self._copy(slot)
+        with torch.cuda.stream(self.side):
+            for number, complete in ANSWER.iter_unpack(os.read(self.answers, 256 * ANSWER.size)):
+                self._copy(self.slots[number], bool(complete))
 
-    def _copy(self, slot: Slot) -> None:
+    def _copy(self, slot: Slot, complete: bool) -> None:
         order, (begin, count, reads) = slot.order, slot.chunk
-        if order is None:
-            return
-        assert order.target is not None
+        assert order is not None and order.target is not None
         try:
-            for read in () if slot.complete else reads:  # once more, which says what is wrong
+            for read in () if complete else reads:  # once more, which says what is wrong
                 order.plan.reader.read(read.stored, read.at, slot.memory[read.begin : read.end].numpy().data)
-        except Exception as error:
+        except Qwen35Error as error:
             self._fail(slot, error)
             return
-        order.target[begin : begin + count].copy_(slot.memory[:count], non_blocking=True)
+        source = slot.memory if count == len(slot.memory) else slot.memory[:count]
+        order.target[begin : begin + count].copy_(source, non_blocking=True)
         if self.side:
             slot.copied.record(self.side)
         order.left -= 1
@@ -247,7 +239,7 @@ class Feed:
     def _fail(self, slot: Slot, error: Exception) -> None:
         if slot.order:
             slot.order.error = error
-        slot.order, slot.left = None, 0
+        slot.order = None
         self.free.append(slot)
 
 

@@ -31,8 +31,8 @@ CPU = torch.device("cpu")
 def feed() -> Iterator[Feed]:
     """Two processes with small pieces of memory, so that all is cut."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "READERS", 2)
-        patch.setattr(plan, "STRIPE", 1000)
+        patch.setattr(ahead, "READERS", 2)
+        patch.setattr(plan, "CHUNK", 3000)
         patch.setattr(ahead, "AHEAD", 40_000)
         made = Feed(CPU)
         for module in ("experts", "streamed"):
@@ -155,8 +155,8 @@ def test_another_system_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Feed]]:
     """The present feed of the CPU, with two processes."""
-    monkeypatch.setattr(plan, "READERS", 2)
-    monkeypatch.setattr(plan, "STRIPE", 1000)
+    monkeypatch.setattr(ahead, "READERS", 2)
+    monkeypatch.setattr(plan, "CHUNK", 3000)
     monkeypatch.setattr(ahead, "_feeds", {})
     yield partial(ahead.feed, CPU)
     ahead._feeds.clear()
@@ -188,11 +188,11 @@ def test_an_interrupted_pass_can_be_had_again(
     model.layers.device = CPU
     copy, left = Feed._copy, [0]
 
-    def interrupted(self: Feed, slot: ahead.Slot) -> None:
+    def interrupted(self: Feed, slot: ahead.Slot, complete: bool) -> None:
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
-        copy(self, slot)
+        copy(self, slot, complete)
 
     monkeypatch.setattr(Feed, "_copy", interrupted)
     for moment in (1, 2, 7, 30, 100):

@@ -94,7 +94,7 @@ def test_a_file_that_breaks_while_it_is_streamed(
     stored = model.source.checkpoint.stored("layers.3.mlp.experts.2.down_proj.weight_scale")
 
     def strike(site: q.taps.Site, x: torch.Tensor) -> None:
-        if site.key == "layers.1.mlp_output":
+        if site.key == "layers.0.mlp_output":  # so early that layer 3 is not asked for yet
             change(stored.file, stored.end - 1)
 
     strike.wants_experts = False  # type: ignore[attr-defined]

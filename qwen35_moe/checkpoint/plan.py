@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -13,8 +12,7 @@ from .header import Stored
 from .read_process import TASK
 from .reader import DTYPES, Reader, Rows
 
-READERS = max(1, min(14, (os.cpu_count() or 1) - 2))  # processes that read
-STRIPE = 2**21  # bytes of a chunk that each of them reads, always into the same memory: it stays in its core's cache
+CHUNK = 2**23  # bytes that are read, and copied, at a time
 ALIGN = 256  # of each part on the device, as of memory that torch allocates: kernels choose by it
 
 
@@ -64,16 +62,15 @@ class Plan:
         return alike and all(step > 0 for _, step in self.strided)
 
     @cached_property
-    def tasks(self) -> list[list[bytes]]:
-        """Of each chunk, for each process: what it has to read, as `TASK`s. Error: a file that cannot be opened."""
-        found = []
-        for _, _, reads in self.chunks:
-            stripes = [b""] * READERS
-            for stored, at, begin, end in reads:
-                task = TASK.pack(self.reader.descriptor(stored), stored.begin + at, begin, end - begin)
-                stripes[begin // STRIPE] += task
-            found.append(stripes)
-        return found
+    def tasks(self) -> list[bytes]:
+        """What a process is asked to read for each chunk, as `TASK`s. Error: a file that cannot be opened."""
+        return [
+            b"".join(
+                TASK.pack(self.reader.descriptor(stored), stored.begin + at, begin, end - begin)
+                for stored, at, begin, end in reads
+            )
+            for _, _, reads in self.chunks
+        ]
 
     def views(self, target: Tensor) -> list[Tensor]:
         """Each part of all items, [room, count, *size] in the dtype that is stored."""
@@ -85,19 +82,19 @@ class Plan:
 
 
 def _chunks(extents: Iterator[tuple[Stored, int, int, int]]) -> Iterator[Chunk]:
-    """Extents (tensor, first byte in it, bytes, first byte on the device), cut and put together to chunks, copied at
-    once. What adjoins in the file and on the device is read at once, but for the borders of stripes."""
+    """Extents (tensor, first byte in it, bytes, first byte on the device), cut and put together to chunks. What adjoins
+    in the file and on the device is read at once."""
     start, reads = 0, list[Read]()
     for stored, at, left, position in extents:
         while left:
-            if reads and position - start >= READERS * STRIPE:
+            if reads and position - start >= CHUNK:
                 yield start, reads[-1].end, reads
                 reads = []
             start = start if reads else position
             begin = position - start
-            count = min(left, STRIPE - begin % STRIPE)
+            count = min(left, CHUNK - begin)
             last = reads[-1] if reads else None
-            if last and last.end == begin and begin % STRIPE and _follows(last, stored, at):
+            if last and last.end == begin and _follows(last, stored, at):
                 reads[-1] = last._replace(end=begin + count)
             else:
                 reads.append(Read(stored, at, begin, begin + count))
