@@ -259,6 +259,11 @@ _feeds: dict[torch.device, Feed] = {}
 
 def feed(device: torch.device) -> Feed:
     """The one of a device. Its processes stay, and so does its pinned memory."""
-    if device not in _feeds or _feeds[device].broken:
+    if device in _feeds and _feeds[device].broken:
+        broken = _feeds.pop(device)
+        if broken.side:
+            broken.side.synchronize()
+        broken.close()
+    if device not in _feeds:
         _feeds[device] = Feed(device)
     return _feeds[device]

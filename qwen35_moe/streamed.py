@@ -84,7 +84,7 @@ class StreamedLayers(Sequence[nn.Module]):
         self._begin_experts(i)
         soon = range(i + 1, min(i + 1 + LAYERS_AHEAD, len(self)))
         self.coming = {j: self.coming.get(j) or self._order(j) for j in soon}
-        if i + 1 + LAYERS_AHEAD >= len(self):
+        if i + 1 == len(self):
             self.then()
         layer = twin(self.empty[i])
         verdict = self.dense[i].put(layer, order)
