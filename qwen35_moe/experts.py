@@ -145,6 +145,7 @@ class PassingExperts(PackedExperts):
         for group in groups:
             read = coming.popleft()()
             yield group.experts, *self._decoded(group, read, doubts)
+            feed(self.device).go_on()
         verdict = Verdict(doubts, (weight for group in groups for e in group.experts for weight in self.stored(e)))
         if self.later is None:
             verdict.wait()
@@ -187,5 +188,6 @@ class PassingExperts(PackedExperts):
                 found.append(torch.stack([weight.of(one, doubts).decode(self.dtype) for one in each]))
             else:
                 found.append(weight.of(stacks, doubts, n).decode(self.dtype)[:n])
+            feed(self.device).go_on()  # no taps are called here
         *first, down = found
         return first[0] if len(first) == 1 else torch.cat(first, 1), down
