@@ -19,10 +19,13 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import qwen35_moe as q
 from benchmarks.bench_prefill import status_mib
@@ -53,11 +56,27 @@ class Hits:
             self.rows = [n for n in x.flatten().bincount().tolist() if n]
 
 
+class Products(TorchDispatchMode):
+    """Notes the matrix products of this thread: all of a layer but those of its experts."""
+
+    KINDS = "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "baddbmm_", "linalg_solve_triangular"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.KINDS:
+            self.found.append((func, tree_map_only(Tensor, lambda x: x.to("meta"), args), kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 class Bench:
     def __init__(self, path: Path, arithmetic: str, tokens: int):
         self.model = q.load(path, arithmetic, shared_expert="unfused", mode="stream", text_only=True)
         self.source, self.config, self.dtype = self.model.source, self.model.config, self.model.arithmetic.dtype
         self.tokens, self.hits = tokens, Hits()
+        self.noted: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
         ids = (torch.arange(tokens) * 7919 % self.config.vocab_size)[None]
         with torch.inference_mode(), arithmetics.using(self.model.arithmetic):
             self.x = self.model.embed_tokens(ids)
@@ -80,10 +99,11 @@ class Bench:
         """All matrix products of the layer, on weights that are there."""
         D, width = self.config.hidden_size, self.config.moe_intermediate_size
         total = 0.0
-        for rows, columns in self.dense(i).values():
-            x, weight = torch.ones(self.tokens, columns, dtype=self.dtype), torch.ones(rows, columns, dtype=self.dtype)
-            F.linear(x[:1], weight)
-            total += seconds(lambda x=x, weight=weight: F.linear(x, weight))
+        for product, empty, options in self.noted:
+            args = tree_map_only(
+                Tensor, lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).fill_(1), empty
+            )
+            total += seconds(lambda product=product, args=args, options=options: product(*args, **options))
         up, down = torch.ones(2 * width, D, dtype=self.dtype), torch.ones(D, width, dtype=self.dtype)
         for n in self.hits.rows:
             x, h = torch.ones(n, D, dtype=self.dtype), torch.ones(n, width, dtype=self.dtype)
@@ -111,7 +131,9 @@ class Bench:
 
     def run(self, rounds: int) -> dict[str, float]:
         i = 0
-        self.layer(i)
+        with Products() as products:
+            self.layer(i)
+        self.noted = products.found
         best = dict.fromkeys(("layer", "products", "bytes", "head"), float("inf"))
         for _ in range(rounds):
             for name, step in (("products", self.products), ("bytes", self.bytes)):

@@ -1,10 +1,10 @@
 """Weights on their way from disk to a GPU: what it will need next is read and copied while it computes.
 
-Processes read, into pinned memory that they share with this one, and the thread that computes starts the copies, at
-each tap (`Feed.go_on`); on the device all that is left is to view them. (Threads of Python wait for each other at each
-operation: with some that read, a model took two to four times as long.) The pinned memory is small enough to stay in
-caches, and each process has its own part of it: reading into more memory, or into what another core has written, takes
-up to twice as long.
+Processes read, into pinned memory that they share with this one, and the thread that computes starts the copies as it
+goes, at each tap (`Feed.go_on`); on the device all that is left is to view them. (Threads of Python wait for each other
+at each operation: with some that read, a model took two to four times as long.) Each process has its own part of the
+pinned memory, and all of it is small beside a large cache: reading into more memory, or into what another core has
+written, takes up to twice as long.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from select import select
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any, cast
 
 import torch
@@ -54,10 +54,10 @@ class Order:
 
     def arrive(self) -> Tensor:
         """All of it as bytes."""
-        if self.feed.broken:
-            return feed(self.feed.device).order(self.plan).arrive()
         self.feed.begin(self)
         while self.left and self.error is None:
+            if self.feed.broken:
+                return feed(self.feed.device).order(self.plan).arrive()
             self.feed.go_on(wait=1)
         if self.error is not None:
             raise self.error
@@ -95,23 +95,30 @@ class Feed:
         self.begun: weakref.WeakSet[Order] = weakref.WeakSet()
         self.chunks: deque[tuple[weakref.ref[Order], int]] = deque()
         self.lock, self.next_look, self.broken = RLock(), 0.0, False
-        descriptor, slots = os.memfd_create("qwen35-moe"), READERS * SLOTS
+        slots = READERS * SLOTS
         size = slots * plans.CHUNK
-        os.ftruncate(descriptor, size)
-        self.memory = torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
-        if self.side:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), size, 0))
+        descriptor = os.memfd_create("qwen35-moe")
         self.answers, answer = os.pipe()
-        script = [sys.executable, "-I", "-S", str(Path(read_process.__file__))]
-        arguments = [str(x) for x in (descriptor, slots, plans.CHUNK, answer, os.getpid())]
-        self.processes = [
-            subprocess.Popen([*script, *arguments], stdin=subprocess.PIPE, bufsize=0, pass_fds=(descriptor, answer))
-            for _ in range(READERS)
-        ]
-        os.close(answer)
-        os.close(descriptor)
-        registered = self.memory if self.side else None
-        self.close = weakref.finalize(self, _end, self.processes, self.answers, registered)
+        try:
+            os.ftruncate(descriptor, size)
+            self.memory = torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
+            self.processes: list[subprocess.Popen[bytes]] = []
+            registered = self.memory if self.side else None
+            self.close = weakref.finalize(self, _end, self.processes, self.answers, registered)
+            if self.side:
+                with torch.cuda.device(device):
+                    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), size, 0))
+            script = [sys.executable, "-I", "-S", str(Path(read_process.__file__))]
+            arguments = [str(x) for x in (descriptor, slots, plans.CHUNK, answer, os.getpid())]
+            options: dict[str, Any] = {"bufsize": 0, "pass_fds": (descriptor, answer)}
+            for _ in range(READERS):  # in a session of their own: Ctrl-C is for this one
+                process = subprocess.Popen(
+                    [*script, *arguments], stdin=subprocess.PIPE, start_new_session=True, **options
+                )
+                self.processes.append(process)
+        finally:
+            os.close(answer)
+            os.close(descriptor)
         self.slots = [Slot(self, number) for number in range(slots)]
         self.free, self.copying = deque(self.slots), deque[Slot]()
 
@@ -122,32 +129,42 @@ class Feed:
         return order
 
     def begin(self, asked: Order | None = None) -> None:
-        """Begins what is next, as much as may be under way; and whatever comes before that which is asked for."""
+        """Begins what is asked for, before all else, and what is next, as much as may be under way."""
         with self._at_work():
+            if self.broken:
+                return
             if asked:
                 self.begun.discard(asked)
-            while self.waiting:
-                late = asked is not None and asked.target is None
-                if not late and sum(order.plan.nbytes for order in self.begun) >= AHEAD:
-                    break
-                if order := self.waiting.popleft()():
-                    with torch.inference_mode(False), torch.cuda.stream(self.side):  # copied into in whichever mode
-                        order.target = torch.empty(order.plan.nbytes, dtype=torch.uint8, device=self.device)
+                if asked.target is None:
+                    self._begin(asked)
+                    self.chunks.extendleft((weakref.ref(asked), i) for i in reversed(range(asked.left)))
+            while self.waiting and sum(order.plan.nbytes for order in self.begun) < AHEAD:
+                order = self.waiting[0]()
+                if order and order.target is None:
+                    try:
+                        self._begin(order)
+                    except torch.OutOfMemoryError:  # it can wait until it is asked for
+                        break
                     self.chunks.extend((weakref.ref(order), i) for i in range(order.left))
-                    if order is not asked:
-                        self.begun.add(order)
+                    self.begun.add(order)
+                self.waiting.popleft()
         self.go_on()
+
+    def _begin(self, order: Order) -> None:
+        with torch.inference_mode(False), torch.cuda.stream(self.side):  # it is copied into in whichever mode
+            order.target = torch.empty(order.plan.nbytes, dtype=torch.uint8, device=self.device)
 
     def go_on(self, wait: float = 0) -> None:
         """Starts copies of what has been read, and asks for more. wait: seconds for something to happen, at most."""
         if not wait and time.perf_counter() < self.next_look:
             return
         with self._at_work():
+            if self.broken:
+                return
+            if wait:
+                self._ask_for_more()
             self._take(wait)
-            while self.copying and (not self.side or self.copying[0].copied.query()):
-                self.free.append(self.copying.popleft())
-            while self.chunks and self.free:
-                self._ask(*self.chunks.popleft())
+            self._ask_for_more()
         self.next_look = time.perf_counter() + PAUSE
 
     def listed(self, x: Tensor) -> list[int]:
@@ -174,13 +191,22 @@ class Feed:
         self.go_on()
 
     def beside(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The same function; while it computes, copies are started."""
+        """The same method; while it computes, copies are started. It does not keep its module."""
+        method = weakref.WeakMethod(forward)
 
         def run(*args: Any) -> Tensor:
+            computed = method()
+            assert computed is not None
             with attach(self):
-                return forward(*args)
+                return computed(*args)
 
         return run
+
+    def _ask_for_more(self) -> None:
+        while self.copying and (not self.side or self.copying[0].copied.query()):
+            self.free.append(self.copying.popleft())
+        while self.chunks and self.free:
+            self._ask(*self.chunks.popleft())
 
     def _ask(self, which: weakref.ref[Order], chunk: int) -> None:
         if (order := which()) is None or order.error:
@@ -188,7 +214,7 @@ class Feed:
         slot = self.free.popleft()
         slot.order, slot.chunk = order, order.plan.chunks[chunk]
         try:
-            tasks = order.plan.tasks[chunk]
+            tasks = order.plan.tasks(slot.chunk[2])
             left = ASK.pack(slot.number, len(tasks)) + tasks
             while left:
                 left = left[slot.stdin.write(left) :]
@@ -207,8 +233,10 @@ class Feed:
             if wait >= 1 and any(process.poll() is not None for process in self.processes):
                 self._lost()
             return
+        if not (answers := os.read(self.answers, 256 * ANSWER.size)):  # all have ended
+            self._lost()
         with torch.cuda.stream(self.side):
-            for number, complete in ANSWER.iter_unpack(os.read(self.answers, 256 * ANSWER.size)):
+            for number, complete in ANSWER.iter_unpack(answers):
                 self._copy(self.slots[number], bool(complete))
 
     def _copy(self, slot: Slot, complete: bool) -> None:
@@ -247,6 +275,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]], answers: int, registered:
     for process in processes:
         if process.stdin:
             process.stdin.close()
+        process.terminate()
     for process in processes:
         process.wait()
     os.close(answers)
@@ -255,15 +284,18 @@ def _end(processes: Sequence[subprocess.Popen[bytes]], answers: int, registered:
 
 
 _feeds: dict[torch.device, Feed] = {}
+_making = Lock()
 
 
 def feed(device: torch.device) -> Feed:
     """The one of a device. Its processes stay, and so does its pinned memory."""
-    if device in _feeds and _feeds[device].broken:
-        broken = _feeds.pop(device)
-        if broken.side:
-            broken.side.synchronize()
-        broken.close()
-    if device not in _feeds:
-        _feeds[device] = Feed(device)
-    return _feeds[device]
+    with _making:
+        if device in _feeds and _feeds[device].broken:
+            broken = _feeds.pop(device)
+            with broken.lock:
+                if broken.side:
+                    broken.side.synchronize()
+                broken.close()
+        if device not in _feeds:
+            _feeds[device] = Feed(device)
+        return _feeds[device]

@@ -64,19 +64,24 @@ class StreamedLayers(Sequence[nn.Module]):
 
     def __iter__(self) -> Iterator[nn.Module]:
         """One after the other. What is wrong with the weights of one is an error when the next has been begun, or at
-        the end, so that nobody waits for the device in between."""
+        the end, so that nobody waits for the device in between: go through to the end, or take single layers."""
         if not self.ahead:
             yield from map(self.__getitem__, range(len(self)))
             return
         before = list[Verdict]()
-        for i in range(len(self)):
-            now = list[Verdict]()
-            yield self._arrived(i, now)
+        try:
+            for i in range(len(self)):
+                now = list[Verdict]()
+                yield self._arrived(i, now)
+                for verdict in before:
+                    verdict.wait()
+                before = now
             for verdict in before:
                 verdict.wait()
-            before = now
-        for verdict in before:
-            verdict.wait()
+        finally:  # what an abandoned pass had asked for is forgotten
+            self.coming = {}
+            for experts in (experts for dense in self.dense.values() for experts in dense.experts):
+                experts.coming, experts.later = [], None
 
     def _arrived(self, i: int, later: list[Verdict] | None) -> nn.Module:
         """A layer. later: where verdicts on its weights go; None to wait for them."""

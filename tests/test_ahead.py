@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import qwen35_moe as q
-from qwen35_moe import ahead
+from qwen35_moe import ahead, grouped
 from qwen35_moe.ahead import Feed
 from qwen35_moe.checkpoint import plan
 from qwen35_moe.checkpoint.plan import Plan
 from qwen35_moe.checkpoint.reader import Rows
 from qwen35_moe.experts import PassingExperts
+from qwen35_moe.moe import MoE
 from qwen35_moe.source import Source
 from qwen35_moe.streamed import StreamedLayers
 
@@ -87,6 +93,43 @@ def test_layers_and_head(built: Build, feed: Feed, recipe: str) -> None:
     assert all(not p.is_meta for p in layers[0].parameters()) and all(p.is_meta for p in layers.empty[0].parameters())
 
 
+def test_a_layer_is_gone_when_nobody_holds_it(built: Build, feed: Feed) -> None:
+    """At once: weights that wait for the garbage collector take the memory of a GPU."""
+    model = q.load(built("tiny-mxfp4"), "float32", mode="stream", text_only=True)
+    assert isinstance(model.layers, StreamedLayers)
+    model.layers.ahead = True
+    gc.disable()
+    try:
+        assert not any(ref() for ref in [weakref.ref(layer) for layer in model.layers])
+    finally:
+        gc.enable()
+
+
+def test_what_is_asked_for_comes_first(built: Build, feed: Feed) -> None:
+    checkpoint = source(built("tiny")).checkpoint
+    wanted = Plan(checkpoint.reader, [[Rows.of(checkpoint.stored("lm_head.weight"))]])
+    orders = [feed.order(wanted) for _ in range(6)]
+    assert torch.equal(orders[5].result()[0][0], checkpoint.read("lm_head.weight"))
+    begun = sum(order.plan.nbytes for order in orders[:5] if order.target is not None)
+    assert begun < ahead.AHEAD + wanted.nbytes < 5 * wanted.nbytes
+    assert all(torch.equal(order.result()[0][0], orders[5].result()[0][0]) for order in orders)
+
+
+def test_a_file_that_was_closed_is_opened_again(built: Build, feed: Feed, tmp_path: Path) -> None:
+    """Though its descriptor may be another file's by then."""
+    checkpoint = source(built("tiny")).checkpoint
+    wanted = Plan(checkpoint.reader, [[Rows.of(checkpoint.stored("lm_head.weight"))]])
+    expected = feed.order(wanted).result()[0][0]
+    checkpoint.close()
+    (tmp_path / "zeros").write_bytes(bytes(wanted.nbytes + 2**20))
+    with ExitStack() as others:
+        for _ in range(8):
+            others.enter_context(open(tmp_path / "zeros", "rb"))
+        assert torch.equal(feed.order(wanted).result()[0][0], expected)
+    for descriptor in checkpoint.reader._descriptors.values():
+        os.close(descriptor)
+
+
 def test_nobody_waits_for_what_was_forgotten(built: Build, feed: Feed) -> None:
     checkpoint = source(built("tiny")).checkpoint
     wanted = Plan(checkpoint.reader, [[Rows.of(checkpoint.stored("lm_head.weight"))]])
@@ -131,9 +174,26 @@ def test_what_cannot_be_read_is_an_error_and_the_next_can(
     assert len(list(passing(source(built("tiny-mxfp4")), "layers.3.mlp", 8).batches(range(8)))) == 1
 
 
+@pytest.fixture
+def grouped_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts are read ahead and multiplied in groups, as on a GPU."""
+
+    def fill_experts(module: nn.Module, prefix: str, found: Source, *_: Any) -> None:
+        for path, block in module.named_modules(prefix=prefix):
+            if isinstance(block, MoE):
+                block.experts = passing(found, path, found.config.num_experts)
+
+    monkeypatch.setattr(sys.modules["qwen35_moe.streamed"], "fill_experts", fill_experts)
+    monkeypatch.setattr(grouped, "applies", lambda experts, x_TD: isinstance(experts, PassingExperts))
+
+
 @pytest.mark.parametrize("layer", [0, 3])
-def test_a_broken_scale_is_an_error_of_the_pass(built: Build, feed: Feed, tmp_path: Path, layer: int) -> None:
-    """Though nobody waits for the verdict on a layer before the next."""
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_broken_scale_is_an_error_of_the_pass(
+    built: Build, feed: Feed, grouped_experts: None, tmp_path: Path, layer: int, listed: bool
+) -> None:
+    """Though nobody waits for the verdict on a layer before the next; or where all layers are taken before the first
+    is computed."""
     shutil.copytree(built("tiny-mxfp4"), tmp_path / "broken")
     name = f"layers.{layer}.mlp.experts.2.down_proj.weight_scale"
     stored = source(tmp_path / "broken").checkpoint.stored(name)
@@ -141,6 +201,8 @@ def test_a_broken_scale_is_an_error_of_the_pass(built: Build, feed: Feed, tmp_pa
     model = q.load(tmp_path / "broken", "float32", mode="stream", text_only=True)
     assert isinstance(model.layers, StreamedLayers)
     model.layers.ahead = True
+    if listed:
+        model.layers = list(model.layers)
     for _ in range(2):
         with pytest.raises(q.errors.Qwen35Error, match=rf"(?s)a scale is NaN.*layers.{layer}.mlp.experts.2"):
             model(torch.arange(60)[None])
@@ -163,12 +225,16 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Feed]]:
     gc.collect()
 
 
-def test_a_process_that_ends_is_an_error_and_another_follows(built: Build, own: Callable[[], Feed]) -> None:
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_process_that_ends_is_an_error_and_another_follows(
+    built: Build, own: Callable[[], Feed], number: int
+) -> None:
     checkpoint, feed = source(built("tiny")).checkpoint, own()
     wanted = Plan(checkpoint.reader, [[Rows.of(checkpoint.stored("lm_head.weight"))]])
     order, later = feed.order(wanted), feed.order(wanted)
-    feed.processes[0].kill()
-    feed.processes[0].wait()
+    for process in feed.processes[:number]:
+        process.kill()
+        process.wait()
     with pytest.raises(q.errors.Qwen35Error, match="has ended"):
         order.result()
     assert feed.broken and own() is not feed
@@ -177,15 +243,14 @@ def test_a_process_that_ends_is_an_error_and_another_follows(built: Build, own: 
 
 
 def test_an_interrupted_pass_can_be_had_again(
-    built: Build, own: Callable[[], Feed], monkeypatch: pytest.MonkeyPatch
+    built: Build, own: Callable[[], Feed], grouped_experts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C at any moment."""
     model = q.load(built("tiny-mxfp4"), "float32", mode="stream", text_only=True)
     ids = torch.arange(60)[None]
-    expected = model(ids)
     assert isinstance(model.layers, StreamedLayers)
     model.layers.ahead = True
-    model.layers.device = CPU
+    expected = model(ids)
     copy, left = Feed._copy, [0]
 
     def interrupted(self: Feed, slot: ahead.Slot, complete: bool) -> None:

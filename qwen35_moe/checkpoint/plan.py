@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
@@ -61,16 +60,12 @@ class Plan:
         alike = all(self.at[i, part] == self.strided[part][0] + i * self.strided[part][1] for i, part in self.at)
         return alike and all(step > 0 for _, step in self.strided)
 
-    @cached_property
-    def tasks(self) -> list[bytes]:
-        """What a process is asked to read for each chunk, as `TASK`s. Error: a file that cannot be opened."""
-        return [
-            b"".join(
-                TASK.pack(self.reader.descriptor(stored), stored.begin + at, begin, end - begin)
-                for stored, at, begin, end in reads
-            )
-            for _, _, reads in self.chunks
-        ]
+    def tasks(self, reads: Sequence[Read]) -> bytes:
+        """What a process is asked to read, as `TASK`s. Error: a file that cannot be opened."""
+        return b"".join(
+            TASK.pack(self.reader.descriptor(stored), stored.begin + at, begin, end - begin)
+            for stored, at, begin, end in reads
+        )
 
     def views(self, target: Tensor) -> list[Tensor]:
         """Each part of all items, [room, count, *size] in the dtype that is stored."""

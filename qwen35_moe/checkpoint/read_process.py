@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import signal
 import struct
 import sys
 
@@ -18,7 +17,6 @@ ANSWER = struct.Struct("2q")  # slot, whether
 
 
 def main(memory: int, slots: int, size: int, answers: int, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     shared = memoryview(mmap.mmap(memory, slots * size))
     while asked := sys.stdin.buffer.read(ASK.size):
         slot, tasks = ASK.unpack(asked)
@@ -27,9 +25,11 @@ def main(memory: int, slots: int, size: int, answers: int, parent: int) -> None:
             begin += slot * size
             try:
                 file = os.open(f"/proc/{parent}/fd/{descriptor}", os.O_RDONLY)
-                while left and (read := os.preadv(file, [shared[begin : begin + left]], at)):
-                    at, begin, left = at + read, begin + read, left - read
-                os.close(file)
+                try:
+                    while left and (read := os.preadv(file, [shared[begin : begin + left]], at)):
+                        at, begin, left = at + read, begin + read, left - read
+                finally:
+                    os.close(file)
             except OSError:
                 pass  # the parent tries again, and says what it met
             complete = complete and not left

@@ -190,10 +190,15 @@ class Rows:
         descriptor = reader.descriptor(self.stored)
         for run in runs:
             end = begin + (run.stop - run.start) * size
-            if os.preadv(descriptor, [memory[begin:end]], first + run.start * size) < end - begin:
+            try:
+                complete = os.preadv(descriptor, [memory[begin:end]], first + run.start * size) == end - begin
+            except OSError:
+                complete = False
+            if complete:
+                reader.count(end - begin)
+            else:
                 reader.read(self.stored, (self.first + run.start) * size, memory[begin:end])  # which says what is wrong
             begin = end
-        reader.count(len(found))
         return found.view(DTYPES[self.stored.dtype]).view(count, *self.size)
 
     def prefetch(self, reader: Reader) -> None:

@@ -178,6 +178,8 @@ class Verdict:
         if self.right is not None and self.right:
             for weight in self.weights:
                 weight.read()
+            expected, found = "the same bytes when they are read again", "finite ones by now"
+            raise Qwen35Error("a scale was NaN or infinite", expected=expected, found=found, do="run it again")
 
 
 def _not_finite(scale: Tensor) -> Tensor:
