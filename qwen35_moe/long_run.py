@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,12 @@ def trace_layers(
     stop = count if last is None else last + 1
     if not 0 < stop <= count:
         raise Qwen35Error("no such layer", expected=f"0 to {count - 1}", found=last)
+    model.checked(ids_BT)  # and the patterns, before anything that is there is removed
+    aside = aside_of(model, taps, last)
     meta = meta_of(model, ids_BT, mask, taps, experts, meta)
     run = json.dumps(meta, default=str)
     if resume and not (out / RESUME).is_file() and (out / "trace.json").is_file():
-        return _complete(model, out, run)
+        return _complete(model, out, run, aside)
     start, files, unused, sum_BTD = _read_state(out, run) if resume else (0, 0, [], None)
     used = model.source.checkpoint.used
     before = set(used)
@@ -94,7 +97,7 @@ def trace_layers(
     if stop == count:
         (out / RESUME).unlink(missing_ok=True)
     used |= before  # by prompts that the same model was run on
-    return Trace.open(out), model.source.checkpoint.report(aside_of(model, taps, last))
+    return Trace.open(out), model.source.checkpoint.report(aside)
 
 
 def meta_of(
@@ -148,9 +151,10 @@ def aside_of(model: Model, taps: Patterns, last: int | None) -> list[str]:
     """Patterns of the tensors that a run has no need of."""
     count, stop = len(model.layers), len(model.layers) if last is None else last + 1
     aside = ["visual.*", "mtp.*", *(f"layers.{i}.*" for i in range(stop, count))]
+    wants = Recorder(taps).wants(Site(HEAD))
     if stop < count:
         return [*aside, "norm.*", "lm_head.*"]
-    return aside if Recorder(taps).wants(Site(HEAD)) else [*aside, "lm_head.*"]
+    return aside if wants else [*aside, "lm_head.*"]
 
 
 def rounded_blocks(model: Model, x_BTD: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -186,19 +190,21 @@ def resumable(out: Path, layer: int) -> Iterator[None]:
         raise Qwen35Error("cannot write the trace", where=out, found=error, do=do) from error
 
 
-def _complete(model: Model, out: Path, run: str) -> tuple[Trace, Report]:
+def _complete(model: Model, out: Path, run: str, aside: Sequence[str]) -> tuple[Trace, Report]:
     """The trace that is there, whose run was killed when all was done."""
     trace = Trace.open(out)
     if json.dumps(trace.meta, default=str) != run:
         do = "leave out --resume to write it anew"
         raise Qwen35Error("a complete trace of another run is here", where=out, expected="the same options", do=do)
     sweep(out)
-    model.source.checkpoint.used.update(model.source.checkpoint.names())
-    return trace, model.source.checkpoint.report()
+    names = model.source.checkpoint.names()
+    model.source.checkpoint.used.update(n for n in names if not any(fnmatchcase(n, pattern) for pattern in aside))
+    return trace, model.source.checkpoint.report(aside)
 
 
 def _write_state(out: Path, run: str, following: int, writer: TraceWriter, unused: list[str], sum_BTD: Tensor) -> None:
     known = {"run": run, "next": str(following), "files": str(writer.files), "unused": json.dumps(unused)}
+    known["threads"] = str(torch.get_num_threads())
     temporary = out / f"{RESUME}.tmp"
     save_file({"sum": sum_BTD.cpu().contiguous()}, temporary, metadata=known)
     os.replace(temporary, out / RESUME)
@@ -226,4 +232,8 @@ def _read_state(out: Path, run: str) -> tuple[int, int, list[str], Tensor | None
             found="differing: " + ", ".join(sorted(differ)),
             do="give the options of that run, or leave out --resume to start anew",
         )
+    if (threads := known.get("threads", "")) != str(torch.get_num_threads()):  # the last bits of products go with it
+        do = f"OMP_NUM_THREADS={threads} goes on to the same bits; or leave out --resume to start anew"
+        raise Qwen35Error("begun on another number of threads", where=out, expected=threads,
+                          found=torch.get_num_threads(), do=do)  # fmt: skip
     return done

@@ -127,7 +127,7 @@ def _name(where: Place) -> str:
         return "disk"
     try:
         device = torch.device(where)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise Qwen35Error(
             "no such device", where="device_map", expected='0, "cuda:0", "cpu", "disk"', found=where
         ) from error
@@ -145,9 +145,14 @@ def _automatic(
     options = {"no_split_module_classes": UNITS, "special_dtypes": dtypes}
     with _packed_sizes(model, source, mode):
         memory = dict(max_memory) if max_memory else None
-        if how != "sequential":
-            memory = get_balanced_memory(model, memory, low_zero=how == "balanced_low_0", **options)
-        return _by_unit(model, infer_auto_device_map(model, memory, **options))
+        try:
+            if how != "sequential":
+                memory = get_balanced_memory(model, memory, low_zero=how == "balanced_low_0", **options)
+            places = infer_auto_device_map(model, memory, **options)
+        except ValueError as error:
+            expected = '{0: "20GiB", "cpu": "60GiB"}'
+            raise Qwen35Error("accelerate makes no map", where="max_memory", expected=expected, found=error) from error
+    return _by_unit(model, places)
 
 
 @contextmanager

@@ -30,14 +30,17 @@ def read_ids(text: str, option: str) -> list[list[int]]:
 
     Raises Qwen35Error for anything else, and for a file that cannot be read.
     """
+    is_file = Path(text).is_file()
     try:
-        source = Path(text).read_text(encoding="utf-8") if Path(text).is_file() else text
+        source = Path(text).read_text(encoding="utf-8") if is_file else text
     except (OSError, UnicodeDecodeError) as error:
         raise Qwen35Error("cannot read token ids", where=f"{option} {text}", found=error) from error
     rows = _rows(source.strip())
     if not (rows and all(row and all(type(i) is int and 0 <= i < 2**31 for i in row) for row in rows)):
         expected = '"1,2,3", or a file with a list of ids, or of such lists'
-        raise Qwen35Error("not a list of token ids", where=option, expected=expected, found=source[:60])
+        do = "" if is_file or not re.search(r"[/.]", text) else "if this is a file: it does not exist"
+        raise Qwen35Error("not a list of token ids", where=f"{option} {text}" if is_file else option,
+                          expected=expected, found=source[:60] or "nothing", do=do)  # fmt: skip
     return rows
 
 

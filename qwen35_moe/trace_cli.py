@@ -87,6 +87,7 @@ def _trace(
         "shared_expert": args.shared_expert,
         "fused": model.fused,
     }
+    model.checked(ids)
     meta = meta_of(model, ids, mask, args.taps, args.experts, more)
     parts = [out] if len(groups) == 1 else begin_parts(out, len(groups), meta, args.resume, processes.rank == 0)
     for i in processes.own(len(parts)):
@@ -123,7 +124,7 @@ def _trace_group(
         model, ids.to(args.device), out, mask=mask, taps=args.taps, experts=args.experts, last=last,
         resume=args.resume, meta=more, quiet=args.quiet, label=label,
     )  # fmt: skip
-    if last is None and not args.no_envelope:
+    if (last is None or last + 1 == len(model.layers)) and not args.no_envelope:
         with resumable(out, len(model.layers)):
             write_envelope(truth, _legal_models(args, truth), resume=args.resume)
 

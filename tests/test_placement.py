@@ -109,6 +109,8 @@ def test_auto_fills_the_memory_that_it_may_take(built: Build, tmp_path: Path, mo
         ({"device_map": {"": "cpu", "layers.9": "disk"}}, "layers.9: no such unit"),
         ({"device_map": "sideways"}, "unknown device_map"),
         ({"device_map": {"": "floppy"}}, "no such device"),
+        ({"device_map": {"": {"layers": 1}}}, "no such device"),
+        ({"device_map": "auto", "max_memory": {"cpu": "40XB"}}, "(?s)makes no map.*max_memory"),
         ({"device_map": {"": "disk"}}, "offload_folder"),
         ({"device_map": {"": "cpu"}, "mode": "stream"}, "streamed"),
     ],

@@ -250,3 +250,37 @@ def test_ids_from_a_file_and_what_the_command_says(
     found = Trace.open(tmp_path / "o")
     assert found.mask.tolist() == [[1, 1, 1], [1, 1, 0]] and all(".moe_" in key for key in found)
     assert found.meta["fused"] == [True] * 4
+
+
+def test_a_mistake_costs_no_trace(built: Build, tmp_path: Path) -> None:
+    """Ids and patterns are looked at before what is there is removed."""
+    out = tmp_path / "out"
+    options = ["--no-envelope", "--quiet", "--out", str(out)]
+    assert main(["trace", str(built("tiny-mxfp4")), "--ids", "1,2,3", *options]) == 0
+    before = contents(out)
+    for mistake in (["--ids", "1,2,300"], ["--ids", "1,2,3", "--taps", "moe_topk"], ["--ids", "none.json"]):
+        assert main(["trace", str(built("tiny-mxfp4")), *mistake, *options]) == 2
+    (tmp_path / "ids.json").write_text("[[1, 2], [3, 300]]")
+    many = ["--ids", str(tmp_path / "ids.json"), "--batch", "1"]
+    assert main(["trace", str(built("tiny-mxfp4")), *many, *options]) == 2
+    assert contents(out) == before
+
+
+def test_a_complete_run_reports_the_same_when_it_is_resumed(built: Build, tmp_path: Path) -> None:
+    reports = [
+        str(trace_layers(q.load(built("tiny"), mode="stream"), IDS, tmp_path / "out", quiet=True, resume=resume)[1])
+        for resume in (False, True)
+    ]
+    assert reports[0] == reports[1] and "on purpose" in reports[0]
+
+
+def test_bits_are_not_mixed_of_two_numbers_of_threads(built: Build, tmp_path: Path) -> None:
+    model, before = streamed(built("tiny-mxfp4")), torch.get_num_threads()
+    trace_layers(model, IDS, tmp_path / "out", quiet=True, last=1)
+    torch.set_num_threads(before + 1)
+    try:
+        with pytest.raises(q.Qwen35Error, match=rf"OMP_NUM_THREADS={before} goes on"):
+            trace_layers(model, IDS, tmp_path / "out", quiet=True, resume=True)
+    finally:
+        torch.set_num_threads(before)
+    assert trace_layers(model, IDS, tmp_path / "out", quiet=True, resume=True)[1].complete

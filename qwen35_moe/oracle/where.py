@@ -22,7 +22,7 @@ def wrong_columns(engine: Tensor, truth: Tensor, owners: Tensor | None = None) -
         if float(share_n[owners == rank].sum()) >= MOST:
             return f"in columns of rank {int(rank)} only"
     some = (share_n.cumsum(0) > (1 - MOST) / 2) & (share_n.flip(0).cumsum(0).flip(0) > (1 - MOST) / 2)
-    if int(some.sum()) > 0.75 * n:
+    if int(some.sum()) > 0.75 * n or not some.any():
         return ""
     first, last = some.nonzero().flatten()[[0, -1]].tolist()
     return f"in column {first} of {n}" if first == last else f"in columns {first} to {last} of {n}"
