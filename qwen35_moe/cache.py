@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import Qwen35Error
+from .files import save_whole
 
 
 @dataclass
@@ -81,9 +81,7 @@ class Cache:
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, complete or not at all."""
         path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        save_file({name: x.contiguous() for name, x in self._tensors().items()}, partial)
-        partial.replace(path)
+        save_whole({name: x.contiguous() for name, x in self._tensors().items()}, path)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Cache:

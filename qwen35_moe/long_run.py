@@ -11,7 +11,6 @@ Beside the trace's files (`oracle/trace_file.py`) lies `resume.safetensors` unti
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -20,13 +19,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from . import arithmetic as arithmetics
 from .cache import Cache, LayerState
 from .checkpoint import Report
 from .errors import Qwen35Error
+from .files import save_whole
 from .model import Model, extend
 from .oracle.trace_file import RESUME, Trace
 from .oracle.trace_writer import TraceWriter, sweep
@@ -205,9 +204,7 @@ def _complete(model: Model, out: Path, run: str, aside: Sequence[str]) -> tuple[
 def _write_state(out: Path, run: str, following: int, writer: TraceWriter, unused: list[str], sum_BTD: Tensor) -> None:
     known = {"run": run, "next": str(following), "files": str(writer.files), "unused": json.dumps(unused)}
     known["threads"] = str(torch.get_num_threads())
-    temporary = out / f"{RESUME}.tmp"
-    save_file({"sum": sum_BTD.cpu().contiguous()}, temporary, metadata=known)
-    os.replace(temporary, out / RESUME)
+    save_whole({"sum": sum_BTD.cpu().contiguous()}, out / RESUME, known)
 
 
 def _read_state(out: Path, run: str) -> tuple[int, int, list[str], Tensor | None]:

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import Qwen35Error
+from .files import save_whole
 from .oracle.envelope_file import ENVELOPE, stored_envelope
 from .oracle.trace_file import Entry, Trace
 from .oracle.trace_writer import TraceWriter
@@ -129,9 +129,7 @@ def join(parts: Sequence[Path], out: Path, meta: dict[str, Any]) -> Trace:
         sites = {key: e for t in traces for key, e in t.sites.items()}
         keys = {key: None for envelope in envelopes for key in envelope}
         rows = {key: _joined(key, sites[key], [e[key] for e in envelopes if key in e]) for key in keys}
-        temporary = out / (ENVELOPE + ".tmp")
-        save_file(rows, temporary)
-        temporary.replace(out / ENVELOPE)
+        save_whole(rows, out / ENVELOPE)
     return Trace.open(out)
 
 

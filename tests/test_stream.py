@@ -284,3 +284,10 @@ def test_bits_are_not_mixed_of_two_numbers_of_threads(built: Build, tmp_path: Pa
     finally:
         torch.set_num_threads(before)
     assert trace_layers(model, IDS, tmp_path / "out", quiet=True, resume=True)[1].complete
+
+
+def test_a_trace_is_as_readable_as_other_files(built: Build, tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    assert main(command(built("tiny-mxfp4"), tmp_path / "out")) == 0
+    files = [tmp_path / "other", *(tmp_path / "out").iterdir()]
+    assert len({file.stat().st_mode for file in files}) == 1 and len(files) > 5

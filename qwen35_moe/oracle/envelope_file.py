@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import arithmetic as arithmetics
 from ..arithmetic import Arithmetic
 from ..cache import LayerState
 from ..errors import Qwen35Error
+from ..files import save_whole
 from ..long_run import HEAD, begin, rounded_blocks
 from ..model import Model
 from ..streamed import HEAD_ROWS, StreamedHead
@@ -88,9 +89,7 @@ class _Errors:
         tensors = {f"error.{key}": torch.stack((n.l2, n.max)) for key, n in self.norms.items()}
         if sum_BTD is not None:
             tensors["sum"] = sum_BTD.cpu().contiguous()
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors, temporary, metadata=run)
-        temporary.replace(path)
+        save_whole(tensors, path, run)
 
     def read(self, path: Path) -> tuple[dict[str, str], Tensor | None]:
         try:
@@ -143,9 +142,7 @@ def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False) 
     if truth.path is None or state is None:
         truth.meta["_envelope"] = out
         return
-    temporary = truth.path / (ENVELOPE + ".tmp")
-    save_file(out, temporary)
-    temporary.replace(truth.path / ENVELOPE)
+    save_whole(out, truth.path / ENVELOPE)
     state.unlink()
 
 

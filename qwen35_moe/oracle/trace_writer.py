@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import Qwen35Error
+from ..files import save_whole
 from ..taps import Site
 from .trace_file import CHUNK_BYTES, FORMAT, RESUME, VERSION, Entry, Trace, in_utf8, records_of
 
@@ -97,9 +97,7 @@ class TraceWriter:
             return
         name = f"{self.files:05d}.safetensors"
         done = [Entry(**{**asdict(entry), "file": name}) for entry in self._open]
-        temporary = self.path / (name + ".tmp")
-        save_file(self._buffer, temporary, metadata={"tensors": json.dumps([asdict(entry) for entry in done])})
-        os.replace(temporary, self.path / name)
+        save_whole(self._buffer, self.path / name, {"tensors": json.dumps([asdict(entry) for entry in done])})
         self.entries += done
         self.files += 1
         self._buffer, self._open = {}, []
