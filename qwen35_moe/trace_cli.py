@@ -126,7 +126,7 @@ def _trace_group(
     )  # fmt: skip
     if (last is None or last + 1 == len(model.layers)) and not args.no_envelope:
         with resumable(out, len(model.layers)):
-            write_envelope(truth, _legal_models(args, truth), resume=args.resume)
+            write_envelope(truth, _legal_models(args, truth), resume=args.resume, quiet=args.quiet)
 
 
 def positive(text: str) -> int:

@@ -291,3 +291,10 @@ def test_a_trace_is_as_readable_as_other_files(built: Build, tmp_path: Path) -> 
     assert main(command(built("tiny-mxfp4"), tmp_path / "out")) == 0
     files = [tmp_path / "other", *(tmp_path / "out").iterdir()]
     assert len({file.stat().st_mode for file in files}) == 1 and len(files) > 5
+
+
+def test_an_envelope_says_where_it_is(built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It takes most of the time."""
+    assert main(["trace", str(built("tiny-mxfp4")), "--ids", "1,2,3", "--out", str(tmp_path / "out")]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("envelope, pass ")]
+    assert len(lines) > 4 and [line.split("layer ")[1][:3] for line in lines[:5]] == ["1/4", "2/4", "3/4", "4/4", "1/4"]

@@ -20,6 +20,7 @@ from ..errors import Qwen35Error
 from ..files import save_whole
 from ..long_run import HEAD, begin, rounded_blocks
 from ..model import Model
+from ..progress import Progress
 from ..streamed import HEAD_ROWS, StreamedHead
 from ..tap_names import TAPS, base_name, per_token
 from ..taps import OBSERVE, Site, attach, scope
@@ -106,12 +107,12 @@ class _Errors:
 
 
 @torch.inference_mode()
-def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False) -> None:
+def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, quiet: bool = True) -> None:
     """Run models of legal arithmetics on the truth's tokens and keep their errors beside it (`envelope.safetensors`).
 
     They choose the truth's experts, so that the envelope measures roundings and not flips. `models` may be a generator.
     Layer by layer, the state is kept beside a truth on disk, in `envelope-state.safetensors`; resume: go on from there,
-    to the same bytes, with models of those arithmetics that `remaining` names.
+    to the same bytes, with models of those arithmetics that `remaining` names. quiet: nothing about it on stderr.
     """
     if len(truth.steps) != 1:
         raise Qwen35Error("an envelope needs a truth of one forward pass", where=truth.path, found=len(truth.steps))
@@ -126,12 +127,16 @@ def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False) 
         if first and name != run["arithmetic"]:
             do = "leave out --resume to start anew"
             raise Qwen35Error("another envelope was begun", where=state, expected=run["arithmetic"], found=name, do=do)
-        with splitting(model.arithmetic), attach(errors, ReplayRouting(truth)):
+        label = f"envelope, pass {len(done) + 1}: {name}"
+        progress = [] if quiet else [Progress(model, range(first, len(model.layers)), label=label)]
+        with splitting(model.arithmetic), attach(errors, ReplayRouting(truth), *progress):
             h_BTD, given = _begin(model, truth, sum_BTD)
             for i in range(first, len(model.layers)):
                 with arithmetics.using(model.arithmetic), scope(layer=i):
                     h_BTD = model.layers[i](h_BTD, *given, LayerState())
                 errors.write(state, {"done": json.dumps(done), "arithmetic": name, "next": str(i + 1)}, h_BTD)
+                for said in progress:
+                    said.done(i)
             _head(model, errors, h_BTD)
         done, first, sum_BTD = [*done, name], 0, None
         errors.write(state, {"done": json.dumps(done)}, None)
