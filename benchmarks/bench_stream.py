@@ -76,7 +76,7 @@ class Bench:
         self.model = q.load(path, arithmetic, shared_expert="unfused", mode="stream", text_only=True)
         self.source, self.config, self.dtype = self.model.source, self.model.config, self.model.arithmetic.dtype
         self.tokens, self.hits = tokens, Hits()
-        self.noted: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self.noted = Products()
         ids = (torch.arange(tokens) * 7919 % self.config.vocab_size)[None]
         with torch.inference_mode(), arithmetics.using(self.model.arithmetic):
             self.x = self.model.embed_tokens(ids)
@@ -99,7 +99,7 @@ class Bench:
         """All matrix products of the layer, on weights that are there."""
         D, width = self.config.hidden_size, self.config.moe_intermediate_size
         total = 0.0
-        for product, empty, options in self.noted:
+        for product, empty, options in self.noted.found:
             args = tree_map_only(
                 Tensor, lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).fill_(1), empty
             )
@@ -131,9 +131,8 @@ class Bench:
 
     def run(self, rounds: int) -> dict[str, float]:
         i = 0
-        with Products() as products:
+        with self.noted:
             self.layer(i)
-        self.noted = products.found
         best = dict.fromkeys(("layer", "products", "bytes", "head"), float("inf"))
         for _ in range(rounds):
             for name, step in (("products", self.products), ("bytes", self.bytes)):

@@ -93,7 +93,7 @@ class Feed:
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.waiting: deque[weakref.ref[Order]] = deque()
         self.begun: weakref.WeakSet[Order] = weakref.WeakSet()
-        self.chunks: deque[tuple[weakref.ref[Order], int]] = deque()
+        self.chunks: deque[tuple[weakref.ref[Order], Chunk]] = deque()
         self.lock, self.next_look, self.broken = RLock(), 0.0, False
         slots = READERS * SLOTS
         size = slots * plans.CHUNK
@@ -110,12 +110,16 @@ class Feed:
                     torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), size, 0))
             script = [sys.executable, "-I", "-S", str(Path(read_process.__file__))]
             arguments = [str(x) for x in (descriptor, slots, plans.CHUNK, answer, os.getpid())]
-            options: dict[str, Any] = {"bufsize": 0, "pass_fds": (descriptor, answer)}
-            for _ in range(READERS):  # in a session of their own: Ctrl-C is for this one
-                process = subprocess.Popen(
-                    [*script, *arguments], stdin=subprocess.PIPE, start_new_session=True, **options
+            for _ in range(READERS):  # in sessions of their own: Ctrl-C is for this one
+                self.processes.append(
+                    subprocess.Popen(
+                        [*script, *arguments],
+                        stdin=subprocess.PIPE,
+                        bufsize=0,
+                        pass_fds=(descriptor, answer),
+                        start_new_session=True,
+                    )
                 )
-                self.processes.append(process)
         finally:
             os.close(answer)
             os.close(descriptor)
@@ -136,23 +140,23 @@ class Feed:
             if asked:
                 self.begun.discard(asked)
                 if asked.target is None:
-                    self._begin(asked)
-                    self.chunks.extendleft((weakref.ref(asked), i) for i in reversed(range(asked.left)))
+                    self.chunks.extendleft(reversed(self._begin(asked)))
             while self.waiting and sum(order.plan.nbytes for order in self.begun) < AHEAD:
                 order = self.waiting[0]()
                 if order and order.target is None:
                     try:
-                        self._begin(order)
+                        self.chunks.extend(self._begin(order))
                     except torch.OutOfMemoryError:  # it can wait until it is asked for
                         break
-                    self.chunks.extend((weakref.ref(order), i) for i in range(order.left))
                     self.begun.add(order)
                 self.waiting.popleft()
         self.go_on()
 
-    def _begin(self, order: Order) -> None:
+    def _begin(self, order: Order) -> list[tuple[weakref.ref[Order], Chunk]]:
+        """Makes room for it. -> what is to be read"""
         with torch.inference_mode(False), torch.cuda.stream(self.side):  # it is copied into in whichever mode
             order.target = torch.empty(order.plan.nbytes, dtype=torch.uint8, device=self.device)
+        return [(weakref.ref(order), chunk) for chunk in order.plan.chunks]
 
     def go_on(self, wait: float = 0) -> None:
         """Starts copies of what has been read, and asks for more. wait: seconds for something to happen, at most."""
@@ -208,13 +212,13 @@ class Feed:
         while self.chunks and self.free:
             self._ask(*self.chunks.popleft())
 
-    def _ask(self, which: weakref.ref[Order], chunk: int) -> None:
+    def _ask(self, which: weakref.ref[Order], chunk: Chunk) -> None:
         if (order := which()) is None or order.error:
             return
         slot = self.free.popleft()
-        slot.order, slot.chunk = order, order.plan.chunks[chunk]
+        slot.order, slot.chunk = order, chunk
         try:
-            tasks = order.plan.tasks(slot.chunk[2])
+            tasks = order.plan.tasks(chunk[2])
             left = ASK.pack(slot.number, len(tasks)) + tasks
             while left:
                 left = left[slot.stdin.write(left) :]

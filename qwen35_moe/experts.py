@@ -146,11 +146,8 @@ class PassingExperts(PackedExperts):
             read = coming.popleft()()
             yield group.experts, *self._decoded(group, read, doubts)
             feed(self.device).go_on()
-        verdict = Verdict(doubts, (weight for group in groups for e in group.experts for weight in self.stored(e)))
-        if self.later is None:
-            verdict.wait()
-        else:
-            self.later.append(verdict)
+        weights = (weight for group in groups for e in group.experts for weight in self.stored(e))
+        Verdict(doubts, weights).settle(self.later)
 
     def listed(self, x: Tensor) -> list[int]:
         return feed(self.device).listed(x)

@@ -65,7 +65,7 @@ def trace_layers(
     stop = count if last is None else last + 1
     if not 0 < stop <= count:
         raise Qwen35Error("no such layer", expected=f"0 to {count - 1}", found=last)
-    model.checked(ids_BT)  # and the patterns, before anything that is there is removed
+    check_request(model, ids_BT, taps)
     aside = aside_of(model, taps, last)
     meta = meta_of(model, ids_BT, mask, taps, experts, meta)
     run = json.dumps(meta, default=str)
@@ -97,6 +97,12 @@ def trace_layers(
         (out / RESUME).unlink(missing_ok=True)
     used |= before  # by prompts that the same model was run on
     return Trace.open(out), model.source.checkpoint.report(aside)
+
+
+def check_request(model: Model, ids_BT: Tensor, taps: Patterns) -> None:
+    """Error: ids or patterns that are none. To be found before anything is removed that an earlier run has left."""
+    model.checked(ids_BT)
+    Recorder(taps)
 
 
 def meta_of(
@@ -150,10 +156,9 @@ def aside_of(model: Model, taps: Patterns, last: int | None) -> list[str]:
     """Patterns of the tensors that a run has no need of."""
     count, stop = len(model.layers), len(model.layers) if last is None else last + 1
     aside = ["visual.*", "mtp.*", *(f"layers.{i}.*" for i in range(stop, count))]
-    wants = Recorder(taps).wants(Site(HEAD))
     if stop < count:
         return [*aside, "norm.*", "lm_head.*"]
-    return aside if wants else [*aside, "lm_head.*"]
+    return aside if Recorder(taps).wants(Site(HEAD)) else [*aside, "lm_head.*"]
 
 
 def rounded_blocks(model: Model, x_BTD: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -92,11 +92,7 @@ class StreamedLayers(Sequence[nn.Module]):
         if i + 1 == len(self):
             self.then()
         layer = twin(self.empty[i])
-        verdict = self.dense[i].put(layer, order)
-        if later is None:
-            verdict.wait()
-        else:
-            later.append(verdict)
+        self.dense[i].put(layer, order).settle(later)
         self.experts = self.dense[i].experts
         for experts in self.experts:
             experts.later = later

@@ -16,7 +16,7 @@ from .arithmetic import ARITHMETICS
 from .device_options import add_device_options, device_options
 from .errors import Qwen35Error
 from .load import MODES, SHARED, load
-from .long_run import aside_of, meta_of, resumable, trace_layers
+from .long_run import aside_of, check_request, meta_of, resumable, trace_layers
 from .model import Model
 from .oracle.envelope import legal
 from .oracle.envelope_file import remaining, write_envelope
@@ -87,7 +87,7 @@ def _trace(
         "shared_expert": args.shared_expert,
         "fused": model.fused,
     }
-    model.checked(ids)
+    check_request(model, ids, args.taps)
     meta = meta_of(model, ids, mask, args.taps, args.experts, more)
     parts = [out] if len(groups) == 1 else begin_parts(out, len(groups), meta, args.resume, processes.rank == 0)
     for i in processes.own(len(parts)):

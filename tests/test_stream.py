@@ -261,8 +261,12 @@ def test_a_mistake_costs_no_trace(built: Build, tmp_path: Path) -> None:
     for mistake in (["--ids", "1,2,300"], ["--ids", "1,2,3", "--taps", "moe_topk"], ["--ids", "none.json"]):
         assert main(["trace", str(built("tiny-mxfp4")), *mistake, *options]) == 2
     (tmp_path / "ids.json").write_text("[[1, 2], [3, 300]]")
-    many = ["--ids", str(tmp_path / "ids.json"), "--batch", "1"]
-    assert main(["trace", str(built("tiny-mxfp4")), *many, *options]) == 2
+    (tmp_path / "fine.json").write_text("[[1, 2], [3, 4]]")
+    for mistake in (
+        ["--ids", str(tmp_path / "ids.json")],
+        ["--ids", str(tmp_path / "fine.json"), "--taps", "moe_topk"],
+    ):
+        assert main(["trace", str(built("tiny-mxfp4")), *mistake, "--batch", "1", *options]) == 2
     assert contents(out) == before
 
 

@@ -171,6 +171,13 @@ class Verdict:
             self.right = torch.empty((), dtype=torch.bool, pin_memory=right.is_cuda).copy_(right, non_blocking=True)
             self.known = torch.cuda.current_stream(right.device).record_event() if right.is_cuda else None
 
+    def settle(self, later: list[Verdict] | None) -> None:
+        """Waits for it, unless somebody does so later."""
+        if later is None:
+            self.wait()
+        else:
+            later.append(self)
+
     def wait(self) -> None:
         """Error if one of the doubts was right: the weights are read once more, to say where."""
         if self.known is not None:
