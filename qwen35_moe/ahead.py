@@ -1,40 +1,28 @@
 """Weights on their way from disk to a GPU: what it will need next is read and copied while it computes.
 
-Processes read, into pinned memory that they share with this one, and the thread that computes starts the copies as it
-goes, at each tap (`Feed.go_on`); on the device all that is left is to view them. (Threads of Python wait for each other
-at each operation: with some that read, a model took two to four times as long.) Each process has its own part of the
-pinned memory, and all of it is small beside a large cache: reading into more memory, or into what another core has
-written, takes up to twice as long.
+Processes read, and the thread that computes starts the copies as it goes, at each tap (`Feed.go_on`); on the device all
+that is left is to view them.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
-import subprocess
-import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from select import select
 from threading import Lock, RLock
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checkpoint import plan as plans
-from .checkpoint import read_process
 from .checkpoint.plan import Chunk, Plan
-from .checkpoint.read_process import ANSWER, ASK
+from .checkpoint.read_pool import ReadPool, Slot
 from .errors import Qwen35Error
 from .taps import OBSERVE, Site, attach
 
-READERS = max(1, min(12, (os.cpu_count() or 1) - 2))  # processes
-SLOTS = 2  # pieces of memory of each: one is read into while the other is copied
 PAUSE = 2e-4  # seconds between two looks at what has been read
 AHEAD = 2**30  # bytes under way, beside what is asked for
 
@@ -69,62 +57,20 @@ class Order:
         return self.target
 
 
-class Slot:
-    """A piece of the memory that a process reads into, for a chunk of an order."""
-
-    def __init__(self, feed: Feed, number: int):
-        self.number, self.stdin = number, cast(Any, feed.processes[number % READERS].stdin)
-        self.memory = feed.memory[number * plans.CHUNK : (number + 1) * plans.CHUNK]
-        self.copied: Any = torch.cuda.Event() if feed.side else None
-        self.order: Order | None = None
-        self.chunk: Chunk = (0, 0, [])
-
-
 class Feed:
     """What a device will need, in that order. (On a CPU the same without streams.) As a tap handler, it goes on."""
 
     stage, wants_experts = OBSERVE, False
 
     def __init__(self, device: torch.device):
-        if not hasattr(os, "memfd_create"):  # the readers also take their files from /proc
-            what, do = "streaming to a GPU needs Linux", 'mode="packed" or "decoded", or stream to the CPU'
-            raise Qwen35Error(what, where=str(device), found=sys.platform, do=do)
-        self.device = device
+        self.device, self.pool = device, ReadPool(device)
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.waiting: deque[weakref.ref[Order]] = deque()
         self.begun: weakref.WeakSet[Order] = weakref.WeakSet()
         self.chunks: deque[tuple[weakref.ref[Order], Chunk]] = deque()
+        self.free = deque(self.pool.slots)
+        self.copying: deque[tuple[Any, list[Slot]]] = deque()  # until an event
         self.lock, self.next_look, self.broken = RLock(), 0.0, False
-        slots = READERS * SLOTS
-        size = slots * plans.CHUNK
-        descriptor = os.memfd_create("qwen35-moe")
-        self.answers, answer = os.pipe()
-        try:
-            os.ftruncate(descriptor, size)
-            self.memory = torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
-            self.processes: list[subprocess.Popen[bytes]] = []
-            registered = self.memory if self.side else None
-            self.close = weakref.finalize(self, _end, self.processes, self.answers, registered)
-            if self.side:
-                with torch.cuda.device(device):
-                    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), size, 0))
-            script = [sys.executable, "-I", "-S", str(Path(read_process.__file__))]
-            arguments = [str(x) for x in (descriptor, slots, plans.CHUNK, answer, os.getpid())]
-            for _ in range(READERS):  # in sessions of their own: Ctrl-C is for this one
-                self.processes.append(
-                    subprocess.Popen(
-                        [*script, *arguments],
-                        stdin=subprocess.PIPE,
-                        bufsize=0,
-                        pass_fds=(descriptor, answer),
-                        start_new_session=True,
-                    )
-                )
-        finally:
-            os.close(answer)
-            os.close(descriptor)
-        self.slots = [Slot(self, number) for number in range(slots)]
-        self.free, self.copying = deque(self.slots), deque[Slot]()
 
     def order(self, plan: Plan) -> Order:
         order = Order(self, plan)
@@ -167,7 +113,9 @@ class Feed:
                 return
             if wait:
                 self._ask_for_more()
-            self._take(wait)
+                if not self.pool.reading and self.copying and self.side:
+                    self.copying[0][0].synchronize()
+            self._copy([slot for slot in self.pool.take(wait) if slot.complete or self._read_again(slot)])
             self._ask_for_more()
         self.next_look = time.perf_counter() + PAUSE
 
@@ -207,84 +155,49 @@ class Feed:
         return run
 
     def _ask_for_more(self) -> None:
-        while self.copying and (not self.side or self.copying[0].copied.query()):
-            self.free.append(self.copying.popleft())
+        while self.copying and (not self.side or self.copying[0][0].query()):
+            self.free += self.copying.popleft()[1]
+        wanted = []
         while self.chunks and self.free:
-            self._ask(*self.chunks.popleft())
+            which, chunk = self.chunks.popleft()
+            if (order := which()) and not order.error:
+                try:
+                    wanted.append((self.free[0], order.plan.tasks(chunk)))
+                    self.free.popleft().holds = order, chunk
+                except Qwen35Error as error:
+                    order.error = error
+        self.pool.ask(wanted)
 
-    def _ask(self, which: weakref.ref[Order], chunk: Chunk) -> None:
-        if (order := which()) is None or order.error:
-            return
-        slot = self.free.popleft()
-        slot.order, slot.chunk = order, chunk
+    def _read_again(self, slot: Slot) -> bool:
+        """Which says what is wrong. -> whether nothing is"""
+        order, (_, _, reads) = slot.holds
         try:
-            tasks = order.plan.tasks(chunk[2])
-            left = ASK.pack(slot.number, len(tasks)) + tasks
-            while left:
-                left = left[slot.stdin.write(left) :]
-        except BrokenPipeError:
-            self._lost()
-        except Qwen35Error as error:
-            self._fail(slot, error)
-
-    def _take(self, wait: float) -> None:
-        """Answers of processes; what has been read is copied."""
-        if len(self.free) + len(self.copying) == len(self.slots):  # nothing is being read
-            if wait and self.copying and self.side:
-                self.copying[0].copied.synchronize()
-            return
-        if not select([self.answers], [], [], wait)[0]:
-            if wait >= 1 and any(process.poll() is not None for process in self.processes):
-                self._lost()
-            return
-        if not (answers := os.read(self.answers, 256 * ANSWER.size)):  # all have ended
-            self._lost()
-        with torch.cuda.stream(self.side):
-            for number, complete in ANSWER.iter_unpack(answers):
-                self._copy(self.slots[number], bool(complete))
-
-    def _copy(self, slot: Slot, complete: bool) -> None:
-        order, (begin, count, reads) = slot.order, slot.chunk
-        assert order is not None and order.target is not None
-        try:
-            for read in () if complete else reads:  # once more, which says what is wrong
+            for read in reads:
                 order.plan.reader.read(read.stored, read.at, slot.memory[read.begin : read.end].numpy().data)
         except Qwen35Error as error:
-            self._fail(slot, error)
+            order.error, slot.holds = error, None
+            self.free.append(slot)
+            return False
+        return True
+
+    def _copy(self, slots: list[Slot]) -> None:
+        if not slots:
             return
-        source = slot.memory if count == len(slot.memory) else slot.memory[:count]
-        order.target[begin : begin + count].copy_(source, non_blocking=True)
-        if self.side:
-            slot.copied.record(self.side)
-        order.left -= 1
-        if not order.left:
-            order.arrived = self.side.record_event() if self.side else None
+        complete = []
+        with torch.cuda.stream(self.side):
+            for slot in slots:
+                order, (number, nbytes, _) = slot.holds
+                begin = number * plans.CHUNK
+                source = slot.memory if nbytes == plans.CHUNK else slot.memory[:nbytes]
+                order.target[begin : begin + nbytes].copy_(source, non_blocking=True)
+                slot.holds, order.left = None, order.left - 1
+                if not order.left:
+                    complete.append(order)
+            copied = self.side.record_event() if self.side else None
+        self.copying.append((copied, slots))
+        for order in complete:
+            order.arrived = copied
             order.plan.reader.count(order.plan.read_bytes)
-        slot.order = None
-        self.copying.append(slot)
-
-    def _lost(self) -> None:
-        """Error: a process has ended, and nobody knows what it was at."""
-        found = sorted({code for process in self.processes if (code := process.poll()) is not None})
-        raise Qwen35Error("a process that reads has ended", found=f"status {found}", do="try again")
-
-    def _fail(self, slot: Slot, error: Exception) -> None:
-        if slot.order:
-            slot.order.error = error
-        slot.order = None
-        self.free.append(slot)
-
-
-def _end(processes: Sequence[subprocess.Popen[bytes]], answers: int, registered: Tensor | None) -> None:
-    for process in processes:
-        if process.stdin:
-            process.stdin.close()
-        process.terminate()
-    for process in processes:
-        process.wait()
-    os.close(answers)
-    if registered is not None:
-        torch.cuda.cudart().cudaHostUnregister(registered.data_ptr())
 
 
 _feeds: dict[torch.device, Feed] = {}
@@ -299,7 +212,7 @@ def feed(device: torch.device) -> Feed:
             with broken.lock:
                 if broken.side:
                     broken.side.synchronize()
-                broken.close()
+                broken.pool.close()
         if device not in _feeds:
             _feeds[device] = Feed(device)
         return _feeds[device]

@@ -20,8 +20,9 @@ from torch import nn
 import qwen35_moe as q
 from qwen35_moe import ahead, grouped
 from qwen35_moe.ahead import Feed
-from qwen35_moe.checkpoint import plan
+from qwen35_moe.checkpoint import plan, read_pool
 from qwen35_moe.checkpoint.plan import Plan
+from qwen35_moe.checkpoint.read_pool import Slot
 from qwen35_moe.checkpoint.reader import Rows
 from qwen35_moe.experts import PassingExperts
 from qwen35_moe.moe import MoE
@@ -37,14 +38,15 @@ CPU = torch.device("cpu")
 def feed() -> Iterator[Feed]:
     """Two processes with small pieces of memory, so that all is cut."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ahead, "READERS", 2)
+        patch.setattr(read_pool, "READERS", 2)
+        patch.setattr(read_pool, "TEAM", 2)
         patch.setattr(plan, "CHUNK", 3000)
         patch.setattr(ahead, "AHEAD", 40_000)
         made = Feed(CPU)
         for module in ("experts", "streamed"):
             patch.setattr(sys.modules[f"qwen35_moe.{module}"], "feed", lambda device, made=made: made)
         yield made
-        made.close()
+        made.pool.close()
     del made
     gc.collect()  # closes what it had open: other tests count that
 
@@ -137,7 +139,7 @@ def test_nobody_waits_for_what_was_forgotten(built: Build, feed: Feed) -> None:
         orders = [feed.order(wanted) for _ in range(5)]
         assert torch.equal(orders[3].result()[0][0], checkpoint.read("lm_head.weight"))
         del orders
-    while feed.chunks or len(feed.free) < len(feed.slots):
+    while feed.chunks or len(feed.free) < len(feed.pool.slots):
         feed.go_on(wait=1)
     assert not feed.begun
 
@@ -217,7 +219,7 @@ def test_another_system_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Feed]]:
     """The present feed of the CPU, with two processes."""
-    monkeypatch.setattr(ahead, "READERS", 2)
+    monkeypatch.setattr(read_pool, "READERS", 2)
     monkeypatch.setattr(plan, "CHUNK", 3000)
     monkeypatch.setattr(ahead, "_feeds", {})
     yield partial(ahead.feed, CPU)
@@ -232,7 +234,7 @@ def test_a_process_that_ends_is_an_error_and_another_follows(
     checkpoint, feed = source(built("tiny")).checkpoint, own()
     wanted = Plan(checkpoint.reader, [[Rows.of(checkpoint.stored("lm_head.weight"))]])
     order, later = feed.order(wanted), feed.order(wanted)
-    for process in feed.processes[:number]:
+    for process in feed.pool.processes[:number]:
         process.kill()
         process.wait()
     with pytest.raises(q.errors.Qwen35Error, match="has ended"):
@@ -253,14 +255,14 @@ def test_an_interrupted_pass_can_be_had_again(
     expected = model(ids)
     copy, left = Feed._copy, [0]
 
-    def interrupted(self: Feed, slot: ahead.Slot, complete: bool) -> None:
+    def interrupted(self: Feed, slots: list[Slot]) -> None:
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
-        copy(self, slot, complete)
+        copy(self, slots)
 
     monkeypatch.setattr(Feed, "_copy", interrupted)
-    for moment in (1, 2, 7, 30, 100):
+    for moment in (1, 2, 7, 20):
         left[0] = moment
         with pytest.raises(KeyboardInterrupt):
             model(ids)

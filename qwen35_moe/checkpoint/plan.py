@@ -11,7 +11,7 @@ from .header import Stored
 from .read_process import TASK
 from .reader import DTYPES, Reader, Rows
 
-CHUNK = 2**23  # bytes that are read, and copied, at a time
+CHUNK = 5 * 2**20  # bytes that are read, and copied, at a time
 ALIGN = 256  # of each part on the device, as of memory that torch allocates: kernels choose by it
 
 
@@ -24,7 +24,12 @@ class Read(NamedTuple):
     end: int
 
 
-Chunk = tuple[int, int, list[Read]]  # first byte on the device, bytes, where they come from
+class Chunk(NamedTuple):
+    """CHUNK bytes of the device's memory, the number-th, and where the first `nbytes` of them come from."""
+
+    number: int
+    nbytes: int
+    reads: list[Read]
 
 
 class Plan:
@@ -48,6 +53,7 @@ class Plan:
         self.read_bytes = len(items) * sum(self.sizes)
         self.nbytes = max(first + self.room * step for first, step in self.strided)
         self.chunks = list(_chunks((stored, at, self.sizes[part], self.at[i, part]) for i, part, stored, at in found))
+        self.asked = dict[int, tuple[tuple[int, ...], bytes]]()  # of each chunk: descriptors, and what `tasks` said
 
     def _place(self, extents: Sequence[tuple[int, int, Stored, int]]) -> bool:
         """One behind the other. -> whether each part of all items is a strided view"""
@@ -60,12 +66,16 @@ class Plan:
         alike = all(self.at[i, part] == self.strided[part][0] + i * self.strided[part][1] for i, part in self.at)
         return alike and all(step > 0 for _, step in self.strided)
 
-    def tasks(self, reads: Sequence[Read]) -> bytes:
+    def tasks(self, chunk: Chunk) -> bytes:
         """What a process is asked to read, as `TASK`s. Error: a file that cannot be opened."""
-        return b"".join(
-            TASK.pack(self.reader.descriptor(stored), stored.begin + at, begin, end - begin)
-            for stored, at, begin, end in reads
-        )
+        descriptors = tuple(self.reader.descriptor(read.stored) for read in chunk.reads)  # of a file that is open now
+        if chunk.number not in self.asked or self.asked[chunk.number][0] != descriptors:
+            tasks = (
+                TASK.pack(descriptor, stored.begin + at, begin, end - begin)
+                for descriptor, (stored, at, begin, end) in zip(descriptors, chunk.reads, strict=True)
+            )
+            self.asked[chunk.number] = descriptors, b"".join(tasks)
+        return self.asked[chunk.number][1]
 
     def views(self, target: Tensor) -> list[Tensor]:
         """Each part of all items, [room, count, *size] in the dtype that is stored."""
@@ -79,14 +89,13 @@ class Plan:
 def _chunks(extents: Iterator[tuple[Stored, int, int, int]]) -> Iterator[Chunk]:
     """Extents (tensor, first byte in it, bytes, first byte on the device), cut and put together to chunks. What adjoins
     in the file and on the device is read at once."""
-    start, reads = 0, list[Read]()
+    number, reads = 0, list[Read]()
     for stored, at, left, position in extents:
         while left:
-            if reads and position - start >= CHUNK:
-                yield start, reads[-1].end, reads
+            if reads and position // CHUNK != number:
+                yield Chunk(number, reads[-1].end, reads)
                 reads = []
-            start = start if reads else position
-            begin = position - start
+            number, begin = divmod(position, CHUNK)
             count = min(left, CHUNK - begin)
             last = reads[-1] if reads else None
             if last and last.end == begin and _follows(last, stored, at):
@@ -95,7 +104,7 @@ def _chunks(extents: Iterator[tuple[Stored, int, int, int]]) -> Iterator[Chunk]:
                 reads.append(Read(stored, at, begin, begin + count))
             at, left, position = at + count, left - count, position + count
     if reads:
-        yield start, reads[-1].end, reads
+        yield Chunk(number, reads[-1].end, reads)
 
 
 def _follows(last: Read, stored: Stored, at: int) -> bool:
