@@ -25,6 +25,10 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 def device_options(args: argparse.Namespace) -> dict[str, Any]:
     """These options as arguments of `load`."""
     if args.device_map is None:
+        for option in ("max_memory", "offload_folder"):
+            if getattr(args, option) is not None:
+                where = f"--{option.replace('_', '-')}"
+                raise Qwen35Error("says nothing without a map", where=where, expected="--device-map as well")
         usable(args.device, f"--device {args.device}")
         return {"device": args.device}
     memory: dict[int | str, str] | None = None if args.max_memory is None else {}

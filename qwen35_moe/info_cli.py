@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from .checkpoint import Checkpoint
-from .config import FULL, Config
+from .config import FULL
 from .errors import Qwen35Error
 from .estimate import estimate
 from .gate_cli import _lines, _result
@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
     p.add_argument("--arithmetic", default="exact", help="default: %(default)s")
     p.add_argument("--json", action="store_true", help="the same as JSON")
     p.add_argument("--verify", action="store_true", help="read everything and compare checksums, where any are known")
-    p.add_argument("--manifest", help="for --verify: a file of lines `sha256 ... name`")
+    p.add_argument("--manifest", help="a file of lines `sha256 ... name` to verify by; implies --verify")
     p.set_defaults(run=run)
 
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     with Checkpoint.open(args.checkpoint) as checkpoint:
         found = describe(checkpoint, args.tokens, args.arithmetic)
         failed = 0
-        if args.verify:
+        if args.verify or args.manifest is not None:
             sums = list(checkpoint.verify(args.manifest))
             failed = sum(not c.ok for c in sums)
             found["checksums"] = [vars(c) | {"ok": c.ok} for c in sums]
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(checkpoint: Checkpoint, tokens: int, arithmetic: str) -> dict[str, Any]:
     """All that `info` prints, as plain data."""
-    config = Config.from_dict(checkpoint.config)
+    config = checkpoint.model_config()
     checkpoint.validate(config)
     rows = modules(checkpoint)
     return {

@@ -21,7 +21,6 @@ import torch
 from . import arithmetic as arithmetics
 from .arithmetic import Arithmetic
 from .checkpoint import Checkpoint
-from .config import Config
 from .errors import Qwen35Error
 from .fill import fill
 from .model import Model
@@ -67,7 +66,7 @@ def load(
         raise Qwen35Error("a streamed model stays on disk", where="load()", expected="a device_map, or mode='stream'")
     table = arithmetics.get(arithmetic)
     checkpoint = Checkpoint.open(path)
-    config = Config.from_dict(checkpoint.config, ignore=ignore_config_keys)
+    config = checkpoint.model_config(ignore_config_keys)
     checkpoint.validate(config)
     checkpoint.reader.mapped = mode != "stream"
     if shared_expert == "auto" and table.fuses:

@@ -11,6 +11,7 @@ Beside the trace's files (`oracle/trace_file.py`) lies `resume.safetensors` unti
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -95,6 +96,8 @@ def trace_layers(
             writer.close()
     if stop == count:
         (out / RESUME).unlink(missing_ok=True)
+    if recorder.first_nan:
+        print(f"qwen35-moe: the trace holds NaN, from {recorder.first_nan} on", file=sys.stderr)
     used |= before  # by prompts that the same model was run on
     return Trace.open(out), model.source.checkpoint.report(aside)
 
@@ -197,13 +200,24 @@ def resumable(out: Path, layer: int) -> Iterator[None]:
 def _complete(model: Model, out: Path, run: str, aside: Sequence[str]) -> tuple[Trace, Report]:
     """The trace that is there, whose run was killed when all was done."""
     trace = Trace.open(out)
-    if json.dumps(trace.meta, default=str) != run:
-        do = "leave out --resume to write it anew"
-        raise Qwen35Error("a complete trace of another run is here", where=out, expected="the same options", do=do)
+    check_same_run(trace, run, "a complete trace of another run is here", "leave out --resume to write it anew")
     sweep(out)
     names = model.source.checkpoint.names()
     model.source.checkpoint.used.update(n for n in names if not any(fnmatchcase(n, pattern) for pattern in aside))
     return trace, model.source.checkpoint.report(aside)
+
+
+def check_same_run(there: Trace, run: str, what: str, do: str) -> None:
+    """Error unless a trace is of this run: `meta_of` as JSON."""
+    assert there.path is not None
+    _check_same(there.path, json.dumps(there.meta, default=str), run, what, do)
+
+
+def _check_same(out: Path, then: str, now: str, what: str, do: str) -> None:
+    if then != now:
+        old, new = json.loads(then), json.loads(now)
+        found = "differing: " + ", ".join(sorted(key for key in {*old, *new} if old.get(key) != new.get(key)))
+        raise Qwen35Error(what, where=out, expected="the same checkpoint, ids and options", found=found, do=do)
 
 
 def _write_state(out: Path, run: str, following: int, writer: TraceWriter, unused: list[str], sum_BTD: Tensor) -> None:
@@ -219,21 +233,14 @@ def _read_state(out: Path, run: str) -> tuple[int, int, list[str], Tensor | None
     try:
         with safe_open(out / RESUME, framework="pt") as file:
             known, sum_BTD = file.metadata() or {}, file.get_tensor("sum")
-            then, now = json.loads(known["run"]), json.loads(run)
+            json.loads(known["run"])
             done = int(known["next"]), int(known["files"]), json.loads(known["unused"]), sum_BTD
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise Qwen35Error(
             "cannot read the state", where=out / RESUME, found=error, do="start without --resume"
         ) from error
-    if known["run"] != run:
-        differ = [key for key in {*then, *now} if then.get(key) != now.get(key)]
-        raise Qwen35Error(
-            "another run was begun here",
-            where=out,
-            expected="the same checkpoint, ids and options",
-            found="differing: " + ", ".join(sorted(differ)),
-            do="give the options of that run, or leave out --resume to start anew",
-        )
+    do = "give the options of that run, or leave out --resume to start anew"
+    _check_same(out, known["run"], run, "another run was begun here", do)
     if (threads := known.get("threads", "")) != str(torch.get_num_threads()):  # the last bits of products go with it
         do = f"OMP_NUM_THREADS={threads} goes on to the same bits; or leave out --resume to start anew"
         raise Qwen35Error("begun on another number of threads", where=out, expected=threads,

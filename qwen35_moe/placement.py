@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .errors import Qwen35Error
 from .experts import PackedExperts, ViewedExperts
+from .files import Claim
 from .moe import Experts, MoE
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ Place = int | str | torch.device
 UNITS = ["Layer", "MTP", "VisionTower"]  # classes that are never split: each is loaded as a whole
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's words
 OFFLOADED = ("cpu", "disk")
+OFFLOAD = "qwen35-moe-"  # how the names of folders with offloaded weights begin
 
 
 def place(
@@ -195,10 +197,23 @@ def _parameters(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module
 
 
 def _folder(model: Model, offload_folder: str | Path | None) -> str:
-    """A new folder in the one that was given: nobody else's weights are taken for ours."""
+    """A new folder in the one that was given: nobody else's weights are taken for ours. Those that processes which have
+    ended left there, since they were killed, are removed."""
     if offload_folder is None:
         raise Qwen35Error("weights on disk need a place", where="device_map", do="give offload_folder, or more memory")
-    Path(offload_folder).mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix="qwen35-moe-", dir=offload_folder)
-    weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    with Claim(Path(offload_folder), wait=True):
+        for old in Path(offload_folder).glob(f"{OFFLOAD}*"):
+            try:
+                Claim(old).release()
+                shutil.rmtree(old, ignore_errors=True)
+            except Qwen35Error:
+                pass  # in use
+        folder = Path(tempfile.mkdtemp(prefix=OFFLOAD, dir=offload_folder))
+        claim = Claim(folder)
+    weakref.finalize(model, _remove, folder, claim)
+    return str(folder)
+
+
+def _remove(folder: Path, claim: Claim) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    claim.release()

@@ -1,6 +1,6 @@
 """Many prompts in many processes: each traces groups of prompts of its own, and one process joins the traces.
 
-    accelerate launch --num_processes 4 -m qwen35_moe.cli trace CHECKPOINT --ids prompts.json --out truth
+    accelerate launch --multi_gpu --num_processes 4 -m qwen35_moe.cli trace CHECKPOINT --ids prompts.json --out truth
 
 A group is what one forward pass holds, `--batch` prompts, padded like all of them. Each has a directory of its own
 beside the result, `truth.parts/00000` .., with the state that --resume needs, until the result is whole. The bytes of
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .errors import Qwen35Error
 from .files import save_whole
+from .long_run import check_same_run
 from .oracle.envelope_file import ENVELOPE, stored_envelope
 from .oracle.trace_file import Entry, Trace
 from .oracle.trace_writer import TraceWriter
@@ -83,9 +84,8 @@ def begin_parts(out: Path, groups: int, meta: dict[str, Any], resume: bool, firs
     if foreign:
         raise Qwen35Error("directory is not of a trace's parts", where=folder, found=foreign[0], do="move it away")
     if resume and (out / "trace.json").is_file() and not folder.exists():
-        if json.dumps(Trace.open(out).meta, default=str) != json.dumps(meta, default=str):
-            do = "leave out --resume to write it anew"
-            raise Qwen35Error("a complete trace of another run is here", where=out, expected="the same options", do=do)
+        what, do = "a complete trace of another run is here", "leave out --resume to write it anew"
+        check_same_run(Trace.open(out), json.dumps(meta, default=str), what, do)
         return []
     if first and not resume:
         TraceWriter(out, meta)

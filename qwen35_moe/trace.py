@@ -47,6 +47,7 @@ class Recorder:
         self.trace = Trace(meta=self.meta)
         self._writer = TraceWriter(out) if isinstance(out, (str, Path)) else out
         self._seen: set[str] = set()
+        self.first_nan = ""  # key of the first value that holds one
         self._attached: Any = None
 
     @property
@@ -72,6 +73,8 @@ class Recorder:
                 do="call recorder.next_step() between forward passes",
             )
         self._seen.add(entry.key)
+        if not self.first_nan and x.is_floating_point() and bool(x.isnan().any()):
+            self.first_nan = entry.key
         # A copy: caches and states are changed in place later on.
         (self._writer or self.trace).add(entry, x.detach().clone())
 

@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from .arithmetic import ARITHMETICS
 from .device_options import add_device_options, device_options
 from .errors import Qwen35Error
+from .files import Claim
 from .load import MODES, SHARED, load
 from .long_run import aside_of, check_request, meta_of, resumable, trace_layers
 from .model import Model
@@ -69,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     batch = args.batch or (len(ids) if processes.count == 1 else 1)
     groups = [slice(i, min(i + batch, len(ids))) for i in range(0, len(ids), batch)]
     try:
-        _trace(args, ids, mask, groups, processes)
+        with Claim(Path(args.out)) if processes.rank == 0 else nullcontext():
+            _trace(args, ids, mask, groups, processes)
     except KeyboardInterrupt:
         print("qwen35-moe: interrupted; the same command with --resume goes on", file=sys.stderr)
         return 2
@@ -94,7 +97,8 @@ def _trace(
         rows = groups[i]
         label = "" if len(groups) == 1 else f"prompts {rows.start} to {rows.stop - 1}"
         try:
-            _trace_group(args, model, ids[rows], None if mask is None else mask[rows], parts[i], last, more, label)
+            with Claim(parts[i]) if label else nullcontext():
+                _trace_group(args, model, ids[rows], None if mask is None else mask[rows], parts[i], last, more, label)
         except Qwen35Error as error:
             where = f"{error.where} ({label}, process {processes.rank})" if label else error.where
             raise Qwen35Error(

@@ -17,6 +17,7 @@ from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.checkpoint.header import read_header
 from qwen35_moe.config import Config
 from qwen35_moe.errors import Qwen35Error
+from qwen35_moe.load import load
 
 P = "model.language_model."
 EXPERT = P + "layers.1.mlp.experts.1.up_proj"
@@ -416,6 +417,34 @@ def test_dtypes_that_torch_lacks_are_named_when_read(tmp_path: Path) -> None:
 def test_validate_needs_a_config(tmp_path: Path) -> None:
     folder = write(tmp_path, tensors("bf16 fused")[0])
     (folder / "config.json").unlink()
-    with pytest.raises(Qwen35Error, match="keys are missing"):
+    with pytest.raises(Qwen35Error, match="no config.json"):
         Checkpoint.open(folder).validate()
     assert CONFIG["text_config"]["num_experts"] == E
+
+
+def test_a_git_lfs_pointer_is_called_that(tmp_path: Path) -> None:
+    folder = write(tmp_path, tensors("bf16 fused")[0])
+    file = sorted(folder.glob("*.safetensors"))[0]
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 4000000000\n")
+    with pytest.raises(Qwen35Error, match=rf"(?s)a git-lfs pointer.*{file.name}.*git lfs pull"):
+        Checkpoint.open(folder)
+
+
+def test_what_is_wrong_in_all_layers_is_said_once(tmp_path: Path) -> None:
+    stored = tensors("quark mxfp4")[0]
+    for name in [name for name in stored if name.endswith("weight_scale")]:
+        stored[name.replace("weight_scale", "weight_scale_2")] = torch.ones(1)
+    with pytest.raises(Qwen35Error) as error:
+        Checkpoint.open(write(tmp_path, stored)).validate()
+    assert 0 < str(error.value).count("NVFP4 (has") < 6
+    assert "mlp.experts.0.gate_proj" in str(error.value) and "like it" in str(error.value)
+
+
+def test_a_quantisation_method_that_is_not_known(tmp_path: Path) -> None:
+    """Over bytes that are sound: `load` refuses it as `info` does, before a run."""
+    folder = write(tmp_path, tensors("quark mxfp4")[0])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "aqlm"}}))
+    for command in (lambda: Checkpoint.open(folder).validate(), lambda: load(folder, mode="stream")):
+        with pytest.raises(Qwen35Error, match=r"(?s)unknown quantisation method.*aqlm"):
+            command()

@@ -90,3 +90,11 @@ def test_bad_input(tmp_path: Path, built: Build, capsys: pytest.CaptureFixture[s
     assert main(["info", str(tmp_path / "nowhere")]) == 2
     assert main(["info", str(built("tiny")), "--tokens", "0"]) == 2
     assert "nothing to estimate" in capsys.readouterr().err
+
+
+def test_a_manifest_is_verified_or_an_error(tmp_path: Path, built: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = Path(__file__).parents[1] / "weights" / "manifests" / "tiny.txt"
+    assert len(info(capsys, built("tiny"), "--manifest", str(manifest))["checksums"]) > 100
+    (tmp_path / "empty").touch()
+    assert main(["info", str(built("tiny")), "--manifest", str(tmp_path / "empty")]) == 2
+    assert "an empty manifest verifies nothing" in capsys.readouterr().err

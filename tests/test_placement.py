@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,28 @@ def test_the_command_line_takes_a_map(built: Build, tmp_path: Path, capsys: pyte
     assert printed[0] == printed[1] == printed[2]
     assert main(["trace", path, *ids, "--out", str(tmp_path / "o"), "--device-map", "nowhere.json"]) == 2
     assert main([*trace, str(tmp_path / "o"), "--device-map", "auto", "--mode", "stream"]) == 2
+
+
+@pytest.mark.parametrize("option", ["--max-memory", "--offload-folder"])
+def test_what_says_nothing_without_a_map(built: Build, tmp_path: Path, option: str) -> None:
+    assert main(["trace", str(built("tiny")), "--ids", "1", "--out", str(tmp_path / "o"), option, "cpu=1GB"]) == 2
+
+
+def test_weights_of_a_process_that_was_killed_are_removed(built: Build, tmp_path: Path) -> None:
+    """Those of processes that live are not."""
+    options = {"device_map": SPREAD, "offload_folder": str(tmp_path), "mode": "decoded"}
+    code = (
+        f"import qwen35_moe as q, os, signal; m = q.load({str(built('tiny'))!r}, **{options!r}); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    (left,) = tmp_path.iterdir()
+    first, second = q.load(built("tiny"), **options), q.load(built("tiny"), **options)
+    assert not left.exists() and len(list(tmp_path.iterdir())) == 2
+    assert torch.equal(first(IDS), second(IDS))
+    del first, second
+    gc.collect()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.gpu

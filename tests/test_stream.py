@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 import qwen35_moe as q
+from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.cli import main
+from qwen35_moe.files import Claim
 from qwen35_moe.long_run import trace_layers
 from qwen35_moe.oracle.envelope import legal
 from qwen35_moe.oracle.envelope_file import remaining, write_envelope
@@ -302,3 +307,42 @@ def test_an_envelope_says_where_it_is(built: Build, tmp_path: Path, capsys: pyte
     assert main(["trace", str(built("tiny-mxfp4")), "--ids", "1,2,3", "--out", str(tmp_path / "out")]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("envelope, pass ")]
     assert len(lines) > 4 and [line.split("layer ")[1][:3] for line in lines[:5]] == ["1/4", "2/4", "3/4", "4/4", "1/4"]
+
+
+def test_another_process_that_writes_there_is_kept_out(
+    built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs in one directory would mix their files; that of a process which was killed is free."""
+    out, checkpoint = tmp_path / "out", built("tiny-mxfp4")
+    code = f"from qwen35_moe.files import Claim; c = Claim(__import__('pathlib').Path({str(out)!r})); print(1); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline()
+        assert main(command(checkpoint, out)) == 2
+        assert "another process is writing here" in capsys.readouterr().err and not list(out.iterdir())
+        other.kill()
+    assert main(command(checkpoint, out)) == 0
+    prompts = [*command(checkpoint, out), "--ids", "[[1, 2], [3, 4]]", "--batch", "1"]
+    (tmp_path / "ids.json").write_text("[[1, 2], [3, 4]]")
+    prompts[prompts.index("[[1, 2], [3, 4]]")] = str(tmp_path / "ids.json")
+    with Claim(tmp_path / "out.parts" / "00001"):
+        assert main(prompts) == 2
+    assert "another process is writing here" in capsys.readouterr().err
+    assert main([*prompts, "--resume"]) == 0
+
+
+def test_a_directory_that_was_made_for_nothing_is_removed(built: Build, tmp_path: Path) -> None:
+    out = tmp_path / "a" / "out"
+    assert main([*command(built("tiny-mxfp4"), out), "--taps", "moe_topk"]) == 2
+    assert not out.exists()
+
+
+def test_nan_is_not_silent(built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(built("tiny"), tmp_path / "broken")
+    stored = Checkpoint.open(tmp_path / "broken").stored("layers.2.mlp.gate.weight")
+    with open(stored.file, "r+b") as file:
+        file.seek(stored.begin)
+        file.write(b"\xff\xff")
+    assert main(command(tmp_path / "broken", tmp_path / "out")) == 0
+    assert "the trace holds NaN, from layers.2.moe_router_logits on" in capsys.readouterr().err
+    assert main(command(built("tiny"), tmp_path / "fine")) == 0
+    assert "NaN" not in capsys.readouterr().err

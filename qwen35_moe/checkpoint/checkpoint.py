@@ -156,12 +156,20 @@ class Checkpoint:
         specs = {weight.spec for e in range(1 if experts.fused else experts.count) for weight in experts.weights(e)}
         return specs.pop() if len(specs) == 1 else None
 
+    def model_config(self, ignore: Iterable[str] = ()) -> Config:
+        """Its config.json, checked. ignore: further keys that mean nothing to the model. Error: there is no config."""
+        if not self.config:
+            root = self.path if self.path.is_dir() else self.path.parent
+            do = "copy the one that belongs to these tensors beside them"
+            raise Qwen35Error("no config.json", where=root / "config.json", found="absent or empty", do=do)
+        return Config.from_dict(self.config, ignore)
+
     def validate(self, config: Config | None = None) -> None:
         """Error unless all tensors that the configuration implies are there, in their shapes, and no others.
 
         Reads headers only. Vision tower and MTP may be left out as a whole.
         """
-        check_complete(self, Config.from_dict(self.config) if config is None else config)
+        check_complete(self, self.model_config() if config is None else config)
 
     def report(self, aside: Iterable[str] = ("visual.*", "mtp.*")) -> Report:
         """What became of every tensor; `aside` are patterns of those that are left out on purpose."""

@@ -56,6 +56,8 @@ def verify_manifest(folder: Folder, reader: Reader, manifest: Path) -> Iterator[
         lines = [line.split() for line in manifest.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise Qwen35Error("cannot read the manifest", where=manifest, found=error) from error
+    if not lines:
+        raise Qwen35Error("an empty manifest verifies nothing", where=manifest, expected="lines `sha256 ... name`")
     tensors = {stored.raw_name: stored for stored in folder.tensors.values()}
     root = folder.path if folder.path.is_dir() else folder.path.parent
     for number, words in enumerate(lines, 1):

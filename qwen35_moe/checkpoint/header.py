@@ -25,6 +25,7 @@ from ..errors import Qwen35Error
 # The format's own limit. The header of a whole 397B checkpoint in one file would have 25 MB.
 LIMIT = 100_000_000
 MAX_DIMENSIONS = 8
+LFS = b"version https://git-lfs"  # how a text begins that stands in for a file
 KEYS = frozenset(("dtype", "shape", "data_offsets"))
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -94,6 +95,9 @@ def read_header(file: Path) -> Header:
             first = handle.read(8)
             length = int.from_bytes(first, "little")
             if size < 8 or length > min(size - 8, LIMIT):
+                if (first + handle.read(64)).startswith(LFS):
+                    do = "git lfs pull, or download the file itself"
+                    raise Qwen35Error("a git-lfs pointer instead of the file", where=file, do=do)
                 raise Qwen35Error(
                     "not a safetensors file, or cut off within its header",
                     where=file,

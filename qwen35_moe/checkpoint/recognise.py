@@ -72,6 +72,8 @@ def recognise(module: str, found: Mapping[str, Stored], reader: Reader) -> Weigh
         return _mxfp4(module, main, _present(scale, main, "U8 scales, one for 32 columns"), reader)
     if main.dtype == "F8_E4M3":
         return _fp8(module, main, _present(scale, main, "a weight_scale or weight_scale_inv"), reader)
+    if main.dtype == "U8":
+        _present(scale, main, "a weight_scale: U8, one for 32 columns (MXFP4)")
     raise _unknown(main, f"{main}, scale: {scale or 'none'}")
 
 
@@ -134,7 +136,9 @@ def _fp8(module: str, values: Stored, scale: Stored, reader: Reader) -> Weight:
 
 def _present(scale: Stored | None, main: Stored, expected: str) -> Stored:
     if scale is None:
-        raise Qwen35Error("a quantised weight has no scale", where=main.where, expected=expected, found="none")
+        raise Qwen35Error(
+            "a quantised weight has no scale", where=main.where, expected=expected, found=f"{main}, scale: none"
+        )
     return scale
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..config import Config
 from ..errors import Qwen35Error
+from ..quant.spec import as_raw, method_of
 from ..vision import VisionConfig
 from .expected import expected_tensors
 from .folder import few
@@ -22,7 +25,13 @@ SHOWN, ENOUGH = 6, 1000
 
 
 def check_complete(ck: Checkpoint, config: Config) -> None:
-    """One error about all tensors that are missing, misshapen, in a wrong or unknown format, or not expected."""
+    """One error about all tensors that are missing, misshapen, in a wrong or unknown format, or not expected.
+
+    A quantisation method that is not known is an error, too, though bytes alone say what is computed: what else such a
+    method may mean by them is not known.
+    """
+    if quantised := as_raw(ck.config.get("quantization_config") or config.raw.get("quantization_config")):
+        method_of(quantised)
     mtp = max(config.mtp_num_hidden_layers, 1) if any(name.startswith("mtp.") for name in ck.names()) else 0
     vision = _vision_config(ck, config)
     known: set[str] = set()
@@ -47,9 +56,12 @@ def check_complete(ck: Checkpoint, config: Config) -> None:
         raise problems[0]
     if problems:
         lines = [f"{p.where}: {p.what} (expected {p.expected}, found {p.found})" for p in problems]
-        more = f"\n    and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+        alike = Counter(re.sub(r"\d+", "#", line) for line in lines)  # hundreds of experts, in which all is the same
+        first = {re.sub(r"\d+", "#", line): line for line in reversed(lines)}
+        lines = [first[kind] + (f", and {n - 1} like it" if n > 1 else "") for kind, n in alike.items()]
+        more = f"\n    and {len(lines) - SHOWN} other things" if len(lines) > SHOWN else ""
         raise Qwen35Error(
-            f"{len(lines)} things in the checkpoint do not fit its configuration",
+            f"{len(problems)} things in the checkpoint do not fit its configuration",
             where=ck.path,
             expected="the tensors that config.json implies, and no others",
             found="".join(f"\n    {line}" for line in lines[:SHOWN]) + more,

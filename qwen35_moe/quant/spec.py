@@ -50,16 +50,7 @@ class QuantConfig:
         raw = as_raw(raw)
         if not raw:
             return cls("none", exclude_list((), "quark"), BF16, "no quantization_config", (), "", {})
-        method = raw.get("quant_method") or ("modelopt" if "quantization" in raw or "quant_algo" in raw else None)
-        method = getattr(method, "value", method)  # transformers' configs hold an enum
-        if method not in READERS:
-            raise Qwen35Error(
-                "unknown quantisation method",
-                where="quantization_config.quant_method",
-                expected=", ".join(sorted(READERS)),
-                found=repr(method),
-                do="add a reader to qwen35_moe/quant/dialects.py; nothing is assumed about formats that are not known",
-            )
+        method = method_of(raw)
         return cls(method=method, raw=raw, num_hidden_layers=num_hidden_layers, **READERS[method](raw))
 
     def read_as(self, semantics: str) -> QuantConfig:
@@ -90,6 +81,21 @@ class QuantConfig:
                     if test(pattern, name):
                         return Resolution(spec, Hit(self.layers_from, None, pattern, "layer pattern", name))
         return Resolution(self.default, Hit(self.default_from, None, "", "default"))
+
+
+def method_of(raw: Mapping[str, Any]) -> str:
+    """The quant_method of a quantization_config. Error: one that is not known."""
+    method = raw.get("quant_method") or ("modelopt" if "quantization" in raw or "quant_algo" in raw else None)
+    method = getattr(method, "value", method)  # transformers' configs hold an enum
+    if method not in READERS:
+        raise Qwen35Error(
+            "unknown quantisation method",
+            where="quantization_config.quant_method",
+            expected=", ".join(sorted(READERS)),
+            found=repr(method),
+            do="add a reader to qwen35_moe/quant/dialects.py; nothing is assumed about formats that are not known",
+        )
+    return method
 
 
 def as_raw(quant_config: Any) -> Mapping[str, Any]:
