@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -346,3 +348,17 @@ def test_nan_is_not_silent(built: Build, tmp_path: Path, capsys: pytest.CaptureF
     assert "the trace holds NaN, from layers.2.moe_router_logits on" in capsys.readouterr().err
     assert main(command(built("tiny"), tmp_path / "fine")) == 0
     assert "NaN" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["decoded", "packed", "stream"])
+def test_a_model_that_is_dropped_closes_its_files(built: Build, mode: str) -> None:
+    """At once, not when the garbage collector comes by."""
+    model = q.load(built("tiny-mxfp4"), mode=mode)
+    model(IDS)
+    checkpoint = weakref.ref(model.source.checkpoint)
+    gc.disable()
+    try:
+        del model
+        assert checkpoint() is None
+    finally:
+        gc.enable()

@@ -44,7 +44,7 @@ class Checkpoint:
         self.modules: dict[str, dict[str, Stored]] = {}  # module -> role (".weight", ".weight_scale", ...) -> tensor
         self.used: set[str] = set()
         self.reader = Reader()
-        self._experts: dict[str, Experts] = {}
+        self._experts: dict[str, tuple[int, bool]] = {}  # count, and whether fused; `Experts` would hold this one
         self._expert_names: dict[str, list[str]] = {}  # "layers.0.mlp.experts" -> names of its tensors
         self._expert_ids: dict[str, set[int]] = {}
         for name, stored in self.tensors.items():
@@ -116,13 +116,13 @@ class Checkpoint:
         if prefix not in self._experts:
             self._experts[prefix] = self._open_experts(prefix)
         self.used.update(self._expert_names[prefix])
-        return self._experts[prefix]
+        return Experts(prefix, *self._experts[prefix], self.find)
 
     def expert_names(self, prefix: str) -> list[str]:
         """The tensors of a layer's experts."""
         return self._expert_names.get(prefix, [])
 
-    def _open_experts(self, prefix: str) -> Experts:
+    def _open_experts(self, prefix: str) -> tuple[int, bool]:
         fused, own = f"{prefix}.gate_up_proj" in self.modules, self._expert_ids.get(prefix, set())
         if fused and own:
             where, expected = f"{self.path}: {prefix}", "gate_up_proj [E, ...], or 0.gate_proj ..."
@@ -135,13 +135,13 @@ class Checkpoint:
                 if len(weight.shape) != 3 or weight.shape[0] != gate_up.shape[0]:
                     stored, expected = weight.values.stored, "[E, 2F, D] and [E, D, F] of one E"
                     raise Qwen35Error("wrong shape", where=stored.where, expected=expected, found=stored)
-            return Experts(prefix, gate_up.shape[0], True, self.find)
+            return gate_up.shape[0], True
         count = max(own, default=0) + 1
         for e in range(count if len(own) == count else min(count, len(own) + 1)):
             for name in PROJECTIONS:
                 if f"{prefix}.{e}.{name}" not in self.modules:
                     raise self._missing(f"{prefix}.{e}.{name}.weight")
-        return Experts(prefix, count, False, self.find)
+        return count, False
 
     def spec(self, module: str) -> ModuleSpec | None:
         """What a module's bytes are; None for one that is not there, and for experts (`….mlp.experts`) that differ."""
@@ -152,7 +152,7 @@ class Checkpoint:
             return self.find(module).spec
         if module not in self._expert_names:
             return None
-        experts = self._open_experts(module)
+        experts = Experts(module, *self._open_experts(module), self.find)
         specs = {weight.spec for e in range(1 if experts.fused else experts.count) for weight in experts.weights(e)}
         return specs.pop() if len(specs) == 1 else None
 
