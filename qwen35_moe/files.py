@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -61,13 +61,23 @@ class Claim:
         self.release()
 
 
-def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, under its name once all of it is there. Whoever may read other new files may read it, too:
-    safetensors alone leaves it to its owner."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Another name to write to, which becomes `path` once all of it is there. After an error nothing is left of it."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
-    temporary.touch()
-    mode = temporary.stat().st_mode
-    save_file(dict(tensors), temporary, metadata=dict(metadata) if metadata else None)
-    temporary.chmod(mode)
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except Exception:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file. Who may read other new files may read it, too: safetensors alone leaves it to its owner."""
+    with whole(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(dict(tensors), temporary, metadata=dict(metadata) if metadata else None)
+        temporary.chmod(mode)

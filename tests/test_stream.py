@@ -76,7 +76,7 @@ def test_runs() -> None:
     assert list(runs([])) == []
 
 
-class Stop(Exception):
+class Stop(BaseException):
     """A kill at a chosen moment."""
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from ..files import whole
 from ..tap_names import base_name
 from .records import CLASSES, Comparison, Record, show
 
@@ -194,7 +195,5 @@ def _plain(x: object) -> object:
 
 def write(path: str | Path, content: str) -> None:
     """Complete or not at all."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8", errors="backslashreplace")  # of paths that are not UTF-8
-    partial.replace(path)
+    with whole(Path(path)) as temporary:
+        temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # of paths that are not UTF-8

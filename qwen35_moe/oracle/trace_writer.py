@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..files import save_whole
+from ..files import save_whole, whole
 from ..taps import Site
 from .trace_file import CHUNK_BYTES, FORMAT, RESUME, VERSION, Entry, Trace, in_utf8, records_of
 
@@ -106,8 +105,8 @@ class TraceWriter:
         """Append one large tensor as a file of its own, block by block of its last dimension."""
         self.flush()
         name, rows = f"{self.files:05d}.safetensors", prod(shape[:-1])
-        temporary, at = self.path / (name + ".tmp"), 0
-        with open(temporary, "wb") as file:
+        at = 0
+        with whole(self.path / name) as temporary, open(temporary, "wb") as file:
             for which, block in blocks:
                 if not at:
                     width = block.element_size()
@@ -117,7 +116,6 @@ class TraceWriter:
                 for row, values in enumerate(block.reshape(rows, -1).cpu().contiguous().view(torch.uint8).numpy()):
                     file.seek(at + (row * shape[-1] + which.start) * width)
                     file.write(values.data)
-        os.replace(temporary, self.path / name)
         self.entries.append(done)
         self.files += 1
 
@@ -125,9 +123,8 @@ class TraceWriter:
         """Write the rest, and trace.json last."""
         self.flush()
         head = {"format": FORMAT, "version": VERSION, "meta": self.meta, "tensors": [asdict(e) for e in self.entries]}
-        temporary = self.path / "trace.json.tmp"
-        temporary.write_text(json.dumps(head))
-        os.replace(temporary, self.path / "trace.json")
+        with whole(self.path / "trace.json") as temporary:
+            temporary.write_text(json.dumps(head))
 
     def __enter__(self) -> TraceWriter:
         return self

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
+from ..files import whole
 from ..tap_names import TAPS, base_name
 from .align import joined
 from .kl_base import encode, log_p
@@ -116,8 +117,7 @@ def write_kl_base(path: str | Path, ids: Tensor, logits: Tensor) -> None:
         raise Qwen35Error("logits are not finite", where=path, do="a KL base file has no code for NaN or infinity")
     chunks, n_ctx, n_vocab = logits.shape
     first = n_ctx // 2
-    temporary = Path(f"{path}.tmp")
-    with temporary.open("wb") as file:
+    with whole(Path(path)) as temporary, temporary.open("wb") as file:
         file.write(b"_logits_" + struct.pack("<3i", n_ctx, n_vocab, chunks))
         file.write(ids.to(torch.int32).contiguous().numpy().tobytes())
         for chunk in logits:
@@ -127,4 +127,3 @@ def write_kl_base(path: str | Path, ids: Tensor, logits: Tensor) -> None:
             rows[:, :4] = head.view("<u2")
             rows[:, 4 : 4 + n_vocab] = q.numpy()
             file.write(rows.tobytes())
-    temporary.replace(path)
