@@ -203,6 +203,8 @@ def _folder(model: Model, offload_folder: str | Path | None) -> str:
         raise Qwen35Error("weights on disk need a place", where="device_map", do="give offload_folder, or more memory")
     with Claim(Path(offload_folder), wait=True):
         for old in Path(offload_folder).glob(f"{OFFLOAD}*"):
+            if not old.is_dir() or any(f.suffix != ".dat" and f.name != "index.json" for f in old.iterdir()):
+                continue  # somebody else's
             try:
                 Claim(old).release()
                 shutil.rmtree(old, ignore_errors=True)

@@ -154,12 +154,14 @@ def test_weights_of_a_process_that_was_killed_are_removed(built: Build, tmp_path
     )
     subprocess.run([sys.executable, "-c", code], check=False)
     (left,) = tmp_path.iterdir()
+    (own := tmp_path / "qwen35-moe-of-the-user").mkdir()
+    (own / "notes.txt").touch()
     first, second = q.load(built("tiny"), **options), q.load(built("tiny"), **options)
-    assert not left.exists() and len(list(tmp_path.iterdir())) == 2
+    assert not left.exists() and len(list(tmp_path.iterdir())) == 3
     assert torch.equal(first(IDS), second(IDS))
     del first, second
     gc.collect()
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [own]
 
 
 @pytest.mark.gpu
