@@ -31,8 +31,14 @@ def device_options(args: argparse.Namespace) -> dict[str, Any]:
                 raise Qwen35Error("says nothing without a map", where=where, expected="--device-map as well")
         usable(args.device, f"--device {args.device}")
         return {"device": args.device}
+    if args.device != "cpu":
+        raise Qwen35Error("a map says where all is", where=f"--device {args.device}", expected="--device-map alone")
     memory: dict[int | str, str] | None = None if args.max_memory is None else {}
-    for part in args.max_memory.split(",") if args.max_memory else ():
+    if memory is not None and args.device_map not in AUTOMATIC:
+        where, expected = "--max-memory", " | ".join(AUTOMATIC)
+        raise Qwen35Error("a map that says where all is has no limits", where=where, expected=expected,
+                          found=f"--device-map {args.device_map}")  # fmt: skip
+    for part in args.max_memory.split(",") if memory is not None else ():
         device, _, size = part.strip().partition("=")
         if not size or not (device.isdecimal() or device in ("cpu", "mps")):
             raise Qwen35Error("cannot read a limit", where="--max-memory", expected="0=20GB,cpu=30GB", found=part)

@@ -18,16 +18,21 @@ except ImportError:  # not on Windows, where nobody is kept out
     fcntl = None  # type: ignore[assignment]
 
 
+_claimed: dict[Path, int] = {}  # directories, and their descriptors
+
+
 class Claim:
     """A directory, made if it is not there, that no other process can claim until this is released, or its process has
-    ended in whichever way. Nothing is written to it; if it was made and stays empty, it is removed. wait: until it is
-    free. Error: claimed by another, or nobody may write there.
+    ended in whichever way. Nothing is written to it; what was made and stays empty is removed, parents, too.
+    Error: claimed by another, or nobody may write there.
 
     Where a file system knows no locks, nobody is kept out.
     """
 
-    def __init__(self, path: Path, wait: bool = False):
-        self._descriptor, self._path, self._made = -1, path, not path.exists()
+    def __init__(self, path: Path):
+        path = path.resolve()
+        self._descriptor, self._path = -1, path
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
             if not os.access(path, os.W_OK | os.X_OK):
@@ -38,19 +43,21 @@ class Claim:
         except OSError as error:
             raise Qwen35Error("cannot write here", where=path, found=error.strerror or error) from error
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._descriptor)
             do = "wait until it is done, or write to another directory"
             raise Qwen35Error("another process is writing here", where=path, do=do) from None
         except OSError:
             pass
+        _claimed[path] = self._descriptor
 
     def release(self) -> None:
-        if self._made:
-            with suppress(OSError):  # not empty
-                self._path.rmdir()
+        with suppress(OSError):  # not empty
+            for folder in self._made:
+                folder.rmdir()
         if self._descriptor >= 0:
+            _claimed.pop(self._path, None)
             os.close(self._descriptor)
         self._descriptor = -1
 
@@ -61,9 +68,18 @@ class Claim:
         self.release()
 
 
+def check_claim(directory: Path) -> None:
+    """Error if a directory that this process has claimed was deleted: the one of its name may be another process's."""
+    descriptor = _claimed.get(directory.resolve())
+    if descriptor is None or (directory.exists() and os.path.samestat(os.fstat(descriptor), directory.stat())):
+        return
+    raise Qwen35Error("deleted while this was writing to it", where=directory, do="run again")
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Another name to write to, which becomes `path` once all of it is there. After an error nothing is left of it."""
+    check_claim(path.parent)
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:

@@ -95,6 +95,8 @@ def load(
 def usable(device: str | torch.device, where: str) -> torch.device:
     """The device, if tensors can be made on it."""
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("nothing is computed there")
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # what torch raises without CUDA is an assertion
         raise Qwen35Error("no such device here", where=where, found=str(error).splitlines()[0]) from error
@@ -108,6 +110,8 @@ def build(source: Source, table: Arithmetic, fused: Sequence[bool], device: torc
     if device.type == "meta":
         return model
     if mode == "stream":
+        for i in (i for i, is_fused in enumerate(fused) if is_fused):
+            source.guard_slot(f"layers.{i}.mlp")  # before a long run begins
         layers = stream_layers(model, "layers", "layers", source, table, device)
         model.embed_tokens, model.lm_head = StreamedEmbedding(source, table), StreamedHead(source, table)
         model.embed_tokens.then, layers.then = layers.begin, partial(model.lm_head.begin, device)

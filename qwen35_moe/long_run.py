@@ -4,8 +4,9 @@ are on disk, and a later run goes on from there with the same bytes.
 Beside the trace's files (`oracle/trace_file.py`) lies `resume.safetensors` until all layers are done:
 
     sum [B, T, D]     the residual stream after the last layer that is done, as the next one takes it (not yet rounded)
-    __metadata__      run: what must be the same for the bytes to be; next: the layer to go on with; files: how many
-                      files of the trace are done; unused: tensors of those layers that were never read
+    __metadata__      `State` as JSON: run: what must be the same for the bytes to be; next: the layer to go on with;
+                      files: how many of the trace are done; unused: tensors of those layers that were never read;
+                      nan: the first tap that held one; weights: a hash of a sample of the checkpoint's bytes; threads
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -64,21 +66,22 @@ def trace_layers(
     """
     out, count = Path(out), len(model.layers)
     stop = count if last is None else last + 1
-    if not 0 < stop <= count:
-        raise Qwen35Error("no such layer", expected=f"0 to {count - 1}", found=last)
-    check_request(model, ids_BT, taps)
+    check_request(model, ids_BT, taps, last)
     aside = aside_of(model, taps, last)
     meta = meta_of(model, ids_BT, mask, taps, experts, meta)
     run = json.dumps(meta, default=str)
-    if resume and not (out / RESUME).is_file() and (out / "trace.json").is_file():
-        return _complete(model, out, run, aside)
-    start, files, unused, sum_BTD = _read_state(out, run) if resume else (0, 0, [], None)
+    if resume and is_complete(out):
+        return complete(model, out, run, aside)
+    now = State(run, model.source.checkpoint.sample(), torch.get_num_threads())
+    state, sum_BTD = now.resumed(out) if resume else (now, None)
+    start = state.next
     used = model.source.checkpoint.used
     before = set(used)
     used.update(name for name in model.source.checkpoint.names() if _is_done(name, start))
-    used.difference_update(unused)
-    writer = TraceWriter(out, meta, keep=files)
+    used.difference_update(state.unused)
+    writer = TraceWriter(out, meta, keep=state.files)
     recorder, progress = Recorder(taps, experts=experts, out=writer), Progress(model, range(start, stop), quiet, label)
+    recorder.first_nan = state.nan
     with resumable(out, start):
         h_BTD, given = begin(model, ids_BT, mask, sum_BTD=sum_BTD, handlers=(recorder,))
     with arithmetics.using(model.arithmetic), attach(recorder, progress):
@@ -87,8 +90,9 @@ def trace_layers(
                 with scope(layer=i):
                     h_BTD = model.layers[i](h_BTD, *given, LayerState())
                 writer.flush()
-                unused += sorted(n for n in model.source.checkpoint.names() if _is_left(n, i, used))
-                _write_state(out, run, i + 1, writer, unused, h_BTD)
+                state.unused += sorted(n for n in model.source.checkpoint.names() if _is_left(n, i, used))
+                state.next, state.files, state.nan = i + 1, writer.files, recorder.first_nan
+                state.write(out, h_BTD)
             progress.done(i)
         with resumable(out, stop):
             if stop == count:
@@ -102,10 +106,12 @@ def trace_layers(
     return Trace.open(out), model.source.checkpoint.report(aside)
 
 
-def check_request(model: Model, ids_BT: Tensor, taps: Patterns) -> None:
-    """Error: ids or patterns that are none. To be found before anything is removed that an earlier run has left."""
+def check_request(model: Model, ids_BT: Tensor, taps: Patterns, last: int | None) -> None:
+    """Error: ids, patterns or a layer that are none. To be found before anything is removed that a run has left."""
     model.checked(ids_BT)
     Recorder(taps)
+    if last is not None and not 0 <= last < len(model.layers):
+        raise Qwen35Error("no such layer", where="--layers", expected=f"0 to {len(model.layers) - 1}", found=last)
 
 
 def meta_of(
@@ -151,8 +157,13 @@ def _head(model: Model, h_BTD: Tensor, recorder: Recorder, writer: TraceWriter) 
     if not isinstance(model.lm_head, StreamedHead):
         model.lm_head(HEAD, x_BTD)
         return
-    shape = (*x_BTD.shape[:2], model.config.vocab_size)
-    writer.add_blocks(site, dims_of(HEAD, 3), shape, rounded_blocks(model, x_BTD))
+
+    def blocks() -> Iterator[tuple[slice, Tensor]]:
+        for which, part in rounded_blocks(model, x_BTD):
+            recorder.look(HEAD, part)
+            yield which, part
+
+    writer.add_blocks(site, dims_of(HEAD, 3), (*x_BTD.shape[:2], model.config.vocab_size), blocks())
 
 
 def aside_of(model: Model, taps: Patterns, last: int | None) -> list[str]:
@@ -197,52 +208,63 @@ def resumable(out: Path, layer: int) -> Iterator[None]:
         raise Qwen35Error("cannot write the trace", where=out, found=error, do=do) from error
 
 
-def _complete(model: Model, out: Path, run: str, aside: Sequence[str]) -> tuple[Trace, Report]:
+def is_complete(out: Path) -> bool:
+    return (out / "trace.json").is_file() and not (out / RESUME).is_file()
+
+
+def complete(model: Model, out: Path, run: str, aside: Sequence[str]) -> tuple[Trace, Report]:
     """The trace that is there, whose run was killed when all was done."""
     trace = Trace.open(out)
-    check_same_run(trace, run, "a complete trace of another run is here", "leave out --resume to write it anew")
+    what, do = "a complete trace of another run is here", "leave out --resume to write it anew"
+    check_same(out, json.dumps(trace.meta, default=str), run, what, do)
     sweep(out)
     names = model.source.checkpoint.names()
     model.source.checkpoint.used.update(n for n in names if not any(fnmatchcase(n, pattern) for pattern in aside))
     return trace, model.source.checkpoint.report(aside)
 
 
-def check_same_run(there: Trace, run: str, what: str, do: str) -> None:
-    """Error unless a trace is of this run: `meta_of` as JSON."""
-    assert there.path is not None
-    _check_same(there.path, json.dumps(there.meta, default=str), run, what, do)
-
-
-def _check_same(out: Path, then: str, now: str, what: str, do: str) -> None:
+def check_same(out: Path, then: str, now: str, what: str = "another run was begun here", do: str = "") -> None:
+    """Error unless two runs are the same: `meta_of` as JSON."""
     if then != now:
         old, new = json.loads(then), json.loads(now)
         found = "differing: " + ", ".join(sorted(key for key in {*old, *new} if old.get(key) != new.get(key)))
+        found = found.replace("steps", "ids")
+        do = do or "give the options of that run, or leave out --resume to start anew"
         raise Qwen35Error(what, where=out, expected="the same checkpoint, ids and options", found=found, do=do)
 
 
-def _write_state(out: Path, run: str, following: int, writer: TraceWriter, unused: list[str], sum_BTD: Tensor) -> None:
-    known = {"run": run, "next": str(following), "files": str(writer.files), "unused": json.dumps(unused)}
-    known["threads"] = str(torch.get_num_threads())
-    save_whole({"sum": sum_BTD.cpu().contiguous()}, out / RESUME, known)
+@dataclass
+class State:
+    """What `resume.safetensors` says beside the residual stream."""
 
+    run: str
+    weights: str
+    threads: int
+    next: int = 0
+    files: int = 0
+    nan: str = ""
+    unused: list[str] = field(default_factory=list)
 
-def _read_state(out: Path, run: str) -> tuple[int, int, list[str], Tensor | None]:
-    """(layer to go on with, files that are done, tensors left unread, the residual stream)."""
-    if not (out / RESUME).is_file():
-        return 0, 0, [], None  # killed before the first layer was done, or never begun
-    try:
-        with safe_open(out / RESUME, framework="pt") as file:
-            known, sum_BTD = file.metadata() or {}, file.get_tensor("sum")
-            json.loads(known["run"])
-            done = int(known["next"]), int(known["files"]), json.loads(known["unused"]), sum_BTD
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise Qwen35Error(
-            "cannot read the state", where=out / RESUME, found=error, do="start without --resume"
-        ) from error
-    do = "give the options of that run, or leave out --resume to start anew"
-    _check_same(out, known["run"], run, "another run was begun here", do)
-    if (threads := known.get("threads", "")) != str(torch.get_num_threads()):  # the last bits of products go with it
-        do = f"OMP_NUM_THREADS={threads} goes on to the same bits; or leave out --resume to start anew"
-        raise Qwen35Error("begun on another number of threads", where=out, expected=threads,
-                          found=torch.get_num_threads(), do=do)  # fmt: skip
-    return done
+    def write(self, out: Path, sum_BTD: Tensor) -> None:
+        save_whole({"sum": sum_BTD.cpu().contiguous()}, out / RESUME, {"state": json.dumps(asdict(self))})
+
+    def resumed(self, out: Path) -> tuple[State, Tensor | None]:
+        """That of an earlier run, which must be the same as this is to be, and its residual stream."""
+        if not (out / RESUME).is_file():
+            return self, None  # killed before the first layer was done, or never begun
+        try:
+            with safe_open(out / RESUME, framework="pt") as file:
+                then, sum_BTD = State(**json.loads((file.metadata() or {})["state"])), file.get_tensor("sum")
+            json.loads(then.run)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            do = "start without --resume"
+            raise Qwen35Error("cannot read the state", where=out / RESUME, found=error, do=do) from error
+        check_same(out, then.run, self.run)
+        anew = "leave out --resume to start anew"
+        if then.weights != self.weights:
+            raise Qwen35Error("begun with other weights of equal headers", where=out, do=anew)
+        if then.threads != self.threads:  # the last bits of products go with it
+            do = f"OMP_NUM_THREADS={then.threads} goes on to the same bits; or {anew}"
+            what = "begun on another number of threads"
+            raise Qwen35Error(what, where=out, expected=then.threads, found=self.threads, do=do)
+        return then, sum_BTD

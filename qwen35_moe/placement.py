@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .errors import Qwen35Error
 from .experts import PackedExperts, ViewedExperts
 from .files import Claim
+from .load import usable
 from .moe import Experts, MoE
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ Place = int | str | torch.device
 UNITS = ["Layer", "MTP", "VisionTower"]  # classes that are never split: each is loaded as a whole
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's words
 OFFLOADED = ("cpu", "disk")
-OFFLOAD = "qwen35-moe-"  # how the names of folders with offloaded weights begin
+OFFLOAD, MARK = "qwen35-moe-", ".qwen35-moe"  # how names of folders with offloaded weights begin; a file in them
 
 
 def place(
@@ -127,12 +128,14 @@ def _name(where: Place) -> str:
     """As torch spells it; "disk" is accelerate's word."""
     if where == "disk":
         return "disk"
+    expected = '0, "cuda:0", "cpu", "disk"'
     try:
         device = torch.device(where)
+        if device.type == "meta":
+            raise TypeError
     except (RuntimeError, TypeError) as error:
-        raise Qwen35Error(
-            "no such device", where="device_map", expected='0, "cuda:0", "cpu", "disk"', found=where
-        ) from error
+        raise Qwen35Error("no such device", where="device_map", expected=expected, found=where) from error
+    usable(device, f"device_map: {where}")
     return f"{device.type}:{device.index or 0}" if device.type != "cpu" else "cpu"
 
 
@@ -201,17 +204,17 @@ def _folder(model: Model, offload_folder: str | Path | None) -> str:
     ended left there, since they were killed, are removed."""
     if offload_folder is None:
         raise Qwen35Error("weights on disk need a place", where="device_map", do="give offload_folder, or more memory")
-    with Claim(Path(offload_folder), wait=True):
-        for old in Path(offload_folder).glob(f"{OFFLOAD}*"):
-            if not old.is_dir() or any(f.suffix != ".dat" and f.name != "index.json" for f in old.iterdir()):
-                continue  # somebody else's
-            try:
-                Claim(old).release()
-                shutil.rmtree(old, ignore_errors=True)
-            except Qwen35Error:
-                pass  # in use
+    for mark in Path(offload_folder).glob(f"{OFFLOAD}*/{MARK}"):
+        with suppress(Qwen35Error):  # in use
+            Claim(mark.parent).release()
+            shutil.rmtree(mark.parent, ignore_errors=True)
+    try:
+        Path(offload_folder).mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=OFFLOAD, dir=offload_folder))
-        claim = Claim(folder)
+    except OSError as error:
+        raise Qwen35Error("cannot write here", where=offload_folder, found=error.strerror) from error
+    claim = Claim(folder)
+    (folder / MARK).touch()  # once it is claimed: what has no mark is nobody's to remove
     weakref.finalize(model, _remove, folder, claim)
     return str(folder)
 

@@ -2,8 +2,8 @@
 
     accelerate launch --multi_gpu --num_processes 4 -m qwen35_moe.cli trace CHECKPOINT --ids prompts.json --out truth
 
-A group is what one forward pass holds, `--batch` prompts, padded like all of them. Each has a directory of its own
-beside the result, `truth.parts/00000` .., with the state that --resume needs, until the result is whole. The bytes of
+A group is what one forward pass holds, `--batch` prompts, padded like all of them. Each has a directory of its own in
+that of the result, `truth/parts/00000` .., with the state that --resume needs, until the result is whole. The bytes of
 the result depend on the size of a group (a product of other shapes may add up in another order), and not on how many
 processes there were.
 """
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -26,11 +24,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .errors import Qwen35Error
-from .files import save_whole
-from .long_run import check_same_run
+from .files import save_whole, whole
+from .long_run import check_same
 from .oracle.envelope_file import ENVELOPE, stored_envelope
-from .oracle.trace_file import Entry, Trace
-from .oracle.trace_writer import TraceWriter
+from .oracle.trace_file import RESUME, Entry, Trace
+from .oracle.trace_writer import PARTS, PARTS_RUN, TraceWriter, check_ours
 from .streamed import HEAD_ROWS
 from .taps import Site
 
@@ -74,35 +72,33 @@ class Processes:
             self.state.destroy_process_group()
 
 
-def begin_parts(out: Path, groups: int, meta: dict[str, Any], resume: bool, first: bool) -> list[Path]:
-    """The directories of groups; none where an earlier run was killed when all was done.
+def begin_parts(out: Path, groups: int, run: str, resume: bool, first: bool) -> list[Path]:
+    """The directories of groups. run: what must be the same for the bytes to be.
 
-    Without `resume`, a trace that is there is unfinished from now on; the first process sees to that.
+    Error: another run was begun there, which `resume` would not go on with.
     """
-    folder = _folder(out)
-    foreign = [p.name for p in folder.iterdir() if not re.fullmatch(r"\d{5}", p.name)] if folder.is_dir() else []
-    if foreign:
-        raise Qwen35Error("directory is not of a trace's parts", where=folder, found=foreign[0], do="move it away")
-    if resume and (out / "trace.json").is_file() and not folder.exists():
-        what, do = "a complete trace of another run is here", "leave out --resume to write it anew"
-        check_same_run(Trace.open(out), json.dumps(meta, default=str), what, do)
-        return []
-    if first and not resume:
-        TraceWriter(out, meta)
+    folder, run = out / PARTS, json.dumps({**json.loads(run), "groups": groups})
+    check_ours(out)
+    if resume:
+        check_resumes(out, groups)
+        if (folder / PARTS_RUN).is_file():
+            check_same(folder, (folder / PARTS_RUN).read_text(), run)
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole(folder / PARTS_RUN) as temporary:
+            temporary.write_text(run)
+        (out / RESUME).unlink(missing_ok=True)
     return [folder / f"{i:05d}" for i in range(groups)]
 
 
-def remove_parts(out: Path) -> None:
-    """All parts, which have become one. Their folder's name goes first: what is left of it is no state to resume."""
-    folder, old = _folder(out), out.with_name(f"{out.name}.parts-joined")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.is_dir():
-        folder.rename(old)
-        shutil.rmtree(old)
-
-
-def _folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}.parts")
+def check_resumes(out: Path, groups: int) -> None:
+    """Error if an unfinished run there had all prompts in one pass, and this has groups of them, or the reverse."""
+    what, do = "another run was begun here", "give the options of that run, or leave out --resume to start anew"
+    parts = (out / PARTS / PARTS_RUN).is_file()
+    if groups == 1 and parts:
+        raise Qwen35Error(what, where=out, expected="all prompts in one pass", found="groups of prompts", do=do)
+    if groups > 1 and not parts and (out / RESUME).is_file():
+        raise Qwen35Error(what, where=out, expected="groups of prompts", found="all prompts in one pass", do=do)
 
 
 def join(parts: Sequence[Path], out: Path, meta: dict[str, Any]) -> Trace:
@@ -114,7 +110,7 @@ def join(parts: Sequence[Path], out: Path, meta: dict[str, Any]) -> Trace:
     traces = [Trace.open(part) for part in parts]
     tensors = [Counter(entry.file for entry in t.sites.values()) for t in traces]  # how many a file holds
     alone = {key for t, held in zip(traces, tensors, strict=True) for key, e in t.sites.items() if held[e.file] == 1}
-    with TraceWriter(out, meta) as writer:
+    with TraceWriter(out, meta, joins=True) as writer:
         for key in _order(traces):
             there = [t for t in traces if key in t]
             entry = there[0].sites[key]

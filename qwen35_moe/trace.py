@@ -73,10 +73,14 @@ class Recorder:
                 do="call recorder.next_step() between forward passes",
             )
         self._seen.add(entry.key)
-        if not self.first_nan and x.is_floating_point() and bool(x.isnan().any()):
-            self.first_nan = entry.key
+        self.look(entry.key, x)
         # A copy: caches and states are changed in place later on.
         (self._writer or self.trace).add(entry, x.detach().clone())
+
+    def look(self, key: str, x: Tensor) -> None:
+        """Whether this is the first value that holds NaN."""
+        if not self.first_nan and x.is_floating_point() and bool(x.isnan().any()):
+            self.first_nan = key
 
     def next_step(self) -> None:
         self.step += 1

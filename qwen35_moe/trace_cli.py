@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -18,14 +19,15 @@ from .device_options import add_device_options, device_options
 from .errors import Qwen35Error
 from .files import Claim
 from .load import MODES, SHARED, load
-from .long_run import aside_of, check_request, meta_of, resumable, trace_layers
+from .long_run import aside_of, check_request, complete, is_complete, meta_of, resumable, trace_layers
 from .model import Model
 from .oracle.envelope import legal
 from .oracle.envelope_file import remaining, write_envelope
 from .oracle.oracle_cli import padded
 from .oracle.trace_file import Trace
+from .oracle.trace_writer import PARTS, remove_parts
 from .prompt import read_ids
-from .shares import Processes, begin_parts, join, remove_parts
+from .shares import Processes, begin_parts, check_resumes, join
 from .tap_names import TAPS
 
 
@@ -65,6 +67,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not (args.checkpoint and args.ids and args.out):
         raise Qwen35Error("nothing to trace", expected="trace CHECKPOINT --ids FILE --out DIRECTORY")
+    if args.offload_folder is not None and Path(args.offload_folder).resolve() == Path(args.out).resolve():
+        raise Qwen35Error(
+            "the trace's own directory", where=f"--offload-folder {args.offload_folder}", do="name another"
+        )
     ids, mask = padded([torch.tensor(row) for row in read_ids(args.ids, "--ids")])
     processes = Processes(args.device)
     args.device = processes.device
@@ -90,9 +96,17 @@ def _trace(
         "shared_expert": args.shared_expert,
         "fused": model.fused,
     }
-    check_request(model, ids, args.taps)
-    meta = meta_of(model, ids, mask, args.taps, args.experts, more)
-    parts = [out] if len(groups) == 1 else begin_parts(out, len(groups), meta, args.resume, processes.rank == 0)
+    check_request(model, ids, args.taps, last)
+    meta, aside = meta_of(model, ids, mask, args.taps, args.experts, more), aside_of(model, args.taps, last)
+    run, parts = json.dumps(meta, default=str), [out]
+    if len(groups) == 1:
+        if args.resume:
+            check_resumes(out, 1)
+    elif args.resume and is_complete(out) and not (out / PARTS).is_dir():
+        complete(model, out, run, aside)
+        parts = []
+    else:
+        parts = begin_parts(out, len(groups), run, args.resume, processes.rank == 0)
     for i in processes.own(len(parts)):
         rows = groups[i]
         label = "" if len(groups) == 1 else f"prompts {rows.start} to {rows.stop - 1}"
@@ -113,7 +127,7 @@ def _trace(
             remove_parts(out)
         for mlp, cost in model.conversion.items():
             print(f"{mlp}: shared expert converted to MXFP4, relative error {cost:.4f}")
-        print(checkpoint.report(aside_of(model, args.taps, last)))
+        print(checkpoint.report(aside))
         print(f"{args.out}: {len(truth)} tensors of {ids.numel()} tokens, arithmetic {args.arithmetic}")
     processes.close()
 

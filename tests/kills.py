@@ -28,7 +28,7 @@ from qwen35_moe.oracle.trace_file import Trace
 
 # What the innermost functions of the main thread say of what it was doing; the first that matches.
 DOING = (
-    ("saving a state", r"_write_state|envelope_file.py.* in write$|_read_state"),
+    ("saving a state", r"long_run.py.* in write$|envelope_file.py.* in write$|in resumed$"),
     ("writing values", r"trace_file.py.* in (flush|add_blocks|close|add|__init__)"),
     ("writing the envelope", r"envelope_file.py.* in _of_truth"),
     ("decoding", r"quant/|in decode"),

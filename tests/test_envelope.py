@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
+from qwen35_moe.cli import main
 from qwen35_moe.oracle import second_look
 from qwen35_moe.oracle.mutants import Bench
 from qwen35_moe.oracle.oracle_cli import open_checkpoint
 from qwen35_moe.oracle.scale import ENOUGH, scale_errors
 from qwen35_moe.oracle.split_k import SplitK, samples, split, splitting
+from qwen35_moe.oracle.trace_file import Trace
 from qwen35_moe.oracle.variants import variants
 from qwen35_moe.tables import FLOAT32, SGLANG_BF16, TRANSFORMERS_BF16
 
@@ -81,3 +85,22 @@ def test_a_second_look_clears_an_engine_that_splits_its_products(monkeypatch: py
     assert bench.clean(engine).found
     monkeypatch.setattr(second_look, "SAMPLES", 0)
     assert not bench.clean(engine).found
+
+
+def test_values_of_single_experts_have_an_envelope(
+    built: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turns of loops have none: turn 3 is expert 3 in one arithmetic and slot 3 in another."""
+    (tmp_path / "truth").mkdir()
+    monkeypatch.chdir(tmp_path / "truth")
+    command = ["trace", str(built("tiny-mxfp4")), "--ids", "1,2,3,4,5", "--experts", "--quiet", "--out"]
+    engine = [*command, str(tmp_path / "engine"), "--no-envelope", "--arithmetic", "sglang-bf16"]
+    assert main([*command, "."]) == 0 == main(engine)
+    stored = load_file(tmp_path / "truth" / "envelope.safetensors")
+    truth = Trace.open(tmp_path / "truth")
+    turns = [key for key in truth if key.rpartition(".")[2].isdigit()]
+    assert turns and not stored.keys() & set(turns)
+    assert sum("moe_expert_" in key for key in stored) > 100
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "truth"), str(tmp_path / "engine")]) == 0
+    assert f"AGREES: {len(truth) - len(turns)} taps within rounding" in capsys.readouterr().out

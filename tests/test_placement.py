@@ -16,6 +16,7 @@ from tolerances import FLOAT64_REORDERED
 
 import qwen35_moe as q
 from qwen35_moe.cli import main
+from qwen35_moe.files import Claim
 from qwen35_moe.long_run import trace_layers
 from qwen35_moe.metrics import rel_l2
 
@@ -112,6 +113,8 @@ def test_auto_fills_the_memory_that_it_may_take(built: Build, tmp_path: Path, mo
         ({"device_map": "sideways"}, "unknown device_map"),
         ({"device_map": {"": "floppy"}}, "no such device"),
         ({"device_map": {"": {"layers": 1}}}, "no such device"),
+        ({"device_map": {"": "meta"}}, "no such device"),
+        ({"device_map": {"": "cuda:99"}}, "no such device"),
         ({"device_map": "auto", "max_memory": {"cpu": "40XB"}}, "(?s)makes no map.*max_memory"),
         ({"device_map": {"": "disk"}}, "offload_folder"),
         ({"device_map": {"": "cpu"}, "mode": "stream"}, "streamed"),
@@ -137,7 +140,11 @@ def test_the_command_line_takes_a_map(built: Build, tmp_path: Path, capsys: pyte
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] == printed[2]
     assert main(["trace", path, *ids, "--out", str(tmp_path / "o"), "--device-map", "nowhere.json"]) == 2
-    assert main([*trace, str(tmp_path / "o"), "--device-map", "auto", "--mode", "stream"]) == 2
+    for more in (["auto", "--mode", "stream"], ["auto", "--device", "meta"], ["auto", "--max-memory", ""],
+                 [options[1], "--max-memory", "cpu=1GB"]):  # fmt: skip
+        assert main([*trace, str(tmp_path / "o"), "--device-map", *more]) == 2
+        assert "a bug" not in capsys.readouterr().err
+    assert main([*trace, str(tmp_path / "o"), "--device", "meta"]) == 2
 
 
 @pytest.mark.parametrize("option", ["--max-memory", "--offload-folder"])
@@ -154,14 +161,28 @@ def test_weights_of_a_process_that_was_killed_are_removed(built: Build, tmp_path
     )
     subprocess.run([sys.executable, "-c", code], check=False)
     (left,) = tmp_path.iterdir()
-    (own := tmp_path / "qwen35-moe-of-the-user").mkdir()
-    (own / "notes.txt").touch()
+    own = [tmp_path / f"qwen35-moe-{name}" for name in ("empty", "notes", "weights")]
+    for folder, name in zip(own, ("", "notes.txt", "layers.0.weight.dat"), strict=True):
+        folder.mkdir()
+        if name:
+            (folder / name).touch()
     first, second = q.load(built("tiny"), **options), q.load(built("tiny"), **options)
-    assert not left.exists() and len(list(tmp_path.iterdir())) == 3
+    assert not left.exists() and len(list(tmp_path.iterdir())) == 5
     assert torch.equal(first(IDS), second(IDS))
     del first, second
     gc.collect()
-    assert list(tmp_path.iterdir()) == [own]
+    assert sorted(tmp_path.iterdir()) == own and [len(list(folder.iterdir())) for folder in own] == [0, 1, 1]
+
+
+def test_offloading_waits_for_nobody(built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "map.json").write_text(json.dumps(SPREAD))
+    (tmp_path / "out").mkdir()
+    options = ["--device-map", str(tmp_path / "map.json"), "--mode", "decoded", "--quiet", "--no-envelope"]
+    trace = ["trace", str(built("tiny-mxfp4")), "--ids", "1,2,3", "--out", str(tmp_path / "out"), *options]
+    assert main([*trace, "--offload-folder", str(tmp_path / "x" / ".." / "out")]) == 2
+    assert "the trace's own directory" in capsys.readouterr().err
+    with Claim(tmp_path / "offloaded"):  # whoever else works in there
+        assert main([*trace, "--offload-folder", str(tmp_path / "offloaded")]) == 0
 
 
 @pytest.mark.gpu

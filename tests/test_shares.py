@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from tolerances import FLOAT64_REORDERED
 import qwen35_moe as q
 from qwen35_moe import shares
 from qwen35_moe.cli import main
+from qwen35_moe.files import Claim
 from qwen35_moe.oracle.trace_file import Trace
 
 Build = Callable[[str], Path]
@@ -61,19 +63,16 @@ def test_two_processes_one_of_which_fails_and_resumes(built: Build, tmp_path: Pa
         assert main(options(built("tiny-mxfp4"), tmp_path, "alone", "--batch", "1")) == 0
     finally:
         torch.set_num_threads(threads)
-    obstacle = tmp_path / "shared.parts" / "00002" / "notes.txt"  # the second process's prompt
-    obstacle.parent.mkdir(parents=True)
-    obstacle.touch()
-    failed = launch(*options(built("tiny-mxfp4"), tmp_path, "shared"))
-    assert failed.returncode and "directory is not a trace" in failed.stderr, failed.stderr
+    with Claim(tmp_path / "shared" / "parts" / "00002"):  # the second process's prompt
+        failed = launch(*options(built("tiny-mxfp4"), tmp_path, "shared"))
+    assert failed.returncode and "another process is writing here" in failed.stderr, failed.stderr
     assert "prompts 2 to 2, process 1" in failed.stderr
     with pytest.raises(q.Qwen35Error):
         Trace.open(tmp_path / "shared")
-    obstacle.unlink()
     resumed = launch(*options(built("tiny-mxfp4"), tmp_path, "shared", "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
-    assert "envelope.safetensors" in contents(tmp_path / "shared") and not obstacle.parent.exists()
+    assert "envelope.safetensors" in contents(tmp_path / "shared")
 
 
 class Stop(BaseException):
@@ -116,7 +115,95 @@ def test_first_layers_of_groups_now_the_others_later(built: Build, tmp_path: Pat
 
 
 def test_foreign_files_stay(built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "out.parts").mkdir()
-    (tmp_path / "out.parts" / "thesis.tex").touch()
+    (tmp_path / "out" / "parts").mkdir(parents=True)
+    (tmp_path / "out" / "parts" / "thesis.tex").touch()
     assert main(options(built("tiny-mxfp4"), tmp_path, "out", "--batch", "1")) == 2
-    assert "thesis.tex" in capsys.readouterr().err and (tmp_path / "out.parts" / "thesis.tex").exists()
+    assert "thesis.tex" in capsys.readouterr().err and (tmp_path / "out" / "parts" / "thesis.tex").exists()
+
+
+def test_folders_beside_a_trace_are_nobody_elses_business(built: Build, tmp_path: Path) -> None:
+    """Parts are in the trace's own directory, so that nothing beside it can be taken for them."""
+    for name in ("out.parts", "out.parts-joined"):
+        (tmp_path / name / "00000").mkdir(parents=True)
+        (tmp_path / name / "00000" / "trace.json").touch()
+    assert main(options(built("tiny-mxfp4"), tmp_path, "out", "--batch", "1", "--no-envelope")) == 0
+    assert main(options(built("tiny-mxfp4"), tmp_path, "out", "--no-envelope")) == 0
+    assert all((tmp_path / f"out.{name}" / "00000" / "trace.json").is_file() for name in ("parts", "parts-joined"))
+    assert not any(path.is_dir() for path in (tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("name", ["parts", "parts-joined", "parts/00001", "00000.safetensors"])
+def test_a_folder_of_that_name_with_other_things_stays(
+    built: Build, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more in (["--batch", "1"], []):
+        (tmp_path / "out" / name / "thesis").mkdir(parents=True, exist_ok=True)
+        assert main(options(built("tiny-mxfp4"), tmp_path, "out", *more)) == 2
+        assert "directory is not a trace" in capsys.readouterr().err
+        assert (tmp_path / "out" / name / "thesis").is_dir()
+
+
+@pytest.mark.parametrize("batch", [["--batch", "1"], []], ids=["groups", "one pass"])
+@pytest.mark.parametrize(
+    "wrong",
+    [["--layers", "0-99"], ["--shared-expert", "fused"], ["--device-map", "cpu.json", "--device", "cuda"],
+     ["--arithmetic", "nonsense"], ["--ids", "1,2,999999"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_request_that_fails_leaves_the_trace_that_is_there(
+    built: Build, tmp_path: Path, batch: list[str], wrong: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cpu.json").write_text('{"": "cpu"}')
+    good = options(built("tiny-mxfp4"), tmp_path, "out", *batch)
+    assert main(good) == 0
+    before = contents(tmp_path / "out")
+    assert main([*good, *wrong]) == 2
+    assert contents(tmp_path / "out") == before
+
+
+def test_the_state_of_another_request_is_not_dropped_by_resume(
+    built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--no-envelope", "--layers", "0-1"]
+    for first, then in ((["--batch", "1"], []), ([], ["--batch", "1"]), (["--batch", "1"], ["--batch", "2"])):
+        assert main(options(built("tiny-mxfp4"), tmp_path, "out", *more, *first)) == 0
+        assert main(options(built("tiny-mxfp4"), tmp_path, "out", *more, *then, "--resume")) == 2
+        assert "another run was begun here" in capsys.readouterr().err
+        assert main(options(built("tiny-mxfp4"), tmp_path, "out", "--no-envelope", *first, "--resume")) == 0
+    assert main(options(built("tiny-mxfp4"), tmp_path, "out", *more, "--batch", "1")) == 0
+    command = options(built("tiny-mxfp4"), tmp_path, "out", *more, "--batch", "1", "--resume")
+    (tmp_path / "ids.json").write_text(json.dumps([PROMPTS[0], [1, 1, 1], PROMPTS[2]]))
+    assert main(command) == 2
+    assert "differing: ids" in capsys.readouterr().err
+
+
+def test_what_a_complete_trace_of_groups_resumes_to(
+    built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = options(built("tiny-mxfp4"), tmp_path, "out", "--batch", "1", "--no-envelope")
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert main([*command, "--resume"]) == 0
+    assert capsys.readouterr().out == first and "never used" not in first
+    assert main([*command, "--resume", "--layers", "0-99"]) == 2
+
+
+def test_a_directory_that_is_deleted_under_a_run(
+    built: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another run may have filled it again: traces must not mix."""
+    real, other = shares.TraceWriter.flush, tmp_path / "out" / "trace.json"
+
+    def deleting(writer: shares.TraceWriter) -> None:
+        real(writer)
+        if writer.files == 2:
+            shutil.rmtree(tmp_path / "out")
+            other.parent.mkdir()
+            other.write_text("{}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shares.TraceWriter, "flush", deleting)
+        assert main(options(built("tiny-mxfp4"), tmp_path, "out")) == 2
+    assert "deleted while this was writing to it" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == {"trace.json": b"{}"}

@@ -163,7 +163,7 @@ def test_first_layers_now_the_others_later(built: Build, tmp_path: Path) -> None
 def test_another_run_is_not_continued(built: Build, tmp_path: Path) -> None:
     model = streamed(built("tiny-mxfp4"))
     trace_layers(model, IDS, tmp_path, last=0, quiet=True)
-    with pytest.raises(q.Qwen35Error, match=r"(?s)another run.*steps"):
+    with pytest.raises(q.Qwen35Error, match=r"(?s)another run.*ids"):
         trace_layers(model, IDS + 1, tmp_path, resume=True, quiet=True)
     with pytest.raises(q.Qwen35Error, match=r"(?s)another run.*arithmetic"):
         trace_layers(streamed(built("tiny-mxfp4"), "float32"), IDS, tmp_path, resume=True, quiet=True)
@@ -326,7 +326,7 @@ def test_another_process_that_writes_there_is_kept_out(
     prompts = [*command(checkpoint, out), "--ids", "[[1, 2], [3, 4]]", "--batch", "1"]
     (tmp_path / "ids.json").write_text("[[1, 2], [3, 4]]")
     prompts[prompts.index("[[1, 2], [3, 4]]")] = str(tmp_path / "ids.json")
-    with Claim(tmp_path / "out.parts" / "00001"):
+    with Claim(tmp_path / "out" / "parts" / "00001"):
         assert main(prompts) == 2
     assert "another process is writing here" in capsys.readouterr().err
     assert main([*prompts, "--resume"]) == 0
@@ -348,6 +348,45 @@ def test_nan_is_not_silent(built: Build, tmp_path: Path, capsys: pytest.CaptureF
     assert "the trace holds NaN, from layers.2.moe_router_logits on" in capsys.readouterr().err
     assert main(command(built("tiny"), tmp_path / "fine")) == 0
     assert "NaN" not in capsys.readouterr().err
+
+
+def test_what_is_said_of_nan_survives_a_resume(
+    built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(built("tiny"), tmp_path / "broken")
+    stored = Checkpoint.open(tmp_path / "broken").stored("layers.1.mlp.gate.weight")
+    with open(stored.file, "r+b") as file:
+        file.seek(stored.begin)
+        file.write(b"\xff\xff")
+    for layers in (["--layers", "0-2"], ["--resume"]):
+        assert main([*command(tmp_path / "broken", tmp_path / "out"), *layers]) == 0
+        assert "NaN, from layers.1.moe_router_logits on" in capsys.readouterr().err
+
+
+def test_nan_in_the_logits_alone(built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of a streamed head are never all there."""
+    shutil.copytree(built("tiny"), tmp_path / "broken")
+    stored = Checkpoint.open(tmp_path / "broken").stored("lm_head.weight")
+    with open(stored.file, "r+b") as file:
+        file.seek(stored.begin + 2 * 64 * 100)
+        file.write(b"\xff\xff")
+    for mode in ("stream", "decoded"):
+        assert main([*command(tmp_path / "broken", tmp_path / mode), "--mode", mode]) == 0
+        assert "NaN, from next_token_logits on" in capsys.readouterr().err
+
+
+def test_weights_that_changed_under_equal_headers_are_not_gone_on_with(
+    built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(built("tiny"), tmp_path / "copy")
+    assert main([*command(tmp_path / "copy", tmp_path / "out"), "--layers", "0-1"]) == 0
+    embedding = Checkpoint.open(tmp_path / "copy").stored("embed_tokens.weight")
+    before = embedding.file.read_bytes()
+    changed = command(tmp_path / "copy", tmp_path / "out")
+    embedding.file.write_bytes(before[: embedding.begin] + bytes(embedding.nbytes) + before[embedding.end :])
+    assert main([*changed, "--resume"]) == 2 and "other weights" in capsys.readouterr().err
+    embedding.file.write_bytes(before)
+    assert main([*changed, "--resume"]) == 0  # its time does not matter: it may be a copy
 
 
 @pytest.mark.parametrize("mode", ["decoded", "packed", "stream"])

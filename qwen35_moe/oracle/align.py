@@ -18,7 +18,7 @@ from ..tap_names import TAPS, base_name, per_token
 from .dump import Dump
 from .kl_base import LOG_P, log_p
 from .match import match
-from .trace_file import Trace
+from .trace_file import TURN, Trace
 
 # Where a tap is not in the dump but another holds it: columns of that one.
 INSTEAD = {
@@ -134,7 +134,7 @@ def align(dump: Dump, truth: Trace) -> Alignment:
 
     Raises Qwen35Error if no token of the dump is one of the truth's, or nothing has a common name.
     """
-    names = [key for key, site in truth.sites.items() if site.step == 0]
+    names = truth.comparable
     keys = [key for key in names if _source(dump, key)[0] in dump.sources]
     used = {_source(dump, key)[0] for key in keys}
     if LOG_P in dump.sources and "next_token_logits" in names:
@@ -150,7 +150,7 @@ def align(dump: Dump, truth: Trace) -> Alignment:
         hit[table[:, 1], table[:, 2]] = True
     common = set(keys)
     missing = [key for key in names if key not in common]
-    extra = [key for key in dump.sources if key not in used]
+    extra = [key for key in dump.sources if key not in used and not TURN.search(key)]
     total, found = int(mask.sum()), int((hit & mask).sum())
     if found < total:
         notes.append(f"{total - found} of {total} tokens of the truth are not in the dump")

@@ -98,7 +98,7 @@ def compare(
 def _finish(work: Work, stored: Mapping[str, Tensor], layers: Sequence[int] | None) -> None:
     """Every tap of the truth (of these layers) gets its record; holes and logits are looked for."""
     truth, shared = work.alignment.truth, set(work.alignment.keys)
-    names = [k for k, site in truth.sites.items() if site.step == 0]
+    names = truth.comparable
     if layers is not None:
         names = [k for k in names if layer_of(k) in (None, *layers)]
         work.records = {k: work.records[k] for k in names if k in work.records}

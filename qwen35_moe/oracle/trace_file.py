@@ -39,6 +39,7 @@ from ..taps import Site
 
 FORMAT, VERSION = "qwen35-moe-trace", 1
 RESUME = "resume.safetensors"  # what long_run.py needs to go on; no part of the trace
+TURN = re.compile(r"\.\d+$")  # how the key of a turn of a loop ends
 CHUNK_BYTES = 1 << 28  # a chunk is closed at a new layer, or here: bounds memory for the logits and for 397B layers
 
 
@@ -101,6 +102,11 @@ class Trace(Mapping[str, Tensor]):
 
     def add(self, entry: Entry, x: Tensor) -> None:
         self.sites[entry.key], self.memory[entry.key] = entry, x
+
+    @property
+    def comparable(self) -> list[str]:
+        """Keys of the first step, without turns of loops, which are experts to one arithmetic and slots to another."""
+        return [key for key, entry in self.sites.items() if entry.step == 0 and not TURN.search(key)]
 
     @property
     def steps(self) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from math import prod
@@ -14,13 +15,40 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..files import save_whole, whole
+from ..files import check_claim, save_whole, whole
 from ..taps import Site
 from .trace_file import CHUNK_BYTES, FORMAT, RESUME, VERSION, Entry, Trace, in_utf8, records_of
 
 _OURS = re.compile(r"(\d{5}|envelope|envelope-state|resume)\.safetensors")  # envelope: envelope_file.py
 # What a kill leaves of a file that was being written: ours, and those that safetensors writes first, with random names.
 _LEFT = re.compile(_OURS.pattern + r"\.tmp|trace\.json\.tmp|\.tmp\w{6}")
+
+
+# Groups of prompts that a run has not joined yet, each a trace, and those that it has joined (shares.py).
+PARTS, JOINED, PARTS_RUN = "parts", "parts-joined", "run.json"
+_FILES = {"": (re.compile(rf"{_OURS.pattern}|{_LEFT.pattern}|trace\.json"), re.compile(f"{PARTS}|{JOINED}"))}
+_FILES[PARTS] = _FILES[JOINED] = re.compile(r"run\.json(\.tmp)?"), re.compile(r"\d{5}")
+
+
+def check_ours(path: Path) -> None:
+    """Error if a directory holds anything that this program did not put there."""
+    files, folders = _FILES.get(path.name, _FILES[""])
+    for there in sorted(path.iterdir()) if path.is_dir() else ():
+        if not (folders if there.is_dir() else files).fullmatch(there.name):
+            do = "choose an empty directory"
+            raise Qwen35Error("directory is not a trace", where=path, found=there.name, do=do)
+        if there.is_dir():
+            check_ours(there)
+
+
+def remove_parts(path: Path) -> None:
+    """The parts of a trace. Their folder's name goes first: what is left of it is no state to resume."""
+    check_claim(path)
+    for name in (JOINED, PARTS):
+        if (path / name).is_dir():
+            check_ours(path / name)
+            (path / name).rename(path / JOINED)
+            shutil.rmtree(path / JOINED)
 
 
 def sweep(path: Path) -> None:
@@ -51,30 +79,38 @@ _DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F
 class TraceWriter:
     """Write a trace to a directory, a layer at a time. Use as a context manager: it is finished by a clean exit only.
 
-    A directory that holds anything but a trace is refused. An older trace there is unfinished from the first moment on.
+    A directory that holds anything but a trace is refused. An older trace stays until the first layer is there to be
+    written: what is wrong with a run shows before that.
     """
 
-    def __init__(self, path: str | Path, meta: dict[str, Any] | None = None, keep: int = 0):
-        """keep: how many files of an unfinished trace there are kept, to be continued."""
+    def __init__(self, path: str | Path, meta: dict[str, Any] | None = None, keep: int = 0, joins: bool = False):
+        """keep: how many files of an unfinished trace there are kept, to be continued; joins: and its parts."""
         self.path, self.meta = in_utf8(path), dict(meta or {})
         self.entries: list[Entry] = []
         self._keys: set[str] = set()
         self._buffer: dict[str, Tensor] = {}
         self._open: list[Entry] = []
         self.files = keep
+        self._begun, self._joins = False, joins
         self.path.mkdir(parents=True, exist_ok=True)
-        names = [p.name for p in self.path.iterdir()]
-        foreign = [n for n in names if n != "trace.json" and not _OURS.fullmatch(n) and not _LEFT.fullmatch(n)]
-        if foreign:
-            raise Qwen35Error(
-                "directory is not a trace", where=self.path, found=foreign[0], do="choose an empty directory"
-            )
-        kept = [f"{i:05d}.safetensors" for i in range(keep)]
-        for name in sorted(set(names) - {*kept, RESUME if keep else ""}, reverse=True):  # trace.json first
-            (self.path / name).unlink()
-        for name in kept:
+        check_ours(self.path)
+        self._kept = [f"{i:05d}.safetensors" for i in range(keep)]
+        for name in self._kept:
             self.entries += [Entry(**{**r, "shape": tuple(r["shape"])}) for r in records_of(self.path / name)]
+        self._kept += [RESUME] if keep else []
         self._keys.update(entry.key for entry in self.entries)
+
+    def _begin(self) -> None:
+        """Removes what an older trace has left."""
+        if self._begun:
+            return
+        check_claim(self.path)
+        for old in sorted(self.path.iterdir(), reverse=True):  # trace.json first
+            if not old.is_dir() and old.name not in self._kept:
+                old.unlink()
+        if not self._joins:
+            remove_parts(self.path)
+        self._begun = True
 
     def add(self, entry: Entry, x: Tensor) -> None:
         """Append one tensor. It must not change until the layer is written."""
@@ -92,6 +128,7 @@ class TraceWriter:
 
     def flush(self) -> None:
         """Write what is held as the next file."""
+        self._begin()
         if not self._open:
             return
         name = f"{self.files:05d}.safetensors"
