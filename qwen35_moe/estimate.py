@@ -28,7 +28,7 @@ from .tap_names import TAPS
 
 SLACK = 64 << 20  # what the libraries take once they compute more than `warm_up`
 SAMPLE, HEAD_SAMPLE = 128, 512  # tokens that are run, and what they take is multiplied
-EXPERTS = 16  # that are run, with as many rows as each will have
+EXPERTS, ROWS = 16, 512  # that are run, with as many rows as each will have, or with so many
 
 
 def estimate(
@@ -115,16 +115,17 @@ def pace(checkpoint: Checkpoint, config: Config, table: Arithmetic, tokens: int)
     """Seconds of one streamed pass over so many tokens, by part of the model.
 
     Run here, with this checkpoint's weights: the plain weights of the first layer of each kind are read; its mixer and
-    its shared expert see up to SAMPLE tokens; EXPERTS experts see as many rows each as they will have; a block of the
-    head sees up to HEAD_SAMPLE tokens. Each counts as often as it will be. Files are taken to be in the page cache, and
-    attention's share that grows with the square of the tokens, as linear.
+    its shared expert see up to SAMPLE tokens; EXPERTS experts see as many rows each as they will have, up to ROWS; a
+    block of the head sees up to HEAD_SAMPLE tokens. Each counts as often as it will be. Files are taken to be in the
+    page cache, and attention's share that grows with the square of the tokens, as linear.
     """
     D, E, A, V = config.hidden_size, config.num_experts, config.num_experts_per_tok, config.vocab_size
     model = build(Source(checkpoint, config), table, [False] * config.num_hidden_layers, torch.device("cpu"), "stream")
     some, few, hit = min(tokens, SAMPLE), min(E, EXPERTS), E * (1 - (1 - A / E) ** tokens)
     long_BTD = torch.linspace(-1, 1, min(tokens, HEAD_SAMPLE) * D, dtype=table.dtype).view(1, -1, D)
     x_BTD = long_BTD[:, :some]
-    ids_T1 = torch.arange(few).repeat(ceil(tokens * A / hit))[:, None]
+    each = ceil(tokens * A / hit)  # rows of an expert
+    ids_T1 = torch.arange(few).repeat(min(each, ROWS))[:, None]
     x_TD, weights_T1 = x_BTD[0, torch.arange(len(ids_T1)) % some], torch.ones(ids_T1.shape, dtype=table.dtype)
     parts, used = dict.fromkeys(("plain weights", "mixers", "experts", "head"), 0.0), set(checkpoint.used)
     with arithmetics.using(table):
@@ -136,7 +137,8 @@ def pace(checkpoint: Checkpoint, config: Config, table: Arithmetic, tokens: int)
             sampled = _best(lambda mixer=mixer: mixer(None, LayerState())) + _best(layer.mlp.shared_expert, x_BTD[0])
             parts["plain weights"] += count * _best(model.layers.__getitem__, i)
             parts["mixers"] += count * tokens / some * sampled
-            parts["experts"] += count * hit / few * _best(combine_experts, x_TD, ids_T1, weights_T1, layer.mlp.experts)
+            sampled = _best(combine_experts, x_TD, ids_T1, weights_T1, layer.mlp.experts)
+            parts["experts"] += count * hit / few * max(1, each / ROWS) * sampled
         blocks: Any = model.lm_head.blocks
         block = _best(lambda: next(blocks("next_token_logits", long_BTD)))
     parts["head"] = tokens / long_BTD.shape[1] * V / min(V, HEAD_ROWS) * block

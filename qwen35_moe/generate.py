@@ -104,6 +104,9 @@ def uniform(seed: int, n: int) -> float:
 def describe(logits_V: Tensor, token: int, top: int = 0, drafted: bool = False) -> Step:
     """The record of one token, given the logits that it was (or could have been) chosen from."""
     log_p_V = logits_V.to(torch.float64).log_softmax(-1)
+    if log_p_V[token].isnan():
+        do = "`qwen35-moe trace` names the first tap that holds one"
+        raise Qwen35Error("logits hold NaN, or infinity", where=f"those of token {token}", do=do)
     values, ids = log_p_V.sort(descending=True, stable=True) if top else (log_p_V[:0], log_p_V[:0])
     likeliest = tuple(zip(ids[:top].long().tolist(), values[:top].tolist(), strict=True))
     rank = int((log_p_V > log_p_V[token]).sum())

@@ -34,8 +34,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what is there. 0; 1 where a checksum differs. Error: a checkpoint that headers show to be broken."""
-    if args.tokens < 1:
-        raise Qwen35Error("nothing to estimate", where="--tokens", expected="at least 1", found=args.tokens)
+    if not 1 <= args.tokens <= 10**9:
+        raise Qwen35Error("nothing to estimate", where="--tokens", expected="1 to 10^9", found=args.tokens)
     with Checkpoint.open(args.checkpoint) as checkpoint:
         found = describe(checkpoint, args.tokens, args.arithmetic)
         failed = 0

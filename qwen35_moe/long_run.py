@@ -101,7 +101,8 @@ def trace_layers(
     if stop == count:
         (out / RESUME).unlink(missing_ok=True)
     if recorder.first_nan:
-        print(f"qwen35-moe: the trace holds NaN, from {recorder.first_nan} on", file=sys.stderr)
+        of = f" of {label}" if label else ""
+        print(f"qwen35-moe: the trace{of} holds NaN, from {recorder.first_nan} on", file=sys.stderr)
     used |= before  # by prompts that the same model was run on
     return Trace.open(out), model.source.checkpoint.report(aside)
 

@@ -217,6 +217,11 @@ def test_verify(tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.txt"
     manifest.write_text("\n".join(lines), encoding="utf-8")
     assert [c.ok for c in ck.verify(manifest)] == [True, True, False, False]
+    (folder / "with two  spaces.safetensors").write_bytes((folder / shard).read_bytes())
+    lines = ["# sha256sum, by another hand", "", f"{of_file.upper()}  with two  spaces.safetensors"]
+    manifest.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert [c.name for c in ck.verify(manifest) if c.ok] == ["with two  spaces.safetensors"]
+    (folder / "with two  spaces.safetensors").unlink()
     manifest.write_text("abc norm.weight", encoding="utf-8")
     with pytest.raises(Qwen35Error, match=r"manifest.txt:1"):
         list(ck.verify(manifest))

@@ -18,6 +18,7 @@ from qwen35_moe.checkpoint.header import read_header
 from qwen35_moe.config import Config
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.load import load
+from qwen35_moe.quant.gate import can_fuse_shared_expert
 
 P = "model.language_model."
 EXPERT = P + "layers.1.mlp.experts.1.up_proj"
@@ -424,10 +425,11 @@ def test_validate_needs_a_config(tmp_path: Path) -> None:
 
 def test_a_git_lfs_pointer_is_called_that(tmp_path: Path) -> None:
     folder = write(tmp_path, tensors("bf16 fused")[0])
-    file = sorted(folder.glob("*.safetensors"))[0]
-    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 4000000000\n")
-    with pytest.raises(Qwen35Error, match=rf"(?s)a git-lfs pointer.*{file.name}.*git lfs pull"):
-        Checkpoint.open(folder)
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    for file in (shard, folder / "model.safetensors.index.json", folder / "config.json"):
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 4000000000\n")
+        with pytest.raises(Qwen35Error, match=rf"(?s)a git-lfs pointer.*{file.name}.*git lfs pull"):
+            Checkpoint.open(folder)
 
 
 def test_what_is_wrong_in_all_layers_is_said_once(tmp_path: Path) -> None:
@@ -440,11 +442,25 @@ def test_what_is_wrong_in_all_layers_is_said_once(tmp_path: Path) -> None:
     assert "mlp.experts.0.gate_proj" in str(error.value) and "like it" in str(error.value)
 
 
-def test_a_quantisation_method_that_is_not_known(tmp_path: Path) -> None:
-    """Over bytes that are sound: `load` refuses it as `info` does, before a run."""
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    ("quantised", "words"),
+    [({"quant_method": "aqlm"}, "unknown quantisation method.*aqlm"),
+     ({"quant_method": ["fp8"]}, "unknown quantisation method.*fp8"), ([], "must be an object")],
+    ids=["aqlm", "list", "empty list"],
+)  # fmt: skip
+def test_a_quantisation_method_that_is_not_known(tmp_path: Path, quantised: Any, words: str, inside: bool) -> None:
+    """Over bytes that are sound: all of them refuse it, before a run."""
     folder = write(tmp_path, tensors("quark mxfp4")[0])
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "aqlm"}}))
-    for command in (lambda: Checkpoint.open(folder).validate(), lambda: load(folder, mode="stream")):
-        with pytest.raises(Qwen35Error, match=r"(?s)unknown quantisation method.*aqlm"):
+    place = config["text_config"] if inside else config
+    config.pop("quantization_config", None)
+    place["quantization_config"] = quantised
+    (folder / "config.json").write_text(json.dumps(config))
+    for command in (
+        lambda: Checkpoint.open(folder).validate(),
+        lambda: load(folder, mode="stream"),
+        lambda: can_fuse_shared_expert(config),
+    ):
+        with pytest.raises(Qwen35Error, match=f"(?s){words}"):
             command()

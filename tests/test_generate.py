@@ -217,6 +217,14 @@ def test_what_cannot_be_done_is_named(exact: q.Model, call: Any, words: str) -> 
         call(exact)
 
 
+def test_nan_is_not_a_token() -> None:
+    model = q.load(FIXTURES / "bf16-hub", "float32", text_only=True)
+    model.norm.weight.fill_(torch.nan)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(q.Qwen35Error, match="logits hold NaN"):
+            list(generate(model, [1, 2], 3, Sampling(temperature)))
+
+
 def test_every_tap_of_tower_and_draft_head_is_in_the_table(exact: q.Model, expected: dict[str, Tensor]) -> None:
     seen: dict[str, int] = {}
     inputs = {name: expected[f"image/{name}"] for name in ("pixel_values", "image_grid_thw")}

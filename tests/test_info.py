@@ -88,8 +88,10 @@ def test_checksums(built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_bad_input(tmp_path: Path, built: Build, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(tmp_path / "nowhere")]) == 2
-    assert main(["info", str(built("tiny")), "--tokens", "0"]) == 2
-    assert "nothing to estimate" in capsys.readouterr().err
+    for tokens in ("0", "99999999999999999999"):
+        assert main(["info", str(built("tiny")), "--tokens", tokens]) == 2
+        assert "nothing to estimate" in capsys.readouterr().err
+    assert main(["info", str(built("tiny")), "--tokens", "1000000000"]) == 0
 
 
 def test_a_manifest_is_verified_or_an_error(tmp_path: Path, built: Build, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,24 +51,25 @@ def _hub_checksum(file: Path) -> tuple[str, str]:
 
 
 def verify_manifest(folder: Folder, reader: Reader, manifest: Path) -> Iterator[Checksum]:
-    """Against lines `sha256 ... name`, where a name is a tensor's (as its file has it) or a file's."""
+    """Against lines `sha256 ... name`, where a name is a tensor's (as its file has it) or a file's. As sha256sum writes
+    them, with two characters after the sum, a name may hold spaces. Lines that begin with # say nothing."""
     try:
-        lines = [line.split() for line in manifest.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in manifest.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise Qwen35Error("cannot read the manifest", where=manifest, found=error) from error
-    if not lines:
+    said = [(number, line) for number, line in enumerate(lines, 1) if line and not line.startswith("#")]
+    if not said:
         raise Qwen35Error("an empty manifest verifies nothing", where=manifest, expected="lines `sha256 ... name`")
     tensors = {stored.raw_name: stored for stored in folder.tensors.values()}
     root = folder.path if folder.path.is_dir() else folder.path.parent
-    for number, words in enumerate(lines, 1):
-        if len(words) < 2 or not SHA256.fullmatch(words[0]):
-            raise Qwen35Error(
-                "bad line in the manifest",
-                where=f"{manifest}:{number}",
-                expected="sha256 ... name",
-                found=" ".join(words)[:200],
-            )
-        expected, name = words[0], words[-1].removeprefix("*")
+    for number, line in said:
+        expected, rest = line[:64].lower(), line[64:]
+        if not SHA256.fullmatch(expected) or not rest[:1].isspace() or not rest.strip():
+            where = f"{manifest}:{number}"
+            raise Qwen35Error("bad line in the manifest", where=where, expected="sha256 ... name", found=line[:200])
+        name = rest[2:]
+        if rest[1] not in " *" or not (name in tensors or Path(name).name == name and (root / name).is_file()):
+            name = rest.split()[-1].removeprefix("*")
         file = root / name
         if name in tensors:
             found = tensor_digest(reader, tensors[name])

@@ -79,12 +79,20 @@ def parse_json(text: bytes, where: object) -> Any:
             raise Qwen35Error("a key is repeated", where=where, expected="every key once", found=repr(twice)[:200])
         return found
 
+    refuse_pointer(text, where)
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except Qwen35Error:
         raise
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
         raise Qwen35Error("not valid JSON", where=where, expected="JSON in UTF-8", found=str(error)[:200]) from error
+
+
+def refuse_pointer(first: bytes, where: object) -> None:
+    """Error if these first bytes of a file say that it is elsewhere."""
+    if first.startswith(LFS):
+        do = "git lfs pull, or download the file itself"
+        raise Qwen35Error("a git-lfs pointer instead of the file", where=where, do=do)
 
 
 def read_header(file: Path) -> Header:
@@ -95,9 +103,7 @@ def read_header(file: Path) -> Header:
             first = handle.read(8)
             length = int.from_bytes(first, "little")
             if size < 8 or length > min(size - 8, LIMIT):
-                if (first + handle.read(64)).startswith(LFS):
-                    do = "git lfs pull, or download the file itself"
-                    raise Qwen35Error("a git-lfs pointer instead of the file", where=file, do=do)
+                refuse_pointer(first + handle.read(64), file)
                 raise Qwen35Error(
                     "not a safetensors file, or cut off within its header",
                     where=file,

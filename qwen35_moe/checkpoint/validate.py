@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..config import Config
 from ..errors import Qwen35Error
-from ..quant.spec import as_raw, method_of
+from ..quant.spec import as_raw, method_of, quantization_of
 from ..vision import VisionConfig
 from .expected import expected_tensors
 from .folder import few
@@ -30,7 +30,7 @@ def check_complete(ck: Checkpoint, config: Config) -> None:
     A quantisation method that is not known is an error, too, though bytes alone say what is computed: what else such a
     method may mean by them is not known.
     """
-    if quantised := as_raw(ck.config.get("quantization_config") or config.raw.get("quantization_config")):
+    if quantised := as_raw(quantization_of(ck.config or config.raw)):
         method_of(quantised)
     mtp = max(config.mtp_num_hidden_layers, 1) if any(name.startswith("mtp.") for name in ck.names()) else 0
     vision = _vision_config(ck, config)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import Qwen35Error
 from .exclude import Hit
-from .spec import QuantConfig
+from .spec import QuantConfig, quantization_of
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -165,7 +165,7 @@ class Model:
         """From a config.json's dictionary or a config object. quant_config None: taken from the configuration."""
         top = as_dict(config)
         text = as_dict(top.get("text_config") or top)
-        raw = quant_config or top.get("quantization_config") or text.get("quantization_config")
+        raw = quantization_of({**top, "text_config": text}) if quant_config is None else quant_config
         missing = [k for k in ("num_hidden_layers", "moe_intermediate_size") if not isinstance(text.get(k), int)]
         if missing:
             raise Qwen35Error(

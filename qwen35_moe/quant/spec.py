@@ -83,11 +83,18 @@ class QuantConfig:
         return Resolution(self.default, Hit(self.default_from, None, "", "default"))
 
 
+def quantization_of(config: Mapping[str, Any]) -> Any:
+    """The quantization_config of a config.json: at the top, or in text_config."""
+    text = config.get("text_config")
+    places = (config, text if isinstance(text, Mapping) else {})
+    return next((raw for place in places if (raw := place.get("quantization_config")) not in (None, {})), None)
+
+
 def method_of(raw: Mapping[str, Any]) -> str:
     """The quant_method of a quantization_config. Error: one that is not known."""
     method = raw.get("quant_method") or ("modelopt" if "quantization" in raw or "quant_algo" in raw else None)
     method = getattr(method, "value", method)  # transformers' configs hold an enum
-    if method not in READERS:
+    if not isinstance(method, str) or method not in READERS:
         raise Qwen35Error(
             "unknown quantisation method",
             where="quantization_config.quant_method",
