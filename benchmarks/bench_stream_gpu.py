@@ -37,15 +37,16 @@ THREADS = os.cpu_count() or 1
 PIECE = 2**22  # bytes that a thread reads at a time
 
 
-def milliseconds(run: Callable[[], object], rounds: int = 3, pick: Callable[[list[float]], float] = min) -> float:
+def rounds(run: Callable[[], object], count: int = 3) -> list[float]:
+    """Milliseconds; the first round does not count."""
     times = []
-    for _ in range(rounds + 1):
+    for _ in range(count + 1):
         torch.cuda.synchronize()
         begin = time.perf_counter()
         run()
         torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - begin))
-    return pick(times[1:])
+    return times[1:]
 
 
 def pieces(stored: list[Stored]) -> list[tuple[Path, int, int]]:
@@ -93,6 +94,7 @@ def read_and_copy(plans: list[Plan]) -> None:
 
 def bench(layout: str, model: str, layers: int, tokens: int, folder: Path, profile: bool) -> None:
     path = build(f"slice-{model}", folder / f"{model}-{layout}", layers=layers, layout=layout, jobs=os.cpu_count() or 1)
+    os.sync()  # what the system has still to write of it would be measured, too
     checkpoint = Checkpoint.open(path)
     names = [name for name in checkpoint.names() if not name.startswith(("mtp.", "visual.", "embed_tokens"))]
     stored = [checkpoint.stored(name) for name in names]
@@ -106,11 +108,11 @@ def bench(layout: str, model: str, layers: int, tokens: int, folder: Path, profi
     buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True).numpy().data for _ in range(THREADS)]
     plans = [Plan(checkpoint.reader, [[Rows.of(s) for s in some]]) for some in parcels(stored)]
     parts = {
-        "reading": milliseconds(lambda: read_all(found, buffers)),
-        "copying": milliseconds(lambda: copy_all(size, host, target)),
-        "computing": milliseconds(lambda: resident(ids)),
+        "reading": min(rounds(lambda: read_all(found, buffers))),
+        "copying": min(rounds(lambda: copy_all(size, host, target))),
+        "computing": min(rounds(lambda: resident(ids))),
     }
-    both = milliseconds(lambda: read_and_copy(plans))
+    both = min(rounds(lambda: read_and_copy(plans)))
     for name, took in {**parts, "reading and copying": both}.items():
         print(f"  {name:<20} {took:8.1f} ms {size / took / 1e6:8.1f} GB/s")
     begin = time.perf_counter()
@@ -120,8 +122,8 @@ def bench(layout: str, model: str, layers: int, tokens: int, folder: Path, profi
     before = reader.bytes_read
     streamed(ids)
     read = reader.bytes_read - before
-    for which, pick in (("best of 9", min), ("median", median)):
-        took = milliseconds(lambda: streamed(ids), 9, pick)
+    times = rounds(lambda: streamed(ids), 15)
+    for which, took in (("best of 15", min(times)), ("median", median(times))):
         ratio = took / max(parts.values())
         print(f"  streamed, {which:<10} {took:8.1f} ms, {ratio:.2f} of the largest part; {read / 1e9:.2f} GB read")
     print(f"  the same bits as resident: {same}; the first pass took {first:.1f} s", flush=True)
