@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,12 +26,12 @@ class Claim:
     ended in whichever way. Nothing is written to it; what was made and stays empty is removed, parents, too.
     Error: claimed by another, or nobody may write there.
 
-    Where a file system knows no locks, nobody is kept out.
+    Where a file system knows no locks, nobody is kept out, and `locked` says so.
     """
 
     def __init__(self, path: Path):
         path = path.resolve()
-        self._descriptor, self._path = -1, path
+        self._descriptor, self._path, self.locked = -1, path, False
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -44,6 +44,7 @@ class Claim:
             raise Qwen35Error("cannot write here", where=path, found=error.strerror or error) from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.locked = True
         except BlockingIOError:
             os.close(self._descriptor)
             do = "wait until it is done, or write to another directory"
@@ -78,7 +79,14 @@ def check_claim(directory: Path) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Another name to write to, which becomes `path` once all of it is there. After an error nothing is left of it."""
+    """Another name to write to, which becomes `path` once all of it is there. After an error nothing is left of it.
+
+    What is no file (/dev/stdout) is written to as it is; of a link, what it points to is replaced.
+    """
+    if path.exists() and (not path.is_file() or path.is_relative_to("/dev")):
+        yield path
+        return
+    path = path.resolve()
     check_claim(path.parent)
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
@@ -90,10 +98,17 @@ def whole(path: Path) -> Iterator[Path]:
         raise
 
 
-def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file. Who may read other new files may read it, too: safetensors alone leaves it to its owner."""
+def save_whole(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    before: Callable[[Path], object] = lambda temporary: None,
+) -> None:
+    """A safetensors file. Who may read other new files may read it, too: safetensors alone leaves it to its owner.
+    before: is called when all of it is there, under a temporary name."""
     with whole(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file(dict(tensors), temporary, metadata=dict(metadata) if metadata else None)
         temporary.chmod(mode)
+        before(temporary)

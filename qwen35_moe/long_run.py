@@ -6,7 +6,7 @@ Beside the trace's files (`oracle/trace_file.py`) lies `resume.safetensors` unti
     sum [B, T, D]     the residual stream after the last layer that is done, as the next one takes it (not yet rounded)
     __metadata__      `State` as JSON: run: what must be the same for the bytes to be; next: the layer to go on with;
                       files: how many of the trace are done; unused: tensors of those layers that were never read;
-                      nan: the first tap that held one; weights: a hash of a sample of the checkpoint's bytes; threads
+                      nan: the first tap that held one; threads
 """
 
 from __future__ import annotations
@@ -70,16 +70,16 @@ def trace_layers(
     aside = aside_of(model, taps, last)
     meta = meta_of(model, ids_BT, mask, taps, experts, meta)
     run = json.dumps(meta, default=str)
-    if resume and is_complete(out):
+    if resume and is_complete(out, count):
         return complete(model, out, run, aside)
-    now = State(run, model.source.checkpoint.sample(), torch.get_num_threads())
+    now = State(run, torch.get_num_threads())
     state, sum_BTD = now.resumed(out) if resume else (now, None)
     start = state.next
     used = model.source.checkpoint.used
     before = set(used)
     used.update(name for name in model.source.checkpoint.names() if _is_done(name, start))
     used.difference_update(state.unused)
-    writer = TraceWriter(out, meta, keep=state.files)
+    writer = TraceWriter(out, {**meta, "layers": stop}, keep=None if sum_BTD is None else state.files)
     recorder, progress = Recorder(taps, experts=experts, out=writer), Progress(model, range(start, stop), quiet, label)
     recorder.first_nan = state.nan
     with resumable(out, start):
@@ -209,15 +209,18 @@ def resumable(out: Path, layer: int) -> Iterator[None]:
         raise Qwen35Error("cannot write the trace", where=out, found=error, do=do) from error
 
 
-def is_complete(out: Path) -> bool:
-    return (out / "trace.json").is_file() and not (out / RESUME).is_file()
+def is_complete(out: Path, layers: int) -> bool:
+    """Whether there is a trace, and none of the first layers only."""
+    if (out / RESUME).is_file() or not (out / "trace.json").is_file():
+        return False
+    return Trace.open(out).meta.get("layers", layers) == layers
 
 
 def complete(model: Model, out: Path, run: str, aside: Sequence[str]) -> tuple[Trace, Report]:
     """The trace that is there, whose run was killed when all was done."""
     trace = Trace.open(out)
     what, do = "a complete trace of another run is here", "leave out --resume to write it anew"
-    check_same(out, json.dumps(trace.meta, default=str), run, what, do)
+    check_same(out, json.dumps({k: x for k, x in trace.meta.items() if k != "layers"}), run, what, do)
     sweep(out)
     names = model.source.checkpoint.names()
     model.source.checkpoint.used.update(n for n in names if not any(fnmatchcase(n, pattern) for pattern in aside))
@@ -227,7 +230,10 @@ def complete(model: Model, out: Path, run: str, aside: Sequence[str]) -> tuple[T
 def check_same(out: Path, then: str, now: str, what: str = "another run was begun here", do: str = "") -> None:
     """Error unless two runs are the same: `meta_of` as JSON."""
     if then != now:
-        old, new = json.loads(then), json.loads(now)
+        try:
+            old, new = dict(json.loads(then)), json.loads(now)
+        except (ValueError, TypeError) as error:
+            raise Qwen35Error("cannot read the state", where=out, found=error, do="start without --resume") from error
         found = "differing: " + ", ".join(sorted(key for key in {*old, *new} if old.get(key) != new.get(key)))
         found = found.replace("steps", "ids")
         do = do or "give the options of that run, or leave out --resume to start anew"
@@ -239,7 +245,6 @@ class State:
     """What `resume.safetensors` says beside the residual stream."""
 
     run: str
-    weights: str
     threads: int
     next: int = 0
     files: int = 0
@@ -261,11 +266,12 @@ class State:
             do = "start without --resume"
             raise Qwen35Error("cannot read the state", where=out / RESUME, found=error, do=do) from error
         check_same(out, then.run, self.run)
-        anew = "leave out --resume to start anew"
-        if then.weights != self.weights:
-            raise Qwen35Error("begun with other weights of equal headers", where=out, do=anew)
-        if then.threads != self.threads:  # the last bits of products go with it
-            do = f"OMP_NUM_THREADS={then.threads} goes on to the same bits; or {anew}"
-            what = "begun on another number of threads"
-            raise Qwen35Error(what, where=out, expected=then.threads, found=self.threads, do=do)
+        check_threads(out, then.threads)
         return then, sum_BTD
+
+
+def check_threads(where: Path, then: int) -> None:
+    """Error if a run was begun on another number of threads, with which the last bits of products go."""
+    if then != (now := torch.get_num_threads()):
+        do = f"OMP_NUM_THREADS={then} goes on to the same bits; or leave out --resume to start anew"
+        raise Qwen35Error("begun on another number of threads", where=where, expected=then, found=now, do=do)

@@ -82,6 +82,7 @@ def place(
             _reach(module, torch.device(main))
         if where == "disk":
             for name, owner, parameter in _parameters(model.get_submodule(unit), unit):
+                _check_room(str(folder), parameter.nbytes)
                 index = offload_weight(parameter.detach(), name, folder, index)
                 empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
                 owner.register_parameter(name.rpartition(".")[2], empty)
@@ -206,8 +207,10 @@ def _folder(model: Model, offload_folder: str | Path | None) -> str:
         raise Qwen35Error("weights on disk need a place", where="device_map", do="give offload_folder, or more memory")
     for mark in Path(offload_folder).glob(f"{OFFLOAD}*/{MARK}"):
         with suppress(Qwen35Error):  # in use
-            Claim(mark.parent).release()
-            shutil.rmtree(mark.parent, ignore_errors=True)
+            claim = Claim(mark.parent)
+            if claim.locked:
+                _remove(mark.parent, claim)
+            claim.release()
     try:
         Path(offload_folder).mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=OFFLOAD, dir=offload_folder))
@@ -219,6 +222,18 @@ def _folder(model: Model, offload_folder: str | Path | None) -> str:
     return str(folder)
 
 
+def _check_room(folder: str, nbytes: int) -> None:
+    """Error before a file is mapped that the disk cannot hold: to write to it would end the process (SIGBUS)."""
+    if (free := shutil.disk_usage(folder).free) < nbytes:
+        do = "give another offload_folder, or more memory"
+        raise Qwen35Error("disk full", where=folder, expected=f"{nbytes} bytes", found=f"{free} free", do=do)
+
+
 def _remove(folder: Path, claim: Claim) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    """What was offloaded there, and the folder if that was all."""
+    for file in (*folder.glob("*.dat"), folder / "index.json", folder / MARK):
+        with suppress(OSError):
+            file.unlink()
+    with suppress(OSError):
+        folder.rmdir()
     claim.release()

@@ -26,11 +26,14 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 def read_ids(text: str, option: str) -> list[list[int]]:
     """Token ids of one or more prompts, as an argument or in a file: "1,2,3", "1 2 3", "[1, 2, 3]", "[[1, 2], [3]]", an
-    object with `input_ids`, or what `generate` prints, with --json too.
+    object with `input_ids`, or what `generate` prints: ids, or --json.
 
     Raises Qwen35Error for anything else, and for a file that cannot be read.
     """
-    is_file = Path(text).is_file()
+    try:
+        is_file = Path(text).is_file()
+    except OSError:  # too long for a name
+        is_file = False
     try:
         source = Path(text).read_text(encoding="utf-8") if is_file else text
     except (OSError, UnicodeDecodeError) as error:

@@ -3,13 +3,14 @@
     accelerate launch --multi_gpu --num_processes 4 -m qwen35_moe.cli trace CHECKPOINT --ids prompts.json --out truth
 
 A group is what one forward pass holds, `--batch` prompts, padded like all of them. Each has a directory of its own in
-that of the result, `truth/parts/00000` .., with the state that --resume needs, until the result is whole. The bytes of
-the result depend on the size of a group (a product of other shapes may add up in another order), and not on how many
-processes there were.
+that of the result, `truth/parts/<run>/00000` .., with the state that --resume needs, until the result is whole. The
+bytes of the result depend on the size of a group (a product of other shapes may add up in another order), and not on
+how many processes there were.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -25,10 +26,10 @@ from torch import Tensor
 
 from .errors import Qwen35Error
 from .files import save_whole, whole
-from .long_run import check_same
+from .long_run import check_same, is_complete
 from .oracle.envelope_file import ENVELOPE, stored_envelope
 from .oracle.trace_file import RESUME, Entry, Trace
-from .oracle.trace_writer import PARTS, PARTS_RUN, TraceWriter, check_ours
+from .oracle.trace_writer import JOINED, PARTS, PARTS_RUN, TraceWriter, check_ours
 from .streamed import HEAD_ROWS
 from .taps import Site
 
@@ -42,11 +43,15 @@ class Processes:
     def __init__(self, device: str):
         self.state: Any = None
         self.rank, self.count, self.device = 0, 1, device
-        if any(int(os.environ.get(name, "1")) > 1 for name in SIZES):
+        if any(os.environ.get(name, "1") != "1" for name in SIZES):
             from accelerate import PartialState
 
-            # The fastest waits for the slowest, for hours.
-            self.state = PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
+            try:  # the fastest waits for the slowest, for hours
+                self.state = PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
+            except (ValueError, RuntimeError, KeyError) as error:
+                said = ", ".join(f"{name}={os.environ[name]}" for name in SIZES if name in os.environ)
+                what, do = "cannot join the other processes", "use `accelerate launch`, or unset it"
+                raise Qwen35Error(what, where="the environment", found=f"{said}: {error}", do=do) from error
             self.rank, self.count = self.state.process_index, self.state.num_processes
             if device == "cuda":
                 self.device = str(self.state.device)
@@ -73,32 +78,45 @@ class Processes:
 
 
 def begin_parts(out: Path, groups: int, run: str, resume: bool, first: bool) -> list[Path]:
-    """The directories of groups. run: what must be the same for the bytes to be.
+    """The directories of groups. run: what must be the same for the bytes to be; each has a folder of its own, so that
+    groups of two runs never meet.
 
-    Error: another run was begun there, which `resume` would not go on with.
+    Error: `resume`, and another run was begun there.
     """
-    folder, run = out / PARTS, json.dumps({**json.loads(run), "groups": groups})
+    folder, run = parts_of(out, groups, run)
     check_ours(out)
-    if resume:
-        check_resumes(out, groups)
-        if (folder / PARTS_RUN).is_file():
-            check_same(folder, (folder / PARTS_RUN).read_text(), run)
-    if first:
+    if resume and not folder.is_dir():
+        if (out / RESUME).is_file():
+            raise _other_way(out, "groups of prompts", "all prompts in one pass")
+        for other in begun(out):
+            check_same(out, other.read_text(encoding="utf-8", errors="replace"), run)
+    if first and not (folder / PARTS_RUN).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with whole(folder / PARTS_RUN) as temporary:
-            temporary.write_text(run)
-        (out / RESUME).unlink(missing_ok=True)
+            temporary.write_text(run, encoding="utf-8")
     return [folder / f"{i:05d}" for i in range(groups)]
 
 
-def check_resumes(out: Path, groups: int) -> None:
-    """Error if an unfinished run there had all prompts in one pass, and this has groups of them, or the reverse."""
+def parts_of(out: Path, groups: int, run: str) -> tuple[Path, str]:
+    """The folder of a run's groups, and what must be the same for their bytes to be."""
+    run = json.dumps({**json.loads(run), "groups": groups, "threads": torch.get_num_threads()})
+    return out / PARTS / hashlib.sha256(run.encode()).hexdigest()[:16], run
+
+
+def begun(out: Path) -> list[Path]:
+    """What says of which runs there are groups."""
+    return [said for said in sorted((out / PARTS).glob(f"*/{PARTS_RUN}")) if not said.parent.name.endswith(JOINED)]
+
+
+def check_one_pass(out: Path, layers: int) -> None:
+    """Error if what was begun there, and not gone on with since, is a run over groups of prompts."""
+    if begun(out) and not (out / RESUME).is_file() and not is_complete(out, layers):
+        raise _other_way(out, "all prompts in one pass", "groups of prompts")
+
+
+def _other_way(out: Path, expected: str, found: str) -> Qwen35Error:
     what, do = "another run was begun here", "give the options of that run, or leave out --resume to start anew"
-    parts = (out / PARTS / PARTS_RUN).is_file()
-    if groups == 1 and parts:
-        raise Qwen35Error(what, where=out, expected="all prompts in one pass", found="groups of prompts", do=do)
-    if groups > 1 and not parts and (out / RESUME).is_file():
-        raise Qwen35Error(what, where=out, expected="groups of prompts", found="all prompts in one pass", do=do)
+    return Qwen35Error(what, where=out, expected=expected, found=found, do=do)
 
 
 def join(parts: Sequence[Path], out: Path, meta: dict[str, Any]) -> Trace:

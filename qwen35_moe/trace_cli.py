@@ -22,12 +22,12 @@ from .load import MODES, SHARED, load
 from .long_run import aside_of, check_request, complete, is_complete, meta_of, resumable, trace_layers
 from .model import Model
 from .oracle.envelope import legal
-from .oracle.envelope_file import remaining, write_envelope
+from .oracle.envelope_file import ENVELOPE, remaining, write_envelope
 from .oracle.oracle_cli import padded
 from .oracle.trace_file import Trace
-from .oracle.trace_writer import PARTS, remove_parts
+from .oracle.trace_writer import remove_parts
 from .prompt import read_ids
-from .shares import Processes, begin_parts, check_resumes, join
+from .shares import Processes, begin_parts, check_one_pass, join, parts_of
 from .tap_names import TAPS
 
 
@@ -67,10 +67,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not (args.checkpoint and args.ids and args.out):
         raise Qwen35Error("nothing to trace", expected="trace CHECKPOINT --ids FILE --out DIRECTORY")
-    if args.offload_folder is not None and Path(args.offload_folder).resolve() == Path(args.out).resolve():
-        raise Qwen35Error(
-            "the trace's own directory", where=f"--offload-folder {args.offload_folder}", do="name another"
-        )
+    if args.offload_folder is not None and Path(args.offload_folder).resolve().is_relative_to(Path(args.out).resolve()):
+        where = f"--offload-folder {args.offload_folder}"
+        raise Qwen35Error("in the trace's own directory", where=where, do="name another")
     ids, mask = padded([torch.tensor(row) for row in read_ids(args.ids, "--ids")])
     processes = Processes(args.device)
     args.device = processes.device
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         with Claim(Path(args.out)) if processes.rank == 0 else nullcontext():
             _trace(args, ids, mask, groups, processes)
     except KeyboardInterrupt:
-        print("qwen35-moe: interrupted; the same command with --resume goes on", file=sys.stderr)
+        print("qwen35-moe: interrupted; the same command with --resume goes on after the last layer", file=sys.stderr)
         return 2
     return 0
 
@@ -98,15 +97,7 @@ def _trace(
     }
     check_request(model, ids, args.taps, last)
     meta, aside = meta_of(model, ids, mask, args.taps, args.experts, more), aside_of(model, args.taps, last)
-    run, parts = json.dumps(meta, default=str), [out]
-    if len(groups) == 1:
-        if args.resume:
-            check_resumes(out, 1)
-    elif args.resume and is_complete(out) and not (out / PARTS).is_dir():
-        complete(model, out, run, aside)
-        parts = []
-    else:
-        parts = begin_parts(out, len(groups), run, args.resume, processes.rank == 0)
+    parts = _directories(args, model, len(groups), json.dumps(meta, default=str), aside, processes.rank == 0)
     for i in processes.own(len(parts)):
         rows = groups[i]
         label = "" if len(groups) == 1 else f"prompts {rows.start} to {rows.stop - 1}"
@@ -121,15 +112,39 @@ def _trace(
     checkpoint = model.source.checkpoint
     checkpoint.used.update(processes.gather(set(checkpoint.used)))
     if processes.rank == 0:
+        layers = len(model.layers) if last is None else last + 1
         with resumable(out, len(model.layers)):
-            truth = join(parts, out, meta) if len(parts) > 1 else Trace.open(out)
-        if last is None or last + 1 == len(model.layers):
+            truth = join(parts, out, {**meta, "layers": layers}) if len(parts) > 1 else Trace.open(out)
+        if len(parts) > 1 and layers == len(model.layers):
             remove_parts(out)
         for mlp, cost in model.conversion.items():
             print(f"{mlp}: shared expert converted to MXFP4, relative error {cost:.4f}")
         print(checkpoint.report(aside))
         print(f"{args.out}: {len(truth)} tensors of {ids.numel()} tokens, arithmetic {args.arithmetic}")
     processes.close()
+
+
+def _directories(
+    args: argparse.Namespace, model: Model, groups: int, run: str, aside: list[str], first: bool
+) -> list[Path]:
+    """Where the groups' traces are written; none if they are joined already. Error: --resume, and another run there."""
+    out, layers = Path(args.out), len(model.layers)
+    if groups == 1:
+        if args.resume:
+            check_one_pass(out, layers)
+        return [out]
+    if not args.resume or not is_complete(out, layers) or parts_of(out, groups, run)[0].is_dir():
+        return begin_parts(out, groups, run, args.resume, first)
+    complete(model, out, run, aside)
+    if _wants_envelope(args, layers) and not (out / ENVELOPE).is_file():
+        what, do = "a joined trace without an envelope", "leave out --resume to write both anew, or add --no-envelope"
+        raise Qwen35Error(what, where=out, do=do)
+    return []
+
+
+def _wants_envelope(args: argparse.Namespace, layers: int) -> bool:
+    last = _last_layer(args.layers)
+    return not args.no_envelope and (last is None or last + 1 == layers)
 
 
 def _trace_group(
@@ -142,7 +157,7 @@ def _trace_group(
         model, ids.to(args.device), out, mask=mask, taps=args.taps, experts=args.experts, last=last,
         resume=args.resume, meta=more, quiet=args.quiet, label=label,
     )  # fmt: skip
-    if (last is None or last + 1 == len(model.layers)) and not args.no_envelope:
+    if _wants_envelope(args, len(model.layers)):
         with resumable(out, len(model.layers)):
             write_envelope(truth, _legal_models(args, truth), resume=args.resume, quiet=args.quiet)
 

@@ -381,15 +381,16 @@ def test_no_such_checkpoint(tmp_path: Path) -> None:
 
 def test_a_file_cut_short_after_opening(tmp_path: Path) -> None:
     folder = write(tmp_path, tensors("bf16 fused")[0], ("model.safetensors",), None)
-    ck = Checkpoint.open(folder)
+    opened, fresh = Checkpoint.open(folder), Checkpoint.open(folder)
+    opened.read("norm.weight")
     file = folder / "model.safetensors"
     with open(file, "r+b") as handle:
         handle.truncate(file.stat().st_size // 2)
-    with pytest.raises(
-        Qwen35Error, match=r"(?s)cannot read a tensor.*model.safetensors: .*changed after it was opened"
-    ):
-        for name in ck.names():
-            ck.read(name)
+    words = r"cannot read a tensor.*model.safetensors: .*changed after it was opened"
+    for ck, found in ((opened, words), (fresh, "written to while it was in use.*model.safetensors")):
+        with pytest.raises(Qwen35Error, match=f"(?s){found}"):
+            for name in ck.names():
+                ck.read(name)
     file.unlink()
     with pytest.raises(Qwen35Error, match="No such file"):
         Checkpoint.open(write(tmp_path / "again", tensors()[0])).__class__(ck.folder).read("norm.weight")

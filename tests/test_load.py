@@ -159,3 +159,15 @@ def test_a_file_that_is_written_to_while_it_is_in_use(
             handle.write(b"........") if size is None else handle.truncate(size)
     with pytest.raises(q.Qwen35Error, match="written to while it was in use"):
         model(IDS)
+
+
+def test_a_file_that_is_written_to_before_it_is_needed(built: Build, tmp_path: Path) -> None:
+    """Its header was read when the checkpoint was opened; a streamed model reads the rest later."""
+    path = shutil.copytree(built("tiny"), tmp_path / "checkpoint")
+    model = q.load(path, "transformers-bf16", mode="stream", text_only=True)
+    last = model.source.checkpoint.stored("lm_head.weight").file
+    with open(last, "r+b") as handle:
+        handle.seek(last.stat().st_size - 100)
+        handle.write(bytes(100))
+    with pytest.raises(q.Qwen35Error, match="written to while it was in use"):
+        model(IDS)

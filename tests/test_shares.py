@@ -61,9 +61,11 @@ def test_two_processes_one_of_which_fails_and_resumes(built: Build, tmp_path: Pa
     torch.set_num_threads(1)
     try:
         assert main(options(built("tiny-mxfp4"), tmp_path, "alone", "--batch", "1")) == 0
+        assert main(options(built("tiny-mxfp4"), tmp_path, "begun", "--batch", "1", "--layers", "0-0")) == 0
     finally:
         torch.set_num_threads(threads)
-    with Claim(tmp_path / "shared" / "parts" / "00002"):  # the second process's prompt
+    (run,) = (tmp_path / "begun" / "parts").iterdir()
+    with Claim(tmp_path / "shared" / "parts" / run.name / "00002"):  # the second process's prompt
         failed = launch(*options(built("tiny-mxfp4"), tmp_path, "shared"))
     assert failed.returncode and "another process is writing here" in failed.stderr, failed.stderr
     assert "prompts 2 to 2, process 1" in failed.stderr
@@ -85,17 +87,17 @@ def test_a_kill_while_joining_leaves_no_half_trace(
     arguments = options(built("tiny-mxfp4"), tmp_path, "out", "--batch", "1", "--taps", "layer_output_sum")
     assert main(arguments) == 0
     expected = contents(tmp_path / "out")
-    real = shares.TraceWriter.flush
+    real = shares.TraceWriter._begin
 
-    def stopping(writer: shares.TraceWriter) -> None:
-        real(writer)
-        if writer.path.name == "out" and writer.files == 2:
+    def stopping(writer: shares.TraceWriter, temporary: Path | None = None) -> None:
+        real(writer, temporary)
+        if writer.path.name == "out":
             raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(shares.TraceWriter, "flush", stopping)
+        patch.setattr(shares.TraceWriter, "_begin", stopping)
         main(arguments)
-    with pytest.raises(q.Qwen35Error, match="unfinished"):
+    with pytest.raises(q.Qwen35Error, match="no trace here"):
         Trace.open(tmp_path / "out")
     assert main([*arguments, "--resume"]) == 0
     assert contents(tmp_path / "out") == expected
@@ -132,7 +134,9 @@ def test_folders_beside_a_trace_are_nobody_elses_business(built: Build, tmp_path
     assert not any(path.is_dir() for path in (tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("name", ["parts", "parts-joined", "parts/00001", "00000.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["parts", "parts/0123456789abcdef", "parts/0123456789abcdef/00001", "parts-joined", "00000.safetensors"]
+)
 def test_a_folder_of_that_name_with_other_things_stays(
     built: Build, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -326,7 +326,9 @@ def test_another_process_that_writes_there_is_kept_out(
     prompts = [*command(checkpoint, out), "--ids", "[[1, 2], [3, 4]]", "--batch", "1"]
     (tmp_path / "ids.json").write_text("[[1, 2], [3, 4]]")
     prompts[prompts.index("[[1, 2], [3, 4]]")] = str(tmp_path / "ids.json")
-    with Claim(tmp_path / "out" / "parts" / "00001"):
+    assert main([*prompts, "--layers", "0-0"]) == 0
+    (run,) = (out / "parts").iterdir()
+    with Claim(run / "00001"):
         assert main(prompts) == 2
     assert "another process is writing here" in capsys.readouterr().err
     assert main([*prompts, "--resume"]) == 0
@@ -384,7 +386,7 @@ def test_weights_that_changed_under_equal_headers_are_not_gone_on_with(
     before = embedding.file.read_bytes()
     changed = command(tmp_path / "copy", tmp_path / "out")
     embedding.file.write_bytes(before[: embedding.begin] + bytes(embedding.nbytes) + before[embedding.end :])
-    assert main([*changed, "--resume"]) == 2 and "other weights" in capsys.readouterr().err
+    assert main([*changed, "--resume"]) == 2 and "differing: checkpoint" in capsys.readouterr().err
     embedding.file.write_bytes(before)
     assert main([*changed, "--resume"]) == 0  # its time does not matter: it may be a copy
 

@@ -28,11 +28,11 @@ EXPERT = re.compile(
     r"(?P<prefix>.+\.mlp\.experts)\.((?P<expert>\d{1,6})\.)?(?P<projection>gate_proj|up_proj|gate_up_proj|down_proj)"
 )
 
-SAMPLES, PIECE = 16, 4096  # of each file; bytes
+SAMPLES, PIECE = 16, 4096  # of each file, evenly spaced; bytes of each
 
 
 class Checkpoint:
-    """Opened from headers alone; every read is a pread of what is asked for, from any thread.
+    """Opened from headers alone; what is asked for is read, from any thread, or mapped (`reader.mapped`).
 
     with Checkpoint.open(path) as ck:
         ck.read("norm.weight")
@@ -45,7 +45,7 @@ class Checkpoint:
         self.tensors: Mapping[str, Stored] = folder.tensors
         self.modules: dict[str, dict[str, Stored]] = {}  # module -> role (".weight", ".weight_scale", ...) -> tensor
         self.used: set[str] = set()
-        self.reader = Reader()
+        self.reader = Reader({header.file: header.state for header in folder.headers})
         self._experts: dict[str, tuple[int, bool]] = {}  # count, and whether fused; `Experts` would hold this one
         self._expert_names: dict[str, list[str]] = {}  # "layers.0.mlp.experts" -> names of its tensors
         self._expert_ids: dict[str, set[int]] = {}
@@ -87,7 +87,7 @@ class Checkpoint:
         return self.tensors[name]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """The tensor in the dtype in which it is stored, or a run of its rows, in memory of its own."""
+        """The tensor in the dtype in which it is stored, or a run of its rows; mapped, it is the file's memory."""
         stored = self.stored(name)
         self.used.add(name)
         found = Rows.of(stored).rows(rows).read(self.reader)
@@ -178,27 +178,31 @@ class Checkpoint:
         return report(self, aside)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from another without reading it: sizes, and a hash over all headers.
+        """What tells this checkpoint from another without reading it: sizes, a hash over all headers, and one over
+        SAMPLES pieces of each file.
 
-        File names do not matter, nor does the folder. Two checkpoints of equal headers but different weights look
-        alike; `verify` tells those apart.
+        File names do not matter, nor does the folder. Two checkpoints of equal headers that differ in a few weights may
+        look alike; `verify` tells those apart.
         """
         parts = sorted(f"{header.size} {header.sha256}" for header in self.folder.headers)
         return {
             "headers_sha256": hashlib.sha256("\n".join(parts).encode()).hexdigest(),
+            "sample_sha256": self._sample(),
             "bytes": sum(header.size for header in self.folder.headers),
             "files": len(parts),
             "tensors": len(self.tensors),
         }
 
-    def sample(self) -> str:
-        """A hash over SAMPLES pieces of each file, evenly spaced, that tells most weights of equal headers apart."""
+    def _sample(self) -> str:
         digest = hashlib.sha256()
         for header in sorted(self.folder.headers, key=lambda header: (header.sha256, header.size)):
-            with open(header.file, "rb") as file:
-                for at in range(0, header.size, max(PIECE, header.size // SAMPLES)):
-                    file.seek(at)
-                    digest.update(file.read(PIECE))
+            try:
+                with open(header.file, "rb") as file:
+                    for at in range(0, header.size, max(PIECE, header.size // SAMPLES)):
+                        file.seek(at)
+                        digest.update(file.read(PIECE))
+            except OSError as error:
+                raise Qwen35Error("cannot read the file", where=header.file, found=error.strerror or error) from error
         return digest.hexdigest()
 
     def verify(self, manifest: str | Path | None = None) -> Iterator[Checksum]:

@@ -66,6 +66,7 @@ class Header:
     size: int
     sha256: str
     entries: dict[str, tuple[str, tuple[int, ...], int, int]]  # raw name -> dtype, shape, begin, end in the file
+    state: tuple[int, int]  # size and time of the last change, as it was read
 
 
 def parse_json(text: bytes, where: object) -> Any:
@@ -99,7 +100,7 @@ def read_header(file: Path) -> Header:
     """Reads and checks the header; allocates no more than the file is long, and at most LIMIT bytes."""
     try:
         with open(file, "rb") as handle:
-            size = os.fstat(handle.fileno()).st_size
+            size, _ = state = file_state(handle.fileno())
             first = handle.read(8)
             length = int.from_bytes(first, "little")
             if size < 8 or length > min(size - 8, LIMIT):
@@ -120,7 +121,13 @@ def read_header(file: Path) -> Header:
     start = 8 + length
     entries = {name: _entry(entry, file, name, start) for name, entry in header.items() if name != "__metadata__"}
     _check_cover(file, start, size, entries)
-    return Header(file, size, hashlib.sha256(first + text).hexdigest(), entries)
+    return Header(file, size, hashlib.sha256(first + text).hexdigest(), entries, state)
+
+
+def file_state(descriptor: int) -> tuple[int, int]:
+    """Size and time of the last change."""
+    found = os.fstat(descriptor)
+    return found.st_size, found.st_mtime_ns
 
 
 def _entry(entry: Any, file: Path, name: str, start: int) -> tuple[str, tuple[int, ...], int, int]:

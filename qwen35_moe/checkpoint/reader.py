@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from .header import Stored
+from .header import Stored, file_state
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
@@ -31,9 +31,10 @@ DTYPES = {
 class Reader:
     """Reads from any number of files and threads; a position belongs to a read, not to a file."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Mapping[Path, tuple[int, int]] | None = None) -> None:
+        """known: size and time of the last change of files whose headers were read."""
         self._descriptors: dict[Path, int] = {}
-        self._opened: dict[Path, tuple[int, int]] = {}  # size and time of the last change, as a file was opened
+        self._known = dict(known or {})
         self._lock = Lock()
         self.close = weakref.finalize(self, _close_all, self._descriptors)
         self.bytes_read = 0
@@ -49,7 +50,7 @@ class Reader:
         with self._lock:
             if stored.file not in self._maps:
                 try:
-                    size = self._opened[stored.file][0]
+                    size = self._known[stored.file][0]
                     self._maps[stored.file] = torch.from_file(str(stored.file), False, size, dtype=torch.uint8)
                 except (OSError, RuntimeError) as error:
                     raise _failed(stored, error) from error
@@ -64,25 +65,31 @@ class Reader:
             if stored.file not in self._descriptors:
                 try:
                     descriptor = os.open(stored.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                    self._descriptors[stored.file], self._opened[stored.file] = descriptor, _now(descriptor)
                 except OSError as error:
                     raise _failed(stored, error.strerror or error) from error
+                self._descriptors[stored.file] = descriptor
+                self._known.setdefault(stored.file, file_state(descriptor))
+                self._check(stored.file)
             return self._descriptors[stored.file]
 
     def check(self) -> None:
-        """Error where a file was written to since it was opened: it may be cut off, or hold other weights.
+        """Error where a file was written to since its header was read: it may be cut off, or hold other weights.
 
-        A file that was removed, or replaced by another of its name, stays readable and is fine.
+        A file that is open stays readable, and is fine, where it was removed, or replaced by another of its name.
         """
-        for file, descriptor in list(self._descriptors.items()):
-            if _now(descriptor) != self._opened[file]:
-                raise Qwen35Error(
-                    "the file was written to while it was in use",
-                    where=file,
-                    expected=f"{self._opened[file][0]} bytes, as they were",
-                    found=f"{_now(descriptor)[0]} bytes",
-                    do="load the checkpoint again; write new files under another name and rename them",
-                )
+        for file in list(self._descriptors):
+            self._check(file)
+
+    def _check(self, file: Path) -> None:
+        known, now = self._known[file], file_state(self._descriptors[file])
+        if now != known:
+            raise Qwen35Error(
+                "the file was written to while it was in use",
+                where=file,
+                expected=f"{known[0]} bytes, as they were",
+                found=f"{now[0]} bytes",
+                do="load the checkpoint again; write new files under another name and rename them",
+            )
 
     def read(self, stored: Stored, begin: int, into: memoryview) -> None:
         """Fills `into` with the bytes that begin at `begin` of the tensor. Other threads run meanwhile."""
@@ -106,11 +113,6 @@ class Reader:
         """Asks the system to read these bytes into its cache; returns at once, and never fails."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.descriptor(stored), stored.begin + begin, nbytes, os.POSIX_FADV_WILLNEED)
-
-
-def _now(descriptor: int) -> tuple[int, int]:
-    found = os.fstat(descriptor)
-    return found.st_size, found.st_mtime_ns
 
 
 def _close_all(descriptors: dict[Path, int]) -> None:

@@ -18,7 +18,7 @@ from ..arithmetic import Arithmetic
 from ..cache import LayerState
 from ..errors import Qwen35Error
 from ..files import save_whole
-from ..long_run import HEAD, begin, rounded_blocks
+from ..long_run import HEAD, begin, check_threads, rounded_blocks
 from ..model import Model
 from ..progress import Progress
 from ..streamed import HEAD_ROWS, StreamedHead
@@ -50,7 +50,11 @@ class Stored(NamedTuple):
 def stored_envelope(truth: Trace) -> dict[str, Tensor]:
     """Key -> [rows, 6], the columns of `Stored`."""
     path = None if truth.path is None else truth.path / ENVELOPE
-    return load_file(path) if path is not None and path.is_file() else truth.meta.get("_envelope", {})
+    try:
+        return load_file(path) if path is not None and path.is_file() else truth.meta.get("_envelope", {})
+    except (OSError, SafetensorError) as error:
+        do = "remove it, or write the trace again"
+        raise Qwen35Error("cannot read the envelope", where=path, found=error, do=do) from error
 
 
 def as_rows(key: str, x: Tensor, tokens: int) -> Tensor:
@@ -121,7 +125,9 @@ def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, 
         state.unlink(missing_ok=True)
         return
     run, sum_BTD = errors.read(state) if resume and state is not None and state.is_file() else ({}, None)
-    done, first = json.loads(run.get("done", "[]")), int(run.get("next", 0))
+    done, first, threads = json.loads(run.get("done", "[]")), int(run.get("next", 0)), torch.get_num_threads()
+    if state is not None and run:
+        check_threads(state, int(run.get("threads", threads)))
     for model in models:
         name = model.arithmetic.name
         if first and name != run["arithmetic"]:
@@ -134,12 +140,13 @@ def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, 
             for i in range(first, len(model.layers)):
                 with arithmetics.using(model.arithmetic), scope(layer=i):
                     h_BTD = model.layers[i](h_BTD, *given, LayerState())
-                errors.write(state, {"done": json.dumps(done), "arithmetic": name, "next": str(i + 1)}, h_BTD)
+                at = {"done": json.dumps(done), "arithmetic": name, "next": str(i + 1), "threads": str(threads)}
+                errors.write(state, at, h_BTD)
                 for said in progress:
                     said.done(i)
             _head(model, errors, h_BTD)
         done, first, sum_BTD = [*done, name], 0, None
-        errors.write(state, {"done": json.dumps(done)}, None)
+        errors.write(state, {"done": json.dumps(done), "threads": str(threads)}, None)
     out = {
         key: torch.cat((_columns(error), _of_truth(truth, key)), 1).to(torch.float32)
         for key, error in errors.norms.items()

@@ -138,7 +138,9 @@ class Trace(Mapping[str, Tensor]):
         """
         path = in_utf8(path)
         head = _read_head(path, partial)
-        entries = [Entry(**{**record, "shape": tuple(record["shape"])}) for record in head["tensors"]]
+        entries = entries_of(head.get("tensors"), path / "trace.json")
+        if not isinstance(head.get("meta"), dict):
+            raise Qwen35Error("trace.json has no meta", where=path, expected="{...}", do="write the trace again")
         lost = sorted({e.file for e in entries} - {p.name for p in path.iterdir()})
         if lost:
             raise Qwen35Error("trace has lost files", where=path, found=", ".join(lost), do="write the trace again")
@@ -181,12 +183,21 @@ def _read_head(path: Path, partial: bool) -> dict[str, Any]:
     return {"meta": {}, "tensors": [record for chunk in chunks for record in records_of(chunk)]}
 
 
-def records_of(chunk: Path) -> list[dict[str, Any]]:
+def entries_of(records: Any, where: Path) -> list[Entry]:
+    """Entries from their records in JSON."""
+    try:
+        return [Entry(**{**record, "shape": tuple(record["shape"])}) for record in records]
+    except (TypeError, KeyError) as error:
+        what, expected = "no records of tensors", "a list of {key, name, dims, dtype, shape, ...}"
+        raise Qwen35Error(what, where=where, expected=expected, found=error, do="write the trace again") from error
+
+
+def records_of(chunk: Path) -> Any:
     """What a file says of its tensors."""
     try:
         with safe_open(chunk, framework="pt") as file:
-            return json.loads(file.metadata()["tensors"])
-    except (OSError, SafetensorError) as error:
+            return json.loads((file.metadata() or {})["tensors"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise Qwen35Error("trace file cannot be read", where=chunk, found=error, do="write the trace again") from error
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
@@ -17,38 +18,56 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..files import check_claim, save_whole, whole
 from ..taps import Site
-from .trace_file import CHUNK_BYTES, FORMAT, RESUME, VERSION, Entry, Trace, in_utf8, records_of
+from .trace_file import CHUNK_BYTES, FORMAT, RESUME, VERSION, Entry, Trace, entries_of, in_utf8, records_of
 
 _OURS = re.compile(r"(\d{5}|envelope|envelope-state|resume)\.safetensors")  # envelope: envelope_file.py
 # What a kill leaves of a file that was being written: ours, and those that safetensors writes first, with random names.
 _LEFT = re.compile(_OURS.pattern + r"\.tmp|trace\.json\.tmp|\.tmp\w{6}")
 
 
-# Groups of prompts that a run has not joined yet, each a trace, and those that it has joined (shares.py).
-PARTS, JOINED, PARTS_RUN = "parts", "parts-joined", "run.json"
-_FILES = {"": (re.compile(rf"{_OURS.pattern}|{_LEFT.pattern}|trace\.json"), re.compile(f"{PARTS}|{JOINED}"))}
-_FILES[PARTS] = _FILES[JOINED] = re.compile(r"run\.json(\.tmp)?"), re.compile(r"\d{5}")
+# Groups of prompts that a run has not joined yet (shares.py): parts/<run>/00000 .., each a trace.
+PARTS, PARTS_RUN, JOINED = "parts", "run.json", ".joined"
+_RUN = re.compile(rf"[0-9a-f]{{16}}({re.escape(JOINED)})?")
 
 
 def check_ours(path: Path) -> None:
-    """Error if a directory holds anything that this program did not put there."""
-    files, folders = _FILES.get(path.name, _FILES[""])
-    for there in sorted(path.iterdir()) if path.is_dir() else ():
-        if not (folders if there.is_dir() else files).fullmatch(there.name):
-            do = "choose an empty directory"
-            raise Qwen35Error("directory is not a trace", where=path, found=there.name, do=do)
-        if there.is_dir():
-            check_ours(there)
+    """Error if a directory holds anything that no trace has, or what has such a name only."""
+    for there in path.iterdir() if path.is_dir() else ():
+        if there.is_dir() and there.name == PARTS and not there.is_symlink():
+            for run in there.iterdir():
+                _need(run.is_dir() and not run.is_symlink() and _RUN.fullmatch(run.name), run)
+                for part in run.iterdir():
+                    is_part = part.is_dir() and not part.is_symlink() and re.fullmatch(r"\d{5}", part.name)
+                    _need(is_part or part.name.removesuffix(".tmp") == PARTS_RUN, part)
+                    check_ours(part)
+        else:
+            known = there.name == "trace.json" or _OURS.fullmatch(there.name) or _LEFT.fullmatch(there.name)
+            _need(known and not there.is_dir(), there)
+            if there.name == "trace.json":
+                with open(there, "rb") as file:
+                    _need(FORMAT.encode() in file.read(64), there)
+            elif re.fullmatch(r"\d{5}\.safetensors", there.name) and not (path / "trace.json").is_file():
+                try:
+                    records_of(there)
+                except Qwen35Error:
+                    _need(False, there)
+
+
+def _need(known: object, there: Path) -> None:
+    if not known:
+        do = "choose an empty directory"
+        raise Qwen35Error("directory is not a trace", where=there.parent, found=there.name, do=do)
 
 
 def remove_parts(path: Path) -> None:
-    """The parts of a trace. Their folder's name goes first: what is left of it is no state to resume."""
+    """The parts of a trace, of all runs. Their name goes first: what is left of it is no state to resume."""
     check_claim(path)
-    for name in (JOINED, PARTS):
-        if (path / name).is_dir():
-            check_ours(path / name)
-            (path / name).rename(path / JOINED)
-            shutil.rmtree(path / JOINED)
+    check_ours(path)
+    for run in list((path / PARTS).iterdir()) if (path / PARTS).is_dir() else ():
+        old = run.with_name(run.name.removesuffix(JOINED) + JOINED)
+        shutil.rmtree(run.rename(old))
+    with suppress(FileNotFoundError):
+        (path / PARTS).rmdir()
 
 
 def sweep(path: Path) -> None:
@@ -73,70 +92,80 @@ def _header(entry: Entry, nbytes: int) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def _nbytes(held: dict[str, tuple[Entry, Tensor]]) -> int:
+    return sum(x.nbytes for _, x in held.values())
+
+
 _DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class TraceWriter:
     """Write a trace to a directory, a layer at a time. Use as a context manager: it is finished by a clean exit only.
 
-    A directory that holds anything but a trace is refused. An older trace stays until the first layer is there to be
-    written: what is wrong with a run shows before that.
+    A directory that holds anything but a trace is refused. An older trace, or the state of a run, stays until the first
+    layer is written (or CHUNK_BYTES of it are): what is wrong with a run shows before that.
     """
 
-    def __init__(self, path: str | Path, meta: dict[str, Any] | None = None, keep: int = 0, joins: bool = False):
-        """keep: how many files of an unfinished trace there are kept, to be continued; joins: and its parts."""
+    def __init__(
+        self, path: str | Path, meta: dict[str, Any] | None = None, keep: int | None = None, joins: bool = False
+    ):
+        """keep: how many files of an unfinished trace there are kept, and its state, to be continued; joins: and parts
+        of a trace, which become this one."""
         self.path, self.meta = in_utf8(path), dict(meta or {})
         self.entries: list[Entry] = []
         self._keys: set[str] = set()
-        self._buffer: dict[str, Tensor] = {}
-        self._open: list[Entry] = []
-        self.files = keep
-        self._begun, self._joins = False, joins
+        self._open: dict[str, tuple[Entry, Tensor]] = {}
+        self._ready: list[dict[str, tuple[Entry, Tensor]]] = []  # files, but for writing
+        self.files, self._joins = keep or 0, joins
         self.path.mkdir(parents=True, exist_ok=True)
         check_ours(self.path)
-        self._kept = [f"{i:05d}.safetensors" for i in range(keep)]
+        self._kept = [f"{i:05d}.safetensors" for i in range(self.files)]
         for name in self._kept:
-            self.entries += [Entry(**{**r, "shape": tuple(r["shape"])}) for r in records_of(self.path / name)]
-        self._kept += [RESUME] if keep else []
+            self.entries += entries_of(records_of(self.path / name), self.path / name)
+        self._kept += [RESUME] if keep is not None else []
+        self._begun = all(there.is_dir() or there.name in self._kept for there in self.path.iterdir())
         self._keys.update(entry.key for entry in self.entries)
-
-    def _begin(self) -> None:
-        """Removes what an older trace has left."""
-        if self._begun:
-            return
-        check_claim(self.path)
-        for old in sorted(self.path.iterdir(), reverse=True):  # trace.json first
-            if not old.is_dir() and old.name not in self._kept:
-                old.unlink()
-        if not self._joins:
-            remove_parts(self.path)
-        self._begun = True
 
     def add(self, entry: Entry, x: Tensor) -> None:
         """Append one tensor. It must not change until the layer is written."""
         if entry.key in self._keys:
             raise Qwen35Error("key is in the trace already", where=self.path, found=entry.key)
+        last = next(reversed(self._open.values()), (entry,))[0]
         place = (entry.step, entry.part, entry.layer)
-        size = sum(t.nbytes for t in self._buffer.values())
-        if self._open and (
-            (self._open[-1].step, self._open[-1].part, self._open[-1].layer) != place or size > CHUNK_BYTES
-        ):
-            self.flush()
+        if (last.step, last.part, last.layer) != place or _nbytes(self._open) > CHUNK_BYTES:
+            self._cut()
+            if self._begun or sum(map(_nbytes, self._ready)) > CHUNK_BYTES:
+                self.flush()
         self._keys.add(entry.key)
-        self._buffer[entry.key] = x.detach().cpu().contiguous()
-        self._open.append(entry)
+        self._open[entry.key] = entry, x.detach().cpu().contiguous()
+
+    def _cut(self) -> None:
+        if self._open:
+            self._ready.append(self._open)
+            self._open = {}
 
     def flush(self) -> None:
-        """Write what is held as the next file."""
+        """Write what is held, as the next files."""
+        self._cut()
+        for held in self._ready:
+            name = f"{self.files:05d}.safetensors"
+            done = [replace(entry, file=name) for entry, _ in held.values()]
+            metadata = {"tensors": json.dumps([asdict(entry) for entry in done])}
+            save_whole({key: x for key, (_, x) in held.items()}, self.path / name, metadata, self._begin)
+            self.entries += done
+            self.files += 1
+        self._ready = []
         self._begin()
-        if not self._open:
+
+    def _begin(self, temporary: Path | None = None) -> None:
+        """Removes what an older trace has left, once the first file of this one is there under a temporary name."""
+        if self._begun:
             return
-        name = f"{self.files:05d}.safetensors"
-        done = [Entry(**{**asdict(entry), "file": name}) for entry in self._open]
-        save_whole(self._buffer, self.path / name, {"tensors": json.dumps([asdict(entry) for entry in done])})
-        self.entries += done
-        self.files += 1
-        self._buffer, self._open = {}, []
+        check_claim(self.path)
+        for old in sorted(self.path.iterdir(), reverse=True):  # trace.json first
+            if not old.is_dir() and old.name not in self._kept and (temporary is None or old.name != temporary.name):
+                old.unlink()
+        self._begun = True
 
     def add_blocks(self, site: Site, dims: str, shape: tuple[int, ...], blocks: Iterator[tuple[slice, Tensor]]) -> None:
         """Append one large tensor as a file of its own, block by block of its last dimension."""
@@ -157,11 +186,13 @@ class TraceWriter:
         self.files += 1
 
     def close(self) -> None:
-        """Write the rest, and trace.json last."""
+        """Write the rest, and trace.json last. Parts of older runs are gone with it."""
         self.flush()
         head = {"format": FORMAT, "version": VERSION, "meta": self.meta, "tensors": [asdict(e) for e in self.entries]}
         with whole(self.path / "trace.json") as temporary:
             temporary.write_text(json.dumps(head))
+        if not self._joins:
+            remove_parts(self.path)
 
     def __enter__(self) -> TraceWriter:
         return self

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
+from ..config import MOST_LAYERS
 from ..errors import Qwen35Error
 from .exclude import Hit
 from .spec import QuantConfig, quantization_of
@@ -175,8 +176,14 @@ class Model:
                 do="give the config.json of the checkpoint",
             )
         count, step = text["num_hidden_layers"], text.get("decoder_sparse_step") or 1
-        dense = set(text.get("mlp_only_layers") or ())
+        dense = text.get("mlp_only_layers") or []
         drafts = text.get("mtp_num_hidden_layers") or text.get("num_nextn_predict_layers") or 0
+        if not isinstance(dense, list) or not all(
+            type(n) is int and 0 <= n <= MOST_LAYERS for n in (count, step, drafts)
+        ):
+            where, expected = "config.json", f"a list of layers without experts; numbers of layers up to {MOST_LAYERS}"
+            found = f"{dense}, {count} every {step}, {drafts} drafts"[:200]
+            raise Qwen35Error("layers cannot be counted", where=where, expected=expected, found=found)
         quant = raw if isinstance(raw, QuantConfig) else QuantConfig.from_dict(raw, count)
         return cls(
             layers=tuple(Layer(f"layers.{i}") for i in range(count) if (i + 1) % step == 0 and i not in dense),

@@ -1,7 +1,7 @@
 """One precision per module: what a quantization_config says a module is, and the entry that says so.
 
-Five dialects (Quark, FP8, compressed-tensors, ModelOpt, GPTQ) become one question, `QuantConfig.spec_of(name)`. It is
-the refactor that the reviewers of sglang PR 22948 asked for: no gate has to search strings for "shared_expert".
+Six dialects (Quark, FP8, MXFP4, compressed-tensors, ModelOpt, GPTQ) become one question, `QuantConfig.spec_of(name)`.
+It is the refactor that the reviewers of sglang PR 22948 asked for: no gate has to search strings for "shared_expert".
 """
 
 from __future__ import annotations
@@ -51,7 +51,11 @@ class QuantConfig:
         if not raw:
             return cls("none", exclude_list((), "quark"), BF16, "no quantization_config", (), "", {})
         method = method_of(raw)
-        return cls(method=method, raw=raw, num_hidden_layers=num_hidden_layers, **READERS[method](raw))
+        try:
+            return cls(method=method, raw=raw, num_hidden_layers=num_hidden_layers, **READERS[method](raw))
+        except (AttributeError, TypeError, ValueError, KeyError) as error:
+            where, expected = "quantization_config", f"what {method} writes"
+            raise Qwen35Error("cannot be read", where=where, expected=expected, found=error) from error
 
     def read_as(self, semantics: str) -> QuantConfig:
         """The same configuration under another reader's exclude semantics, by name (exclude.SEMANTICS)."""

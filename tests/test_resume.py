@@ -1,0 +1,297 @@
+"""What is there before a run stays until the run has something to put in its place, and only equal runs go on."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+
+from qwen35_moe import files, placement, trace_cli
+from qwen35_moe.checkpoint import Checkpoint
+from qwen35_moe.cli import main
+from qwen35_moe.files import whole
+from qwen35_moe.moe import MoE
+from qwen35_moe.oracle import envelope_file
+from qwen35_moe.oracle.trace_file import RESUME, Trace
+
+Build = Callable[[str], Path]
+PROMPTS, OTHERS = [[1, 2, 3, 4, 5], [9, 8, 7], [5, 5, 5, 6]], [[4, 4], [3, 2, 1], [6]]
+FEW = ["--taps", "layer_output_sum", "--no-envelope"]
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Kill(BaseException):
+    """At a chosen moment: nothing is cleaned up."""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def run(built: Build, tmp_path: Path) -> Callable[..., int]:
+    """run(name of --out, ids, options) -> exit code"""
+    shutil.copytree(built("tiny-mxfp4"), tmp_path / "weights")
+
+    def trace(out: str, ids: Any, *more: str) -> int:
+        (tmp_path / "ids.json").write_text(json.dumps(ids))
+        command = ["trace", str(tmp_path / "weights"), "--ids", str(tmp_path / "ids.json"), "--quiet"]
+        return main([*command, "--out", str(tmp_path / out), *more])
+
+    return trace
+
+
+@contextmanager
+def killed(where: Any, name: str, calls: int, error: BaseException | None = None) -> Iterator[None]:
+    """Instead of the call after so many."""
+    real, left = getattr(where, name), [calls]
+
+    def dying(*args: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise error or Kill
+        return real(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, name, dying)
+        if error is None:
+            with pytest.raises(Kill):
+                yield
+        else:
+            yield
+
+
+def change_weights(folder: Path) -> None:
+    """All of a tensor, which no header tells."""
+    stored = Checkpoint.open(folder).stored("embed_tokens.weight")
+    data = bytearray(stored.file.read_bytes())
+    data[stored.begin : stored.end] = bytes(stored.nbytes)
+    stored.file.write_bytes(data)
+
+
+@pytest.mark.parametrize("done", [1, 2])
+def test_groups_of_other_weights_are_not_joined(
+    run: Callable[..., int], tmp_path: Path, done: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with killed(trace_cli, "_trace_group", done):
+        run("out", PROMPTS, "--batch", "1", *FEW)
+    change_weights(tmp_path / "weights")
+    assert run("out", PROMPTS, "--batch", "1", *FEW, "--resume") == 2
+    assert "differing: checkpoint" in capsys.readouterr().err
+    with killed(trace_cli, "_trace_group", 1):  # as advised, without --resume; then killed, and gone on with
+        run("out", PROMPTS, "--batch", "1", *FEW)
+    assert run("out", PROMPTS, "--batch", "1", *FEW, "--resume") == 0 == run("whole", PROMPTS, "--batch", "1", *FEW)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_groups_and_envelopes_are_of_one_number_of_threads(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    with killed(trace_cli, "_trace_group", 1):
+        run("groups", PROMPTS, "--batch", "1", *FEW)
+    with killed(envelope_file._Errors, "write", 3):
+        run("envelope", [1, 2, 3])
+    torch.set_num_threads(threads + 1)
+    try:
+        assert run("groups", PROMPTS, "--batch", "1", *FEW, "--resume") == 2
+        assert "differing: threads" in capsys.readouterr().err
+        assert run("envelope", [1, 2, 3], "--resume") == 2
+        assert f"OMP_NUM_THREADS={threads} goes on" in capsys.readouterr().err
+    finally:
+        torch.set_num_threads(threads)
+    assert run("groups", PROMPTS, "--batch", "1", *FEW, "--resume") == 0 == run("envelope", [1, 2, 3], "--resume")
+
+
+def test_an_envelope_is_of_its_traces_weights(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with killed(envelope_file._Errors, "write", 3):
+        run("out", [1, 2, 3])
+    change_weights(tmp_path / "weights")
+    assert run("out", [1, 2, 3], "--resume") == 2
+    assert "a complete trace of another run" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "out"), str(tmp_path / "out")]) == 2
+    assert "another checkpoint" in capsys.readouterr().err
+
+
+def test_the_first_layers_are_not_taken_for_all(run: Callable[..., int], tmp_path: Path) -> None:
+    assert run("out", PROMPTS, "--batch", "1", *FEW, "--layers", "0-1") == 0
+    shutil.rmtree(tmp_path / "out" / "parts")
+    assert run("out", PROMPTS, "--batch", "1", *FEW, "--resume") == 0
+    assert len(Trace.open(tmp_path / "out")) == 4 and Trace.open(tmp_path / "out").meta["layers"] == 4
+
+
+@pytest.mark.parametrize("there", ["complete", "unfinished"])
+@pytest.mark.parametrize("moment", ["in the first layer", "no room for it", "in the first group"])
+def test_what_is_there_stays_until_a_layer_takes_its_place(
+    run: Callable[..., int], tmp_path: Path, there: str, moment: str
+) -> None:
+    assert run("out", [1, 2, 3], *FEW, *([] if there == "complete" else ["--layers", "0-1"])) == 0
+    before = contents(tmp_path / "out")
+    if moment == "in the first layer":
+        with killed(MoE, "forward", 0):
+            run("out", [4, 5, 6], "--no-envelope")
+    elif moment == "no room for it":
+        with killed(files, "save_file", 0, FULL):
+            assert run("out", [4, 5, 6], "--no-envelope") == 2
+    else:
+        with killed(trace_cli, "_trace_group", 1):
+            run("out", PROMPTS, "--batch", "1", *FEW)
+    after = contents(tmp_path / "out")
+    assert {name: after.get(name) for name in before} == before
+    assert run("out", [1, 2, 3], *FEW, "--resume") == 0
+    assert len(Trace.open(tmp_path / "out")) == 4
+
+
+def test_a_state_without_values_survives_a_full_disk(run: Callable[..., int], tmp_path: Path) -> None:
+    late = ["--taps", "next_token_logits", "--no-envelope"]
+    assert run("out", [1, 2, 3], *late, "--layers", "0-1") == 0
+    before = contents(tmp_path / "out")
+    with killed(files, "save_file", 0, FULL):
+        assert run("out", [1, 2, 3], *late, "--resume") == 2
+    assert (tmp_path / "out" / RESUME).read_bytes() == before[RESUME]
+    assert run("out", [1, 2, 3], *late, "--resume") == 0 == run("whole", [1, 2, 3], *late)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_two_runs_over_groups_can_both_go_on(run: Callable[..., int], tmp_path: Path) -> None:
+    """Until one of them is done."""
+    with killed(trace_cli, "_trace_group", 2):
+        run("out", PROMPTS, "--batch", "1", *FEW)
+    with killed(trace_cli, "_trace_group", 1):
+        run("out", OTHERS, "--batch", "1", *FEW)
+    with killed(trace_cli, "_trace_group", 1):  # the first of which is done
+        run("out", PROMPTS, "--batch", "1", *FEW, "--resume")
+    assert run("out", OTHERS, "--batch", "1", *FEW, "--resume") == 0 == run("whole", OTHERS, "--batch", "1", *FEW)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert run("out", PROMPTS, "--batch", "1", *FEW, "--resume") == 2
+
+
+def test_a_complete_trace_gets_its_envelope_later(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever was begun there since. Of groups only before they are joined."""
+    assert run("out", [1, 2, 3], "--no-envelope") == 0
+    with killed(trace_cli, "_trace_group", 1):
+        run("out", PROMPTS, "--batch", "1", *FEW)
+    assert run("out", [1, 2, 3], "--resume") == 0
+    assert "envelope.safetensors" in contents(tmp_path / "out")
+    assert run("joined", PROMPTS, "--batch", "1", "--no-envelope") == 0
+    assert run("joined", PROMPTS, "--batch", "1", "--resume") == 2
+    assert "without an envelope" in capsys.readouterr().err
+
+
+def test_what_is_no_trace_is_nobody_elses(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names alone do not make a trace."""
+    (tmp_path / "out").mkdir()
+    save_file({"x": torch.ones(3)}, tmp_path / "out" / "00000.safetensors")
+    before = contents(tmp_path / "out")
+    assert run("out", [1, 2], *FEW) == 2 and contents(tmp_path / "out") == before
+    (tmp_path / "out" / "00000.safetensors").unlink()
+    (tmp_path / "out" / "trace.json").write_text('{"traceEvents": []}')
+    assert run("out", [1, 2], *FEW) == 2 and (tmp_path / "out" / "trace.json").is_file()
+    assert capsys.readouterr().err.count("directory is not a trace") == 2
+
+
+def test_a_link_in_the_place_of_parts(run: Callable[..., int], tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "parts").symlink_to(tmp_path / "elsewhere")
+    assert run("out", PROMPTS, "--batch", "1", *FEW) == 2
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("out", ["parts", "a directory/ü", "run.json"])
+def test_any_name_can_be_resumed(run: Callable[..., int], tmp_path: Path, out: str) -> None:
+    assert run(out, [1, 2, 3], *FEW, "--layers", "0-1") == 0 == run(out, [1, 2, 3], *FEW, "--resume")
+    assert run(out, PROMPTS, *FEW, "--batch", "1") == 0 == run(out, [1, 2, 3], *FEW)
+
+
+def test_offloaded_weights(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full disk is an error before it is written to; without locks, nobody's weights are removed."""
+    (tmp_path / "map.json").write_text(json.dumps({"": "cpu", "layers.1": "disk"}))
+    options = [*FEW, "--device-map", str(tmp_path / "map.json"), "--mode", "decoded", "--offload-folder"]
+    folder = tmp_path / "offloaded"
+    (other := folder / f"{placement.OFFLOAD}other").mkdir(parents=True)
+    for name in (placement.MARK, "notes.txt", "layers.0.weight.dat"):
+        (other / name).touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no locks")))
+        assert run("out", [1, 2], *options, str(folder)) == 0 and len(list(other.iterdir())) == 3
+    assert run("out", [1, 2], *options, str(folder)) == 0
+    assert [p.name for p in other.iterdir()] == ["notes.txt"]
+    with monkeypatch.context() as patch:
+        patch.setattr(placement.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+        assert run("full", [1, 2], *options, str(folder)) == 2
+    assert "disk full" in capsys.readouterr().err
+    assert run("out", [1, 2], *options, str(tmp_path / "out" / "inside")) == 2
+    assert not (tmp_path / "out" / "inside").exists()
+
+
+def test_a_damaged_state_is_an_error(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with killed(trace_cli, "_trace_group", 2):
+        run("out", PROMPTS, "--batch", "1", *FEW)
+    (parts,) = (tmp_path / "out" / "parts").iterdir()
+    for damage in (b"", b"[1]", b"null", b'{"steps"', b"\xff\xfe"):
+        (parts / "run.json").write_bytes(damage)
+        assert run("out", OTHERS, "--batch", "1", *FEW, "--resume") == 2
+        assert "cannot read the state" in capsys.readouterr().err
+    assert run("done", [1, 2], *FEW) == 0
+    head = '{"format": "qwen35-moe-trace", "version": 1'
+    for damage in (head + "}", head + ', "tensors": [], "meta": []}', head + ', "tensors": [7], "meta": {}}'):
+        (tmp_path / "done" / "trace.json").write_text(damage)
+        assert main(["compare", str(tmp_path / "done"), str(tmp_path / "done")]) == 2
+        assert run("done", [1, 2], *FEW, "--resume") == 2
+        assert "a bug" not in capsys.readouterr().err
+    assert run("done", [1, 2], *FEW) == 0
+
+
+def test_where_results_are_written(tmp_path: Path) -> None:
+    """What a link points to is replaced, not the link; what is no file is written to."""
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with whole(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    with whole(tmp_path / "pipe") as temporary:
+        assert temporary == tmp_path / "pipe"
+    with whole(Path("/dev/null")) as temporary:
+        assert temporary == Path("/dev/null")
+
+
+@pytest.mark.parametrize("setting", ["WORLD_SIZE=2", "PMI_SIZE=", "OMPI_COMM_WORLD_SIZE=abc"])
+def test_processes_that_nobody_started(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(*setting.split("="))
+    try:
+        assert run("out", [1, 2], *FEW) == 2
+    finally:
+        PartialState._reset_state()
+    assert "cannot join the other processes" in capsys.readouterr().err
+
+
+def test_long_lists_of_ids_are_no_file_names(run: Callable[..., int], built: Build, tmp_path: Path) -> None:
+    ids = ",".join(["248000"[:3]] * 90)
+    assert main(["trace", str(built("tiny")), "--ids", ids, "--out", str(tmp_path / "o"), "--quiet", *FEW]) == 0
