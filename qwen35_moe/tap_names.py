@@ -7,7 +7,7 @@ with `.output`, `.output.<i>` or `.inputs.<i>`; `sglang` may also be a bare name
 and ATOM name their modules as SGLang does, except where `other` says so.
 
 Dims are the letters of the legend in lower case, one a dimension (after "b" the "t" is one sequence's tokens; a "t"
-without "b" is all tokens, batch-major; "r" is the rows, that is tokens, that were routed to one expert):
+without "b" is all tokens, batch-major; "r" is the rows, that is tokens, that were routed to one expert, or all):
 
     b batch   t new tokens   s cached + new tokens   d model width   v vocabulary
     n query heads   g key/value heads   h head width   r rotated width
@@ -63,8 +63,8 @@ TAPS: dict[str, TapName] = {
     "attn_v": _("b t (g*h)", "v_proj", "qkv_proj.output*", "self_attn.v_proj.output"),
     "attn_q_norm": _("b t n h", "queries after their norm, before RoPE", "q_norm.output", "self_attn.q_norm.output"),
     "attn_k_norm": _("b t g h", "keys after their norm, before RoPE", "k_norm.output", "self_attn.k_norm.output"),
-    "rope_cos": _("b t r/2", "cosines of the rotary angles", "", "rotary_emb.output.0"),
-    "rope_sin": _("b t r/2", "sines of the rotary angles", "", "rotary_emb.output.1"),
+    "rope_cos": _("b t r/2", "cosines of the rotary angles", "", "rotary_emb.output.0*"),
+    "rope_sin": _("b t r/2", "sines of the rotary angles", "", "rotary_emb.output.1*"),
     "attn_q": _("b t n h", "queries after RoPE", "attn.inputs.0", "", "community name in SGLang and miles: attn_q"),
     "attn_k": _("b t g h", "keys after RoPE", "attn.inputs.1", "", "miles: attn_k, before or after RoPE"),
     "attn_q.x_cos": _("b t n r", "queries times cosines"),
@@ -92,7 +92,7 @@ TAPS: dict[str, TapName] = {
     ),
     "gdn_b": _("b t j", "beta before sigmoid", "linear_attn.in_proj_ba.output*", "linear_attn.in_proj_b.output"),
     "gdn_a": _("b t j", "decay input before dt_bias", "linear_attn.in_proj_ba.output*", "linear_attn.in_proj_a.output"),
-    "gdn_conv_product": _("b c t", "causal conv: one tap's product (indexed), where a table rounds it"),
+    "gdn_conv_product": _("b t c", "causal conv: one tap's product (indexed), where a table rounds it"),
     "gdn_conv": _("b t c", "causal conv, before silu"),
     "gdn_conv_act": _("b t c", "causal conv, after silu"),
     "gdn_beta": _("b t j", "write strength, sigmoid(b)"),
@@ -103,7 +103,7 @@ TAPS: dict[str, TapName] = {
     "gdn_v": _("b t j p", "values"),
     "gdn_recall": _("b j p", "what the state already answers to one token's key (recurrent rule)"),
     "gdn_state": _("b j k p", "recurrent state after the last token"),
-    "gdn_conv_state": _("b c w", "conv state after the last token"),
+    "gdn_conv_state": _("b c w-1", "conv state after the last token"),
     "gdn_core_out": _(
         "b t j p", "what the recurrence reads out", "linear_attn.attn.output", "linear_attn.norm.inputs.0"
     ),
@@ -131,8 +131,8 @@ TAPS: dict[str, TapName] = {
     "moe_expert_act": _("r f", "one expert: silu(gate) * up"),
     "moe_a2": _("r f", "one expert: input of down_proj (where W4A4 quantises)"),
     "moe_expert_down": _("r d", "one expert: output of down_proj"),
-    "moe_expert_weighted": _("r d", "one expert: times the routing weight"),
-    "moe_partial_sum": _("t d", "routed sum so far"),
+    "moe_expert_weighted": _("r d", "one expert, or all tokens' a-th (`moe_sum_order`): times the routing weight"),
+    "moe_partial_sum": _("r d", "sum of experts so far, the shared one among them where it is fused"),
     "moe_shared_a1": _("t d", "shared expert: input, where it is a quantised network of its own"),
     "moe_shared_a2": _("t f", "shared expert: input of down_proj, likewise"),
     "moe_shared_gate_proj": _(

@@ -14,18 +14,26 @@ from torch import Tensor
 from .errors import Qwen35Error
 from .oracle.trace_file import Entry, Trace
 from .oracle.trace_writer import TraceWriter
-from .tap_names import check_patterns, dims_of
+from .tap_names import TAPS, check_patterns, dims_of
 from .taps import OBSERVE, Handler, Site, attach
 
 Patterns = str | Iterable[str]
+
+
+INSIDE = {name for name, tap in TAPS.items() if tap.dims.startswith("r ")}  # of single experts
+
+
+def _last(pattern: str) -> str:
+    """Of "layers.3.moe_a2" the tap."""
+    return pattern.rpartition(".")[2]
 
 
 class Recorder:
     """A tap handler that copies every matching value into a Trace, or, with `out`, to a trace directory.
 
     `patterns` are globs over tap names ("gdn_*") or keys ("layers.3.*"), in a list or separated by commas. Values of
-    single experts and of single turns of a loop (`site.index`) are many: they are kept with `experts=True` only, or,
-    for experts, when a pattern names them ("moe_expert_down").
+    single experts and of single turns of a loop (`site.index`) are many: they are kept with `experts=True` only, or
+    when a pattern names them in full ("moe_a2", "gdn_recall") or, for experts, in part ("moe_expert_*").
     The copies have the dtype that the run computed. Call `next_step()` between forward passes of one recording.
     """
 
@@ -53,12 +61,12 @@ class Recorder:
     @property
     def wants_experts(self) -> bool:
         """Whether values inside of single experts are asked for, which the grouped form does not show."""
-        return self.experts or any("expert" in p for p in self.patterns)
+        return self.experts or any("expert" in p or _last(p) in INSIDE for p in self.patterns)
 
     def wants(self, site: Site) -> bool:
         found = [p for p in self.patterns if fnmatch.fnmatchcase(site.name, p) or fnmatch.fnmatchcase(site.key, p)]
         if site.index is not None or site.expert is not None:
-            named = site.index is None and any("expert" in p for p in found)
+            named = any(_last(p) == site.name or "expert" in p and site.index is None for p in found)
             return bool(found) and (self.experts or named)
         return bool(found)
 

@@ -41,8 +41,8 @@ def add_parser(subparsers: Any) -> None:
     p.add_argument("--ids", help="1,2,3 or a file: a list of token ids, or a list of lists (padded on the right)")
     p.add_argument("--out", help="directory to write")
     p.add_argument("--arithmetic", default="exact", help="default: %(default)s")
-    p.add_argument("--taps", default="*", help="globs, separated by commas (default: all)")
-    p.add_argument("--experts", action="store_true", help="values inside of every single expert, too")
+    p.add_argument("--taps", default="*", help="globs, separated by commas (default: all but --experts)")
+    p.add_argument("--experts", action="store_true", help="values of every single expert and turn of a loop, too")
     p.add_argument("--layers", metavar="0-N", help="only the first layers; --resume with a larger N goes on")
     p.add_argument(
         "--batch", type=positive, metavar="N", help="prompts in one forward pass (default: all; under `accelerate "

@@ -14,6 +14,7 @@ from engine_like import padded_truth, tiny_model
 
 from qwen35_moe import Cache, Qwen35Error
 from qwen35_moe.cli import main
+from qwen35_moe.load import load
 from qwen35_moe.oracle.envelope_file import write_envelope
 from qwen35_moe.oracle.trace_file import Entry, Trace
 from qwen35_moe.oracle.trace_writer import TraceWriter, write
@@ -152,3 +153,12 @@ def test_recorded_values_are_copies() -> None:
         tap("layer_input", x)
         x += 1
     assert not recorder.trace["layer_input"].any()
+
+
+@pytest.mark.parametrize("pattern", ["moe_a2", "moe_expert_weighted", "moe_partial_sum", "layers.0.moe_expert_*"])
+def test_taps_inside_of_experts_can_be_named(built, pattern: str) -> None:
+    model = load(built("tiny-mxfp4"), mode="stream", text_only=True)
+    found, everything = trace(model, torch.tensor([[1, 2, 3]]), taps=pattern), trace(model, torch.tensor([[1, 2, 3]]))
+    assert found and all("experts" in key or "moe_" in key for key in found)
+    assert not found.keys() & everything.keys()
+    assert all(found.sites[key].dims.split()[0] in ("r", "t") for key in found)
