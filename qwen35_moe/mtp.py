@@ -149,14 +149,12 @@ def draft(
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of one draft. Log-probabilities are the target's, given that all drafts before it are right."""
+    """What becomes of one draft. `log_p` is the target's, given that all drafts before it are right."""
 
     id: int
     accepted: bool
     probability: float  # of being accepted
     log_p: float
-    best_id: int
-    best_log_p: float
     reason: str
 
 
@@ -229,7 +227,7 @@ def accept(
         else:
             gap = (log_p[i, best] - log_p[i, drafted]).item()
             reason = f"the target prefers {best}, by {gap:.6g} in log p"
-        verdicts.append(Verdict(drafted, ok, chance, log_p[i, drafted].item(), best, log_p[i, best].item(), reason))
+        verdicts.append(Verdict(drafted, ok, chance, log_p[i, drafted].item(), reason))
         accepted += ok
 
     if not sampled:

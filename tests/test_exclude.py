@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwen35_moe.errors import Qwen35Error
-from qwen35_moe.quant.exclude import SEMANTICS, ExcludeList, find, substring
+from qwen35_moe.quant.exclude import SEMANTICS, ExcludeList, Hit, exclude_list, substring
 from qwen35_moe.quant.names import (
     canonical,
     expand_fused,
@@ -44,6 +44,10 @@ ENTRIES = [
     ("-:.*shared_expert.*", BODY, "gptq", "official GPTQ-Int4: negative patterns"),
     ("lm_head", "lm_head", "quark sglang vllm atom fp8 compressed-tensors modelopt", "all agree"),
 ]
+
+
+def find(name: str, entries: list[str], semantics: str) -> Hit | None:
+    return exclude_list(tuple(entries), semantics).hit(name)
 
 
 @pytest.mark.parametrize(("entry", "module", "readers", "source"), ENTRIES, ids=[f"{e[0]}|{e[1]}" for e in ENTRIES])

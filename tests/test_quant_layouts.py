@@ -13,8 +13,6 @@ from qwen35_moe.quant.layouts import (
     from_compressed_tensors,
     from_gpt_oss,
     interleave_gate_up,
-    is_nvfp4,
-    refuse_nvfp4,
     shuffle_scales,
     shuffle_weight,
     to_compressed_tensors,
@@ -104,26 +102,3 @@ def test_aiters_scale_tiles_by_index() -> None:
         shuffle_scales(random_bytes(2, 32, 8))
     with pytest.raises(Qwen35Error):
         unshuffle_scales(scales)
-
-
-@pytest.mark.parametrize(
-    ("dtypes", "is_one"),
-    [
-        ({"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32", "input_scale": "F32"}, True),  # ModelOpt
-        ({"weight_packed": "U8", "weight_scale": "F8_E4M3", "weight_global_scale": "F32"}, True),  # compressed-tensors
-        ({"weight": "U8", "weight_scale": "F8_E4M3"}, True),
-        ({"weight": "U8", "weight_scale": "U8", "weight_scale_2": "F32"}, True),
-        ({"weight": "U8", "weight_scale": "U8"}, False),  # Quark MXFP4
-        ({"weight_packed": "U8", "weight_scale": "U8"}, False),
-        ({"weight": "F8_E4M3", "weight_scale": "F32"}, False),  # FP8
-        ({"weight": "F8_E4M3", "weight_scale_inv": "BF16"}, False),
-        ({"weight": "BF16"}, False),
-    ],
-)
-def test_nvfp4_is_recognised_and_refused(dtypes: dict[str, str], is_one: bool) -> None:
-    assert is_nvfp4(dtypes) == is_one
-    if is_one:
-        with pytest.raises(Qwen35Error, match=r"NVFP4 is not MXFP4[^$]*mlp\.experts\.0"):
-            refuse_nvfp4("layers.0.mlp.experts.0.down_proj", dtypes)
-    else:
-        refuse_nvfp4("layers.0.mlp.experts.0.down_proj", dtypes)

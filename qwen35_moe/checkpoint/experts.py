@@ -40,28 +40,9 @@ class Experts:
         """The format of the first expert. Others may differ; `Checkpoint.spec` tells."""
         return self.weights(0)[0].kind
 
-    @property
-    def shape_gate_up(self) -> tuple[int, int]:
-        F, D = self.shape_down[::-1]
-        return 2 * F, D
-
-    @property
-    def shape_down(self) -> tuple[int, int]:
-        D, F = self.weights(0)[-1].shape
-        return D, F
-
     def read(self, e: int) -> tuple[Packed, Packed]:
         """(gate_up, down) of expert e, as stored."""
         weights = self.weights(e)
         found = iter(read_together(weights[0].reader, [rows for weight in weights for rows in weight.parts]))
         *first, down = (weight.assemble(*islice(found, len(weight.parts))) for weight in weights)
         return first[0] if len(first) == 1 else concatenate(*first), down
-
-    def nbytes(self, e: int) -> int:
-        """Bytes that `read(e)` reads."""
-        return sum(weight.nbytes for weight in self.weights(e))
-
-    def prefetch(self, e: int) -> None:
-        """Asks the system to have expert e in its cache soon."""
-        for weight in self.weights(e):
-            weight.prefetch()

@@ -40,10 +40,6 @@ class Weight:
         return (self.values.stored,) if self.scale is None else (self.values.stored, self.scale.stored)
 
     @property
-    def nbytes(self) -> int:
-        return sum(rows.span()[1] for rows in (self.values, self.scale) if rows)
-
-    @property
     def spec(self) -> ModuleSpec:
         """The record that the gate compares."""
         if self.scale is None:
@@ -136,12 +132,6 @@ class Weight:
                 codes, scale = (deinterleave_gate_up(x)[rows or slice(None)] for x in (codes, scale))
             return mxfp4.MXFP4(codes, scale)
         return fp8.FP8(values, scale.view(()) if self.kind == "fp8-tensor" else scale)
-
-    def prefetch(self) -> None:
-        """Asks the system to have these bytes ready."""
-        for rows in (self.values, self.scale):
-            if rows:
-                rows.prefetch(self.reader)
 
     def _scale_rows(self, rows: slice) -> Rows:
         assert self.scale is not None

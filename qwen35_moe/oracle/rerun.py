@@ -145,7 +145,7 @@ class Rerun:
         for table, model in zip(self.tables, self.models, strict=True):
             restart = Restart(captured, tokens.count)
             with using(table), attach(restart):
-                self.streams.append(self._enter(0, tap("embed_tokens", model.embed_tokens(tokens.ids)), restart))
+                self.streams.append(self._enter(0, tap("embed_tokens", model.embed_tokens(tokens.ids))))
             seen.append(restart.seen)
         yield None, seen
         for i in range(self.config.num_hidden_layers):
@@ -155,7 +155,7 @@ class Rerun:
                 taps, out = self.run_layer(i, table, stream, () if seen else (part,))
                 restart = Restart(captured, tokens.count)
                 with using(table), attach(restart):
-                    after.append(self._enter(i + 1, out, restart))
+                    after.append(self._enter(i + 1, out))
                 taps.pop(f"layers.{i}.layer_input")  # an output of the layer before
                 seen.append({**taps, **restart.seen})
             self.shared = part.value
@@ -185,7 +185,7 @@ class Rerun:
             restart.seen[LOG_P] = log_p(restart.seen["next_token_logits"])
         return restart.seen
 
-    def _enter(self, i: int, stream: Tensor, restart: Restart) -> Tensor:
+    def _enter(self, i: int, stream: Tensor) -> Tensor:
         """The stream that layer i reads: the engine's, where it captured it on either side of the boundary."""
         keys = [f"layers.{i}.layer_input", f"layers.{i - 1}.layer_output_sum"]
         if i < self.config.num_hidden_layers:

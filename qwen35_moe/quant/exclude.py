@@ -8,7 +8,7 @@ does what and where that is known from, so that "which engine would leave this m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -223,12 +223,6 @@ def _plain_matches(name: str, tests: Sequence[Test]) -> Iterator[tuple[str, Test
 def matched(entry: str, name: str, semantics: Semantics) -> str:
     """The name of the first test that `entry` passes for `name`, or "" ."""
     return next((test.__name__ for test in semantics.tests if test(entry, name)), "")
-
-
-def find(name: str, entries: Iterable[str], semantics: str | Semantics = "quark", list: str = "exclude") -> Hit | None:
-    """The entry of a list that names a module under an engine's reading, as a one-off."""
-    chosen = semantics if isinstance(semantics, Semantics) else SEMANTICS[semantics]
-    return ExcludeList(tuple(entries), chosen, list).hit(name)
 
 
 @lru_cache(maxsize=4096)

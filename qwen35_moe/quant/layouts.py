@@ -7,12 +7,10 @@ exact inverse.
                         engine's loaded weights holds
 
 NVFP4 looks like MXFP4 (nibbles in bytes) and is another format: blocks of 16, E4M3 scales, and a scale of the tensor.
-It is recognised by its scales and refused.
+`checkpoint/recognise.py` refuses it by its scales.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -126,24 +124,3 @@ def unshuffle_scales(shuffled: Tensor, rows: int | None = None, blocks: int | No
         raise Qwen35Error("not scales in Aiter's layout", expected="[256 n, 8 m]", found=list(shuffled.shape))
     tiles = shuffled.reshape(shuffled.shape[0] // 32, shuffled.shape[1] // 8, 4, 16, 2, 2)
     return tiles.permute(0, 5, 3, 1, 4, 2).reshape(shuffled.shape)[:rows, :blocks]
-
-
-def is_nvfp4(dtypes: Mapping[str, str]) -> bool:
-    """Whether a module's tensors, {"weight": "U8", "weight_scale": "F8_E4M3", ...} with safetensors' dtype names, are
-    NVFP4: 4-bit codes in bytes with E4M3 scales, or with a second scale (ModelOpt's `weight_scale_2`,
-    compressed-tensors' `weight_global_scale`)."""
-    packed = dtypes.get("weight") == "U8" or "weight_packed" in dtypes
-    second_scale = "weight_scale_2" in dtypes or "weight_global_scale" in dtypes
-    return packed and (second_scale or dtypes.get("weight_scale") == "F8_E4M3")
-
-
-def refuse_nvfp4(module: str, dtypes: Mapping[str, str]) -> None:
-    """Raise if these are NVFP4 tensors; read as MXFP4 they would be noise."""
-    if is_nvfp4(dtypes):
-        raise Qwen35Error(
-            "NVFP4 is not MXFP4",
-            where=module,
-            expected="codes U8 with scales U8 (E8M0, blocks of 32)",
-            found=", ".join(f"{name} {dtype}" for name, dtype in dtypes.items()),
-            do="use a checkpoint in BF16, FP8 or MXFP4; NVFP4 (blocks of 16, two levels of scales) is not read",
-        )
