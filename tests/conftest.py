@@ -1,8 +1,8 @@
 """What makes a test run count: nothing skipped, nothing expected to fail, nothing left out.
 
 A parity test that did not run proves nothing, so a skip or an xfail makes the session red wherever it comes from, and
-`--complete` (which `make test` passes) also refuses a run that selects among the tests. The one exception is stated
-in the output: tests marked `gpu` are collected only where torch sees a GPU.
+`--complete` (which `make test` passes) also refuses a run that selects among the tests, by path or by option. The one
+exception is stated in the output: tests marked `gpu` are collected only where torch sees a GPU.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
         option.keyword or option.markexpr or option.deselect or option.ignore or option.ignore_glob
     ):
         raise pytest.UsageError("--complete runs every test: drop -k, -m, --deselect and --ignore")
+    everything = hasattr(config, "workerinput") or config.args_source is config.ArgsSource.TESTPATHS
+    if option.complete and not everything:  # workers are told by paths what their controller found out
+        raise pytest.UsageError("--complete runs every test: drop the paths, and start it in the repository's root")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -34,11 +34,12 @@ def run(folder: Path, files: dict[str, str], *options: str) -> tuple[int, str]:
     """pytest in a folder that has this project's conftest.py and settings."""
     here = Path(__file__).parent
     files |= {"conftest.py": (here / "conftest.py").read_text(encoding="utf-8")}
+    (folder / "tests").mkdir()
     for name, source in files.items():
-        (folder / name).write_text(source, encoding="utf-8")
+        (folder / "tests" / name).write_text(source, encoding="utf-8")
     settings = f"--rootdir={folder}", f"--config-file={here.parent / 'pyproject.toml'}"
-    command = [sys.executable, "-m", "pytest", *settings, *options, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=here.parent, check=False)
+    command = [sys.executable, "-m", "pytest", *settings, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -71,3 +72,9 @@ def test_complete_refuses_a_selection(pytestconfig: pytest.Config, monkeypatch: 
     monkeypatch.setattr(pytestconfig.option, "keyword", "passes")
     with pytest.raises(pytest.UsageError, match="drop -k"):
         ours.pytest_configure(pytestconfig)
+
+
+@pytest.mark.parametrize("path", ["tests/test_fine.py", "tests/test_fine.py::test_passes", "tests"])
+def test_complete_refuses_paths(tmp_path: Path, path: str) -> None:
+    status, output = run(tmp_path, {"test_fine.py": FINE}, "--complete", path)
+    assert status == pytest.ExitCode.USAGE_ERROR and "drop the paths" in output
