@@ -14,7 +14,8 @@ from .errors import Qwen35Error
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
-# Keys of real files that do not change what the text model computes.
+# Keys of real files that are let pass, in text and vision: they change nothing that is computed here, or are read by
+# name (rotary settings, layer types, ids of images, ...).
 INERT_KEYS = frozenset(
     """architectures model_type text_config vision_config quantization_config transformers_version torch_dtype dtype
     attention_dropout bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id initializer_range

@@ -28,10 +28,10 @@ from .quant import mxfp4
 from .quant.packed import Packed, Stacked
 from .taps import attached, tap
 
-# Up to so many (token, slot) pairs, packed experts are decoded pair by pair; beyond, all of a layer (1.6 GB in the 35B,
-# for a moment), or in float64, where that is four times as much, some at a time.
-BATCH = 32
+# Up to FEW (token, slot) pairs, packed experts are decoded pair by pair; beyond, all of a layer (1.6 GB in the 35B, for
+# a moment), or BATCH at a time where their dtype has no grouped product (in float64 all are four times as much).
 FEW = 64
+BATCH = 32
 
 
 class Stackable(Protocol):

@@ -164,7 +164,7 @@ AITER = replace(
     rounds={
         **SGLANG_BF16.rounds,
         # 1. Scale rule of each role. Weights are as stored (Quark: even), an online-quantised shared expert is even
-        #    (load.py); activations a1 and a2 are quantised by HIP kernels, which round the scale up.
+        #    (source.py); activations a1 and a2 are quantised by HIP kernels, which round the scale up.
         "moe_a1": _from_bf16(HIP),
         # 2. and 3. a2 is quantised from h as stage 1 stored it, in bf16. Gate, up and SiLU were fp32 until then.
         "moe_expert_gate_up": KEEP,

@@ -1,4 +1,4 @@
-"""A process that reads: `ahead.Feed` runs it as a script, since threads of Python would wait for each other.
+"""A process that reads: `read_pool.ReadPool` runs it as a script, since threads of Python would wait for each other.
 
 Asked on stdin for bytes of files that its parent has open, it puts them into a slot of the memory that both share: of a
 slot, each process of a team fills its part. It answers for which slot it has read, and whether all bytes were there,

@@ -28,7 +28,7 @@ def check_steps(dump: Dump) -> None:
         dump.problems.append(Qwen35Error(
             "decode steps are identical although their tokens differ", where=dump.path,
             found=f"{same[0]} in steps {same[1]} and {same[2]}",
-            do="a captured graph was replayed: dump with graphs off (--disable-cuda-graph, --enforce-eager)",
+            do="a captured graph was replayed: dump with graphs off, as `qwen35-moe dump-config ENGINE` shows",
         ))  # fmt: skip
 
 

@@ -41,7 +41,7 @@ WeightChange = Callable[["BrokenSource", str, Packed], Packed]
 
 @dataclass(frozen=True)
 class Fault:
-    """One bug. `block` is where it strikes: mlp, gdn, attn, input_layernorm, post_attention_layernorm, final_norm.
+    """One bug. `block` is where it strikes: mlp, gdn, attn, input_layernorm, post_attention_layernorm, final_norm, mtp.
 
     taps      tap name -> change(x, remembered, place): BREAK handlers; the last value of each name in `remembers` is
               in `remembered`

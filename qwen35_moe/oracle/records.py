@@ -43,7 +43,8 @@ def layer_of(key: str) -> int | None:
 class Record:
     """One tap. Ratios are in units of the legal error: `added` on the engine's input, `inherited` against the truth.
 
-    `layer` is the one that computed it: of `layers.3.layer_input` that is layer 2. `worst` is (sequence, token).
+    `layer` is the one that computed it (of `layers.3.layer_input` layer 2) or, where nothing was rerun, the key's.
+    `worst` is (sequence, token).
     """
 
     key: str

@@ -36,7 +36,7 @@ class Outcome:
 
 
 def table(planted: Sequence[Outcome], foreign: Sequence[Outcome], clean: Sequence[Outcome]) -> str:
-    """Both tables and the scores."""
+    """The three tables and the scores."""
     lines = ["Faults planted: found in the right layer and block; ratio of its first tap; what the diagnosis says", ""]
     for o in planted:
         mark = "ok " if o.found and o.named_right else "-- "

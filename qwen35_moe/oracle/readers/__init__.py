@@ -1,8 +1,9 @@
 """Reading dumps: one small file a format, and one function that finds out which format it is.
 
-A format is a module with `sniff(path) -> bool`, which looks at names and first bytes only, and `read(path, **options)`,
-which returns a Dump. Files are data: `torch.load` runs with `weights_only=True`, numpy without pickles; a file that
-would need more is refused by name, and the rest is read.
+A format is a module with `sniff(path) -> bool`, which looks at names, and into a file only where they do not tell, and
+`read(path, **options)`, which returns a Dump; `known(file)` may say which files of tensors are its own. Files are
+data: `torch.load` runs with `weights_only=True`, numpy without pickles; a file that would need more is refused by name,
+and the rest is read.
 """
 
 from __future__ import annotations
