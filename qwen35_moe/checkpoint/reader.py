@@ -109,11 +109,6 @@ class Reader:
         with self._lock:
             self.bytes_read += nbytes
 
-    def prefetch(self, stored: Stored, begin: int, nbytes: int) -> None:
-        """Asks the system to read these bytes into its cache; returns at once, and never fails."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.descriptor(stored), stored.begin + begin, nbytes, os.POSIX_FADV_WILLNEED)
-
 
 def _close_all(descriptors: dict[Path, int]) -> None:
     while descriptors:
@@ -203,9 +198,6 @@ class Rows:
             begin = end
         return found.view(DTYPES[self.stored.dtype]).view(count, *self.size)
 
-    def prefetch(self, reader: Reader) -> None:
-        reader.prefetch(self.stored, *self.span())
-
 
 def read_together(reader: Reader, wanted: Sequence[Rows]) -> list[Tensor]:
     """`Rows.read` of each. What lies side by side in one file is read at once, into one piece of memory."""
@@ -214,10 +206,10 @@ def read_together(reader: Reader, wanted: Sequence[Rows]) -> list[Tensor]:
     run: list[int] = []
     for i in sorted(range(len(wanted)), key=lambda i: (wanted[i].stored.file, at[i])):
         if run and not _adjoins(wanted, at, run, i):
-            found |= _read_run(reader, wanted, at, run)
+            found |= _read_run(reader, wanted, run)
             run = []
         run.append(i)
-    found |= _read_run(reader, wanted, at, run)
+    found |= _read_run(reader, wanted, run)
     return [found[i] for i in range(len(wanted))]
 
 
@@ -232,7 +224,7 @@ def _adjoins(wanted: Sequence[Rows], at: Sequence[int], run: Sequence[int], i: i
     )
 
 
-def _read_run(reader: Reader, wanted: Sequence[Rows], at: Sequence[int], run: Sequence[int]) -> dict[int, Tensor]:
+def _read_run(reader: Reader, wanted: Sequence[Rows], run: Sequence[int]) -> dict[int, Tensor]:
     if len(run) < 2 or reader.mapped:
         return {i: wanted[i].read(reader) for i in run}
     first, sizes = wanted[run[0]], [wanted[i].span()[1] for i in run]
