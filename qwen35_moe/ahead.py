@@ -23,7 +23,7 @@ from .checkpoint.read_pool import ReadPool, Slot
 from .errors import Qwen35Error
 from .taps import OBSERVE, Site, attach
 
-PAUSE = 2e-4  # seconds between two looks at what has been read
+PAUSE = 5e-4  # seconds between two looks at what has been read
 AHEAD = 2**30  # bytes under way, beside what is asked for
 
 

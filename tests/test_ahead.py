@@ -39,7 +39,6 @@ def feed() -> Iterator[Feed]:
     """Two processes with small pieces of memory, so that all is cut."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read_pool, "READERS", 2)
-        patch.setattr(read_pool, "TEAM", 2)
         patch.setattr(plan, "CHUNK", 3000)
         patch.setattr(ahead, "AHEAD", 40_000)
         made = Feed(CPU)

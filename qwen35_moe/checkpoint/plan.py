@@ -11,7 +11,7 @@ from .header import Stored
 from .read_process import TASK
 from .reader import DTYPES, Reader, Rows
 
-CHUNK = 5 * 2**20  # bytes that are read, and copied, at a time
+CHUNK = 15 * 2**20  # bytes that are read, and copied, at a time
 ALIGN = 256  # of each part on the device, as of memory that torch allocates: kernels choose by it
 
 

@@ -1,9 +1,9 @@
 """Processes that read from files into memory that they share with this one, and that a GPU can copy from.
 
 (Threads of Python wait for each other at each operation: with some that read, a model took two to four times as long.)
-A chunk is read by a team, each of its processes into its own part of a slot. So a process writes little memory, again
-and again, which stays in its core's cache: with 4 MiB for each, 12 processes read 5 GB in 84 to 87 ms at best, with
-16 MiB in 112; and there are as few chunks to ask for, and to copy, as there were with large ones.
+A chunk is read by all of them, by each into its own part of a slot. So a process writes little memory, again and again,
+which stays near its core (12 processes read 5 GB in 84 to 87 ms with 4 MiB for each, in 112 with 16), and there are few
+chunks to ask for and to copy: beside a model that computes, that counts most.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from . import plan, read_process
 from .read_process import ANSWER, ASK
 
 READERS = max(1, min(15, (os.cpu_count() or 1) - 1))  # processes
-TEAM = min(5, READERS)  # processes that read a chunk together
-SLOTS = 4  # of each team: some are read into while others are copied
+SLOTS = 8  # chunks: some are read into while others are copied
 
 
 class Slot:
-    """Memory for one chunk, which one team reads into."""
+    """Memory for one chunk."""
 
-    def __init__(self, number: int, team: int, memory: Tensor):
-        self.number, self.team, self.memory = number, team, memory
+    def __init__(self, number: int, memory: Tensor):
+        self.number, self.memory = number, memory
         self.left, self.complete = 0, True  # processes that have not answered; whether the others had all bytes
         self.holds: Any = None  # what it is read for
 
@@ -46,9 +45,7 @@ class ReadPool:
         if not hasattr(os, "memfd_create"):  # the processes also take their files from /proc
             what, do = "streaming to a GPU needs Linux", 'mode="packed" or "decoded", or stream to the CPU'
             raise Qwen35Error(what, where=str(device), found=sys.platform, do=do)
-        teams = READERS // TEAM
-        count, self.team = teams * SLOTS, TEAM
-        size = count * plan.CHUNK
+        size = SLOTS * plan.CHUNK
         descriptor = os.memfd_create("qwen35-moe")
         self.answered, answer = os.pipe()
         try:
@@ -61,8 +58,8 @@ class ReadPool:
                 with torch.cuda.device(device):
                     torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pinned.data_ptr(), size, 0))
             script = [sys.executable, "-I", "-S", str(Path(read_process.__file__))]
-            for i in range(teams * TEAM):  # in sessions of their own: Ctrl-C is for this one
-                numbers = (descriptor, count, plan.CHUNK, i % TEAM, TEAM, answer, os.getpid())
+            for i in range(READERS):  # in sessions of their own: Ctrl-C is for this one
+                numbers = (descriptor, SLOTS, plan.CHUNK, i, READERS, answer, os.getpid())
                 self.processes.append(
                     subprocess.Popen(
                         [*script, *map(str, numbers)],
@@ -75,21 +72,20 @@ class ReadPool:
         finally:
             os.close(answer)
             os.close(descriptor)
-        self.slots = [Slot(i, i % teams, part) for i, part in enumerate(memory.split(plan.CHUNK))]
+        self.slots = [Slot(i, part) for i, part in enumerate(memory.split(plan.CHUNK))]
         self.reading = 0  # slots
 
     def ask(self, wanted: Iterable[tuple[Slot, bytes]]) -> None:
         """Has slots read, each by a list of `read_process.TASK`s."""
-        asks: dict[int, bytes] = {}
+        asks = b""
         for slot, tasks in wanted:
-            slot.left, slot.complete, self.reading = self.team, True, self.reading + 1
-            asks[slot.team] = asks.get(slot.team, b"") + ASK.pack(slot.number, len(tasks)) + tasks
+            slot.left, slot.complete, self.reading = len(self.processes), True, self.reading + 1
+            asks += ASK.pack(slot.number, len(tasks)) + tasks
         try:
-            for team, ask in asks.items():
-                for process in self.processes[team * self.team : (team + 1) * self.team]:
-                    left = ask
-                    while left:
-                        left = left[cast(Any, process.stdin).write(left) :]
+            for process in self.processes:
+                left = asks
+                while left:
+                    left = left[cast(Any, process.stdin).write(left) :]
         except BrokenPipeError:
             self._lost()
 

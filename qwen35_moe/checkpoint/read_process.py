@@ -1,7 +1,7 @@
 """A process that reads: `read_pool.ReadPool` runs it as a script, since threads of Python would wait for each other.
 
 Asked on stdin for bytes of files that its parent has open, it puts them into a slot of the memory that both share: of a
-slot, each process of a team fills its part. It answers for which slot it has read, and whether all bytes were there,
+slot, each of the processes fills its part. It answers for which slot it has read, and whether all bytes were there,
 and ends when nobody can ask any more.
 """
 
@@ -17,9 +17,9 @@ TASK = struct.Struct("4q")  # descriptor, first byte in the file, first byte in 
 ANSWER = struct.Struct("2q")  # slot, whether
 
 
-def main(memory: int, slots: int, size: int, which: int, team: int, answers: int, parent: int) -> None:
+def main(memory: int, slots: int, size: int, which: int, processes: int, answers: int, parent: int) -> None:
     shared = memoryview(mmap.mmap(memory, slots * size))
-    own = range(which * size // team, (which + 1) * size // team)
+    own = range(which * size // processes, (which + 1) * size // processes)
     while asked := sys.stdin.buffer.read(ASK.size):
         slot, tasks = ASK.unpack(asked)
         complete = True
