@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -88,8 +88,7 @@ def whole(path: Path) -> Iterator[Path]:
         return
     path = path.resolve()
     check_claim(path.parent)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         temporary.replace(path)
@@ -98,17 +97,15 @@ def whole(path: Path) -> Iterator[Path]:
         raise
 
 
-def save_whole(
-    tensors: Mapping[str, Tensor],
-    path: Path,
-    metadata: Mapping[str, str] | None = None,
-    before: Callable[[Path], object] = lambda temporary: None,
-) -> None:
-    """A safetensors file. Who may read other new files may read it, too: safetensors alone leaves it to its owner.
-    before: is called when all of it is there, under a temporary name."""
+def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, whole or not at all."""
     with whole(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(dict(tensors), temporary, metadata=dict(metadata) if metadata else None)
-        temporary.chmod(mode)
-        before(temporary)
+        save(tensors, temporary, metadata)
+
+
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file. Who may read other new files may read it, too: safetensors alone leaves it to its owner."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+    path.chmod(mode)

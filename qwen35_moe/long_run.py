@@ -6,7 +6,7 @@ Beside the trace's files (`oracle/trace_file.py`) lies `resume.safetensors` unti
     sum [B, T, D]     the residual stream after the last layer that is done, as the next one takes it (not yet rounded)
     __metadata__      `State` as JSON: run: what must be the same for the bytes to be; next: the layer to go on with;
                       files: how many of the trace are done; unused: tensors of those layers that were never read;
-                      nan: the first tap that held one; threads
+                      nan: the first tap that held one; threads; device
 """
 
 from __future__ import annotations
@@ -72,9 +72,14 @@ def trace_layers(
     run = json.dumps(meta, default=str)
     if resume and is_complete(out, count):
         return complete(model, out, run, aside)
-    now = State(run, torch.get_num_threads())
+    now = State(run, torch.get_num_threads(), ids_BT.device.type)
     state, sum_BTD = now.resumed(out) if resume else (now, None)
     start = state.next
+    if start > stop:
+        do = "leave out --resume to start anew"
+        raise Qwen35Error(
+            "more layers are done already", where=out, expected=f"--layers 0-{start - 1}", found=last, do=do
+        )
     used = model.source.checkpoint.used
     before = set(used)
     used.update(name for name in model.source.checkpoint.names() if _is_done(name, start))
@@ -236,6 +241,8 @@ def check_same(out: Path, then: str, now: str, what: str = "another run was begu
             raise Qwen35Error("cannot read the state", where=out, found=error, do="start without --resume") from error
         found = "differing: " + ", ".join(sorted(key for key in {*old, *new} if old.get(key) != new.get(key)))
         found = found.replace("steps", "ids")
+        if old.get("threads") != new.get("threads"):
+            do = do or f"OMP_NUM_THREADS={old.get('threads')} goes on; or leave out --resume to start anew"
         do = do or "give the options of that run, or leave out --resume to start anew"
         raise Qwen35Error(what, where=out, expected="the same checkpoint, ids and options", found=found, do=do)
 
@@ -246,6 +253,7 @@ class State:
 
     run: str
     threads: int
+    device: str
     next: int = 0
     files: int = 0
     nan: str = ""
@@ -262,10 +270,13 @@ class State:
             with safe_open(out / RESUME, framework="pt") as file:
                 then, sum_BTD = State(**json.loads((file.metadata() or {})["state"])), file.get_tensor("sum")
             json.loads(then.run)
+            if any(type(value) is not type(getattr(self, name)) for name, value in asdict(then).items()):
+                raise ValueError("values of wrong types")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             do = "start without --resume"
             raise Qwen35Error("cannot read the state", where=out / RESUME, found=error, do=do) from error
         check_same(out, then.run, self.run)
+        check_same(out, json.dumps({"device": then.device}), json.dumps({"device": self.device}))
         check_threads(out, then.threads)
         return then, sum_BTD
 

@@ -33,6 +33,7 @@ from .oracle.trace_writer import JOINED, PARTS, PARTS_RUN, TraceWriter, check_ou
 from .streamed import HEAD_ROWS
 from .taps import Site
 
+MOST_GROUPS = 99_999  # five digits
 # What torchrun (`accelerate launch` with GPUs) and MPI (on CPUs) say of how many processes there are.
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -85,6 +86,8 @@ def begin_parts(out: Path, groups: int, run: str, resume: bool, first: bool) -> 
     """
     folder, run = parts_of(out, groups, run)
     check_ours(out)
+    if groups > MOST_GROUPS:
+        raise Qwen35Error("too many groups", where="--batch", expected=f"at most {MOST_GROUPS}", found=groups)
     if resume and not folder.is_dir():
         if (out / RESUME).is_file():
             raise _other_way(out, "groups of prompts", "all prompts in one pass")
@@ -132,7 +135,7 @@ def join(parts: Sequence[Path], out: Path, meta: dict[str, Any]) -> Trace:
         for key in _order(traces):
             there = [t for t in traces if key in t]
             entry = there[0].sites[key]
-            if key in alone and key == entry.name:  # logits: larger than all of a layer
+            if key in alone and key == entry.name and len(entry.shape) == 3:  # logits: larger than all of a layer
                 shape = (sum(t.sites[key].shape[0] for t in there), *entry.shape[1:])
                 writer.add_blocks(Site(key), entry.dims, shape, _blocks(there, key, entry.shape[-1]))
             else:

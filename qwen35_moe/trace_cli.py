@@ -24,7 +24,7 @@ from .model import Model
 from .oracle.envelope import legal
 from .oracle.envelope_file import ENVELOPE, remaining, write_envelope
 from .oracle.oracle_cli import padded
-from .oracle.trace_file import Trace
+from .oracle.trace_file import Trace, in_utf8
 from .oracle.trace_writer import remove_parts
 from .prompt import read_ids
 from .shares import Processes, begin_parts, check_one_pass, join, parts_of
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.offload_folder is not None and Path(args.offload_folder).resolve().is_relative_to(Path(args.out).resolve()):
         where = f"--offload-folder {args.offload_folder}"
         raise Qwen35Error("in the trace's own directory", where=where, do="name another")
+    in_utf8(args.out)
     ids, mask = padded([torch.tensor(row) for row in read_ids(args.ids, "--ids")])
     processes = Processes(args.device)
     args.device = processes.device
@@ -133,8 +134,9 @@ def _directories(
         if args.resume:
             check_one_pass(out, layers)
         return [out]
-    if not args.resume or not is_complete(out, layers) or parts_of(out, groups, run)[0].is_dir():
-        return begin_parts(out, groups, run, args.resume, first)
+    here = json.dumps({**json.loads(run), "device": args.device.partition(":")[0]})
+    if not args.resume or not is_complete(out, layers) or parts_of(out, groups, here)[0].is_dir():
+        return begin_parts(out, groups, here, args.resume, first)
     complete(model, out, run, aside)
     if _wants_envelope(args, layers) and not (out / ENVELOPE).is_file():
         what, do = "a joined trace without an envelope", "leave out --resume to write both anew, or add --no-envelope"

@@ -11,6 +11,7 @@ whose files are not those of the undisturbed one, byte by byte.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import re
@@ -29,7 +30,7 @@ from qwen35_moe.oracle.trace_file import Trace
 # What the innermost functions of the main thread say of what it was doing; the first that matches.
 DOING = (
     ("saving a state", r"long_run.py.* in write$|envelope_file.py.* in write$|in resumed$"),
-    ("writing values", r"trace_file.py.* in (flush|add_blocks|close|add|__init__)"),
+    ("writing values", r"trace_writer.py.* in (flush|add_blocks|close|add|_begin|__init__)"),
     ("writing the envelope", r"envelope_file.py.* in _of_truth"),
     ("decoding", r"quant/|in decode"),
     ("reading", r"checkpoint/"),
@@ -82,7 +83,8 @@ def state(out: Path) -> str:
     for name in ("envelope-state.safetensors", "resume.safetensors"):
         if (out / name).is_file():
             with safe_open(out / name, framework="pt") as file:
-                known = file.metadata()
+                known = file.metadata() or {}
+            known |= json.loads(known.get("state", "{}"))
             return f"{known.get('arithmetic', 'exact')} layer {known.get('next', '-')}"
     return "exact layer 0"
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qwen35_moe import files, placement, trace_cli
@@ -22,7 +23,7 @@ from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.cli import main
 from qwen35_moe.files import whole
 from qwen35_moe.moe import MoE
-from qwen35_moe.oracle import envelope_file
+from qwen35_moe.oracle import envelope_file, trace_writer
 from qwen35_moe.oracle.trace_file import RESUME, Trace
 
 Build = Callable[[str], Path]
@@ -136,7 +137,9 @@ def test_the_first_layers_are_not_taken_for_all(run: Callable[..., int], tmp_pat
 
 
 @pytest.mark.parametrize("there", ["complete", "unfinished"])
-@pytest.mark.parametrize("moment", ["in the first layer", "no room for it", "in the first group"])
+@pytest.mark.parametrize(
+    "moment", ["in the first layer", "no room for it", "no room for all of it", "no room for its state", "in a group"]
+)
 def test_what_is_there_stays_until_a_layer_takes_its_place(
     run: Callable[..., int], tmp_path: Path, there: str, moment: str
 ) -> None:
@@ -145,9 +148,11 @@ def test_what_is_there_stays_until_a_layer_takes_its_place(
     if moment == "in the first layer":
         with killed(MoE, "forward", 0):
             run("out", [4, 5, 6], "--no-envelope")
-    elif moment == "no room for it":
-        with killed(files, "save_file", 0, FULL):
-            assert run("out", [4, 5, 6], "--no-envelope") == 2
+    elif moment.startswith("no room"):
+        state = moment == "no room for its state"
+        with killed(files, "save_file", int(moment == "no room for all of it"), FULL):
+            late = ["--taps", "next_token_logits"] if state else []
+            assert run("out", [4, 5, 6], "--no-envelope", *late) == 2
     else:
         with killed(trace_cli, "_trace_group", 1):
             run("out", PROMPTS, "--batch", "1", *FEW)
@@ -295,3 +300,96 @@ def test_processes_that_nobody_started(
 def test_long_lists_of_ids_are_no_file_names(run: Callable[..., int], built: Build, tmp_path: Path) -> None:
     ids = ",".join(["248000"[:3]] * 90)
     assert main(["trace", str(built("tiny")), "--ids", ids, "--out", str(tmp_path / "o"), "--quiet", *FEW]) == 0
+
+
+@pytest.mark.parametrize("groups", [[], ["--batch", "1"]], ids=["one pass", "groups"])
+def test_another_configuration_is_another_run(
+    run: Callable[..., int], tmp_path: Path, groups: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same tensors."""
+    assert run("out", PROMPTS, *FEW, *groups, "--layers", "0-1") == 0 == run("done", PROMPTS, *FEW, *groups)
+    config = json.loads((tmp_path / "weights" / "config.json").read_text())
+    config["text_config"]["rms_norm_eps"] = 0.1
+    (tmp_path / "weights" / "config.json").write_text(json.dumps(config))
+    for out in ("out", "done"):
+        assert run(out, PROMPTS, *FEW, *groups, "--resume") == 2
+        assert "differing: checkpoint" in capsys.readouterr().err
+
+
+def test_an_envelope_needs_the_checkpoint_of_its_trace(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which may be replaced while the trace is written."""
+    real = trace_cli._legal_models
+
+    def replaced(*args: Any) -> Any:
+        change_weights(tmp_path / "weights")
+        return real(*args)
+
+    monkeypatch.setattr(trace_cli, "_legal_models", replaced)
+    assert run("out", [1, 2, 3]) == 2
+    assert "the checkpoint is not the truth's any more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("taps", ["final_norm.gain", "layer_output_sum,final_norm.gain", "final_norm", "*.gain"])
+def test_groups_of_any_taps_join(run: Callable[..., int], tmp_path: Path, taps: str) -> None:
+    few = ["--taps", taps, "--no-envelope"]
+    assert run("joined", PROMPTS, *few, "--batch", "1") == 0 == run("whole", PROMPTS, *few)
+    joined, whole = Trace.open(tmp_path / "joined"), Trace.open(tmp_path / "whole")
+    assert list(joined) == list(whole) and all(joined[key].shape == whole[key].shape for key in whole)
+
+
+def test_what_a_kill_left_of_joined_parts_is_removed(run: Callable[..., int], tmp_path: Path) -> None:
+    groups = [*FEW, "--batch", "1"]
+    with killed(trace_writer.shutil, "rmtree", 0):
+        run("out", PROMPTS, *groups)
+    assert list((tmp_path / "out" / "parts").iterdir())
+    for more in (["--resume"], [], ["--resume"]):
+        assert run("out", PROMPTS, *groups, *more) == 0
+        assert not (tmp_path / "out" / "parts").exists()
+
+
+@pytest.mark.parametrize("name", [RESUME, "envelope.safetensors", "envelope-state.safetensors", "00077.safetensors"])
+def test_files_are_known_by_what_they_hold(run: Callable[..., int], tmp_path: Path, name: str) -> None:
+    for content in ("text", "tensors", "link"):
+        for there in (False, True):
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            if there:
+                assert run("out", [1, 2], *FEW) == 0
+            file = tmp_path / "out" / name
+            file.parent.mkdir(exist_ok=True)
+            if content == "text":
+                file.write_text("mine")
+            elif content == "tensors":
+                save_file({"x": torch.ones(3)}, file)
+            else:
+                file.symlink_to(tmp_path / "ids.json")
+            assert run("out", [1, 2], *FEW) == 2 and file.exists()
+
+
+def test_fewer_layers_than_are_done(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("out", [1, 2], *FEW, "--layers", "0-2") == 0
+    before = contents(tmp_path / "out")
+    assert run("out", [1, 2], *FEW, "--layers", "0-0", "--resume") == 2
+    assert "more layers are done already" in capsys.readouterr().err and contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("wrong", [{"next": "x"}, {"unused": 5}, {"threads": None}, {"next": 99}, {"more": 1}])
+def test_a_damaged_state_of_one_pass(
+    run: Callable[..., int], tmp_path: Path, wrong: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("out", [1, 2], *FEW, "--layers", "0-1") == 0
+    with safe_open(tmp_path / "out" / RESUME, framework="pt") as file:
+        state, x = json.loads(file.metadata()["state"]), file.get_tensor("sum")
+    save_file({"sum": x}, tmp_path / "out" / RESUME, {"state": json.dumps(state | wrong)})
+    assert run("out", [1, 2], *FEW, "--resume") == 2
+    assert "a bug" not in capsys.readouterr().err
+
+
+def test_a_file_of_a_temporary_name_stays(tmp_path: Path) -> None:
+    (tmp_path / "report.json.tmp").write_text("mine")
+    with whole(tmp_path / "report.json") as temporary:
+        temporary.write_text("{}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.json", "report.json.tmp"]

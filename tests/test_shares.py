@@ -89,8 +89,8 @@ def test_a_kill_while_joining_leaves_no_half_trace(
     expected = contents(tmp_path / "out")
     real = shares.TraceWriter._begin
 
-    def stopping(writer: shares.TraceWriter, temporary: Path | None = None) -> None:
-        real(writer, temporary)
+    def stopping(writer: shares.TraceWriter) -> None:
+        real(writer)
         if writer.path.name == "out":
             raise Stop
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
@@ -178,8 +179,8 @@ class Checkpoint:
         return report(self, aside)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from another without reading it: sizes, a hash over all headers, and one over
-        SAMPLES pieces of each file.
+        """What tells this checkpoint from another without reading it: sizes, hashes over its config.json, over all
+        headers, and over SAMPLES pieces of each file.
 
         File names do not matter, nor does the folder. Two checkpoints of equal headers that differ in a few weights may
         look alike; `verify` tells those apart.
@@ -188,6 +189,7 @@ class Checkpoint:
         return {
             "headers_sha256": hashlib.sha256("\n".join(parts).encode()).hexdigest(),
             "sample_sha256": self._sample(),
+            "config_sha256": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
             "bytes": sum(header.size for header in self.folder.headers),
             "files": len(parts),
             "tensors": len(self.tensors),

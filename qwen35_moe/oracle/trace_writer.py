@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..files import check_claim, save_whole, whole
+from ..files import check_claim, save, whole
 from ..taps import Site
 from .trace_file import CHUNK_BYTES, FORMAT, RESUME, VERSION, Entry, Trace, entries_of, in_utf8, records_of
 
 _OURS = re.compile(r"(\d{5}|envelope|envelope-state|resume)\.safetensors")  # envelope: envelope_file.py
 # What a kill leaves of a file that was being written: ours, and those that safetensors writes first, with random names.
-_LEFT = re.compile(_OURS.pattern + r"\.tmp|trace\.json\.tmp|\.tmp\w{6}")
+_LEFT = re.compile(rf"({_OURS.pattern}|trace\.json)(\.\d+)?\.tmp|\.tmp\w{{6}}")
 
 
 # Groups of prompts that a run has not joined yet (shares.py): parts/<run>/00000 .., each a trace.
@@ -38,40 +40,57 @@ def check_ours(path: Path) -> None:
                 _need(run.is_dir() and not run.is_symlink() and _RUN.fullmatch(run.name), run)
                 for part in run.iterdir():
                     is_part = part.is_dir() and not part.is_symlink() and re.fullmatch(r"\d{5}", part.name)
-                    _need(is_part or part.name.removesuffix(".tmp") == PARTS_RUN, part)
+                    _need(is_part or re.fullmatch(r"run\.json(\.\d+\.tmp)?", part.name), part)
                     check_ours(part)
+            continue
+        _need(there.is_file() and not there.is_symlink(), there)
+        if there.name == "trace.json":
+            with open(there, "rb") as file:
+                _need(FORMAT.encode() in file.read(64), there)
+        elif _OURS.fullmatch(there.name):
+            _need(_is_ours(there), there)
         else:
-            known = there.name == "trace.json" or _OURS.fullmatch(there.name) or _LEFT.fullmatch(there.name)
-            _need(known and not there.is_dir(), there)
-            if there.name == "trace.json":
-                with open(there, "rb") as file:
-                    _need(FORMAT.encode() in file.read(64), there)
-            elif re.fullmatch(r"\d{5}\.safetensors", there.name) and not (path / "trace.json").is_file():
-                try:
-                    records_of(there)
-                except Qwen35Error:
-                    _need(False, there)
+            _need(_LEFT.fullmatch(there.name), there)
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file of one of our names holds what that says: of an envelope, six numbers for each row."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            known, names = opened.metadata() or {}, list(opened.keys())
+            envelope = bool(names) and all(opened.get_slice(name).get_shape()[-1:] == [6] for name in names[:1])
+    except (OSError, SafetensorError):
+        return False
+    return envelope if file.stem == "envelope" else bool({"tensors", "state", "done", "run"} & known.keys())
 
 
 def _need(known: object, there: Path) -> None:
     if not known:
-        do = "choose an empty directory"
+        do = "choose an empty directory, or remove it"
         raise Qwen35Error("directory is not a trace", where=there.parent, found=there.name, do=do)
 
 
 def remove_parts(path: Path) -> None:
     """The parts of a trace, of all runs. Their name goes first: what is left of it is no state to resume."""
-    check_claim(path)
     check_ours(path)
-    for run in list((path / PARTS).iterdir()) if (path / PARTS).is_dir() else ():
-        old = run.with_name(run.name.removesuffix(JOINED) + JOINED)
-        shutil.rmtree(run.rename(old))
-    with suppress(FileNotFoundError):
+    check_claim(path)
+    remove_joined(path)
+    for run in list((path / PARTS).glob("*")):
+        run.rename(run.with_name(run.name + JOINED))
+    remove_joined(path)
+
+
+def remove_joined(path: Path) -> None:
+    """What a kill has left of parts that were being removed."""
+    for old in list((path / PARTS).glob(f"*{JOINED}")):
+        shutil.rmtree(old)
+    with suppress(OSError):  # not there, or not empty
         (path / PARTS).rmdir()
 
 
 def sweep(path: Path) -> None:
-    """Removes what a kill has left of files that were being written."""
+    """Removes what a kill has left of files that were being written, and of parts that were being removed."""
+    remove_joined(path)
     for name in [p.name for p in path.iterdir() if _LEFT.fullmatch(p.name)]:
         (path / name).unlink()
 
@@ -145,25 +164,30 @@ class TraceWriter:
             self._open = {}
 
     def flush(self) -> None:
-        """Write what is held, as the next files."""
+        """Write what is held, as the next files: all of them or none."""
         self._cut()
-        for held in self._ready:
-            name = f"{self.files:05d}.safetensors"
-            done = [replace(entry, file=name) for entry, _ in held.values()]
-            metadata = {"tensors": json.dumps([asdict(entry) for entry in done])}
-            save_whole({key: x for key, (_, x) in held.items()}, self.path / name, metadata, self._begin)
-            self.entries += done
-            self.files += 1
+        with ExitStack() as files:
+            for i, held in enumerate(self._ready, self.files):
+                name = f"{i:05d}.safetensors"
+                done = [replace(entry, file=name) for entry, _ in held.values()]
+                temporary = files.enter_context(whole(self.path / name))
+                metadata = {"tensors": json.dumps([asdict(entry) for entry in done])}
+                save({key: x for key, (_, x) in held.items()}, temporary, metadata)
+                self.entries += done
+            if self._ready:
+                self._begin()
+            else:
+                self._kept.append(RESUME)  # that of this run, from now on
+        self.files += len(self._ready)
         self._ready = []
-        self._begin()
 
-    def _begin(self, temporary: Path | None = None) -> None:
-        """Removes what an older trace has left, once the first file of this one is there under a temporary name."""
+    def _begin(self) -> None:
+        """Removes what an older trace has left, once the first files of this one are there under temporary names."""
         if self._begun:
             return
         check_claim(self.path)
         for old in sorted(self.path.iterdir(), reverse=True):  # trace.json first
-            if not old.is_dir() and old.name not in self._kept and (temporary is None or old.name != temporary.name):
+            if not old.is_dir() and old.name not in self._kept and not old.name.endswith(f".{os.getpid()}.tmp"):
                 old.unlink()
         self._begun = True
 
@@ -182,6 +206,7 @@ class TraceWriter:
                 for row, values in enumerate(block.reshape(rows, -1).cpu().contiguous().view(torch.uint8).numpy()):
                     file.seek(at + (row * shape[-1] + which.start) * width)
                     file.write(values.data)
+            self._begin()
         self.entries.append(done)
         self.files += 1
 
@@ -191,6 +216,7 @@ class TraceWriter:
         head = {"format": FORMAT, "version": VERSION, "meta": self.meta, "tensors": [asdict(e) for e in self.entries]}
         with whole(self.path / "trace.json") as temporary:
             temporary.write_text(json.dumps(head))
+            self._begin()
         if not self._joins:
             remove_parts(self.path)
 
