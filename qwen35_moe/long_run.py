@@ -98,6 +98,7 @@ def trace_layers(
                 state.unused += sorted(n for n in model.source.checkpoint.names() if _is_left(n, i, used))
                 state.next, state.files, state.nan = i + 1, writer.files, recorder.first_nan
                 state.write(out, h_BTD)
+                writer.keep_state()
             progress.done(i)
         with resumable(out, stop):
             if stop == count:

@@ -26,7 +26,6 @@ _OURS = re.compile(r"(\d{5}|envelope|envelope-state|resume)\.safetensors")  # en
 # What a kill leaves of a file that was being written: ours, and those that safetensors writes first, with random names.
 _LEFT = re.compile(rf"({_OURS.pattern}|trace\.json)(\.\d+)?\.tmp|\.tmp\w{{6}}")
 
-
 # Groups of prompts that a run has not joined yet (shares.py): parts/<run>/00000 .., each a trace.
 PARTS, PARTS_RUN, JOINED = "parts", "run.json", ".joined"
 _RUN = re.compile(rf"[0-9a-f]{{16}}({re.escape(JOINED)})?")
@@ -176,10 +175,12 @@ class TraceWriter:
                 self.entries += done
             if self._ready:
                 self._begin()
-            else:
-                self._kept.append(RESUME)  # that of this run, from now on
         self.files += len(self._ready)
         self._ready = []
+
+    def keep_state(self) -> None:
+        """The state beside it is that of this run from now on."""
+        self._kept.append(RESUME)
 
     def _begin(self) -> None:
         """Removes what an older trace has left, once the first files of this one are there under temporary names."""
