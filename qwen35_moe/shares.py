@@ -26,10 +26,11 @@ from torch import Tensor
 
 from .errors import Qwen35Error
 from .files import save_whole, whole
-from .long_run import check_same, is_complete
+from .long_run import is_complete
 from .oracle.envelope_file import ENVELOPE, stored_envelope
 from .oracle.trace_file import RESUME, Entry, Trace
 from .oracle.trace_writer import JOINED, PARTS, PARTS_RUN, TraceWriter, check_ours
+from .run_state import check_same
 from .streamed import HEAD_ROWS
 from .taps import Site
 

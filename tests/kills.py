@@ -29,7 +29,7 @@ from qwen35_moe.oracle.trace_file import Trace
 
 # What the innermost functions of the main thread say of what it was doing; the first that matches.
 DOING = (
-    ("saving a state", r"long_run.py.* in write$|envelope_file.py.* in write$|in resumed$"),
+    ("saving a state", r"run_state.py.* in write$|envelope_file.py.* in write$|in resumed$"),
     ("writing values", r"trace_writer.py.* in (flush|add_blocks|close|add|_begin|__init__)"),
     ("writing the envelope", r"envelope_file.py.* in _of_truth"),
     ("decoding", r"quant/|in decode"),

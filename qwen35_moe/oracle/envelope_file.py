@@ -18,9 +18,10 @@ from ..arithmetic import Arithmetic
 from ..cache import LayerState
 from ..errors import Qwen35Error
 from ..files import save_whole
-from ..long_run import HEAD, begin, check_threads, rounded_blocks
+from ..long_run import HEAD, begin, rounded_blocks
 from ..model import Model
 from ..progress import Progress
+from ..run_state import check_threads
 from ..streamed import HEAD_ROWS, StreamedHead
 from ..tap_names import TAPS, base_name, per_token
 from ..taps import OBSERVE, Site, attach, scope
