@@ -46,11 +46,11 @@ def test_layouts_decode_to_the_same_values(layout: str, stored_as: Callable[[str
             found = ck.weight(name.removesuffix(".weight")) if name.endswith(".weight") else None
             decoded = found.read().decode(torch.float64) if found else ck.read(name).double()
             assert torch.equal(decoded, values), name
-        for e in range(E):
-            gate_up, down = ck.experts(EXPERTS).read(e)
-            want = torch.cat([meant[f"{EXPERTS}.{e}.{name}.weight"] for name in ("gate_proj", "up_proj")])
+        for prefix, e in product((EXPERTS, EXPERTS.replace("0", "1")), range(E)):
+            gate_up, down = ck.experts(prefix).read(e)
+            want = torch.cat([meant[f"{prefix}.{e}.{name}.weight"] for name in ("gate_proj", "up_proj")])
             assert torch.equal(gate_up.decode(torch.float64), want)
-            assert torch.equal(down.decode(torch.float64), meant[f"{EXPERTS}.{e}.down_proj.weight"])
+            assert torch.equal(down.decode(torch.float64), meant[f"{prefix}.{e}.down_proj.weight"])
         assert ck.report(aside=()).complete, "every tensor has been used"
 
 

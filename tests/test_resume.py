@@ -393,3 +393,34 @@ def test_a_file_of_a_temporary_name_stays(tmp_path: Path) -> None:
     with whole(tmp_path / "report.json") as temporary:
         temporary.write_text("{}")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.json", "report.json.tmp"]
+
+
+def test_an_older_file_that_cannot_be_removed(run: Callable[..., int], tmp_path: Path) -> None:
+    """Comes last: what takes its place is there by then."""
+    assert run("out", [1, 2, 3], "--no-envelope") == 0
+    real = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "00003.safetensors":
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        real(path, missing_ok=missing_ok)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        assert run("out", [4, 5], "--no-envelope") == 2
+    assert {"embed_tokens", "layers.0.layer_input"} <= set(Trace.open(tmp_path / "out", partial=True))
+    assert run("out", [4, 5], "--no-envelope") == 0 == run("whole", [4, 5], "--no-envelope")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_was_used_and_what_was_not(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = Checkpoint.open(tmp_path / "weights").names()
+    first = [name for name in names if name.startswith(("layers.0.", "embed_tokens", "norm."))]
+    for mode in ("stream", "decoded"):
+        assert run("out", [1, 2], "--layers", "0", "--taps", "final_norm", "--mode", mode) == 0
+        said = capsys.readouterr()
+        assert "no tap that was asked for" in said.err
+        if mode == "stream":
+            assert f"{len(first)} tensors used\n{len(names) - len(first)} left out on purpose" in said.out

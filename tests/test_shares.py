@@ -97,7 +97,7 @@ def test_a_kill_while_joining_leaves_no_half_trace(
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(shares.TraceWriter, "_begin", stopping)
         main(arguments)
-    with pytest.raises(q.Qwen35Error, match="no trace here"):
+    with pytest.raises(q.Qwen35Error, match="unfinished"):
         Trace.open(tmp_path / "out")
     assert main([*arguments, "--resume"]) == 0
     assert contents(tmp_path / "out") == expected

@@ -172,7 +172,9 @@ class Checkpoint:
 
         Reads headers only. Vision tower and MTP may be left out as a whole.
         """
+        used = set(self.used)
         check_complete(self, self.model_config() if config is None else config)
+        self.used.intersection_update(used)  # to look at headers is no use
 
     def report(self, aside: Iterable[str] = ("visual.*", "mtp.*")) -> Report:
         """What became of every tensor; `aside` are patterns of those that are left out on purpose."""

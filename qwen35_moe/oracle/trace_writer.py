@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -175,20 +174,27 @@ class TraceWriter:
                 self.entries += done
             if self._ready:
                 self._begin()
-        self.files += len(self._ready)
-        self._ready = []
+        if self._ready:
+            self.files += len(self._ready)
+            self._ready = []
+            self._clear()
 
     def keep_state(self) -> None:
         """The state beside it is that of this run from now on."""
         self._kept.append(RESUME)
 
     def _begin(self) -> None:
-        """Removes what an older trace has left, once the first files of this one are there under temporary names."""
-        if self._begun:
-            return
+        """An older trace is none any more, now that what takes its place is there under temporary names."""
         check_claim(self.path)
-        for old in sorted(self.path.iterdir(), reverse=True):  # trace.json first
-            if not old.is_dir() and old.name not in self._kept and not old.name.endswith(f".{os.getpid()}.tmp"):
+        for name in () if self._begun else ("trace.json", RESUME):
+            if name not in self._kept:
+                (self.path / name).unlink(missing_ok=True)
+
+    def _clear(self, *more: str) -> None:
+        """Removes what an older trace has left, now that files of this one are in their places; more: of them."""
+        kept = {*self._kept, *more, *(f"{i:05d}.safetensors" for i in range(self.files))}
+        for old in () if self._begun else list(self.path.iterdir()):
+            if not old.is_dir() and old.name not in kept:
                 old.unlink()
         self._begun = True
 
@@ -210,6 +216,7 @@ class TraceWriter:
             self._begin()
         self.entries.append(done)
         self.files += 1
+        self._clear()
 
     def close(self) -> None:
         """Write the rest, and trace.json last. Parts of older runs are gone with it."""
@@ -218,6 +225,7 @@ class TraceWriter:
         with whole(self.path / "trace.json") as temporary:
             temporary.write_text(json.dumps(head))
             self._begin()
+        self._clear("trace.json")
         if not self._joins:
             remove_parts(self.path)
 
