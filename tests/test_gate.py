@@ -5,12 +5,14 @@ Row sources: "#N" is an issue or pull request of sgl-project/sglang unless a rep
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from gate_configs import FP8, GLM, NV, PREFIX, QWEN, TEXT, W4A4, W8A8, body, quark
 
+from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.quant.gate import RULES, can_fuse_shared_expert, decide_layers
 from qwen35_moe.quant.spec import BF16, MXFP4, QuantConfig
 
@@ -278,3 +280,28 @@ def test_an_entry_for_the_block_settles_nothing_without_bytes() -> None:
         assert not decision
         assert entry in str(decision)
     assert can_fuse_shared_expert(QWEN, quark(f"{PREFIX}.0.mlp.shared_expert_gate"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_hidden_layers": 10**9}, {"mtp_num_hidden_layers": 10**30}, {"mtp_num_hidden_layers": "x"},
+     {"mlp_only_layers": -1}, {"mlp_only_layers": True}, {"decoder_sparse_step": -2}],
+    ids=str,
+)  # fmt: skip
+def test_layers_that_cannot_be_counted(changes: dict[str, Any]) -> None:
+    config = {"num_hidden_layers": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, **changes}
+    with pytest.raises(Qwen35Error, match="layers cannot be counted"):
+        can_fuse_shared_expert(config)
+
+
+@pytest.mark.parametrize(
+    "quantised",
+    [{"layer_quant_config": "x"}, {"global_quant_config": -1}, {"global_quant_config": [None]},
+     {"global_quant_config": {"weight": {"group_size": "x", "dtype": "fp4"}}}],
+    ids=str,
+)  # fmt: skip
+def test_a_quantisation_that_is_none(quantised: dict[str, Any]) -> None:
+    """An error of ours, or, where that does not matter, a decision."""
+    config = {"num_hidden_layers": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+    with suppress(Qwen35Error):
+        can_fuse_shared_expert(config, {"quant_method": "quark", **quantised})
