@@ -110,8 +110,9 @@ def build(source: Source, table: Arithmetic, fused: Sequence[bool], device: torc
     if device.type == "meta":
         return model
     if mode == "stream":
-        for i in (i for i, is_fused in enumerate(fused) if is_fused):
-            source.guard_slot(f"layers.{i}.mlp")  # before a long run begins
+        for i, is_fused in enumerate(fused):
+            if is_fused:
+                source.guard_slot(f"layers.{i}.mlp")  # before a long run begins
         layers = stream_layers(model, "layers", "layers", source, table, device)
         model.embed_tokens, model.lm_head = StreamedEmbedding(source, table), StreamedHead(source, table)
         model.embed_tokens.then, layers.then = layers.begin, partial(model.lm_head.begin, device)

@@ -24,7 +24,7 @@ from .oracle.trace_file import RESUME, Trace
 from .oracle.trace_writer import TraceWriter, sweep
 from .progress import Progress
 from .rope import rotary_angles
-from .run_state import State, check_same
+from .run_state import State, check_same, run_of
 from .streamed import StreamedHead
 from .tap_names import dims_of
 from .taps import Handler, Site, attach, scope, tap
@@ -60,10 +60,9 @@ def trace_layers(
     check_request(model, ids_BT, taps, last)
     aside = aside_of(model, taps, last)
     meta = meta_of(model, ids_BT, mask, taps, experts, meta)
-    run = json.dumps(meta, default=str)
-    if resume and is_complete(out, count):
-        return complete(model, out, run, aside)
-    now = State(run, torch.get_num_threads(), ids_BT.device.type)
+    if resume and (there := complete_trace(out, count)) is not None:
+        return there, resumed_complete(model, there, meta, aside)
+    now = State(run_of(meta, ids_BT.device.type))
     state, sum_BTD = now.resumed(out) if resume else (now, None)
     start = state.next
     if start > stop:
@@ -206,19 +205,21 @@ def resumable(out: Path, layer: int) -> Iterator[None]:
         raise Qwen35Error("cannot write the trace", where=out, found=error, do=do) from error
 
 
-def is_complete(out: Path, layers: int) -> bool:
-    """Whether there is a trace, and none of the first layers only."""
+def complete_trace(out: Path, layers: int) -> Trace | None:
+    """The trace that is there; None where there is none, or one of the first layers only."""
     if (out / RESUME).is_file() or not (out / "trace.json").is_file():
-        return False
-    return Trace.open(out).meta.get("layers", layers) == layers
-
-
-def complete(model: Model, out: Path, run: str, aside: Sequence[str]) -> tuple[Trace, Report]:
-    """The trace that is there, whose run was killed when all was done."""
+        return None
     trace = Trace.open(out)
+    return trace if trace.meta.get("layers", layers) == layers else None
+
+
+def resumed_complete(model: Model, trace: Trace, meta: dict[str, Any], aside: Sequence[str]) -> Report:
+    """Of a trace whose run was killed when all was done. Error: it is of another run."""
+    assert trace.path is not None
     what, do = "a complete trace of another run is here", "leave out --resume to write it anew"
-    check_same(out, json.dumps({k: x for k, x in trace.meta.items() if k != "layers"}), run, what, do)
-    sweep(out)
-    names = model.source.checkpoint.names()
-    model.source.checkpoint.used.update(n for n in names if not any(fnmatchcase(n, pattern) for pattern in aside))
-    return trace, model.source.checkpoint.report(aside)
+    then = {key: value for key, value in trace.meta.items() if key != "layers"}
+    check_same(trace.path, json.dumps(then), json.dumps(meta, default=str), what, do)
+    sweep(trace.path)
+    checkpoint = model.source.checkpoint
+    checkpoint.used.update(n for n in checkpoint.names() if not any(fnmatchcase(n, pattern) for pattern in aside))
+    return checkpoint.report(aside)

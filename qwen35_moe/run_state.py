@@ -3,9 +3,9 @@
 Beside the trace's files (`oracle/trace_file.py`) lies `resume.safetensors` until all layers are done:
 
     sum [B, T, D]     the residual stream after the last layer that is done, as the next one takes it (not yet rounded)
-    __metadata__      `State` as JSON: run: what must be the same for the bytes to be; next: the layer to go on with;
-                      files: how many of the trace are done; unused: tensors of those layers that were never read;
-                      nan: the first tap that held one; threads; device
+    __metadata__      `State` as JSON: run: what must be the same for the bytes to be (`run_of`); next: the layer to go
+                      on with; files: how many of the trace are done; unused: tensors of those layers that were never
+                      read; nan: the first tap that held one
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,19 +24,36 @@ from .files import save_whole
 from .oracle.trace_file import RESUME
 
 
+def run_of(meta: dict[str, Any], device: str, **more: Any) -> str:
+    """What must be the same for the bytes to be, as JSON: what a trace says of its run (`meta_of`), and where it is."""
+    return json.dumps({**meta, "device": device, "threads": torch.get_num_threads(), **more}, default=str)
+
+
 def check_same(out: Path, then: str, now: str, what: str = "another run was begun here", do: str = "") -> None:
-    """Error unless two runs are the same: `meta_of` as JSON."""
-    if then != now:
-        try:
-            old, new = dict(json.loads(then)), json.loads(now)
-        except (ValueError, TypeError) as error:
-            raise Qwen35Error("cannot read the state", where=out, found=error, do="start without --resume") from error
-        found = "differing: " + ", ".join(sorted(key for key in {*old, *new} if old.get(key) != new.get(key)))
-        found = found.replace("steps", "ids")
-        if old.get("threads") != new.get("threads"):
-            do = do or f"OMP_NUM_THREADS={old.get('threads')} goes on; or leave out --resume to start anew"
-        do = do or "give the options of that run, or leave out --resume to start anew"
-        raise Qwen35Error(what, where=out, expected="the same checkpoint, ids and options", found=found, do=do)
+    """Error unless two runs are the same, each an object in JSON."""
+    if then == now:
+        return
+    try:
+        old, new = dict(json.loads(then)), json.loads(now)
+    except (ValueError, TypeError) as error:
+        raise Qwen35Error("cannot read the state", where=out, found=error, do="start without --resume") from error
+    differing = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    if differing == ["threads"]:
+        do = do or _on_threads(old.get("threads"))
+    found = "differing: " + ", ".join(differing).replace("steps", "ids")
+    do = do or "give the options of that run, or leave out --resume to start anew"
+    raise Qwen35Error(what, where=out, expected="the same checkpoint, ids and options", found=found, do=do)
+
+
+def check_threads(where: Path, then: int) -> None:
+    """Error if a run was begun on another number of threads, with which the last bits of products go."""
+    if then != (now := torch.get_num_threads()):
+        what = "begun on another number of threads"
+        raise Qwen35Error(what, where=where, expected=then, found=now, do=_on_threads(then))
+
+
+def _on_threads(then: object) -> str:
+    return f"OMP_NUM_THREADS={then} goes on to the same bits; or leave out --resume to start anew"
 
 
 @dataclass
@@ -43,8 +61,6 @@ class State:
     """What `resume.safetensors` says beside the residual stream."""
 
     run: str
-    threads: int
-    device: str
     next: int = 0
     files: int = 0
     nan: str = ""
@@ -60,20 +76,10 @@ class State:
         try:
             with safe_open(out / RESUME, framework="pt") as file:
                 then, sum_BTD = State(**json.loads((file.metadata() or {})["state"])), file.get_tensor("sum")
-            json.loads(then.run)
             if any(type(value) is not type(getattr(self, name)) for name, value in asdict(then).items()):
                 raise ValueError("values of wrong types")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             do = "start without --resume"
             raise Qwen35Error("cannot read the state", where=out / RESUME, found=error, do=do) from error
         check_same(out, then.run, self.run)
-        check_same(out, json.dumps({"device": then.device}), json.dumps({"device": self.device}))
-        check_threads(out, then.threads)
         return then, sum_BTD
-
-
-def check_threads(where: Path, then: int) -> None:
-    """Error if a run was begun on another number of threads, with which the last bits of products go."""
-    if then != (now := torch.get_num_threads()):
-        do = f"OMP_NUM_THREADS={then} goes on to the same bits; or leave out --resume to start anew"
-        raise Qwen35Error("begun on another number of threads", where=where, expected=then, found=now, do=do)

@@ -11,7 +11,6 @@ how many processes there were.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from .errors import Qwen35Error
 from .files import save_whole, whole
-from .long_run import is_complete
+from .long_run import complete_trace
 from .oracle.envelope_file import ENVELOPE, stored_envelope
 from .oracle.trace_file import RESUME, Entry, Trace
 from .oracle.trace_writer import JOINED, PARTS, PARTS_RUN, TraceWriter, check_ours
@@ -79,13 +78,14 @@ class Processes:
             self.state.destroy_process_group()
 
 
-def begin_parts(out: Path, groups: int, run: str, resume: bool, first: bool) -> list[Path]:
-    """The directories of groups. run: what must be the same for the bytes to be; each has a folder of its own, so that
-    groups of two runs never meet.
+def parts_of(out: Path, run: str) -> Path:
+    """The folder of a run's groups. run: what must be the same for their bytes to be, so that two never meet."""
+    return out / PARTS / hashlib.sha256(run.encode()).hexdigest()[:16]
 
-    Error: `resume`, and another run was begun there.
-    """
-    folder, run = parts_of(out, groups, run)
+
+def begin_parts(out: Path, groups: int, run: str, resume: bool, first: bool) -> list[Path]:
+    """The directories of a run's groups. Error: `resume`, and another run was begun there."""
+    folder = parts_of(out, run)
     check_ours(out)
     if groups > MOST_GROUPS:
         raise Qwen35Error("too many groups", where="--batch", expected=f"at most {MOST_GROUPS}", found=groups)
@@ -101,12 +101,6 @@ def begin_parts(out: Path, groups: int, run: str, resume: bool, first: bool) -> 
     return [folder / f"{i:05d}" for i in range(groups)]
 
 
-def parts_of(out: Path, groups: int, run: str) -> tuple[Path, str]:
-    """The folder of a run's groups, and what must be the same for their bytes to be."""
-    run = json.dumps({**json.loads(run), "groups": groups, "threads": torch.get_num_threads()})
-    return out / PARTS / hashlib.sha256(run.encode()).hexdigest()[:16], run
-
-
 def begun(out: Path) -> list[Path]:
     """What says of which runs there are groups."""
     return [said for said in sorted((out / PARTS).glob(f"*/{PARTS_RUN}")) if not said.parent.name.endswith(JOINED)]
@@ -114,7 +108,7 @@ def begun(out: Path) -> list[Path]:
 
 def check_one_pass(out: Path, layers: int) -> None:
     """Error if what was begun there, and not gone on with since, is a run over groups of prompts."""
-    if begun(out) and not (out / RESUME).is_file() and not is_complete(out, layers):
+    if begun(out) and not (out / RESUME).is_file() and complete_trace(out, layers) is None:
         raise _other_way(out, "all prompts in one pass", "groups of prompts")
 
 

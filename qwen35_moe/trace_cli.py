@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from .device_options import add_device_options, device_options
 from .errors import Qwen35Error
 from .files import Claim
 from .load import MODES, SHARED, load
-from .long_run import aside_of, check_request, complete, is_complete, meta_of, resumable, trace_layers
+from .long_run import aside_of, check_request, complete_trace, meta_of, resumable, resumed_complete, trace_layers
 from .model import Model
 from .oracle.envelope import legal
 from .oracle.envelope_file import ENVELOPE, remaining, write_envelope
@@ -27,6 +26,7 @@ from .oracle.oracle_cli import padded
 from .oracle.trace_file import Trace, in_utf8
 from .oracle.trace_writer import remove_parts
 from .prompt import read_ids
+from .run_state import run_of
 from .shares import Processes, begin_parts, check_one_pass, join, parts_of
 from .tap_names import TAPS
 
@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
         with Claim(Path(args.out)) if processes.rank == 0 else nullcontext():
             _trace(args, ids, mask, groups, processes)
     except KeyboardInterrupt:
-        print("qwen35-moe: interrupted; the same command with --resume goes on after the last layer", file=sys.stderr)
+        print(
+            "qwen35-moe: interrupted; the same command with --resume goes on after the last layer done", file=sys.stderr
+        )
         return 2
     return 0
 
@@ -98,7 +100,7 @@ def _trace(
     }
     check_request(model, ids, args.taps, last)
     meta, aside = meta_of(model, ids, mask, args.taps, args.experts, more), aside_of(model, args.taps, last)
-    parts = _directories(args, model, len(groups), json.dumps(meta, default=str), aside, processes.rank == 0)
+    parts = _directories(args, model, len(groups), meta, aside, processes.rank == 0)
     for i in processes.own(len(parts)):
         rows = groups[i]
         label = "" if len(groups) == 1 else f"prompts {rows.start} to {rows.stop - 1}"
@@ -128,7 +130,7 @@ def _trace(
 
 
 def _directories(
-    args: argparse.Namespace, model: Model, groups: int, run: str, aside: list[str], first: bool
+    args: argparse.Namespace, model: Model, groups: int, meta: dict[str, Any], aside: list[str], first: bool
 ) -> list[Path]:
     """Where the groups' traces are written; none if they are joined already. Error: --resume, and another run there."""
     out, layers = Path(args.out), len(model.layers)
@@ -136,10 +138,11 @@ def _directories(
         if args.resume:
             check_one_pass(out, layers)
         return [out]
-    here = json.dumps({**json.loads(run), "device": args.device.partition(":")[0]})
-    if not args.resume or not is_complete(out, layers) or parts_of(out, groups, here)[0].is_dir():
-        return begin_parts(out, groups, here, args.resume, first)
-    complete(model, out, run, aside)
+    run = run_of(meta, args.device.partition(":")[0], groups=groups)
+    there = complete_trace(out, layers) if args.resume and not parts_of(out, run).is_dir() else None
+    if there is None:
+        return begin_parts(out, groups, run, args.resume, first)
+    resumed_complete(model, there, meta, aside)
     if _wants_envelope(args, layers) and not (out / ENVELOPE).is_file():
         what, do = "a joined trace without an envelope", "leave out --resume to write both anew, or add --no-envelope"
         raise Qwen35Error(what, where=out, do=do)

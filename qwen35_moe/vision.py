@@ -2,8 +2,7 @@
 
 Letters in this file: L patches (all images and frames one after the other), and of the tower D its width, N heads,
 H head width, F MLP width. Patches come in merge-block order: the m x m patches of a block are neighbours, blocks go row
-by row, frames one after the other. Taps stand under part `visual` and are called `vis_*`, the
-last one `image_embeds`.
+by row, frames one after the other. Taps stand under part `visual` and are called `vis_*`, the last one `image_embeds`.
 
 Attention is formed for blocks of queries of one frame, so that its memory stays flat whatever the number of frames;
 the taps of such a block carry its number as their `index`.

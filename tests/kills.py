@@ -98,7 +98,8 @@ def kill(checkpoint: Path, out: Path, states: int, delay: float) -> str | None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """Of all files below it, by their paths."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def timed(process: subprocess.Popen[str], out: Path) -> float:

@@ -5,7 +5,6 @@ Row sources: "#N" is an issue or pull request of sgl-project/sglang unless a rep
 
 from __future__ import annotations
 
-from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -301,7 +300,6 @@ def test_layers_that_cannot_be_counted(changes: dict[str, Any]) -> None:
     ids=str,
 )  # fmt: skip
 def test_a_quantisation_that_is_none(quantised: dict[str, Any]) -> None:
-    """An error of ours, or, where that does not matter, a decision."""
     config = {"num_hidden_layers": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
-    with suppress(Qwen35Error):
+    with pytest.raises(Qwen35Error, match="(?s)cannot be read.*quantization_config"):
         can_fuse_shared_expert(config, {"quant_method": "quark", **quantised})

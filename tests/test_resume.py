@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
+from kills import contents
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -36,10 +37,6 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 class Kill(BaseException):
     """At a chosen moment: nothing is cleaned up."""
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kills import contents
 from tolerances import FLOAT64_REORDERED
 
 import qwen35_moe as q
@@ -24,10 +25,6 @@ Build = Callable[[str], Path]
 PROMPTS = [[1, 2, 3, 4, 5], [9, 8, 7], [5, 5, 5, 6, 7, 8]]
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def options(checkpoint: Path, folder: Path, out: str, *more: str) -> list[str]:

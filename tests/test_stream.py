@@ -17,6 +17,7 @@ from typing import Any
 import kills
 import pytest
 import torch
+from kills import contents
 from safetensors.torch import save_file
 
 import qwen35_moe as q
@@ -33,10 +34,6 @@ from qwen35_moe.streamed import HEAD_ROWS, runs
 Build = Callable[[str], Path]
 IDS = torch.tensor([[3, 7, 11, 5, 100, 17, 29, 31], [1, 2, 3, 4, 5, 0, 0, 0]])
 MASK = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def streamed(path: Path, arithmetic: Any = "exact") -> q.Model:

@@ -116,9 +116,14 @@ class Checkpoint:
 
     def experts(self, prefix: str) -> Experts:
         """The routed experts `layers.N.mlp.experts`; all of them count as used, whether a token hits them or not."""
+        found = self.find_experts(prefix)
+        self.used.update(self._expert_names[prefix])
+        return found
+
+    def find_experts(self, prefix: str) -> Experts:
+        """As `experts`, without counting them as used."""
         if prefix not in self._experts:
             self._experts[prefix] = self._open_experts(prefix)
-        self.used.update(self._expert_names[prefix])
         return Experts(prefix, *self._experts[prefix], self.find)
 
     def expert_names(self, prefix: str) -> list[str]:
@@ -155,7 +160,7 @@ class Checkpoint:
             return self.find(module).spec
         if module not in self._expert_names:
             return None
-        experts = Experts(module, *self._open_experts(module), self.find)
+        experts = self.find_experts(module)
         specs = {weight.spec for e in range(1 if experts.fused else experts.count) for weight in experts.weights(e)}
         return specs.pop() if len(specs) == 1 else None
 
@@ -172,9 +177,7 @@ class Checkpoint:
 
         Reads headers only. Vision tower and MTP may be left out as a whole.
         """
-        used = set(self.used)
         check_complete(self, self.model_config() if config is None else config)
-        self.used.intersection_update(used)  # to look at headers is no use
 
     def report(self, aside: Iterable[str] = ("visual.*", "mtp.*")) -> Report:
         """What became of every tensor; `aside` are patterns of those that are left out on purpose."""

@@ -62,19 +62,21 @@ def verify_manifest(folder: Folder, reader: Reader, manifest: Path) -> Iterator[
         raise Qwen35Error("an empty manifest verifies nothing", where=manifest, expected="lines `sha256 ... name`")
     tensors = {stored.raw_name: stored for stored in folder.tensors.values()}
     root = folder.path if folder.path.is_dir() else folder.path.parent
+
+    def is_file(name: str) -> bool:
+        return Path(name).name == name and (root / name).is_file()
+
     for number, line in said:
         expected, rest = line[:64].lower(), line[64:]
         if not SHA256.fullmatch(expected) or not rest[:1].isspace() or not rest.strip():
             where = f"{manifest}:{number}"
             raise Qwen35Error("bad line in the manifest", where=where, expected="sha256 ... name", found=line[:200])
-        name = rest[2:]
-        if rest[1] not in " *" or not (name in tensors or Path(name).name == name and (root / name).is_file()):
-            name = rest.split()[-1].removeprefix("*")
-        file = root / name
+        last = rest.split()[-1].removeprefix("*")
+        name = rest[2:] if rest[1] in " *" and (rest[2:] in tensors or is_file(rest[2:])) else last
         if name in tensors:
             found = tensor_digest(reader, tensors[name])
-        elif Path(name).name == name and file.is_file():
-            with open(file, "rb") as handle:
+        elif is_file(name):
+            with open(root / name, "rb") as handle:
                 found = hashlib.file_digest(handle, "sha256").hexdigest()
         else:
             found = ""

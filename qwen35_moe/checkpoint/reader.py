@@ -31,10 +31,10 @@ DTYPES = {
 class Reader:
     """Reads from any number of files and threads; a position belongs to a read, not to a file."""
 
-    def __init__(self, known: Mapping[Path, tuple[int, int]] | None = None) -> None:
-        """known: size and time of the last change of files whose headers were read."""
+    def __init__(self, known: Mapping[Path, tuple[int, int]]) -> None:
+        """known: size and time of the last change of each file, as its header was read."""
         self._descriptors: dict[Path, int] = {}
-        self._known = dict(known or {})
+        self._known = known
         self._lock = Lock()
         self.close = weakref.finalize(self, _close_all, self._descriptors)
         self.bytes_read = 0
@@ -68,7 +68,6 @@ class Reader:
                 except OSError as error:
                     raise _failed(stored, error.strerror or error) from error
                 self._descriptors[stored.file] = descriptor
-                self._known.setdefault(stored.file, file_state(descriptor))
                 self._check(stored.file)
             return self._descriptors[stored.file]
 

@@ -96,7 +96,7 @@ def _check_tensor(ck: Checkpoint, name: str, shape: tuple[int, ...]) -> Iterable
 
 def _check_experts(ck: Checkpoint, prefix: str, shape: tuple[int, ...]) -> Iterable[str]:
     E, F, D = shape
-    experts = ck.experts(prefix)
+    experts = ck.find_experts(prefix)
     if experts.count != E:
         where = experts.weights(0)[0].values.stored.where
         raise Qwen35Error("wrong number of experts", where=where, expected=f"num_experts = {E}", found=experts.count)

@@ -130,10 +130,10 @@ def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, 
     if state is not None and run:
         check_threads(state, int(run.get("threads", threads)))
     for model in models:
-        name, known = model.arithmetic.name, truth.meta.get("checkpoint") or {}
-        if any(known.get(key) not in (None, value) for key, value in (model.identity or {}).items()):
+        name = model.arithmetic.name
+        if not truth.is_of(model.identity):
             what, do = "the checkpoint is not the truth's any more", "write the trace again"
-            raise Qwen35Error(what, where=known.get("path", truth.path), do=do)
+            raise Qwen35Error(what, where=truth.meta["checkpoint"].get("path", truth.path), do=do)
         if first and name != run["arithmetic"]:
             do = "leave out --resume to start anew"
             raise Qwen35Error("another envelope was begun", where=state, expected=run["arithmetic"], found=name, do=do)

@@ -154,7 +154,7 @@ def run_compare(args: argparse.Namespace) -> int:
     loaded = None
     if path and (args.checkpoint or Path(path).exists()):
         model, loaded = open_checkpoint(path)
-        if any(known.get(key) not in (None, value) for key, value in (model.identity or {}).items()):
+        if not truth.is_of(model.identity):
             do, was = "trace this checkpoint, or give the other one with --checkpoint", known.get("path")
             raise Qwen35Error("truth is of another checkpoint", where=args.truth, expected=was, found=path, do=do)
         loaded.fused = truth.meta.get("fused") or loaded.fused

@@ -103,6 +103,11 @@ class Trace(Mapping[str, Tensor]):
     def add(self, entry: Entry, x: Tensor) -> None:
         self.sites[entry.key], self.memory[entry.key] = entry, x
 
+    def is_of(self, identity: dict[str, Any] | None) -> bool:
+        """Whether nothing that is known of its checkpoint is otherwise there (`Checkpoint.identity`)."""
+        known = self.meta.get("checkpoint") or {}
+        return all(known.get(key) in (None, value) for key, value in (identity or {}).items())
+
     @property
     def comparable(self) -> list[str]:
         """Keys of the first step, without turns of loops, which are experts to one arithmetic and slots to another."""

@@ -55,11 +55,12 @@ def _is_ours(file: Path) -> bool:
     """Whether a file of one of our names holds what that says: of an envelope, six numbers for each row."""
     try:
         with safe_open(file, framework="pt") as opened:
-            known, names = opened.metadata() or {}, list(opened.keys())
-            envelope = bool(names) and all(opened.get_slice(name).get_shape()[-1:] == [6] for name in names[:1])
+            if file.stem != "envelope":
+                return bool({"tensors", "state", "done", "run"} & (opened.metadata() or {}).keys())
+            first = next(iter(opened.keys()), None)
+            return first is not None and opened.get_slice(first).get_shape()[-1:] == [6]
     except (OSError, SafetensorError):
         return False
-    return envelope if file.stem == "envelope" else bool({"tensors", "state", "done", "run"} & known.keys())
 
 
 def _need(known: object, there: Path) -> None:
@@ -70,6 +71,8 @@ def _need(known: object, there: Path) -> None:
 
 def remove_parts(path: Path) -> None:
     """The parts of a trace, of all runs. Their name goes first: what is left of it is no state to resume."""
+    if not (path / PARTS).is_dir():
+        return
     check_ours(path)
     check_claim(path)
     remove_joined(path)
@@ -109,6 +112,10 @@ def _header(entry: Entry, nbytes: int) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def _name(number: int) -> str:
+    return f"{number:05d}.safetensors"
+
+
 def _nbytes(held: dict[str, tuple[Entry, Tensor]]) -> int:
     return sum(x.nbytes for _, x in held.values())
 
@@ -136,10 +143,9 @@ class TraceWriter:
         self.files, self._joins = keep or 0, joins
         self.path.mkdir(parents=True, exist_ok=True)
         check_ours(self.path)
-        self._kept = [f"{i:05d}.safetensors" for i in range(self.files)]
-        for name in self._kept:
+        for name in map(_name, range(self.files)):
             self.entries += entries_of(records_of(self.path / name), self.path / name)
-        self._kept += [RESUME] if keep is not None else []
+        self._kept = {*map(_name, range(self.files)), *([RESUME] if keep is not None else [])}
         self._begun = all(there.is_dir() or there.name in self._kept for there in self.path.iterdir())
         self._keys.update(entry.key for entry in self.entries)
 
@@ -166,7 +172,7 @@ class TraceWriter:
         self._cut()
         with ExitStack() as files:
             for i, held in enumerate(self._ready, self.files):
-                name = f"{i:05d}.safetensors"
+                name = _name(i)
                 done = [replace(entry, file=name) for entry, _ in held.values()]
                 temporary = files.enter_context(whole(self.path / name))
                 metadata = {"tensors": json.dumps([asdict(entry) for entry in done])}
@@ -181,19 +187,22 @@ class TraceWriter:
 
     def keep_state(self) -> None:
         """The state beside it is that of this run from now on."""
-        self._kept.append(RESUME)
+        self._kept.add(RESUME)
 
     def _begin(self) -> None:
         """An older trace is none any more, now that what takes its place is there under temporary names."""
+        if self._begun:
+            return
         check_claim(self.path)
-        for name in () if self._begun else ("trace.json", RESUME):
-            if name not in self._kept:
-                (self.path / name).unlink(missing_ok=True)
+        for name in {"trace.json", RESUME} - self._kept:
+            (self.path / name).unlink(missing_ok=True)
 
     def _clear(self, *more: str) -> None:
         """Removes what an older trace has left, now that files of this one are in their places; more: of them."""
-        kept = {*self._kept, *more, *(f"{i:05d}.safetensors" for i in range(self.files))}
-        for old in () if self._begun else list(self.path.iterdir()):
+        if self._begun:
+            return
+        kept = {*self._kept, *more, *map(_name, range(self.files))}
+        for old in list(self.path.iterdir()):
             if not old.is_dir() and old.name not in kept:
                 old.unlink()
         self._begun = True
@@ -201,7 +210,7 @@ class TraceWriter:
     def add_blocks(self, site: Site, dims: str, shape: tuple[int, ...], blocks: Iterator[tuple[slice, Tensor]]) -> None:
         """Append one large tensor as a file of its own, block by block of its last dimension."""
         self.flush()
-        name, rows = f"{self.files:05d}.safetensors", prod(shape[:-1])
+        name, rows = _name(self.files), prod(shape[:-1])
         at = 0
         with whole(self.path / name) as temporary, open(temporary, "wb") as file:
             for which, block in blocks:
