@@ -43,7 +43,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         print("qwen35-moe: a bug in qwen35-moe; please report it with the lines above", file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

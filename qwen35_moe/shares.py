@@ -1,6 +1,6 @@
 """Many prompts in many processes: each traces groups of prompts of its own, and one process joins the traces.
 
-    accelerate launch --multi_gpu --num_processes 4 -m qwen35_moe.cli trace CHECKPOINT --ids prompts.json --out truth
+    accelerate launch --multi_gpu --num_processes 4 -m qwen35_moe trace CHECKPOINT --ids prompts.json --out truth
 
 A group is what one forward pass holds, `--batch` prompts, padded like all of them. Each has a directory of its own in
 that of the result, `truth/parts/<run>/00000` .., with the state that --resume needs, until the result is whole. The

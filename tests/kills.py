@@ -44,7 +44,7 @@ def arguments(checkpoint: Path, out: Path, tokens: int = 8) -> list[str]:
 
 
 def start(checkpoint: Path, out: Path, tokens: int = 8, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-X", "faulthandler", "-m", "qwen35_moe.cli", *arguments(checkpoint, out, tokens)]
+    command = [sys.executable, "-X", "faulthandler", "-m", "qwen35_moe", *arguments(checkpoint, out, tokens)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen(
         [*command, *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

@@ -30,7 +30,7 @@ def checkout(tmp_path_factory) -> Path:
     python = sys.executable
     for name, command in (
         ("python", f'exec "{python}" "$@"'),
-        ("qwen35-moe", f'exec "{python}" -m qwen35_moe.cli "$@"'),
+        ("qwen35-moe", f'exec "{python}" -m qwen35_moe "$@"'),
         ("make", f'[ "$1" = demo ] && exec "{python}" -m qwen35_moe.demo'),
     ):
         tool = tools / name

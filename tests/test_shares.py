@@ -49,7 +49,7 @@ def test_groups_join_to_the_trace_of_one_batch(built: Build, tmp_path: Path) -> 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(q.__file__).parents[1])}
-    command = [sys.executable, *LAUNCH, "-m", "qwen35_moe.cli", *arguments]
+    command = [sys.executable, *LAUNCH, "-m", "qwen35_moe", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
