@@ -134,7 +134,7 @@ def _entry(entry: Any, file: Path, name: str, start: int) -> tuple[str, tuple[in
     """One tensor's dtype, shape, and bytes in the file."""
 
     def bad(what: str, expected: object, found: object) -> Qwen35Error:
-        where = f"{file.name}: {name!r}"[:300]
+        where = f"{file}: {name!r:.200}"
         return Qwen35Error(f"bad header: {what}", where=where, expected=expected, found=repr(found)[:200])
 
     if not name.isprintable() or not name:
@@ -165,7 +165,7 @@ def _check_cover(file: Path, start: int, size: int, entries: dict[str, tuple[str
         if begin != at:
             raise Qwen35Error(
                 "the header lies about offsets: " + ("tensors overlap" if begin < at else "bytes that belong to none"),
-                where=f"{file.name}: {name!r}"[:300],
+                where=f"{file}: {name!r:.200}",
                 expected=f"begin at byte {at - start} of the data, where {before!r:.100} ends",
                 found=begin - start,
             )
@@ -173,7 +173,7 @@ def _check_cover(file: Path, start: int, size: int, entries: dict[str, tuple[str
     if at != size:
         raise Qwen35Error(
             "the file is cut off" if at > size else "the file has bytes that its header does not know",
-            where=file if at <= size else f"{file.name}: {before!r}"[:300],
+            where=file if at <= size else f"{file}: {before!r:.200}",
             expected=f"{at} bytes",
             found=f"{size} bytes",
             do="download the file again",
