@@ -274,10 +274,11 @@ def test_an_exclude_list_alone_is_about_something_quantised(rule: str) -> None:
 
 def test_an_entry_for_the_block_settles_nothing_without_bytes() -> None:
     """To Quark it names no linear module; ATOM takes all below it, and SGLang's gate any string with the word."""
-    for entry in (f"{PREFIX}.0.mlp.shared_expert", f"{PREFIX}.0.mlp.shared_expert."):
-        decision = can_fuse_shared_expert(QWEN, quark(entry))
-        assert not decision
-        assert entry in str(decision)
+    for entry in ("shared_expert", "shared_expert.", "experts"):
+        for more in ([], ["*linear_attn*"], ["re:.*gate$"]):
+            decision = can_fuse_shared_expert(QWEN, quark(f"{PREFIX}.0.mlp.{entry}", *more))
+            assert not decision
+            assert f"{PREFIX}.0.mlp.{entry}" in str(decision)
     assert can_fuse_shared_expert(QWEN, quark(f"{PREFIX}.0.mlp.shared_expert_gate"))
 
 

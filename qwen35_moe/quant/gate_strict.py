@@ -58,16 +58,17 @@ def layer_facts(model: Model, layer: Layer, stored: Stored | None, semantics: st
 
 def _fact(name: str, quant: QuantConfig, other: QuantConfig | None, stored: Stored | None) -> Fact:
     declared = quant.spec_of(name)
-    second = other.spec_of(name) if other and other.exclude.patterns else None
-    if other and second is None and (hit := _block_above(name, quant)):  # to Quark, an entry is one linear module
-        second = Resolution(BF16, hit)
-    disagrees = second is not None and second.spec != declared.spec
+    second = other.spec_of(name) if other and other.exclude.patterns else declared
+    if other and second.spec == declared.spec and (hit := _block_above(name, quant)):
+        second = Resolution(BF16, hit)  # to Quark, an entry is one linear module
+    disagrees = second.spec != declared.spec
     return Fact(name, declared, second if disagrees else None, stored(name) if stored else None)
 
 
 def _block_above(name: str, quant: QuantConfig) -> Hit | None:
-    """An entry that names the block around a module, as people write by hand and ATOM reads."""
-    blocks = {spelled.rpartition(".")[0] for spelled in spellings(name, quant.num_hidden_layers)}
+    """An entry that names the block around a module (one expert, or all), as people write by hand and ATOM reads."""
+    names = spellings(name, quant.num_hidden_layers)
+    blocks = {block for n in names for block in (n.rpartition(".")[0], n.partition(".experts.")[0] + ".experts")}
     found = ((i, entry) for i, entry in enumerate(quant.exclude.entries) if entry.rstrip(".") in blocks)
     return next((Hit(quant.exclude.list, i, entry, "the block around it") for i, entry in found), None)
 
