@@ -194,6 +194,22 @@ def test_method_rows(name: str, quant: dict[str, Any] | None, expected: str) -> 
     assert got == [word == "1" for word in expected.split()]
 
 
+def test_the_narrowest_group_of_compressed_tensors_decides() -> None:
+    """compressed_tensors.utils.match: exact names before patterns before classes, in whatever order they are listed."""
+    fp8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    groups = {
+        "linear": {"targets": ["Linear"], "weights": fp8},
+        "experts": {"targets": [r"re:.*mlp\.experts.*"], "weights": CT["config_groups"]["g"]["weights"]},
+        "one": {"targets": [f"{PREFIX}.1.mlp.experts.0.up_proj"], "weights": fp8},
+    }
+    quant = QuantConfig.from_dict(CT | {"config_groups": groups})
+    found = {
+        n: quant.spec_of(n).spec.kind for n in ("layers.0.mlp.experts.0.up_proj", "layers.1.mlp.experts.0.up_proj")
+    }
+    assert list(found.values()) == ["mxfp4", "fp8-channel"]
+    assert not can_fuse_shared_expert(QWEN, CT | {"config_groups": groups})
+
+
 # SGLang's draft is built with a configuration of its own: qwen3_5_mtp.py:50-95.
 DRAFT_ROWS: list[tuple[str, dict[str, Any], bool, bool]] = [
     ("draft's experts excluded (#38748)", quark(*body(), "mtp.layers.0.mlp.experts.0.up_proj"), False, True),

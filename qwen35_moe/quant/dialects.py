@@ -65,6 +65,7 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> dict[str, Any]:
         spec = _group_spec(group, group.get("format") or raw.get("format") or "")
         # A class name covers every projection; anything else is a module name or `re:`.
         layers += [("*" if t in ("Linear", "FusedMoE") else t, spec) for t in group.get("targets") or ()]
+    layers.sort(key=lambda layer: (layer[0] == "*", layer[0].startswith("re:")))  # names, then patterns, then classes
     return {
         "exclude": _exclude(raw, "ignore", "compressed-tensors"),
         "layers": tuple(layers),
