@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -13,7 +15,7 @@ import torch
 from peers.capture import capture
 from peers.float64 import float64_clean, load_float64
 from peers.transformers_model import load_transformers, logits_of, new_cache
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tolerances import (
     FIXTURE_HIDDEN,
     FIXTURE_ROUTER_LOGITS,
@@ -212,3 +214,18 @@ def test_residual_stream_and_routing_of_every_layer(left: dict[str, Tensor], ari
             chosen, weights = (left[f"router_topk_{x}.transformers_f32"][layer, sequence] for x in ("ids", "weights"))
             assert torch.equal(run[f"layers.{layer}.moe_topk_ids"], chosen.long())
             assert (run[f"layers.{layer}.moe_topk_weights"] - weights).abs().max() <= FIXTURE_ROUTER_WEIGHTS
+
+
+def test_a_head_that_is_stored_is_used_whatever_the_configuration_says_of_ties(built, tmp_path: Path) -> None:
+    path = shutil.copytree(built("tiny-flat"), tmp_path / "two")
+    index = path / "model.safetensors.index.json"
+    files = json.loads(index.read_text())
+    name, file = next((n, f) for n, f in files["weight_map"].items() if n.endswith("embed_tokens.weight"))
+    stored = load_file(path / file)
+    save_file({**stored, "lm_head.weight": stored[name].flip(0).clone()}, path / file, {"format": "pt"})
+    files["weight_map"]["lm_head.weight"] = file
+    index.write_text(json.dumps(files))
+    ids = random_ids(path, 2, 9)
+    expected = logits_of(load_transformers(path, torch.bfloat16), ids)
+    for mode in ("decoded", "packed", "stream"):
+        assert torch.equal(q.load(path, "transformers-bf16", mode=mode)(ids), expected), mode

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,9 @@ class Checkpoint:
             root = self.path if self.path.is_dir() else self.path.parent
             do = "copy the one that belongs to these tensors beside them"
             raise Qwen35Error("no config.json", where=root / "config.json", found="absent or empty", do=do)
-        return Config.from_dict(self.config, ignore)
+        config = Config.from_dict(self.config, ignore)
+        # A head that is stored is the head, whatever is said about ties; so it is in transformers, if it is another.
+        return replace(config, tie_word_embeddings=config.tie_word_embeddings and "lm_head" not in self.modules)
 
     def validate(self, config: Config | None = None) -> None:
         """Error unless all tensors that the configuration implies are there, in their shapes, and no others.
