@@ -113,7 +113,8 @@ def causal_conv(x_BTC: Tensor, weight_C1W: Tensor, state_BCW: Tensor, real_BT: T
     memory = weight_C1W.shape[-1] - 1
     past_BWC = state_BCW.mT.to(x_BTC.dtype)
     if real_BT is None:
-        next_BWC = torch.cat((past_BWC, x_BTC[:, -memory:]), 1)[:, -memory:]
+        last_BWC = x_BTC[:, max(T - memory, 0) :]
+        next_BWC = torch.cat((past_BWC, last_BWC), 1)[:, last_BWC.shape[1] :]
     else:
         first, count = real_BT.int().argmax(1, keepdim=True), real_BT.sum(1, keepdim=True)
         x_BSC = F.pad(x_BTC * real_BT[..., None], (0, 0, memory, 0))

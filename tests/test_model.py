@@ -136,6 +136,18 @@ def test_cached_decode_equals_prefill(model, sizes):
         assert rel_l2(pieces[-1][key], whole[key]) <= FLOAT64_REORDERED
 
 
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_a_convolution_goes_on_where_it_stopped(width):
+    x, weight = torch.randn(2, 9, 3, dtype=torch.float64), torch.randn(3, 1, width, dtype=torch.float64)
+    state, pieces = torch.zeros(2, 3, width - 1, dtype=torch.float64), []
+    whole, last = deltanet.causal_conv(x, weight, state, None)
+    for piece in x.split((1, 2, 5, 1), 1):
+        y, state = deltanet.causal_conv(piece, weight, state, None)
+        pieces.append(y)
+    assert rel_l2(torch.cat(pieces, 1), whole) <= FLOAT64_REORDERED
+    assert torch.equal(state, last)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(model, side):
     lengths, width = (9, 70, 33), 70
