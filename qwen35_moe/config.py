@@ -102,6 +102,9 @@ class Config:
         if not values["layer_types"]:
             interval, count = values.get("full_attention_interval", 4), min(values["num_hidden_layers"], MOST_LAYERS)
             values["layer_types"] = tuple(LINEAR if (i + 1) % max(interval, 1) else FULL for i in range(count))
+        factor = values.get("partial_rotary_factor", 0.25)
+        if "mrope_section" not in values and 0 < factor <= 1 and (half := int(values["head_dim"] * factor) // 2) != 32:
+            values["mrope_section"] = (half, 0, 0)  # not the family's heads: one axis, text only
         return cls(**values, raw=raw)
 
     def __post_init__(self) -> None:
@@ -154,10 +157,7 @@ def _rope_values(text: Mapping[str, Any]) -> dict[str, Any]:
     if kind not in ("default", "mrope") or interleaved is not True:
         where, found = "config.json: rope_parameters", f"rope_type {kind!r}, mrope_interleaved {interleaved}"
         raise Qwen35Error("unsupported rotary embedding", where=where, expected="default, interleaved", found=found)
-    values = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section") if key in rope}
-    if "mrope_section" not in rope and isinstance(head_dim := text.get("head_dim"), int) and head_dim != 256:
-        values["mrope_section"] = (head_dim // 8, 0, 0)  # not the family's default: one axis, text only
-    return values
+    return {key: rope[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section") if key in rope}
 
 
 def _check_keys(text: Mapping[str, Any], ignore: Iterable[str]) -> None:

@@ -239,6 +239,17 @@ def test_a_flat_config_and_the_newest_model_build():
         assert sum(p.numel() for p in q.Model(config).parameters()) == 2_419_804_697_984
 
 
+@pytest.mark.parametrize("head_dim, factor, section", [(256, 0.25, (11, 11, 10)), (256, 0.5, (64, 0, 0)),
+                                                       (64, 0.25, (8, 0, 0)), (128, 1, (64, 0, 0))])  # fmt: skip
+def test_positions_of_a_text_model_need_no_sections(head_dim, factor, section):
+    """transformers saves none unless it was given some."""
+    from weights.build import real_config
+
+    text = real_config("qwen3.5-35b-a3b")["text_config"]
+    config = q.Config.from_dict({**text, "head_dim": head_dim, "rope_parameters": {"partial_rotary_factor": factor}})
+    assert config.mrope_section == section
+
+
 def test_an_arithmetic_of_ones_own(tiny):
     from dataclasses import replace
 
