@@ -290,12 +290,19 @@ def test_an_exclude_list_alone_is_about_something_quantised(rule: str) -> None:
 
 def test_an_entry_for_the_block_settles_nothing_without_bytes() -> None:
     """To Quark it names no linear module; ATOM takes all below it, and SGLang's gate any string with the word."""
-    for entry in ("shared_expert", "shared_expert.", "experts"):
+    for entry in ("shared_expert", "shared_expert.", "experts", "experts.3"):
         for more in ([], ["*linear_attn*"], ["re:.*gate$"]):
             decision = can_fuse_shared_expert(QWEN, quark(f"{PREFIX}.0.mlp.{entry}", *more))
             assert not decision
             assert f"{PREFIX}.0.mlp.{entry}" in str(decision)
     assert can_fuse_shared_expert(QWEN, quark(f"{PREFIX}.0.mlp.shared_expert_gate"))
+
+
+@pytest.mark.parametrize("entry", ["re:shared_expert", "*mlp.shared_expert", "re:mlp.experts", "*.mlp.experts"])
+def test_what_only_atom_reads_as_excluded_settles_nothing_without_bytes(entry: str) -> None:
+    decision = can_fuse_shared_expert(QWEN, quark(entry))
+    assert not decision and "readers of the exclude list disagree" in decision.reason
+    assert can_fuse_shared_expert(QWEN, quark(entry), stored=lambda name: MXFP4)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ readers of the exclude list agree about it. Where list and bytes disagree, the b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,9 @@ from .names import spellings, tells_experts_apart
 from .spec import BF16, ModuleSpec, QuantConfig, Resolution
 
 Stored = Callable[[str], ModuleSpec | None]
+
+# Who else reads a list that Quark wrote; vLLM does as SGLang does.
+READERS = ("sglang", "atom")
 
 
 class Fact(NamedTuple):
@@ -50,31 +53,30 @@ def read_stored(stored: Stored | Mapping[str, ModuleSpec] | None) -> Stored | No
 def layer_facts(model: Model, layer: Layer, stored: Stored | None, semantics: str | None = None) -> LayerFacts:
     """Collects the facts of one layer, under the writer's reading of the exclude list or the one of an engine."""
     quant = model.quant.read_as(semantics) if semantics and model.quant.method == "quark" else model.quant
-    # An exported list is exact names, about which all agree; only globs and `re:` can be read in two ways.
-    other = quant.read_as("sglang") if semantics is None and quant.method == "quark" else None
-    shared = tuple(_fact(name, quant, other, stored) for name in layer.shared.values())
-    return LayerFacts(layer, shared, tuple(_routed(model, layer, quant, other, stored)))
+    readers = READERS if semantics is None and quant.method == "quark" else ()
+    others = tuple(quant.read_as(reader) for reader in readers)
+    shared = tuple(_fact(name, quant, others, stored) for name in layer.shared.values())
+    return LayerFacts(layer, shared, tuple(_routed(model, layer, quant, others, stored)))
 
 
-def _fact(name: str, quant: QuantConfig, other: QuantConfig | None, stored: Stored | None) -> Fact:
+def _fact(name: str, quant: QuantConfig, others: Sequence[QuantConfig], stored: Stored | None) -> Fact:
     declared = quant.spec_of(name)
-    second = other.spec_of(name) if other and other.exclude.patterns else declared
-    if other and second.spec == declared.spec and (hit := _block_above(name, quant)):
-        second = Resolution(BF16, hit)  # to Quark, an entry is one linear module
-    disagrees = second.spec != declared.spec
-    return Fact(name, declared, second if disagrees else None, stored(name) if stored else None)
+    readings = [other.spec_of(name) for other in others]
+    if others and (hit := _block_above(name, quant)):
+        readings.append(Resolution(BF16, hit))
+    second = next((reading for reading in readings if reading.spec != declared.spec), None)
+    return Fact(name, declared, second, stored(name) if stored else None)
 
 
 def _block_above(name: str, quant: QuantConfig) -> Hit | None:
-    """An entry that names the block around a module (one expert, or all), as people write by hand and ATOM reads."""
-    names = spellings(name, quant.num_hidden_layers)
-    blocks = {block for n in names for block in (n.rpartition(".")[0], n.partition(".experts.")[0] + ".experts")}
+    """An entry that names the block around a module, as people write by hand; ATOM takes it so without a dot behind."""
+    blocks = {spelled.rpartition(".")[0] for spelled in spellings(name, quant.num_hidden_layers)}
     found = ((i, entry) for i, entry in enumerate(quant.exclude.entries) if entry.rstrip(".") in blocks)
     return next((Hit(quant.exclude.list, i, entry, "the block around it") for i, entry in found), None)
 
 
 def _routed(
-    model: Model, layer: Layer, quant: QuantConfig, other: QuantConfig | None, stored: Stored | None
+    model: Model, layer: Layer, quant: QuantConfig, others: Sequence[QuantConfig], stored: Stored | None
 ) -> list[Fact]:
     """The routed experts, each kind once. All 512 are asked only if the list or the bytes could tell them apart."""
     whole = stored(layer.experts) if stored else None
@@ -82,7 +84,7 @@ def _routed(
     keys = [key for key, _ in quant.layers]
     apart = quant.exclude.singles_out_experts(spellings(layer.experts, model.num_hidden_layers))
     apart = apart or any(tells_experts_apart(key) for key in keys)
-    first = {part: _fact(f"{layer.experts}.0.{part}", quant, other, lookup) for part in PROJECTIONS}
+    first = {part: _fact(f"{layer.experts}.0.{part}", quant, others, lookup) for part in PROJECTIONS}
     if not apart and (lookup is None or whole is not None):
         return list(first.values())
     facts: dict[object, Fact] = {}
@@ -90,10 +92,10 @@ def _routed(
         for part in PROJECTIONS:
             name = f"{layer.experts}.{expert}.{part}"
             if apart:
-                fact = _fact(name, quant, other, lookup)
+                fact = _fact(name, quant, others, lookup)
             else:
                 fact = first[part]._replace(name=name, stored=lookup(name) if lookup else None)
-            facts.setdefault((part, fact.declared.spec, fact.stored), fact)
+            facts.setdefault((part, fact.declared.spec, fact.other and fact.other.spec, fact.stored), fact)
     return list(facts.values())
 
 
