@@ -176,6 +176,7 @@ METHOD_ROWS: list[tuple[str, dict[str, Any] | None, str]] = [
     ("not quantised", None, "1 1 1 1 1"),
     ("FP8 blocks", BLOCK, "1 1 1 1 1"),
     ("FP8 blocks without the body: unchecked", BLOCK | {"modules_to_not_convert": body()}, "1 1 0 0 0"),
+    ("FP8 blocks, a pattern: not SGLang's", BLOCK | {"ignored_layers": ["re:.*shared_expert"]}, "1 1 0 0 0"),
     ("FP8 a tensor", {"quant_method": "fp8"}, "1 1 0 1 1"),
     ("compressed-tensors MXFP4", CT, "1 1 0 1 1"),
     ("compressed-tensors, body ignored: unchecked", CT | {"ignore": ["re:.*shared_expert.*"]}, "1 1 0 0 0"),

@@ -19,8 +19,8 @@ from .spec import BF16, ModuleSpec, QuantConfig, Resolution
 
 Stored = Callable[[str], ModuleSpec | None]
 
-# Who else reads a list that Quark wrote; vLLM does as SGLang does.
-READERS = ("sglang", "atom")
+# Method -> who else reads such a list. vLLM reads Quark's as SGLang does.
+READERS = {"quark": ("sglang", "atom"), "fp8": ("vllm", "atom")}
 
 
 class Fact(NamedTuple):
@@ -53,8 +53,7 @@ def read_stored(stored: Stored | Mapping[str, ModuleSpec] | None) -> Stored | No
 def layer_facts(model: Model, layer: Layer, stored: Stored | None, semantics: str | None = None) -> LayerFacts:
     """Collects the facts of one layer, under the writer's reading of the exclude list or the one of an engine."""
     quant = model.quant.read_as(semantics) if semantics and model.quant.method == "quark" else model.quant
-    readers = READERS if semantics is None and quant.method == "quark" else ()
-    others = tuple(quant.read_as(reader) for reader in readers)
+    others = tuple(quant.read_as(reader) for reader in READERS.get(quant.method, ()) if semantics is None)
     shared = tuple(_fact(name, quant, others, stored) for name in layer.shared.values())
     return LayerFacts(layer, shared, tuple(_routed(model, layer, quant, others, stored)))
 
