@@ -51,10 +51,14 @@ class Source:
         """What the bytes of a module, or of all experts of a layer, are."""
         spec = self.checkpoint.spec(module)
         if spec is None:
+            experts = self.checkpoint.experts(module)
+            first, *rest = (weight for e in range(experts.count) for weight in experts.weights(e))
+            odd = next(weight for weight in rest if weight.spec != first.spec)
             raise Qwen35Error(
                 "experts of one layer differ in their format",
-                where=f"{self.checkpoint.path}: {module}",
-                expected="one format",
+                where=f"{self.checkpoint.path}: {odd.module}",
+                expected=f"{first.spec}, as {first.module}",
+                found=odd.spec,
             )
         return spec
 

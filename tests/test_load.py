@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from fixture_models import FIXTURES
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qwen35_moe as q
 from qwen35_moe.experts import PackedExperts, ViewedExperts
 from qwen35_moe.load import MODES
 from qwen35_moe.moe import Experts
+from qwen35_moe.quant.mxfp4 import decode
 from qwen35_moe.tables import TRANSFORMERS_BF16
 
 Build = Callable[[str], Path]
@@ -133,6 +136,19 @@ def test_conversion_is_to_mxfp4_alone(built: Build) -> None:
 def test_the_model_knows_its_checkpoint(built: Build) -> None:
     a, b = (q.load(built(recipe), mode="stream").identity for recipe in ("tiny", "tiny-mxfp4"))
     assert a and b and a["headers_sha256"] != b["headers_sha256"] and a["tensors"] == 112
+
+
+def test_an_expert_of_another_format_is_named(tmp_path: Path) -> None:
+    path = shutil.copytree(FIXTURES / "quark-moe-mxfp4", tmp_path / "odd")
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    name = "model.language_model.layers.1.mlp.experts.3.down_proj.weight"
+    file, tensors = path / index["weight_map"][name], load_file(path / index["weight_map"][name])
+    tensors[name] = decode(tensors[name], tensors.pop(f"{name}_scale"), torch.bfloat16)
+    save_file(tensors, file)
+    del index["weight_map"][f"{name}_scale"]
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(q.Qwen35Error, match=r"(?s)differ in their format.*layers\.1\.mlp\.experts\.3\.down_proj.*bf16"):
+        q.load(path)
 
 
 @pytest.mark.parametrize(("option", "value"), [("mode", "lazy"), ("shared_expert", "yes")])
