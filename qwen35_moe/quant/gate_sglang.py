@@ -133,10 +133,14 @@ def _sglang_layer_specs(raw: Mapping[str, Any]) -> Decision:
 
 
 def _is_mxfp4(spec: Any) -> bool:
-    """SGLang's test for W4A4 MXFP4: weights static, inputs dynamic, both fp4 in groups of 32 with E8M0 scales."""
+    """SGLang's test for W4A4 MXFP4: weights static, inputs dynamic, both fp4 in groups of 32 with E8M0 scales.
+
+    What Quark quantises in two steps is a list, and something else.
+    """
     weight, inputs = (spec or {}).get("weight") or {}, (spec or {}).get("input_tensors") or {}
     alike = all(
-        t.get("dtype") == "fp4"
+        isinstance(t, Mapping)
+        and t.get("dtype") == "fp4"
         and t.get("qscheme") == "per_group"
         and t.get("group_size") == 32
         and t.get("scale_format") == "e8m0"
