@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from gate_configs import FP8, GLM, NV, PREFIX, QWEN, TEXT, W4A4, W8A8, body, quark
+from gate_configs import FP4, FP8, GLM, NV, PREFIX, QWEN, TEXT, W4A4, W8A8, body, quark
 
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.quant.gate import RULES, can_fuse_shared_expert, decide_layers
@@ -326,10 +326,17 @@ def test_layers_that_cannot_be_counted(changes: dict[str, Any]) -> None:
         can_fuse_shared_expert(config)
 
 
+@pytest.mark.parametrize("key", ["shared_expert_intermediate_size", "num_experts"])
+def test_a_size_that_is_no_number(key: str) -> None:
+    with pytest.raises(Qwen35Error, match=f"(?s)wrong type.*{key}"):
+        can_fuse_shared_expert(TEXT | {key: "32"})
+
+
 @pytest.mark.parametrize(
     "quantised",
     [{"layer_quant_config": "x"}, {"global_quant_config": -1}, {"global_quant_config": [None]},
-     {"global_quant_config": {"weight": {"group_size": "x", "dtype": "fp4"}}}],
+     {"global_quant_config": {"weight": {"group_size": "x", "dtype": "fp4"}}},
+     {"global_quant_config": W4A4 | {"input_tensors": FP4 | {"group_size": [32]}}}],
     ids=str,
 )  # fmt: skip
 def test_a_quantisation_that_is_none(quantised: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ def quark_spec(entry: Mapping[str, Any] | None) -> ModuleSpec:
     activation = None
     if inputs:
         grouped = inputs.get("qscheme") == "per_group"
-        group_in = inputs.get("group_size") if grouped else None
+        group_in = int(inputs.get("group_size") or 0) or None if grouped else None
         activation = Activation(_short(str(inputs.get("dtype"))), bool(inputs.get("is_dynamic")), group_in)
     scale = str(weight.get("scale_format") or weight.get("scale_type") or "")
     if _short(dtype) == "fp8":
@@ -45,7 +45,7 @@ def _quark(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fp8(raw: Mapping[str, Any]) -> dict[str, Any]:
-    block = tuple(raw.get("weight_block_size") or ())
+    block = tuple(map(int, raw.get("weight_block_size") or ()))
     activation = Activation("fp8", raw.get("activation_scheme", "dynamic") == "dynamic", block[-1] if block else None)
     return {
         "exclude": _exclude(raw, "ignored_layers" if "ignored_layers" in raw else "modules_to_not_convert", "fp8"),

@@ -184,13 +184,17 @@ class Model:
             where, expected = "config.json", f"a list of layers without experts; numbers of layers up to {MOST_LAYERS}"
             found = f"{dense}, {count} every {step}, {drafts} drafts"[:200]
             raise Qwen35Error("layers cannot be counted", where=where, expected=expected, found=found)
+        shared, experts = (text.get(key) or 0 for key in ("shared_expert_intermediate_size", "num_experts"))
+        if not all(type(n) is int for n in (shared, experts)):
+            where, found = "config.json: shared_expert_intermediate_size, num_experts", f"{shared!r}, {experts!r}"
+            raise Qwen35Error("wrong type", where=where, expected="integers", found=found[:200])
         quant = raw if isinstance(raw, QuantConfig) else QuantConfig.from_dict(raw, count)
         return cls(
             layers=tuple(Layer(f"layers.{i}") for i in range(count) if (i + 1) % step == 0 and i not in dense),
             drafts=tuple(Layer(f"mtp.layers.{i}", draft=True) for i in range(drafts)),
-            shared_size=text.get("shared_expert_intermediate_size") or 0,
+            shared_size=shared,
             routed_size=text["moe_intermediate_size"],
-            num_experts=text.get("num_experts") or 0,
+            num_experts=experts,
             num_hidden_layers=count,
             top=top,
             quant=quant,
