@@ -242,6 +242,57 @@ def test_weights_in_aiters_layout(engine: Trace, source) -> None:
     assert shuffle_scales(scales[0]).shape == (256, 8)
 
 
+def test_weights_of_ranks(engine: Trace, source) -> None:
+    """A rank of EP holds whole experts, one of TP a share of each: neither is another expert's."""
+    codes = torch.stack([source.slot("layers.0.mlp", e)[1].codes for e in range(10)])
+    dump, name = from_trace(engine), "layers.0.mlp.experts.w2_weight"
+
+    def found(x: torch.Tensor, **parallel: int) -> list[tuple[str, str, str]]:
+        dump.weights = {f"model.{name}@1": Piece(name, lambda: x, rank=1, parallel=parallel)}
+        return [(w.name.removeprefix(name), w.state, w.detail) for w in check_weights(dump, source)]
+
+    second = {"moe_ep_size": 2, "moe_ep_rank": 1}
+    assert found(codes[5:], **second) == [(f"[{e}]", "equal", "") for e in range(5, 10)]
+    assert found(torch.cat((codes[5:8], codes[6:7], codes[9:])), **second)[3] == ("[8]", "wrong", "holds expert 6")
+    assert found(codes[..., 8:].contiguous(), moe_tp_size=2, moe_tp_rank=1) == [
+        ("", "sharded", f"{[10, *codes[0, :, 8:].shape]} for 10 of {list(codes[0].shape)}")
+    ]
+    said = report.weights_line(Comparison(weights=check_weights(dump, source)))
+    assert said.startswith("0 of 1 as the checkpoint has them, 0 wrong; 1 not compared")
+
+
+def test_weights_that_are_packed(built: Callable[[str], Path], engine: Trace) -> None:
+    """FP8's and MXFP4's parameters are codes and scales, which are held against codes and scales."""
+    dump = from_trace(engine)
+
+    def states(path: Path, name: str, x: torch.Tensor) -> set[tuple[str, str]]:
+        dump.weights = param(name, x)
+        return {(w.state, w.detail) for w in check_weights(dump, oracle_cli.open_checkpoint(path)[1].source)}
+
+    path, shared = built("tiny-fp8"), "layers.0.mlp.shared_expert"
+    source = oracle_cli.open_checkpoint(path)[1].source
+    gate, up = (source.weight(f"{shared}.{n}_proj") for n in ("gate", "up"))
+    slots = [source.slot("layers.0.mlp", e)[0].parts for e in range(source.config.num_experts)]
+    joined = torch.cat((gate.values, up.values))
+    assert states(path, f"{shared}.gate_up_proj.weight", joined) == {("equal", "")}
+    assert states(path, f"{shared}.gate_up_proj.weight", torch.cat((up.values, gate.values))) == {
+        ("wrong", "halves swapped")
+    }
+    scales = torch.cat((gate.scale, up.scale))
+    assert states(path, f"{shared}.gate_up_proj.weight_scale_inv", scales.float()) == {("equal", "as float32")}
+    w13 = torch.stack([torch.cat([part.values for part in slot]) for slot in slots])
+    assert states(path, "layers.0.mlp.experts.w13_weight", w13) == {("equal", "")}
+
+    path = built("tiny-moe-mxfp4")
+    source = oracle_cli.open_checkpoint(path)[1].source
+    gate, up = (source.weight(f"{shared}.{n}_proj") for n in ("gate", "up"))
+    codes = torch.cat((gate.codes, up.codes))
+    assert states(path, f"{shared}.gate_up_proj.weight", codes) == {("equal", "")}
+    assert states(path, f"{shared}.gate_up_proj.weight", shuffle_weight(codes)) == {("reordered", "Aiter's layout")}
+    codes[0, 0] ^= 1
+    assert states(path, f"{shared}.gate_up_proj.weight", codes).pop()[0] == "wrong"
+
+
 def test_logits() -> None:
     p = torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.001, 0.0], [5.0, 0.0, 0.0]], dtype=torch.float64)
     q = torch.tensor([[2.0, 1.0, 0.0], [1.001, 1.0, 0.0], [0.0, 5.0, 0.0]], dtype=torch.float64)

@@ -135,6 +135,10 @@ class Weight:
     def bad(self) -> bool:
         return self.state == "wrong"
 
+    @property
+    def good(self) -> bool:
+        return self.state in ("equal", "reordered")
+
 
 @dataclass
 class Comparison:

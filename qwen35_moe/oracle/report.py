@@ -86,7 +86,7 @@ def text(result: Comparison, width: int = 80) -> str:
                       f"top-5 {100 * x.top5:.1f} %; delta log p rms {x.delta_log_p_rms:.2g}")  # fmt: skip
     if result.weights:
         wrong = [w for w in result.weights if w.bad]
-        say("weights", f"{len(result.weights) - len(wrong)} of {len(result.weights)} as stored or known")
+        say("weights", weights_line(result))
         for w in wrong[:8]:
             say("", f"X {w.name}: {w.detail}")
     counts = result.summary
@@ -104,6 +104,14 @@ def text(result: Comparison, width: int = 80) -> str:
     for note in result.notes:
         say("note", note)
     return "\n".join(line[:width] for line in lines)
+
+
+def weights_line(result: Comparison) -> str:
+    """How many of the dumped weights are right, and how many nobody looked at."""
+    good, bad = sum(w.good for w in result.weights), sum(w.bad for w in result.weights)
+    rest = len(result.weights) - good - bad
+    others = f"; {rest} not compared (one rank's shares, or not in the checkpoint)" if rest else ""
+    return f"{good} of {len(result.weights)} as the checkpoint has them, {bad} wrong{others}"
 
 
 def broken(result: Comparison) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ from html import escape
 
 from ..tap_names import base_name
 from .records import Comparison, Record, show
-from .report import SYMBOLS, broken, fold, grid, short, worst
+from .report import SYMBOLS, broken, fold, grid, short, weights_line, worst
 
 STYLE = """
 :root{--ink:#1b1f24;--soft:#5d6670;--line:#d8dde3;--paper:#fff;--wash:#f5f7f9;--bad:#b3261e;--good:#1a6b3c}
@@ -184,8 +184,7 @@ def _rest(result: Comparison) -> str:
                 f"{x.delta_log_p_max:.2g}.</p>")  # fmt: skip
     wrong = [w for w in result.weights if w.bad]
     if result.weights:
-        good = len(result.weights) - len(wrong)
-        out += f"<p>{good} of {len(result.weights)} dumped weights are as the checkpoint has them.</p>"
+        out += f"<p>Dumped weights: {weights_line(result)}.</p>"
         out += "".join(f"<p>&#10007; <code>{escape(w.name)}</code>: {escape(w.detail)}</p>" for w in wrong[:20])
     return out + "</section>"
 

@@ -2,19 +2,21 @@
 
 Engines join projections (qkv_proj, gate_up_proj, in_proj_qkvz, in_proj_ba, w13), and Aiter shuffles experts' bytes. A
 parameter is equal (bytes or values), reordered (equal once a known shuffle is undone), sharded (one rank's share: not
-compared), unknown, or wrong; of what is wrong, the known ways are tried.
+compared), unknown, or wrong; of what is wrong, the known ways are tried. EP's ranks hold whole experts, in order.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..quant.layouts import as_bytes, interleave_gate_up, unshuffle_scales, unshuffle_weight
+from ..quant.fp8 import FP8
+from ..quant.layouts import interleave_gate_up, unshuffle_scales, unshuffle_weight
 from ..quant.mxfp4 import MXFP4
 from ..quant.packed import Float, Packed, Stacked
 from ..source import Source
@@ -27,6 +29,7 @@ JOINED = {
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
+SCALES = ("weight_scale", "weight_scale_inv")
 
 
 def check_weights(dump: Dump, source: Source) -> list[Weight]:
@@ -35,37 +38,55 @@ def check_weights(dump: Dump, source: Source) -> list[Weight]:
     for full, piece in dump.weights.items():
         name = re.sub(r"^(?:(?:model|language_model)\.)+", "", full.rpartition("@")[0] or full)
         try:
-            found += _check(name, as_bytes(piece.load()), source)
+            x = piece.load()
+            found += _check(name, x.view(torch.uint8) if x.element_size() == 1 else x, source, piece.parallel)
         except Qwen35Error as error:
             found.append(Weight(name, "unknown", error.what))
     return found
 
 
-def _check(name: str, x: Tensor, source: Source) -> Iterator[Weight]:
+def _check(name: str, x: Tensor, source: Source, parallel: Mapping[str, Any]) -> Iterator[Weight]:
     if found := re.fullmatch(r"(layers\.\d+\.mlp)\.experts\.(w13|w2)_weight(_scale)?", name):
-        yield from _experts(name, found[1], found[2] == "w13", bool(found[3]), x, source)
+        yield from _experts(name, found[1], found[2] == "w13", bool(found[3]), x, source, parallel)
         return
     module, _, last = name.rpartition(".")
     parent, _, leaf = module.rpartition(".")
     if module.startswith("layers.") and re.fullmatch(r"layers\.\d+\.(qkv_proj|o_proj|q_norm|k_norm)", module):
         parent += ".self_attn"  # SGLang keeps these on the layer itself
         module = f"{parent}.{leaf}"
-    if leaf in JOINED:
-        yield _plain(name, x, torch.cat([_values(source.weight(f"{parent}.{part}")) for part in JOINED[leaf]]))
+    if leaf in JOINED and last in ("weight", *SCALES):
+        parts = [source.weight(f"{parent}.{part}") for part in JOINED[leaf]]
+        if any(isinstance(part, FP8) and part.kind == "fp8-tensor" for part in parts):
+            yield Weight(name, "unknown", "weights with one scale each are quantised anew where an engine joins them")
+        else:
+            truth = torch.cat([_stored(part, x.dtype, last in SCALES) for part in parts])
+            yield _plain(name, x, truth, last in SCALES)
     else:
         full = f"{module}.{last}" if module else name
         if full not in source.checkpoint:
             yield Weight(name, "unknown", "the checkpoint has no such tensor")
             return
-        linear = last == "weight" and not re.search(r"norm|conv1d", full)
-        yield _plain(name, x, _values(source.weight(module)) if linear else source.tensor(full))
+        if last in ("weight", *SCALES) and not re.search(r"norm|conv1d", full):
+            truth = _stored(source.weight(module), x.dtype, last in SCALES)
+        else:
+            truth = source.tensor(full)
+        yield _plain(name, x, truth, last in SCALES)
 
 
-def _values(packed: Packed) -> Tensor:
+def _stored(packed: Packed, dtype: torch.dtype, scales: bool) -> Tensor:
+    """What a parameter of this dtype is held against: the scales or the codes, as they are stored, or the values."""
+    if isinstance(packed, Stacked):
+        return torch.cat([_stored(part, dtype, scales) for part in packed.parts])
+    if isinstance(packed, MXFP4) and (scales or dtype == torch.uint8):
+        return packed.scales if scales else packed.codes
+    if isinstance(packed, FP8) and (scales or dtype == torch.uint8):
+        return packed.scale if scales else packed.values.view(torch.uint8)
     return packed.values if isinstance(packed, Float) else packed.decode(torch.float32)
 
 
-def _plain(name: str, x: Tensor, truth: Tensor) -> Weight:
+def _plain(name: str, x: Tensor, truth: Tensor, scales: bool) -> Weight:
+    if x.dtype == truth.dtype == torch.uint8 and not torch.equal(x, truth) and _shuffled(x, truth, scales):
+        return Weight(name, "reordered", "Aiter's layout")
     if x.numel() != truth.numel():
         share = truth.numel() / x.numel() if x.numel() else 0
         state = "sharded" if share > 1 and share == int(share) else "wrong"
@@ -81,17 +102,24 @@ def _plain(name: str, x: Tensor, truth: Tensor) -> Weight:
     return Weight(name, "wrong", _way(x.to(truth.dtype), ways) or _share(x.to(torch.float64) != wide))
 
 
-def _experts(name: str, mlp: str, gate_up: bool, scales: bool, x: Tensor, source: Source) -> Iterator[Weight]:
+def _experts(
+    name: str, mlp: str, gate_up: bool, scales: bool, x: Tensor, source: Source, parallel: Mapping[str, Any]
+) -> Iterator[Weight]:
     """Each slot of w13 [X, 2F, Z] or w2 [X, D, Z], or of their scales, which Aiter may hand over flat."""
     E = source.config.num_experts
-    truths = [_bytes(source.slot(mlp, e)[0 if gate_up else 1], scales) for e in range(E)]
-    shared = ".".join((mlp, "shared_expert.gate_proj"))
-    if source.spec(shared).kind == source.spec(f"{mlp}.experts").kind:
-        truths.append(_bytes(source.slot(mlp, E)[0 if gate_up else 1], scales))
+    held = E // int(parallel.get("moe_ep_size", 1))
+    first = held * int(parallel.get("moe_ep_rank", 0))
+    which = [*range(first, first + held), E]
+    if source.spec(f"{mlp}.shared_expert.gate_proj").kind != source.spec(f"{mlp}.experts").kind:
+        which.pop()
+    truths = [_stored(source.slot(mlp, e)[0 if gate_up else 1], x.dtype, scales) for e in which]
+    if int(parallel.get("moe_tp_size", 1)) > 1 or x.numel() < held * truths[0].numel():
+        yield Weight(name, "sharded", f"{list(x.shape)} for {held} of {list(truths[0].shape)}")
+        return
     rows = truths[0].shape[0]
     slots = x.reshape(-1, rows, x.shape[-1]) if x.shape[-2] % rows == 0 or x.dim() == 3 else x[None]
     for e, slot in enumerate(slots):
-        where = f"{name}[{e}]"
+        where = f"{name}[{which[e] if e < len(which) else E}]"
         if e >= len(truths):
             yield Weight(
                 where, "wrong", "a slot for the shared expert, whose stored format is another: see sglang 22948"
@@ -106,7 +134,7 @@ def _experts(name: str, mlp: str, gate_up: bool, scales: bool, x: Tensor, source
             yield Weight(where, "wrong", "nibbles swapped")
         else:
             ways = {"all zero": torch.zeros_like(truth)}
-            ways |= {f"holds expert {o}": t for o, t in enumerate(truths) if o != e}
+            ways |= {f"holds expert {o}": t for o, t in zip(which, truths, strict=True) if o != which[e]}
             if gate_up:
                 ways["gate and up swapped"] = torch.cat(tuple(reversed(truth.chunk(2))))
                 ways["gate and up interleaved"] = interleave_gate_up(truth)
@@ -116,14 +144,6 @@ def _experts(name: str, mlp: str, gate_up: bool, scales: bool, x: Tensor, source
             yield Weight(
                 where, "wrong", _way(slot, ways) or _share(slot != truth if slot.shape == truth.shape else None)
             )
-
-
-def _bytes(packed: Packed, scales: bool) -> Tensor:
-    if isinstance(packed, Stacked):
-        return torch.cat([_bytes(part, scales) for part in packed.parts])
-    if isinstance(packed, MXFP4):
-        return packed.scales if scales else packed.codes
-    return _values(packed)
 
 
 def _shuffled(slot: Tensor, truth: Tensor, scales: bool) -> bool:
