@@ -21,6 +21,7 @@ from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.dump import Dump, Piece
 from qwen35_moe.oracle.envelope import LIMIT, Norms, envelope, judge, legal
 from qwen35_moe.oracle.envelope_file import write_envelope
+from qwen35_moe.oracle.faults import Place
 from qwen35_moe.oracle.logits import compare_logits
 from qwen35_moe.oracle.mutants import DUMPED
 from qwen35_moe.oracle.readers.own import from_trace
@@ -148,6 +149,20 @@ def test_added_error_names_the_first_block_and_not_its_victims(truth: Trace, eng
     assert str(found.diagnoses[0]).startswith("layer 1, mlp: whole block times 1.2")
     stream = next(r for r in found.records if r.key == "layers.3.layer_input")
     assert stream.bad and stream.layer == 2 and stream.block == "stream"
+
+
+@pytest.mark.parametrize(("name", "layer"), [("shared expert counted twice", 1), ("no decay", 2)])
+def test_a_bug_is_named_by_the_residual_stream_alone(
+    built: Callable[[str], Path], truth: Trace, source, name: str, layer: int
+) -> None:
+    """As vLLM's hidden states hold it: what a layer hands on is known as what the next one reads."""
+    fault = next(f for f in FAULTS if f.name == name)
+    place = Place(source.config, truth.positions, frozenset({layer}))
+    model = load(built("tiny-mxfp4"), "sglang-bf16", "unfused", text_only=True)
+    run = trace(model, IDS, taps="layer_input", replay=fault.handlers(place))
+    found = compare(truth, from_trace(run), source)
+    assert found.exit_code == 1 and found.first is not None and found.first.key == f"layers.{layer + 1}.layer_input"
+    assert str(found.diagnoses[0]).startswith(f"layer {layer}, stream: {name}")
 
 
 def test_without_checkpoint_errors_are_inherited(truth: Trace, engine: Trace) -> None:

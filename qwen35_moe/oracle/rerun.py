@@ -107,7 +107,7 @@ class Rerun:
         source: Source | None = None,
         fused: bool | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """What the taps of layer i held, by key, and the stream after it."""
+        """What the taps of layer i held, by key, what it hands on among them, and the stream after it."""
         layer = self.layer(i, table, source or self.source, self.fused[i] if fused is None else fused)
         restart = Restart(self.captured, self.tokens.count)
         real = self.tokens.real
@@ -115,7 +115,9 @@ class Rerun:
             angles = rotary_angles(self.config, self.tokens.positions, stream_BTD.dtype)
             with scope(layer=i):
                 out = layer(stream_BTD, angles, real, LayerState())
-        return restart.seen, out
+            after = self._enter(i + 1, out)
+        restart.seen.pop(f"layers.{i}.layer_input")  # an output of the layer before
+        return restart.seen, after
 
     def fault(
         self,
@@ -139,11 +141,11 @@ class Rerun:
 
         What layer i hands on is among its own taps, under the names that the next layer gives to it.
         """
-        tokens, captured = self.tokens, self.captured
+        tokens = self.tokens
         self.models = [build(self.source, table, self.fused, CPU, "stream") for table in self.tables]
         seen, self.streams = [], []
         for table, model in zip(self.tables, self.models, strict=True):
-            restart = Restart(captured, tokens.count)
+            restart = Restart(self.captured, tokens.count)
             with using(table), attach(restart):
                 self.streams.append(self._enter(0, tap("embed_tokens", model.embed_tokens(tokens.ids))))
             seen.append(restart.seen)
@@ -153,11 +155,8 @@ class Rerun:
             part = SharedPart(self.config.num_experts, self.tables[0])
             for table, stream in zip(self.tables, self.streams, strict=True):
                 taps, out = self.run_layer(i, table, stream, () if seen else (part,))
-                restart = Restart(captured, tokens.count)
-                with using(table), attach(restart):
-                    after.append(self._enter(i + 1, out))
-                taps.pop(f"layers.{i}.layer_input")  # an output of the layer before
-                seen.append({**taps, **restart.seen})
+                seen.append(taps)
+                after.append(out)
             self.shared = part.value
             yield i, seen
             self.streams = after
