@@ -162,7 +162,31 @@ def test_a_bug_is_named_by_the_residual_stream_alone(
     run = trace(model, IDS, taps="layer_input", replay=fault.handlers(place))
     found = compare(truth, from_trace(run), source)
     assert found.exit_code == 1 and found.first is not None and found.first.key == f"layers.{layer + 1}.layer_input"
-    assert str(found.diagnoses[0]).startswith(f"layer {layer}, stream: {name}")
+    assert str(found.diagnoses[0]).startswith(f"layer {layer}, {fault.block}: {name}")
+
+
+def test_layers_that_were_not_dumped_are_suspects(built: Callable[[str], Path], truth: Trace, source) -> None:
+    """The first tap that shows an error need not be of the layer, nor of the block, that made it."""
+    fault = next(f for f in FAULTS if f.name == "no decay")
+    place = Place(source.config, truth.positions, frozenset({1}))
+    model = load(built("tiny-mxfp4"), "sglang-bf16", "unfused", text_only=True)
+    run = trace(model, IDS, taps=DUMPED, replay=fault.handlers(place))
+
+    def found(*keys: str, layers: list[int] | None = None) -> Comparison:
+        kept = {k: run[k] for k in keys}
+        sites = {k: run.sites[k] for k in keys}
+        return compare(truth, from_trace(Trace(sites, run.meta, memory=kept)), source, layers=layers)
+
+    both = found("layers.0.mlp_output", "layers.0.layer_input", "layers.3.layer_input", "layers.3.mlp_output")
+    assert "first seen at tap layers.3.layer_input" in both.verdict
+    assert both.verdict.endswith("made somewhere in layer 1, input_layernorm, to layer 2, mlp")
+    norms = found(*(f"layers.{i}.{n}" for i in range(4) for n in ("input_layernorm", "pre_mlp_layernorm_output")))
+    assert norms.verdict.endswith("made somewhere in layer 1, gdn to post_attention_layernorm")
+    routing = found("layers.1.layer_input", "layers.1.moe_router_logits", "layers.2.layer_input")
+    assert "made somewhere in layer 1, input_layernorm to mlp" in routing.verdict
+    assert str(routing.diagnoses[0]).startswith("layer 1, gdn: no decay")
+    stream = [f"layers.{i}.{n}" for i in range(4) for n in ("layer_input", "moe_topk_ids")]
+    assert [found(*stream, layers=[i]).exit_code for i in range(4)] == [0, 1, 0, 0]
 
 
 def test_without_checkpoint_errors_are_inherited(truth: Trace, engine: Trace) -> None:

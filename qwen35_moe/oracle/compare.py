@@ -24,9 +24,10 @@ from .envelope_file import Stored, stored_envelope
 from .inherited import inherited
 from .kl_base import LOG_P
 from .logits import compare_logits
-from .records import Comparison, Record, block_of, layer_of
+from .records import Comparison, Place, Record, block_of, layer_of
 from .rerun import Rerun, Tokens
 from .second_look import second_look
+from .suspects import accuse, suspects
 from .trace_file import Trace
 from .weights_check import check_weights
 
@@ -79,11 +80,13 @@ def compare(
             result.weights = check_weights(dump, source)
         tokens = Tokens(truth.ids, truth.positions, truth.mask)
         rerun = Rerun(source, flags, tokens, work.captured(), [table, *members], LOG_P in alignment.keys)
+        places, cleared = suspects(rerun.captured, result.layers), set[Place]()
         for layer, seen in rerun:
             if layers is None or layer is None or layer in layers:
                 work.shared = rerun.shared
                 work.added(layer, seen)
                 seen = second_look(rerun, layer, work, seen)
+                accuse([r for r in work.records.values() if r.layer == layer], places, cleared)
                 if len(result.diagnoses) < diagnoses and (bad := work.guilty(layer)):
                     result.diagnoses.append(diagnose(rerun, layer, bad, work, seen))
     else:
@@ -100,7 +103,11 @@ def _finish(work: Work, stored: Mapping[str, Tensor], layers: Sequence[int] | No
     truth, shared = work.alignment.truth, set(work.alignment.keys)
     names = truth.comparable
     if layers is not None:
-        names = [k for k in names if layer_of(k) in (None, *layers)]
+        last = len(work.result.layers) - 1
+        shown = {f"layers.{i + 1}.layer_input": i for i in range(-1, last)}  # what one layer made, under another's name
+        shown |= dict.fromkeys(("final_norm", "next_token_logits"), last)
+        names = [k for k in names if shown.get(k, layer_of(k)) in layers]
+        work.result.routing = [r for r in work.result.routing if r.layer in layers]
         work.records = {k: work.records[k] for k in names if k in work.records}
         work.result.notes.append(f"only layers {', '.join(map(str, layers))} were judged")
     order = {key: i for i, key in enumerate([*names, LOG_P])}  # of execution

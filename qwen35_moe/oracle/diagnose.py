@@ -30,12 +30,6 @@ from .second_look import AGAIN, Taps, batches
 WORTH, TRIES = 0.5, 3  # hypotheses that explain less are not looked at closely, nor more than so many
 OUTPUT = {"mlp": "mlp_output", "gdn": "attn_output", "attn": "attn_output"}
 DIAGNOSED = (*OUTPUT, "input_layernorm", "post_attention_layernorm", "final_norm", "stream")
-# Where the output of a norm was not captured, the block that follows starts before it.
-BEFORE = {
-    "mlp": ("post_attention_layernorm", "pre_mlp_layernorm_output"),
-    "gdn": ("input_layernorm", "input_layernorm"),
-    "attn": ("input_layernorm", "input_layernorm"),
-}
 PARTS = ("moe_routed_output", "moe_shared_gated", "moe_shared_output")
 
 # A state rounded at every token errs no more than its inputs' roundings do, until hundreds of tokens have gone by; but
@@ -100,17 +94,19 @@ def diagnose(
     key = next((r.key for r in bad if r.key == output), first.key)
     if base_name(key) == "moe_topk_ids":
         key = next((r.key for r in bad if r.key != key), key)
+    here = [block for i, block in first.suspects if i == layer] or [first.block]
+    where = " to ".join(dict.fromkeys((here[0], here[-1])))
     if work.alignment.pair(key).engine is None or base_name(key) == "moe_topk_ids" or first.block not in DIAGNOSED:
-        return Diagnosis(layer, first.block, first.key, [], False, note="nothing that can be recomputed was captured")
+        return Diagnosis(layer, where, first.key, [], False, note="nothing that can be recomputed was captured")
     case = _Case(key, work.alignment.pair(key), work, seen[0][key])
     if not case.used.any():  # another tap of the block may have kept something, as states of other heads do
         key = first.key
         case = _Case(key, work.alignment.pair(key), work, seen[0][key])
     if not case.used.any():
-        return Diagnosis(layer, first.block, key, [], False, note="every number of it is NaN or infinity")
+        return Diagnosis(layer, where, key, [], False, note="every number of it is NaN or infinity")
     table, stream = rerun.tables[0], rerun.streams[0]
     tried: list[tuple[Hypothesis, Fault, int]] = []
-    for fault, expert in _candidates(rerun, layer, first.block, table.name, case, seen, faults):
+    for fault, expert in _candidates(rerun, layer, first, table.name, case, seen, faults):
         taps = rerun.fault(layer, fault, table, stream, expert)
         if key in taps:
             name = f"{fault.name} (expert {expert})" if fault.single else fault.name
@@ -138,22 +134,20 @@ def diagnose(
             diagnosis.hypotheses.append(fitted)
     diagnosis.hypotheses.sort(key=lambda h: (h is not answer, -h.explains))
     diagnosis.named = answer is not None
+    own = where if answer is None else first.block
+    diagnosis.block = next((fault.block for hypothesis, fault, _ in tried if hypothesis is answer), own)
     return diagnosis
 
 
 def _candidates(
-    rerun: Rerun, layer: int | None, block: str, truth: str, case: _Case, seen: Sequence[Taps], faults: Sequence[Fault]
+    rerun: Rerun, layer: int | None, first: Record, truth: str, case: _Case, seen: Sequence[Taps],
+    faults: Sequence[Fault],
 ) -> Iterator[tuple[Fault, int]]:  # fmt: skip
-    """The faults of a block, with the experts that a fault of one expert could be of."""
+    """The faults of the blocks of this layer that are suspect, with the experts that a fault of one could be of."""
     if layer is None:
-        yield from ((fault, 0) for fault in faults if fault.block == block)
+        yield from ((fault, 0) for fault in faults if fault.block == first.block)
         return
-    kind = case.work.result.layers[layer]
-    blocks = {block}
-    if block == "stream":
-        blocks = {kind, "mlp", "input_layernorm", "post_attention_layernorm"}
-    elif block in BEFORE and f"layers.{layer}.{BEFORE[block][1]}" not in rerun.captured:
-        blocks.add(BEFORE[block][0])
+    blocks = {block for i, block in first.suspects if i == layer} or {first.block}
     suspects = _suspects(case, f"layers.{layer}.moe_topk_ids", seen) if "mlp" in blocks else []
     for fault in faults:
         if fault.block in blocks and fault.applies(rerun.source, layer, "a4" in truth):

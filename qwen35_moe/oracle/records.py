@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from .envelope import LIMIT, Class
 from .routing import Routing
 
 BAD = ("suspicious", "wrong")
+LITTLE = 0.01  # of an error: what explains less is no guess
 CLASSES: tuple[Class, ...] = ("bit-equal", "within rounding", "suspicious", "wrong", "not comparable", "missing")
 _BLOCKS = (
     (r"embed_tokens", "embedding"),
@@ -34,6 +36,9 @@ def block_of(key: str, kind: str = "") -> str:
     return kind if name == "attn_output" and kind else block
 
 
+Place = tuple[int | None, str]  # layer and block
+
+
 def layer_of(key: str) -> int | None:
     found = re.match(r"layers\.(\d+)\.", key)
     return int(found[1]) if found else None
@@ -44,6 +49,7 @@ class Record:
     """One tap. Ratios are in units of the legal error: `added` on the engine's input, `inherited` against the truth.
 
     `layer` is the one that computed it (of `layers.3.layer_input` layer 2) or, where nothing was rerun, the key's.
+    `suspects` of a bad one are all blocks since the engine's own values, if others than its own are among them.
     `worst` is (sequence, token).
     """
 
@@ -65,6 +71,7 @@ class Record:
     where: str = ""  # in which columns
     equal_to: str = ""
     note: str = ""
+    suspects: list[Place] = field(default_factory=list)
 
     @property
     def bad(self) -> bool:
@@ -110,6 +117,8 @@ class Diagnosis:
         first, rest = self.hypotheses[0], self.hypotheses[1:]
         if self.named and self.note:
             return f"{where}: {first.name} ({self.note}); see {first.seen}"
+        if not self.named and first.explains < LITTLE:
+            return f"{where}: unknown (no known bug explains any of it)"
         best = f"explains {_percent(first.explains)} of the error"
         after = f"; next best {_percent(rest[0].explains)}" if rest else ""
         seen = f"; see {first.seen}" if first.seen and self.named else ""
@@ -199,8 +208,11 @@ class Comparison:
             if record is None:
                 wrong = next((w for w in self.weights if w.bad), None)
                 return f"DIVERGES: weight {wrong.name}" if wrong else "DIVERGES: routing"
-            where = f"layer {record.layer}, {record.block}" if record.layer is not None else record.block
-            return f"DIVERGES: first at {where}, tap {record.key}, {show(record.ratio)} x the legal error"
+            places = record.suspects or [(record.layer, record.block)]
+            tap, where = f"tap {record.key}, {show(record.ratio)} x the legal error", span(places)
+            if len(places) == 1:
+                return f"DIVERGES: first at {where}, {tap}"
+            return f"DIVERGES: first seen at {tap}; made somewhere in {where}"
         if not self.compared:
             return "NOT COMPARED: no tap of the dump could be compared"
         if self.exit_code == 2:
@@ -232,6 +244,17 @@ class Comparison:
         lines.append({"type": "summary", **self.summary, "extra": len(self.extra), "verdict": self.verdict,
                       "exit_code": self.exit_code})  # fmt: skip
         return lines
+
+
+def span(places: Sequence[Place]) -> str:
+    """The first and the last of some blocks.
+
+    >>> span([(0, "gdn"), (0, "mlp"), (1, "gdn")])
+    'layer 0, gdn, to layer 1, gdn'
+    """
+    (layer, _), (last, end) = places[0], places[-1]
+    first, other = (b if i is None else f"layer {i}, {b}" for i, b in (places[0], places[-1]))
+    return first if len(places) == 1 else f"{first} to {end}" if layer == last else f"{first}, to {other}"
 
 
 def show(ratio: float | None) -> str:
