@@ -117,6 +117,14 @@ def test_routing_compares_sets_and_weighs_margins() -> None:
     assert could_flip(logits, torch.full((4,), 0.01), 2).tolist() == [False, True, False, False]
 
 
+def test_ids_that_are_none_are_where_the_report_says(truth: Trace, engine: Trace, source) -> None:
+    ids = engine["layers.2.moe_topk_ids"].clone()
+    ids[17] = ids[17, 0]
+    found = compare(truth, changed(engine, layers__2__moe_topk_ids=ids), source)
+    assert found.exit_code == 1 and found.first is not None and found.first.worst == (2, 5)
+    assert "1 with ids that are repeated or no expert's" in " ".join(report.text(found).split())
+
+
 @pytest.mark.parametrize("level", ["ids", "weights", "logits"])
 def test_replay_repeats_a_routing(built: Callable[[str], Path], truth: Trace, engine: Trace, level: str) -> None:
     shifted = Trace(engine.sites, engine.meta, memory=dict(engine.memory))
@@ -205,6 +213,17 @@ def test_nan_missing_misshapen_and_holes_are_counted(truth: Trace, engine: Trace
     nan[0, 5, 3] = torch.nan
     found = compare(truth, changed(engine, layers__0__attn_output=nan), source)
     assert found.exit_code == 1 and next(r for r in found.records if r.nan).key == "layers.0.attn_output"
+
+    # A token whose experts could be others is not judged where the dump does not say which; NaN is no other expert's.
+    for t in range(6):
+        nan = engine["layers.1.mlp_output"].clone()
+        nan.view(4, 6, -1)[2, t, 7] = torch.nan
+        alone = {k: None for k in engine.sites if k != "layers.1.mlp_output"}
+        for known in (None, source):
+            found = compare(truth, changed(engine, **{k.replace(".", "__"): v for k, v in alone.items()},
+                                           layers__1__mlp_output=nan), known)  # fmt: skip
+            assert found.exit_code == 1 and found.first is not None and found.first.worst == (2, t)
+    assert "rows of 1 taps were not judged" in found.notes[-1]
 
     found = compare(truth, changed(engine, layers__2__mlp_output=None), source)
     assert found.exit_code == 2 and found.holes == ["layers.2.mlp_output"] and found.summary["missing"] == 1

@@ -94,7 +94,7 @@ class Work:
             return
         x, keep = pair.engine, torch.ones(len(pair.rows), dtype=torch.bool)
         if exclude is not None:
-            keep = ~exclude[self.index(pair)]
+            keep = pair.judged(~exclude[self.index(pair)])
             record.excluded = int((~keep).sum())
         if base_name(key) in WEIGHTS and self._unordered(key):
             x, truth, *members = (y.sort(1, descending=True).values for y in (x, truth, *members))
@@ -167,7 +167,8 @@ class Work:
         cls: Class = "wrong" if bad else "within rounding" if routing.flips else "bit-equal"
         worst = max(routing.flips, key=lambda f: f.margin - f.noise, default=None)
         ratio = max((f.margin / f.noise if f.noise else float("inf") for f in routing.flips), default=0.0)
-        where = None if worst is None else (int(pair.rows[worst.row][0]), int(pair.rows[worst.row][1]))
+        row = routing.senseless if routing.nonsense else None if worst is None else worst.row
+        where = None if row is None else (int(pair.rows[row][0]), int(pair.rows[row][1]))
         note = (
             f"{routing.agree} of {routing.tokens} sets agree, {len(routing.flips) - len(routing.illegal)} legal flips"
         )

@@ -35,7 +35,7 @@ class Pair:
     truth, engine   [rows, features of the truth]; engine is None where `problem` says why
     rows            [rows, 2]: sequence b and index t of each row in the truth; t is -1 for values not of one token
     dtype           what the engine wrote (partial sums come as float64)
-    nan             rows of the engine that hold NaN or infinity where the truth does not
+    broken          [rows] which of the engine's hold NaN or infinity where the truth does not; None: none
     """
 
     key: str
@@ -44,8 +44,16 @@ class Pair:
     rows: Tensor
     dtype: torch.dtype | None = None
     problem: str = ""
-    nan: int = 0
+    broken: Tensor | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def nan(self) -> int:
+        return 0 if self.broken is None else int(self.broken.sum())
+
+    def judged(self, keep: Tensor) -> Tensor:
+        """`keep`, and the rows that are NaN, which no choice of experts excuses."""
+        return keep if self.broken is None else keep | self.broken
 
 
 @dataclass
@@ -103,7 +111,9 @@ class Alignment:
             raise Qwen35Error("none of its steps belongs to the truth", where=key)
         left, right = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (ours, theirs))
         right, notes = _fit(key, left, right)
-        return Pair(key, left, right, torch.cat(rows), self.dump.dtype(source), nan=_broken(left, right), notes=notes)
+        return Pair(
+            key, left, right, torch.cat(rows), self.dump.dtype(source), broken=_broken(left, right), notes=notes
+        )
 
     def _table(self, x: Tensor, source: str, step: int) -> Tensor:
         """[n, 3] row of x, b, t. A dump may hold fewer rows than tokens: of the last ones, or of those it says."""
@@ -126,7 +136,7 @@ class Alignment:
             raise Qwen35Error(f"misshapen: {list(x.shape)} against {list(truth.shape)}")
         left, right = (y.reshape(y.shape[0], -1) for y in (truth, x))
         rows = torch.stack([torch.arange(len(left)), torch.full((len(left),), -1)], 1)
-        return Pair(key, left, right, rows, self.dump.dtype(key, step), nan=_broken(left, right))
+        return Pair(key, left, right, rows, self.dump.dtype(key, step), broken=_broken(left, right))
 
 
 def align(dump: Dump, truth: Trace) -> Alignment:
@@ -202,8 +212,8 @@ def _take(x: Tensor, rows: Tensor) -> Tensor:
     return x if len(rows) == len(x) and torch.equal(rows, torch.arange(len(x))) else x[rows]
 
 
-def _broken(left: Tensor, right: Tensor) -> int:
+def _broken(left: Tensor, right: Tensor) -> Tensor | None:
     """Rows with NaN or infinity where the truth has none."""
     if right.sum().isfinite():  # no NaN or infinity anywhere: most tensors are read once only
-        return 0
-    return int((~right.isfinite().all(1) & left.isfinite().all(1)).sum())
+        return None
+    return ~right.isfinite().all(1) & left.isfinite().all(1)

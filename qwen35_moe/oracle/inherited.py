@@ -128,7 +128,7 @@ def _judge(work: Work, key: str, stored: Mapping[str, Tensor], first_B: Tensor) 
         return record
     index, x, truth = work.index(pair), pair.engine, pair.truth
     if per_token(key):
-        keep = pair.rows[:, 1] < first_B[pair.rows[:, 0]]
+        keep = pair.judged(pair.rows[:, 1] < first_B[pair.rows[:, 0]])
     else:
         untouched = bool((first_B == work.T).all())
         keep = torch.full((len(index),), key.endswith(".gain") or untouched)
@@ -158,6 +158,6 @@ def _judge(work: Work, key: str, stored: Mapping[str, Tensor], first_B: Tensor) 
             record.where = wrong_columns(x[bad], truth[bad], work.owners(key, x))
         if record.bad and per_token(key):
             b, t = pair.rows[keep][bad].unbind(1)
-            if (t >= _could_differ(work, key, stored)[b]).all():
+            if not record.nan and (t >= _could_differ(work, key, stored)[b]).all():
                 record.cls, record.note = "not comparable", UNSAID
     return record

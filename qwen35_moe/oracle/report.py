@@ -79,7 +79,12 @@ def text(result: Comparison, width: int = 80) -> str:
     if result.routing:
         total, agree = sum(r.tokens for r in result.routing), sum(r.agree for r in result.routing)
         illegal, flips = sum(len(r.illegal) for r in result.routing), sum(len(r.flips) for r in result.routing)
-        say("routing", f"{agree} of {total} sets of experts agree; {flips - illegal} legal flips, {illegal} illegal")
+        nonsense = sum(r.nonsense for r in result.routing)
+        more = f", {nonsense} with ids that are repeated or no expert's" if nonsense else ""
+        say(
+            "routing",
+            f"{agree} of {total} sets of experts agree; {flips - illegal} legal flips, {illegal} illegal{more}",
+        )
     if (x := result.logits) is not None:
         legal = "" if x.legal_flips is None or not x.flips else f" ({x.legal_flips} of {x.flips} flips within noise)"
         say("logits", f"KL mean {x.kl_mean:.2g}, max {x.kl_max:.2g}; top-1 {100 * x.top1:.1f} %{legal}, "

@@ -31,12 +31,14 @@ class Flip:
 
 @dataclass
 class Routing:
-    """Agreement of one layer's routing. `nonsense` counts rows with ids out of range or repeated."""
+    """Agreement of one layer's routing. `nonsense` counts rows with ids out of range or repeated; `senseless` is the
+    first of these."""
 
     layer: int | None
     tokens: int
     flips: list[Flip] = field(default_factory=list)
     nonsense: int = 0
+    senseless: int | None = None
 
     @property
     def illegal(self) -> list[Flip]:
@@ -55,7 +57,8 @@ def compare_ids(
     sets_RA = engine_RA.long().sort(1).values
     differ_R = (truth_RA.long().sort(1).values != sets_RA).any(1)
     nonsense_R = (sets_RA < 0).any(1) | (sets_RA >= logits_RE.shape[1]).any(1) | (sets_RA.diff(dim=1) == 0).any(1)
-    routing.nonsense = int((differ_R & nonsense_R).sum())
+    broken = (differ_R & nonsense_R).nonzero().flatten().tolist()
+    routing.nonsense, routing.senseless = len(broken), broken[0] if broken else None
     rows = (differ_R & ~nonsense_R).nonzero().flatten()
     if not len(rows):
         return routing
