@@ -119,6 +119,12 @@ def _finish(work: Work, stored: Mapping[str, Tensor], layers: Sequence[int] | No
         work.records[key] = Record(key, cls, block_of(key), layer_of(key), note=note)
     work.result.records = sorted(work.records.values(), key=lambda r: order[r.key])
     work.result.holes = list(_holes(work.alignment))
+    if some := [r for r in work.result.records if r.excluded]:
+        most = max(some, key=lambda r: r.excluded)
+        work.result.notes.append(
+            f"up to {most.excluded} of {most.excluded + most.rows} rows of {len(some)} taps were not judged, where "
+            "experts may legally be others; with moe_topk_ids in the dump, and the checkpoint, all are"
+        )
     logits = next((k for k in work.alignment.keys if k.startswith("next_token_log")), None)
     if logits is not None:
         pair = work.alignment.pair(logits)
@@ -129,9 +135,12 @@ def _finish(work: Work, stored: Mapping[str, Tensor], layers: Sequence[int] | No
 
 
 def _holes(alignment: Alignment) -> Iterator[str]:
-    """Taps that the dump has in some layers, and not in another of which it has something: files that were lost."""
+    """Taps that the dump has in some layers, and not in another of which it has something: files that were lost. What
+    a layer hands on may stand under the next one's name."""
     have = {(layer_of(k), base_name(k)) for k in alignment.keys}
     names, layers = {n for _, n in have}, {i for i, _ in have}
+    have |= {(layer - 1, "layer_output_sum") for layer, name in have if layer and name == "layer_input"}
     for key in alignment.missing:
-        if layer_of(key) is not None and base_name(key) in names and layer_of(key) in layers:
+        tap = layer_of(key), base_name(key)
+        if tap[0] is not None and tap[1] in names and tap[0] in layers and tap not in have:
             yield key

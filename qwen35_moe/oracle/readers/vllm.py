@@ -36,6 +36,14 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, layers: list[in
         return _read_hidden(path, files, config, layers)
     ids = _routed(path)
     assert ids is not None
+    if ids.dim() == 1:  # SGLang's has no shape
+        sizes = (config or {}).get("text_config", config or {})
+        shape = [sizes.get(name, 0) for name in ("num_hidden_layers", "num_experts_per_tok")]
+        if not all(shape) or len(ids) % (shape[0] * shape[1]):
+            raise Qwen35Error("shape of the routed experts is not known", where=path, found=f"{len(ids)} ids",
+                              expected=f"[tokens, {shape[0] or 'layers'}, {shape[1] or 'experts a token'}]",
+                              do="ask for a request of this model, and give the checkpoint")  # fmt: skip
+        ids = ids.reshape(-1, *shape)
     if layers is not None and len(layers) != ids.shape[1]:
         raise Qwen35Error("layers do not fit", where=path, expected=f"{ids.shape[1]} layer ids", found=layers)
     if not ids.any():
@@ -90,7 +98,8 @@ def _keys(file: Path) -> set[str]:
 
 
 def _routed(path: Path) -> Tensor | None:
-    """Routed experts [tokens, layers, A] of a .npy file, of base64 text, or of a JSON answer; None for other files."""
+    """Routed experts [tokens, layers, A] of a .npy file, of base64 text, or of a JSON answer; flat where no shape is
+    told; None for other files."""
     try:
         if path.suffix == ".npy":
             x = np.load(path, allow_pickle=False)
@@ -105,8 +114,9 @@ def _routed(path: Path) -> Tensor | None:
             if raw[:6] == b"\x93NUMPY":
                 x = np.load(io.BytesIO(raw), allow_pickle=False)
                 found = torch.from_numpy(x.astype(np.int64)) if x.ndim == 3 else None
-            else:  # SGLang: bare int32; the shape must be told
-                found = torch.frombuffer(bytearray(raw), dtype=torch.int32).long().reshape(shape) if shape else None
+            else:  # SGLang: bare int32, and no shape
+                found = torch.frombuffer(bytearray(raw), dtype=torch.int32).long() if raw else None
+                found = found.reshape(shape) if found is not None and shape else found
         else:
             found = None
     except (OSError, ValueError, UnicodeDecodeError, binascii.Error, RuntimeError, TypeError):
