@@ -169,6 +169,8 @@ def test_an_image_from_its_file(
 
 def test_chat_template_with_images(capsys: pytest.CaptureFixture[str], folder: Path, png: Path) -> None:
     text = "<user><|vision_start|><|image_pad|><|vision_end|>hey<a>"
+    ids = load_tokenizer(folder).encode(text, add_special_tokens=False)
+    assert [i for i in ids if i >= 250] == [250, 252, 251] and ids.index(250) > 0
     chat = call(capsys, folder, "--prompt", "hey", "--chat", "--image", png, *SIX, "--json")
     assert chat[0] == 0 and chat == call(capsys, folder, "--prompt", text, "--image", png, *SIX, "--json")
     assert (

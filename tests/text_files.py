@@ -29,6 +29,7 @@ def write_tokenizer(folder: Path) -> None:
     free = [i for i in range(256) if i not in SPECIAL.values()]
     vocab = {symbol: free.pop(0) for symbol in alphabet}
     vocab["he"] = free.pop(0)
+    vocab |= SPECIAL  # else they would get the next free ids
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("h", "e")]))
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(r" ?\w+|\W"), "isolated")
