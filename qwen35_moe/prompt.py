@@ -148,20 +148,21 @@ def load_tokenizer(folder: str | Path) -> Any:
 def load_images(folder: str | Path, images: Sequence[str | Path]) -> tuple[Tensor, Tensor]:
     """(pixel_values [L, patch values], image_grid_thw [n, 3]) of image files, by the folder's preprocessor settings.
 
+    Files are opened as transformers' `load_image` does: turned as their EXIF says, transparency dropped.
     transformers' Pillow processor resizes, normalises and cuts into patches, whether or not torchvision is there: it
     resizes differently, and pixels should not depend on what else is installed.
     """
     if not any((Path(folder) / name).is_file() for name in PROCESSOR_FILES):
         do = "copy the model's preprocessor_config.json into the folder"
         raise Qwen35Error("no image processor", where=folder, expected=" or ".join(PROCESSOR_FILES), do=do)
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     opened = []
     for path in images:
         try:
-            opened.append(Image.open(path).convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
+            opened.append(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise Qwen35Error("cannot read the image", where=path, found=error) from error
     try:
         processor = Qwen2VLImageProcessorPil.from_pretrained(str(folder), local_files_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from text_files import write_processor, write_tokenizer
 from torch import Tensor
+from transformers.image_utils import load_image
 
 import qwen35_moe as q
 from qwen35_moe.cli import main
@@ -167,6 +169,17 @@ def test_an_image_from_its_file(
     assert ", ".join(str(record["id"]) for record in lines(drafted)) == found
 
 
+def test_photographs_are_turned_as_they_say(folder: Path, png: Path, tmp_path: Path) -> None:
+    """As transformers' own `load_image` turns them."""
+    picture, exif = Image.open(png), Image.Exif()
+    exif[0x0112] = 6  # orientation: taken with the camera turned by a quarter
+    picture.save(tmp_path / "turned.png", exif=exif)
+    load_image(str(tmp_path / "turned.png")).save(tmp_path / "upright.png")
+    turned, upright = (load_images(folder, [tmp_path / name]) for name in ("turned.png", "upright.png"))
+    assert all(torch.equal(a, b) for a, b in zip(turned, upright, strict=True))
+    assert turned[1].tolist() == load_images(folder, [png])[1][:, [0, 2, 1]].tolist()
+
+
 def test_chat_template_with_images(capsys: pytest.CaptureFixture[str], folder: Path, png: Path) -> None:
     text = "<user><|vision_start|><|image_pad|><|vision_end|>hey<a>"
     ids = load_tokenizer(folder).encode(text, add_special_tokens=False)
@@ -210,6 +223,9 @@ def test_what_cannot_be_read_is_said(
     capsys: pytest.CaptureFixture[str], folder: Path, png: Path, tmp_path: Path
 ) -> None:
     assert "cannot read the image" in call(capsys, folder, "--ids", "1", "--image", tmp_path)[2]
+    for data in (b"P6 x", b"BM" + bytes(12) + struct.pack("<IIIHH", 40, 20000, 20000, 1, 24) + bytes(24)):
+        (tmp_path / "bad").write_bytes(data)  # where Pillow raises no OSError
+        assert "cannot read the image" in call(capsys, folder, "--ids", "1", "--image", tmp_path / "bad")[2]
     assert "placeholders and images disagree" in call(capsys, folder, "--ids", "252,252", "--image", png)[2]
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
