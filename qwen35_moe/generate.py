@@ -160,13 +160,14 @@ Chosen = Iterator[tuple[Tensor, int, bool]]  # the logits of each token, the tok
 
 def _inputs(model: Model, prompt: Prompt) -> dict[str, Tensor]:
     device = model.norm.weight.device
-    if isinstance(prompt, Mapping):
-        return {name: x.to(device) for name, x in prompt.items()}
-    ids = prompt if isinstance(prompt, Tensor) else torch.tensor([int(i) for i in prompt], dtype=torch.long)
-    ids = ids[None] if ids.dim() == 1 else ids
-    if ids.shape[0] != 1:
-        raise Qwen35Error("one sequence at a time", where="prompt", expected="[1, T]", found=list(ids.shape))
-    return {"input_ids": ids.to(device)}
+    if not isinstance(prompt, Mapping):
+        ids = prompt if isinstance(prompt, Tensor) else torch.tensor([int(i) for i in prompt], dtype=torch.long)
+        prompt = {"input_ids": ids[None] if ids.dim() == 1 else ids}
+    first, mask = next(iter(prompt.values())), prompt.get("attention_mask")
+    if first.shape[0] != 1 or (mask is not None and not mask.all()):
+        what, found = "one sequence at a time, without padding", list(first.shape)
+        raise Qwen35Error(what, where="prompt", expected="[1, T]", found=found)
+    return {name: x.to(device) for name, x in prompt.items() if name != "attention_mask"}
 
 
 def _one_by_one(model: Model, prompt: Prompt, choose: Callable[[Tensor, int], int]) -> Chosen:

@@ -73,7 +73,8 @@ def embed_prompt(
     video_grid_thw: Tensor | None = None,
     attention_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """What `model(**...)` takes for a prompt with images or videos: inputs_embeds [B, T, D], position_ids [3, B, T].
+    """What `model(**...)` takes for prompts with images or videos: inputs_embeds [B, T, D], position_ids [3, B, T], and
+    the attention_mask, if there is one.
 
     input_ids [B, T] hold a placeholder for each merge block (`place_images` writes them); pixels and grids are as the
     processor gives them. Tokens that follow need ids and the same cache only: it knows the next position.
@@ -92,7 +93,8 @@ def embed_prompt(
     positions_3BT, _ = rope_positions(
         types_BT, image_grid_thw, video_grid_thw, attention_mask, tower.config.spatial_merge_size
     )
-    return {"inputs_embeds": embeds_BTD, "position_ids": positions_3BT}
+    mask = {} if attention_mask is None else {"attention_mask": attention_mask}
+    return {"inputs_embeds": embeds_BTD, "position_ids": positions_3BT, **mask}
 
 
 def special_id(config: Config, kind: str) -> int:

@@ -24,6 +24,7 @@ from qwen35_moe.prompt import embed_prompt
 from qwen35_moe.tap_names import TAPS, base_name, dims_of
 
 MODULE = import_module("qwen35_moe.generate")  # whose name in the package is the function
+RIGHT = torch.tensor([[1, 1, 0]])
 LLAMA_CPP = json.loads((FIXTURES.parent / "greedy" / "llamacpp.json").read_text())
 
 
@@ -208,6 +209,8 @@ def test_the_hash_is_splitmix64() -> None:
         (lambda m: Sampling(top_k=-1), "top_k"),
         (lambda m: list(generate(m, [1], -1)), "max_new_tokens"),
         (lambda m: list(generate(m, torch.ones(2, 3).long())), "one sequence at a time"),
+        (lambda m: next(generate(m, embed_prompt(m, torch.ones(2, 3).long()))), "one sequence at a time"),
+        (lambda m: next(score(m, embed_prompt(m, RIGHT, attention_mask=RIGHT), [1])), "without padding"),
         (lambda m: list(generate(q.load(FIXTURES / "bf16-hub", text_only=True), [1], drafts=2)), "without text_only"),
         (lambda m: list(generate(m, [])), "B and T at least 1"),
     ],

@@ -18,6 +18,7 @@ from qwen35_moe.cache import Cache
 from qwen35_moe.model import Model
 from qwen35_moe.mtp import MTP, draft_head, with_hidden
 from qwen35_moe.positions import decode_positions, embed_images, rope_positions, token_types
+from qwen35_moe.prompt import embed_prompt
 from qwen35_moe.vision import VisionTower
 
 Parts = tuple[Model, MTP, VisionTower]
@@ -82,6 +83,23 @@ def test_exact_equals_float64_clean_transformers(exact: Parts) -> None:
     with float64_clean(theirs):
         truth = image_logits(theirs, ids, pixels, grids, token_types(ids, IMAGE, VIDEO))
     assert apart(logits_of(exact, ids, pixels, grids), truth) < FLOAT64_CLEAN
+
+
+def test_a_batch_with_padding(exact: Parts) -> None:
+    """What `embed_prompt` gives is all that the model needs: each prompt as if it were alone."""
+    model, _, model.visual = exact
+    ids, pixels, grids = several_images()
+    short = ids[:, 12:]  # from within its text on, with the second image
+    for side in ("left", "right"):
+        filler = torch.full((1, 12), 7)
+        row = torch.cat((filler, short) if side == "left" else (short, filler), 1)
+        mask = torch.ones(2, ids.shape[1], dtype=torch.long)
+        mask[1, slice(12) if side == "left" else slice(-12, None)] = 0
+        both = torch.cat((ids, row)), torch.cat((pixels, pixels[24:])), torch.cat((grids, grids[1:]))
+        logits = model(**embed_prompt(model, *both, attention_mask=mask))
+        alone = model(**embed_prompt(model, short, pixels[24:], grids[1:]))
+        assert apart(logits[:1], model(**embed_prompt(model, ids, pixels, grids))) < FLOAT64_REORDERED
+        assert apart(logits[1:][mask[1:].bool()], alone[0]) < FLOAT64_REORDERED
 
 
 def test_decoding_after_an_image_equals_prefill_at_every_tap(exact: Parts) -> None:
