@@ -103,6 +103,8 @@ def uniform(seed: int, n: int) -> float:
 
 def describe(logits_V: Tensor, token: int, top: int = 0, drafted: bool = False) -> Step:
     """The record of one token, given the logits that it was (or could have been) chosen from."""
+    if top < 0:
+        raise Qwen35Error("bad value", where="top", expected="0 or more", found=top)
     log_p_V = logits_V.to(torch.float64).log_softmax(-1)
     if log_p_V[token].isnan():
         do = "`qwen35-moe trace` names the first tap that holds one"

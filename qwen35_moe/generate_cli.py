@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     for option, wanted in (("--image", args.image), ("--draft", args.draft)):
         if args.text_only and wanted:
             raise Qwen35Error(f"{option} needs what --text-only leaves out", where="command line")
+    if args.chat and args.prompt is None:
+        raise Qwen35Error("--chat is for text", where="command line", expected="--prompt", found="--ids")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     forced = None if args.force is None else one(read_ids(args.force, "--force"), "--force")
     # The prompt first: what is wrong with it shows before a large checkpoint is read.

@@ -212,6 +212,8 @@ def test_text_only_says_so(capsys: pytest.CaptureFixture[str], plain: list[int])
         (["--ids", "1", "--image", "no.png"], "no image processor"),
         (["--ids", "1", "--text-only", "--draft"], "--text-only leaves out"),
         (["--ids", "1", "--top-p", "0"], "Sampling.top_p"),
+        (["--ids", "1", "--top", "-1", "--json"], "where: top"),
+        (["--ids", "1", "--chat"], "--chat is for text"),
     ],
 )
 def test_what_cannot_be_done_is_said(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
