@@ -210,5 +210,6 @@ assert result.exit_code == 1 and result.diagnoses[0].name == secret.name
 # answer = "rotary theta 10000"
 # ```
 # The engine ignores `rope_theta` and takes the usual 10000. Nearby tokens are rotated almost alike, so short texts
-# hardly notice; the error is in the first element pairs and grows with distance.
+# hardly notice. The first pair of elements turns by 1 a token under every theta; the others turn too fast: an error
+# that grows with distance.
 # </details>
