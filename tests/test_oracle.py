@@ -65,6 +65,15 @@ def noise(shape: tuple[int, ...], size: float) -> torch.Tensor:
     return size * torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
+def test_placeholders_of_images_are_pointed_out(built: Callable[[str], Path], source) -> None:
+    """An engine that saw the image is right, and diverges."""
+    ids = torch.tensor([[3, 250, 252, 252, 251], [7, 5, 253, 9, 252]])
+    model = load(built("tiny-mxfp4"), text_only=True)
+    run = trace(model, ids, taps=DUMPED, attention_mask=torch.tensor([[1] * 5, [1] * 4 + [0]]))
+    notes = compare(run, from_trace(run), source).notes
+    assert notes == ["3 placeholders of images or videos: the truth takes them for text"]
+
+
 def test_judge_is_free_of_scale_and_sees_one_bad_row() -> None:
     y = noise((64, 256), 1.0)
     member = y + noise((64, 256), 1e-3).flip(0)
