@@ -98,7 +98,11 @@ def encode(tokenizer: Any, args: argparse.Namespace) -> list[int]:
             raise Qwen35Error("no chat template", where=args.checkpoint, do="leave out --chat, or copy the template")
         content = [{"type": "image"}] * len(args.image) + [{"type": "text", "text": text}]
         message = {"role": "user", "content": content if args.image else text}
-        text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program, and may raise anything
+            do = "leave out --chat, and write what it would write"
+            raise Qwen35Error("the chat template fails", where=args.checkpoint, found=error, do=do) from error
     return tokenizer.encode(text, add_special_tokens=False)
 
 

@@ -237,6 +237,9 @@ def test_what_cannot_be_read_is_said(
     config = json.loads((broken / "tokenizer_config.json").read_text())
     (broken / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "chat_template"}))
     assert "no chat template" in call(capsys, broken, "--prompt", "x", "--chat")[2]
+    for template in ("{{ raise_exception('text only') }}", "{{ '<u>' + messages[0].content }}", "{{ messages"):
+        (broken / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+        assert "the chat template fails" in call(capsys, broken, "--prompt", "x", "--chat", "--image", png)[2]
 
 
 def test_stop_ids(tmp_path: Path) -> None:
