@@ -191,8 +191,8 @@ def accept(
     target's and the draft's probabilities, draft x is accepted if u < p(x) / q(x); else a token is drawn from
     `residual(p, q)`, and after K accepted drafts from p. Tokens are then distributed as the target's own.
     draft_logits [K, V] give q; without them drafts count as chosen for certain (q = 1), as greedy drafts are.
-    uniforms [K+1]: a u for each draft, and one for the token drawn (the first id whose cumulated probability exceeds
-    it); give those of an engine to repeat what it did.
+    uniforms [K+1], in [0, 1): a u for each draft, and one for the token drawn (the first id whose cumulated probability
+    exceeds it); give those of an engine to repeat what it did.
     """
     ids = [int(i) for i in draft_ids]
     K, V = len(ids), target_logits.shape[-1]
@@ -201,13 +201,18 @@ def accept(
         if x is not None and x.shape != shape:
             raise Qwen35Error("logits of the wrong shape", where=what, expected=list(shape), found=list(x.shape))
     coins = [0.0] * (K + 1) if not sampled else [] if uniforms is None else [float(u) for u in uniforms]
-    if len(coins) != K + 1:
-        expected = f"{K + 1}, one for each draft and one for the token after them"
-        raise Qwen35Error("sampling needs its random numbers", where="uniforms", expected=expected, found=len(coins))
+    if len(coins) != K + 1 or not all(0 <= u < 1 for u in coins):
+        expected, found = f"{K + 1}, one for each draft and one for the token after them, from 0 to below 1", coins
+        raise Qwen35Error("sampling needs its random numbers", where="uniforms", expected=expected, found=found)
+    if bad := [i for i in ids if not 0 <= i < V]:
+        raise Qwen35Error("not in the vocabulary", where="draft_ids", expected=f"0 .. {V - 1}", found=bad[0])
     scale = temperature if sampled else 1.0
     log_p = (target_logits.to(torch.float64) / scale).log_softmax(-1)
     one_hot = nn.functional.one_hot(torch.tensor(ids, device=log_p.device).long(), V).to(log_p)
     q = one_hot if draft_logits is None else (draft_logits.to(log_p) / scale).softmax(-1)
+    for what, x in (("target_logits", log_p), ("draft_logits", q)):
+        if x.isnan().any():
+            raise Qwen35Error("logits hold NaN, or infinity", where=what)
 
     verdicts: list[Verdict] = []
     accepted = 0

@@ -262,6 +262,10 @@ def test_the_drawn_token_follows_the_last_uniform() -> None:
         (lambda: accept([1], torch.zeros(2, 9), torch.zeros(2, 9)), "draft_logits"),
         (lambda: accept([1], torch.zeros(2, 9), temperature=1.0), "2, one for each draft"),
         (lambda: accept([1], torch.zeros(2, 9), temperature=1.0, uniforms=[0.1]), "2, one for each draft"),
+        (lambda: accept([1], torch.zeros(2, 9), temperature=1.0, uniforms=[0.1, 1.0]), "to below 1"),
+        (lambda: accept([9], torch.zeros(2, 9)), "0 .. 8"),
+        (lambda: accept([0], torch.full((2, 9), torch.nan)), "target_logits"),
+        (lambda: accept([0], torch.zeros(2, 9), torch.full((1, 9), torch.inf), 1.0, [0.1, 0.1]), "draft_logits"),
     ],
 )
 def test_wrong_input_to_accept_is_named(call: Any, words: str) -> None:
