@@ -109,6 +109,9 @@ def encode(tokenizer: Any, args: argparse.Namespace) -> list[int]:
 def prepare(model: Model, ids: list[int], images: tuple[torch.Tensor, torch.Tensor] | None) -> Any:
     """What `generate` starts from: ids, or embeddings with images in them."""
     if images is None:
+        kinds = (model.config.raw.get(f"{kind}_token_id", -1) for kind in ("image", "video"))
+        if count := sum(ids.count(i) for i in kinds):
+            print(f"no --image: {count} placeholders of images or videos are taken for text", file=sys.stderr)
         return torch.tensor([ids])
     tower: Any = model.visual
     if tower is not None:

@@ -169,6 +169,11 @@ def test_an_image_from_its_file(
     assert ", ".join(str(record["id"]) for record in lines(drafted)) == found
 
 
+def test_placeholders_without_an_image_are_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, BARE, "--ids", "1,250,252,252,251,253", "--max-new-tokens", 1)
+    assert (code, err) == (0, "no --image: 3 placeholders of images or videos are taken for text\n")
+
+
 def test_photographs_are_turned_as_they_say(folder: Path, png: Path, tmp_path: Path) -> None:
     """As transformers' own `load_image` turns them."""
     picture, exif = Image.open(png), Image.Exif()
