@@ -26,7 +26,8 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 def read_ids(text: str, option: str) -> list[list[int]]:
     """Token ids of one or more prompts, as an argument or in a file: "1,2,3", "1 2 3", "[1, 2, 3]", "[[1, 2], [3]]", an
-    object with `input_ids`, or what `generate` prints: ids, or --json.
+    object with `input_ids` (less what an `attention_mask` beside it marks as padding), or what `generate` prints: ids,
+    or --json.
 
     Raises Qwen35Error for anything else, and for a file that cannot be read.
     """
@@ -35,7 +36,7 @@ def read_ids(text: str, option: str) -> list[list[int]]:
     except OSError:  # too long for a name
         is_file = False
     try:
-        source = Path(text).read_text(encoding="utf-8") if is_file else text
+        source = Path(text).read_text(encoding="utf-8-sig") if is_file else text
     except (OSError, UnicodeDecodeError) as error:
         raise Qwen35Error("cannot read token ids", where=f"{option} {text}", found=error) from error
     rows = _rows(source.strip())
@@ -49,7 +50,7 @@ def read_ids(text: str, option: str) -> list[list[int]]:
 
 def _rows(source: str) -> list[list[Any]]:
     """What looks like lists of ids; empty for all that does not."""
-    if re.fullmatch(r"\d+([\s,]+\d+)*", source):
+    if re.fullmatch(r"\d{1,10}([\s,]+\d{1,10})*", source):
         return [[int(word) for word in re.findall(r"\d+", source)]]
     try:
         found = json.loads(source)
@@ -58,8 +59,20 @@ def _rows(source: str) -> list[list[Any]]:
             return [[json.loads(line)["id"] for line in source.splitlines()]]
         except (ValueError, KeyError, TypeError):
             return []
-    found = found.get("input_ids") if isinstance(found, dict) else found
-    rows: list[Any] = found if isinstance(found, list) and found and isinstance(found[0], list) else [found]
+    if not isinstance(found, dict):
+        return _listed(found)
+    rows, mask = _listed(found.get("input_ids")), found.get("attention_mask")
+    if mask is None:
+        return rows
+    marks = _listed(mask)
+    if [len(row) for row in rows] != [len(row) for row in marks]:
+        return []
+    return [[i for i, real in zip(*pair, strict=True) if real] for pair in zip(rows, marks, strict=True)]
+
+
+def _listed(found: Any) -> list[list[Any]]:
+    """Lists of lists, also of a single one."""
+    rows = found if isinstance(found, list) and found and isinstance(found[0], list) else [found]
     return rows if all(isinstance(row, list) for row in rows) else []
 
 

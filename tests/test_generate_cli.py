@@ -84,6 +84,17 @@ def test_ids_need_no_tokenizer(capsys: pytest.CaptureFixture[str], plain: list[i
         assert call(capsys, BARE, "--ids", ids, *SIX) == (0, ", ".join(map(str, plain)) + "\n", "")
 
 
+def test_ids_of_a_padded_batch_come_without_the_padding(tmp_path: Path) -> None:
+    """As a tokenizer's own JSON has them; and with the mark that Windows puts before UTF-8."""
+    path = tmp_path / "ids.json"
+    for mask, found in (([[0, 0, 1, 1], [1, 1, 1, 1]], [[5, 6], [1, 2, 3, 4]]), (None, [[0, 0, 5, 6], [1, 2, 3, 4]])):
+        text = json.dumps({"input_ids": [[0, 0, 5, 6], [1, 2, 3, 4]], "attention_mask": mask})
+        path.write_text(text, encoding="utf-8-sig")
+        assert read_ids(str(path), "--ids") == found
+    path.write_text('{"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0]}')
+    assert read_ids(str(path), "--ids") == [[5, 6]]
+
+
 @pytest.mark.parametrize("mode", ["decoded", "packed", "stream"])
 @pytest.mark.parametrize("draft", [[], ["--draft"], ["--draft", "2"]])
 def test_modes_and_drafts_write_the_same(
@@ -212,6 +223,9 @@ def test_text_only_says_so(capsys: pytest.CaptureFixture[str], plain: list[int])
         (["--ids", "[[1], [2]]"], "one prompt at a time"),
         (["--ids", "[[1], 2]"], "not a list of token ids"),
         (["--ids", '{"x": 1}'], "not a list of token ids"),
+        (["--ids", '{"input_ids": [1, 2], "attention_mask": [1]}'], "not a list of token ids"),
+        (["--ids", '{"input_ids": [1, 2], "attention_mask": 1}'], "not a list of token ids"),
+        (["--ids", "1" * 5000], "not a list of token ids"),
         (["--ids", "[1, -2]"], "not a list of token ids"),
         (["--ids", "1,999"], "not in the vocabulary"),
         (["--ids", "1", "--image", "no.png"], "no image processor"),
