@@ -135,7 +135,7 @@ def test_subnormals_survive_a_cpu_that_flushes_them() -> None:
         assert torch.equal(flushed[dtype][:255], expected[dtype][:255])
 
 
-def test_decode_in_pieces_into_a_buffer_and_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_in_pieces_into_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)
     codes = torch.randint(0, 256, (3, 10, 48), dtype=torch.uint8, generator=generator)
     scales = torch.randint(0, 256, (3, 10, 3), dtype=torch.uint8, generator=generator)
@@ -149,10 +149,8 @@ def test_decode_in_pieces_into_a_buffer_and_by_rows(monkeypatch: pytest.MonkeyPa
             out = torch.full((3, 10, 96), torch.nan, dtype=dtype)
             assert weight.decode(dtype, out=out) is out
             assert torch.equal(bits(out), bits(whole))
-            assert torch.equal(bits(weight.decode(dtype, rows=slice(1, 3))), bits(whole[1:3]))
             strided = MXFP4(codes.transpose(0, 1), scales.transpose(0, 1)).decode(dtype)
             assert torch.equal(bits(strided), bits(whole.transpose(0, 1).contiguous()))
-        assert weight.decode(dtype, rows=slice(0, 0)).shape == (0, 10, 96)
         odd = torch.empty(1 + whole.numel(), dtype=dtype)[1:].view(whole.shape)
         assert torch.equal(bits(weight.decode(dtype, out=odd)), bits(whole))
 

@@ -65,31 +65,23 @@ class FP8:
     def nbytes(self) -> int:
         return self.values.nbytes + self.scale.nbytes
 
-    def decode(self, dtype: torch.dtype, out: Tensor | None = None, rows: slice | None = None) -> Tensor:
-        """The values, or those of a slice of rows (any slice with step 1).
-
-        The product is computed in float32 (in float64 if `dtype` is that) and rounded once, to `dtype`; with a bfloat16
-        scale it has 12 significant bits and is exact in float32.
+    def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The values. Their product with the scale is computed in float32 (in float64 if `dtype` is that) and rounded
+        once, to `dtype`; with a bfloat16 scale it has 12 significant bits and is exact in float32.
         """
-        first, last, step = slice(None).indices(self.shape[0]) if rows is None else rows.indices(self.shape[0])
-        if step != 1:
-            raise Qwen35Error("rows are decoded in runs", expected="a slice with step 1", found=rows)
-        if out is None:
-            out = torch.empty((max(last - first, 0), self.shape[1]), dtype=dtype, device=self.values.device)
-        start = first
-        while start < last:  # a run of rows within one row of blocks: what is wider than the result stays small
-            stop = min(last, (start // BLOCK + 1) * BLOCK)
-            weight = widen(self.values[start:stop], torch.promote_types(dtype, torch.float32))
-            weight *= self._scale(start, stop).to(weight.dtype)
-            out[start - first : stop - first] = weight
-            start = stop
+        out = torch.empty(self.shape, dtype=dtype, device=self.values.device) if out is None else out
+        for start in range(0, self.shape[0], BLOCK):  # what is wider than the result stays small
+            rows = slice(start, start + BLOCK)
+            weight = widen(self.values[rows], torch.promote_types(dtype, torch.float32))
+            weight *= self._scale(rows).to(weight.dtype)
+            out[rows] = weight
         return out
 
-    def _scale(self, start: int, stop: int) -> Tensor:
-        """The scales of some rows within one row of blocks, ready to be multiplied with them."""
+    def _scale(self, rows: slice) -> Tensor:
+        """The scales of one row of blocks, ready to be multiplied with its values."""
         if self.kind == "fp8-block":
-            return self.scale[start // BLOCK].repeat_interleave(BLOCK)[: self.shape[1]]
-        return self.scale.reshape(-1, 1)[start:stop] if self.kind == "fp8-channel" else self.scale
+            return self.scale[rows.start // BLOCK].repeat_interleave(BLOCK)[: self.shape[1]]
+        return self.scale.reshape(-1, 1)[rows] if self.kind == "fp8-channel" else self.scale
 
 
 def widen(values: Tensor, dtype: torch.dtype) -> Tensor:

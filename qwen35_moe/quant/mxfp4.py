@@ -133,7 +133,5 @@ class MXFP4:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
 
-    def decode(self, dtype: torch.dtype, out: Tensor | None = None, rows: slice | None = None) -> Tensor:
-        """The values, or those of a slice of dimension 0."""
-        codes, scales = (self.codes, self.scales) if rows is None else (self.codes[rows], self.scales[rows])
-        return decode(codes, scales, dtype, out)
+    def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        return decode(self.codes, self.scales, dtype, out)

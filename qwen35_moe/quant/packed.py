@@ -1,4 +1,4 @@
-"""What every stored weight offers, packed or plain: `shape`, `nbytes` and `decode(dtype, out=None, rows=None)`."""
+"""What every stored weight offers, packed or plain: `shape`, `nbytes` and `decode(dtype, out=None)`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Packed(Protocol):
 
     @property
     def shape(self) -> torch.Size:
-        """The shape of what `decode` returns (with all rows)."""
+        """The shape of what `decode` returns."""
         ...
 
     @property
@@ -23,8 +23,8 @@ class Packed(Protocol):
         """The bytes it takes as stored, scales included."""
         ...
 
-    def decode(self, dtype: torch.dtype, out: Tensor | None = None, rows: slice | None = None) -> Tensor:
-        """The values in `dtype`; `rows` slices dimension 0."""
+    def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The values in `dtype`; into `out` if given."""
         ...
 
 
@@ -42,10 +42,9 @@ class Float:
     def nbytes(self) -> int:
         return self.values.nbytes
 
-    def decode(self, dtype: torch.dtype, out: Tensor | None = None, rows: slice | None = None) -> Tensor:
+    def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The tensor itself (no copy) where it has that dtype already and no `out` is given."""
-        values = self.values if rows is None else self.values[rows]
-        return values.to(dtype) if out is None else out.copy_(values)
+        return self.values.to(dtype) if out is None else out.copy_(self.values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +61,9 @@ class Stacked:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
-    def decode(self, dtype: torch.dtype, out: Tensor | None = None, rows: slice | None = None) -> Tensor:
-        if out is None or rows is not None:
-            whole = torch.cat([part.decode(dtype) for part in self.parts])[rows or slice(None)]
-            return whole if out is None else out.copy_(whole)
+    def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            return torch.cat([part.decode(dtype) for part in self.parts])
         for part, target in zip(self.parts, out.split([part.shape[0] for part in self.parts]), strict=True):
             part.decode(dtype, target)
         return out
