@@ -91,7 +91,7 @@ def tap_bytes(config: Config, kind: str, tokens: int, width: int) -> list[int]:
     J, K, P, M = c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim, c.linear_num_key_heads
     sizes = {
         "t": tokens, "s": tokens, "d": c.hidden_size, "n": c.num_attention_heads, "g": c.num_key_value_heads,
-        "h": c.head_dim, "r": c.head_dim, "j": J, "m": M, "k": K, "p": P, "c": 2 * M * K + J * P,
+        "h": c.head_dim, "r": c.head_dim, "j": J, "m": M, "k": K, "p": P, "c": c.conv_dim,
         "w": c.linear_conv_kernel_dim - 1, "e": c.num_experts, "a": c.num_experts_per_tok + 1,
         "f": c.shared_expert_intermediate_size,
     }  # fmt: skip

@@ -175,8 +175,7 @@ def aside_of(model: Model, taps: Patterns, last: int | None) -> list[str]:
 def rounded_blocks(model: Model, x_BTD: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The logits of a streamed head, block by block, as the arithmetic stores them."""
     for rows, part in model.lm_head.blocks(HEAD, x_BTD):  # type: ignore[operator]
-        own = model.arithmetic(Site(HEAD), part)
-        yield rows, part if own is None else own
+        yield rows, model.arithmetic.round(HEAD, part)
 
 
 def _is_done(name: str, below: int) -> bool:

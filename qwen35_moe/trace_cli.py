@@ -192,5 +192,5 @@ def _load(args: argparse.Namespace, arithmetic: Any) -> Model:
 
 def _legal_models(args: argparse.Namespace, truth: Trace) -> Iterator[Model]:
     """Those that are still to run."""
-    for table in remaining(truth, legal(args.arithmetic, None)) if args.resume else legal(args.arithmetic, None):
+    for table in remaining(truth, legal(args.arithmetic)) if args.resume else legal(args.arithmetic):
         yield _load(args, table)

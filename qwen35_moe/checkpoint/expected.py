@@ -60,7 +60,7 @@ def _attention(at: str, config: Config) -> Named:
 def _deltanet(at: str, config: Config) -> Named:
     D, J = config.hidden_size, config.linear_num_value_heads
     value = J * config.linear_value_head_dim
-    C = 2 * config.linear_num_key_heads * config.linear_key_head_dim + value
+    C = config.conv_dim
     yield f"{at}.in_proj_qkv.weight", (C, D)
     yield f"{at}.in_proj_z.weight", (value, D)
     yield f"{at}.in_proj_b.weight", (J, D)

@@ -185,8 +185,8 @@ def _check_numbering(files: list[Path]) -> None:
             )
 
 
-def few(items: Iterable[object], count: int = 4) -> str:
-    """The first of them, and how many more."""
+def few(items: Iterable[object]) -> str:
+    """The first four of them, and how many more."""
     texts = [str(item)[:200] for item in items]
-    more = f" and {len(texts) - count} more" if len(texts) > count else ""
-    return ", ".join(texts[:count]) + more
+    more = f" and {len(texts) - 4} more" if len(texts) > 4 else ""
+    return ", ".join(texts[:4]) + more

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -161,7 +160,7 @@ def _naturals(values: Any) -> bool:
 def _check_cover(file: Path, start: int, size: int, entries: dict[str, tuple[str, tuple[int, ...], int, int]]) -> None:
     """The tensors fill the file: none overlaps another, no gap, nothing after the last."""
     at, before = start, "the header"
-    for name, (_, _, begin, end) in _in_order(entries.items()):
+    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if begin != at:
             raise Qwen35Error(
                 "the header lies about offsets: " + ("tensors overlap" if begin < at else "bytes that belong to none"),
@@ -178,7 +177,3 @@ def _check_cover(file: Path, start: int, size: int, entries: dict[str, tuple[str
             found=f"{size} bytes",
             do="download the file again",
         )
-
-
-def _in_order(items: Iterable[tuple[str, tuple[str, tuple[int, ...], int, int]]]) -> list:
-    return sorted(items, key=lambda item: item[1][2:])

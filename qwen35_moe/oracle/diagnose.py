@@ -84,7 +84,6 @@ def diagnose(
     bad: Sequence[Record],
     work: Any,
     seen: Sequence[Taps],
-    faults: Sequence[Fault] = FAULTS,
 ) -> Diagnosis:
     """Why the first of the bad records of a layer is bad."""
     order = {key: i for i, key in enumerate(seen[0])}
@@ -106,7 +105,7 @@ def diagnose(
         return Diagnosis(layer, where, key, [], False, note="every number of it is NaN or infinity")
     table, stream = rerun.tables[0], rerun.streams[0]
     tried: list[tuple[Hypothesis, Fault, int]] = []
-    for fault, expert in _candidates(rerun, layer, first, table.name, case, seen, faults):
+    for fault, expert in _candidates(rerun, layer, first, table.name, case, seen):
         taps = rerun.fault(layer, fault, table, stream, expert)
         if key in taps:
             name = f"{fault.name} (expert {expert})" if fault.single else fault.name
@@ -140,16 +139,15 @@ def diagnose(
 
 
 def _candidates(
-    rerun: Rerun, layer: int | None, first: Record, truth: str, case: _Case, seen: Sequence[Taps],
-    faults: Sequence[Fault],
-) -> Iterator[tuple[Fault, int]]:  # fmt: skip
+    rerun: Rerun, layer: int | None, first: Record, truth: str, case: _Case, seen: Sequence[Taps]
+) -> Iterator[tuple[Fault, int]]:
     """The faults of the blocks of this layer that are suspect, with the experts that a fault of one could be of."""
     if layer is None:
-        yield from ((fault, 0) for fault in faults if fault.block == first.block)
+        yield from ((fault, 0) for fault in FAULTS if fault.block == first.block)
         return
     blocks = {block for i, block in first.suspects if i == layer} or {first.block}
     suspects = _suspects(case, f"layers.{layer}.moe_topk_ids", seen) if "mlp" in blocks else []
-    for fault in faults:
+    for fault in FAULTS:
         if fault.block in blocks and fault.applies(rerun.source, layer, "a4" in truth):
             for expert in suspects if fault.single else [0]:
                 yield fault, expert

@@ -100,19 +100,19 @@ def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 def write_truth(
     checkpoint: str | Path, ids: Tensor, mask: Tensor | None, out: str | Path, arithmetic: str = "exact",
-    shared_expert: str = "unfused", taps: str = "*", with_envelope: bool = True, engine: str | None = None,
+    shared_expert: str = "unfused", taps: str = "*", with_envelope: bool = True,
 ) -> Trace:  # fmt: skip
     """Trace a checkpoint to a directory, layer by layer, and beside it the envelope."""
     model, loaded = open_checkpoint(checkpoint, shared_expert, arithmetic)
     meta = {"checkpoint": {**(model.identity or {}), "path": str(Path(checkpoint).resolve())}, "fused": loaded.fused}
     truth = trace(model, ids, taps=taps, attention_mask=mask, out=out, meta=meta)
     if with_envelope:
-        write_envelope(truth, _legal_models(checkpoint, shared_expert, arithmetic, engine))
+        write_envelope(truth, _legal_models(checkpoint, shared_expert, arithmetic))
     return truth
 
 
-def _legal_models(path: str | Path, shared_expert: str, arithmetic: str, engine: str | None) -> Iterator[Model]:
-    for table in legal(arithmetic, engine):
+def _legal_models(path: str | Path, shared_expert: str, arithmetic: str) -> Iterator[Model]:
+    for table in legal(arithmetic):
         yield load(path, table, shared_expert, mode="stream", text_only=True)
 
 

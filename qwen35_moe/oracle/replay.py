@@ -69,15 +69,15 @@ class Restart:
 
     stage = OBSERVE + 1
 
-    def __init__(self, captured: Captured, tokens: int, restarts: tuple[str, ...] = RESTARTS):
-        self.captured, self.tokens, self.restarts = captured, tokens, restarts
+    def __init__(self, captured: Captured, tokens: int):
+        self.captured, self.tokens = captured, tokens
         self.seen: dict[str, Tensor] = {}
 
     def __call__(self, site: Site, x: Tensor) -> Tensor | None:
         if site.expert is not None or site.index is not None:
             return None
         self.seen.setdefault(site.key, x)
-        if site.name not in self.restarts:
+        if site.name not in RESTARTS:
             return None
         stream = STREAMS.get(site.name)
         key = site.key if stream is None else site.key.removesuffix(site.name) + stream

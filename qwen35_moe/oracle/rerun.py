@@ -126,14 +126,13 @@ class Rerun:
         table: Arithmetic,
         stream_BTD: Tensor,
         expert: int = 0,
-        fused: bool | None = None,
     ) -> dict[str, Tensor]:
         """What the taps of layer i would hold if it had this fault."""
         place = self.place(i, expert)
         source, table = fault.source(self.source, place), fault.arithmetic(table)
         if i is None:
             return self.head(build(source, table, self.fused, CPU, "stream"), stream_BTD, fault.handlers(place))
-        return self.run_layer(i, table, stream_BTD, fault.handlers(place), source, True if fault.fused else fused)[0]
+        return self.run_layer(i, table, stream_BTD, fault.handlers(place), source, fault.fused or None)[0]
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[tuple[int | None, list[dict[str, Tensor]]]]:

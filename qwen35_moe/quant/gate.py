@@ -152,7 +152,6 @@ def slot_guard(
     tensors: Mapping[str, ModuleSpec | None],
     *,
     convert: bool = False,
-    needs: Iterable[str] = PROJECTIONS,
 ) -> None:
     """Refuses to fill a fused slot with anything but what its kernel reads. The loader calls it before copying a byte.
 
@@ -162,7 +161,7 @@ def slot_guard(
     tensor would be left over.
     """
     by_part = {name.rpartition(".")[2]: (name, found) for name, found in tensors.items()}
-    for part in needs:
+    for part in PROJECTIONS:
         name, found = by_part.pop(part, (part, None))
         if found is None:
             raise Qwen35Error(
@@ -183,5 +182,5 @@ def slot_guard(
     if by_part:
         left = next(iter(by_part.values()))[0]
         raise Qwen35Error(
-            "a tensor has no place in the fused slot", where=left, expected=f"only {', '.join(needs)}", found=slot
+            "a tensor has no place in the fused slot", where=left, expected=f"only {', '.join(PROJECTIONS)}", found=slot
         )

@@ -253,25 +253,21 @@ def _bfloat16_pairs(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     out.copy_((sign + c * 64 + above_half * (64 // 8) + not_zero * exponent).view(torch.float32))
 
 
-def check(codes: Tensor, scales: Tensor, where: str = "") -> None:
+def check(codes: Tensor, scales: Tensor) -> None:
     """Raise unless these are MXFP4 codes [..., Z] and scales [..., Q] that belong together."""
     if codes.dtype != torch.uint8 or scales.dtype != torch.uint8:
         raise Qwen35Error(
             "MXFP4 is stored as bytes",
-            where=where,
             expected="codes and scales of uint8",
             found=f"codes {codes.dtype}, scales {scales.dtype}",
             do="float8 scales are NVFP4 (block 16), which is another format" if scales.dtype.is_floating_point else "",
         )
     if codes.dim() == 0 or codes.shape[-1] % (BLOCK // 2):
-        raise Qwen35Error(
-            "an MXFP4 row is whole blocks of 16 bytes", where=where, expected="[..., 16 n]", found=list(codes.shape)
-        )
+        raise Qwen35Error("an MXFP4 row is whole blocks of 16 bytes", expected="[..., 16 n]", found=list(codes.shape))
     expected = (*codes.shape[:-1], codes.shape[-1] // (BLOCK // 2))
     if scales.shape != expected:
         raise Qwen35Error(
             "MXFP4 scales do not belong to these codes",
-            where=where,
             expected=f"{list(expected)} (one byte for each 16 bytes of codes {list(codes.shape)})",
             found=list(scales.shape),
         )
