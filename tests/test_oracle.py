@@ -251,6 +251,15 @@ def test_illegal_flip_diverges(truth: Trace, engine: Trace, source) -> None:
     assert found.exit_code == 1 and flip.won == (int(worst),) and flip.margin > flip.noise
 
 
+@pytest.mark.parametrize("e", [-1, 10, 12345])  # the tiny model has experts 0 to 9
+def test_ids_that_no_expert_has_diverge(truth: Trace, engine: Trace, source, e: int) -> None:
+    ids = engine["layers.1.moe_topk_ids"].clone()
+    ids[7, 0] = e
+    found = compare(truth, changed(engine, layers__1__moe_topk_ids=ids), source)
+    assert found.exit_code == 1 and next(r for r in found.routing if r.layer == 1).nonsense == 1
+    assert found.first is not None and found.first.key == "layers.1.moe_topk_ids"
+
+
 def test_nothing_compared_is_not_green() -> None:
     assert Comparison().exit_code == 2 and "NOT COMPARED" in Comparison().verdict
     assert Comparison([Record("x", "missing", "mlp", 0)]).exit_code == 2

@@ -45,13 +45,15 @@ class Work:
         """Our value at the rows of a pair."""
         return as_rows(pair.key, x, self.alignment.truth.ids.numel())[self.index(pair)]
 
-    def captured(self) -> Captured:
+    def captured(self, experts: int) -> Captured:
+        """What a rerun goes on with. It cannot go on with ids that no expert has."""
         captured = Captured()
         for key in self.alignment.keys:
             if base_name(key) in BOUNDARIES:
                 pair = self.alignment.pair(key)
-                if pair.engine is not None and not pair.nan and (pair.engine >= 0).all() | (base_name(key) not in IDS):
-                    captured.add(key, self.index(pair), pair.engine)
+                x, are_ids = pair.engine, base_name(key) in IDS
+                if x is not None and not pair.nan and not (are_ids and bool(((x < 0) | (x >= experts)).any())):
+                    captured.add(key, self.index(pair), x)
         return captured
 
     def added(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> None:

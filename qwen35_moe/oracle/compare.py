@@ -83,8 +83,9 @@ def compare(
         if dump.weights:
             result.weights = check_weights(dump, source)
         tokens = Tokens(truth.ids, truth.positions, truth.mask)
-        rerun = Rerun(source, flags, tokens, work.captured(), [table, *members], LOG_P in alignment.keys)
-        places, cleared = suspects(rerun.captured, result.layers), set[Place]()
+        captured = work.captured(config.num_experts)
+        rerun = Rerun(source, flags, tokens, captured, [table, *members], LOG_P in alignment.keys)
+        places, cleared = suspects(captured, result.layers), set[Place]()
         for layer, seen in rerun:
             if layers is None or layer is None or layer in layers:
                 work.shared = rerun.shared
