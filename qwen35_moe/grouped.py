@@ -246,8 +246,8 @@ def _sum_of_slots(
     sum_TD = y_ND.new_zeros(len(rows_TA), y_ND.shape[1], dtype=total)
     for a in range(rows_TA.shape[1]):
         y_TD, weight_T1 = y_ND[rows_TA[:, a]], weights_TA[:, a, None]
-        wide = product not in (y_TD.dtype, weight_T1.dtype)
-        term_TD = ((weight_T1.to(product) if wide else weight_T1) * y_TD).to(product)
+        wide = torch.promote_types(weight_T1.dtype, product)  # never narrower: fp32 products may be stored in bf16
+        term_TD = (weight_T1.to(wide) * y_TD).to(product)
         sum_TD = (sum_TD + term_TD).to(total)
     return sum_TD
 

@@ -259,13 +259,14 @@ def test_grouped_products_against_the_loop(name: str) -> None:
     weights = (test_grouped.drawn(*shape, dtype=dtype).to(GPU) for shape in ((E, 2 * F, D), (E, D, F)))
     experts = moe.Experts(*weights, quantised=True)
     ids, routing = (x.to(GPU) for x in test_grouped.routed(T))
+    routing = routing.to(torch.promote_types(dtype, torch.float32))
     x = test_grouped.drawn(T, D, dtype=dtype).to(GPU)
     with arithmetic.using(table):
         assert grouped.applies(experts, x)
-        together = moe.combine_experts(x, ids, routing.to(dtype), experts)
+        together = moe.combine_experts(x, ids, routing, experts)
         with q.taps.attach(lambda site, x: None):
             assert not grouped.applies(experts, x)
-            loop = moe.combine_experts(x, ids, routing.to(dtype), experts)
+            loop = moe.combine_experts(x, ids, routing, experts)
     assert rel_l2(together, loop) <= (FLOAT64_REORDERED if dtype == torch.float64 else BF16_GROUPED)
 
 
