@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qwen35_moe as q
+from qwen35_moe.config import FULL, LINEAR
+from qwen35_moe.taps import attach
 
 
 @pytest.fixture
@@ -63,6 +65,23 @@ def test_config(raw, case):
         q.Config.from_dict(raw)
     for word in words:
         assert word in str(error.value)
+
+
+def test_what_a_config_leaves_out(raw):
+    """Older files have no `layer_types`: the last layer of each interval is full attention."""
+    del text(raw)["layer_types"]
+    assert q.Config.from_dict(raw).layer_types == (LINEAR, LINEAR, LINEAR, FULL)
+    text(raw)["full_attention_interval"] = 2
+    assert q.Config.from_dict(raw).layer_types == (LINEAR, FULL, LINEAR, FULL)
+
+
+@pytest.mark.parametrize("top, inner, tied", [(True, False, True), (False, True, False), (None, True, True)])
+def test_the_top_level_says_whether_the_head_is_tied(raw, top, inner, tied):
+    text(raw)["tie_word_embeddings"] = inner
+    raw |= {} if top is None else {"tie_word_embeddings": top}
+    if top is None:
+        raw.pop("tie_word_embeddings", None)
+    assert q.Config.from_dict(raw).tie_word_embeddings is tied
 
 
 def test_config_may_be_told_of_harmless_keys(raw):
@@ -150,6 +169,23 @@ def test_ids(model, ids, words):
         model(ids)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_mask_that_contradicts_the_cache(model):
+    cache = q.Cache()
+    model(torch.tensor([[1, 2, 3]]), cache=cache, attention_mask=torch.tensor([[0, 1, 1]]))
+    with pytest.raises(q.Qwen35Error, match="contradicts the cache"):
+        model(torch.tensor([[4]]), cache=cache, attention_mask=torch.ones(1, 4))
+    model(torch.tensor([[4]]), cache=cache, attention_mask=torch.tensor([[0, 1, 1, 1]]))
+
+
+def test_ids_that_no_expert_has(model):
+    def beyond(site, x):
+        return x + 10 if site.name == "moe_slot_ids" else None
+
+    fused = q.load(model.source.checkpoint.path, shared_expert="fused", text_only=True)
+    with pytest.raises(q.Qwen35Error, match="no such expert"), attach(beyond):
+        fused(torch.tensor([[1, 2, 3]]))
 
 
 @pytest.mark.parametrize("kwargs, words", [

@@ -13,7 +13,7 @@ from gate_configs import FP4, FP8, GLM, NV, PREFIX, QWEN, TEXT, W4A4, W8A8, body
 
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.quant.gate import RULES, can_fuse_shared_expert, decide_layers
-from qwen35_moe.quant.spec import BF16, MXFP4, QuantConfig
+from qwen35_moe.quant.spec import BF16, MXFP4, ModuleSpec, QuantConfig
 
 # Columns: sglang-22948, sglang-0.5.23, is the body unquantised to SGLang's loader, vllm (opted in), atom,
 # atom-first-entry, strict (by the configuration alone). 1 = fuses.
@@ -137,6 +137,7 @@ ENFORCE_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], in
     ),
     ("one layer's experts FP8", QWEN, {"layers": {f"{PREFIX}.3.mlp.experts*": W8A8}}, {}, 0, "is not MXFP4"),
     ("attention FP8 does not matter", QWEN, {"layers": {"*self_attn*": W8A8}}, {}, 2, ""),
+    ("shared experts FP8 do not matter", QWEN, {"layers": {f"{PREFIX}.3.mlp.shared_experts*": W8A8}}, {}, 2, ""),
     ("W4A8", QWEN, {"global_quant_config": W4A4 | {"input_tensors": FP8}}, {}, 0, "of layer 0 are not MXFP4"),
 ]
 
@@ -163,6 +164,7 @@ LAYER_ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("shared expert of layer 2 only", {f"{PREFIX}.2.mlp.shared_expert.*": W8A8}, "1 0 1 0"),
     ("gate and up only", {"*shared_expert.gate_proj": W8A8, "*shared_expert.up_proj": W8A8}, "0 0 1 0"),
     ("one expert of layer 0: a gap", {f"{PREFIX}.0.mlp.experts.3.up_proj": W4A4}, "0 0 1 1"),
+    ("one expert of layer 0 FP8", {f"{PREFIX}.0.mlp.experts.3.*": W8A8}, "0 0 1 0"),
     ("experts of layer 0 one by one", {f"{PREFIX}.0.mlp.experts.{e}.up_proj": W8A8 for e in range(8)}, "0 0 0 0"),
 ]
 
@@ -312,6 +314,25 @@ def test_what_only_atom_reads_as_excluded_settles_nothing_without_bytes(entry: s
     decision = can_fuse_shared_expert(QWEN, quark(entry))
     assert not decision and "readers of the exclude list disagree" in decision.reason
     assert can_fuse_shared_expert(QWEN, quark(entry), stored=lambda name: MXFP4)
+
+
+def test_inputs_that_are_quantised_differently() -> None:
+    """W4A16 and W4A4 are two functions, unless the bytes are floats: engines quantise no inputs of those."""
+    config = QWEN | {"quantization_config": quark(layers={"*shared_expert*": {"weight": FP4}})}
+    assert "inputs" in can_fuse_shared_expert(config).reason
+    assert can_fuse_shared_expert(config, stored=lambda _: BF16)
+
+
+def test_a_block_that_is_not_stated_contradicts_none() -> None:
+    block, unstated, other = (ModuleSpec("fp8-block", size) for size in ((128, 128), (), (64, 64)))
+    assert block.same_bytes(unstated) and unstated.same_bytes(block) and not block.same_bytes(other)
+
+
+def test_layers_without_experts_are_not_asked() -> None:
+    names = [d.layer for d in decide_layers(TEXT | {"mlp_only_layers": [1], "mtp_num_hidden_layers": 0})]
+    assert names == ["layers.0", "layers.2", "layers.3"]
+    names = [d.layer for d in decide_layers(TEXT | {"decoder_sparse_step": 2, "mtp_num_hidden_layers": 0})]
+    assert names == ["layers.1", "layers.3"]
 
 
 @pytest.mark.parametrize(

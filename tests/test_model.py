@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from tolerances import FLOAT64_REORDERED
 
 import qwen35_moe as q
-from qwen35_moe import deltanet, moe
+from qwen35_moe import deltanet, moe, router
 from qwen35_moe.metrics import rel_l2
 from qwen35_moe.taps import attach
 
@@ -196,12 +197,21 @@ def test_cache_is_cloned_and_saved(model, tmp_path):
     ids, cache = ids_of(20), q.Cache()
     model(ids, cache=cache)
     branch = cache.clone()
+    again = cache.clone()
+    again.layer(0).state.zero_()  # in place, as a graph writes
     cache.save(tmp_path / "cache.safetensors")
     expected = model(ids[:, :3], cache=cache)
     assert torch.equal(model(ids[:, :3], cache=branch), expected)
     assert torch.equal(model(ids[:, :3], cache=q.Cache.load(tmp_path / "cache.safetensors")), expected)
     assert cache.length == 23
     assert [p.name for p in tmp_path.iterdir()] == ["cache.safetensors"]
+
+
+def test_weights_that_are_not_renormalised(model):
+    x, gate = torch.randn(5, 8, dtype=torch.float64), torch.randn(6, 8, dtype=torch.float64)
+    ids, weights = router.route(x, gate, 2, renormalise=False)
+    assert torch.equal(weights, (x @ gate.T).softmax(-1).gather(1, ids))
+    assert not moe.MoE(replace(model.config, norm_topk_prob=False)).renormalise
 
 
 def test_eps_of_the_l2_norm_shows(model):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Qwen3_5MoeModel
+from transformers import Qwen3_5MoeModel, Qwen3_5MoeTextConfig
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeTextRotaryEmbedding
 
+from qwen35_moe.config import Config
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.positions import decode_positions, embed_images, rope_positions, token_types
+from qwen35_moe.rope import rotary_angles
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 IMAGE, VIDEO = 252, 253
@@ -66,6 +71,19 @@ def pad(rng: random.Random, sequences: list[list[int]]) -> tuple[Tensor, Tensor]
         types[b, start : start + len(sequence)] = torch.tensor(sequence)
         mask[b, start : start + len(sequence)] = 1
     return types, mask
+
+
+@pytest.mark.parametrize("section", [(16, 0, 0), (8, 5, 3), (9, 2, 5), (6, 5, 5)])
+def test_each_frequency_belongs_to_one_axis(section: tuple[int, int, int], built: Callable[[str], Path]) -> None:
+    """Beyond its section an axis has no frequencies: in the real ones, and in the tiny model's, there is no beyond."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": list(section)}
+    theirs = Qwen3_5MoeTextRotaryEmbedding(Qwen3_5MoeTextConfig(head_dim=64, rope_parameters=rope))
+    tiny = Config.from_pretrained(built("tiny"))
+    ours = replace(tiny, head_dim=64, rope_theta=1e4, partial_rotary_factor=0.5, mrope_section=section)
+    positions = torch.tensor([[[3, 7]], [[50, 60]], [[900, 800]]])
+    expected = theirs(torch.empty(0), positions)
+    for a, b in zip(rotary_angles(ours, positions, torch.float32), expected, strict=True):
+        assert torch.allclose(a, b[..., :16], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("block", range(4))
