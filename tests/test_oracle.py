@@ -109,6 +109,13 @@ def test_nan_is_infinitely_wrong_and_zero_is_equal() -> None:
     assert judge(infinite, infinite, bound, torch.float32).cls == "bit-equal"
 
 
+def test_twice_the_limit_is_wrong() -> None:
+    y, one = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    for times, cls in ((0.9, "within rounding"), (1.1, "suspicious"), (1.9, "suspicious"), (2.1, "wrong")):
+        assert judge(y + times * LIMIT, y, Norms(one, one), torch.float64).cls == cls
+    assert judge(y, 0 * y, Norms(one, one), torch.float64).rel == 1
+
+
 def test_narrow_rows_borrow_from_all_rows() -> None:
     truth_R1 = torch.tensor([[1e-9], [1.0], [2.0]], dtype=torch.float64)
     bound = Norms.of(torch.full((3, 1), 1e-3)).pooled(Norms.of(truth_R1), narrow=True)
@@ -124,6 +131,8 @@ def test_routing_compares_sets_and_weighs_margins() -> None:
     assert found.agree == 1 and found.nonsense == 1
     assert [(f.row, f.legal, f.rank) for f in found.flips] == [(1, True, 3), (2, False, 4)]
     assert could_flip(logits, torch.full((4,), 0.01), 2).tolist() == [False, True, False, False]
+    tie = compare_ids(ours[:1], theirs[1:2], torch.tensor([[4.0, 3.0, 3.0, 1.0]]), torch.zeros(1))
+    assert not tie.illegal and len(tie.flips) == 1
 
 
 def test_ids_that_are_none_are_where_the_report_says(truth: Trace, engine: Trace, source) -> None:
@@ -215,6 +224,18 @@ def test_without_checkpoint_errors_are_inherited(truth: Trace, engine: Trace) ->
     bare = Trace(truth.sites, {k: v for k, v in truth.meta.items() if k != "_envelope"}, memory=truth.memory)
     with pytest.raises(Qwen35Error, match="no envelope"):
         compare(bare, from_trace(engine))
+
+
+def test_without_ids_a_layer_whose_experts_may_be_others_is_not_judged(truth: Trace, engine: Trace) -> None:
+    logits = truth["layers.0.moe_router_logits"].clone()
+    logits[7] = 1.0  # all experts tie
+    tied = Trace(truth.sites, truth.meta, memory={**truth.memory, "layers.0.moe_router_logits": logits})
+    without = {f"layers__{i}__moe_topk_ids": None for i in range(4)}
+    for row, cls in ((7, "not comparable"), (6, "wrong")):
+        bad = engine["layers.0.mlp_output"].clone()
+        bad[row] *= 2
+        found = compare(tied, changed(engine, layers__0__mlp_output=bad, **without))
+        assert next(r for r in found.records if r.key == "layers.0.mlp_output").cls == cls
 
 
 def test_nan_missing_misshapen_and_holes_are_counted(truth: Trace, engine: Trace, source) -> None:
@@ -373,9 +394,14 @@ def test_logits() -> None:
     p = torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.001, 0.0], [5.0, 0.0, 0.0]], dtype=torch.float64)
     q = torch.tensor([[2.0, 1.0, 0.0], [1.001, 1.0, 0.0], [0.0, 5.0, 0.0]], dtype=torch.float64)
     rows = torch.tensor([[0, 0], [0, 1], [0, 2]])
-    found = compare_logits(Pair("next_token_logits", p, q, rows), torch.full((3,), 0.01), torch.tensor([[0, 1, 2]]))
+    found = compare_logits(Pair("next_token_logits", p, q, rows), torch.full((3,), 0.0006), torch.tensor([[0, 1, 2]]))
     assert (found.tokens, found.flips, found.legal_flips, found.worst) == (3, 2, 1, (0, 2))
     assert found.kl_max == pytest.approx(float((p[2].softmax(-1) * (p[2] - q[2])).sum()))
+    p = torch.tensor([[6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0]])
+    found = compare_logits(
+        Pair("next_token_logits", p, p[:, [5, 1, 2, 3, 4, 0, 6]], rows[:1]), None, torch.tensor([[0, 5]])
+    )
+    assert found.top5 == 0.8 and found.delta_log_p_max == pytest.approx(5)  # of token 5, which follows
 
 
 class Page(HTMLParser):
