@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -152,9 +153,15 @@ TENSORS: dict[str, tuple[str, Callable[[Tensors], Any], tuple[str, ...]]] = {
     "a bias in the text model": (
         "quark mxfp4", named("layers.1.self_attn.q_proj.bias", torch.ones(3)), ("not expected", "self_attn.q_proj.bias")
     ),
-    "quantised embeddings": (
+    "a scale beside float embeddings": (
         "quark mxfp4", named("embed_tokens.weight_scale", torch.ones(48, D // 32, dtype=U8)),
-        ("embed_tokens.weight", "float"),
+        ("a float weight has a scale", "embed_tokens.weight_scale"),
+    ),
+    "quantised embeddings": (
+        "quark mxfp4",
+        lambda stored: stored.update({P + "embed_tokens.weight": torch.ones(48, D // 2, dtype=U8),
+                                      P + "embed_tokens.weight_scale": torch.ones(48, D // 32, dtype=U8)}),
+        ("must be a float", "embed_tokens.weight", "mxfp4"),
     ),
 }  # fmt: skip
 
@@ -371,6 +378,7 @@ def test_a_copy_that_the_index_does_not_point_at_is_reported(tmp_path: Path) -> 
     ck = Checkpoint.open(folder)
     ck.validate()
     duplicated = ck.report().duplicated
+    ck.used.update(ck.names())
     assert duplicated and all(".safetensors: " in where for where in duplicated) and not ck.report().complete
 
 
@@ -397,13 +405,16 @@ def test_a_file_cut_short_after_opening(tmp_path: Path) -> None:
 
 
 def test_a_lying_header_allocates_nothing(tmp_path: Path) -> None:
-    """2^60 bytes announced; 90 MB announced of a sparse file is the most that would be read."""
+    """2^60 bytes announced, or more than the format allows of a file that has them."""
     file = tmp_path / "model.safetensors"
     tracemalloc.start()
     for length in (2**60, 2**63, 2**64 - 1, 100_000_001):
         file.write_bytes(length.to_bytes(8, "little") + b"{}")
         with pytest.raises(Qwen35Error):
             read_header(file)
+    os.truncate(file, 10**9)  # sparse
+    with pytest.raises(Qwen35Error, match="at most 100000000 bytes"):
+        read_header(file)
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
 
