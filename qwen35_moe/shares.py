@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -147,26 +148,31 @@ def join(parts: Sequence[Path], out: Path, meta: dict[str, Any]) -> Trace:
 
 def _order(traces: Sequence[Trace]) -> list[str]:
     """Keys of all traces in the order of computing. Experts that a group does not hit are missing in its trace."""
-    order = list(traces[0])
+    order, expert = list(traces[0]), _experts(traces)
     for trace in traces[1:]:
         at, known = 0, {key: i for i, key in enumerate(order)}
         if all(key in known for key in trace):
             continue
-        for key, entry in trace.sites.items():
+        for key in trace:
             if key in known:
                 at = order.index(key, at) + 1
                 continue
-            while at < len(order) and entry.expert is not None and _expert(traces, order[at]) < entry.expert:
+            while at < len(order) and expert[order[at]] < expert[key] < inf:
                 at += 1
             order.insert(at, key)
             at += 1
     return order
 
 
-def _expert(traces: Sequence[Trace], key: str) -> float:
-    """The expert of a key; what is no expert's comes after all experts."""
-    expert = next(t.sites[key] for t in traces if key in t).expert
-    return float("inf") if expert is None else expert
+def _experts(traces: Sequence[Trace]) -> dict[str, float]:
+    """The expert of each key, or of the one whose turn of the running sum it is; what is no expert's comes last."""
+    found: dict[str, float] = {}
+    for trace in traces:
+        last: int | None = None
+        for key, entry in trace.sites.items():
+            last = last if entry.expert is None and key.endswith(f".{last}") else entry.expert
+            found[key] = inf if last is None else last
+    return found
 
 
 def _joined(key: str, entry: Entry, values: Sequence[Tensor]) -> Tensor:

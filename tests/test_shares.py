@@ -38,7 +38,7 @@ def test_groups_join_to_the_trace_of_one_batch(built: Build, tmp_path: Path) -> 
     for mode in ("stream", "decoded"):
         more = ("--experts", "--no-envelope", "--mode", mode)
         assert main(options(checkpoint, tmp_path, "whole", *more)) == 0
-        assert main(options(checkpoint, tmp_path, "joined", *more, "--batch", "2")) == 0
+        assert main(options(checkpoint, tmp_path, "joined", *more, "--batch", "1")) == 0
         whole, joined = Trace.open(tmp_path / "whole"), Trace.open(tmp_path / "joined")
         texts = [json.loads((t.path / "trace.json").read_text()) for t in (whole, joined) if t.path]
         assert texts[0] == texts[1] and {p.name for p in tmp_path.iterdir()} == {"ids.json", "whole", "joined"}
