@@ -11,14 +11,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from qwen35_moe.cli import main
-from qwen35_moe.oracle import second_look
+from qwen35_moe.load import load
+from qwen35_moe.oracle import envelope_file, second_look
 from qwen35_moe.oracle.mutants import Bench
 from qwen35_moe.oracle.oracle_cli import open_checkpoint
+from qwen35_moe.oracle.replay import ReplayRouting
 from qwen35_moe.oracle.scale import ENOUGH, scale_errors
 from qwen35_moe.oracle.split_k import SplitK, samples, split, splitting
 from qwen35_moe.oracle.trace_file import Trace
 from qwen35_moe.oracle.variants import variants
 from qwen35_moe.tables import FLOAT32, SGLANG_BF16, TRANSFORMERS_BF16
+from qwen35_moe.taps import attach
+from qwen35_moe.trace import trace
 
 QUARK = Path(__file__).parent / "data" / "fixtures" / "quark-mxfp4"
 
@@ -85,6 +89,18 @@ def test_a_second_look_clears_an_engine_that_splits_its_products(monkeypatch: py
     assert bench.clean(engine).found
     monkeypatch.setattr(second_look, "SAMPLES", 0)
     assert not bench.clean(engine).found
+
+
+def test_what_an_envelope_keeps_lies_in_one_block(built: Callable[[str], Path]) -> None:
+    """Small pieces between large ones that come and go would let memory grow with every layer."""
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    truth = trace(load(built("tiny"), "exact", "unfused"), ids)
+    errors = envelope_file._Errors(truth)
+    for table in ("sglang-bf16", "transformers-bf16"):
+        with attach(errors, ReplayRouting(truth)):
+            load(built("tiny"), table, "unfused")(ids)
+    assert len(errors.norms) > 100
+    assert len({norms.l2.untyped_storage().data_ptr() for norms in errors.norms.values()}) == 1
 
 
 def test_values_of_single_experts_have_an_envelope(
