@@ -50,6 +50,18 @@ def test_disk_and_memory_hold_the_same(model, tmp_path: Path) -> None:
     assert disk.meta["arithmetic"] == "exact" and disk.meta["config"]["num_experts"] == 8
 
 
+def test_a_large_layer_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that memory holds a chunk, and not all values of single experts of a layer."""
+    monkeypatch.setattr("qwen35_moe.oracle.trace_writer.CHUNK_BYTES", 1000)
+    with TraceWriter(tmp_path / "t") as writer:
+        for i in range(10):
+            x = torch.full((100,), float(i))  # 400 bytes
+            writer.add(Entry.of(Site(f"x{i}", layer=0), x, "t"), x)
+    found = Trace.open(tmp_path / "t")
+    assert [entry.file[4] for entry in found.sites.values()] == list("0001112223")
+    assert all(found[f"layers.0.x{i}"].eq(i).all() for i in range(10))
+
+
 def test_format_is_readable_without_this_package(model, tmp_path: Path) -> None:
     """As a program in another language would: JSON, then the safetensors header by hand."""
     truth = trace(model, torch.tensor(SEQUENCES[:1]), taps="moe_router_logits", out=tmp_path / "t")
