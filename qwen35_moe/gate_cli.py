@@ -46,13 +46,13 @@ def run(args: argparse.Namespace) -> int:
     options = parse_options(args.option)
     config, stored, source = read(Path(args.path), args.config_only)
     chosen: Iterable[Variant] = VARIANTS if args.all_rules else ((args.rule, args.rule, {}),)
-    results = [_result(config, stored, variant, options) for variant in chosen]
+    results = [result_of(config, stored, variant, options) for variant in chosen]
     if args.json:
         print(json.dumps({"path": args.path, "decided_by": source, "rules": results}, indent=1))
     else:
         print(f"{args.path}: decided by {source}")
         for result in results:
-            print("\n".join(_lines(result, brief=args.all_rules)))
+            print("\n".join(lines_of(result, brief=args.all_rules)))
     return 0
 
 
@@ -102,7 +102,7 @@ def read(path: Path, config_only: bool = False) -> tuple[dict[str, Any], Lookup 
     return config, None, "the configuration alone (no tensors)"
 
 
-def _result(config: dict[str, Any], stored: Lookup | None, variant: Variant, given: dict[str, Any]) -> dict[str, Any]:
+def result_of(config: dict[str, Any], stored: Lookup | None, variant: Variant, given: dict[str, Any]) -> dict[str, Any]:
     label, rule, switches = variant
     options = given | switches
     layers = decide_layers(config, rule=rule, stored=stored, **options)
@@ -112,7 +112,7 @@ def _result(config: dict[str, Any], stored: Lookup | None, variant: Variant, giv
     return {"rule": rule, "variant": label, "options": options, "model": model.to_dict(), "layers": records}
 
 
-def _lines(result: dict[str, Any], brief: bool) -> list[str]:
+def lines_of(result: dict[str, Any], brief: bool) -> list[str]:
     """One line for layers that agree, then the deciding entry, warnings, and what would break."""
     lines = []
 

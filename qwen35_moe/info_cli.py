@@ -13,7 +13,7 @@ from .checkpoint import Checkpoint
 from .config import FULL
 from .errors import Qwen35Error
 from .estimate import estimate
-from .gate_cli import _lines, _result
+from .gate_cli import lines_of, result_of
 from .oracle.envelope import legal
 
 
@@ -61,7 +61,7 @@ def describe(checkpoint: Checkpoint, tokens: int, arithmetic: str) -> dict[str, 
         "experts": config.num_experts,
         "experts_per_token": config.num_experts_per_tok,
         "modules": rows,
-        "gate": _result(dict(checkpoint.config), checkpoint.spec, ("strict", "strict", {}), {}),
+        "gate": result_of(dict(checkpoint.config), checkpoint.spec, ("strict", "strict", {}), {}),
         "estimate": estimate(checkpoint, config, rows, tokens, arithmetic),
     }
 
@@ -96,7 +96,7 @@ def text(found: dict[str, Any]) -> list[str]:
     lines += [
         "",
         "  shared expert (rule strict, by what is stored)",
-        *("  " + line for line in _lines(found["gate"], False)),
+        *("  " + line for line in lines_of(found["gate"], False)),
     ]
     e = found["estimate"]
     lines += [

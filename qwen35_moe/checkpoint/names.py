@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 
-# Longest first. transformers and the hub, older vision-language exports, text-only saves.
-PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
+from ..quant.names import TEXT_PREFIXES
 
 
 def canonical(raw: str) -> str:
@@ -16,7 +15,7 @@ def canonical(raw: str) -> str:
     >>> canonical("language_model.lm_head.weight"), canonical("mtp.fc.weight")
     ('lm_head.weight', 'mtp.fc.weight')
     """
-    for prefix in PREFIXES:
+    for prefix in TEXT_PREFIXES:
         if raw.startswith(prefix):
             return raw[len(prefix) :]
     return raw

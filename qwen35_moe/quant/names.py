@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+# Of the hub, older vision-language exports, text-only saves. A longer one stands before what it begins with.
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "language_model.")
 
 # Modules that engines build as one, and the names under which a checkpoint stores the parts.
