@@ -10,7 +10,7 @@ import torch
 from tolerances import FLOAT64_REORDERED
 
 import qwen35_moe as q
-from qwen35_moe import deltanet, moe, router
+from qwen35_moe import deltanet, moe, norms, router
 from qwen35_moe.metrics import rel_l2
 from qwen35_moe.taps import attach
 
@@ -210,7 +210,7 @@ def test_cache_is_cloned_and_saved(model, tmp_path):
 def test_weights_that_are_not_renormalised(model):
     x, gate = torch.randn(5, 8, dtype=torch.float64), torch.randn(6, 8, dtype=torch.float64)
     ids, weights = router.route(x, gate, 2, renormalise=False)
-    assert torch.equal(weights, (x @ gate.T).softmax(-1).gather(1, ids))
+    assert torch.allclose(weights, (x @ gate.T).softmax(-1).gather(1, ids), rtol=1e-12)
     assert not moe.MoE(replace(model.config, norm_topk_prob=False)).renormalise
 
 
@@ -261,11 +261,32 @@ def test_positions_of_a_text_model_need_no_sections(head_dim, factor, section):
 
 
 def test_an_arithmetic_of_ones_own(tiny):
-    from dataclasses import replace
-
     mine = replace(q.tables.FLOAT32, name="mine", rounds={"moe_topk_weights": torch.bfloat16})
     theirs, ours = (q.load(tiny, arithmetic=a)(ids_of(7)) for a in ("float32", mine))
     assert 0 < rel_l2(ours, theirs) < 0.1
+
+
+def test_a_name_of_its_own_goes_before_globs():
+    table = q.Arithmetic("mine", torch.bfloat16, rounds={"moe_*": q.KEEP, "moe_topk_*": torch.float64,
+                                                         "moe_topk_weights": torch.float32})  # fmt: skip
+    found = [table.rounding(name) for name in ("moe_topk_weights", "moe_topk_probs", "final_norm")]
+    assert found == [torch.float32, q.KEEP, torch.bfloat16]
+
+
+def test_a_sum_that_is_kept_is_wider_than_its_terms(tiny):
+    run = q.trace(q.load(tiny, "sglang-bf16", "unfused", text_only=True), ids_of(7))
+    h, y, total = (run[f"layers.1.{name}"] for name in ("layer_input", "attn_output", "pre_mlp_residual_sum"))
+    assert h.dtype == y.dtype == torch.bfloat16
+    assert torch.equal(total, h.float() + y.float())
+
+
+def test_the_output_gate_that_the_config_names(model):
+    x, z, w = (torch.randn(3, 8, dtype=torch.float64) for _ in range(3))
+    weighted = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[0]
+    gates = {"silu": z * z.sigmoid(), "swish": z * z.sigmoid(), "sigmoid": z.sigmoid()}
+    for kind, gate in gates.items():
+        chosen = deltanet.GatedDeltaNet(replace(model.config, output_gate_type=kind)).gate_type
+        assert torch.allclose(norms.gated_rms_norm(x, z, w[0], 1e-6, chosen), weighted * gate, rtol=1e-12)
 
 
 def test_every_tap_is_in_the_table(built):
