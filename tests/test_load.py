@@ -53,6 +53,14 @@ def test_modes_agree_fused_and_unfused(built: Build, shared_expert: str) -> None
         assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_parameter_has_the_dtype_of_its_row(built: Build, mode: str) -> None:
+    model = q.load(built("tiny"), "sglang-bf16", mode=mode, text_only=True)
+    mixer, stored = model.layers[0].linear_attn, model.source.tensor("layers.0.linear_attn.A_log")
+    assert (mixer.A_log.dtype, mixer.dt_bias.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(mixer.A_log, stored) and not torch.equal(stored.bfloat16().float(), stored)
+
+
 def in_a_file(x: Tensor, files: list[str]) -> bool:
     """Whether the kernel says that this memory is one of the mapped files."""
     for line in Path("/proc/self/maps").read_text().splitlines():
