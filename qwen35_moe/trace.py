@@ -179,12 +179,10 @@ def _name(arithmetic: Any) -> str:
 
 def step_record(ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> dict[str, Any]:
     """Ids, positions and mask [B, T] of one forward pass. A mask may also cover the cached tokens: then [B, S]."""
-    past = 0 if cache is None else int(getattr(cache, "length", 0))
-    real = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.int64) if mask is None else mask.long()
+    new = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :].long()
     if positions is None:
-        offset = past if real.shape[1] == ids.shape[1] and past else 0
-        positions = (real.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :] + offset
+        past = getattr(cache, "next_position", None)
+        positions = (new.cumsum(1) - 1).clamp(min=0) + (0 if past is None else past[:, None])
     if positions.dim() == 3:  # text, height, width: the text row orders tokens
         positions = positions[0]
-    new = real[:, -ids.shape[1] :]
     return {"ids": ids.tolist(), "positions": positions.expand_as(ids).tolist(), "mask": new.tolist()}

@@ -62,6 +62,19 @@ def test_a_large_layer_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.
     assert all(found[f"layers.0.x{i}"].eq(i).all() for i in range(10))
 
 
+def test_positions_go_on_after_padding(model) -> None:
+    cache = Cache()
+    model(
+        torch.tensor([[0, 0, 5, 9], [1, 2, 3, 4]]),
+        attention_mask=torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]),
+        cache=cache,
+    )
+    found = trace(model, torch.tensor([[7, 8], [7, 8]]), taps="rope_cos", cache=cache)
+    assert found.positions.tolist() == [[2, 3], [4, 5]] and found.mask.tolist() == [[1, 1], [1, 1]]
+    first = trace(model, torch.tensor([[1] * 6]), taps="rope_cos")["rope_cos"][0]
+    assert torch.equal(found["rope_cos"], first[found.positions])
+
+
 def test_format_is_readable_without_this_package(model, tmp_path: Path) -> None:
     """As a program in another language would: JSON, then the safetensors header by hand."""
     truth = trace(model, torch.tensor(SEQUENCES[:1]), taps="moe_router_logits", out=tmp_path / "t")
