@@ -273,6 +273,14 @@ def test_a_name_of_its_own_goes_before_globs():
     assert found == [torch.float32, q.KEEP, torch.bfloat16]
 
 
+def test_an_arithmetic_takes_the_place_of_the_one_around_it():
+    x = torch.tensor([1 / 3], dtype=torch.float64)
+    with q.arithmetic.using("transformers-bf16"):
+        with q.arithmetic.using("exact"):
+            assert q.taps.tap("final_norm", x) is x
+        assert q.taps.tap("final_norm", x).dtype == torch.bfloat16
+
+
 def test_a_sum_that_is_kept_is_wider_than_its_terms(tiny):
     run = q.trace(q.load(tiny, "sglang-bf16", "unfused", text_only=True), ids_of(7))
     h, y, total = (run[f"layers.1.{name}"] for name in ("layer_input", "attn_output", "pre_mlp_residual_sum"))

@@ -62,6 +62,16 @@ def test_a_large_layer_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.
     assert all(found[f"layers.0.x{i}"].eq(i).all() for i in range(10))
 
 
+def test_a_padded_batch_in_pieces(model) -> None:
+    ids = torch.tensor([[0, 0, 5, 9, 7, 31], [1, 2, 3, 4, 5, 6]])
+    mask = (ids > 0).long()
+    whole = trace(model, ids, attention_mask=mask)
+    pieces = trace(model, ids, attention_mask=mask, cache=Cache(), chunks=[3, 2, 1])
+    assert torch.equal(pieces.positions[mask > 0], whole.positions[mask > 0]) and torch.equal(pieces.mask, mask)
+    last = pieces["step.2.next_token_logits"][:, 0]
+    assert torch.allclose(last, whole["next_token_logits"][:, -1], rtol=0, atol=1e-9)
+
+
 def test_positions_go_on_after_padding(model) -> None:
     cache = Cache()
     model(
