@@ -74,6 +74,12 @@ def test_a_factor_is_seen_in_all_rows_where_no_row_shows_it() -> None:
     assert float(per_row.max()) < 1.5  # no row is off by more than its rounding
 
 
+def test_a_factor_that_is_stored_in_bf16_is_no_error() -> None:
+    truth = _random(48, 64).double()
+    for step, expected in ((2.0**-9, 0.5), (2.0**-7, 2.0)):  # alike in all rows, so that nothing else is in doubt
+        assert scale_errors(truth * (1 + step), truth, [truth])[0] == pytest.approx((step, expected))
+
+
 def test_few_rows_and_a_single_row_prove_no_factor() -> None:
     routed, shared, engine = _with_noise(ENOUGH - 1)
     assert scale_errors(engine * 1.5, routed + shared, [routed, shared]) == []

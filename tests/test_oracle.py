@@ -26,7 +26,7 @@ from qwen35_moe.oracle.logits import compare_logits
 from qwen35_moe.oracle.mutants import DUMPED
 from qwen35_moe.oracle.readers.own import from_trace
 from qwen35_moe.oracle.records import Comparison, Record
-from qwen35_moe.oracle.replay import ReplayRouting
+from qwen35_moe.oracle.replay import Captured, ReplayRouting
 from qwen35_moe.oracle.routing import compare_ids, could_flip
 from qwen35_moe.oracle.trace_file import Trace
 from qwen35_moe.oracle.weights_check import check_weights
@@ -154,6 +154,14 @@ def test_replay_repeats_a_routing(built: Callable[[str], Path], truth: Trace, en
     assert torch.equal(found[key].sort(1).values, shifted[key].sort(1).values)
     same = torch.equal(found["layers.2.moe_topk_weights"].float(), engine["layers.2.moe_topk_weights"].float())
     assert same == (level == "weights")
+
+
+def test_a_stream_that_was_stored_rounded_keeps_the_digits_of_the_sum() -> None:
+    ours = torch.tensor([[1.001], [2.0]], dtype=torch.float64)
+    captured = Captured()
+    captured.add("x", torch.tensor([0, 1]), torch.tensor([[1.0], [3.0]], dtype=torch.bfloat16))
+    assert captured.put("x", ours, 2, keep_sums=True).flatten().tolist() == [1.001, 3.0]
+    assert captured.put("x", ours, 2).flatten().tolist() == [1.0, 3.0]
 
 
 def test_clean_engine_agrees_everywhere(truth: Trace, engine: Trace, source) -> None:
