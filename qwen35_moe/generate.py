@@ -200,7 +200,7 @@ def _speculate(model: Model, prompt: Prompt, choose: Callable[[Tensor, int], int
         do = "load without text_only" if "mtp" in model.left_out else "generate without drafts"
         raise Qwen35Error("the model has no draft head", where="model.mtp", found=None, do=do)
     cache, draft_cache, inputs = Cache(), Cache(), _inputs(model, prompt)
-    logits_BTV, hidden_BTD = with_hidden(model, **inputs, cache=cache)
+    logits_BTV, hidden_BTD = with_hidden(model, **inputs, cache=cache, logits_to_keep=1)
     row_V = logits_BTV[0, -1]
     fresh = [choose(row_V, 0)]  # tokens chosen in this round
     yield row_V, fresh[0], False

@@ -109,9 +109,8 @@ class Model(nn.Module):
             for i, layer in enumerate(self.layers):
                 with scope(layer=i):
                     h_BTD = layer(h_BTD, angles, real_BS, cache.layer(i))
-            if logits_to_keep is not None:
-                h_BTD = h_BTD[:, -logits_to_keep:]
-            return self.lm_head("next_token_logits", self.norm(h_BTD))
+            h_BTD = self.norm(h_BTD)
+            return self.lm_head("next_token_logits", h_BTD[:, -(logits_to_keep or h_BTD.shape[1]) :])
 
     def checked(self, ids: Tensor | None, embeds: Tensor | None = None) -> Tensor:
         """The ids, or the embeddings that stand in for them. Error: neither, wrong shape or dtype, no such id; files of

@@ -83,13 +83,14 @@ def draft_head(
     cache: Cache | None = None,
     position_ids: Tensor | None = None,
     next_embeds: Tensor | None = None,
+    logits_to_keep: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One pass of the draft head: logits [B, T, V] and hidden states [B, T, D], which the next draft starts from.
 
     hidden_BTD belongs to tokens t, next_ids [B, T] are tokens t+1 (next_embeds [B, T, D] stands in for them, where
     some are images). attention_mask and position_ids are those of tokens t; cache is the head's own and is updated.
     Positions as in SGLang and vLLM; transformers counts from t+1, which for text comes to the same, RoPE being
-    relative. Agrees with transformers 5.23 `MtpModel` and llama.cpp.
+    relative. Agrees with transformers 5.23 `MtpModel` and llama.cpp. logits_to_keep: only for the last so many rows.
     """
     cache = Cache() if cache is None else cache
     given = next_ids if next_embeds is None else next_embeds
@@ -105,7 +106,8 @@ def draft_head(
         embeds_BTD = tap("embed_tokens", model.embed_tokens(next_ids) if next_embeds is None else next_embeds)
         angles = rotary_angles(model.config, position_ids, hidden_BTD.dtype)
         hidden_BTD = mtp(embeds_BTD, hidden_BTD, angles, real_BS, cache.layer(0))
-        return model.lm_head("next_token_logits", hidden_BTD), hidden_BTD
+        kept_BTD = hidden_BTD[:, -(logits_to_keep or hidden_BTD.shape[1]) :]
+        return model.lm_head("next_token_logits", kept_BTD), hidden_BTD
 
 
 def greedy(logits_BV: Tensor) -> Tensor:
@@ -131,7 +133,8 @@ def draft(
     there is computed from guesses, and engines overwrite it with rows of the target's hidden states.
     """
     cache = Cache() if cache is None else cache
-    logits, hidden = draft_head(model, mtp, next_ids, hidden_BTD, attention_mask, cache, **first)
+    keep = 1 if attention_mask is None and cache.mask is None else None  # else the last real row may be any
+    logits, hidden = draft_head(model, mtp, next_ids, hidden_BTD, attention_mask, cache, logits_to_keep=keep, **first)
     chain, rows = cache.clone(), torch.arange(hidden.shape[0], device=hidden.device)
     last = torch.full_like(rows, -1)
     if cache.mask is not None:

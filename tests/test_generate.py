@@ -169,6 +169,20 @@ def test_stop_and_length(exact: q.Model) -> None:
     assert ids_of(islice(generate(exact, [1, 2, 3], 10**9), 3)) == plain[:3]  # handed out one by one
 
 
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_no_logits_of_a_prompt_but_its_last_are_computed(exact: q.Model, drafts: int) -> None:
+    """They are 2 MB a token in float64 at the real vocabulary."""
+    rows: list[int] = []
+
+    def see(site: taps.Site, x: Tensor) -> None:
+        if site.name == "next_token_logits":
+            rows.append(x.shape[1])
+
+    with taps.attach(see):
+        list(generate(exact, range(40), 6, drafts=drafts))
+    assert rows and max(rows) == drafts + 1
+
+
 def test_probabilities_are_cut_as_they_say() -> None:
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64).log()
     for settings, kept in (
