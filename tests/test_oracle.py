@@ -487,6 +487,21 @@ def test_commands(built: Callable[[str], Path], tmp_path: Path, capsys: pytest.C
     assert "AGREES" in capsys.readouterr().out and (tmp_path / "r.html").stat().st_size < 100_000
     assert cli.main(["diagnose", checkpoint, str(tmp_path / "dump"), "--layer", "1"]) == 0
     assert cli.main(["compare", str(tmp_path / "truth"), str(tmp_path / "none")]) == 2
+    capsys.readouterr()
+    both = [str(tmp_path / "truth"), str(tmp_path / "dump")]
+    for strange, said in (
+        (["diagnose", checkpoint, both[1], "--layer", "-1"], "no such layer"),
+        (["diagnose", checkpoint, both[1], "--layer", "9"], "0 to 3"),
+        (["compare", *both, "--name-map", "names.json"], "a name map is for plain files"),
+        (["compare", *both, "--limit", "nan"], "limit"),
+        (["compare", *both, "--limit", "0"], "limit"),
+        (["compare", *both, "--width", "0"], "width"),
+    ):
+        try:
+            code: object = cli.main(strange)
+        except SystemExit as stop:
+            code = stop.code
+        assert code == 2 and said in capsys.readouterr().err, strange
     (tmp_path / "ids.json").write_text('["a"]')
     assert cli.main([*common, "--out", str(tmp_path / "truth")]) == 2
     assert "not a list of token ids" in capsys.readouterr().err

@@ -69,10 +69,22 @@ def _shared(p: argparse.ArgumentParser) -> None:
 def _reports(p: argparse.ArgumentParser) -> None:
     p.add_argument("--html", help="write one self-contained page")
     p.add_argument("--json", help="write the records, one JSON object a line")
-    p.add_argument("--width", type=int, default=80, help="of the text (default: %(default)s)")
+    p.add_argument("--width", type=width, default=80, help="of the text, 20 or more (default: %(default)s)")
     p.add_argument("--engine", help="the arithmetic that the engine has: joins the envelope (float32 replaces it)")
     p.add_argument("--name-map", help="JSON file for plain tensors: the engine's name or regular expression -> key")
-    p.add_argument("--limit", type=float, default=LIMIT, help="default: %(default)s")
+    p.add_argument("--limit", type=limit, default=LIMIT, help="default: %(default)s")
+
+
+def width(text: str) -> int:
+    if (number := int(text)) < 20:
+        raise ValueError
+    return number
+
+
+def limit(text: str) -> float:
+    if not 0 < (number := float(text)) < float("inf"):
+        raise ValueError
+    return number
 
 
 @dataclass
@@ -163,6 +175,9 @@ def run_compare(args: argparse.Namespace) -> int:
 
 def run_diagnose(args: argparse.Namespace) -> int:
     model, loaded = open_checkpoint(args.checkpoint, args.shared_expert)
+    count = model.config.num_hidden_layers
+    if strange := [i for i in args.layer or () if not 0 <= i < count]:
+        raise Qwen35Error("no such layer", where=f"--layer {strange[0]}", expected=f"0 to {count - 1}")
     dump = read_dump(args.dump, config=model.config.raw, name_map=args.name_map)
     ids, mask = truth_of(dump)
     with tempfile.TemporaryDirectory() as folder:

@@ -55,6 +55,9 @@ def read_dump(
             "safetensors, npz or npy",
             do="see `qwen35-moe dump-config ENGINE` for how to make one, or give a name map",
         )
+    if name_map is not None and reader is not plain:
+        what, do = "a name map is for plain files", "leave it out: this format has names of its own"
+        raise Qwen35Error(what, where=path, found=reader.__name__.rpartition(".")[2], do=do)
     dump = reader.read(path, config=config, name_map=name_map, layers=layers)
     if not dump.sources:
         if dump.problems:
