@@ -21,7 +21,7 @@ from .load import MODES, SHARED, load
 from .long_run import aside_of, check_request, complete_trace, meta_of, resumable, resumed_complete, trace_layers
 from .model import Model
 from .oracle.envelope import legal
-from .oracle.envelope_file import ENVELOPE, remaining, write_envelope
+from .oracle.envelope_file import ENVELOPE, remaining, with_ids, write_envelope
 from .oracle.oracle_cli import padded
 from .oracle.trace_file import Trace, in_utf8
 from .oracle.trace_writer import remove_parts
@@ -41,7 +41,8 @@ def add_parser(subparsers: Any) -> None:
     p.add_argument("--ids", help="1,2,3 or a file: a list of token ids, or a list of lists (padded on the right)")
     p.add_argument("--out", help="directory to write")
     p.add_argument("--arithmetic", default="exact", help="default: %(default)s")
-    p.add_argument("--taps", default="*", help="globs, separated by commas (default: all but --experts)")
+    p.add_argument("--taps", default="*", help="globs, separated by commas (default: all but --experts); "
+                   "an envelope adds moe_topk_ids, which it needs")  # fmt: skip
     p.add_argument("--experts", action="store_true", help="values of every single expert and turn of a loop, too")
     p.add_argument("--layers", metavar="0-N", help="only the first layers; --resume with a larger N goes on")
     p.add_argument(
@@ -71,6 +72,9 @@ def run(args: argparse.Namespace) -> int:
         where = f"--offload-folder {args.offload_folder}"
         raise Qwen35Error("in the trace's own directory", where=where, do="name another")
     in_utf8(args.out)
+    asked = args.taps
+    args.taps = asked if args.no_envelope else with_ids(asked)
+    args.unasked = {"moe_topk_ids"} if args.taps != asked else set()
     ids, mask = padded([torch.tensor(row) for row in read_ids(args.ids, "--ids")])
     processes = Processes(args.device)
     args.device = processes.device
@@ -123,7 +127,7 @@ def _trace(
         for mlp, cost in model.conversion.items():
             print(f"{mlp}: shared expert converted to MXFP4, relative error {cost:.4f}")
         print(checkpoint.report(aside))
-        if not truth:
+        if not {entry.name for entry in truth.sites.values()} - args.unasked:
             print("qwen35-moe: no tap that was asked for lies in these layers", file=sys.stderr)
         print(f"{args.out}: {len(truth)} tensors of {ids.numel()} tokens, arithmetic {args.arithmetic}")
     processes.close()

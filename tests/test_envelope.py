@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from qwen35_moe.cli import main
 from qwen35_moe.load import load
 from qwen35_moe.oracle import envelope_file, second_look
+from qwen35_moe.oracle.envelope_file import stored_envelope
 from qwen35_moe.oracle.mutants import Bench
 from qwen35_moe.oracle.oracle_cli import open_checkpoint
 from qwen35_moe.oracle.replay import ReplayRouting
@@ -126,3 +127,16 @@ def test_values_of_single_experts_have_an_envelope(
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "truth"), str(tmp_path / "engine")]) == 0
     assert f"AGREES: {len(truth) - len(turns)} taps within rounding" in capsys.readouterr().out
+
+
+def test_an_envelope_has_no_flips_in_it(built: Callable[[str], Path], tmp_path: Path) -> None:
+    """Whatever taps are asked for: where the truth's experts were not kept, legal runs chose their own, and errors of
+    another choice were legal. Rows of single experts did not even fit."""
+    ids = ",".join(str(i * 7919 % 251) for i in range(40))
+    common = ["trace", str(built("tiny-mxfp4")), "--ids", ids, "--quiet"]
+    assert main([*common, "--out", str(tmp_path / "all")]) == 0
+    assert main([*common, "--out", str(tmp_path / "few"), "--taps", "mlp_output,moe_expert_*", "--experts"]) == 0
+    every, few = (stored_envelope(Trace.open(tmp_path / name)) for name in ("all", "few"))
+    for i in range(4):
+        key = f"layers.{i}.mlp_output"
+        assert torch.equal(every[key], few[key]), key

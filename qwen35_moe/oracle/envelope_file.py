@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,6 +117,12 @@ class _Errors:
             do = "remove it: the envelope begins anew, the trace stays"
             raise Qwen35Error("cannot read the envelope's state", where=path, found=error, do=do) from error
         return run, sum_BTD
+
+
+def with_ids(taps: str) -> str:
+    """The taps, and the experts that were chosen: an envelope without them has flips in it, which hide faults."""
+    named = any(fnmatchcase("moe_topk_ids", pattern.strip()) for pattern in taps.split(","))
+    return taps if named else f"{taps},moe_topk_ids"
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ from .catalogue import FAULTS
 from .compare import compare
 from .dump import Dump
 from .envelope import LIMIT, legal
-from .envelope_file import write_envelope
+from .envelope_file import with_ids, write_envelope
 from .match import runs
 from .readers import read_dump
 from .records import Comparison
@@ -117,6 +117,7 @@ def write_truth(
     """Trace a checkpoint to a directory, layer by layer, and beside it the envelope."""
     model, loaded = open_checkpoint(checkpoint, shared_expert, arithmetic)
     meta = {"checkpoint": {**(model.identity or {}), "path": str(Path(checkpoint).resolve())}, "fused": loaded.fused}
+    taps = with_ids(taps) if with_envelope else taps
     truth = trace(model, ids, taps=taps, attention_mask=mask, out=out, meta=meta)
     if with_envelope:
         write_envelope(truth, _legal_models(checkpoint, shared_expert, arithmetic))
