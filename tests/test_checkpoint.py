@@ -126,6 +126,15 @@ def test_parts_that_may_be_left_out(tmp_path: Path) -> None:
         Checkpoint.open(write(tmp_path / "untied", stored)).validate()
 
 
+def test_scales_of_a_cache_are_left_aside(tmp_path: Path) -> None:
+    """Of an engine's FP8 key-value cache, as compressed-tensors, ModelOpt and Quark name them."""
+    names = {f"layers.1.self_attn.{name}" for name in ("k_scale", "v_proj.v_scale", "v_proj.output_scale")}
+    scales = {f"model.language_model.{name}": torch.ones(1) for name in names}
+    ck = Checkpoint.open(write(tmp_path, tensors()[0] | scales))
+    ck.validate()
+    assert names <= set(ck.report().aside)
+
+
 @pytest.mark.parametrize("name", ["bf16-hub", "quark-mxfp4", "quark-moe-mxfp4"])
 def test_fixtures(name: str) -> None:
     ck = Checkpoint.open(Path(__file__).parent / "data" / "fixtures" / name)

@@ -16,7 +16,7 @@ from ..vision import VisionConfig
 from .expected import expected_tensors
 from .folder import few
 from .names import split_role
-from .recognise import BESIDE
+from .recognise import BESIDE, CACHE_SCALES
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -48,7 +48,7 @@ def check_complete(ck: Checkpoint, config: Config) -> None:
                 break
             known.update(ck.expert_names(name), (s.name for s in ck.modules.get(split_role(name)[0], {}).values()))
     for name in () if len(problems) == ENOUGH else ck.tensors.keys() - known:
-        if vision or not name.startswith("visual."):
+        if not any(fnmatchcase(name, pattern) for pattern in (*CACHE_SCALES, "" if vision else "visual.*")):
             where, found = ck.stored(name).where, ck.stored(name)
             problems.append(Qwen35Error("a tensor that is not expected", where=where, expected="none", found=found))
     if len(problems) == 1:
@@ -142,7 +142,7 @@ class Report:
 def report(ck: Checkpoint, aside: Iterable[str] = ("visual.*", "mtp.*")) -> Report:
     """aside: patterns of names that are left out on purpose."""
     unused = sorted(ck.tensors.keys() - ck.used)
-    patterns = (*aside, *(f"*{role}" for role in BESIDE if role != ".bias"))
+    patterns = (*aside, *CACHE_SCALES, *(f"*{role}" for role in BESIDE if role != ".bias"))
     apart = [name for name in unused if any(fnmatchcase(name, pattern) for pattern in patterns)]
     return Report(
         used=len(ck.tensors) - len(unused),
