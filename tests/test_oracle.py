@@ -28,6 +28,7 @@ from qwen35_moe.oracle.readers.own import from_trace
 from qwen35_moe.oracle.records import Comparison, Record
 from qwen35_moe.oracle.replay import Captured, ReplayRouting
 from qwen35_moe.oracle.routing import compare_ids, could_flip
+from qwen35_moe.oracle.suspects import accuse, suspects
 from qwen35_moe.oracle.trace_file import Trace
 from qwen35_moe.oracle.weights_check import check_weights
 from qwen35_moe.quant.layouts import shuffle_scales, shuffle_weight
@@ -221,6 +222,13 @@ def test_layers_that_were_not_dumped_are_suspects(built: Callable[[str], Path], 
     assert str(routing.diagnoses[0]).startswith("layer 1, gdn: no decay")
     stream = [f"layers.{i}.{n}" for i in range(4) for n in ("layer_input", "moe_topk_ids")]
     assert [found(*stream, layers=[i]).exit_code for i in range(4)] == [0, 1, 0, 0]
+
+
+def test_no_block_is_suspect_that_runs_after_the_tap() -> None:
+    for tap, last in (("pre_mlp_residual", "gdn"), ("pre_mlp_residual_sum", "gdn"), ("layer_output_sum", "mlp")):
+        record = Record(f"layers.1.{tap}", "wrong", "stream", 1)
+        accuse([record], suspects(Captured(), ("gdn", "gdn")), set())
+        assert record.suspects[0] == (None, "embedding") and record.suspects[-1] == (1, last)
 
 
 def test_without_checkpoint_errors_are_inherited(truth: Trace, engine: Trace) -> None:

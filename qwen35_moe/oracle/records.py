@@ -49,7 +49,7 @@ class Record:
     """One tap. Ratios are in units of the legal error: `added` on the engine's input, `inherited` against the truth.
 
     `layer` is the one that computed it (of `layers.3.layer_input` layer 2) or, where nothing was rerun, the key's.
-    `suspects` of a bad one are all blocks since the engine's own values, if others than its own are among them.
+    `suspects` of a bad one, where it was rerun, are all blocks since the engine's own values, its own among them.
     `worst` is (sequence, token).
     """
 

@@ -51,7 +51,7 @@ def suspects(captured: Captured, kinds: Sequence[str]) -> dict[Place, list[Place
 def accuse(records: Sequence[Record], found: Mapping[Place, list[Place]], cleared: set[Place]) -> None:
     """Say of the bad records of a layer who is suspect. `cleared` are the blocks that good ones, from the embedding on,
     saw the output of: all but their own, of which a tap sees a part. Ids agree in spite of many an error."""
-    names = {r.key: (r.layer, RESIDUAL if base_name(r.key) == RESIDUAL else r.block) for r in records}
+    names = {r.key: (r.layer, RESIDUAL if base_name(r.key).startswith(RESIDUAL) else r.block) for r in records}
     for r in records:
         blind = r.key.endswith((".gain", "_ids"))  # a gain is made of weights alone
         if r.cls in ("bit-equal", "within rounding") and not blind:
