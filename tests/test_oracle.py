@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qwen35_moe import Qwen35Error, cli
 from qwen35_moe.arithmetic import get
@@ -374,7 +376,7 @@ def test_weights_of_ranks(engine: Trace, source) -> None:
     assert said.startswith("0 of 1 as the checkpoint has them, 0 wrong; 1 not compared")
 
 
-def test_weights_that_are_packed(built: Callable[[str], Path], engine: Trace) -> None:
+def test_weights_that_are_packed(built: Callable[[str], Path], engine: Trace, tmp_path: Path) -> None:
     """FP8's and MXFP4's parameters are codes and scales, which are held against codes and scales."""
     dump = from_trace(engine)
 
@@ -404,6 +406,19 @@ def test_weights_that_are_packed(built: Callable[[str], Path], engine: Trace) ->
     assert states(path, f"{shared}.gate_up_proj.weight", shuffle_weight(codes)) == {("reordered", "Aiter's layout")}
     codes[0, 0] ^= 1
     assert states(path, f"{shared}.gate_up_proj.weight", codes).pop()[0] == "wrong"
+
+    path = built("tiny-mxfp4-attnfp8")
+    o_proj = oracle_cli.open_checkpoint(path)[1].source.weight("layers.3.self_attn.o_proj")
+    for values in (o_proj.values.T, o_proj.values.T.contiguous()):  # as vLLM and SGLang leave weights of FP8 channels
+        assert states(path, "layers.3.self_attn.o_proj.weight", values) == {
+            ("reordered", "transposed, as kernels of FP8 read it")
+        }
+
+    path = shutil.copytree(built("tiny-fp8-experts"), tmp_path / "one scale each")
+    for file in path.glob("*.safetensors"):
+        save_file({k: x.reshape(()) if k.endswith("_scale_inv") else x for k, x in load_file(file).items()}, file)
+    for name, x in (("w13_weight_scale", torch.ones(10, 2)), ("w2_weight_scale", torch.ones(10))):
+        assert {state for state, _ in states(path, f"layers.0.mlp.experts.{name}", x)} == {"unknown"}
 
 
 def test_logits() -> None:

@@ -30,6 +30,7 @@ JOINED = {
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
 SCALES = ("weight_scale", "weight_scale_inv")
+ANEW = "weights with one scale each are quantised anew where an engine joins them"
 
 
 def check_weights(dump: Dump, source: Source) -> list[Weight]:
@@ -57,7 +58,7 @@ def _check(name: str, x: Tensor, source: Source, parallel: Mapping[str, Any]) ->
     if leaf in JOINED and last in ("weight", *SCALES):
         parts = [source.weight(f"{parent}.{part}") for part in JOINED[leaf]]
         if any(isinstance(part, FP8) and part.kind == "fp8-tensor" for part in parts):
-            yield Weight(name, "unknown", "weights with one scale each are quantised anew where an engine joins them")
+            yield Weight(name, "unknown", ANEW)
         else:
             truth = torch.cat([_stored(part, x.dtype, last in SCALES) for part in parts])
             yield _plain(name, x, truth, last in SCALES)
@@ -85,8 +86,11 @@ def _stored(packed: Packed, dtype: torch.dtype, scales: bool) -> Tensor:
 
 
 def _plain(name: str, x: Tensor, truth: Tensor, scales: bool) -> Weight:
-    if x.dtype == truth.dtype == torch.uint8 and not torch.equal(x, truth) and _shuffled(x, truth, scales):
-        return Weight(name, "reordered", "Aiter's layout")
+    if x.dtype == truth.dtype == torch.uint8 and not torch.equal(x, truth):
+        if _shuffled(x, truth, scales):
+            return Weight(name, "reordered", "Aiter's layout")
+        if x.dim() == 2 and torch.equal(x.T, truth):
+            return Weight(name, "reordered", "transposed, as kernels of FP8 read it")
     if x.numel() != truth.numel():
         share = truth.numel() / x.numel() if x.numel() else 0
         state = "sharded" if share > 1 and share == int(share) else "wrong"
@@ -107,6 +111,9 @@ def _experts(
 ) -> Iterator[Weight]:
     """Each slot of w13 [X, 2F, Z] or w2 [X, D, Z], or of their scales, which Aiter may hand over flat."""
     E = source.config.num_experts
+    if source.spec(f"{mlp}.experts").kind == "fp8-tensor":
+        yield Weight(name, "unknown", ANEW)
+        return
     held = E // int(parallel.get("moe_ep_size", 1))
     first = held * int(parallel.get("moe_ep_rank", 0))
     which = [*range(first, first + held), E]
