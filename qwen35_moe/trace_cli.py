@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,8 @@ def run(args: argparse.Namespace) -> int:
         where = f"--offload-folder {args.offload_folder}"
         raise Qwen35Error("in the trace's own directory", where=where, do="name another")
     in_utf8(args.out)
-    asked = args.taps
-    args.taps = asked if args.no_envelope else with_ids(asked)
-    args.unasked = {"moe_topk_ids"} if args.taps != asked else set()
+    args.asked = [pattern.strip() for pattern in args.taps.split(",")]
+    args.taps = args.taps if args.no_envelope else with_ids(args.taps)
     ids, mask = padded([torch.tensor(row) for row in read_ids(args.ids, "--ids")])
     processes = Processes(args.device)
     args.device = processes.device
@@ -127,7 +127,8 @@ def _trace(
         for mlp, cost in model.conversion.items():
             print(f"{mlp}: shared expert converted to MXFP4, relative error {cost:.4f}")
         print(checkpoint.report(aside))
-        if not {entry.name for entry in truth.sites.values()} - args.unasked:
+        names = [name for entry in truth.sites.values() for name in (entry.name, entry.key)]
+        if not any(fnmatchcase(name, pattern) for name in names for pattern in args.asked):
             print("qwen35-moe: no tap that was asked for lies in these layers", file=sys.stderr)
         print(f"{args.out}: {len(truth)} tensors of {ids.numel()} tokens, arithmetic {args.arithmetic}")
     processes.close()

@@ -421,3 +421,5 @@ def test_what_was_used_and_what_was_not(
         assert "no tap that was asked for" in said.err
         if mode == "stream":
             assert f"{len(first)} tensors used\n{len(names) - len(first)} left out on purpose" in said.out
+    assert run("out", [1, 2], "--taps", "layers.1.moe_topk_ids") == 0  # an envelope adds those of all layers
+    assert "no tap that was asked for" not in capsys.readouterr().err
