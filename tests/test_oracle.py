@@ -233,6 +233,34 @@ def test_no_block_is_suspect_that_runs_after_the_tap() -> None:
         assert record.suspects[0] == (None, "embedding") and record.suspects[-1] == (1, last)
 
 
+@pytest.mark.parametrize("key", ["embed_tokens", "layers.0.pre_mlp_residual", "layers.0.layer_output_sum"])
+def test_suspects_begin_after_the_last_value_of_the_stream(key: str) -> None:
+    captured = Captured()
+    captured.add(key, torch.arange(1), torch.ones(1, 1))
+    blocks = {"embed_tokens": (0, "input_layernorm"), "layers.0.pre_mlp_residual": (0, "post_attention_layernorm")}
+    place = blocks.get(key, (1, "input_layernorm"))
+    assert suspects(captured, ("gdn", "attn"))[place] == [place]
+
+
+def test_who_is_cleared() -> None:
+    """By a good value: all blocks before its own. By ids and gains: none."""
+    found, first = suspects(Captured(), ("gdn", "attn")), (None, "embedding")
+    for tap, block, suspect in (
+        ("moe_router_logits", "mlp", (0, "mlp")),
+        ("moe_topk_ids", "mlp", first),
+        ("pre_mlp_layernorm_output.gain", "post_attention_layernorm", first),
+    ):
+        good, bad = (
+            Record(f"layers.0.{tap}", "bit-equal", block, 0),
+            Record("layers.1.layer_input", "wrong", "stream", 0),
+        )
+        accuse([good, bad], found, set())
+        assert bad.suspects[0] == suspect and bad.suspects[-1] == (0, "mlp")
+    gain = Record("layers.0.input_layernorm.gain", "wrong", "input_layernorm", 0)
+    accuse([gain], found, set())
+    assert not gain.suspects  # it is made of weights alone
+
+
 def test_without_checkpoint_errors_are_inherited(truth: Trace, engine: Trace) -> None:
     clean = compare(truth, from_trace(engine))
     assert not clean.diverges and clean.compared > 20
@@ -342,7 +370,8 @@ def test_weights_slot_by_slot(engine: Trace, source) -> None:
     joined = torch.cat([source.weight(f"layers.0.linear_attn.in_proj_{n}").values for n in "ba"])
     assert states("layers.0.linear_attn.in_proj_ba.weight", joined)[0][0] == "equal"
     assert states("layers.0.linear_attn.in_proj_ba.weight", joined.roll(4, 0)) == [("wrong", "halves swapped")]
-    assert states("layers.0.nonsense", joined)[0][0] == "unknown"
+    for nothing in ("nonsense", "linear_attn.in_proj_ba.input_scale"):
+        assert states(f"layers.0.{nothing}", joined)[0][0] == "unknown"
 
 
 def test_weights_in_aiters_layout(engine: Trace, source) -> None:
@@ -372,6 +401,8 @@ def test_weights_of_ranks(engine: Trace, source) -> None:
     assert found(codes[..., 8:].contiguous(), moe_tp_size=2, moe_tp_rank=1) == [
         ("", "sharded", f"{[10, *codes[0, :, 8:].shape]} for 10 of {list(codes[0].shape)}")
     ]
+    assert found(codes[..., 8:].contiguous())[0][1] == "sharded"  # a dump that does not tell
+    assert found(codes, moe_tp_size=2, moe_tp_rank=1)[0][1] == "sharded"  # a share that is padded
     said = report.weights_line(Comparison(weights=check_weights(dump, source)))
     assert said.startswith("0 of 1 as the checkpoint has them, 0 wrong; 1 not compared")
 
@@ -414,11 +445,16 @@ def test_weights_that_are_packed(built: Callable[[str], Path], engine: Trace, tm
             ("reordered", "transposed, as kernels of FP8 read it")
         }
 
-    path = shutil.copytree(built("tiny-fp8-experts"), tmp_path / "one scale each")
+    path = shutil.copytree(built("tiny-drawn-fp8"), tmp_path / "one scale each")
     for file in path.glob("*.safetensors"):
-        save_file({k: x.reshape(()) if k.endswith("_scale_inv") else x for k, x in load_file(file).items()}, file)
-    for name, x in (("w13_weight_scale", torch.ones(10, 2)), ("w2_weight_scale", torch.ones(10))):
-        assert {state for state, _ in states(path, f"layers.0.mlp.experts.{name}", x)} == {"unknown"}
+        tensors = load_file(file).items()
+        save_file({k: x.reshape(()) if "scale" in k and x.numel() == 1 else x for k, x in tensors}, file)
+    for name, x in (
+        ("mlp.experts.w13_weight_scale", torch.ones(99, 2)),
+        ("mlp.experts.w2_weight_scale", torch.ones(99)),
+        ("mlp.shared_expert.gate_up_proj.weight", torch.ones(1)),
+    ):
+        assert {state for state, _ in states(path, f"layers.0.{name}", x)} == {"unknown"}
 
 
 def test_logits() -> None:
