@@ -205,6 +205,21 @@ def test_method_rows(name: str, quant: dict[str, Any] | None, expected: str) -> 
     assert got == [word == "1" for word in expected.split()]
 
 
+def test_formats_of_modelopt() -> None:
+    """What merely begins with FP8 is another format: rows, blocks; and NVFP4 with FP8 inputs is another function."""
+    names = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "fp8_pb_wo", "NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8")
+    found = [str(QuantConfig.from_dict({"quant_method": "modelopt", "quant_algo": n}).default) for n in names]
+    assert found[:3] == [
+        "fp8-tensor, activations fp8 static",
+        "fp8-channel, activations fp8 dynamic",
+        "fp8-block (block 128x128)",
+    ]
+    ends = (", activations fp4/16 dynamic", "", ", activations fp8 static")
+    assert found[3:] == ["nvfp4 (block 16)" + end for end in ends]
+    with pytest.raises(Qwen35Error, match=r"(?s)unknown ModelOpt quant_algo.*FP8_PB_WO"):
+        QuantConfig.from_dict({"quant_method": "modelopt", "quant_algo": "FP8_OTHER"})
+
+
 def test_the_narrowest_group_of_compressed_tensors_decides() -> None:
     """compressed_tensors.utils.match: exact names before patterns before classes, in whatever order they are listed."""
     fp8 = {"num_bits": 8, "type": "float", "strategy": "channel"}

@@ -108,15 +108,23 @@ def _modelopt(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+# "PB_WO" is "per block, weights only"; some exports write it in lower case.
+MODELOPT_FP8 = {
+    "FP8": ModuleSpec("fp8-tensor", (), "f32", Activation("fp8", False)),
+    "FP8_PER_CHANNEL_PER_TOKEN": ModuleSpec("fp8-channel", (), "f32", Activation("fp8")),
+    "FP8_PB_WO": ModuleSpec("fp8-block", (128, 128), "f32"),
+}
+
+
 def _algo_spec(algo: str, entry: Mapping[str, Any]) -> ModuleSpec:
     group = entry.get("group_size") or 16
     if "NVFP4" in algo:
-        return ModuleSpec("nvfp4", (group,), "e4m3", None if "A16" in algo else Activation("fp4", True, group))
-    if algo.startswith("FP8"):
-        return ModuleSpec("fp8-tensor", (), "f32", Activation("fp8", False))
-    raise Qwen35Error(
-        "unknown ModelOpt quant_algo", expected="NVFP4, W4A16_NVFP4, FP8 or MIXED_PRECISION", found=repr(algo)
-    )
+        inputs = Activation("fp8", False) if "A8" in algo else Activation("fp4", True, group)
+        return ModuleSpec("nvfp4", (group,), "e4m3", None if "A16" in algo else inputs)
+    if algo.upper() in MODELOPT_FP8:
+        return MODELOPT_FP8[algo.upper()]
+    known = ", ".join(("NVFP4", "W4A16_NVFP4", *MODELOPT_FP8))
+    raise Qwen35Error("unknown ModelOpt quant_algo", expected=f"{known} or MIXED_PRECISION", found=repr(algo))
 
 
 def _gptq(raw: Mapping[str, Any]) -> dict[str, Any]:
