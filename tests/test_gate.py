@@ -324,6 +324,17 @@ def test_an_entry_for_the_block_settles_nothing_without_bytes() -> None:
     assert can_fuse_shared_expert(QWEN, quark(f"{PREFIX}.0.mlp.shared_expert_gate"))
 
 
+@pytest.mark.parametrize("block", ["mlp.shared_expert", "mlp.experts", "mlp.experts.", "mlp", ""])
+def test_an_entry_for_the_block_settles_nothing_in_any_dialect(block: str) -> None:
+    """Engines ask for `mlp.experts` as one module, whatever names the single projections have."""
+    entry = f"{PREFIX}.0.{block}" if block else f"{PREFIX}.0"
+    gptq = {"quant_method": "gptq", "dynamic": {f"-:{entry}$": {}}}
+    for quant in (CT | {"ignore": [entry]}, CT | {"ignore": [f"re:{entry}$"]}, NV | {"ignore": [entry]}, gptq):
+        decision = decide_layers(QWEN, quant)[0]
+        assert not decision and "readers of the exclude list disagree" in decision.reason and entry in str(decision)
+        assert can_fuse_shared_expert(QWEN, quant, stored=lambda _: MXFP4)
+
+
 @pytest.mark.parametrize("entry", ["re:shared_expert", "*mlp.shared_expert", "re:mlp.experts", "*.mlp.experts"])
 def test_what_only_atom_reads_as_excluded_settles_nothing_without_bytes(entry: str) -> None:
     decision = can_fuse_shared_expert(QWEN, quark(entry))

@@ -1,13 +1,13 @@
 """Our own rule: fuse where the shared expert is stored as the routed experts of that very layer are, and nowhere else.
 
-What a module is comes from its bytes if they can be seen, and otherwise from the configuration, provided that all
+What a module is comes from its bytes if they can be seen, and otherwise from the configuration, provided that all known
 readers of the exclude list agree about it. Where list and bytes disagree, the bytes decide and the evidence warns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..errors import Qwen35Error
@@ -61,17 +61,22 @@ def layer_facts(model: Model, layer: Layer, stored: Stored | None, semantics: st
 def _fact(name: str, quant: QuantConfig, others: Sequence[QuantConfig], stored: Stored | None) -> Fact:
     declared = quant.spec_of(name)
     readings = [other.spec_of(name) for other in others]
-    if others and (hit := _block_above(name, quant)):
+    if hit := _block_above(name, quant):
         readings.append(Resolution(BF16, hit))
     second = next((reading for reading in readings if reading.spec != declared.spec), None)
     return Fact(name, declared, second, stored(name) if stored else None)
 
 
 def _block_above(name: str, quant: QuantConfig) -> Hit | None:
-    """An entry that names the block around a module, as people write by hand; ATOM takes it so without a dot behind."""
-    blocks = {spelled.rpartition(".")[0] for spelled in spellings(name, quant.num_hidden_layers)}
-    found = ((i, entry) for i, entry in enumerate(quant.exclude.entries) if entry.rstrip(".") in blocks)
-    return next((Hit(quant.exclude.list, i, entry, "the block around it") for i, entry in found), None)
+    """An entry that names a block around a module (around all routed experts, not around one).
+
+    Engines ask for `mlp.experts`, ATOM for `mlp.shared_expert`, and people write them by hand, also with a dot behind.
+    """
+    parts = name.split(".")
+    blocks = [".".join(parts[:end]) + "." for end in range(parts.index("mlp") + 2, 1, -1)]
+    dotted = [spelled for block in blocks for spelled in spellings(block, quant.num_hidden_layers)]
+    hit = quant.exclude.hit([*(n[:-1] for n in dotted), *dotted])
+    return hit and replace(hit, how="a block around it")
 
 
 def _routed(
