@@ -17,6 +17,8 @@ from qwen35_moe.quant.gate import VARIANTS, can_fuse_shared_expert, decide_layer
 from qwen35_moe.quant.spec import BF16, MXFP4, NVFP4, ModuleSpec, QuantConfig, float_spec
 from weights import gate_recipes
 
+PARTS = ("gate", "up", "down")
+
 
 @pytest.mark.parametrize("name", gate_recipes.names())
 def test_real_checkpoints(name: str) -> None:
@@ -66,6 +68,37 @@ def test_one_odd_expert_is_seen() -> None:
     assert odd in str(decisions[2])
     listed = decide_layers(QWEN, quark(f"{PREFIX}.1.mlp.experts.7.up_proj"))
     assert [bool(d) for d in listed] == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("found", [BF16, None])
+def test_one_odd_expert_breaks_engines(found: ModuleSpec | None) -> None:
+    """Also if it is not the first, and if it is not there."""
+    odd = "layers.2.mlp.experts.5.down_proj"
+    specs = {f"layers.{n}.mlp.experts.{e}.{p}_proj": MXFP4 for n in range(4) for e in range(8) for p in PARTS}
+    specs |= {f"layers.{n}.mlp.shared_expert.{p}_proj": MXFP4 for n in range(4) for p in PARTS}
+    stored = {k: v for k, v in (specs | {odd: found}).items() if v}
+    for label, rule, options in VARIANTS:
+        decisions = decide_layers(QWEN, quark(), rule, stored=stored, **options)
+        broken = hazards(QWEN, quark(), decisions, stored)
+        breaks = decisions[2] or found and rule != "strict"
+        assert set(broken) == ({"layers.2"} if breaks else set()), label
+        assert all(odd in text for text in broken.values())
+
+
+@pytest.mark.parametrize("prefix", ["", "re:"])
+def test_loaders_ask_for_the_experts_as_one_module(prefix: str) -> None:
+    """`mlp.experts` leaves them all out to an engine, a pattern for what is below it none; to Quark the other way."""
+
+    def broken(entry: str, rule: str, spec: ModuleSpec) -> set[str]:
+        stored = {"layers.0.mlp.experts": spec} | {f"layers.0.mlp.shared_expert.{p}_proj": spec for p in PARTS}
+        quant = quark(entry)
+        return set(hazards(QWEN, quant, decide_layers(QWEN, quant, rule, vllm_opt_in=True), stored)) & {"layers.0"}
+
+    whole = f"{PREFIX}.0.mlp.experts"
+    for rule in ("sglang-22948", "sglang-0.5.23", "vllm", "atom"):
+        assert broken(f"re:{whole}$" if prefix else whole, rule, MXFP4)
+    # The shared expert is BF16 to all; the routed ones, which are BF16 as well, are not to SGLang.
+    assert broken(rf"re:{PREFIX}.0.mlp.experts\.\d+\..*|{PREFIX}.0.mlp.shared.*", "sglang-0.5.23", BF16)
 
 
 def test_a_missing_tensor_is_no_reason_to_fuse() -> None:

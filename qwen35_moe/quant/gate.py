@@ -18,7 +18,8 @@ from ..errors import Qwen35Error
 from .gate_engines import ENGINE_RULES
 from .gate_strict import LayerFacts, Stored, layer_facts, read_stored, strict
 from .gate_types import PROJECTIONS, Decision, Evidence, Layer, Model, Options
-from .spec import BF16, ModuleSpec
+from .names import spellings
+from .spec import BF16, ModuleSpec, QuantConfig
 
 RULES = ("strict", *ENGINE_RULES)
 
@@ -114,36 +115,49 @@ def _hazard(model: Model, layer: Layer, decision: Decision, stored: Stored | Non
     try:
         truth = layer_facts(model, layer, stored)
         if decision:
+            if uneven := _uneven(truth):
+                return uneven
             slot_guard(layer.experts, truth.routed[0].spec, _named(truth), convert=decision.online)
-        if decision.rule == "strict":
-            return ""
-        return _misread(truth, _as_loader(model, layer, decision))
+        return "" if decision.rule == "strict" else _misread(model, truth, decision)
     except Qwen35Error as error:
         return f"{error.what}: {error.where} is {error.found}, expected {error.expected}"
+
+
+def _uneven(facts: LayerFacts) -> str:
+    """Why the experts cannot lie in one tensor, whatever the shared expert is. Nothing stored: nothing is missing."""
+    everything, first = (*facts.routed, *facts.shared), facts.routed[0]
+    absent = [f.name for f in everything if f.stored is None]
+    if 0 < len(absent) < len(everything):
+        return f"a fused slot would stay unfilled: {absent[0]} is missing from the checkpoint"
+    odd = next((f for f in facts.routed if not f.spec.same_bytes(first.spec)), None)
+    return f"the routed experts are not alike: {first.name} is {first.spec}, {odd.name} is {odd.spec}" if odd else ""
 
 
 def _named(facts: LayerFacts) -> dict[str, ModuleSpec | None]:
     return {f.name: f.spec for f in facts.shared}
 
 
-def _as_loader(model: Model, layer: Layer, decision: Decision) -> LayerFacts:
-    """The facts as the engine's loader takes them to be."""
-    facts = layer_facts(model, layer, None, ENGINE_RULES[decision.rule].semantics)
-    if layer.draft and decision.rule == "sglang-0.5.23" and "draft" in decision.reason:
-        plain = [
-            tuple(f._replace(declared=f.declared._replace(spec=BF16)) for f in g) for g in (facts.shared, facts.routed)
-        ]
-        return LayerFacts(layer, *plain)
-    return facts
-
-
-def _misread(truth: LayerFacts, taken: LayerFacts) -> str:
-    pairs = [*zip(truth.routed[:1], taken.routed[:1], strict=True), *zip(truth.shared, taken.shared, strict=True)]
-    for real, believed in pairs:
-        a, b = real.spec, believed.spec
+def _misread(model: Model, truth: LayerFacts, decision: Decision) -> str:
+    """The first module that the engine's loader takes for something that it is not."""
+    quant, layer = model.quant, truth.layer
+    if quant.method == "quark":
+        quant = quant.read_as(ENGINE_RULES[decision.rule].semantics)
+    plain = layer.draft and decision.rule == "sglang-0.5.23" and "draft" in decision.reason
+    for fact in (*truth.routed, *truth.shared):
+        a, b = fact.spec, BF16 if plain else _believed(quant, layer, fact.name)
         if not (a.is_float and b.is_float or a.same_bytes(b)):
-            return f"the loader takes {real.name} for {b.kind}, it is {a.kind} ({real.declared.hit})"
+            return f"the loader takes {fact.name} for {b.kind}, it is {a.kind} ({fact.declared.hit})"
     return ""
+
+
+def _believed(quant: QuantConfig, layer: Layer, name: str) -> ModuleSpec:
+    """What a loader takes a module for. It asks for the routed experts as one module, not for their projections."""
+    if name.startswith(layer.experts):
+        if quant.exclude.hit(spellings(layer.experts, quant.num_hidden_layers)):
+            return BF16
+        if quant.exclude.semantics.children:
+            quant = replace(quant, exclude=replace(quant.exclude, entries=()))
+    return quant.spec_of(name).spec
 
 
 def slot_guard(
