@@ -34,6 +34,14 @@ def quark_spec(entry: Mapping[str, Any] | None) -> ModuleSpec:
 
 
 def _quark(raw: Mapping[str, Any]) -> dict[str, Any]:
+    if types := raw.get("layer_type_quant_config"):
+        raise Qwen35Error(
+            "specs by a layer's type are not read",
+            where="quantization_config.layer_type_quant_config",
+            expected="{}",
+            found=", ".join(map(str, types)),
+            do="say it by names, in layer_quant_config",
+        )
     layers = tuple((key, quark_spec(spec)) for key, spec in (raw.get("layer_quant_config") or {}).items())
     stated = "global_quant_config" in raw  # every file has it; an excerpt that lists exclusions is about something
     return {
