@@ -12,7 +12,7 @@ import pytest
 from gate_configs import FP4, FP8, GLM, NV, PREFIX, QWEN, TEXT, W4A4, W8A8, body, quark
 
 from qwen35_moe.errors import Qwen35Error
-from qwen35_moe.quant.gate import RULES, can_fuse_shared_expert, decide_layers
+from qwen35_moe.quant.gate import RULES, can_fuse_shared_expert, decide_layers, hazards
 from qwen35_moe.quant.spec import BF16, MXFP4, ModuleSpec, QuantConfig
 
 # Columns: sglang-22948, sglang-0.5.23, is the body unquantised to SGLang's loader, vllm (opted in), atom,
@@ -250,6 +250,14 @@ def test_draft_rows(name: str, quant: dict[str, Any], target: bool, draft: bool)
     decisions = decide_layers(QWEN, quant, "sglang-0.5.23")
     assert [bool(d) for d in decisions] == [target] * 4 + [draft]
     assert [d.layer for d in decisions] == ["layers.0", "layers.1", "layers.2", "layers.3", "mtp.layers.0"]
+
+
+def test_only_modelopt_drafts_beside_nvfp4_are_bf16() -> None:
+    """`_mtp_quant_config` knows NVFP4 and the mix; with FP8 the draft has the target's quantisation."""
+    for algo, broken in (("NVFP4", True), ("FP8", False), ("FP8_PB_WO", False)):
+        quant = NV | {"quant_algo": algo}
+        decisions = decide_layers(QWEN, quant, "sglang-0.5.23")
+        assert all(decisions) and ("mtp.layers.0" in hazards(QWEN, quant, decisions)) is broken
 
 
 # ATOM's transport: topK.py; its own test names the eplb rows.

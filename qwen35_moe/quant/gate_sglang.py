@@ -59,7 +59,8 @@ def _sglang_draft(model: Model) -> Decision | None:
         hit = first_entry(quant, lambda e: e.startswith("mtp.") and "mlp.experts" in e)
         if hit is not None:
             return yes("the draft's routed experts are excluded, so the draft is BF16 throughout", Evidence.of(hit))
-    if quant.method == "modelopt" and not any(name.startswith("mtp.") for name, _ in quant.layers):
+    mixed = quant.default.is_float and not any(name.startswith("mtp.") for name, _ in quant.layers)
+    if quant.method == "modelopt" and (mixed or quant.default.kind == "nvfp4"):
         return yes("ModelOpt checkpoints keep the draft in BF16")
     return None
 
