@@ -234,6 +234,10 @@ def test_the_narrowest_group_of_compressed_tensors_decides() -> None:
     }
     assert list(found.values()) == ["mxfp4", "fp8-channel"]
     assert not can_fuse_shared_expert(QWEN, CT | {"config_groups": groups})
+    # The entry is quoted as it is written, and a shell pattern is none of the three.
+    assert quant.spec_of("lm_head").hit.entry == "Linear"
+    glob = CT | {"config_groups": {"g": CT["config_groups"]["g"] | {"targets": ["*mlp*"]}}}
+    assert "both bf16" in can_fuse_shared_expert(QWEN, glob).reason
 
 
 # SGLang's draft is built with a configuration of its own: qwen3_5_mtp.py:50-95.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import Qwen35Error
-from .exclude import ExcludeList, exclude_list
+from .exclude import ExcludeList, exclude_list, layer_class
 from .precision import BF16, MXFP4, UNSTATED, Activation, ModuleSpec
 
 
@@ -71,9 +71,9 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> dict[str, Any]:
     layers = []
     for group in (raw.get("config_groups") or {}).values():
         spec = _group_spec(group, group.get("format") or raw.get("format") or "")
-        # A class name covers every projection; anything else is a module name or `re:`.
-        layers += [("*" if t in ("Linear", "FusedMoE") else t, spec) for t in group.get("targets") or ()]
-    layers.sort(key=lambda layer: (layer[0] == "*", layer[0].startswith("re:")))  # names, then patterns, then classes
+        layers += [(target, spec) for target in group.get("targets") or ()]
+    # names, then patterns, then classes
+    layers.sort(key=lambda layer: (layer_class(layer[0], ""), layer[0].startswith("re:")))
     return {
         "exclude": _exclude(raw, "ignore", "compressed-tensors"),
         "layers": tuple(layers),

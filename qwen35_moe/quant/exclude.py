@@ -62,6 +62,11 @@ def negative_rule(entry: str, name: str) -> bool:
     return entry.startswith("-:") and _compiled(entry[2:]).match(name) is not None
 
 
+def layer_class(entry: str, name: str) -> bool:
+    """A class of layers, as compressed-tensors targets them: these two cover every projection."""
+    return entry in ("Linear", "FusedMoE")
+
+
 Test = Callable[[str, str], bool]
 
 
@@ -95,14 +100,14 @@ SEMANTICS = {
             "ROCm/ATOM atom/config.py:483-493",
             children=True,
             # Without a star, ATOM asks whether the name occurs in the key, not whether it equals it.
-            layer_tests=(lambda key, name: glob(key, name) if "*" in key else name in key,),
+            layer_tests=(lambda key, name: glob(key, name) if "*" in key else name in key, layer_class),
         ),
         Semantics("fp8", (exact, segments), "SGLang 0.5.23 quantization/utils.py: is_layer_skipped (since #23467)"),
         Semantics(
             "compressed-tensors",
             (exact, regex_match),
             "compressed-tensors 0.20: ignore and targets",
-            layer_tests=(exact, regex_match, glob),
+            layer_tests=(exact, regex_match, layer_class),
         ),
         Semantics("modelopt", (exact, glob), "NVIDIA ModelOpt hf_quant_config.json: exclude_modules, ignore"),
         Semantics("gptq", (negative_rule,), "GPTQModel: quantization_config.dynamic"),
