@@ -151,8 +151,9 @@ def test_a_decision_prints_and_serialises() -> None:
     ],
 )
 def test_errors_name_what_is_wrong(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(Qwen35Error, match=message):
+    with pytest.raises(Qwen35Error, match=message) as raised:
         can_fuse_shared_expert(QWEN, **arguments)
+    assert str(raised.value).count("found:") <= 1, "an error inside another one"
     with pytest.raises(Qwen35Error, match="does not look like"):
         can_fuse_shared_expert({"model_type": "llama"})
 

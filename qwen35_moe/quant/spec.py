@@ -53,6 +53,8 @@ class QuantConfig:
         method = method_of(raw)
         try:
             return cls(method=method, raw=raw, num_hidden_layers=num_hidden_layers, **READERS[method](raw))
+        except Qwen35Error:
+            raise
         except (AttributeError, TypeError, ValueError, KeyError) as error:
             where, expected = "quantization_config", f"what {method} writes"
             raise Qwen35Error("cannot be read", where=where, expected=expected, found=error) from error
