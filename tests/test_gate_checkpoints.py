@@ -146,6 +146,7 @@ def test_a_decision_prints_and_serialises() -> None:
         ({"a2a_backend": "nccl"}, "unknown all-to-all backend"),
         ({"quant_config": {"quant_method": "bitsandbytes"}}, "unknown quantisation method"),
         ({"quant_config": {"quant_method": "quark", "exclude": "lm_head"}}, "must hold strings"),
+        ({"quant_config": quark("re:*.mlp.gate")}, r"not a valid regular expression(.|\n)*found: \*.mlp.gate"),
         ({"quant_config": quark(layer_type_quant_config={"Linear": W8A8})}, "by a layer's type are not read"),
         ({"quant_config": {"quant_method": "modelopt", "quant_algo": "INT2"}}, "unknown ModelOpt quant_algo"),
     ],

@@ -154,6 +154,8 @@ class ExcludeList:
                 experts.setdefault(head + ".experts", i)
         anywhere = substring in self.semantics.tests
         patterns = tuple((i, e) for i, e in enumerate(self.entries) if anywhere or not is_plain(e))
+        for _, entry in patterns:  # one that is no regular expression is refused here, whichever rule asks for what
+            matched(entry, "", self.semantics)
         apart = any(tells_experts_apart(e) for _, e in patterns)
         # The gate asks about the same few modules of a layer again and again, once for every rule.
         cached = lru_cache(maxsize=8192)(self._search)
@@ -235,4 +237,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise Qwen35Error("an exclude entry is not a valid regular expression", found=pattern, do=str(error)) from error
+        expected = "a regular expression after re: or -:, not a shell pattern"
+        raise Qwen35Error(
+            "an exclude entry is not a valid regular expression", expected=expected, found=f"{pattern}: {error}"
+        ) from error
