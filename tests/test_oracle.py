@@ -566,6 +566,22 @@ def test_commands(built: Callable[[str], Path], tmp_path: Path, capsys: pytest.C
     assert "not a list of token ids" in capsys.readouterr().err
 
 
+def test_layer_ids_of_hidden_states(built: Callable[[str], Path], tmp_path: Path, capsys) -> None:
+    """One layer of a right engine, with its id and with another's: nothing before it can be run on its own input."""
+    run = trace(load(built("tiny"), "sglang-bf16", text_only=True), IDS[:1], taps="layer_input")
+    hidden = {"hidden_states": run["layers.2.layer_input"].reshape(6, 1, -1), "token_ids": IDS[0]}
+    save_file(hidden, tmp_path / "request.safetensors")
+    command = ["diagnose", str(built("tiny")), str(tmp_path / "request.safetensors")]
+    for more, code, said in (
+        (["--layer-ids", "2"], 0, "AGREES"),
+        (["--layer-ids", "0"], 1, "DIVERGES: first at embedding"),
+        ([], 2, "--layer-ids"),
+    ):
+        assert cli.main([*command, *more]) == code
+        out = capsys.readouterr()
+        assert said in out.out + out.err
+
+
 def test_truth_of_another_checkpoint_is_refused(built: Callable[[str], Path], tmp_path: Path) -> None:
     oracle_cli.write_truth(built("tiny"), IDS[:1], None, tmp_path / "truth", taps=DUMPED, with_envelope=False)
     arguments = ["compare", str(tmp_path / "truth"), str(tmp_path / "truth"), "--checkpoint", str(built("tiny-mxfp4"))]

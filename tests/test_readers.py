@@ -245,9 +245,15 @@ def test_vllm_hidden_states_and_routing(truth: Trace, model, tmp_path: Path) -> 
     assert alignment.matched == 7 and "5 of 12 tokens" in alignment.notes[0]
     assert sorted(alignment.keys) == [f"layers.{i}.layer_input" for i in range(4)] + ["layers.3.layer_output_sum"]
     assert worst(alignment) < 2**-8 and not list(_holes(alignment))  # what layer 2 hands on is what layer 3 reads
-    with pytest.raises(Qwen35Error, match="not known(.|\n)*give layers"):
+    with pytest.raises(Qwen35Error, match="not known(.|\n)*give --layer-ids"):
         read_dump(file)
     assert len(read_dump(file, layers=[0, 1, 2, 3, 4])) == 5
+    for strange in ([0, 1, 2, 3, 3], [0, 1, 2, 3, 5], [-1, 0, 1, 2, 3], [0, 1]):
+        with pytest.raises(Qwen35Error, match="do not fit(.|\n)*5 different layer ids, 0 to 4"):
+            read_dump(file, layers=strange, config=truth.meta["config"])
+    save_file({"hidden_states": states[:, :1].clone(), "token_ids": torch.tensor(SEQUENCES[0])}, file)
+    with pytest.raises(Qwen35Error, match="not known"):  # one layer need not be the first
+        read_dump(tmp_path / "h", config=truth.meta["config"])
 
     ids = torch.stack([single[f"layers.{i}.moe_topk_ids"] for i in range(4)], 1).numpy().astype(np.uint8)
     np.save(tmp_path / "routed.npy", ids)

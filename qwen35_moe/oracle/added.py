@@ -178,9 +178,9 @@ class Work:
         record = Record(key, cls, "mlp", layer, ratio, rows=routing.tokens, bad_rows=bad, worst=where, note=note)
         self.records[key] = record
 
-    def guilty(self, layer: int | None) -> list[Record]:
-        """The bad records of a layer, in order of execution."""
-        return [r for r in self.records.values() if r.layer == layer and r.bad]
+    def guilty(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> list[Record]:
+        """The bad records of a layer (None: of the embedding, or the head), in order of execution."""
+        return [r for r in self.records.values() if r.layer == layer and r.bad and r.key in seen[0]]
 
 
 def _is_bf16(x: Tensor) -> bool:

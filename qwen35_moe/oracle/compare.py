@@ -92,7 +92,7 @@ def compare(
                 work.added(layer, seen)
                 seen = second_look(rerun, layer, work, seen)
                 accuse([r for r in work.records.values() if r.layer == layer], places, cleared)
-                if len(result.diagnoses) < diagnoses and (bad := work.guilty(layer)):
+                if len(result.diagnoses) < diagnoses and (bad := work.guilty(layer, seen)):
                     result.diagnoses.append(diagnose(rerun, layer, bad, work, seen))
     else:
         result.members = (STORED,)

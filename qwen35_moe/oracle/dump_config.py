@@ -67,7 +67,9 @@ answer = llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens
 import numpy
 numpy.save("routed_experts.npy", answer.outputs[0].routed_experts)
 PY
-# Then: read_dump("engine_dump", layers=layers), read_dump("routed_experts.npy"); ids only, no weights.
+# Then, where fewer layers were asked for, with --layer-ids 2,18,33:
+qwen35-moe compare truth/ engine_dump/
+qwen35-moe compare truth/ routed_experts.npy  # ids only, no weights
 """
 
 _TRANSFORMERS = """\

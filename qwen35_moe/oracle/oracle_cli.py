@@ -71,8 +71,13 @@ def _reports(p: argparse.ArgumentParser) -> None:
     p.add_argument("--json", help="write the records, one JSON object a line")
     p.add_argument("--width", type=width, default=80, help="of the text, 20 or more (default: %(default)s)")
     p.add_argument("--engine", help="the arithmetic that the engine has: joins the envelope (float32 replaces it)")
+    p.add_argument("--layer-ids", type=layer_ids, help="those that vLLM was asked for: 2,18,33")
     p.add_argument("--name-map", help="JSON file for plain tensors: the engine's name or regular expression -> key")
     p.add_argument("--limit", type=limit, default=LIMIT, help="default: %(default)s")
+
+
+def layer_ids(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def width(text: str) -> int:
@@ -161,7 +166,7 @@ def truth_of(dump: Dump) -> tuple[Tensor, Tensor | None]:
 
 def run_compare(args: argparse.Namespace) -> int:
     truth = Trace.open(args.truth)
-    dump = read_dump(args.dump, config=truth.meta.get("config"), name_map=args.name_map)
+    dump = read_dump(args.dump, config=truth.meta.get("config"), name_map=args.name_map, layers=args.layer_ids)
     known = truth.meta.get("checkpoint") or {}
     path = args.checkpoint or known.get("path")
     loaded = None
@@ -179,7 +184,7 @@ def run_diagnose(args: argparse.Namespace) -> int:
     count = model.config.num_hidden_layers
     if strange := [i for i in args.layer or () if not 0 <= i < count]:
         raise Qwen35Error("no such layer", where=f"--layer {strange[0]}", expected=f"0 to {count - 1}")
-    dump = read_dump(args.dump, config=model.config.raw, name_map=args.name_map)
+    dump = read_dump(args.dump, config=model.config.raw, name_map=args.name_map, layers=args.layer_ids)
     ids, mask = truth_of(dump)
     with tempfile.TemporaryDirectory() as folder:
         truth = write_truth(

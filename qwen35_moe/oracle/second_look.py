@@ -42,7 +42,7 @@ def second_look(rerun: Rerun, layer: int | None, work: Any, seen: Sequence[Taps]
     """Judge again, by more samples, what was just beyond the limit in this layer. Returns all taps that were used."""
     found = list(seen)
     more = batches(rerun.tables[1:], lambda some: rerun.taps(layer, [(i + 1, table) for i, table in some]))
-    while keys := [r.key for r in work.guilty(layer) if r.key in seen[0] and doubtful(r, work.limit)]:
+    while keys := [r.key for r in work.guilty(layer, seen) if doubtful(r, work.limit)]:
         batch = next(more, None)
         if batch is None:
             break

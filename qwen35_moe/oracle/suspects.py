@@ -30,7 +30,7 @@ def suspects(captured: Captured, kinds: Sequence[str]) -> dict[Place, list[Place
                 before = []
         return before
 
-    stream = through([], None, ("embedding", "embed_tokens"))
+    stream = found[None, "stream"] = through([], None, ("embedding", "embed_tokens"))
     for i, kind in enumerate(kinds):
         at = f"layers.{i}."
         if f"{at}layer_input" in captured:

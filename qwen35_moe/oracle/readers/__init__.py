@@ -58,6 +58,9 @@ def read_dump(
     if name_map is not None and reader is not plain:
         what, do = "a name map is for plain files", "leave it out: this format has names of its own"
         raise Qwen35Error(what, where=path, found=reader.__name__.rpartition(".")[2], do=do)
+    if layers is not None and reader is not vllm:
+        what, do = "layer ids are for vLLM's files", "leave them out: this format names its layers"
+        raise Qwen35Error(what, where=path, found=reader.__name__.rpartition(".")[2], do=do)
     dump = reader.read(path, config=config, name_map=name_map, layers=layers)
     if not dump.sources:
         if dump.problems:

@@ -62,17 +62,16 @@ def _read_hidden(path: Path, files: list[Path], config: Any, layers: list[int] |
         with safe_open(file, framework="pt") as opened:
             hidden = opened.get_tensor("hidden_states")
             ids = opened.get_tensor("token_ids")
-        count = hidden.shape[1]
-        if layers is None and count != 1:
-            total = (config or {}).get("text_config", config or {}).get("num_hidden_layers")
-            if total is None or count not in (total, total + 1):
-                do = "give layers, as in eagle_aux_hidden_state_layer_ids"
-                raise Qwen35Error("layers of these hidden states are not known", where=file, found=count, do=do)
+        count, last = hidden.shape[1], (config or {}).get("text_config", config or {}).get("num_hidden_layers")
+        if layers is None and (last is None or count not in (last, last + 1)):
+            do = "give --layer-ids, as in eagle_aux_hidden_state_layer_ids"
+            raise Qwen35Error("layers of these hidden states are not known", where=file, found=count, do=do)
         numbers = list(range(count)) if layers is None else layers
-        if len(numbers) != count:
-            raise Qwen35Error("layers do not fit", where=file, expected=f"{count} layer ids", found=numbers)
+        known = set(numbers) if last is None else set(range(last + 1))
+        if len(numbers) != count or len(set(numbers) & known) != count:
+            expected = f"{count} different layer ids" + ("" if last is None else f", 0 to {last}")
+            raise Qwen35Error("layers do not fit", where=file, expected=expected, found=numbers)
         tokens[step] = Tokens(ids.flatten().to(torch.int64), torch.arange(ids.numel()))
-        last = (config or {}).get("text_config", config or {}).get("num_hidden_layers", -1)
         for i, layer in enumerate(numbers):
             name, at = ("layer_output_sum", layer - 1) if layer == last else ("layer_input", layer)
             raw = f"hidden_states[{layer}]"
