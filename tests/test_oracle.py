@@ -373,6 +373,13 @@ def test_weights_slot_by_slot(engine: Trace, source) -> None:
     for nothing in ("nonsense", "linear_attn.in_proj_ba.input_scale"):
         assert states(f"layers.0.{nothing}", joined)[0][0] == "unknown"
 
+    head = source.weight("lm_head").values
+    padded = torch.cat((head, head.new_zeros(64 - len(head) % 64, head.shape[1])))
+    assert states("lm_head.weight", padded) == [("equal", "")]
+    assert states("embed_tokens.weight", padded)[0][0] == "wrong"
+    assert states("lm_head.weight", torch.cat((head, head)))[0][0] == "wrong"
+    assert states("layers.0.mlp.gate.weight", torch.zeros(64, head.shape[1]))[0][0] == "wrong"
+
 
 def test_weights_in_aiters_layout(engine: Trace, source) -> None:
     gate_up = [source.slot("layers.0.mlp", e)[0] for e in range(10)]
@@ -403,6 +410,10 @@ def test_weights_of_ranks(engine: Trace, source) -> None:
     ]
     assert found(codes[..., 8:].contiguous())[0][1] == "sharded"  # a dump that does not tell
     assert found(codes, moe_tp_size=2, moe_tp_rank=1)[0][1] == "sharded"  # a share that is padded
+    head = source.weight("lm_head").values
+    dump.weights = {"lm_head.weight@0": Piece("lm_head.weight", lambda: head[:160], parallel={"tp_size": 2})}
+    assert [w.state for w in check_weights(dump, source)] == ["sharded"]  # of 320 rows, 256 of which are real
+    dump.weights = {f"model.{name}@1": Piece(name, lambda: codes[..., 8:], parallel={"moe_tp_size": 2})}
     said = report.weights_line(Comparison(weights=check_weights(dump, source)))
     assert said.startswith("0 of 1 as the checkpoint has them, 0 wrong; 1 not compared")
 

@@ -31,6 +31,7 @@ JOINED = {
 }
 SCALES = ("weight_scale", "weight_scale_inv")
 ANEW = "weights with one scale each are quantised anew where an engine joins them"
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight")  # engines append rows of zeros, then split them
 
 
 def check_weights(dump: Dump, source: Source) -> list[Weight]:
@@ -71,6 +72,12 @@ def _check(name: str, x: Tensor, source: Source, parallel: Mapping[str, Any]) ->
             truth = _stored(source.weight(module), x.dtype, last in SCALES)
         else:
             truth = source.tensor(full)
+        if full in VOCABULARY and x.shape[1:] == truth.shape[1:]:
+            if len(x) < len(truth) <= len(x) * int(parallel.get("tp_size", 1)):
+                yield Weight(name, "sharded", f"{list(x.shape)} for {list(truth.shape)}")
+                return
+            if not x[len(truth) :].any():
+                x = x[: len(truth)]
         yield _plain(name, x, truth, last in SCALES)
 
 
