@@ -6,6 +6,7 @@ Exit codes: 0 all that was compared agrees, 1 something diverges, 2 it could not
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -67,8 +68,8 @@ def _shared(p: argparse.ArgumentParser) -> None:
 
 
 def _reports(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--html", help="write one self-contained page")
-    p.add_argument("--json", help="write the records, one JSON object a line")
+    p.add_argument("--html", type=new_file, help="write one self-contained page")
+    p.add_argument("--json", type=new_file, help="write the records, one JSON object a line")
     p.add_argument("--width", type=width, default=80, help="of the text, 20 or more (default: %(default)s)")
     p.add_argument("--engine", help="the arithmetic that the engine has: joins the envelope (float32 replaces it)")
     p.add_argument("--layer-ids", type=layer_ids, help="those that vLLM was asked for: 2,18,33")
@@ -78,6 +79,14 @@ def _reports(p: argparse.ArgumentParser) -> None:
 
 def layer_ids(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
+
+
+def new_file(text: str) -> Path:
+    path = Path(text)
+    is_device = path.exists() and not path.is_file()  # /dev/stdout, which whole() writes to as it is
+    if path.is_dir() or not os.access(path if is_device else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} is a folder, or in none that can be written to")
+    return path
 
 
 def width(text: str) -> int:
