@@ -34,6 +34,7 @@ from qwen35_moe.oracle.suspects import accuse, suspects
 from qwen35_moe.oracle.trace_file import Trace
 from qwen35_moe.oracle.weights_check import check_weights
 from qwen35_moe.quant.layouts import shuffle_scales, shuffle_weight
+from qwen35_moe.taps import BREAK, Site
 from qwen35_moe.trace import trace
 
 IDS = (torch.arange(24) * 7919 % 251).view(4, 6)
@@ -200,6 +201,30 @@ def test_a_bug_is_named_by_the_residual_stream_alone(
     found = compare(truth, from_trace(run), source)
     assert found.exit_code == 1 and found.first is not None and found.first.key == f"layers.{layer + 1}.layer_input"
     assert str(found.diagnoses[0]).startswith(f"layer {layer}, {fault.block}: {name}")
+
+
+class Scaled:
+    stage = BREAK
+
+    def __init__(self, key: str, factor: float):
+        self.key, self.factor = key, factor
+
+    def __call__(self, site: Site, x: torch.Tensor) -> torch.Tensor | None:
+        return x * self.factor if site.key == self.key else None
+
+
+@pytest.mark.parametrize("taps", ["layer_input", "layer_output_sum", "mlp_output"])
+def test_factors_are_fitted_to_the_stream_as_to_the_block(built: Callable[[str], Path], source, taps: str) -> None:
+    truth = trace(load(built("tiny-mxfp4"), text_only=True), IDS, taps=taps)
+    for name, factor, said in (
+        ("mlp_output", 2.5, "whole block times 2.5"),
+        ("mlp_output", 0.0, "whole block times 0 "),
+        ("moe_shared_gated", 1.7, "shared expert times 1.7"),
+    ):
+        model = load(built("tiny-mxfp4"), "sglang-bf16", "unfused", text_only=True)
+        run = trace(model, IDS, taps=taps, replay=[Scaled(f"layers.1.{name}", factor)])
+        found = compare(truth, from_trace(run), source)
+        assert str(found.diagnoses[0]).startswith(f"layer 1, mlp: {said}")
 
 
 def test_layers_that_were_not_dumped_are_suspects(built: Callable[[str], Path], truth: Trace, source) -> None:

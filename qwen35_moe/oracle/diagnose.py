@@ -7,7 +7,8 @@ by the same ratio and limit as the verdict (with the fault planted in every arit
 "unknown", however much a neighbour of it in the catalogue may explain.
 
 Scales of the MoE block's parts are solved for: engine = a R + b gS + c S, by least squares, with R the routed sum, S
-the shared expert's output and g its gate. They must leave no more than rounding, too.
+the shared expert's output and g its gate (of the stream after the block: what was added to it). They must leave no more
+than rounding, too.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ WORTH, TRIES = 0.5, 3  # hypotheses that explain less are not looked at closely,
 OUTPUT = {"mlp": "mlp_output", "gdn": "attn_output", "attn": "attn_output"}
 DIAGNOSED = (*OUTPUT, "input_layernorm", "post_attention_layernorm", "final_norm", "stream")
 PARTS = ("moe_routed_output", "moe_shared_gated", "moe_shared_output")
+HOLD_MLP = ("mlp_output", "layer_input", "layer_output_sum")
 
 # A state rounded at every token errs no more than its inputs' roundings do, until hundreds of tokens have gone by; but
 # its digits show it.
@@ -125,7 +127,7 @@ def diagnose(
                 return case.rows(rerun.fault(layer, fault, table, rerun.streams[i], expert)[key])
 
             answer = hypothesis if case.settled(run, rerun.tables) <= work.limit else None
-    if layer is not None and base_name(key) == "mlp_output":
+    if layer is not None and base_name(key) in HOLD_MLP:
         fitted, leaves = _fit(diagnosis, case, rerun, layer)
         in_all_rows = max(first.ratio_l2, first.ratio_max) <= work.limit  # and in none alone: see scale.py
         if answer is None and (fitted.explains > WORTH or in_all_rows) and leaves <= work.limit:
@@ -133,7 +135,7 @@ def diagnose(
             diagnosis.hypotheses.append(fitted)
     diagnosis.hypotheses.sort(key=lambda h: (h is not answer, -h.explains))
     diagnosis.named = answer is not None
-    own = where if answer is None else first.block
+    own = where if answer is None else "mlp"
     diagnosis.block = next((fault.block for hypothesis, fault, _ in tried if hypothesis is answer), own)
     return diagnosis
 
@@ -171,43 +173,52 @@ def _suspects(case: _Case, ids_key: str, seen: Sequence[Taps]) -> list[int]:
 
 
 def _fit(diagnosis: Diagnosis, case: _Case, rerun: Rerun, layer: int) -> tuple[Hypothesis, float]:
-    """Fit engine = a R + b gS + c S, rows in units of their size. The hypothesis that it stands for, and the ratio that
-    this leaves: one number, of which it takes the best, or all three where none of them is enough."""
+    """Fit engine = rest + a R + b gS + c S, rows in units of their size. The hypothesis that it stands for, and the
+    ratio that this leaves: one number, of which it takes the best, or all three where none of them is enough."""
     names = [f"layers.{layer}.{name}" for name in PARTS]
 
     def parts(i: int, table: Arithmetic) -> list[Tensor]:
         taps = rerun.run_layer(layer, table, rerun.streams[i], fused=False)[0]
-        return [case.rows(taps[name]) for name in names]
+        r, gs, s = (case.rows(taps[name]) for name in names)
+        return [case.rows(taps[case.key]) - r - gs, r, gs, s]
 
-    R, gS, S = parts(0, rerun.tables[0])
+    rest, R, gS, S = parts(0, rerun.tables[0])
 
-    def fit(base: Tensor | float, *columns: Tensor) -> tuple[list[float], float]:
+    def fit(base: Tensor, *columns: Tensor) -> tuple[list[float], float]:
         flat = [(x / case.size[:, None]).flatten() for x in (case.engine - base, *columns)]
         y, matrix = flat[0], torch.stack(flat[1:], 1)
         solution = torch.linalg.lstsq(matrix, y[:, None]).solution.flatten()
         return solution.tolist(), float((y - matrix @ solution).norm())
 
-    abc, rest = fit(0.0, R, gS, S)
+    abc, left = fit(rest, R, gS, S)
     diagnosis.fit, diagnosis.fit_left = (
         (abc[0], abc[1], abc[2]),
-        (rest / float((case.error / case.size[:, None]).norm())) ** 2,
+        (left / float((case.error / case.size[:, None]).norm())) ** 2,
     )
-    one = {"shared expert times": fit(R, gS), "routed experts times": fit(gS, R), "whole block times": fit(0.0, R + gS)}
+    one = {
+        "shared expert times": fit(rest + R, gS),
+        "routed experts times": fit(rest + gS, R),
+        "whole block times": fit(rest, R + gS),
+    }
     best = min(one, key=lambda n: one[n][1])
     x = one[best][0][0]
     weights = {"shared": (1.0, x, 0.0), "routed": (x, 1.0, 0.0), "whole": (x, x, 0.0)}[best.split()[0]]
 
     def settled(a: float, b: float, c: float, name: str) -> tuple[Hypothesis, float]:
         def run(i: int, table: Arithmetic) -> Tensor:
-            r, gs, s = (R, gS, S) if i == 0 else parts(i, table)
-            return a * r + b * gs + c * s
+            other, r, gs, s = (rest, R, gS, S) if i == 0 else parts(i, table)
+            return other + a * r + b * gs + c * s
 
         return Hypothesis(name, case.explains(run(0, rerun.tables[0])), "", "least squares"), case.settled(
             run, rerun.tables
         )
 
-    found = settled(*weights, f"{best} {x:.3g}")
+    found = settled(*weights, f"{best} {_number(x)}")
     if found[1] <= case.work.limit:
         return found
     a, b, c = abc
-    return settled(a, b, c, f"routed x {a:.3g}, gated shared x {b:.3g}, ungated shared x {c:.3g}")
+    return settled(a, b, c, f"routed x {_number(a)}, gated shared x {_number(b)}, ungated shared x {_number(c)}")
+
+
+def _number(x: float) -> str:
+    return f"{x if abs(x) >= 0.0005 else 0:.3g}"
