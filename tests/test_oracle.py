@@ -203,6 +203,31 @@ def test_a_bug_is_named_by_the_residual_stream_alone(
     assert str(found.diagnoses[0]).startswith(f"layer {layer}, {fault.block}: {name}")
 
 
+@pytest.mark.parametrize("tap", ["final_norm", "next_token_logits"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("shared expert counted twice", "layer 3, mlp: shared expert counted twice"),
+        ("no rotary at all", "layer 3, attn: no rotary at all"),
+        ("one expert's slot is zero", "layer 3, mlp: one expert's slot is zero (expert 1)"),
+        ("final norm without 1 +", "final_norm: final norm without 1 +"),
+        ("no known bug", "layer 3, input_layernorm, to {tap}: unknown (the best guess"),
+    ],
+)
+def test_a_bug_of_the_last_layer_is_named_by_what_comes_after_it(
+    built: Callable[[str], Path], truth: Trace, source, tap: str, name: str, said: str
+) -> None:
+    place = Place(source.config, truth.positions, frozenset({3}), 1)
+    faults = [f.handlers(place)[0] for f in FAULTS if f.name == name] or [Scaled("layers.3.attn_output", 2.5)]
+    model = load(built("tiny-mxfp4"), "sglang-bf16", "unfused", text_only=True)
+    run = trace(model, IDS, taps=f"layer_input,{tap}", replay=faults)
+    found = compare(truth, from_trace(run), source)
+    block = "head" if tap == "next_token_logits" else tap
+    assert str(found.diagnoses[0]).startswith(said.format(tap=block))
+    if name == "no known bug":
+        assert found.verdict.endswith(f"made somewhere in layer 3, input_layernorm, to {block}")
+
+
 class Scaled:
     stage = BREAK
 

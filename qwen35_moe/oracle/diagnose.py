@@ -24,7 +24,7 @@ from ..tap_names import base_name
 from .catalogue import FAULTS
 from .envelope import envelope, judge
 from .faults import Fault
-from .records import Diagnosis, Hypothesis, Record
+from .records import Diagnosis, Hypothesis, Place, Record, span
 from .rerun import Rerun
 from .second_look import AGAIN, Taps, batches
 
@@ -95,9 +95,18 @@ def diagnose(
     key = next((r.key for r in bad if r.key == output), first.key)
     if base_name(key) == "moe_topk_ids":
         key = next((r.key for r in bad if r.key != key), key)
-    here = [block for i, block in first.suspects if i == layer] or [first.block]
-    where = " to ".join(dict.fromkeys((here[0], here[-1])))
-    if work.alignment.pair(key).engine is None or base_name(key) == "moe_topk_ids" or first.block not in DIAGNOSED:
+    last = rerun.config.num_hidden_layers - 1
+    if layer is None and {i for i, _ in first.suspects} == {last, None}:
+        places = first.suspects  # of the last layer, whose output no next one's input shows
+    else:
+        places = [place for place in first.suspects if place[0] == layer] or [(layer, first.block)]
+    blocks = [block for _, block in places]
+    where = span(places) if layer is None else " to ".join(dict.fromkeys((blocks[0], blocks[-1])))
+    if (
+        work.alignment.pair(key).engine is None
+        or base_name(key) == "moe_topk_ids"
+        or not {first.block, *blocks} & {*DIAGNOSED}
+    ):
         return Diagnosis(layer, where, first.key, [], False, note="nothing that can be recomputed was captured")
     case = _Case(key, work.alignment.pair(key), work, seen[0][key])
     if not case.used.any():  # another tap of the block may have kept something, as states of other heads do
@@ -105,26 +114,28 @@ def diagnose(
         case = _Case(key, work.alignment.pair(key), work, seen[0][key])
     if not case.used.any():
         return Diagnosis(layer, where, key, [], False, note="every number of it is NaN or infinity")
-    table, stream = rerun.tables[0], rerun.streams[0]
-    tried: list[tuple[Hypothesis, Fault, int]] = []
-    for fault, expert in _candidates(rerun, layer, first, table.name, case, seen):
-        taps = rerun.fault(layer, fault, table, stream, expert)
+    table = rerun.tables[0]
+    tried: list[tuple[Hypothesis, int | None, Fault, int]] = []
+    for at, fault, expert in _candidates(rerun, places, table.name, case, seen):
+        taps = rerun.fault(at, fault, table, 0, expert, to_head=layer is None)
         if key in taps:
             name = f"{fault.name} (expert {expert})" if fault.single else fault.name
             share = case.explains(case.rows(taps[key]))
-            tried.append((Hypothesis(name, share, fault.seen, fault.doc), fault, expert))
+            tried.append((Hypothesis(name, share, fault.seen, fault.doc), at, fault, expert))
     tried.sort(key=lambda one: -one[0].explains)
-    diagnosis = Diagnosis(layer, first.block, key, [h for h, _, _ in tried], False)
+    diagnosis = Diagnosis(layer, first.block, key, [h for h, *_ in tried], False)
     if first.note == BF16_GRID:
         diagnosis.hypotheses.sort(key=lambda h: h.name != "state in bf16")
         diagnosis.named, diagnosis.note = True, BF16_GRID
         return diagnosis
     answer = None
-    for hypothesis, fault, expert in tried[:TRIES]:
+    for hypothesis, at, fault, expert in tried[:TRIES]:
         if answer is None and hypothesis.explains > WORTH:
 
-            def run(i: int, table: Arithmetic, fault: Fault = fault, expert: int = expert) -> Tensor:
-                return case.rows(rerun.fault(layer, fault, table, rerun.streams[i], expert)[key])
+            def run(
+                i: int, table: Arithmetic, at: int | None = at, fault: Fault = fault, expert: int = expert
+            ) -> Tensor:
+                return case.rows(rerun.fault(at, fault, table, i, expert, to_head=layer is None)[key])
 
             answer = hypothesis if case.settled(run, rerun.tables) <= work.limit else None
     if layer is not None and base_name(key) in HOLD_MLP:
@@ -135,34 +146,28 @@ def diagnose(
             diagnosis.hypotheses.append(fitted)
     diagnosis.hypotheses.sort(key=lambda h: (h is not answer, -h.explains))
     diagnosis.named = answer is not None
-    own = where if answer is None else "mlp"
-    diagnosis.block = next((fault.block for hypothesis, fault, _ in tried if hypothesis is answer), own)
+    own = (layer, where if answer is None else "mlp")
+    found = ((at, fault.block) for hypothesis, at, fault, _ in tried if hypothesis is answer)
+    diagnosis.layer, diagnosis.block = next(found, own)
     return diagnosis
 
 
 def _candidates(
-    rerun: Rerun, layer: int | None, first: Record, truth: str, case: _Case, seen: Sequence[Taps]
-) -> Iterator[tuple[Fault, int]]:
-    """The faults of the blocks of this layer that are suspect, with the experts that a fault of one could be of."""
-    if layer is None:
-        yield from ((fault, 0) for fault in FAULTS if fault.block == first.block)
-        return
-    blocks = {block for i, block in first.suspects if i == layer} or {first.block}
-    suspects = _suspects(case, f"layers.{layer}.moe_topk_ids", seen) if "mlp" in blocks else []
-    for fault in FAULTS:
-        if fault.block in blocks and fault.applies(rerun.source, layer, "a4" in truth):
-            for expert in suspects if fault.single else [0]:
-                yield fault, expert
+    rerun: Rerun, places: Sequence[Place], truth: str, case: _Case, seen: Sequence[Taps]
+) -> Iterator[tuple[int | None, Fault, int]]:
+    """The faults of the blocks that are suspect, with their layer, and the experts that a fault of one could be of."""
+    for at, fault in ((at, fault) for at, block in places for fault in FAULTS if fault.block == block):
+        if at is None or fault.applies(rerun.source, at, "a4" in truth):
+            suspects = _suspects(case, f"layers.{at}.moe_topk_ids", rerun, seen) if fault.single else [0]
+            yield from ((at, fault, expert) for expert in suspects)
 
 
-def _suspects(case: _Case, ids_key: str, seen: Sequence[Taps]) -> list[int]:
+def _suspects(case: _Case, ids_key: str, rerun: Rerun, seen: Sequence[Taps]) -> list[int]:
     """Experts whose tokens hold nearly all of the error, those with the fewest tokens first."""
     alignment = case.work.alignment
     ids = alignment.pair(ids_key).engine if ids_key in alignment.keys else None
     if ids is None or len(ids) != len(case.used):
-        if ids_key not in seen[0]:
-            return []
-        ids = case.work.rows(seen[0][ids_key], case.pair)
+        ids = case.work.rows(seen[0].get(ids_key, rerun.chosen), case.pair)
     ids, energy = ids[case.used].long(), case.error.square().sum(1)
     found = []
     for e in ids.unique().tolist():

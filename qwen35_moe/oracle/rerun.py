@@ -78,6 +78,8 @@ class Rerun:
         self._index: int | None = None
         self.models: list[Model] = []  # one a table; their layers are not used
         self.streams: list[Tensor] = []  # one a table: what the current layer reads
+        self.before: list[Tensor] = []  # one a table: what the layer before it read
+        self.chosen: Tensor | None = None  # the experts that were chosen there
         self.shared: Tensor | None = None  # what the shared expert adds to the first table's mlp_output [tokens, D]
 
     def place(self, layer: int | None, expert: int = 0) -> Place:
@@ -124,15 +126,20 @@ class Rerun:
         i: int | None,
         fault: Fault,
         table: Arithmetic,
-        stream_BTD: Tensor,
+        like: int,
         expert: int = 0,
+        to_head: bool = False,
     ) -> dict[str, Tensor]:
-        """What the taps of layer i would hold if it had this fault."""
+        """What the taps of layer i would hold if it had this fault, under a table that starts where `like` of ours did.
+        to_head: what those after the last layer would hold, which may be layer i."""
         place = self.place(i, expert)
         source, table = fault.source(self.source, place), fault.arithmetic(table)
         if i is None:
-            return self.head(build(source, table, self.fused, CPU, "stream"), stream_BTD, fault.handlers(place))
-        return self.run_layer(i, table, stream_BTD, fault.handlers(place), source, fault.fused or None)[0]
+            model = build(source, table, self.fused, CPU, "stream")
+            return self.head(model, self.streams[like], fault.handlers(place))
+        stream = (self.before if to_head else self.streams)[like]
+        taps, after = self.run_layer(i, table, stream, fault.handlers(place), source, fault.fused or None)
+        return self.head(self.models[like], after, table=table) if to_head else taps
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[tuple[int | None, list[dict[str, Tensor]]]]:
@@ -158,7 +165,7 @@ class Rerun:
                 after.append(out)
             self.shared = part.value
             yield i, seen
-            self.streams = after
+            self.before, self.streams, self.chosen = self.streams, after, seen[0][f"layers.{i}.moe_topk_ids"]
         yield None, [self.head(model, stream) for model, stream in zip(self.models, self.streams, strict=True)]
 
     def taps(self, i: int | None, tables: Sequence[tuple[int, Arithmetic]]) -> list[dict[str, Tensor]]:
