@@ -359,6 +359,28 @@ def test_nan_missing_misshapen_and_holes_are_counted(truth: Trace, engine: Trace
     assert found.exit_code == 2 and "misshapen" in next(r.note for r in found.records if r.cls == "not comparable")
 
 
+@pytest.mark.parametrize(
+    ("layer", "taps"),
+    [(3, "layer_input,final_norm"), (3, "layer_input,next_token_logits"), (1, "input_layernorm,pre_mlp_residual")],
+)
+def test_a_flip_that_nothing_shows_is_no_fault_of_what_reads_the_stream(
+    built: Callable[[str], Path], source, layer: int, taps: str
+) -> None:
+    """At the token whose choice is closest, the engine takes the next expert."""
+    ids, key = (torch.arange(64) * 7919 % 251)[None], f"layers.{layer}.moe_topk_ids"
+    model = load(built("tiny-mxfp4"), "sglang-bf16", "unfused", text_only=True)
+    plain = trace(model, ids, taps="moe_router_logits,moe_topk_ids")
+    chosen = plain[key].clone().flatten(0, -2)
+    best = plain[f"layers.{layer}.moe_router_logits"].flatten(0, -2).topk(chosen.shape[1] + 1, 1)
+    row = (best.values[:, -2] - best.values[:, -1]).argmin()
+    chosen[row] = torch.cat((best.indices[row, :-2], best.indices[row, -1:]))
+    run = trace(model, ids, taps=taps, replay=ReplayRouting({key: chosen}))
+    truth = trace(load(built("tiny-mxfp4"), text_only=True), ids, taps=taps)
+    found = compare(truth, from_trace(run), source)
+    assert found.exit_code == 0, found.verdict
+    assert any(r.excluded for r in found.records if not r.key.endswith("layer_input"))
+
+
 def test_illegal_flip_diverges(truth: Trace, engine: Trace, source) -> None:
     ids = engine["layers.1.moe_topk_ids"].clone()
     worst = truth["layers.1.moe_router_logits"][7].argmin()

@@ -24,6 +24,11 @@ from .where import wrong_columns
 
 IDS = ("moe_topk_ids", "moe_slot_ids")
 ROUTED = ("mlp_output", "moe_routed_output", "layer_output_sum", "layer_input", *WEIGHTS)
+# What reads a stream that was not captured since the layer before, unless the dump has this tap in between.
+READ_STREAM = {
+    "input_layernorm": "", "pre_mlp_residual": "", "pre_mlp_layernorm_output": "pre_mlp_residual",
+    "final_norm": "", "next_token_logits": "final_norm", kl_base.LOG_P: "final_norm",
+}  # fmt: skip
 BOUNDARIES = {STREAMS.get(name, name) for name in RESTARTS} | {"layer_input", "layer_output_sum"}
 
 
@@ -34,6 +39,8 @@ class Work:
         self.result, self.alignment, self.limit = result, alignment, limit
         self.T = alignment.truth.ids.shape[1]
         self.records: dict[str, Record] = {}
+        # By layer: tokens whose experts may be others, if that is still in the stream, and nothing else is.
+        self.loose: dict[int, Tensor | None] = {}
         self.shared: Tensor | None = None  # the shared expert's part of the true mlp_output of this layer, [tokens, D]
 
     def index(self, pair: Pair) -> Tensor:
@@ -59,12 +66,21 @@ class Work:
     def added(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> None:
         """Judge all taps that a rerun computed."""
         loose = self._routing(layer, seen)
+        if layer is not None:
+            at, keys = f"layers.{layer}.", {*self.alignment.keys}
+            known = {at + name for name in ("layer_input", "pre_mlp_residual", "pre_mlp_layernorm_output")} & keys
+            passed = {f"{at}mlp_output", f"{at}layer_output_sum", f"layers.{layer + 1}.layer_input"} & keys
+            self.loose[layer] = loose if known and not passed else None
         for key in [k for k in seen[0] if k in self.alignment.keys and base_name(k) not in IDS]:
             if key in self.records:
                 continue
             pair = self.alignment.pair(key)
             truth, *members = (self.rows(s[key], pair) for s in seen if key in s)
-            exclude = loose if base_name(key) in ROUTED else None
+            name, exclude = base_name(key), None
+            if name in ROUTED:
+                exclude = loose
+            elif name in READ_STREAM and key.removesuffix(name) + READ_STREAM[name] not in self.alignment.keys:
+                exclude = self.loose.get((len(self.result.layers) if layer is None else layer) - 1)
             self._judge(key, layer, pair, truth, members, exclude)
 
     def owners(self, key: str, x: Tensor) -> Tensor | None:
