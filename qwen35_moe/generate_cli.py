@@ -17,7 +17,7 @@ from .errors import Qwen35Error
 from .generate import Sampling, Step, generate, score
 from .load import MODES, load
 from .model import Model
-from .prompt import embed_prompt, load_images, load_tokenizer, place_images, read_ids, stop_ids
+from .prompt import embed_prompt, load_images, load_tokenizer, place_images, placeholders, read_ids, stop_ids
 
 
 def add_parser(subparsers: Any) -> None:
@@ -109,10 +109,10 @@ def encode(tokenizer: Any, args: argparse.Namespace) -> list[int]:
 def prepare(model: Model, ids: list[int], images: tuple[torch.Tensor, torch.Tensor] | None) -> Any:
     """What `generate` starts from: ids, or embeddings with images in them."""
     if images is None:
-        kinds = (model.config.raw.get(f"{kind}_token_id", -1) for kind in ("image", "video"))
-        if count := sum(ids.count(i) for i in kinds):
+        prompt = torch.tensor([ids])
+        if count := int(placeholders(model.config, prompt).count_nonzero()):
             print(f"no --image: {count} placeholders of images or videos are taken for text", file=sys.stderr)
-        return torch.tensor([ids])
+        return prompt
     tower: Any = model.visual
     if tower is not None:
         ids = place_images(model.config, ids, images[1], tower.config.spatial_merge_size)

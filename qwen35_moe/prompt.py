@@ -118,6 +118,12 @@ def special_id(config: Config, kind: str) -> int:
     return found
 
 
+def placeholders(config: Config, ids: Tensor) -> Tensor:
+    """`token_types` of ids; all text to a configuration that knows no images."""
+    image, video = (config.raw.get(f"{kind}_token_id") for kind in ("image", "video"))
+    return token_types(ids, *(i if isinstance(i, int) else -1 for i in (image, video)))
+
+
 def place_images(config: Config, ids: Sequence[int], grids: Tensor, spatial_merge_size: int = 2) -> list[int]:
     """`ids` with one placeholder for each merge block of each image.
 

@@ -51,7 +51,7 @@ class Source:
         """What the bytes of a module, or of all experts of a layer, are."""
         spec = self.checkpoint.spec(module)
         if spec is None:
-            experts = self.checkpoint.experts(module)
+            experts = self.checkpoint.find_experts(module)
             first, *rest = (weight for e in range(experts.count) for weight in experts.weights(e))
             odd = next(weight for weight in rest if weight.spec != first.spec)
             raise Qwen35Error(

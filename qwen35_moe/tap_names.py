@@ -23,6 +23,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -237,6 +238,16 @@ def per_token(key: str) -> bool:
     """Whether a tap has one row a token (scores have: those of one query)."""
     name = base_name(key)
     return name == "next_token_logprobs" or (name in TAPS and re.match(r"(b (n )?)?t ", TAPS[name].dims) is not None)
+
+
+def split_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
+    """In a list, or separated by commas."""
+    return tuple(p.strip() for p in (patterns.split(",") if isinstance(patterns, str) else patterns))
+
+
+def matching(patterns: Iterable[str], name: str, key: str) -> list[str]:
+    """Those of the patterns that a tap's name or key matches."""
+    return [p for p in patterns if fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(key, p)]
 
 
 def check_patterns(patterns: tuple[str, ...]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +13,7 @@ from torch import Tensor
 from .errors import Qwen35Error
 from .oracle.trace_file import Entry, Trace
 from .oracle.trace_writer import TraceWriter
-from .tap_names import TAPS, check_patterns, dims_of
+from .tap_names import TAPS, check_patterns, dims_of, matching, split_patterns
 from .taps import OBSERVE, Handler, Site, attach
 
 Patterns = str | Iterable[str]
@@ -47,8 +46,7 @@ class Recorder:
         out: str | Path | TraceWriter | None = None,
         meta: dict[str, Any] | None = None,
     ):
-        split = patterns.split(",") if isinstance(patterns, str) else patterns
-        self.patterns = tuple(p.strip() for p in split)
+        self.patterns = split_patterns(patterns)
         check_patterns(self.patterns)
         self.experts, self.step = experts, 0
         self.meta = {"steps": [], **(meta or {})}
@@ -64,7 +62,7 @@ class Recorder:
         return self.experts or any("expert" in p or _last(p) in INSIDE for p in self.patterns)
 
     def wants(self, site: Site) -> bool:
-        found = [p for p in self.patterns if fnmatch.fnmatchcase(site.name, p) or fnmatch.fnmatchcase(site.key, p)]
+        found = matching(self.patterns, site.name, site.key)
         if site.index is not None or site.expert is not None:
             named = any(_last(p) == site.name or "expert" in p and site.index is None for p in found)
             return bool(found) and (self.experts or named)

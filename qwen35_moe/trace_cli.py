@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from .oracle.trace_writer import remove_parts
 from .prompt import read_ids
 from .run_state import run_of
 from .shares import Processes, begin_parts, check_one_pass, join, parts_of
-from .tap_names import TAPS
+from .tap_names import TAPS, matching, split_patterns
 
 
 def add_parser(subparsers: Any) -> None:
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         where = f"--offload-folder {args.offload_folder}"
         raise Qwen35Error("in the trace's own directory", where=where, do="name another")
     in_utf8(args.out)
-    args.asked = [pattern.strip() for pattern in args.taps.split(",")]
+    args.asked = split_patterns(args.taps)
     args.taps = args.taps if args.no_envelope else with_ids(args.taps)
     ids, mask = padded([torch.tensor(row) for row in read_ids(args.ids, "--ids")])
     processes = Processes(args.device)
@@ -127,8 +126,7 @@ def _trace(
         for mlp, cost in model.conversion.items():
             print(f"{mlp}: shared expert converted to MXFP4, relative error {cost:.4f}")
         print(checkpoint.report(aside))
-        names = [name for entry in truth.sites.values() for name in (entry.name, entry.key)]
-        if not any(fnmatchcase(name, pattern) for name in names for pattern in args.asked):
+        if not any(matching(args.asked, entry.name, entry.key) for entry in truth.sites.values()):
             print("qwen35-moe: no tap that was asked for lies in these layers", file=sys.stderr)
         print(f"{args.out}: {len(truth)} tensors of {ids.numel()} tokens, arithmetic {args.arithmetic}")
     processes.close()

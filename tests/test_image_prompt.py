@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from qwen35_moe.cache import Cache
 from qwen35_moe.model import Model
 from qwen35_moe.mtp import MTP, draft_head, with_hidden
 from qwen35_moe.positions import decode_positions, embed_images, rope_positions, token_types
-from qwen35_moe.prompt import embed_prompt
+from qwen35_moe.prompt import embed_prompt, placeholders
 from qwen35_moe.vision import VisionTower
 
 Parts = tuple[Model, MTP, VisionTower]
@@ -83,6 +84,13 @@ def test_exact_equals_float64_clean_transformers(exact: Parts) -> None:
     with float64_clean(theirs):
         truth = image_logits(theirs, ids, pixels, grids, token_types(ids, IMAGE, VIDEO))
     assert apart(logits_of(exact, ids, pixels, grids), truth) < FLOAT64_CLEAN
+
+
+def test_placeholders_of_a_configuration_that_knows_no_images(exact: Parts) -> None:
+    ids = torch.tensor([[1, exact[0].config.raw["image_token_id"], 2]])
+    assert placeholders(exact[0].config, ids).tolist() == [[0, 1, 0]]
+    for raw in ({}, {"image_token_id": None, "video_token_id": None}):
+        assert not placeholders(replace(exact[0].config, raw=raw), ids).any()
 
 
 def test_a_batch_with_padding(exact: Parts) -> None:

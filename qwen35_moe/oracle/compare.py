@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import arithmetic as arithmetics
 from ..arithmetic import Arithmetic
-from ..positions import token_types
+from ..prompt import placeholders
 from ..source import Source
 from ..tap_names import base_name
 from .added import Work
@@ -75,8 +75,7 @@ def compare(
     work = Work(result, alignment, limit)
     if source is not None:
         config = source.config
-        kinds = token_types(truth.ids, *(config.raw.get(f"{kind}_token_id", -1) for kind in ("image", "video")))
-        if count := int((kinds * truth.mask).count_nonzero()):
+        if count := int((placeholders(config, truth.ids) * truth.mask).count_nonzero()):
             result.notes.append(f"{count} placeholders of images or videos: the truth takes them for text")
         result.layers = tuple("gdn" if kind == "linear_attention" else "attn" for kind in config.layer_types)
         flags = [fused] * config.num_hidden_layers if isinstance(fused, bool) else list(fused)

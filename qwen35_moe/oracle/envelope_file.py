@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from ..model import Model
 from ..progress import Progress
 from ..run_state import check_threads
 from ..streamed import HEAD_ROWS, StreamedHead
-from ..tap_names import TAPS, base_name, per_token
+from ..tap_names import TAPS, base_name, matching, per_token, split_patterns
 from ..taps import OBSERVE, Site, attach, scope
 from .envelope import Norms, one_rounding
 from .replay import ReplayRouting
@@ -121,8 +120,8 @@ class _Errors:
 
 def with_ids(taps: str) -> str:
     """The taps, and the experts that were chosen: an envelope without them has flips in it, which hide faults."""
-    named = any(fnmatchcase("moe_topk_ids", pattern.strip()) for pattern in taps.split(","))
-    return taps if named else f"{taps},moe_topk_ids"
+    ids = "moe_topk_ids"
+    return taps if matching(split_patterns(taps), ids, ids) else f"{taps},{ids}"
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from .gate_engines import ENGINE_RULES
 from .gate_strict import LayerFacts, Stored, layer_facts, read_stored, strict
 from .gate_types import PROJECTIONS, Decision, Evidence, Layer, Model, Options
 from .names import spellings
-from .spec import BF16, ModuleSpec, QuantConfig
+from .spec import BF16, ModuleSpec
 
 RULES = ("strict", *ENGINE_RULES)
 
@@ -138,26 +138,22 @@ def _named(facts: LayerFacts) -> dict[str, ModuleSpec | None]:
 
 
 def _misread(model: Model, truth: LayerFacts, decision: Decision) -> str:
-    """The first module that the engine's loader takes for something that it is not."""
+    """The first module that the engine's loader takes for something that it is not.
+
+    It asks for the routed experts as one module, not for their projections.
+    """
     quant, layer = model.quant, truth.layer
     if quant.method == "quark":
         quant = quant.read_as(ENGINE_RULES[decision.rule].semantics)
     plain = layer.draft and decision.rule == "sglang-0.5.23" and "draft" in decision.reason
-    for fact in (*truth.routed, *truth.shared):
-        a, b = fact.spec, BF16 if plain else _believed(quant, layer, fact.name)
-        if not (a.is_float and b.is_float or a.same_bytes(b)):
-            return f"the loader takes {fact.name} for {b.kind}, it is {a.kind} ({fact.declared.hit})"
+    excluded = quant.exclude.hit(spellings(layer.experts, quant.num_hidden_layers)) is not None
+    inside = replace(quant, exclude=replace(quant.exclude, entries=())) if quant.exclude.semantics.children else quant
+    for facts, floats, believed in ((truth.routed, plain or excluded, inside), (truth.shared, plain, quant)):
+        for fact in facts:
+            a, b = fact.spec, BF16 if floats else believed.spec_of(fact.name).spec
+            if not (a.is_float and b.is_float or a.same_bytes(b)):
+                return f"the loader takes {fact.name} for {b.kind}, it is {a.kind} ({fact.declared.hit})"
     return ""
-
-
-def _believed(quant: QuantConfig, layer: Layer, name: str) -> ModuleSpec:
-    """What a loader takes a module for. It asks for the routed experts as one module, not for their projections."""
-    if name.startswith(layer.experts):
-        if quant.exclude.hit(spellings(layer.experts, quant.num_hidden_layers)):
-            return BF16
-        if quant.exclude.semantics.children:
-            quant = replace(quant, exclude=replace(quant.exclude, entries=()))
-    return quant.spec_of(name).spec
 
 
 def slot_guard(

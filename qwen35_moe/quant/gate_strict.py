@@ -50,10 +50,10 @@ def read_stored(stored: Stored | Mapping[str, ModuleSpec] | None) -> Stored | No
     return stored.get if isinstance(stored, Mapping) else stored
 
 
-def layer_facts(model: Model, layer: Layer, stored: Stored | None, semantics: str | None = None) -> LayerFacts:
-    """Collects the facts of one layer, under the writer's reading of the exclude list or the one of an engine."""
-    quant = model.quant.read_as(semantics) if semantics and model.quant.method == "quark" else model.quant
-    others = tuple(quant.read_as(reader) for reader in READERS.get(quant.method, ()) if semantics is None)
+def layer_facts(model: Model, layer: Layer, stored: Stored | None) -> LayerFacts:
+    """Collects the facts of one layer, under the writer's reading of the exclude list and beside it those of others."""
+    quant = model.quant
+    others = tuple(quant.read_as(reader) for reader in READERS.get(quant.method, ()))
     shared = tuple(_fact(name, quant, others, stored) for name in layer.shared.values())
     return LayerFacts(layer, shared, tuple(_routed(model, layer, quant, others, stored)))
 
