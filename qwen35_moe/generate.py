@@ -165,9 +165,9 @@ def _inputs(model: Model, prompt: Prompt) -> dict[str, Tensor]:
     if not isinstance(prompt, Mapping):
         ids = prompt if isinstance(prompt, Tensor) else torch.tensor([int(i) for i in prompt], dtype=torch.long)
         prompt = {"input_ids": ids[None] if ids.dim() == 1 else ids}
-    first, mask = next(iter(prompt.values())), prompt.get("attention_mask")
-    if first.shape[0] != 1 or (mask is not None and not mask.all()):
-        what, found = "one sequence at a time, without padding", list(first.shape)
+    fed, mask = prompt["inputs_embeds" if "inputs_embeds" in prompt else "input_ids"], prompt.get("attention_mask")
+    if fed.shape[0] != 1 or (mask is not None and not mask.all()):
+        what, found = "one sequence at a time, without padding", list(fed.shape)
         raise Qwen35Error(what, where="prompt", expected="[1, T]", found=found)
     return {name: x.to(device) for name, x in prompt.items() if name != "attention_mask"}
 

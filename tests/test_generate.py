@@ -152,6 +152,12 @@ def test_forced_tokens_get_the_log_p_of_prefill(exact: q.Model, expected: dict[s
         assert step.rank > 2 or step.top[step.rank][0] == step.id
 
 
+def test_the_order_of_a_prompts_parts_does_not_matter(exact: q.Model, image: dict[str, Tensor]) -> None:
+    assert next(iter(image)) != "position_ids"
+    turned = dict(reversed(list(image.items())))
+    assert ids_of(generate(exact, turned, 4)) == ids_of(generate(exact, image, 4))
+
+
 def test_scoring_a_greedy_continuation_finds_it_greedy(exact: q.Model, image: dict[str, Tensor]) -> None:
     plain = list(generate(exact, image, 12))
     again = list(score(exact, image, ids_of(plain)))
