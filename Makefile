@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(PY) -m qwen35_moe.demo
+	$(PY) -m qwen35_moe demo
 
 lint: $(STAMP)
 	.venv/bin/ruff check .

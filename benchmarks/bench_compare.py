@@ -24,14 +24,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen35_moe.oracle.envelope import Norms, one_rounding
-from qwen35_moe.oracle.envelope_file import ENVELOPE, as_rows
-from qwen35_moe.oracle.trace_file import Entry, Trace
-from qwen35_moe.oracle.trace_writer import TraceWriter
-from qwen35_moe.oracle.trace_writer import write as write_trace
-from qwen35_moe.oracle.writers import write_sglang_dump
-from qwen35_moe.tap_names import TAPS
-from qwen35_moe.taps import Site
+from qwen35_moe.numerics.tap_table import TAPS
+from qwen35_moe.numerics.taps import Site
+from qwen35_moe.oracle.dumps.writers import write_sglang_dump
+from qwen35_moe.oracle.judge.envelope import Norms, one_rounding
+from qwen35_moe.oracle.judge.envelope_file import ENVELOPE, as_rows
+from qwen35_moe.trace.file import Entry, Trace
+from qwen35_moe.trace.writer import TraceWriter
+from qwen35_moe.trace.writer import write as write_trace
 
 EVERY = {
     "layer_input": 2048, "input_layernorm": 2048, "attn_output": 2048, "pre_mlp_residual": 2048,

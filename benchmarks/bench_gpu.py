@@ -31,13 +31,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import qwen35_moe as q  # noqa: E402
-from qwen35_moe import arithmetic  # noqa: E402
-from qwen35_moe.generate import generate  # noqa: E402
-from qwen35_moe.graphs import DecodeGraph, PrefillGraph  # noqa: E402
-from qwen35_moe.grouped import StackedExperts  # noqa: E402
-from qwen35_moe.model import Model  # noqa: E402
-from qwen35_moe.moe import MoE  # noqa: E402
+from qwen35_moe.model.moe import MoE  # noqa: E402
+from qwen35_moe.model.text import Model  # noqa: E402
+from qwen35_moe.numerics import arithmetics as arithmetic  # noqa: E402
 from qwen35_moe.quant import mxfp4  # noqa: E402
+from qwen35_moe.run.generate import generate  # noqa: E402
+from qwen35_moe.run.gpu.graphs import DecodeGraph, PrefillGraph  # noqa: E402
+from qwen35_moe.run.gpu.grouped import StackedExperts  # noqa: E402
 
 LENGTHS = (128, 512, 2048)
 ROUNDS = 3  # of each side in turn

@@ -29,12 +29,12 @@ from torch.utils._pytree import tree_map_only
 
 import qwen35_moe as q
 from benchmarks.bench_prefill import status_mib
-from qwen35_moe import arithmetic as arithmetics
-from qwen35_moe.cache import LayerState
-from qwen35_moe.ops import Linear
-from qwen35_moe.rope import rotary_angles
-from qwen35_moe.streamed import HEAD_ROWS
-from qwen35_moe.taps import Site, attach
+from qwen35_moe.model.cache import LayerState
+from qwen35_moe.model.ops import Linear
+from qwen35_moe.model.rope import rotary_angles
+from qwen35_moe.numerics import arithmetics
+from qwen35_moe.numerics.taps import Site, attach
+from qwen35_moe.run.streamed import HEAD_ROWS
 
 
 def seconds(step: Callable[[], object]) -> float:

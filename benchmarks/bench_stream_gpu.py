@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 import qwen35_moe as q
-from qwen35_moe import ahead
 from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.checkpoint.header import Stored
-from qwen35_moe.checkpoint.plan import Plan
 from qwen35_moe.checkpoint.reader import Rows
+from qwen35_moe.run.gpu import feed as ahead
+from qwen35_moe.run.gpu.plan import Plan
 from weights.build import build
 
 DEVICE = torch.device("cuda", 0)

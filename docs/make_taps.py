@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from qwen35_moe import tap_names
-from qwen35_moe.tap_names import TAPS
+from qwen35_moe.numerics import tap_table as tap_names
+from qwen35_moe.numerics.tap_table import TAPS
 
 TARGET = Path(__file__).with_name("taps.md")
 # Section -> the names that begin it. A name belongs to the first pattern that fits.
@@ -20,12 +20,12 @@ SECTIONS = {
 }
 HEAD = """# Taps
 
-*Written by `docs/make_taps.py` from `qwen35_moe/tap_names.py`; a test keeps the two alike.*
+*Written by `docs/make_taps.py` from `qwen35_moe/numerics/tap_table.py`; a test keeps the two alike.*
 
 A tap is a name for a value of the model. In a trace it is part of a key: `layers.3.attn_q` is tap `attn_q` of layer 3,
 `layers.3.moe_expert_17_down` is `moe_expert_down` of expert 17, `mtp.layers.0.attn_q` belongs to the draft head,
 `step.2.…` to the third forward pass. `<norm>.gain` is `1 + w` of that norm. What happens at a tap is data: it can be
-recorded, rounded, replaced by an engine's value, or broken (`qwen35_moe/taps.py`).
+recorded, rounded, replaced by an engine's value, or broken (`qwen35_moe/numerics/taps.py`).
 
 Engine columns: the path of the module below the layer (or below the model, for taps without a layer), and which of its
 inputs or outputs. `*`: the engine's tensor holds more than this value; the readers split it (`oracle/names.py`). vLLM

@@ -15,7 +15,7 @@ import torch
 from matplotlib.patches import FancyBboxPatch
 
 import qwen35_moe as q
-from qwen35_moe.tap_names import TAPS
+from qwen35_moe.numerics.tap_table import TAPS
 from weights.build import build, real_config
 
 checkpoint = build("tiny", style.scratch() / "tiny")

@@ -14,7 +14,7 @@ import style
 import torch
 
 import qwen35_moe as q
-from qwen35_moe.attention import attend
+from qwen35_moe.model.attention import attend
 from weights.build import build
 
 checkpoint = build("tiny", style.scratch() / "tiny")

@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import normalize
 
 import qwen35_moe as q
-from qwen35_moe.deltanet import chunked_delta_rule, recurrent_delta_rule
+from qwen35_moe.model.deltanet import chunked_delta_rule, recurrent_delta_rule
 from weights.build import build
 
 K, P = 32, 24

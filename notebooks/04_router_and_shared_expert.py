@@ -13,8 +13,8 @@ import style
 import torch
 
 import qwen35_moe as q
-from qwen35_moe.moe import combine_experts, expert, fuse, unfuse
-from qwen35_moe.router import append_shared, route, shared_gate
+from qwen35_moe.model.moe import combine_experts, expert, fuse, unfuse
+from qwen35_moe.model.router import append_shared, route, shared_gate
 from weights.build import build
 
 checkpoint = build("tiny", style.scratch() / "tiny")

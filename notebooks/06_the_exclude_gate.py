@@ -16,7 +16,7 @@ from matplotlib.colors import ListedColormap
 
 import qwen35_moe as q
 from qwen35_moe.checkpoint import Checkpoint
-from qwen35_moe.quant.gate import VARIANTS, decide_layers, hazards
+from qwen35_moe.gate.decide import VARIANTS, decide_layers, hazards
 from qwen35_moe.quant.mxfp4 import decode
 from weights import gate_recipes
 from weights.build import build

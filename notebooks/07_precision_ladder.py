@@ -6,8 +6,8 @@
 # activations as Aiter does, looks at where the noise comes from, and at the one place where noise is not small: the
 # router. At the end is a tolerance that one can defend.
 #
-# An *arithmetic* is a table that says who rounds where, tap by tap (`qwen35_moe/tables.py`). All of them run the same
-# model code.
+# An *arithmetic* is a table that says who rounds where, tap by tap (`qwen35_moe/numerics/tables.py`). All of them run
+# the same model code.
 
 # %%
 import matplotlib.pyplot as plt
@@ -15,8 +15,8 @@ import style
 import torch
 
 import qwen35_moe as q
-from qwen35_moe.oracle.envelope import LIMIT, envelope, judge
-from qwen35_moe.oracle.replay import ReplayRouting
+from qwen35_moe.oracle.judge.envelope import LIMIT, envelope, judge
+from qwen35_moe.oracle.judge.replay import ReplayRouting
 from weights.build import build
 
 checkpoint = build("tiny-mxfp4", style.scratch() / "tiny-mxfp4")

@@ -21,17 +21,16 @@ import matplotlib.pyplot as plt
 import style
 import torch
 
-from qwen35_moe.arithmetic import get
-from qwen35_moe.load import build as build_model
-from qwen35_moe.oracle import report
-from qwen35_moe.oracle.catalogue import FAULTS
+from qwen35_moe.numerics.arithmetics import get
 from qwen35_moe.oracle.compare import compare
-from qwen35_moe.oracle.faults import Place
-from qwen35_moe.oracle.mutants import DUMPED
-from qwen35_moe.oracle.oracle_cli import open_checkpoint, write_truth
-from qwen35_moe.oracle.readers import read_dump
-from qwen35_moe.oracle.writers import write_sglang_dump
-from qwen35_moe.trace import trace
+from qwen35_moe.oracle.diagnose.catalogue import FAULTS
+from qwen35_moe.oracle.diagnose.faults import Place
+from qwen35_moe.oracle.dumps.readers import read_dump
+from qwen35_moe.oracle.dumps.writers import DUMPED, write_sglang_dump
+from qwen35_moe.oracle.report import text as report
+from qwen35_moe.oracle.truth import open_checkpoint, write_truth
+from qwen35_moe.run.load import build as build_model
+from qwen35_moe.trace.recorder import trace
 from weights.build import build
 
 folder = style.scratch()

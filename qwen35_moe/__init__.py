@@ -1,17 +1,54 @@
-"""A reference implementation of Qwen3.5 MoE: the model in exact arithmetic, and an oracle for engines."""
+"""A reference implementation of Qwen3.5 MoE: the model in exact arithmetic, and an oracle for engines.
 
-from . import arithmetic, quant, tables, tap_names, taps
-from .arithmetic import KEEP, Arithmetic
-from .cache import Cache
-from .config import Config
+Public names are imported when they are first used, so that `qwen35-moe --help` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from .errors import Qwen35Error
-from .generate import Sampling, generate, score
-from .load import load
-from .model import Model
-from .prompt import embed_prompt
-from .quant.gate import can_fuse_shared_expert
-from .trace import trace
 
+if TYPE_CHECKING:
+    from . import quant
+    from .gate.decide import can_fuse_shared_expert
+    from .model.cache import Cache
+    from .model.config import Config
+    from .model.text import Model
+    from .numerics import arithmetics as arithmetic
+    from .numerics import tables, taps
+    from .numerics import tap_table as tap_names
+    from .numerics.arithmetics import KEEP, Arithmetic
+    from .run.generate import Sampling, generate, score
+    from .run.load import load
+    from .run.prompt import embed_prompt
+    from .trace.recorder import trace
+
+__version__ = "0.1.0"
+
+# public name -> (module, name in it; "" for the module itself)
+_PUBLIC = {
+    "KEEP": ("numerics.arithmetics", "KEEP"),
+    "Arithmetic": ("numerics.arithmetics", "Arithmetic"),
+    "Cache": ("model.cache", "Cache"),
+    "Config": ("model.config", "Config"),
+    "Model": ("model.text", "Model"),
+    "Sampling": ("run.generate", "Sampling"),
+    "arithmetic": ("numerics.arithmetics", ""),
+    "can_fuse_shared_expert": ("gate.decide", "can_fuse_shared_expert"),
+    "embed_prompt": ("run.prompt", "embed_prompt"),
+    "generate": ("run.generate", "generate"),
+    "load": ("run.load", "load"),
+    "quant": ("quant", ""),
+    "score": ("run.generate", "score"),
+    "tables": ("numerics.tables", ""),
+    "tap_names": ("numerics.tap_table", ""),
+    "taps": ("numerics.taps", ""),
+    "trace": ("trace.recorder", "trace"),
+}
 __all__ = [
     "KEEP",
     "Arithmetic",
@@ -32,4 +69,24 @@ __all__ = [
     "taps",
     "trace",
 ]
-__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module_name, attribute = _PUBLIC[name]
+    module = import_module(f"{__name__}.{module_name}")
+    value = getattr(module, attribute) if attribute else module
+    globals()[name] = value
+    return value
+
+
+class _Package(ModuleType):
+    """The import system sets a subpackage as attribute of its package: `qwen35_moe.trace` must stay the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and _PUBLIC.get(name, ("", ""))[1]):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

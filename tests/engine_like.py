@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen35_moe.config import Config
-from qwen35_moe.model import Model
-from qwen35_moe.oracle.trace_file import Trace
-from qwen35_moe.trace import trace
+from qwen35_moe.model.config import Config
+from qwen35_moe.model.text import Model
+from qwen35_moe.trace.file import Trace
+from qwen35_moe.trace.recorder import trace
 
 CONFIG = Path(__file__).parent / "data/fixtures/bf16-hub/config.json"
 

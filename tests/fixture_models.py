@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qwen35_moe.config import Config
-from qwen35_moe.model import Model
-from qwen35_moe.mtp import MTP
+from qwen35_moe.model.config import Config
+from qwen35_moe.model.mtp import MTP
+from qwen35_moe.model.text import Model
+from qwen35_moe.model.vision.tower import VisionConfig, VisionTower
 from qwen35_moe.quant import mxfp4
-from qwen35_moe.vision import VisionConfig, VisionTower
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 

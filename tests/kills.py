@@ -24,8 +24,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from qwen35_moe.oracle.envelope import legal
-from qwen35_moe.oracle.trace_file import Trace
+from qwen35_moe.oracle.judge.envelope import legal
+from qwen35_moe.trace.file import Trace
 
 # What the innermost functions of the main thread say of what it was doing; the first that matches.
 DOING = (

@@ -18,16 +18,16 @@ import torch
 from torch import nn
 
 import qwen35_moe as q
-from qwen35_moe import ahead, grouped
-from qwen35_moe.ahead import Feed
-from qwen35_moe.checkpoint import plan, read_pool
-from qwen35_moe.checkpoint.plan import Plan
-from qwen35_moe.checkpoint.read_pool import Slot
 from qwen35_moe.checkpoint.reader import Rows
-from qwen35_moe.experts import PassingExperts
-from qwen35_moe.moe import MoE
-from qwen35_moe.source import Source
-from qwen35_moe.streamed import StreamedLayers
+from qwen35_moe.model.moe import MoE
+from qwen35_moe.run.experts import PassingExperts
+from qwen35_moe.run.gpu import feed as ahead
+from qwen35_moe.run.gpu import grouped, plan, read_pool
+from qwen35_moe.run.gpu.feed import Feed
+from qwen35_moe.run.gpu.plan import Plan
+from qwen35_moe.run.gpu.read_pool import Slot
+from qwen35_moe.run.source import Source
+from qwen35_moe.run.streamed import StreamedLayers
 
 Build = Callable[[str], Path]
 RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "weights" / "recipes").glob("tiny*.toml"))
@@ -61,8 +61,8 @@ def passing(found: Source, mlp: str, count: int) -> PassingExperts:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_experts_of_every_layout(built: Build, feed: Feed, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["qwen35_moe.experts"], "BATCH", 100_000)  # bytes: some experts
-    monkeypatch.setattr(sys.modules["qwen35_moe.experts"], "FEW", 2)
+    monkeypatch.setattr(sys.modules["qwen35_moe.run.experts"], "BATCH", 100_000)  # bytes: some experts
+    monkeypatch.setattr(sys.modules["qwen35_moe.run.experts"], "FEW", 2)
     found = source(built(recipe), online=recipe == "tiny-moe-mxfp4")
     E = found.config.num_experts
     experts = passing(found, "layers.0.mlp", E + 1)
@@ -184,7 +184,7 @@ def grouped_experts(monkeypatch: pytest.MonkeyPatch) -> None:
             if isinstance(block, MoE):
                 block.experts = passing(found, path, found.config.num_experts)
 
-    monkeypatch.setattr(sys.modules["qwen35_moe.streamed"], "fill_experts", fill_experts)
+    monkeypatch.setattr(sys.modules["qwen35_moe.run.streamed"], "fill_experts", fill_experts)
     monkeypatch.setattr(grouped, "applies", lambda experts, x_TD: isinstance(experts, PassingExperts))
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qwen35_moe as q
-from qwen35_moe.config import FULL, LINEAR
-from qwen35_moe.taps import attach
+from qwen35_moe.model.config import FULL, LINEAR
+from qwen35_moe.numerics.taps import attach
 
 
 @pytest.fixture

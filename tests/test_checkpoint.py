@@ -18,8 +18,8 @@ from layouts import CONFIG, LAYOUTS, D, E, F, config_with, tensors, write
 
 from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.checkpoint.reader import Rows, read_together
-from qwen35_moe.config import Config
 from qwen35_moe.errors import Qwen35Error
+from qwen35_moe.model.config import Config
 
 EXPERTS = "layers.0.mlp.experts"
 

@@ -16,10 +16,10 @@ from layouts import CONFIG, D, E, F, Tensors, config_with, tensors, write
 
 from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.checkpoint.header import read_header
-from qwen35_moe.config import Config
 from qwen35_moe.errors import Qwen35Error
-from qwen35_moe.load import load
-from qwen35_moe.quant.gate import can_fuse_shared_expert
+from qwen35_moe.gate.decide import can_fuse_shared_expert
+from qwen35_moe.model.config import Config
+from qwen35_moe.run.load import load
 
 P = "model.language_model."
 EXPERT = P + "layers.1.mlp.experts.1.up_proj"

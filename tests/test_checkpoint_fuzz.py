@@ -15,9 +15,9 @@ from layouts import CONFIG, tensors, write
 
 from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.checkpoint.header import BITS, read_header
-from qwen35_moe.checkpoint.names import canonical, split_role
-from qwen35_moe.config import Config
+from qwen35_moe.checkpoint.tensor_names import canonical, split_role
 from qwen35_moe.errors import Qwen35Error
+from qwen35_moe.model.config import Config
 
 # The folders are overwritten by every example, so that sharing them between examples is meant.
 FUZZ = settings(

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.bench_compare import write
-from qwen35_moe import cli
+from qwen35_moe.cli import main as cli
 from qwen35_moe.oracle.compare import compare
-from qwen35_moe.oracle.readers import read_dump
-from qwen35_moe.oracle.readers.own import from_trace
-from qwen35_moe.oracle.records import Comparison
-from qwen35_moe.oracle.routing import Flip, compare_ids
-from qwen35_moe.oracle.trace_file import Trace
+from qwen35_moe.oracle.dumps.readers import read_dump
+from qwen35_moe.oracle.dumps.readers.own import from_trace
+from qwen35_moe.oracle.judge.records import Comparison
+from qwen35_moe.oracle.judge.routing import Flip, compare_ids
+from qwen35_moe.trace.file import Trace
 
 LAYERS, TOKENS = 6, 4
 FORMATS = ("trace", "sglang", "plain")

@@ -11,9 +11,9 @@ import torch
 
 import qwen35_moe as q
 from docs import make_taps
-from qwen35_moe.arithmetic import ARITHMETICS
-from qwen35_moe.oracle.readers import read_dump
-from qwen35_moe.tap_names import TAPS
+from qwen35_moe.numerics.arithmetics import ARITHMETICS
+from qwen35_moe.numerics.tap_table import TAPS
+from qwen35_moe.oracle.dumps.readers import read_dump
 from weights.build import build
 
 DOCS = Path(__file__).parent.parent / "docs"

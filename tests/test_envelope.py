@@ -10,20 +10,20 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from qwen35_moe.cli import main
-from qwen35_moe.load import load
-from qwen35_moe.oracle import envelope_file, second_look
-from qwen35_moe.oracle.envelope_file import stored_envelope
-from qwen35_moe.oracle.mutants import Bench
-from qwen35_moe.oracle.oracle_cli import open_checkpoint
-from qwen35_moe.oracle.replay import ReplayRouting
-from qwen35_moe.oracle.scale import ENOUGH, scale_errors
-from qwen35_moe.oracle.split_k import SplitK, samples, split, splitting
-from qwen35_moe.oracle.trace_file import Trace
-from qwen35_moe.oracle.variants import variants
-from qwen35_moe.tables import FLOAT32, SGLANG_BF16, TRANSFORMERS_BF16
-from qwen35_moe.taps import attach
-from qwen35_moe.trace import trace
+from benchmarks.oracle_score.mutants import Bench
+from benchmarks.oracle_score.variants import variants
+from qwen35_moe.cli.main import main
+from qwen35_moe.numerics.tables import FLOAT32, SGLANG_BF16, TRANSFORMERS_BF16
+from qwen35_moe.numerics.taps import attach
+from qwen35_moe.oracle.judge import envelope_file, second_look
+from qwen35_moe.oracle.judge.constant_factor import ENOUGH, scale_errors
+from qwen35_moe.oracle.judge.envelope_file import stored_envelope
+from qwen35_moe.oracle.judge.replay import ReplayRouting
+from qwen35_moe.oracle.judge.split_k import SplitK, samples, split, splitting
+from qwen35_moe.oracle.truth import open_checkpoint
+from qwen35_moe.run.load import load
+from qwen35_moe.trace.file import Trace
+from qwen35_moe.trace.recorder import trace
 
 QUARK = Path(__file__).parent / "data" / "fixtures" / "quark-mxfp4"
 

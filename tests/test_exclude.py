@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from qwen35_moe.errors import Qwen35Error
-from qwen35_moe.quant.exclude import SEMANTICS, ExcludeList, Hit, exclude_list, substring
-from qwen35_moe.quant.names import (
+from qwen35_moe.gate.exclude import SEMANTICS, ExcludeList, Hit, exclude_list, substring
+from qwen35_moe.gate.module_names import (
     canonical,
     expand_fused,
     is_draft_entry,

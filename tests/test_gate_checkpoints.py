@@ -11,10 +11,10 @@ import pytest
 from gate_configs import FP4, NV, PREFIX, QWEN, TEXT, W8A8, body, quark
 
 from qwen35_moe.checkpoint import Checkpoint
-from qwen35_moe.cli import main
+from qwen35_moe.cli.main import main
 from qwen35_moe.errors import Qwen35Error
-from qwen35_moe.quant.gate import VARIANTS, can_fuse_shared_expert, decide_layers, hazards, slot_guard
-from qwen35_moe.quant.spec import BF16, MXFP4, NVFP4, ModuleSpec, QuantConfig, float_spec
+from qwen35_moe.gate.decide import VARIANTS, can_fuse_shared_expert, decide_layers, hazards, slot_guard
+from qwen35_moe.gate.declared import BF16, MXFP4, NVFP4, ModuleSpec, QuantConfig, float_spec
 from weights import gate_recipes
 
 PARTS = ("gate", "up", "down")

@@ -17,13 +17,14 @@ from tolerances import FLOAT32_LOG_P, FLOAT64_REORDERED
 from torch import Tensor
 
 import qwen35_moe as q
-from qwen35_moe import arithmetic, taps
-from qwen35_moe.generate import Sampling, Step, generate, score, uniform
-from qwen35_moe.mtp import draft_head, with_hidden
-from qwen35_moe.prompt import embed_prompt
-from qwen35_moe.tap_names import TAPS, base_name, dims_of
+from qwen35_moe.model.mtp import draft_head, with_hidden
+from qwen35_moe.numerics import arithmetics as arithmetic
+from qwen35_moe.numerics import taps
+from qwen35_moe.numerics.tap_table import TAPS, base_name, dims_of
+from qwen35_moe.run.generate import Sampling, Step, generate, score, uniform
+from qwen35_moe.run.prompt import embed_prompt
 
-MODULE = import_module("qwen35_moe.generate")  # whose name in the package is the function
+MODULE = import_module("qwen35_moe.run.generate")  # whose name in the package is the function
 RIGHT = torch.tensor([[1, 1, 0]])
 LLAMA_CPP = json.loads((FIXTURES.parent / "greedy" / "llamacpp.json").read_text())
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers.image_utils import load_image
 
 import qwen35_moe as q
-from qwen35_moe.cli import main
-from qwen35_moe.generate import Step, generate
-from qwen35_moe.prompt import embed_prompt, load_images, load_tokenizer, place_images, read_ids, stop_ids
+from qwen35_moe.cli.main import main
+from qwen35_moe.run.generate import Step, generate
+from qwen35_moe.run.prompt import embed_prompt, load_images, load_tokenizer, place_images, read_ids, stop_ids
 
 BARE = FIXTURES / "bf16-hub"
 
@@ -157,7 +157,7 @@ def test_characters_come_whole(capsys: pytest.CaptureFixture[str], folder: Path,
     ids = load_tokenizer(folder).encode("h\u00e9 \u2192", add_special_tokens=False)  # 2 and 3 bytes, a token each
     assert len(ids) == 7
     steps = [Step(i, 0.0, 0) for i in ids]
-    monkeypatch.setattr("qwen35_moe.generate_cli.generate", lambda *_: iter(steps))
+    monkeypatch.setattr("qwen35_moe.cli.generate.generate", lambda *_: iter(steps))
     assert call(capsys, folder, "--prompt", "x")[1] == "h\u00e9 \u2192\n"
 
 

@@ -12,14 +12,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tolerances import APPEND_ULP, GATING_REL, ROUTER_ULP
 
-from qwen35_moe import KEEP, arithmetic, deltanet, moe, norms, router, taps
-from qwen35_moe.arithmetic import using
-from qwen35_moe.metrics import rel_l2, ulp_distance
-from qwen35_moe.ops import promote
+from qwen35_moe import KEEP
+from qwen35_moe.model import deltanet, moe, norms, router
+from qwen35_moe.model.ops import promote
+from qwen35_moe.numerics import arithmetics as arithmetic
+from qwen35_moe.numerics import taps
+from qwen35_moe.numerics.arithmetics import using
+from qwen35_moe.numerics.metrics import rel_l2, ulp_distance
+from qwen35_moe.numerics.sums import triton_sum
+from qwen35_moe.numerics.tables import AITER, EXACT_A4, SGLANG_BF16
+from qwen35_moe.numerics.taps import tap
 from qwen35_moe.quant.mxfp4 import MXFP4, decode, encode
-from qwen35_moe.sums import triton_sum
-from qwen35_moe.tables import AITER, EXACT_A4, SGLANG_BF16
-from qwen35_moe.taps import tap
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 

@@ -20,18 +20,21 @@ from test_model import ids_of
 from tolerances import BF16_GROUPED, FLOAT64_REORDERED
 
 import qwen35_moe as q
-from qwen35_moe import arithmetic, cli, grouped, moe
-from qwen35_moe.fused import compiling
-from qwen35_moe.generate import generate
-from qwen35_moe.graphs import DecodeGraph, PrefillGraph, can_capture
-from qwen35_moe.metrics import rel_l2
-from qwen35_moe.mtp import draft_head, with_hidden
-from qwen35_moe.oracle.mutants import DUMPED
-from qwen35_moe.oracle.oracle_cli import write_truth
-from qwen35_moe.oracle.trace_file import Trace
-from qwen35_moe.prompt import embed_prompt
+from qwen35_moe.cli import main as cli
+from qwen35_moe.model import moe
+from qwen35_moe.model.mtp import draft_head, with_hidden
+from qwen35_moe.numerics import arithmetics as arithmetic
+from qwen35_moe.numerics.metrics import rel_l2
+from qwen35_moe.oracle.dumps.writers import DUMPED
+from qwen35_moe.oracle.truth import write_truth
 from qwen35_moe.quant import mxfp4
-from qwen35_moe.trace import record
+from qwen35_moe.run.generate import generate
+from qwen35_moe.run.gpu import grouped
+from qwen35_moe.run.gpu.fused import compiling
+from qwen35_moe.run.gpu.graphs import DecodeGraph, PrefillGraph, can_capture
+from qwen35_moe.run.prompt import embed_prompt
+from qwen35_moe.trace.file import Trace
+from qwen35_moe.trace.recorder import record
 
 # The compiler's first import meets torch's own deprecated functions.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")]
@@ -180,7 +183,7 @@ def test_greedy_text_is_that_of_the_cpu() -> None:
 
 def test_a_graph_writes_the_same_text(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     """As its steps one by one. A graph that is full is followed by another; whoever watches is called."""
-    module = import_module("qwen35_moe.generate")
+    module = import_module("qwen35_moe.run.generate")
     monkeypatch.setattr(module, "ROOM", 16)
     made = []
     monkeypatch.setattr(module, "DecodeGraph", lambda *args: made.append(DecodeGraph(*args)) or made[-1])
@@ -244,7 +247,7 @@ def test_decoding_as_a_graph_has_the_bits_of_its_step(built: Built, monkeypatch:
     ids, cache = ids_of(30).to(GPU), q.Cache()
     model(ids[:, :20], cache=cache)
     graph = DecodeGraph(model, cache, capacity=64)
-    monkeypatch.setattr("qwen35_moe.graphs.captured", lambda run, changed: run)
+    monkeypatch.setattr("qwen35_moe.run.gpu.graphs.captured", lambda run, changed: run)
     plain = DecodeGraph(model, cache, capacity=64)
     for t in range(20, 30):
         assert torch.equal(graph.step(ids[:, t : t + 1]), plain.step(ids[:, t : t + 1]))
@@ -280,7 +283,7 @@ def test_passes_over_memory_have_the_bits_of_plain_torch(
         ids = ids_of(shape[1], shape[0]).to(GPU)
         plain = q.trace(model, ids)
         with monkeypatch.context() as patch, compiling():
-            patch.setattr("qwen35_moe.fused.LARGE", 0)
+            patch.setattr("qwen35_moe.run.gpu.fused.LARGE", 0)
             compiled = q.trace(model, ids)
         for key, x in plain.items():
             assert torch.equal(compiled[key], x), key

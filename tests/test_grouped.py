@@ -13,15 +13,17 @@ from tolerances import FLOAT64_REORDERED
 from torch import Tensor
 
 import qwen35_moe as q
-from qwen35_moe import arithmetic, grouped, moe
-from qwen35_moe.experts import PassingExperts
-from qwen35_moe.generate import generate
-from qwen35_moe.graphs import DecodeGraph, PrefillGraph, can_capture
-from qwen35_moe.metrics import rel_l2
+from qwen35_moe.model import moe
+from qwen35_moe.numerics import arithmetics as arithmetic
+from qwen35_moe.numerics.metrics import rel_l2
 from qwen35_moe.quant import mxfp4
 from qwen35_moe.quant.packed import concatenate
+from qwen35_moe.run.experts import PassingExperts
+from qwen35_moe.run.generate import generate
+from qwen35_moe.run.gpu import grouped
+from qwen35_moe.run.gpu.graphs import DecodeGraph, PrefillGraph, can_capture
 
-MODULE = import_module("qwen35_moe.generate")  # whose name in the package is the function
+MODULE = import_module("qwen35_moe.run.generate")  # whose name in the package is the function
 TABLES = ("exact", "float32", "transformers-bf16", "sglang-bf16", "sglang-aiter-mxfp4", "sglang-aiter-mxfp4/scatter")
 T, A, E, D, F = 23, 4, 9, 64, 32
 

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from tolerances import FLOAT32_LOG_P, FLOAT64_CLEAN, FLOAT64_REORDERED, IMAGE_LOGITS_FLOAT32
 from torch import Tensor
 
-from qwen35_moe import arithmetic, taps
-from qwen35_moe.cache import Cache
-from qwen35_moe.model import Model
-from qwen35_moe.mtp import MTP, draft_head, with_hidden
-from qwen35_moe.positions import decode_positions, embed_images, rope_positions, token_types
-from qwen35_moe.prompt import embed_prompt, placeholders
-from qwen35_moe.vision import VisionTower
+from qwen35_moe.model.cache import Cache
+from qwen35_moe.model.mtp import MTP, draft_head, with_hidden
+from qwen35_moe.model.text import Model
+from qwen35_moe.model.vision.positions import decode_positions, embed_images, rope_positions, token_types
+from qwen35_moe.model.vision.tower import VisionTower
+from qwen35_moe.numerics import arithmetics as arithmetic
+from qwen35_moe.numerics import taps
+from qwen35_moe.run.prompt import embed_prompt, placeholders
 
 Parts = tuple[Model, MTP, VisionTower]
 IMAGE, VIDEO = 252, 253

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from qwen35_moe.cli import main
+from qwen35_moe.cli.main import main
 
 Build = Callable[[str], Path]
 
@@ -55,7 +55,9 @@ def test_gate_and_estimate(built: Build, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_the_estimates_of_a_trace_hold(built: Build, tmp_path: Path) -> None:
     """What is written is known but for a few taps that not every run has; memory is an upper bound."""
-    code = "import sys; from qwen35_moe.cli import main; main(sys.argv[1:]); print(open('/proc/self/status').read())"
+    code = (
+        "import sys; from qwen35_moe.cli.main import main; main(sys.argv[1:]); print(open('/proc/self/status').read())"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
     def run(*arguments: str) -> str:

@@ -10,17 +10,18 @@ import pytest
 import torch
 
 import qwen35_moe as q
-from qwen35_moe.cli import main
-from qwen35_moe.oracle import kl_base, second_look
+from benchmarks.oracle_score.mutants import Bench
+from qwen35_moe.cli.main import main
+from qwen35_moe.numerics.tables import TRANSFORMERS_BF16
 from qwen35_moe.oracle.compare import compare
-from qwen35_moe.oracle.dump import Dump
-from qwen35_moe.oracle.envelope import LIMIT, Norms, legal
-from qwen35_moe.oracle.mutants import Bench
-from qwen35_moe.oracle.oracle_cli import open_checkpoint
-from qwen35_moe.oracle.readers import read_dump
-from qwen35_moe.oracle.split_k import split, splitting
-from qwen35_moe.oracle.writers import write_kl_base
-from qwen35_moe.tables import TRANSFORMERS_BF16
+from qwen35_moe.oracle.dumps.dump import Dump
+from qwen35_moe.oracle.dumps.readers import read_dump
+from qwen35_moe.oracle.dumps.writers import write_kl_base
+from qwen35_moe.oracle.judge import log_p as kl_base
+from qwen35_moe.oracle.judge import second_look
+from qwen35_moe.oracle.judge.envelope import LIMIT, Norms, legal
+from qwen35_moe.oracle.judge.split_k import split, splitting
+from qwen35_moe.oracle.truth import open_checkpoint
 
 DATA = Path(__file__).parent / "data"
 FIXTURE, KL_BASE = DATA / "fixtures/bf16-hub", DATA / "dumps/llama_cpp.kld"

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qwen35_moe as q
-from qwen35_moe.experts import PackedExperts, ViewedExperts
-from qwen35_moe.load import MODES
-from qwen35_moe.moe import Experts
+from qwen35_moe.model.moe import Experts
+from qwen35_moe.numerics.tables import TRANSFORMERS_BF16
 from qwen35_moe.quant.mxfp4 import decode
-from qwen35_moe.tables import TRANSFORMERS_BF16
+from qwen35_moe.run.experts import PackedExperts, ViewedExperts
+from qwen35_moe.run.load import MODES
 
 Build = Callable[[str], Path]
 RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "weights" / "recipes").glob("tiny*.toml"))

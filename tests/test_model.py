@@ -10,9 +10,9 @@ import torch
 from tolerances import FLOAT64_REORDERED
 
 import qwen35_moe as q
-from qwen35_moe import deltanet, moe, norms, router
-from qwen35_moe.metrics import rel_l2
-from qwen35_moe.taps import attach
+from qwen35_moe.model import deltanet, moe, norms, router
+from qwen35_moe.numerics.metrics import rel_l2
+from qwen35_moe.numerics.taps import attach
 
 LENGTHS = (1, 7, 64, 65, 333)
 
@@ -82,7 +82,7 @@ def test_spans_of_the_chunked_rule_carry_the_state(model, monkeypatch):
 
 def test_blocks_of_queries(model, monkeypatch):
     whole = recorded(model, ids_of(65))
-    monkeypatch.setattr("qwen35_moe.attention.QUERY_BLOCK", 16)
+    monkeypatch.setattr("qwen35_moe.model.attention.QUERY_BLOCK", 16)
     in_blocks = recorded(model, ids_of(65))
     assert_same(in_blocks, whole, keys=[k for k in whole if k in in_blocks])
 

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from tolerances import FLOAT32_LOG_P, FLOAT64_CLEAN, FLOAT64_REORDERED
 from torch import Tensor
 
-from qwen35_moe import taps
-from qwen35_moe.cache import Cache
-from qwen35_moe.config import Config
 from qwen35_moe.errors import Qwen35Error
-from qwen35_moe.model import Model
-from qwen35_moe.moe import fuse
-from qwen35_moe.mtp import MTP, accept, draft, draft_head, greedy, residual, with_hidden
+from qwen35_moe.model.cache import Cache
+from qwen35_moe.model.config import Config
+from qwen35_moe.model.moe import fuse
+from qwen35_moe.model.mtp import MTP, accept, draft, draft_head, greedy, residual, with_hidden
+from qwen35_moe.model.text import Model
+from qwen35_moe.numerics import taps
 
 Pair = tuple[Model, MTP]
 

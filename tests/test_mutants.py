@@ -1,4 +1,4 @@
-"""The mutation score on a part of the catalogue; `qwen35-moe mutants` runs all of it."""
+"""The mutation score on a part of the catalogue; `python -m benchmarks.oracle_score` runs all of it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen35_moe.oracle import mutants
-from qwen35_moe.oracle.catalogue import FAULTS
-from qwen35_moe.oracle.demo import planted_failure
-from qwen35_moe.oracle.faults import Fault
-from qwen35_moe.oracle.mutants import Bench
-from qwen35_moe.oracle.oracle_cli import open_checkpoint
-from qwen35_moe.oracle.variants import SMALL, UNLISTED, UNSEEN, Variant, variants
+from benchmarks.oracle_score import mutants
+from benchmarks.oracle_score.mutants import Bench
+from benchmarks.oracle_score.variants import SMALL, UNLISTED, UNSEEN, Variant, variants
+from qwen35_moe.cli.demo import planted_failure
+from qwen35_moe.oracle.diagnose.catalogue import FAULTS
+from qwen35_moe.oracle.diagnose.faults import Fault
+from qwen35_moe.oracle.truth import open_checkpoint
 
 IDS = (torch.arange(32) * 7919 % 251)[None]
 

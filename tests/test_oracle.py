@@ -13,29 +13,32 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen35_moe import Qwen35Error, cli
-from qwen35_moe.arithmetic import get
-from qwen35_moe.load import load
-from qwen35_moe.oracle import oracle_cli, report, report_html
-from qwen35_moe.oracle.align import Pair
-from qwen35_moe.oracle.catalogue import FAULTS
+from qwen35_moe import Qwen35Error
+from qwen35_moe.cli import compare as oracle_cli
+from qwen35_moe.cli import main as cli
+from qwen35_moe.numerics.arithmetics import get
+from qwen35_moe.numerics.taps import BREAK, Site
 from qwen35_moe.oracle.compare import compare
-from qwen35_moe.oracle.dump import Dump, Piece
-from qwen35_moe.oracle.envelope import LIMIT, Norms, envelope, judge, legal
-from qwen35_moe.oracle.envelope_file import write_envelope
-from qwen35_moe.oracle.faults import Place
-from qwen35_moe.oracle.logits import compare_logits
-from qwen35_moe.oracle.mutants import DUMPED
-from qwen35_moe.oracle.readers.own import from_trace
-from qwen35_moe.oracle.records import Comparison, Record
-from qwen35_moe.oracle.replay import Captured, ReplayRouting
-from qwen35_moe.oracle.routing import compare_ids, could_flip
-from qwen35_moe.oracle.suspects import accuse, suspects
-from qwen35_moe.oracle.trace_file import Trace
-from qwen35_moe.oracle.weights_check import check_weights
+from qwen35_moe.oracle.diagnose.catalogue import FAULTS
+from qwen35_moe.oracle.diagnose.faults import Place
+from qwen35_moe.oracle.dumps.align import Pair
+from qwen35_moe.oracle.dumps.dump import Dump, Piece
+from qwen35_moe.oracle.dumps.readers.own import from_trace
+from qwen35_moe.oracle.dumps.writers import DUMPED
+from qwen35_moe.oracle.judge.envelope import LIMIT, Norms, envelope, judge, legal
+from qwen35_moe.oracle.judge.envelope_file import write_envelope
+from qwen35_moe.oracle.judge.logits import compare_logits
+from qwen35_moe.oracle.judge.records import Comparison, Record
+from qwen35_moe.oracle.judge.replay import Captured, ReplayRouting
+from qwen35_moe.oracle.judge.routing import compare_ids, could_flip
+from qwen35_moe.oracle.judge.suspects import accuse, suspects
+from qwen35_moe.oracle.judge.weights_check import check_weights
+from qwen35_moe.oracle.report import html as report_html
+from qwen35_moe.oracle.report import text as report
 from qwen35_moe.quant.layouts import shuffle_scales, shuffle_weight
-from qwen35_moe.taps import BREAK, Site
-from qwen35_moe.trace import trace
+from qwen35_moe.run.load import load
+from qwen35_moe.trace.file import Trace
+from qwen35_moe.trace.recorder import trace
 
 IDS = (torch.arange(24) * 7919 % 251).view(4, 6)
 
@@ -674,7 +677,7 @@ def test_truth_of_another_checkpoint_is_refused(built: Callable[[str], Path], tm
 
 
 def test_catalogue_is_data_with_names_of_taps() -> None:
-    from qwen35_moe.tap_names import TAPS
+    from qwen35_moe.numerics.tap_table import TAPS
 
     assert len({f.name for f in FAULTS}) == len(FAULTS) >= 50
     for fault in FAULTS:

@@ -28,8 +28,8 @@ from tolerances import (
 from torch import Tensor
 
 import qwen35_moe as q
-from qwen35_moe.metrics import compare_traces, rel_l2, table
-from qwen35_moe.tables import TRANSFORMERS_BF16
+from qwen35_moe.numerics.metrics import compare_traces, rel_l2, table
+from qwen35_moe.numerics.tables import TRANSFORMERS_BF16
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 CHECKPOINTS = ("fixture", "tiny", "tiny-odd", "tiny-flat")

@@ -18,7 +18,7 @@ from tolerances import FLOAT32_ANOTHER_MACHINE, FLOAT64_REORDERED, VISION_FLOAT3
 from torch import Tensor
 
 from qwen35_moe.errors import Qwen35Error
-from qwen35_moe.metrics import compare, compare_traces, ordinal, rel_l2, table, ulp_distance
+from qwen35_moe.numerics.metrics import compare, compare_traces, ordinal, rel_l2, table, ulp_distance
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 HUB = FIXTURES / "bf16-hub"

@@ -15,10 +15,10 @@ import torch
 from tolerances import FLOAT64_REORDERED
 
 import qwen35_moe as q
-from qwen35_moe.cli import main
-from qwen35_moe.files import Claim
-from qwen35_moe.long_run import trace_layers
-from qwen35_moe.metrics import rel_l2
+from qwen35_moe.cli.main import main
+from qwen35_moe.numerics.metrics import rel_l2
+from qwen35_moe.run.files import Claim
+from qwen35_moe.trace.layers import trace_layers
 
 Build = Callable[[str], Path]
 IDS = torch.tensor([[3, 7, 11, 5, 100, 17, 29, 31]])

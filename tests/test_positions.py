@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import Qwen3_5MoeModel, Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeTextRotaryEmbedding
 
-from qwen35_moe.config import Config
 from qwen35_moe.errors import Qwen35Error
-from qwen35_moe.positions import decode_positions, embed_images, rope_positions, token_types
-from qwen35_moe.rope import rotary_angles
+from qwen35_moe.model.config import Config
+from qwen35_moe.model.rope import rotary_angles
+from qwen35_moe.model.vision.positions import decode_positions, embed_images, rope_positions, token_types
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 IMAGE, VIDEO = 252, 253

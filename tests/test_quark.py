@@ -12,7 +12,7 @@ from tolerances import FLOAT64_REORDERED, QUARK_W4A4_LOG_P, QUARK_W4A16_LOG_P
 import qwen35_moe as q
 from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.checkpoint.folder import open_folder
-from qwen35_moe.metrics import rel_l2
+from qwen35_moe.numerics.metrics import rel_l2
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 CHECKPOINTS = ("quark-mxfp4", "quark-moe-mxfp4")

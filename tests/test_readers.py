@@ -21,18 +21,18 @@ from safetensors.torch import save_file
 
 import qwen35_moe as q
 from qwen35_moe import Qwen35Error
-from qwen35_moe.oracle import match
-from qwen35_moe.oracle.align import Alignment, align
+from qwen35_moe.numerics.tap_table import TAPS
 from qwen35_moe.oracle.compare import _holes
-from qwen35_moe.oracle.dump import Dump
-from qwen35_moe.oracle.join import join_ranks
-from qwen35_moe.oracle.names import SGLANG, TRANSFORMERS, Rule, letters
-from qwen35_moe.oracle.readers import read_dump
-from qwen35_moe.oracle.readers.own import from_trace
-from qwen35_moe.oracle.readers.transformers import capture_transformers
-from qwen35_moe.oracle.trace_file import Trace
-from qwen35_moe.tap_names import TAPS
-from qwen35_moe.trace import trace
+from qwen35_moe.oracle.dumps import match
+from qwen35_moe.oracle.dumps.align import Alignment, align
+from qwen35_moe.oracle.dumps.dump import Dump
+from qwen35_moe.oracle.dumps.engine_names import SGLANG, TRANSFORMERS, Rule, letters
+from qwen35_moe.oracle.dumps.join import join_ranks
+from qwen35_moe.oracle.dumps.readers import read_dump
+from qwen35_moe.oracle.dumps.readers.own import from_trace
+from qwen35_moe.oracle.dumps.readers.transformers import capture_transformers
+from qwen35_moe.trace.file import Trace
+from qwen35_moe.trace.recorder import trace
 from tests.peers.transformers_model import load_transformers, new_cache, quiet
 
 SEQUENCES = [[5, 9, 200, 7, 31, 8, 77], [5, 9, 4, 250, 3]]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen35_moe import cli
+from qwen35_moe.cli import main as cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,7 +31,7 @@ def checkout(tmp_path_factory) -> Path:
     for name, command in (
         ("python", f'exec "{python}" "$@"'),
         ("qwen35-moe", f'exec "{python}" -m qwen35_moe "$@"'),
-        ("make", f'[ "$1" = demo ] && exec "{python}" -m qwen35_moe.demo'),
+        ("make", f'[ "$1" = demo ] && exec "{python}" -m qwen35_moe demo'),
     ):
         tool = tools / name
         tool.write_text(f"#!/bin/sh\n{command}\n")

@@ -19,13 +19,15 @@ from kills import contents
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from qwen35_moe import files, placement, trace_cli
 from qwen35_moe.checkpoint import Checkpoint
-from qwen35_moe.cli import main
-from qwen35_moe.files import whole
-from qwen35_moe.moe import MoE
-from qwen35_moe.oracle import envelope_file, trace_writer
-from qwen35_moe.oracle.trace_file import RESUME, Trace
+from qwen35_moe.cli import trace as trace_cli
+from qwen35_moe.cli.main import main
+from qwen35_moe.model.moe import MoE
+from qwen35_moe.oracle.judge import envelope_file
+from qwen35_moe.run import files, placement
+from qwen35_moe.run.files import whole
+from qwen35_moe.trace import writer as trace_writer
+from qwen35_moe.trace.file import RESUME, Trace
 
 Build = Callable[[str], Path]
 PROMPTS, OTHERS = [[1, 2, 3, 4, 5], [9, 8, 7], [5, 5, 5, 6]], [[4, 4], [3, 2, 1], [6]]

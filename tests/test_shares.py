@@ -16,10 +16,10 @@ from kills import contents
 from tolerances import FLOAT64_REORDERED
 
 import qwen35_moe as q
-from qwen35_moe import shares
-from qwen35_moe.cli import main
-from qwen35_moe.files import Claim
-from qwen35_moe.oracle.trace_file import Trace
+from qwen35_moe.cli import shares
+from qwen35_moe.cli.main import main
+from qwen35_moe.run.files import Claim
+from qwen35_moe.trace.file import Trace
 
 Build = Callable[[str], Path]
 PROMPTS = [[1, 2, 3, 4, 5], [9, 8, 7], [5, 5, 5, 6, 7, 8]]

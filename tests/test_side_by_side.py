@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import qwen35_moe as q
-from qwen35_moe.side_by_side import WORKERS, side_by_side
-from qwen35_moe.taps import Site, attach, scope, tap
+from qwen35_moe.numerics.taps import Site, attach, scope, tap
+from qwen35_moe.run.side_by_side import WORKERS, side_by_side
 
 IDS = torch.tensor([[3, 7, 11, 5, 100, 17, 29, 31], [1, 2, 3, 4, 5, 6, 7, 8]])
 

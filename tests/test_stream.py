@@ -22,14 +22,14 @@ from safetensors.torch import save_file
 
 import qwen35_moe as q
 from qwen35_moe.checkpoint import Checkpoint
-from qwen35_moe.cli import main
-from qwen35_moe.files import Claim
-from qwen35_moe.long_run import trace_layers
-from qwen35_moe.oracle.envelope import legal
-from qwen35_moe.oracle.envelope_file import remaining, write_envelope
-from qwen35_moe.oracle.trace_file import Trace
-from qwen35_moe.oracle.trace_writer import TraceWriter
-from qwen35_moe.streamed import HEAD_ROWS, runs
+from qwen35_moe.cli.main import main
+from qwen35_moe.oracle.judge.envelope import legal
+from qwen35_moe.oracle.judge.envelope_file import remaining, write_envelope
+from qwen35_moe.run.files import Claim
+from qwen35_moe.run.streamed import HEAD_ROWS, runs
+from qwen35_moe.trace.file import Trace
+from qwen35_moe.trace.layers import trace_layers
+from qwen35_moe.trace.writer import TraceWriter
 
 Build = Callable[[str], Path]
 IDS = torch.tensor([[3, 7, 11, 5, 100, 17, 29, 31], [1, 2, 3, 4, 5, 0, 0, 0]])
@@ -61,7 +61,7 @@ def test_the_streamed_head_is_one_tap_however_many_blocks_it_has(
 ) -> None:
     model = streamed(built("tiny"))
     before = q.trace(model, IDS)["next_token_logits"]
-    monkeypatch.setattr("qwen35_moe.streamed.HEAD_ROWS", 100)
+    monkeypatch.setattr("qwen35_moe.run.streamed.HEAD_ROWS", 100)
     assert HEAD_ROWS > model.config.vocab_size > 100
     assert torch.allclose(q.trace(model, IDS)["next_token_logits"], before, rtol=0, atol=1e-12)
     found, _ = trace_layers(model, IDS, tmp_path / "out", quiet=True)
@@ -313,7 +313,8 @@ def test_another_process_that_writes_there_is_kept_out(
 ) -> None:
     """Two runs in one directory would mix their files; that of a process which was killed is free."""
     out, checkpoint = tmp_path / "out", built("tiny-mxfp4")
-    code = f"from qwen35_moe.files import Claim; c = Claim(__import__('pathlib').Path({str(out)!r})); print(1); input()"
+    claim = f"Claim(__import__('pathlib').Path({str(out)!r}))"
+    code = f"from qwen35_moe.run.files import Claim; c = {claim}; print(1); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout and other.stdout.readline()
         assert main(command(checkpoint, out)) == 2

@@ -104,7 +104,7 @@ def test_every_suffix_tells_the_truth(built):
 
 
 def test_the_audit_sees_a_lie(built, monkeypatch):
-    from qwen35_moe import moe
+    from qwen35_moe.model import moe
 
     def lie(x_ND, gate_up_2FD, down_DF, quantised=False):
         y_FD = moe.linear("moe_expert_down", x_ND[:, : down_DF.shape[1]], down_DF)

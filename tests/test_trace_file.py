@@ -13,14 +13,14 @@ import torch
 from engine_like import padded_truth, tiny_model
 
 from qwen35_moe import Cache, Qwen35Error
-from qwen35_moe.cli import main
-from qwen35_moe.load import load
-from qwen35_moe.oracle.envelope_file import write_envelope
-from qwen35_moe.oracle.trace_file import Entry, Trace
-from qwen35_moe.oracle.trace_writer import TraceWriter, write
-from qwen35_moe.tap_names import TAPS, base_name, check_patterns, dims_of
-from qwen35_moe.taps import Site, scope, tap
-from qwen35_moe.trace import record, trace
+from qwen35_moe.cli.main import main
+from qwen35_moe.numerics.tap_table import TAPS, base_name, check_patterns, dims_of
+from qwen35_moe.numerics.taps import Site, scope, tap
+from qwen35_moe.oracle.judge.envelope_file import write_envelope
+from qwen35_moe.run.load import load
+from qwen35_moe.trace.file import Entry, Trace
+from qwen35_moe.trace.recorder import record, trace
+from qwen35_moe.trace.writer import TraceWriter, write
 
 SEQUENCES = [[5, 9, 200, 7, 31, 8, 77], [5, 9, 4, 250, 3]]
 
@@ -52,7 +52,7 @@ def test_disk_and_memory_hold_the_same(model, tmp_path: Path) -> None:
 
 def test_a_large_layer_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that memory holds a chunk, and not all values of single experts of a layer."""
-    monkeypatch.setattr("qwen35_moe.oracle.trace_writer.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("qwen35_moe.trace.writer.CHUNK_BYTES", 1000)
     with TraceWriter(tmp_path / "t") as writer:
         for i in range(10):
             x = torch.full((100,), float(i))  # 400 bytes

@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import Qwen3_5MoeVisionModel
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeVisionConfig
 
-from qwen35_moe import arithmetic, taps, vision
 from qwen35_moe.errors import Qwen35Error
-from qwen35_moe.vision import VisionConfig, VisionTower
+from qwen35_moe.model.vision import tower as vision
+from qwen35_moe.model.vision.tower import VisionConfig, VisionTower
+from qwen35_moe.numerics import arithmetics as arithmetic
+from qwen35_moe.numerics import taps
 
 # Odd in every way that could go wrong: depth 3, heads of width 12, a table of 7 x 7, frames wider and narrower
 # than the table, an image of a single block, a video of three frames between images.

@@ -13,11 +13,11 @@ from fixture_models import FIXTURES, read
 from torch import Tensor
 
 import qwen35_moe as q
-from qwen35_moe import arithmetic
 from qwen35_moe.checkpoint import Checkpoint
-from qwen35_moe.load import MODES
-from qwen35_moe.mtp import draft_head, with_hidden
-from qwen35_moe.streamed import StreamedPart
+from qwen35_moe.model.mtp import draft_head, with_hidden
+from qwen35_moe.numerics import arithmetics as arithmetic
+from qwen35_moe.run.load import MODES
+from qwen35_moe.run.streamed import StreamedPart
 
 Build = Callable[[str], Path]
 LAYOUTS = ["tiny", "tiny-mxfp4", "tiny-mxfp4-mtp", "tiny-fp8", "tiny-mixed", "tiny-odd"]

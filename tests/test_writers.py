@@ -10,10 +10,10 @@ import torch
 from engine_like import padded_truth, tiny_model
 
 from qwen35_moe import Qwen35Error
-from qwen35_moe.oracle.align import align
-from qwen35_moe.oracle.dump_config import ENGINES, SGLANG_PATCHES, dump_config
-from qwen35_moe.oracle.readers import read_dump
-from qwen35_moe.oracle.writers import write_kl_base, write_sglang_dump
+from qwen35_moe.cli.dump_config import ENGINES, SGLANG_PATCHES, dump_config
+from qwen35_moe.oracle.dumps.align import align
+from qwen35_moe.oracle.dumps.readers import read_dump
+from qwen35_moe.oracle.dumps.writers import write_kl_base, write_sglang_dump
 
 SEQUENCES = [[5, 9, 200, 7, 31, 8, 77], [5, 9, 4, 250, 3]]
 

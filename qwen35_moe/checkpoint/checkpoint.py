@@ -13,17 +13,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import Config
 from ..errors import Qwen35Error
+from ..model.config import Config
 from ..quant.precision import ModuleSpec
+from ..run.validate import Report, check_complete, report
 from .checksums import Checksum, verify_files, verify_manifest
-from .experts import PROJECTIONS, Experts
 from .folder import Folder, open_folder
 from .header import Stored
-from .names import split_role
 from .reader import Reader, Rows
 from .recognise import recognise
-from .validate import Report, check_complete, report
+from .stored_experts import PROJECTIONS, Experts
+from .tensor_names import split_role
 from .weight import Weight
 
 EXPERT = re.compile(

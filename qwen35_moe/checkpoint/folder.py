@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import Qwen35Error
 from .header import Header, Stored, parse_json, read_header
-from .names import canonical
+from .tensor_names import canonical
 
 INDEX = "model.safetensors.index.json"
 JSON_LIMIT = 500_000_000

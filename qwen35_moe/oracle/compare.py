@@ -11,26 +11,26 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from .. import arithmetic as arithmetics
-from ..arithmetic import Arithmetic
-from ..prompt import placeholders
-from ..source import Source
-from ..tap_names import base_name
-from .added import Work
-from .align import Alignment, align
-from .diagnose import diagnose
-from .dump import Dump
-from .envelope import LIMIT, Class, legal
-from .envelope_file import Stored, stored_envelope
-from .inherited import inherited
-from .kl_base import LOG_P
-from .logits import compare_logits
-from .records import Comparison, Place, Record, block_of, layer_of
-from .rerun import Rerun, Tokens
-from .second_look import second_look
-from .suspects import accuse, suspects
-from .trace_file import Trace
-from .weights_check import check_weights
+from ..numerics import arithmetics
+from ..numerics.arithmetics import Arithmetic
+from ..numerics.tap_table import base_name
+from ..run.prompt import placeholders
+from ..run.source import Source
+from ..trace.file import Trace
+from .diagnose.diagnose import diagnose
+from .dumps.align import Alignment, align
+from .dumps.dump import Dump
+from .judge.added import Work
+from .judge.envelope import LIMIT, Class, legal
+from .judge.envelope_file import Stored, stored_envelope
+from .judge.inherited import inherited
+from .judge.log_p import LOG_P
+from .judge.logits import compare_logits
+from .judge.records import Comparison, Place, Record, block_of, layer_of
+from .judge.rerun import Rerun, Tokens
+from .judge.second_look import second_look
+from .judge.suspects import accuse, suspects
+from .judge.weights_check import check_weights
 
 STORED = "the arithmetics that its envelope was made of"
 # Of 61 faults of one layer of a model in bf16, 15 are beyond what bf16 makes of its log p; in float32, all (fixture).

@@ -1,0 +1,195 @@
+"""The oracle's own test: every fault of the catalogue is planted in a run that plays the engine, and must be found.
+
+A run in an engine's arithmetic stands for the engine; its taps are what a dump of SGLang's hooks holds. Faults are
+planted in one layer, and must be found there, in the right block, and be named by the diagnosis. Clean variants, which
+round and add in other legal ways, must pass; the arithmetic that made a run is left out of its envelope.
+
+Three regimes, since faults hide where their part is small: the shared gate as it is (near 0.5), the gate near 0.05, and
+all outputs of experts 256 times smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.oracle_score.score import Outcome
+from benchmarks.oracle_score.variants import SMALL, UNLISTED, UNSEEN, Variant, variants
+from qwen35_moe.model.cache import Cache
+from qwen35_moe.numerics import arithmetics
+from qwen35_moe.numerics.tables import AITER, SGLANG_BF16
+from qwen35_moe.numerics.taps import REPLAY, Handler, Site, attach
+from qwen35_moe.oracle.compare import compare
+from qwen35_moe.oracle.diagnose.catalogue import FAULTS
+from qwen35_moe.oracle.diagnose.faults import Fault, Place
+from qwen35_moe.oracle.dumps.dump import Dump, Piece
+from qwen35_moe.oracle.dumps.readers.own import from_trace
+from qwen35_moe.oracle.dumps.writers import DUMPED
+from qwen35_moe.oracle.judge.envelope import legal
+from qwen35_moe.oracle.judge.envelope_file import write_envelope
+from qwen35_moe.oracle.judge.records import Comparison
+from qwen35_moe.oracle.judge.rerun import CPU
+from qwen35_moe.run.load import build
+from qwen35_moe.run.source import Source
+from qwen35_moe.trace.file import Trace
+from qwen35_moe.trace.recorder import trace
+
+# What hooks on SGLang's modules see, and what its patches add.
+REGIMES = ("gate 0.5", "gate 0.05", "outputs / 256")
+
+
+class Regime:
+    """Moves the model, truth and engine alike, to where faults of a kind are small."""
+
+    stage = REPLAY
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, site: Site, x: Tensor) -> Tensor | None:
+        if self.name == "gate 0.05" and site.name == "moe_shared_gate_logit":
+            return x - 3
+        if self.name == "outputs / 256" and site.name in ("moe_expert_down", "moe_shared_output"):
+            return x / 256
+        return None
+
+
+class Bench:
+    """One checkpoint in one regime: the truth, once, and engines to compare with it."""
+
+    def __init__(self, source: Source, regime: str, ids: Tensor, a4: bool = False):
+        self.source, self.regime, self.ids, self.a4 = source, regime, ids, a4
+        self.handler: Handler = Regime(regime)
+        self.exact = arithmetics.get("exact+a4-round-up" if a4 else "exact")
+        self.table = AITER if a4 else SGLANG_BF16
+        self.unfused = [False] * source.config.num_hidden_layers
+        with attach(self.handler):
+            self.truth = self._truth(ids)
+
+    def _truth(self, ids: Tensor, mask: Tensor | None = None) -> Trace:
+        models = (build(self.source, t, self.unfused, CPU, "decoded") for t in legal(self.exact.name))
+        truth = trace(
+            build(self.source, self.exact, self.unfused, CPU, "decoded"), ids, taps=DUMPED, attention_mask=mask
+        )
+        write_envelope(truth, models)
+        return truth
+
+    def layer_of(self, fault: Fault) -> int | None:
+        """Where to plant: the last layer of the kind that the fault strikes, or the second."""
+        kinds = self.source.config.layer_types
+        if fault.block in ("final_norm", "mtp"):
+            return None
+        if fault.block in ("attn", "gdn"):
+            wanted = "full_attention" if fault.block == "attn" else "linear_attention"
+            return max(i for i, kind in enumerate(kinds) if kind == wanted)
+        return 1
+
+    def engine(self, fault: Fault) -> Dump:
+        """A dump of the engine with this fault."""
+        layer = self.layer_of(fault)
+        busy = int(self.truth[f"layers.{layer or 0}.moe_topk_ids"].flatten().bincount().argmax())
+        place = Place(self.source.config, self.truth.positions, None if layer is None else frozenset({layer}), busy)
+        source = fault.source(self.source, place)
+        table = fault.arithmetic(self.table)
+        fused = [fault.fused and i == layer for i in range(len(self.unfused))]
+        with attach(self.handler):
+            model = build(source, table, fused, CPU, "decoded")
+            dump = from_trace(trace(model, self.ids, taps=DUMPED, replay=fault.handlers(place)))
+        if fault.weights:
+            dump.weights = _parameters(source, fault, layer)
+        return dump
+
+    def compare(self, dump: Dump, **options: Any) -> Comparison:
+        with attach(self.handler):
+            return compare(self.truth, dump, self.source, **options)
+
+    def planted(self, fault: Fault) -> Outcome:
+        layer = self.layer_of(fault)
+        result = self.compare(self.engine(fault), diagnoses=1)
+        if fault.weights:
+            bad = [w for w in result.weights if w.bad]
+            return Outcome(self.regime, fault.name, fault.block, layer, 0.0, bool(bad) and result.exit_code == 1,
+                           "weights: " + "; ".join(f"{w.name} {w.detail}" for w in bad[:1]), fault.name)  # fmt: skip
+        first = result.first
+        found = first is not None and first.layer == layer and first.block == fault.block and result.exit_code == 1
+        where = "not found" if first is None else f"{first.layer} {first.block}"
+        said = result.diagnoses[0] if result.diagnoses else None
+        shares = [h.explains for h in said.hypotheses[:2]] if said else []
+        return Outcome(self.regime, fault.name, fault.block, layer, (first.ratio or 0.0) if first else _largest(result),
+                       found, where, said.name if said else "-", *shares)  # fmt: skip
+
+    def clean(self, variant: Variant) -> Outcome:
+        truth, ids, mask = self.truth, self.ids, None
+        fused = [variant.fused] * len(self.unfused)
+        with attach(self.handler), variant.products():
+            model = build(self.source, variant.table, fused, CPU, "decoded")
+            if variant.batch:
+                half = ids.shape[1] // 2
+                ids = torch.cat((ids, torch.cat((torch.zeros_like(ids[:, :half]), ids[:, half:]), 1)))
+                mask = torch.ones_like(ids)
+                mask[1, :half] = 0
+            cache = Cache() if variant.chunks else None
+            run = trace(model, ids, taps=DUMPED, attention_mask=mask, chunks=variant.chunks, cache=cache)
+        if variant.batch:
+            with attach(self.handler):
+                truth = self._truth(ids, mask)
+        members = [m for m in legal(self.exact.name) if m.name != variant.left_out]
+        with attach(self.handler):
+            result = compare(truth, from_trace(run), self.source, fused=variant.fused, diagnoses=0, members=members)
+        worst = max((r for r in result.records if r.added is not None), key=lambda r: r.added or 0)
+        return Outcome(self.regime, variant.name, worst.block, worst.layer, worst.added or 0.0, result.exit_code == 0,
+                       worst.key, "")  # fmt: skip
+
+
+def _fusable(source: Source) -> bool:
+    """Whether the shared expert is stored as the routed ones are, and may be a slot among them."""
+    c, mlps = source.config, [f"layers.{i}.mlp" for i in range(source.config.num_hidden_layers)]
+    alike = (source.spec(f"{m}.experts").kind == source.spec(f"{m}.shared_expert.gate_proj").kind for m in mlps)
+    return c.shared_expert_intermediate_size == c.moe_intermediate_size and all(alike)
+
+
+def _largest(result: Comparison) -> float:
+    return max((r.added for r in result.records if r.added is not None), default=0.0)
+
+
+def _parameters(source: Source, fault: Fault, layer: int | None) -> dict[str, Piece]:
+    """The parameters of the struck module as the engine holds them."""
+    if fault.block == "mtp":
+        names = [f"mtp.layers.0.mlp.shared_expert.{p}_proj" for p in ("gate", "up", "down")]
+        values = {f"{n}.weight": source.weight(n).decode(torch.bfloat16) for n in names}
+    else:
+        names = [f"layers.{layer}.linear_attn.{n}" for n in ("A_log", "dt_bias")]
+        values = {n: source.tensor(n) for n in names}
+    return {f"{n}@0": Piece(n, partial(values.__getitem__, n)) for n in values}
+
+
+def run(
+    source: Source,
+    ids: Tensor,
+    regimes: Iterable[str] = REGIMES,
+    faults: Sequence[Fault] = (*FAULTS, *SMALL),
+    a4: bool = False,
+    progress: Callable[[Outcome], None] = lambda _: None,
+    clean: bool = True,
+    unlisted: Sequence[Fault] = (*UNLISTED, *UNSEEN),
+) -> tuple[list[Outcome], list[Outcome], list[Outcome]]:
+    """(faults planted, faults that the catalogue lacks, clean variants), in all regimes."""
+    planted, foreign, passed = [], [], []
+    for regime in regimes:
+        bench = Bench(source, regime, ids, a4)
+        # Activations in MXFP4 err by more than the small ones: what they hide is no fault of the oracle.
+        for fault in [f for f in faults if not (a4 and f in SMALL)]:
+            if fault.applies(source, bench.layer_of(fault) or 0, a4):
+                planted.append(bench.planted(fault))
+                progress(planted[-1])
+        for fault in [f for f in unlisted if f.applies(source, bench.layer_of(f) or 0, a4)]:
+            foreign.append(bench.planted(fault))
+            progress(foreign[-1])
+        for variant in variants(a4, ids.shape[1], _fusable(source)) if clean else []:
+            passed.append(bench.clean(variant))
+            progress(passed[-1])
+    return planted, foreign, passed

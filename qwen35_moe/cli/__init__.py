@@ -1,0 +1,1 @@
+"""The commands, which parse and print."""

@@ -1,0 +1,144 @@
+"""What `make demo` shows: the model agrees with itself and with transformers, and an engine's known failure is found.
+
+Run in a checkout, since the checkpoints come from `weights/`. Exit code 0 if all that is claimed held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import Qwen35Error
+from ..numerics.arithmetics import get
+from ..numerics.metrics import Row, compare, compare_traces
+from ..oracle.compare import compare as compare_dump
+from ..oracle.diagnose.catalogue import FAULTS
+from ..oracle.diagnose.faults import Place
+from ..oracle.dumps.align import align
+from ..oracle.dumps.readers import read_dump
+from ..oracle.dumps.readers.transformers import capture_transformers
+from ..oracle.dumps.writers import DUMPED, write_sglang_dump
+from ..oracle.judge.rerun import CPU
+from ..oracle.report import html as report_html
+from ..oracle.report import text as report
+from ..oracle.truth import open_checkpoint, write_truth
+from ..run.load import build as build_model
+from ..run.load import load
+from ..trace.recorder import trace
+
+EXACT_BOUND = 1e-12  # relative L2 of two orders of the same float64 sums; measured 1e-15 on this checkpoint
+
+
+def by_name(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of all layers under the tap's name."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.key.rpartition(".")[2], []).append(row)
+    return groups
+
+
+def table(rows: Iterable[Row]) -> str:
+    """One line a tap: in how many layers, the smallest share of equal elements, the worst distances."""
+    lines = [f"  {'tap':<26} {'layers':>6} {'equal':>8} {'max ulp':>8} {'rel. L2':>9}"]
+    for name, group in by_name(rows).items():
+        share, ulps = min(row.equal_share for row in group), [row.max_ulp for row in group if row.max_ulp is not None]
+        equal = "all" if share == 1 else f"{share:.4f}"
+        worst = max(row.rel_l2 for row in group)
+        lines.append(f"  {name:<26} {len(group):>6} {equal:>8} {max(ulps, default=0):>8} {worst:>9.1e}")
+    return "\n".join(lines)
+
+
+def fused_against_unfused(checkpoint: Path, ids: Tensor) -> bool:
+    """The shared expert beside the routed ones, and as slot E of E+1: one function."""
+    traces = [trace(load(checkpoint, "exact", way, text_only=True), ids) for way in ("unfused", "fused")]
+    rows = compare_traces(traces[1], {key: x for key, x in traces[0].items() if key in traces[1]})
+    names = ("moe_topk_ids", "moe_topk_weights", "moe_shared_gate", "mlp_output", "next_token_logits")
+    shown = [row for row in rows if row.key.rpartition(".")[2] in names]
+    worst = max(row.rel_l2 for row in rows)
+    print(f"\nUnfused against fused shared expert, float64 ({len(rows)} values compared, worst {worst:.1e}):")
+    print(table(shown))
+    return worst <= EXACT_BOUND
+
+
+def against_transformers(checkpoint: Path, ids: Tensor) -> bool:
+    """transformers in bf16 on the same bytes, captured by hooks, against the table of where it rounds."""
+    from transformers import Qwen3_5MoeForConditionalGeneration, __version__
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    peer = Qwen3_5MoeForConditionalGeneration.from_pretrained(
+        checkpoint, dtype=torch.bfloat16, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    ours = trace(load(checkpoint, "transformers-bf16", "unfused", text_only=True), ids)
+    pairs = align(capture_transformers(peer, input_ids=ids), ours)
+    rows = [compare(pair.key, pair.truth, pair.engine) for pair in pairs if pair.engine is not None]
+    equal = sum(row.equal for row in rows)
+    print(f"\ntransformers {__version__}, bf16 eager, against arithmetic transformers-bf16:")
+    print(table(rows))
+    print(f"  {equal} of {len(rows)} values are equal bit for bit")
+    return len(rows) > 0 and equal == len(rows)
+
+
+def planted_failure(checkpoint: Path, out: Path, layer: int = 1) -> bool:
+    """SGLang PR 22948 in one layer: the BF16 shared expert copied into the fused slot of MXFP4 experts.
+
+    The engine is our model in SGLang's bf16 arithmetic; its dump has the form of SGLang's dumper. True if the oracle
+    names layer, block and cause.
+    """
+    ids = (torch.arange(32) * 7919 % 251)[None]
+    truth = write_truth(checkpoint, ids, None, out / "truth")
+    _, loaded = open_checkpoint(checkpoint)
+    fault = next(f for f in FAULTS if f.name == "BF16 shared expert read as FP4")
+    place = Place(loaded.source.config, truth.positions, frozenset({layer}))
+    fused = [i == layer for i in range(len(loaded.fused))]
+    engine = build_model(fault.source(loaded.source, place), get("sglang-bf16"), fused, CPU, "decoded")
+    run = trace(engine, ids, taps=DUMPED)
+    shutil.rmtree(out / "engine_dump", ignore_errors=True)  # of an earlier demo
+    write_sglang_dump(run, out / "engine_dump")
+    result = compare_dump(truth, read_dump(out / "engine_dump", config=truth.meta["config"]), loaded.source)
+    print(f"\nAn engine with the failure of SGLang PR 22948 in layer {layer}, its dump compared with the truth:\n")
+    print(report.text(result))
+    page = out / "report.html"
+    report.write(page, report_html.html(result, "An engine with the failure of SGLang PR 22948"))
+    print(f"\nThe same as a page: {page.resolve()}")
+    said = result.diagnoses[0] if result.diagnoses else None
+    return said is not None and (said.layer, said.block, said.name) == (layer, "mlp", fault.name)
+
+
+def configure(p: argparse.ArgumentParser) -> None:
+    p.description = (__doc__ or "").splitlines()[0]
+    p.add_argument("--out", type=Path, default=Path("build/demo"), help="where checkpoints and the report go")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    out = args.out
+    try:
+        from weights.build import build
+    except ImportError as error:
+        raise Qwen35Error(
+            "the demo runs in a checkout", expected="weights/ beside qwen35_moe/", do="make demo"
+        ) from error
+    checkpoint = out / "tiny"
+    if not checkpoint.exists():
+        build("tiny", checkpoint)
+    print(f"{checkpoint}: a tiny Qwen3.5 MoE, {sum(f.stat().st_size for f in checkpoint.iterdir()) / 1e6:.1f} MB")
+    packed = out / "tiny-mxfp4"
+    if not packed.exists():
+        build("tiny-mxfp4", packed)
+    ids = (torch.arange(2 * 33) * 7919 % 251).view(2, 33)
+    claims = {
+        "unfused and fused are one function": fused_against_unfused(checkpoint, ids),
+        "transformers' bf16 is reproduced bit for bit": against_transformers(checkpoint, ids),
+        "an engine's failure is found, and named": planted_failure(packed, out / "oracle"),
+    }
+    print()
+    for claim, holds in claims.items():
+        print(f"{'holds' if holds else 'FAILS'}: {claim}")
+    return 0 if all(claims.values()) else 1

@@ -1,0 +1,56 @@
+"""The options of the command line that say where a model computes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import Qwen35Error
+from ..run.load import usable
+from ..run.placement import AUTOMATIC
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--device-map", metavar="MAP", help="spread the layers over all GPUs, CPU memory and disk, by accelerate: "
+        'auto, balanced, balanced_low_0 or sequential, or a JSON file as {"": "cpu", "layers.3": "disk"}',
+    )  # fmt: skip
+    parser.add_argument("--max-memory", metavar="0=20GB,cpu=30GB", help="what --device-map may use of each")
+    parser.add_argument("--offload-folder", metavar="DIR", help="where --device-map puts what goes to disk")
+
+
+def device_options(args: argparse.Namespace) -> dict[str, Any]:
+    """These options as arguments of `load`."""
+    if args.device_map is None:
+        for option in ("max_memory", "offload_folder"):
+            if getattr(args, option) is not None:
+                where = f"--{option.replace('_', '-')}"
+                raise Qwen35Error("says nothing without a map", where=where, expected="--device-map as well")
+        usable(args.device, f"--device {args.device}")
+        return {"device": args.device}
+    if args.device != "cpu":
+        raise Qwen35Error("a map says where all is", where=f"--device {args.device}", expected="--device-map alone")
+    memory: dict[int | str, str] | None = None if args.max_memory is None else {}
+    if memory is not None and args.device_map not in AUTOMATIC:
+        where, expected = "--max-memory", " | ".join(AUTOMATIC)
+        raise Qwen35Error("a map that says where all is has no limits", where=where, expected=expected,
+                          found=f"--device-map {args.device_map}")  # fmt: skip
+    for part in args.max_memory.split(",") if memory is not None else ():
+        device, _, size = part.strip().partition("=")
+        if not size or not (device.isdecimal() or device in ("cpu", "mps")):
+            raise Qwen35Error("cannot read a limit", where="--max-memory", expected="0=20GB,cpu=30GB", found=part)
+        assert memory is not None
+        memory[int(device) if device.isdecimal() else device] = size
+    device_map: Any = args.device_map
+    if device_map not in AUTOMATIC:
+        try:
+            device_map = json.loads(Path(device_map).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            expected = " | ".join(AUTOMATIC) + ", or a JSON file"
+            raise Qwen35Error(
+                "no device map", where=f"--device-map {device_map}", expected=expected, found=error
+            ) from error
+    return {"device_map": device_map, "max_memory": memory, "offload_folder": args.offload_folder}

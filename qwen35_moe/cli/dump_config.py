@@ -1,0 +1,138 @@
+"""`qwen35-moe dump-config ENGINE`: what to set in an engine so that its dump can be compared. Ready to paste."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..errors import Qwen35Error
+
+# Source patches for values that hooks do not see, since their modules are not called. Each `match` must occur exactly
+# once in its function, as it does in 0.5.23. SGLang imports `dumper` into each by itself.
+SGLANG_PATCHES = """\
+patches:
+  - target: sglang.srt.models.qwen3_5.Qwen3_5AttentionDecoderLayer.forward_prepare_fused_gate
+    edits: &norms
+      - match: "q, k = self.rotary_emb(positions, q, k)"
+        prepend: |
+          dumper.dump("attn_q_norm", q, dims="t (n*h)[attn_tp]")
+          dumper.dump("attn_k_norm", k, dims="t (g*h)[attn_tp]")
+  - target: sglang.srt.models.qwen3_5.Qwen3_5AttentionDecoderLayer.forward_prepare_native
+    edits: *norms
+  - target: sglang.srt.models.qwen3_5.Qwen3_5AttentionDecoderLayer.self_attention
+    edits:
+      - match: "attn_output = self.attn(q, k, v, forward_batch)"
+        prepend: |
+          if gate is not None:
+              dumper.dump("attn_gate", gate.reshape(gate.shape[0], -1).sigmoid(), dims="t (n*h)[attn_tp]")
+"""
+
+_SGLANG = f"""\
+# SGLang 0.5.23: its own dumper on every module.
+# Graphs off, or decode steps are replays that no hook sees; radix cache off, or cached prefixes are missing; no
+# warm-up, MTP or EPLB. Layers to dump are in the filter.
+cat > patches.yaml <<'YAML'
+{SGLANG_PATCHES}YAML
+export DUMPER_ENABLE=1 DUMPER_NON_INTRUSIVE_MODE=all DUMPER_DIR=$PWD/engine_dump
+export DUMPER_FILTER='layer_id is None or layer_id in [0, 1, 2, 3]'
+export DUMPER_SOURCE_PATCHER_CONFIG=$PWD/patches.yaml
+python -m sglang.launch_server --model-path MODEL --disable-radix-cache --skip-server-warmup \\
+    --cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled
+# Send ids, not text, so that both sides see the same tokens:
+curl -s localhost:30000/generate -H 'Content-Type: application/json' \\
+    -d '{{"input_ids": [1, 2, 3], "sampling_params": {{"max_new_tokens": 4, "temperature": 0}}}}'
+qwen35-moe compare truth/ engine_dump/
+# Not to be seen: a shared_expert_gate inside of a fused kernel, the router of gfx950's small-batch kernel, the residual
+# stream, conv and recurrent states. With several ranks, bring the files of all of them to one place.
+# A coarser dump, without logits of the last pass: --debug-tensor-dump-output-folder engine_dump
+"""
+
+_VLLM = """\
+# vLLM 0.32: it has no dump of layers. The residual stream comes from a connector, the routing with the answer.
+python - <<'PY'
+from vllm import LLM, SamplingParams
+layers = list(range(61))  # 0 .. number of layers: entry of each, and the end
+llm = LLM(
+    model="MODEL", enforce_eager=True, enable_prefix_caching=False, enable_chunked_prefill=False,
+    enable_return_routed_experts=True,
+    speculative_config={
+        "method": "extract_hidden_states", "num_speculative_tokens": 1,
+        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": layers}},
+    },
+    kv_transfer_config={
+        "kv_connector": "ExampleHiddenStatesConnector", "kv_role": "kv_producer",
+        "kv_connector_extra_config": {"shared_storage_path": "engine_dump"},
+    },
+)
+answer = llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=1, temperature=0))[0]
+import numpy
+numpy.save("routed_experts.npy", answer.outputs[0].routed_experts)
+PY
+# Then, where fewer layers were asked for, with --layer-ids 2,18,33:
+qwen35-moe compare truth/ engine_dump/
+qwen35-moe compare truth/ routed_experts.npy  # ids only, no weights
+"""
+
+_TRANSFORMERS = """\
+# transformers 5.23: no files needed.
+from qwen35_moe.oracle.readers.transformers import capture_transformers
+dump = capture_transformers(model, input_ids=ids, attention_mask=mask, use_cache=False)
+# compared with what `qwen35-moe trace CHECKPOINT --ids ... --out truth` wrote of the same ids:
+from qwen35_moe.oracle import report
+from qwen35_moe.oracle.compare import compare
+from qwen35_moe.oracle.oracle_cli import open_checkpoint
+from qwen35_moe.oracle.trace_file import Trace
+_, loaded = open_checkpoint("CHECKPOINT")
+print(report.text(compare(Trace.open("truth"), dump, loaded.source, fused=loaded.fused)))
+# Or as files, which leave out what containers return (the MoE block's sum):
+from transformers.model_debugging_utils import model_addition_debugger_context
+with model_addition_debugger_context(model, debug_path="engine_dump", do_prune_layers=False, use_repr=False):
+    model(input_ids=ids)
+"""
+
+_LLAMA_CPP = """\
+# llama.cpp: logits after the last token of a prompt ...
+llama-debug -m MODEL.gguf -p "PROMPT" --save-logits --logits-output-dir engine_dump
+# ... or all of a text against the truth: write the truth's base file with write_kl_base(...), then
+llama-perplexity -m MODEL.gguf --kl-divergence-base truth.kld --kl-divergence
+# ... or the engine's own log-probabilities, to be compared here (resolution 2.4e-4 nat):
+llama-perplexity -m MODEL.gguf -f text.txt --kl-divergence-base engine.kld
+"""
+
+_ATOM = """\
+# ROCm ATOM: every call, or the one file holds the warm-up.
+export ATOM_FWD_DUMP_DIR=$PWD/engine_dump
+export ATOM_FWD_DUMP_ONE_SHOT=0
+export ATOM_FWD_DUMP_LAYERS=0,1,2,3
+export ATOM_FWD_DUMP_BLOCK_CLASS=Qwen3_5DecoderLayer,Qwen3_5GatedDeltaNet,Qwen3_5SparseMoeBlock,FusedMoE
+export ATOM_FWD_DUMP_LAYER_ATTR=layer_idx
+# Class and attribute names are those of the model file in use: print them with
+#   for name, module in model.named_modules(): print(name, type(module).__name__)
+# Weights first (this run exits after loading):
+export ATOM_WEIGHT_DUMP_DIR=$PWD/engine_weights ATOM_WEIGHT_DUMP_LAYERS=0,1,2,3
+# Run eagerly (--enforce-eager or --level 0), one prompt, prefix cache off.
+"""
+
+ENGINES = {
+    "sglang": _SGLANG,
+    "vllm": _VLLM,
+    "transformers": _TRANSFORMERS,
+    "llama.cpp": _LLAMA_CPP,
+    "atom": _ATOM,
+}
+
+
+def dump_config(engine: str) -> str:
+    """What to set in `engine` to get a good dump. Raises Qwen35Error for an engine without a reader."""
+    if engine not in ENGINES:
+        raise Qwen35Error("no dump settings for this engine", found=engine, expected=", ".join(ENGINES))
+    return ENGINES[engine]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("engine", choices=list(ENGINES))
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    print(dump_config(args.engine), end="")
+    return 0

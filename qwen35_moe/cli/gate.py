@@ -1,0 +1,135 @@
+"""`qwen35-moe gate`: may the shared expert be fused, who would fuse it, and where would that break?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ..errors import Qwen35Error
+from ..gate.decide import RULES, VARIANTS, Options, decide_layers, hazards, summarise
+from ..gate.declared import ModuleSpec
+
+Lookup = Callable[[str], ModuleSpec | None]
+Variant = tuple[str, str, dict[str, Any]]  # label, rule, the options that make it
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Whether the shared expert may become one more slot of the routed experts. "
+        "Reads a checkpoint folder (and then judges by what its tensors are) or a config.json alone."
+    )
+    parser.add_argument("path", help="checkpoint folder, .safetensors file or config.json")
+    parser.add_argument("--rule", choices=RULES, default="strict", help="whose rule to apply (default: %(default)s)")
+    parser.add_argument("--all-rules", action="store_true", help="every engine's rule side by side, and what breaks")
+    parser.add_argument("--json", action="store_true", help="the same records as JSON")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what the engine runs with, e.g. a2a_backend=mori; known: " + ", ".join(f.name for f in fields(Options)),
+    )
+    parser.add_argument("--config-only", action="store_true", help="do not look at tensors")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the decisions; always 0, since both answers are good ones. Error: input that cannot be read."""
+    options = parse_options(args.option)
+    config, stored, source = read(Path(args.path), args.config_only)
+    chosen: Iterable[Variant] = VARIANTS if args.all_rules else ((args.rule, args.rule, {}),)
+    results = [result_of(config, stored, variant, options) for variant in chosen]
+    if args.json:
+        print(json.dumps({"path": args.path, "decided_by": source, "rules": results}, indent=1))
+    else:
+        print(f"{args.path}: decided by {source}")
+        for result in results:
+            print("\n".join(lines_of(result, brief=args.all_rules)))
+    return 0
+
+
+def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
+    """`NAME=VALUE` pairs, typed as the fields of `Options` are."""
+    types = {f.name: type(f.default) for f in fields(Options)}
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        name = name.replace("-", "_")
+        kind = types.get(name, str)
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": True}
+        value: Any = text
+        if kind is bool:
+            value = words.get(text.lower(), text)
+        elif kind is int and text.isdigit():
+            value = int(text)
+        found[name] = value
+    Options.from_kwargs(found)
+    return found
+
+
+def read(path: Path, config_only: bool = False) -> tuple[dict[str, Any], Lookup | None, str]:
+    """(config.json, lookup of stored specs or None, in words what decides)."""
+    has_tensors = path.suffix == ".safetensors" or path.is_dir() and any(path.glob("*.safetensors"))
+    if has_tensors and not config_only:
+        from ..checkpoint import Checkpoint
+
+        try:
+            checkpoint = Checkpoint.open(path)
+        except Qwen35Error as error:
+            advice = "; ".join(filter(None, [error.do, "--config-only judges by config.json alone"]))
+            raise Qwen35Error(
+                error.what, where=error.where, expected=error.expected, found=error.found, do=advice
+            ) from error
+        # Every rule asks about the same modules, and a layer of 512 experts takes a while.
+        return dict(checkpoint.config), cache(checkpoint.spec), "the tensors' dtypes and scales"
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Qwen35Error("cannot read the configuration", where=file, found=error.strerror or error) from error
+    except ValueError as error:
+        raise Qwen35Error("not valid JSON", where=file, found=error) from error
+    if not isinstance(config, dict):
+        raise Qwen35Error("config.json must hold an object", where=file, found=type(config).__name__)
+    return config, None, "the configuration alone (no tensors)"
+
+
+def result_of(config: dict[str, Any], stored: Lookup | None, variant: Variant, given: dict[str, Any]) -> dict[str, Any]:
+    label, rule, switches = variant
+    options = given | switches
+    layers = decide_layers(config, rule=rule, stored=stored, **options)
+    breaks = hazards(config, None, layers, stored)
+    model = summarise(layers, rule)
+    records = [d.to_dict() | {"breaks": breaks.get(d.layer), "text": str(d)} for d in layers]
+    return {"rule": rule, "variant": label, "options": options, "model": model.to_dict(), "layers": records}
+
+
+def lines_of(result: dict[str, Any], brief: bool) -> list[str]:
+    """One line for layers that agree, then the deciding entry, warnings, and what would break."""
+    lines = []
+
+    def alike(record: dict[str, Any]) -> tuple[Any, ...]:
+        draft, breaks = record["layer"].startswith("mtp."), record["breaks"]
+        return draft, record["fused"], record["online"], record["reason"], breaks is not None
+
+    for _, group in groupby(result["layers"], key=alike):
+        records = list(group)
+        first = records[0]
+        name = first["layer"] if len(records) == 1 else f"{first['layer']}-{records[-1]['layer'].rpartition('.')[2]}"
+        word = "online" if first["online"] else "fused" if first["fused"] else "unfused"
+        verdict = f"{word}, BREAKS" if first["breaks"] else word
+        head = f"{result['variant']:<24} " if brief else ""
+        lines.append(f"  {head}{name:<14} {verdict:<16} {first['reason']}")
+        pad = "  " + " " * len(head) + " " * 15
+        evidence = [e for e in first["evidence"] if not brief or e["kind"] == "entry"]
+        for e in evidence[:1] if brief else evidence:
+            lines.append(f"{pad}{'warning: ' if e['kind'] == 'warning' else ''}{e['text']}")
+        if first["breaks"]:
+            lines.append(f"{pad}breaks: {first['breaks']}")
+    return lines

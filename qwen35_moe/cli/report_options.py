@@ -1,0 +1,72 @@
+"""Options of `compare` and `diagnose`, and what both do with the result."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from ..oracle.compare import compare
+from ..oracle.dumps.dump import Dump
+from ..oracle.judge.envelope import LIMIT
+from ..oracle.judge.records import Comparison
+from ..oracle.report import html as report_html
+from ..oracle.report import text as report
+from ..oracle.truth import Loaded
+from ..run.load import SHARED
+from ..trace.file import Trace
+
+
+def add_shared(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--shared-expert", default="unfused", choices=SHARED, help="default: %(default)s")
+
+
+def add_report_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--html", type=new_file, help="write one self-contained page")
+    p.add_argument("--json", type=new_file, help="write the records, one JSON object a line")
+    p.add_argument("--width", type=width, default=80, help="of the text, 20 or more (default: %(default)s)")
+    p.add_argument("--engine", help="the arithmetic that the engine has: joins the envelope (float32 replaces it)")
+    p.add_argument("--layer-ids", type=layer_ids, help="those that vLLM was asked for: 2,18,33")
+    p.add_argument("--name-map", help="JSON file for plain tensors: the engine's name or regular expression -> key")
+    p.add_argument("--limit", type=limit, default=LIMIT, help="default: %(default)s")
+
+
+def layer_ids(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def new_file(text: str) -> Path:
+    path = Path(text)
+    is_device = path.exists() and not path.is_file()  # /dev/stdout, which whole() writes to as it is
+    if path.is_dir() or not os.access(path if is_device else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} is a folder, or in none that can be written to")
+    return path
+
+
+def width(text: str) -> int:
+    if (number := int(text)) < 20:
+        raise ValueError
+    return number
+
+
+def limit(text: str) -> float:
+    if not 0 < (number := float(text)) < float("inf"):
+        raise ValueError
+    return number
+
+
+def judge(
+    truth: Trace, dump: Dump, loaded: Loaded | None, args: argparse.Namespace, layers: list[int] | None = None
+) -> Comparison:
+    source, fused = (loaded.source, loaded.fused) if loaded else (None, [])
+    return compare(truth, dump, source, fused=fused, engine=args.engine, limit=args.limit, layers=layers)
+
+
+def show(result: Comparison, args: argparse.Namespace) -> int:
+    print(report.text(result, args.width))
+    if args.json:
+        report.write(args.json, report.jsonl(result))
+    if args.html:
+        report.write(args.html, report_html.html(result))
+        print(f"\n{args.html}")
+    return result.exit_code

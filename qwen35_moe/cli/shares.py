@@ -1,0 +1,193 @@
+"""Many prompts in many processes: each traces groups of prompts of its own, and one process joins the traces.
+
+    accelerate launch --multi_gpu --num_processes 4 -m qwen35_moe trace CHECKPOINT --ids prompts.json --out truth
+
+A group is what one forward pass holds, `--batch` prompts, padded like all of them. Each has a directory of its own in
+that of the result, `truth/parts/<run>/00000` .., with the state that --resume needs, until the result is whole. The
+bytes of the result depend on the size of a group (a product of other shapes may add up in another order), and not on
+how many processes there were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..errors import Qwen35Error
+from ..numerics.taps import Site
+from ..oracle.judge.envelope_file import ENVELOPE, stored_envelope
+from ..run.files import save_whole, whole
+from ..run.streamed import HEAD_ROWS
+from ..trace.file import RESUME, Entry, Trace
+from ..trace.layers import complete_trace
+from ..trace.resume import check_same
+from ..trace.writer import JOINED, PARTS, PARTS_RUN, TraceWriter, check_ours
+
+MOST_GROUPS = 99_999  # five digits
+# What torchrun (`accelerate launch` with GPUs) and MPI (on CPUs) say of how many processes there are.
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+class Processes:
+    """Those that `accelerate launch` has started, or this one alone."""
+
+    def __init__(self, device: str):
+        self.state: Any = None
+        self.rank, self.count, self.device = 0, 1, device
+        if any(os.environ.get(name, "1") != "1" for name in SIZES):
+            from accelerate import PartialState
+
+            try:  # the fastest waits for the slowest, for hours
+                self.state = PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
+            except (ValueError, RuntimeError, KeyError) as error:
+                said = ", ".join(f"{name}={os.environ[name]}" for name in SIZES if name in os.environ)
+                what, do = "cannot join the other processes", "use `accelerate launch`, or unset it"
+                raise Qwen35Error(what, where="the environment", found=f"{said}: {error}", do=do) from error
+            self.rank, self.count = self.state.process_index, self.state.num_processes
+            if device == "cuda":
+                self.device = str(self.state.device)
+
+    def own(self, groups: int) -> list[int]:
+        """Which of the groups are this process's."""
+        if self.state is None:
+            return list(range(groups))
+        with self.state.split_between_processes(list(range(groups))) as own:
+            return own
+
+    def gather(self, names: set[str]) -> set[str]:
+        """The union over all processes, once all of them have come here."""
+        if self.state is None:
+            return names
+        from accelerate.utils import gather_object
+
+        return set(gather_object(sorted(names)))
+
+    def close(self) -> None:
+        if self.state is not None:
+            self.state.wait_for_everyone()
+            self.state.destroy_process_group()
+
+
+def parts_of(out: Path, run: str) -> Path:
+    """The folder of a run's groups. run: what must be the same for their bytes to be, so that two never meet."""
+    return out / PARTS / hashlib.sha256(run.encode()).hexdigest()[:16]
+
+
+def begin_parts(out: Path, groups: int, run: str, resume: bool, first: bool) -> list[Path]:
+    """The directories of a run's groups. Error: `resume`, and another run was begun there."""
+    folder = parts_of(out, run)
+    check_ours(out)
+    if groups > MOST_GROUPS:
+        raise Qwen35Error("too many groups", where="--batch", expected=f"at most {MOST_GROUPS}", found=groups)
+    if resume and not folder.is_dir():
+        if (out / RESUME).is_file():
+            raise _other_way(out, "groups of prompts", "all prompts in one pass")
+        for other in begun(out):
+            check_same(out, other.read_text(encoding="utf-8", errors="replace"), run)
+    if first and not (folder / PARTS_RUN).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole(folder / PARTS_RUN) as temporary:
+            temporary.write_text(run, encoding="utf-8")
+    return [folder / f"{i:05d}" for i in range(groups)]
+
+
+def begun(out: Path) -> list[Path]:
+    """What says of which runs there are groups."""
+    return [said for said in sorted((out / PARTS).glob(f"*/{PARTS_RUN}")) if not said.parent.name.endswith(JOINED)]
+
+
+def check_one_pass(out: Path, layers: int) -> None:
+    """Error if what was begun there, and not gone on with since, is a run over groups of prompts."""
+    if begun(out) and not (out / RESUME).is_file() and complete_trace(out, layers) is None:
+        raise _other_way(out, "all prompts in one pass", "groups of prompts")
+
+
+def _other_way(out: Path, expected: str, found: str) -> Qwen35Error:
+    what, do = "another run was begun here", "give the options of that run, or leave out --resume to start anew"
+    return Qwen35Error(what, where=out, expected=expected, found=found, do=do)
+
+
+def join(parts: Sequence[Path], out: Path, meta: dict[str, Any]) -> Trace:
+    """One trace, and one envelope where the parts have one, from those of consecutive prompts.
+
+    Values of tokens are put one behind the other in the order of the prompts; those that have no tokens (`dims` without
+    b, t or r: gains) are the same in all parts. Memory holds about one layer. Error: a part that is not complete.
+    """
+    traces = [Trace.open(part) for part in parts]
+    tensors = [Counter(entry.file for entry in t.sites.values()) for t in traces]  # how many a file holds
+    alone = {key for t, held in zip(traces, tensors, strict=True) for key, e in t.sites.items() if held[e.file] == 1}
+    with TraceWriter(out, meta, joins=True) as writer:
+        for key in _order(traces):
+            there = [t for t in traces if key in t]
+            entry = there[0].sites[key]
+            if key in alone and key == entry.name and len(entry.shape) == 3:  # logits: larger than all of a layer
+                shape = (sum(t.sites[key].shape[0] for t in there), *entry.shape[1:])
+                writer.add_blocks(Site(key), entry.dims, shape, _blocks(there, key, entry.shape[-1]))
+            else:
+                x = _joined(key, entry, [t[key] for t in there])
+                writer.add(replace(entry, shape=tuple(x.shape), file=""), x)
+    envelopes = [stored_envelope(t) for t in traces]
+    if all(envelopes):
+        sites = {key: e for t in traces for key, e in t.sites.items()}
+        keys = {key: None for envelope in envelopes for key in envelope}
+        rows = {key: _joined(key, sites[key], [e[key] for e in envelopes if key in e]) for key in keys}
+        save_whole(rows, out / ENVELOPE)
+    return Trace.open(out)
+
+
+def _order(traces: Sequence[Trace]) -> list[str]:
+    """Keys of all traces in the order of computing. Experts that a group does not hit are missing in its trace."""
+    order, expert = list(traces[0]), _experts(traces)
+    for trace in traces[1:]:
+        at, known = 0, {key: i for i, key in enumerate(order)}
+        if all(key in known for key in trace):
+            continue
+        for key in trace:
+            if key in known:
+                at = order.index(key, at) + 1
+                continue
+            while at < len(order) and expert[order[at]] < expert[key] < inf:
+                at += 1
+            order.insert(at, key)
+            at += 1
+    return order
+
+
+def _experts(traces: Sequence[Trace]) -> dict[str, float]:
+    """The expert of each key, or of the one whose turn of the running sum it is; what is no expert's comes last."""
+    found: dict[str, float] = {}
+    for trace in traces:
+        last: int | None = None
+        for key, entry in trace.sites.items():
+            last = last if entry.expert is None and key.endswith(f".{last}") else entry.expert
+            found[key] = inf if last is None else last
+    return found
+
+
+def _joined(key: str, entry: Entry, values: Sequence[Tensor]) -> Tensor:
+    if entry.dims.split()[0] in ("b", "t", "r"):
+        return torch.cat(list(values))
+    if any(not torch.equal(value, values[0]) for value in values[1:]):
+        raise Qwen35Error("parts of a trace do not belong together", where=key, expected="the same weights' values")
+    return values[0]
+
+
+def _blocks(traces: Sequence[Trace], key: str, columns: int) -> Iterator[tuple[slice, Tensor]]:
+    for first in range(0, columns, HEAD_ROWS):
+        which, parts = slice(first, min(first + HEAD_ROWS, columns)), []
+        for trace in traces:
+            assert trace.path is not None
+            with safe_open(trace.path / trace.sites[key].file, framework="pt") as file:
+                parts.append(file.get_slice(key)[:, :, which])
+        yield which, torch.cat(parts)

@@ -1,0 +1,194 @@
+"""`qwen35-moe trace`: the truth of a prompt, written to a directory layer by layer."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import Qwen35Error
+from ..model.text import Model
+from ..numerics.arithmetics import ARITHMETICS
+from ..numerics.tap_table import TAPS, matching, split_patterns
+from ..oracle.judge.envelope import legal
+from ..oracle.judge.envelope_file import ENVELOPE, remaining, with_ids, write_envelope
+from ..run.files import Claim
+from ..run.load import MODES, SHARED, load
+from ..run.prompt import padded, read_ids
+from ..trace.file import Trace, in_utf8
+from ..trace.layers import aside_of, check_request, complete_trace, meta_of, resumable, resumed_complete, trace_layers
+from ..trace.resume import run_of
+from ..trace.writer import remove_parts
+from .device_options import add_device_options, device_options
+from .shares import Processes, begin_parts, check_one_pass, join, parts_of
+
+
+def configure(p: argparse.ArgumentParser) -> None:
+    p.description = "Computes layer by layer. What is done is on disk after each layer, and --resume goes on."
+    p.add_argument("checkpoint", nargs="?")
+    p.add_argument("--ids", help="1,2,3 or a file: a list of token ids, or a list of lists (padded on the right)")
+    p.add_argument("--out", help="directory to write")
+    p.add_argument("--arithmetic", default="exact", help="default: %(default)s")
+    p.add_argument("--taps", default="*", help="globs, separated by commas (default: all but --experts); "
+                   "an envelope adds moe_topk_ids, which it needs")  # fmt: skip
+    p.add_argument("--experts", action="store_true", help="values of every single expert and turn of a loop, too")
+    p.add_argument("--layers", metavar="0-N", help="only the first layers; --resume with a larger N goes on")
+    p.add_argument(
+        "--batch", type=positive, metavar="N", help="prompts in one forward pass (default: all; under `accelerate "
+        "launch`, where each process takes prompts of its own, 1)",
+    )  # fmt: skip
+    p.add_argument("--resume", action="store_true", help="go on where an earlier run was stopped")
+    p.add_argument("--mode", choices=MODES, help="what is held in memory (default: stream; packed with --device-map)")
+    p.add_argument("--stream", dest="mode", action="store_const", const="stream", help="the same as --mode stream")
+    add_device_options(p)
+    p.add_argument("--shared-expert", default="unfused", choices=SHARED, help="default: %(default)s")
+    p.add_argument("--no-envelope", action="store_true", help="the trace alone, not how far legal roundings stray")
+    p.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    p.add_argument("--list", action="store_true", help="name all taps and arithmetics, and stop")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.list:
+        for name, tap in TAPS.items():
+            print(f"{name:<28}{tap.dims:<14}{tap.meaning}")
+        print("\narithmetics: " + ", ".join(ARITHMETICS))
+        return 0
+    if not (args.checkpoint and args.ids and args.out):
+        raise Qwen35Error("nothing to trace", expected="trace CHECKPOINT --ids FILE --out DIRECTORY")
+    if args.offload_folder is not None and Path(args.offload_folder).resolve().is_relative_to(Path(args.out).resolve()):
+        where = f"--offload-folder {args.offload_folder}"
+        raise Qwen35Error("in the trace's own directory", where=where, do="name another")
+    in_utf8(args.out)
+    args.asked = split_patterns(args.taps)
+    args.taps = args.taps if args.no_envelope else with_ids(args.taps)
+    ids, mask = padded([torch.tensor(row) for row in read_ids(args.ids, "--ids")])
+    processes = Processes(args.device)
+    args.device = processes.device
+    batch = args.batch or (len(ids) if processes.count == 1 else 1)
+    groups = [slice(i, min(i + batch, len(ids))) for i in range(0, len(ids), batch)]
+    try:
+        with Claim(Path(args.out)) if processes.rank == 0 else nullcontext():
+            _trace(args, ids, mask, groups, processes)
+    except KeyboardInterrupt:
+        print(
+            "qwen35-moe: interrupted; the same command with --resume goes on after the last layer done", file=sys.stderr
+        )
+        return 2
+    return 0
+
+
+def _trace(
+    args: argparse.Namespace, ids: Tensor, mask: Tensor | None, groups: list[slice], processes: Processes
+) -> None:
+    """Traces those groups of prompts that are this process's; the first process joins them."""
+    out, last, model = Path(args.out), _last_layer(args.layers), _load(args, args.arithmetic)
+    path = str(Path(args.checkpoint).resolve())
+    more = {
+        "checkpoint": {**(model.identity or {}), "path": path},
+        "shared_expert": args.shared_expert,
+        "fused": model.fused,
+    }
+    check_request(model, ids, args.taps, last)
+    meta, aside = meta_of(model, ids, mask, args.taps, args.experts, more), aside_of(model, args.taps, last)
+    parts = _directories(args, model, len(groups), meta, aside, processes.rank == 0)
+    for i in processes.own(len(parts)):
+        rows = groups[i]
+        label = "" if len(groups) == 1 else f"prompts {rows.start} to {rows.stop - 1}"
+        try:
+            with Claim(parts[i]) if label else nullcontext():
+                _trace_group(args, model, ids[rows], None if mask is None else mask[rows], parts[i], last, more, label)
+        except Qwen35Error as error:
+            where = f"{error.where} ({label}, process {processes.rank})" if label else error.where
+            raise Qwen35Error(
+                error.what, where=where, expected=error.expected, found=error.found, do=error.do
+            ) from error
+    checkpoint = model.source.checkpoint
+    checkpoint.used.update(processes.gather(set(checkpoint.used)))
+    if processes.rank == 0:
+        layers = len(model.layers) if last is None else last + 1
+        with resumable(out, len(model.layers)):
+            truth = join(parts, out, {**meta, "layers": layers}) if len(parts) > 1 else Trace.open(out)
+        if len(parts) > 1 and layers == len(model.layers):
+            remove_parts(out)
+        for mlp, cost in model.conversion.items():
+            print(f"{mlp}: shared expert converted to MXFP4, relative error {cost:.4f}")
+        print(checkpoint.report(aside))
+        if not any(matching(args.asked, entry.name, entry.key) for entry in truth.sites.values()):
+            print("qwen35-moe: no tap that was asked for lies in these layers", file=sys.stderr)
+        print(f"{args.out}: {len(truth)} tensors of {ids.numel()} tokens, arithmetic {args.arithmetic}")
+    processes.close()
+
+
+def _directories(
+    args: argparse.Namespace, model: Model, groups: int, meta: dict[str, Any], aside: list[str], first: bool
+) -> list[Path]:
+    """Where the groups' traces are written; none if they are joined already. Error: --resume, and another run there."""
+    out, layers = Path(args.out), len(model.layers)
+    if groups == 1:
+        if args.resume:
+            check_one_pass(out, layers)
+        return [out]
+    run = run_of(meta, args.device.partition(":")[0], groups=groups)
+    there = complete_trace(out, layers) if args.resume and not parts_of(out, run).is_dir() else None
+    if there is None:
+        return begin_parts(out, groups, run, args.resume, first)
+    resumed_complete(model, there, meta, aside)
+    if _wants_envelope(args, layers) and not (out / ENVELOPE).is_file():
+        what, do = "a joined trace without an envelope", "leave out --resume to write both anew, or add --no-envelope"
+        raise Qwen35Error(what, where=out, do=do)
+    return []
+
+
+def _wants_envelope(args: argparse.Namespace, layers: int) -> bool:
+    last = _last_layer(args.layers)
+    return not args.no_envelope and (last is None or last + 1 == layers)
+
+
+def _trace_group(
+    args: argparse.Namespace, model: Model, ids: Tensor, mask: Tensor | None, out: Path, last: int | None,
+    more: dict[str, Any], label: str,
+) -> None:  # fmt: skip
+    """What one forward pass holds, and its envelope."""
+    mask = None if mask is None else mask.to(args.device)
+    truth, _ = trace_layers(
+        model, ids.to(args.device), out, mask=mask, taps=args.taps, experts=args.experts, last=last,
+        resume=args.resume, meta=more, quiet=args.quiet, label=label,
+    )  # fmt: skip
+    if _wants_envelope(args, len(model.layers)):
+        with resumable(out, len(model.layers)):
+            write_envelope(truth, _legal_models(args, truth), resume=args.resume, quiet=args.quiet)
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def _last_layer(text: str | None) -> int | None:
+    """ "0-7" or "7" -> 7."""
+    if text is None:
+        return None
+    if not (match := re.fullmatch(r"(?:0-)?(\d{1,5})", text)):
+        expected = "0-7: a layer needs those before it"
+        raise Qwen35Error("bad range of layers", where="--layers", expected=expected, found=text, do="--resume goes on")
+    return int(match[1])
+
+
+def _load(args: argparse.Namespace, arithmetic: Any) -> Model:
+    mode = args.mode or ("stream" if args.device_map is None else "packed")
+    return load(args.checkpoint, arithmetic, args.shared_expert, mode=mode, text_only=True, **device_options(args))
+
+
+def _legal_models(args: argparse.Namespace, truth: Trace) -> Iterator[Model]:
+    """Those that are still to run."""
+    for table in remaining(truth, legal(args.arithmetic)) if args.resume else legal(args.arithmetic):
+        yield _load(args, table)

@@ -1,0 +1,196 @@
+"""The fusion gate: may the shared expert become one more slot of the routed experts?
+
+One predicate for loader, constructor and router. sglang PR 22948 exists because there were three: the model fused, the
+exclude list said BF16, and the loader copied BF16 bytes into a packed FP4 slot, which reads as noise.
+
+>>> decision = can_fuse_shared_expert(config)
+>>> if decision: ...            # bool-like
+>>> print(decision)             # the reason, and the very entry of the exclude list
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..errors import Qwen35Error
+from .declared import BF16, ModuleSpec
+from .engines import ENGINE_RULES
+from .module_names import spellings
+from .records import PROJECTIONS, Decision, Evidence, Layer, Model, Options
+from .strict import LayerFacts, Stored, layer_facts, read_stored, strict
+
+RULES = ("strict", *ENGINE_RULES)
+
+# What `--all-rules` shows: every engine as it comes, and with the switch that its users turn.
+VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("strict", "strict", {}),
+    ("sglang-22948", "sglang-22948", {}),
+    ("sglang-0.5.23", "sglang-0.5.23", {}),
+    ("sglang-0.5.23 --enforce", "sglang-0.5.23", {"enforce_shared_experts_fusion": True}),
+    ("vllm", "vllm", {}),
+    ("vllm, opted in", "vllm", {"vllm_opt_in": True}),
+    ("atom", "atom", {}),
+    ("atom-first-entry", "atom-first-entry", {}),
+)
+
+
+def can_fuse_shared_expert(
+    config: Any,
+    quant_config: Any = None,
+    rule: str = "strict",
+    *,
+    stored: Stored | Mapping[str, ModuleSpec] | None = None,
+    **options: Any,
+) -> Decision:
+    """Whether the shared expert may be fused, under one rule, for the whole target model.
+
+    config: a config.json's dictionary (nested or flat) or a config object. quant_config: its quantization_config, if
+    not inside. rule: one of RULES. stored: module name -> ModuleSpec of what the tensors really are
+    (`Checkpoint.spec`), for `strict`; engines do not look. options: fields of `Options`.
+
+    True only if every MoE layer agrees; the draft has its own decision, in `decide_layers`.
+    Error: unknown rule, option or quantisation method.
+    """
+    return summarise(_decide(Model.from_config(config, quant_config), rule, stored, options), rule)
+
+
+def summarise(decisions: Iterable[Decision], rule: str) -> Decision:
+    """One answer for the target model: yes if every layer says yes. The draft does not count."""
+    decisions = [d for d in decisions if not d.draft]
+    if not decisions:
+        return Decision(False, rule, "the model has no MoE layer")
+    against = [d for d in decisions if not d]
+    if not against or len(against) == len(decisions):
+        return replace(decisions[0], layer="model")
+    first, fine = against[0], len(decisions) - len(against)
+    reason = f"{len(against)} of {len(decisions)} layers may not fuse, first {first.layer}: {first.reason}"
+    return Decision(False, rule, reason, (*first.evidence, Evidence(f"{fine} layers could")))
+
+
+def decide_layers(
+    config: Any,
+    quant_config: Any = None,
+    rule: str = "strict",
+    *,
+    stored: Stored | Mapping[str, ModuleSpec] | None = None,
+    **options: Any,
+) -> list[Decision]:
+    """One decision per MoE layer, then one per MTP draft layer. Arguments as for `can_fuse_shared_expert`."""
+    return _decide(Model.from_config(config, quant_config), rule, stored, options)
+
+
+def _decide(model: Model, rule: str, stored: Any, options: Mapping[str, Any]) -> list[Decision]:
+    if rule not in RULES:
+        raise Qwen35Error("unknown rule of the gate", expected=", ".join(RULES), found=rule)
+    checked, lookup = Options.from_kwargs(options), read_stored(stored)
+    found = []
+    for layer in (*model.layers, *model.drafts):
+        if rule == "strict":
+            decision = strict(model, layer, checked, lookup)
+        else:
+            decision = ENGINE_RULES[rule].decide(model, layer, checked)
+        found.append(replace(decision, rule=rule, layer=layer.name))
+    return found
+
+
+def hazards(
+    config: Any,
+    quant_config: Any,
+    decisions: Iterable[Decision],
+    stored: Stored | Mapping[str, ModuleSpec] | None = None,
+) -> dict[str, str]:
+    """What would go wrong if an engine acted on its decisions: layer name -> what breaks.
+
+    Judged by what is stored, or without bytes by the writer's reading of the exclude list. Two kinds: bytes that do not
+    fit the fused slot (the failure of PR 22948), and a loader that takes a module for something it is not.
+    """
+    model, lookup = Model.from_config(config, quant_config), read_stored(stored)
+    layers = {layer.name: layer for layer in (*model.layers, *model.drafts)}
+    return {d.layer: text for d in decisions if (text := _hazard(model, layers[d.layer], d, lookup))}
+
+
+def _hazard(model: Model, layer: Layer, decision: Decision, stored: Stored | None) -> str:
+    try:
+        truth = layer_facts(model, layer, stored)
+        if decision:
+            if uneven := _uneven(truth):
+                return uneven
+            slot_guard(layer.experts, truth.routed[0].spec, _named(truth), convert=decision.online)
+        return "" if decision.rule == "strict" else _misread(model, truth, decision)
+    except Qwen35Error as error:
+        return f"{error.what}: {error.where} is {error.found}, expected {error.expected}"
+
+
+def _uneven(facts: LayerFacts) -> str:
+    """Why the experts cannot lie in one tensor, whatever the shared expert is. Nothing stored: nothing is missing."""
+    everything, first = (*facts.routed, *facts.shared), facts.routed[0]
+    absent = [f.name for f in everything if f.stored is None]
+    if 0 < len(absent) < len(everything):
+        return f"a fused slot would stay unfilled: {absent[0]} is missing from the checkpoint"
+    odd = next((f for f in facts.routed if not f.spec.same_bytes(first.spec)), None)
+    return f"the routed experts are not alike: {first.name} is {first.spec}, {odd.name} is {odd.spec}" if odd else ""
+
+
+def _named(facts: LayerFacts) -> dict[str, ModuleSpec | None]:
+    return {f.name: f.spec for f in facts.shared}
+
+
+def _misread(model: Model, truth: LayerFacts, decision: Decision) -> str:
+    """The first module that the engine's loader takes for something that it is not.
+
+    It asks for the routed experts as one module, not for their projections.
+    """
+    quant, layer = model.quant, truth.layer
+    if quant.method == "quark":
+        quant = quant.read_as(ENGINE_RULES[decision.rule].semantics)
+    plain = layer.draft and decision.rule == "sglang-0.5.23" and "draft" in decision.reason
+    excluded = quant.exclude.hit(spellings(layer.experts, quant.num_hidden_layers)) is not None
+    inside = replace(quant, exclude=replace(quant.exclude, entries=())) if quant.exclude.semantics.children else quant
+    for facts, floats, believed in ((truth.routed, plain or excluded, inside), (truth.shared, plain, quant)):
+        for fact in facts:
+            a, b = fact.spec, BF16 if floats else believed.spec_of(fact.name).spec
+            if not (a.is_float and b.is_float or a.same_bytes(b)):
+                return f"the loader takes {fact.name} for {b.kind}, it is {a.kind} ({fact.declared.hit})"
+    return ""
+
+
+def slot_guard(
+    slot: str,
+    spec: ModuleSpec,
+    tensors: Mapping[str, ModuleSpec | None],
+    *,
+    convert: bool = False,
+) -> None:
+    """Refuses to fill a fused slot with anything but what its kernel reads. The loader calls it before copying a byte.
+
+    slot: its name, for the message. spec: the routed experts' spec. tensors: shared expert module -> what is stored.
+    convert: floats are quantised to the slot's format on the way (online conversion), so floats are allowed.
+    Error, naming the tensor: its bytes are of another kind than the slot's; a part of the slot would stay unfilled; a
+    tensor would be left over.
+    """
+    by_part = {name.rpartition(".")[2]: (name, found) for name, found in tensors.items()}
+    for part in PROJECTIONS:
+        name, found = by_part.pop(part, (part, None))
+        if found is None:
+            raise Qwen35Error(
+                "a fused slot would stay unfilled",
+                where=f"{slot}, {name}",
+                expected=f"a {spec.kind} tensor",
+                found="nothing",
+                do="check the renaming of shared_expert to the slot; a slot that is not filled computes noise",
+            )
+        if not (found.same_bytes(spec) or convert and found.is_float):
+            raise Qwen35Error(
+                f"{found.kind} bytes would be read as {spec.kind}",
+                where=name,
+                expected=str(spec),
+                found=str(found),
+                do='load with shared_expert="unfused", or convert the tensor: "fused-online"',
+            )
+    if by_part:
+        left = next(iter(by_part.values()))[0]
+        raise Qwen35Error(
+            "a tensor has no place in the fused slot", where=left, expected=f"only {', '.join(PROJECTIONS)}", found=slot
+        )

@@ -1,0 +1,174 @@
+"""The dialects of quantization_config: Quark, FP8, MXFP4, compressed-tensors, ModelOpt, GPTQ.
+
+Each reader turns its dialect into the arguments of `QuantConfig`: an exclude list, ordered patterns, a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import Qwen35Error
+from ..quant.precision import BF16, MXFP4, UNSTATED, Activation, ModuleSpec
+from .exclude import ExcludeList, exclude_list, layer_class
+
+
+def quark_spec(entry: Mapping[str, Any] | None) -> ModuleSpec:
+    """One Quark spec, `{"weight": {...}, "input_tensors": {...}}`; a null weight is an unquantised module."""
+    weight, inputs = _first((entry or {}).get("weight")), _first((entry or {}).get("input_tensors"))
+    if not weight:
+        return BF16
+    dtype, scheme, group = str(weight.get("dtype")), str(weight.get("qscheme")), int(weight.get("group_size") or 0)
+    activation = None
+    if inputs:
+        grouped = inputs.get("qscheme") == "per_group"
+        group_in = int(inputs.get("group_size") or 0) or None if grouped else None
+        activation = Activation(_short(str(inputs.get("dtype"))), bool(inputs.get("is_dynamic")), group_in)
+    scale = str(weight.get("scale_format") or weight.get("scale_type") or "")
+    if _short(dtype) == "fp8":
+        block = tuple(weight.get("block_size") or ()) if scheme == "per_block" else ()
+        return ModuleSpec(f"fp8-{scheme.removeprefix('per_')}", block, scale, activation)
+    if dtype == "fp4" and scheme == "per_group":
+        return ModuleSpec({32: "mxfp4", 16: "nvfp4"}.get(group, f"fp4-group{group}"), (group,), scale, activation)
+    return ModuleSpec(_short(dtype), (group,) if group else (), scale, activation)
+
+
+def _quark(raw: Mapping[str, Any]) -> dict[str, Any]:
+    if types := raw.get("layer_type_quant_config"):
+        raise Qwen35Error(
+            "specs by a layer's type are not read",
+            where="quantization_config.layer_type_quant_config",
+            expected="{}",
+            found=", ".join(map(str, types)),
+            do="say it by names, in layer_quant_config",
+        )
+    layers = tuple((key, quark_spec(spec)) for key, spec in (raw.get("layer_quant_config") or {}).items())
+    stated = "global_quant_config" in raw  # every file has it; an excerpt that lists exclusions is about something
+    return {
+        "exclude": _exclude(raw, "exclude", "quark"),
+        "layers": layers,
+        "default": quark_spec(raw["global_quant_config"]) if stated else UNSTATED,
+        "default_from": "global_quant_config" if stated else "a quantisation that is not stated",
+    }
+
+
+def _fp8(raw: Mapping[str, Any]) -> dict[str, Any]:
+    block = tuple(map(int, raw.get("weight_block_size") or ()))
+    activation = Activation("fp8", raw.get("activation_scheme", "dynamic") == "dynamic", block[-1] if block else None)
+    return {
+        "exclude": _exclude(raw, "ignored_layers" if "ignored_layers" in raw else "modules_to_not_convert", "fp8"),
+        "default": ModuleSpec("fp8-block" if block else "fp8-tensor", block, "f32", activation),
+        "default_from": "weight_block_size" if block else "quant_method",
+    }
+
+
+def _mxfp4(raw: Mapping[str, Any]) -> dict[str, Any]:
+    exclude = _exclude(raw, "modules_to_not_convert", "fp8")
+    return {"exclude": exclude, "default": MXFP4, "default_from": "quant_method"}
+
+
+def _compressed_tensors(raw: Mapping[str, Any]) -> dict[str, Any]:
+    layers = []
+    for group in (raw.get("config_groups") or {}).values():
+        spec = _group_spec(group, group.get("format") or raw.get("format") or "")
+        layers += [(target, spec) for target in group.get("targets") or ()]
+    # names, then patterns, then classes
+    layers.sort(key=lambda layer: (layer_class(layer[0], ""), layer[0].startswith("re:")))
+    return {
+        "exclude": _exclude(raw, "ignore", "compressed-tensors"),
+        "layers": tuple(layers),
+        "layers_from": "config_groups",
+        "default": BF16,
+        "default_from": "no config group names it",
+    }
+
+
+def _group_spec(group: Mapping[str, Any], form: str) -> ModuleSpec:
+    """compressed-tensors: {"weights": {num_bits, type, strategy, group_size}, "input_activations": ...}."""
+    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    bits, kind, size = weights.get("num_bits"), weights.get("type"), weights.get("group_size")
+    block = tuple(weights.get("block_structure") or ()) or ((size,) if size else ())
+    activation = None
+    if inputs:
+        dtype = f"{'fp' if inputs.get('type') == 'float' else 'int'}{inputs.get('num_bits')}"
+        activation = Activation(dtype, bool(inputs.get("dynamic")), inputs.get("group_size"))
+    if kind == "float" and bits == 4:
+        if "mxfp4" in form or size == 32:
+            return ModuleSpec("mxfp4", block or (32,), "e8m0", activation)
+        return ModuleSpec("nvfp4", block or (16,), "e4m3", activation)
+    if kind == "float" and bits == 8:
+        return ModuleSpec(f"fp8-{weights.get('strategy', 'tensor')}", block, "", activation)
+    return ModuleSpec(f"int{bits}", block, "", activation) if bits else BF16
+
+
+def _modelopt(raw: Mapping[str, Any]) -> dict[str, Any]:
+    inner = raw.get("quantization", raw)
+    algo = str(inner.get("quant_algo") or raw.get("quant_algo") or "")
+    layers = inner.get("quantized_layers") or {}
+    return {
+        "exclude": _exclude(
+            inner, "exclude_modules" if inner.get("exclude_modules") is not None else "ignore", "modelopt"
+        ),
+        "layers": tuple((name, _algo_spec(str(entry.get("quant_algo")), entry)) for name, entry in layers.items()),
+        "layers_from": "quantized_layers",
+        "default": BF16 if algo == "MIXED_PRECISION" else _algo_spec(algo, inner),
+        "default_from": f"quant_algo {algo}",
+    }
+
+
+# "PB_WO" is "per block, weights only"; some exports write it in lower case.
+MODELOPT_FP8 = {
+    "FP8": ModuleSpec("fp8-tensor", (), "f32", Activation("fp8", False)),
+    "FP8_PER_CHANNEL_PER_TOKEN": ModuleSpec("fp8-channel", (), "f32", Activation("fp8")),
+    "FP8_PB_WO": ModuleSpec("fp8-block", (128, 128), "f32"),
+}
+
+
+def _algo_spec(algo: str, entry: Mapping[str, Any]) -> ModuleSpec:
+    group = entry.get("group_size") or 16
+    if "NVFP4" in algo:
+        inputs = Activation("fp8", False) if "A8" in algo else Activation("fp4", True, group)
+        return ModuleSpec("nvfp4", (group,), "e4m3", None if "A16" in algo else inputs)
+    if algo.upper() in MODELOPT_FP8:
+        return MODELOPT_FP8[algo.upper()]
+    known = ", ".join(("NVFP4", "W4A16_NVFP4", *MODELOPT_FP8))
+    raise Qwen35Error("unknown ModelOpt quant_algo", expected=f"{known} or MIXED_PRECISION", found=repr(algo))
+
+
+def _gptq(raw: Mapping[str, Any]) -> dict[str, Any]:
+    bits, group = raw.get("bits", 4), raw.get("group_size") or -1
+    return {
+        "exclude": _exclude({"dynamic": tuple(raw.get("dynamic") or ())}, "dynamic", "gptq"),
+        "default": ModuleSpec(f"int{bits}", (group,) if group > 0 else (), "f16"),
+        "default_from": "bits",
+    }
+
+
+def _exclude(raw: Mapping[str, Any], key: str, semantics: str) -> ExcludeList:
+    entries = raw.get(key) or ()
+    listed = isinstance(entries, (list, tuple, set, frozenset))
+    if not listed or not all(isinstance(e, str) for e in entries):
+        raise Qwen35Error(
+            "an exclude list must hold strings", where=f"quantization_config.{key}", found=repr(entries)[:200]
+        )
+    return exclude_list(tuple(entries), semantics, key)
+
+
+def _first(spec: Any) -> Mapping[str, Any]:
+    """Quark stores a list where a tensor is quantised in two steps; the first step is what is stored."""
+    first = spec[0] if isinstance(spec, list) and spec else spec
+    return first if isinstance(first, Mapping) else {}
+
+
+def _short(dtype: str) -> str:
+    return "fp8" if dtype.startswith("fp8") else dtype
+
+
+READERS = {
+    "quark": _quark,
+    "fp8": _fp8,
+    "mxfp4": _mxfp4,
+    "compressed-tensors": _compressed_tensors,
+    "modelopt": _modelopt,
+    "gptq": _gptq,
+}

@@ -1,0 +1,243 @@
+"""Which entry of an exclude list names a module: every engine's reading of the same strings, as pure functions.
+
+One list, many readers. Quark writes globs and exports exact names; SGLang and vLLM read exact names and `re:`; ATOM
+reads globs, parents and `re:` anywhere in the name; block-FP8 lists are read segment by segment. `SEMANTICS` says who
+does what and where that is known from, so that "which engine would leave this module alone" is a table, not folklore.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+from ..errors import Qwen35Error
+from .module_names import expand_fused, is_plain, tells_experts_apart
+
+
+# One test per way of reading: (entry, name) -> does the entry name the module?
+def exact(entry: str, name: str) -> bool:
+    return entry == name
+
+
+def regex_match(entry: str, name: str) -> bool:
+    """`re:` entries, anchored at the start of the name only (Python's `re.match`)."""
+    return entry.startswith("re:") and _compiled(entry[3:]).match(name) is not None
+
+
+def regex_search(entry: str, name: str) -> bool:
+    """`re:` entries that may match anywhere in the name (`re.search`)."""
+    return entry.startswith("re:") and _compiled(entry[3:]).search(name) is not None
+
+
+def glob(entry: str, name: str) -> bool:
+    """Shell patterns over the whole name; `*` crosses dots."""
+    return not entry.startswith("re:") and fnmatchcase(name, entry)
+
+
+def glob_or_below(entry: str, name: str) -> bool:
+    """A glob that also covers everything below what it names: ATOM tries `entry` and `entry + ".*"`."""
+    return glob(entry, name) or glob(entry + ".*", name)
+
+
+def parent(entry: str, name: str) -> bool:
+    """The entry is an ancestor of the module: `a.b` covers `a.b.c`, but not `a.bc`."""
+    return name.startswith(entry + ".")
+
+
+def substring(entry: str, name: str) -> bool:
+    """The entry occurs somewhere in the name; `in_proj_a` then also covers `in_proj_ab`."""
+    return entry in name
+
+
+def segments(entry: str, name: str) -> bool:
+    """Like `substring`, but at dot boundaries, so that `gate` covers `mlp.gate` and not `mlp.shared_expert_gate`."""
+    return f".{entry}." in f".{name}."
+
+
+def negative_rule(entry: str, name: str) -> bool:
+    """GPTQModel's `dynamic`: a key `-:REGEX` leaves modules out."""
+    return entry.startswith("-:") and _compiled(entry[2:]).match(name) is not None
+
+
+def layer_class(entry: str, name: str) -> bool:
+    """A class of layers, as compressed-tensors targets them: these two cover every projection."""
+    return entry in ("Linear", "FusedMoE")
+
+
+Test = Callable[[str, str], bool]
+
+
+@dataclass(frozen=True)
+class Semantics:
+    """How one reader matches a name against its exclude list.
+
+    `fused`: a module such as gate_up_proj is looked up by its parts, which must agree. `children`: an entry below
+    `….experts` excludes the whole expert module. `layer_tests`: how keys of layer_quant_config are matched.
+    """
+
+    name: str
+    tests: tuple[Test, ...]
+    source: str
+    fused: bool = True
+    children: bool = False
+    layer_tests: tuple[Test, ...] = (exact, glob)
+
+
+SEMANTICS = {
+    s.name: s
+    for s in (
+        Semantics(
+            "quark", (exact, glob, regex_match), "Quark 0.13: patterns given by users are fnmatch", children=True
+        ),
+        Semantics("sglang", (exact, regex_match), "SGLang 0.5.23 quark/utils.py: should_ignore_layer", children=True),
+        Semantics("vllm", (exact, regex_match), "vLLM 0.32 quark/utils.py: should_ignore_layer"),
+        Semantics(
+            "atom",
+            (exact, regex_search, glob_or_below, parent),
+            "ROCm/ATOM atom/config.py:483-493",
+            children=True,
+            # Without a star, ATOM asks whether the name occurs in the key, not whether it equals it.
+            layer_tests=(lambda key, name: glob(key, name) if "*" in key else name in key, layer_class),
+        ),
+        Semantics("fp8", (exact, segments), "SGLang 0.5.23 quantization/utils.py: is_layer_skipped (since #23467)"),
+        Semantics(
+            "compressed-tensors",
+            (exact, regex_match),
+            "compressed-tensors 0.20: ignore and targets",
+            layer_tests=(exact, regex_match, layer_class),
+        ),
+        Semantics("modelopt", (exact, glob), "NVIDIA ModelOpt hf_quant_config.json: exclude_modules, ignore"),
+        Semantics("gptq", (negative_rule,), "GPTQModel: quantization_config.dynamic"),
+        Semantics("substring", (substring,), "SGLang FP8 before #23467; in_proj_a then collides with in_proj_ab"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Hit:
+    """The entry that decided: its list, its index there (None if the list is no list), its text, the test it passed."""
+
+    list: str
+    index: int | None
+    entry: str
+    how: str
+    name: str = ""
+
+    def __str__(self) -> str:
+        where = self.list if self.index is None else f"{self.list}[{self.index}]"
+        return f"{where} = {self.entry!r} ({self.how})" if self.entry else where
+
+
+@dataclass(frozen=True)
+class ExcludeList:
+    """An exclude list under one reading. Plain names go through a dictionary, since real lists have 1,700 entries."""
+
+    entries: tuple[str, ...]
+    semantics: Semantics
+    list: str = "exclude"
+    patterns: tuple[tuple[int, str], ...] = field(init=False, repr=False, compare=False)
+    _index: dict[str, int] = field(init=False, repr=False, compare=False)
+    _experts: dict[str, int] = field(init=False, repr=False, compare=False)
+    _apart: bool = field(init=False, repr=False, compare=False)
+    _find: Callable[[tuple[str, ...]], Hit | None] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        index: dict[str, int] = {}
+        experts: dict[str, int] = {}
+        for i, entry in enumerate(self.entries):
+            index.setdefault(entry, i)
+            head, found, _ = entry.partition(".experts.")
+            if found and is_plain(head):
+                experts.setdefault(head + ".experts", i)
+        anywhere = substring in self.semantics.tests
+        patterns = tuple((i, e) for i, e in enumerate(self.entries) if anywhere or not is_plain(e))
+        for _, entry in patterns:  # one that is no regular expression is refused here, whichever rule asks for what
+            matched(entry, "", self.semantics)
+        apart = any(tells_experts_apart(e) for _, e in patterns)
+        # The gate asks about the same few modules of a layer again and again, once for every rule.
+        cached = lru_cache(maxsize=8192)(self._search)
+        made = {"patterns": patterns, "_index": index, "_experts": experts, "_apart": apart, "_find": cached}
+        for key, value in made.items():
+            object.__setattr__(self, key, value)
+
+    def hit(self, names: str | Sequence[str]) -> Hit | None:
+        """The entry that excludes a module, given by all spellings of its name; None if no entry does.
+
+        Error: parts of a fused module disagree (engines refuse to load such a checkpoint).
+        """
+        return self._find((names,) if isinstance(names, str) else tuple(names))
+
+    def _search(self, names: tuple[str, ...]) -> Hit | None:
+        return self._direct(names) or self._below(names) or self._parts(names)
+
+    def singles_out_experts(self, names: Sequence[str]) -> bool:
+        """Whether one expert of a module could be excluded and another not."""
+        return self._apart or any(name in self._experts for name in names)
+
+    def _direct(self, names: Sequence[str]) -> Hit | None:
+        for name in names:
+            for key, test in _plain_matches(name, self.semantics.tests):
+                if key in self._index:
+                    return Hit(self.list, self._index[key], key, test.__name__, name)
+        for i, entry in self.patterns:
+            for name in names:
+                if how := matched(entry, name, self.semantics):
+                    return Hit(self.list, i, entry, how, name)
+        return None
+
+    def _below(self, names: Sequence[str]) -> Hit | None:
+        for name in names if self.semantics.children else ():
+            if name in self._experts:
+                i = self._experts[name]
+                return Hit(self.list, i, self.entries[i], "one expert excludes the module", name)
+        return None
+
+    def _parts(self, names: Sequence[str]) -> Hit | None:
+        parts = expand_fused(names[0]) if self.semantics.fused else ()
+        hits = [self._direct([f"{n.rpartition('.')[0]}.{p.rpartition('.')[2]}" for n in names]) for p in parts]
+        if hits and any(h is None for h in hits) and any(hits):
+            raise Qwen35Error(
+                "an exclude list names some parts of a fused module and not others",
+                where=f"{names[0]} ({self.semantics.name} semantics)",
+                expected=f"all or none of {', '.join(parts)}",
+                found=", ".join(str(h) for h in hits if h),
+                do="list every part",
+            )
+        return hits[0] if hits else None
+
+
+@lru_cache(maxsize=64)
+def exclude_list(entries: tuple[str, ...], semantics: str, list: str = "exclude") -> ExcludeList:
+    """An exclude list under a named reading; made once, as the gate asks for it layer by layer."""
+    return ExcludeList(entries, SEMANTICS[semantics], list)
+
+
+def _plain_matches(name: str, tests: Sequence[Test]) -> Iterator[tuple[str, Test]]:
+    """The plain entries that could match a name, by test: itself, its ancestors, runs of its segments."""
+    parts = name.split(".")
+    if exact in tests:
+        yield name, exact
+    if parent in tests:
+        yield from ((".".join(parts[:i]), parent) for i in range(len(parts) - 1, 0, -1))
+    if segments in tests:
+        ends = range(len(parts), 0, -1)
+        yield from ((".".join(parts[i:j]), segments) for j in ends for i in range(j))
+
+
+def matched(entry: str, name: str, semantics: Semantics) -> str:
+    """The name of the first test that `entry` passes for `name`, or "" ."""
+    return next((test.__name__ for test in semantics.tests if test(entry, name)), "")
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        expected = "a regular expression after re: or -:, not a shell pattern"
+        raise Qwen35Error(
+            "an exclude entry is not a valid regular expression", expected=expected, found=f"{pattern}: {error}"
+        ) from error

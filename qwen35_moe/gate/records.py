@@ -1,0 +1,214 @@
+"""The records of the fusion gate: what was asked, what was decided, and what decided it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from ..errors import Qwen35Error
+from ..model.config import MOST_LAYERS
+from .declared import QuantConfig, quantization_of
+from .exclude import Hit
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an engine's decision depends on besides the checkpoint. Defaults: one MI355X (gfx950) with Aiter."""
+
+    disable_shared_experts_fusion: bool = False
+    enforce_shared_experts_fusion: bool = False  # SGLang >= 0.5.2x: convert a BF16 shared expert to MXFP4 on load
+    a2a_backend: str = "none"
+    moe_ep_size: int = 1
+    hip: bool = True
+    aiter: bool = True
+    gfx95: bool = True
+    cuda_opt_in: bool = False  # SGLang's enable_cuda_shared_expert_fusion of a model class
+    cutedsl_ar_fusion: bool = False
+    vllm_opt_in: bool = False  # VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS
+    atom_fuse_shared_expert: bool = True  # ATOM_FUSE_SHARED_EXPERT
+    dp_size: int = 1
+    dp_attention: bool = False
+    eplb: bool = False
+    moe_ep_flatten_tp_across_dp: bool = False
+
+    @classmethod
+    def from_kwargs(cls, given: Mapping[str, Any]) -> Options:
+        """Checked keyword arguments: unknown names and wrong types are errors that name the alternatives."""
+        known = {f.name: f.default for f in fields(cls)}
+        for name, value in given.items():
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                raise Qwen35Error(
+                    "unknown option of the gate",
+                    expected=", ".join(known),
+                    found=name,
+                    do=f"did you mean {near[0]}?" if near else "",
+                )
+            if type(value) is not type(known[name]):
+                raise Qwen35Error(
+                    "bad value of a gate option", where=name, expected=type(known[name]).__name__, found=repr(value)
+                )
+        options = cls(**given)
+        if options.a2a_backend not in A2A_BACKENDS:
+            raise Qwen35Error("unknown all-to-all backend", expected=", ".join(A2A_BACKENDS), found=options.a2a_backend)
+        return options
+
+
+# SGLang 0.5.23 layers/moe/utils.py: the choices of --moe-a2a-backend.
+A2A_BACKENDS = (
+    *("none", "deepep", "deepep_v2", "mooncake", "nixl", "mori", "ascend_fuseep", "ascend_tp"),
+    *("flashinfer", "megamoe", "flashinfer_megamoe", "pplx", "customized"),
+)
+# Those that give every rank its own copy of the shared slot, while Qwen has one global slot (#31793).
+PER_RANK_SLOT_BACKENDS = ("deepep", "deepep_v2", "mooncake", "mori", "pplx", "megamoe")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One fact behind a decision. kind: "entry" (quotes the list), "fact", or "warning"."""
+
+    text: str
+    kind: str = "fact"
+    entry: str = ""
+    index: int | None = None
+    list: str = ""
+
+    @classmethod
+    def of(cls, hit: Hit, text: str = "", kind: str = "entry") -> Evidence:
+        return cls(f"{text}: {hit}" if text else str(hit), kind, hit.entry, hit.index, hit.list)
+
+    def __str__(self) -> str:
+        return f"warning: {self.text}" if self.kind == "warning" else self.text
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the shared expert becomes slot E of the routed experts. True in a condition if it does.
+
+    online: fused, but only because the engine converts the BF16 shared expert to MXFP4 while loading.
+    layer: "layers.7", "mtp.layers.0", or "model" for the answer about all layers of the target model.
+    """
+
+    fused: bool
+    rule: str
+    reason: str
+    evidence: tuple[Evidence, ...] = ()
+    layer: str = "model"
+    online: bool = False
+
+    def __bool__(self) -> bool:
+        return self.fused
+
+    @property
+    def draft(self) -> bool:
+        """Whether this is about a layer of the MTP draft, which the target's layers do not wait for."""
+        return self.layer.startswith("mtp.")
+
+    @property
+    def word(self) -> str:
+        return ("fused, converted to MXFP4 on load" if self.online else "fused") if self.fused else "not fused"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(e.text for e in self.evidence if e.kind == "warning")
+
+    @property
+    def entry(self) -> Evidence | None:
+        """The entry of a list that decided, if one did."""
+        return next((e for e in self.evidence if e.kind == "entry"), None)
+
+    def __str__(self) -> str:
+        head = f"{self.layer}: shared expert {self.word} (rule {self.rule}), because {self.reason}."
+        return " ".join([head, *(f"[{e}]" for e in self.evidence)])
+
+    def to_dict(self) -> dict[str, Any]:
+        evidence = [{k: v for k, v in vars(e).items() if v not in ("", None)} for e in self.evidence]
+        plain = {k: v for k, v in vars(self).items() if k != "evidence"}
+        return plain | {"evidence": evidence}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One MoE block: its canonical name, and whether it belongs to the MTP draft."""
+
+    name: str
+    draft: bool = False
+
+    @property
+    def experts(self) -> str:
+        return f"{self.name}.mlp.experts"
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Projection -> module name of the shared expert."""
+        return {p: f"{self.name}.mlp.shared_expert.{p}" for p in PROJECTIONS}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the gate needs of a config.json, nested or flat."""
+
+    layers: tuple[Layer, ...]
+    drafts: tuple[Layer, ...]
+    shared_size: int
+    routed_size: int
+    num_experts: int
+    num_hidden_layers: int
+    top: Mapping[str, Any]
+    quant: QuantConfig
+
+    @classmethod
+    def from_config(cls, config: Any, quant_config: Any = None) -> Model:
+        """From a config.json's dictionary or a config object. quant_config None: taken from the configuration."""
+        top = as_dict(config)
+        text = as_dict(top.get("text_config") or top)
+        raw = quantization_of({**top, "text_config": text}) if quant_config is None else quant_config
+        missing = [k for k in ("num_hidden_layers", "moe_intermediate_size") if not isinstance(text.get(k), int)]
+        if missing:
+            raise Qwen35Error(
+                "this does not look like the configuration of a MoE model",
+                expected="num_hidden_layers and moe_intermediate_size, at the top or in text_config",
+                found=f"{', '.join(missing)} absent",
+                do="give the config.json of the checkpoint",
+            )
+        count, step = text["num_hidden_layers"], text.get("decoder_sparse_step") or 1
+        dense = text.get("mlp_only_layers") or []
+        drafts = text.get("mtp_num_hidden_layers") or text.get("num_nextn_predict_layers") or 0
+        if not isinstance(dense, list) or not all(
+            type(n) is int and 0 <= n <= MOST_LAYERS for n in (count, step, drafts)
+        ):
+            where, expected = "config.json", f"a list of layers without experts; numbers of layers up to {MOST_LAYERS}"
+            found = f"{dense}, {count} every {step}, {drafts} drafts"[:200]
+            raise Qwen35Error("layers cannot be counted", where=where, expected=expected, found=found)
+        shared, experts = (text.get(key) or 0 for key in ("shared_expert_intermediate_size", "num_experts"))
+        if not all(type(n) is int for n in (shared, experts)):
+            where, found = "config.json: shared_expert_intermediate_size, num_experts", f"{shared!r}, {experts!r}"
+            raise Qwen35Error("wrong type", where=where, expected="integers", found=found[:200])
+        quant = raw if isinstance(raw, QuantConfig) else QuantConfig.from_dict(raw, count)
+        return cls(
+            layers=tuple(Layer(f"layers.{i}") for i in range(count) if (i + 1) % step == 0 and i not in dense),
+            drafts=tuple(Layer(f"mtp.layers.{i}", draft=True) for i in range(drafts)),
+            shared_size=shared,
+            routed_size=text["moe_intermediate_size"],
+            num_experts=experts,
+            num_hidden_layers=count,
+            top=top,
+            quant=quant,
+        )
+
+
+def as_dict(config: Any) -> Mapping[str, Any]:
+    """A configuration as a dictionary: of a mapping itself, of an object its to_dict(), raw file or attributes."""
+    if isinstance(config, Mapping):
+        return config
+    if callable(getattr(config, "to_dict", None)):
+        return config.to_dict()
+    if isinstance(getattr(config, "raw", None), Mapping) and config.raw:
+        return config.raw
+    if hasattr(config, "__dict__"):
+        return vars(config)
+    raise Qwen35Error("not a configuration", expected="a dictionary or a config object", found=type(config).__name__)

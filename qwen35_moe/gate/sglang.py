@@ -1,0 +1,150 @@
+"""SGLang's two gates, the seed PR's and today's, written from what they do, not copied. Neither sees a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import Qwen35Error
+from .common import first_entry, no, quark_layer_config, refuse_platform, refuse_sizes, yes
+from .module_names import is_draft_entry, mentions_shared_body
+from .records import PER_RANK_SLOT_BACKENDS, PROJECTIONS, Decision, Evidence, Layer, Model, Options
+
+
+def sglang_22948(model: Model, layer: Layer, options: Options) -> Decision:
+    """The seed PR, sgl-project/sglang #22948 (2026-04-16): a substring test over Quark's exclude list.
+
+    Only Quark's configuration has a list under the name that is searched, so every other method passes.
+    """
+    if (refusal := _refuse_before_quantisation(model, options)) is not None:
+        return refusal
+    if options.a2a_backend == "deepep":
+        return no("the all-to-all backend is deepep")
+    if model.quant.method != "quark":
+        return yes(f"the gate does not look at method {model.quant.method!r}")
+    if hit := first_entry(model.quant, lambda e: mentions_shared_body(e) and not is_draft_entry(e)):
+        return no("the exclude list names a shared expert", Evidence.of(hit))
+    return yes("no entry of the exclude list names a shared expert's body")
+
+
+def sglang_0_5_23(model: Model, layer: Layer, options: Options) -> Decision:
+    """SGLang 0.5.23: qwen2_moe.py:137-152, 283-302, quark.py:1085-1297, modelopt_quant.py:1552, qwen3_5_mtp.py:50."""
+    if options.cutedsl_ar_fusion:
+        return no("the CuTe-DSL all-reduce fusion needs the shared expert apart")
+    if (refusal := _refuse_before_quantisation(model, options)) is not None:
+        return refusal
+    if options.a2a_backend in ("deepep", "deepep_v2", "mori"):
+        return no(f"the all-to-all backend is {options.a2a_backend}")
+    decision = _sglang_draft(model) if layer.draft else None
+    decision = decision or _sglang_quant(model, options)
+    if decision and options.a2a_backend in PER_RANK_SLOT_BACKENDS and options.moe_ep_size > 1:
+        ranks = Evidence(f"a2a_backend = {options.a2a_backend}, moe_ep_size = {options.moe_ep_size}")
+        return no("the backend keeps a shared slot per rank, and Qwen has one slot in all", ranks)
+    return decision
+
+
+def _refuse_before_quantisation(model: Model, options: Options) -> Decision | None:
+    """What both versions ask first: platform, flag, sizes."""
+    if (refusal := refuse_platform(options)) is not None:
+        return refusal
+    if options.disable_shared_experts_fusion:
+        return no("--disable-shared-experts-fusion")
+    return refuse_sizes(model)
+
+
+def _sglang_draft(model: Model) -> Decision | None:
+    """The draft's own quantisation: None means "as the target"; otherwise the draft is built in BF16 and may fuse."""
+    quant = model.quant
+    if quant.method == "quark":
+        hit = first_entry(quant, lambda e: e.startswith("mtp.") and "mlp.experts" in e)
+        if hit is not None:
+            return yes("the draft's routed experts are excluded, so the draft is BF16 throughout", Evidence.of(hit))
+    mixed = quant.default.is_float and not any(name.startswith("mtp.") for name, _ in quant.layers)
+    if quant.method == "modelopt" and (mixed or quant.default.kind == "nvfp4"):
+        return yes("ModelOpt checkpoints keep the draft in BF16")
+    return None
+
+
+def _sglang_quant(model: Model, options: Options) -> Decision:
+    quant = model.quant
+    if quant.method == "modelopt" and quant.default.kind == "nvfp4":
+        # The same words as for Quark, but no exemption for the draft: an `mtp.` entry vetoes the whole model.
+        if hit := first_entry(quant, mentions_shared_body):
+            return no("the exclude list names a shared expert", Evidence.of(hit))
+        return yes("no entry of the exclude list names a shared expert's body")
+    if quant.method != "quark":
+        return yes(f"the gate does not look at method {quant.method!r}")
+    # The top level of a nested config.json has no layer count, so there only `mtp.` marks the draft.
+    count, drafts = model.top.get("num_hidden_layers"), model.top.get("num_nextn_predict_layers") or 0
+    if hit := first_entry(quant, lambda e: mentions_shared_body(e) and not is_draft_entry(e, count, drafts)):
+        return _sglang_online(model, options, Evidence.of(hit))
+    if not quant.raw.get("layer_quant_config"):
+        return yes("no entry of the exclude list names a shared expert's body, and no layer has its own spec")
+    return _sglang_layer_specs(quant.raw)
+
+
+def _sglang_online(model: Model, options: Options, entry: Evidence) -> Decision:
+    """An excluded shared expert fuses only if asked to be converted to MXFP4, and only on what that was measured on."""
+    if not options.enforce_shared_experts_fusion:
+        return no("the exclude list names a shared expert", entry)
+    raw, kind = model.quant.raw, model.top.get("model_type")
+    missing = None
+    if not options.hip:
+        missing = "this is not ROCm"
+    elif not options.aiter:
+        missing = "SGLANG_USE_AITER is not set"
+    elif not options.gfx95:
+        missing = "the device has no FP4 (needs gfx95x)"
+    elif kind not in ("qwen3_5_moe", "qwen3_5_moe_text"):
+        missing = f"model_type {kind!r} was not measured"
+    else:
+        try:
+            specs = [quark_layer_config(raw, [f"{base}.mlp.experts"]) for base in LAYER0_BASES]
+            missing = None if all(map(_is_mxfp4, specs)) else "the routed experts of layer 0 are not MXFP4"
+        except Qwen35Error as error:
+            missing = f"the spec of layer 0 is ambiguous ({error.what})"
+        layers = raw.get("layer_quant_config") or {}
+        others = sorted(
+            k for k, v in layers.items() if "experts" in k and "shared_expert" not in k and not _is_mxfp4(v)
+        )
+        if not missing and others:
+            missing = f"layer_quant_config[{others[0]!r}] is not MXFP4"
+    if missing:
+        warning = Evidence(f"--enforce-shared-experts-fusion is ignored: {missing}", "warning")
+        return no("the exclude list names a shared expert", entry, warning)
+    return yes("the shared expert is excluded, and --enforce-shared-experts-fusion converts it", entry, online=True)
+
+
+LAYER0_BASES = ("model.layers.0", "model.language_model.layers.0")
+
+
+def _sglang_layer_specs(raw: Mapping[str, Any]) -> Decision:
+    """With layer_quant_config, routed and shared specs must be equal; SGLang asks layer 0 and the draft only."""
+    shared = "shared_experts" if any(".shared_experts." in k for k in raw["layer_quant_config"]) else "shared_expert"
+    try:
+        for base in (*LAYER0_BASES, "model.decoder"):
+            routed = quark_layer_config(raw, [f"{base}.mlp.experts"])
+            for part in (*PROJECTIONS, "gate_up_proj"):
+                name = f"{base}.mlp.{shared}.{part}"
+                if quark_layer_config(raw, [name]) != routed:
+                    return no("layer_quant_config gives routed and shared experts different specs", Evidence(name))
+    except Qwen35Error as error:
+        return no("layer_quant_config gives no single spec", Evidence(f"{error.where}: {error.what}"))
+    return yes("layer_quant_config gives routed and shared experts of layer 0 the same spec")
+
+
+def _is_mxfp4(spec: Any) -> bool:
+    """SGLang's test for W4A4 MXFP4: weights static, inputs dynamic, both fp4 in groups of 32 with E8M0 scales.
+
+    What Quark quantises in two steps is a list, and something else.
+    """
+    weight, inputs = (spec or {}).get("weight") or {}, (spec or {}).get("input_tensors") or {}
+    alike = all(
+        isinstance(t, Mapping)
+        and t.get("dtype") == "fp4"
+        and t.get("qscheme") == "per_group"
+        and t.get("group_size") == 32
+        and t.get("scale_format") == "e8m0"
+        for t in (weight, inputs)
+    )
+    return alike and weight.get("is_dynamic") is not True and inputs.get("is_dynamic") is not False

@@ -1,0 +1,175 @@
+"""Our own rule: fuse where the shared expert is stored as the routed experts of that very layer are, and nowhere else.
+
+What a module is comes from its bytes if they can be seen, and otherwise from the configuration, provided that all known
+readers of the exclude list agree about it. Where list and bytes disagree, the bytes decide and the evidence warns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..errors import Qwen35Error
+from .common import no, refuse_sizes, yes
+from .declared import BF16, ModuleSpec, QuantConfig, Resolution
+from .exclude import Hit
+from .module_names import spellings, tells_experts_apart
+from .records import PROJECTIONS, Decision, Evidence, Layer, Model, Options
+
+Stored = Callable[[str], ModuleSpec | None]
+
+# Method -> who else reads such a list. vLLM reads Quark's as SGLang does.
+READERS = {"quark": ("sglang", "atom"), "fp8": ("vllm", "atom")}
+
+
+class Fact(NamedTuple):
+    """One module: what the configuration declares, what another reader takes that to be, what the bytes are."""
+
+    name: str
+    declared: Resolution
+    other: Resolution | None
+    stored: ModuleSpec | None
+
+    @property
+    def spec(self) -> ModuleSpec:
+        return self.stored or self.declared.spec
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """The modules of one MoE block that fusion puts into one tensor."""
+
+    layer: Layer
+    shared: tuple[Fact, ...]
+    routed: tuple[Fact, ...]
+
+
+def read_stored(stored: Stored | Mapping[str, ModuleSpec] | None) -> Stored | None:
+    """A lookup of what is stored. Names are canonical (`layers.3.mlp.experts.17.up_proj`); None means "not known"."""
+    return stored.get if isinstance(stored, Mapping) else stored
+
+
+def layer_facts(model: Model, layer: Layer, stored: Stored | None) -> LayerFacts:
+    """Collects the facts of one layer, under the writer's reading of the exclude list and beside it those of others."""
+    quant = model.quant
+    others = tuple(quant.read_as(reader) for reader in READERS.get(quant.method, ()))
+    shared = tuple(_fact(name, quant, others, stored) for name in layer.shared.values())
+    return LayerFacts(layer, shared, tuple(_routed(model, layer, quant, others, stored)))
+
+
+def _fact(name: str, quant: QuantConfig, others: Sequence[QuantConfig], stored: Stored | None) -> Fact:
+    declared = quant.spec_of(name)
+    readings = [other.spec_of(name) for other in others]
+    if hit := _block_above(name, quant):
+        readings.append(Resolution(BF16, hit))
+    second = next((reading for reading in readings if reading.spec != declared.spec), None)
+    return Fact(name, declared, second, stored(name) if stored else None)
+
+
+def _block_above(name: str, quant: QuantConfig) -> Hit | None:
+    """An entry that names a block around a module (around all routed experts, not around one).
+
+    Engines ask for `mlp.experts`, ATOM for `mlp.shared_expert`, and people write them by hand, also with a dot behind.
+    """
+    parts = name.split(".")
+    blocks = [".".join(parts[:end]) + "." for end in range(parts.index("mlp") + 2, 1, -1)]
+    dotted = [spelled for block in blocks for spelled in spellings(block, quant.num_hidden_layers)]
+    hit = quant.exclude.hit([*(n[:-1] for n in dotted), *dotted])
+    return hit and replace(hit, how="a block around it")
+
+
+def _routed(
+    model: Model, layer: Layer, quant: QuantConfig, others: Sequence[QuantConfig], stored: Stored | None
+) -> list[Fact]:
+    """The routed experts, each kind once. All 512 are asked only if the list or the bytes could tell them apart."""
+    whole = stored(layer.experts) if stored else None
+    lookup = (lambda _: whole) if whole is not None else stored
+    keys = [key for key, _ in quant.layers]
+    apart = quant.exclude.singles_out_experts(spellings(layer.experts, model.num_hidden_layers))
+    apart = apart or any(tells_experts_apart(key) for key in keys)
+    first = {part: _fact(f"{layer.experts}.0.{part}", quant, others, lookup) for part in PROJECTIONS}
+    if not apart and (lookup is None or whole is not None):
+        return list(first.values())
+    facts: dict[object, Fact] = {}
+    for expert in range(max(model.num_experts, 1)):
+        for part in PROJECTIONS:
+            name = f"{layer.experts}.{expert}.{part}"
+            if apart:
+                fact = _fact(name, quant, others, lookup)
+            else:
+                fact = first[part]._replace(name=name, stored=lookup(name) if lookup else None)
+            facts.setdefault((part, fact.declared.spec, fact.other and fact.other.spec, fact.stored), fact)
+    return list(facts.values())
+
+
+def strict(model: Model, layer: Layer, options: Options, stored: Stored | None) -> Decision:
+    """The strict rule for one layer. Platform and transport do not enter: can is not may."""
+    if options.disable_shared_experts_fusion:
+        return no("fusion is switched off")
+    if (refusal := refuse_sizes(model)) is not None:
+        return refusal
+    try:
+        facts = layer_facts(model, layer, stored)
+    except Qwen35Error as error:
+        return no("a module has no single spec", Evidence(f"{error.where}: {error.what}", "warning"))
+    evidence = [*_entries(facts), *_warnings(facts)]
+    everything = (*facts.shared, *facts.routed)
+    unknown = [f for f in everything if f.stored is None]
+    if stored and unknown:
+        return no("a tensor is missing from the checkpoint", Evidence(unknown[0].name, "warning"), *evidence)
+    vague = [(f, f.other) for f in everything if f.other is not None and f.stored is None]
+    if vague:
+        fact, other = vague[0]
+        text = f"{fact.name}: {fact.declared.spec} by {fact.declared.hit}, yet {other.spec} to others by {other.hit}"
+        return no(
+            "readers of the exclude list disagree, and no bytes were given to settle it",
+            Evidence(text, "warning"),
+            *evidence,
+        )
+    source = "in the bytes" if stored else "by the configuration; no bytes were seen"
+    shared, routed = facts.shared[0].spec, facts.routed[0].spec
+    for group, what in ((facts.routed, "the routed experts"), (facts.shared, "the shared expert's projections")):
+        if odd := next((f for f in group if not f.spec.same_bytes(group[0].spec)), None):
+            found = Evidence(f"{group[0].name} is {group[0].spec}, {odd.name} is {odd.spec}")
+            return no(f"{what} are not alike", found, *evidence)
+    if not shared.same_bytes(routed):
+        return no(f"the shared expert is {shared.kind}, the routed experts are {routed.kind}, {source}", *evidence)
+    inputs = {f.declared.spec.activation for f in everything if not f.declared.spec.is_float}
+    if len(inputs) > 1 and not shared.is_float:
+        found = Evidence(" and ".join(sorted(str(a) for a in inputs)))
+        return no("the inputs of shared and routed experts are quantised differently", found, *evidence)
+    return yes(f"shared and routed experts are both {shared.kind}, {source}", *evidence)
+
+
+def _entries(facts: LayerFacts) -> list[Evidence]:
+    """The entries behind the declared specs, each once, the shared expert's first."""
+    found: dict[object, Evidence] = {}
+    for who, group in (("shared", facts.shared), ("routed", facts.routed)):
+        for fact in group:
+            hit = fact.declared.hit
+            kind = "entry" if hit.entry else "fact"
+            found.setdefault(
+                (who, hit.list, hit.index, hit.entry), Evidence.of(hit, f"{who}: {fact.declared.spec.kind}", kind)
+            )
+    return sorted(found.values(), key=lambda e: e.kind != "entry")[:4]
+
+
+def _warnings(facts: LayerFacts) -> list[Evidence]:
+    """One warning per group where the declared precision is not the stored one."""
+    warnings = []
+    for group in (facts.shared, facts.routed):
+        wrong = [(f, f.stored) for f in group if f.stored and not _agree(f.declared.spec, f.stored)]
+        if wrong:
+            f, real = wrong[0]
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            by = f.declared.hit if f.declared.hit.entry else f"{f.declared.hit}, no entry names it"
+            text = f"{f.name}{more} is {real.kind} in the bytes, but {f.declared.spec.kind} by {by}"
+            hit = f.declared.hit
+            warnings.append(Evidence(text, "warning", hit.entry, hit.index, hit.list))
+    return warnings
+
+
+def _agree(declared: ModuleSpec, stored: ModuleSpec) -> bool:
+    """A configuration says "not quantised", never which float."""
+    return declared.is_float and stored.is_float or declared.same_bytes(stored)

@@ -1,0 +1,1 @@
+"""The model, and nothing else: plain PyTorch, every named value through `tap`."""

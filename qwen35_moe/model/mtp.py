@@ -1,0 +1,249 @@
+"""Multi-token prediction: the draft head of the checkpoint, chained drafts, and which drafts a target would accept.
+
+    h'_t = norm(layer(fc([norm_e(embedding of token t+1) ; norm_h(h_t)])))      logits of token t+2 = lm_head(h'_t)
+
+h_t is the main model's hidden state of token t after its final norm; the layer is a full-attention MoE layer with a
+cache of its own; embedding and lm_head are the main model's. Row t stands at the position of token t. Taps are under
+part `mtp`: `mtp_embedding`, `mtp_hidden`, `mtp_fc`, those of a layer, `final_norm` and `next_token_logits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Qwen35Error
+from ..numerics import arithmetics
+from ..numerics.taps import Site, attach, scope, tap
+from .cache import Cache, LayerState
+from .config import FULL, Config
+from .norms import RMSNorm
+from .ops import Linear
+from .rope import rotary_angles
+from .text import Layer, Model, extend
+
+
+class MTP(nn.Module):
+    """`mtp` of a checkpoint. `fused` is decided for this layer by itself: it may be quantised unlike the model."""
+
+    def __init__(self, config: Config, fused: bool = False):
+        super().__init__()
+        self.config = config
+        width, eps = config.hidden_size, config.rms_norm_eps
+        for key, only in (("mtp_num_hidden_layers", 1), ("mtp_use_dedicated_embeddings", False)):
+            text: Any = config.raw.get("text_config", config.raw)
+            if text.get(key, only) != only:
+                do = "no checkpoint of the family has another value"
+                raise Qwen35Error("bad value", where=f"config.json: {key}", expected=only, found=text[key], do=do)
+        self.pre_fc_norm_embedding = RMSNorm(width, eps, "mtp_embedding")
+        self.pre_fc_norm_hidden = RMSNorm(width, eps, "mtp_hidden")
+        self.fc = Linear(2 * width, width)
+        self.layers = nn.ModuleList([Layer(config, FULL, fused)])
+        self.norm = RMSNorm(width, eps, "final_norm")
+
+    def forward(
+        self,
+        embeds_BTD: Tensor,
+        hidden_BTD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        real_BS: Tensor | None,
+        past: LayerState,
+    ) -> Tensor:
+        """h' of the module's docstring. The embedding's half comes first in the input of fc."""
+        halves = self.pre_fc_norm_embedding(embeds_BTD), self.pre_fc_norm_hidden(hidden_BTD)
+        x_BTD = self.fc("mtp_fc", torch.cat(halves, -1))
+        with scope(layer=0):
+            x_BTD = self.layers[0](x_BTD, angles, real_BS, past)
+        return self.norm(x_BTD)
+
+
+def with_hidden(model: Model, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """`model(...)` and what its draft head starts from: logits [B, T, V], final-normed hidden states [B, T, D]."""
+    kept: list[Tensor] = []
+
+    def keep(site: Site, x: Tensor) -> None:
+        if (site.part, site.name) == ("", "final_norm"):
+            kept.append(x)
+
+    with attach(keep):
+        return model(*args, **kwargs), kept[-1]
+
+
+@torch.inference_mode()
+def draft_head(
+    model: Model,
+    mtp: nn.Module,
+    next_ids: Tensor | None,
+    hidden_BTD: Tensor,
+    attention_mask: Tensor | None = None,
+    cache: Cache | None = None,
+    position_ids: Tensor | None = None,
+    next_embeds: Tensor | None = None,
+    logits_to_keep: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One pass of the draft head: logits [B, T, V] and hidden states [B, T, D], which the next draft starts from.
+
+    hidden_BTD belongs to tokens t, next_ids [B, T] are tokens t+1 (next_embeds [B, T, D] stands in for them, where
+    some are images). attention_mask and position_ids are those of tokens t; cache is the head's own and is updated.
+    Positions as in SGLang and vLLM; transformers counts from t+1, which for text comes to the same, RoPE being
+    relative. Agrees with transformers 5.23 `MtpModel` and llama.cpp. logits_to_keep: only for the last so many rows.
+    """
+    cache = Cache() if cache is None else cache
+    given = next_ids if next_embeds is None else next_embeds
+    if given is None or given.shape[:2] != hidden_BTD.shape[:2]:
+        raise Qwen35Error(
+            "hidden states and next tokens disagree",
+            expected=f"next_ids {list(hidden_BTD.shape[:2])}: for each token t the token t+1",
+            found=None if given is None else list(given.shape),
+            do="drop the last hidden state, or append the token that was sampled from it",
+        )
+    real_BS, position_ids = extend(cache, hidden_BTD, attention_mask, position_ids)
+    with arithmetics.using(model.arithmetic), scope(part="mtp"):
+        embeds_BTD = tap("embed_tokens", model.embed_tokens(next_ids) if next_embeds is None else next_embeds)
+        angles = rotary_angles(model.config, position_ids, hidden_BTD.dtype)
+        hidden_BTD = mtp(embeds_BTD, hidden_BTD, angles, real_BS, cache.layer(0))
+        kept_BTD = hidden_BTD[:, -(logits_to_keep or hidden_BTD.shape[1]) :]
+        return model.lm_head("next_token_logits", kept_BTD), hidden_BTD
+
+
+def greedy(logits_BV: Tensor) -> Tensor:
+    """The likeliest token, of equals the one with the lowest id."""
+    return (logits_BV == logits_BV.amax(-1, keepdim=True)).to(torch.uint8).argmax(-1)
+
+
+def draft(
+    model: Model,
+    mtp: nn.Module,
+    next_ids: Tensor | None,
+    hidden_BTD: Tensor,
+    steps: int,
+    choose: Callable[[Tensor], Tensor] = greedy,
+    cache: Cache | None = None,
+    attention_mask: Tensor | None = None,
+    **first: Any,
+) -> tuple[Tensor, Tensor]:
+    """A chain of `steps` drafts: ids [B, steps] and the logits they were chosen from [B, steps, V].
+
+    The first draft comes from the last (real) row of `draft_head(...)`, each further one from the head's own hidden
+    state and the token just drafted, one position on. Only the first pass stays in `cache`: what a chain leaves
+    there is computed from guesses, and engines overwrite it with rows of the target's hidden states.
+    """
+    cache = Cache() if cache is None else cache
+    keep = 1 if attention_mask is None and cache.mask is None else None  # else the last real row may be any
+    logits, hidden = draft_head(model, mtp, next_ids, hidden_BTD, attention_mask, cache, logits_to_keep=keep, **first)
+    chain, rows = cache.clone(), torch.arange(hidden.shape[0], device=hidden.device)
+    last = torch.full_like(rows, -1)
+    if cache.mask is not None:
+        real_BT = cache.mask[:, -hidden.shape[1] :]
+        last = (real_BT * torch.arange(1, hidden.shape[1] + 1, device=hidden.device)).argmax(-1)
+    ids, seen = [], []
+    for step in range(steps):
+        seen.append(logits[rows, last])
+        ids.append(choose(seen[-1]))
+        if step + 1 < steps:
+            logits, hidden = draft_head(model, mtp, ids[-1][:, None], hidden[rows, last][:, None], cache=chain)
+            last = torch.zeros_like(rows)
+    return torch.stack(ids, 1), torch.stack(seen, 1)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of one draft. `log_p` is the target's, given that all drafts before it are right."""
+
+    id: int
+    accepted: bool
+    probability: float  # of being accepted
+    log_p: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Verdicts in order, how many drafts were accepted, and the token after them with the distribution it came from."""
+
+    verdicts: tuple[Verdict, ...]
+    accepted: int
+    next_id: int
+    next_probs_V: Tensor
+
+
+def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
+    """What a rejected draft is replaced from: max(p - q, 0), normalised (p itself where nothing is left of it)."""
+    rest_V = (p_V - q_V).clamp(min=0)
+    return rest_V / rest_V.sum() if rest_V.sum() > 0 else p_V
+
+
+def accept(
+    draft_ids: Sequence[int] | Tensor,
+    target_logits: Tensor,
+    draft_logits: Tensor | None = None,
+    temperature: float = 0.0,
+    uniforms: Sequence[float] | Tensor | None = None,
+) -> Acceptance:
+    """Which of K drafts of one sequence the target accepts, and why.
+
+    target_logits [K+1, V]: row i is the target's after the prompt and the first i drafts. Accepting stops at the first
+    rejection; the token after the accepted ones then comes from the target's row at that place.
+
+    temperature 0: a draft is accepted if it is the target's likeliest token (of equals, the lowest id).
+    temperature > 0: speculative sampling (Leviathan et al. 2023, algorithm 1; Chen et al. 2023): with p and q the
+    target's and the draft's probabilities, draft x is accepted if u < p(x) / q(x); else a token is drawn from
+    `residual(p, q)`, and after K accepted drafts from p. Tokens are then distributed as the target's own.
+    draft_logits [K, V] give q; without them drafts count as chosen for certain (q = 1), as greedy drafts are.
+    uniforms [K+1], in [0, 1): a u for each draft, and one for the token drawn (the first id whose cumulated probability
+    exceeds it); give those of an engine to repeat what it did.
+    """
+    ids = [int(i) for i in draft_ids]
+    K, V = len(ids), target_logits.shape[-1]
+    sampled = temperature > 0
+    for what, x, shape in (("target_logits", target_logits, (K + 1, V)), ("draft_logits", draft_logits, (K, V))):
+        if x is not None and x.shape != shape:
+            raise Qwen35Error("logits of the wrong shape", where=what, expected=list(shape), found=list(x.shape))
+    coins = [0.0] * (K + 1) if not sampled else [] if uniforms is None else [float(u) for u in uniforms]
+    if len(coins) != K + 1 or not all(0 <= u < 1 for u in coins):
+        expected, found = f"{K + 1}, one for each draft and one for the token after them, from 0 to below 1", coins
+        raise Qwen35Error("sampling needs its random numbers", where="uniforms", expected=expected, found=found)
+    if bad := [i for i in ids if not 0 <= i < V]:
+        raise Qwen35Error("not in the vocabulary", where="draft_ids", expected=f"0 .. {V - 1}", found=bad[0])
+    scale = temperature if sampled else 1.0
+    log_p = (target_logits.to(torch.float64) / scale).log_softmax(-1)
+    one_hot = nn.functional.one_hot(torch.tensor(ids, device=log_p.device).long(), V).to(log_p)
+    q = one_hot if draft_logits is None else (draft_logits.to(log_p) / scale).softmax(-1)
+    for what, x in (("target_logits", log_p), ("draft_logits", q)):
+        if x.isnan().any():
+            raise Qwen35Error("logits hold NaN, or infinity", where=what)
+
+    verdicts: list[Verdict] = []
+    accepted = 0
+    for i, drafted in enumerate(ids):
+        best = int(greedy(log_p[i]))
+        p_x, q_x = log_p[i, drafted].exp().item(), q[i, drafted].item()
+        chance = (min(1.0, p_x / q_x) if q_x else 1.0) if sampled else float(drafted == best)
+        ok = accepted == i and coins[i] < chance
+        if accepted < i:
+            reason = f"not reached: draft {accepted} was rejected"
+        elif sampled:
+            reason = (
+                f"u = {coins[i]:.6g} {'<' if ok else '>='} min(1, p/q) = {chance:.6g}, p = {p_x:.6g}, q = {q_x:.6g}"
+            )
+        elif ok:
+            reason = "the target's likeliest token"
+        else:
+            gap = (log_p[i, best] - log_p[i, drafted]).item()
+            reason = f"the target prefers {best}, by {gap:.6g} in log p"
+        verdicts.append(Verdict(drafted, ok, chance, log_p[i, drafted].item(), reason))
+        accepted += ok
+
+    if not sampled:
+        next_id = int(greedy(log_p[accepted]))
+        next_probs_V = nn.functional.one_hot(torch.tensor(next_id), V).to(log_p)
+    else:
+        p_V = log_p[accepted].exp()
+        next_probs_V = p_V if accepted == K else residual(p_V, q[accepted])
+        below_V = next_probs_V.cumsum(-1)
+        next_id = int((below_V / below_V[-1] > coins[K]).to(torch.uint8).argmax())
+    return Acceptance(tuple(verdicts), accepted, next_id, next_probs_V)

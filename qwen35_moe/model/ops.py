@@ -1,0 +1,85 @@
+"""The few operations that the whole model shares. Each one names its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..numerics import arithmetics as arithmetic
+from ..numerics.taps import tap
+
+
+def promote(x: Tensor) -> Tensor:
+    """At least float32, never narrower: bf16 becomes fp32, float64 stays float64."""
+    return cast(x, torch.promote_types(x.dtype, torch.float32))
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), without a call where it has it: threads that compute side by side wait for each other at each."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+def accumulation_dtype(name: str, *operands: Tensor) -> torch.dtype:
+    """The dtype in which a product is formed whose result is tapped as `name`.
+
+    Matrix products accumulate wide and round once. Where the table wants the result in the operands' own dtype, the
+    library's product does just that; where it wants it wider (or rounds it by a function), the operands are widened
+    first, which changes no value.
+    """
+    dtype = operands[0].dtype
+    for x in operands[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    how = arithmetic.current().rounding(name)
+    return torch.promote_types(dtype, how if isinstance(how, torch.dtype) else torch.float32)
+
+
+def linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, tapped as `name`.  x [..., I], weight [O, I] -> [..., O]."""
+    dtype = accumulation_dtype(name, x, weight)
+    return tap(name, F.linear(cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype)))
+
+
+def matmul(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """a b, tapped as `name`."""
+    dtype = accumulation_dtype(name, a, b)
+    return tap(name, cast(a, dtype) @ cast(b, dtype))
+
+
+def add(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """a + b, tapped as `name`. Formed like a product: one operation rounds once, whatever dtype it is written in."""
+    return tap(name, one_wide(name, a, b) + b)
+
+
+def multiply(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """a * b, element by element, tapped as `name`."""
+    return tap(name, one_wide(name, a, b) * b)
+
+
+def apply(name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), element by element, tapped as `name`. The library computes bf16 in fp32 and rounds once."""
+    return tap(name, function(cast(x, accumulation_dtype(name, x))))
+
+
+def one_wide(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """`a`, widened where neither operand has the dtype to compute in: it is enough that one has."""
+    dtype = accumulation_dtype(name, a, b)
+    return a if dtype in (a.dtype, b.dtype) else a.to(dtype)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x), in at least float32."""
+    return F.silu(promote(x))
+
+
+class Linear(nn.Module):
+    """Holds a weight [O, I] under its checkpoint name. No projection of the text model has a bias."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs), requires_grad=False)
+
+    def forward(self, name: str, x: Tensor) -> Tensor:
+        return linear(name, x, self.weight)

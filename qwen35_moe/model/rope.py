@@ -1,0 +1,45 @@
+"""Interleaved multi-axis rotary positions (M-RoPE), applied to the first part of each head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..numerics.taps import tap
+from .config import Config
+from .ops import promote
+
+
+def rotary_angles(config: Config, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotation angles.  position_ids [B, T] or [3, B, T] -> two tensors [B, T, R/2].
+
+    angle_j = position * theta^(-2j/R), j = 0 .. R/2-1, where the position is that of the axis (time, height, width)
+    to which frequency j belongs: height for j = 1, 4, 7, ..., width for j = 2, 5, 8, ..., as far as `mrope_section`
+    reaches, time for all others. Text has the same position on all axes, and this is the ordinary rotary embedding.
+    Computed in at least float32; `dtype` is the model's.
+    """
+    if position_ids.dim() == 2:
+        position_ids = position_ids.expand(3, -1, -1)
+    wide = torch.promote_types(dtype, torch.float32)
+    j = torch.arange(config.rotary_dim // 2, device=position_ids.device)
+    inverse_frequency = 1 / config.rope_theta ** (2 * j.to(wide) / config.rotary_dim)
+    _, height, width = config.mrope_section
+    axis_j = torch.where((j % 3 == 1) & (j < 3 * height), 1, torch.where((j % 3 == 2) & (j < 3 * width), 2, 0))
+    position_BTj = position_ids[axis_j].movedim(0, -1)
+    angle_BTj = position_BTj.to(wide) * inverse_frequency
+    return tap("rope_cos", angle_BTj.cos()), tap("rope_sin", angle_BTj.sin())
+
+
+def rotate(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (x_j, x_{j+R/2}) of the first R elements of each head.  x [B, T, N, H], cos, sin [B, T, R/2].
+
+    (a, b) -> (a cos - b sin, b cos + a sin); elements R .. H-1 pass unchanged. transformers rounds both products,
+    SGLang only their sum.
+    """
+    half = cos.shape[-1]
+    cos, sin = promote(cos)[:, :, None], promote(sin)[:, :, None]
+    x = promote(x)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    x_cos = tap(f"{name}.x_cos", torch.cat((a * cos, b * cos), -1))
+    x_sin = tap(f"{name}.x_sin", torch.cat((-b * sin, a * sin), -1))
+    return tap(name, torch.cat((promote(x_cos) + promote(x_sin), rest), -1))

@@ -1,0 +1,181 @@
+"""The text model: an embedding, layers of mixer and experts on a residual stream, a norm, a head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Qwen35Error
+from ..numerics import arithmetics
+from ..numerics.arithmetics import Arithmetic
+from ..numerics.taps import scope, tap
+from .attention import Attention
+from .cache import Cache, LayerState
+from .config import FULL, Config
+from .deltanet import GatedDeltaNet
+from .moe import MoE
+from .norms import RMSNorm
+from .ops import Linear, add
+from .rope import rotary_angles
+
+
+class Layer(nn.Module):
+    """h += mixer(norm(h)); h += moe(norm(h)).
+
+    The stream is handed on as the sum, before it is stored: SGLang's norm sees the unrounded sum, transformers' the
+    stored value. `layer_input` and `pre_mlp_residual` are what is stored.
+    """
+
+    def __init__(self, config: Config, kind: str, fused: bool = False):
+        super().__init__()
+        self.kind = kind
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, "input_layernorm")
+        if kind == FULL:
+            self.self_attn = Attention(config)
+        else:
+            self.linear_attn = GatedDeltaNet(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, "pre_mlp_layernorm_output")
+        self.mlp = MoE(config, fused)
+
+    def forward(
+        self, sum_BTD: Tensor, angles: tuple[Tensor, Tensor], real_BS: Tensor | None, past: LayerState
+    ) -> Tensor:
+        h_BTD = tap("layer_input", sum_BTD)
+        x_BTD = self.input_layernorm(sum_BTD)
+        if self.kind == FULL:
+            y_BTD = self.self_attn(x_BTD, *angles, real_BS, past)
+        else:
+            y_BTD = self.linear_attn(x_BTD, real_BS, past)
+        sum_BTD = add("pre_mlp_residual_sum", h_BTD, y_BTD)
+        h_BTD = tap("pre_mlp_residual", sum_BTD)
+        y_BTD = self.mlp(self.post_attention_layernorm(sum_BTD))
+        return add("layer_output_sum", h_BTD, y_BTD)
+
+
+class Model(nn.Module):
+    """Qwen3.5 MoE, text. Parameters carry the checkpoint's names, less its prefix.
+
+    `layers` may be any sequence that yields layers in order, so that they can also come from disk one by one.
+    """
+
+    def __init__(self, config: Config, arithmetic: str | Arithmetic = "exact", fused: bool | Sequence[bool] = False):
+        super().__init__()
+        self.config, self.arithmetic = config, arithmetics.get(arithmetic)
+        self.fused = [fused] * config.num_hidden_layers if isinstance(fused, bool) else list(fused)
+        self.embed_tokens: nn.Module = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
+        self.layers: nn.ModuleList | Sequence[Layer] = nn.ModuleList(
+            Layer(config, kind, flag) for kind, flag in zip(config.layer_types, self.fused, strict=True)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, "final_norm")
+        self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size)
+        # Beside the text model and not used by it: the draft head (mtp.py), the vision tower (vision.py).
+        self.mtp: nn.Module | None = None
+        self.visual: nn.Module | None = None
+        self.source: Any = None  # where `load` took the weights from; the checkpoint's identity; cost of conversion
+        self.identity: dict[str, Any] | None = None
+        self.conversion: dict[str, float] = {}
+        self.left_out: dict[str, int] = {}  # part -> tensors, where `load` was told to leave it out
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        logits_to_keep: int | None = None,
+    ) -> Tensor:
+        """Logits of the next token after each of the new tokens.  input_ids [B, T] int -> [B, T, V].
+
+        attention_mask [B, T] or [B, S]: 1 for real tokens, 0 for padding on either side; what stands at padded
+        positions of the result is undefined. cache: carries the sequences on, and is updated in place.
+        position_ids [B, T] or [3, B, T]: counted from the real tokens when absent. inputs_embeds [B, T, D] stands in
+        for input_ids. logits_to_keep: only for the last so many positions.
+        """
+        cache = Cache() if cache is None else cache
+        input_ids, attention_mask = (x if x is None else torch.as_tensor(x) for x in (input_ids, attention_mask))
+        new = self.checked(input_ids, inputs_embeds)
+        if logits_to_keep is not None and logits_to_keep < 1:
+            raise Qwen35Error("no positions to keep", where="logits_to_keep", expected="1 or more, or None for all",
+                              found=logits_to_keep)  # fmt: skip
+        real_BS, position_ids = extend(cache, new, attention_mask, position_ids)
+        with arithmetics.using(self.arithmetic):
+            h_BTD = tap("embed_tokens", self.embed_tokens(new) if inputs_embeds is None else new)
+            angles = rotary_angles(self.config, position_ids, h_BTD.dtype)
+            for i, layer in enumerate(self.layers):
+                with scope(layer=i):
+                    h_BTD = layer(h_BTD, angles, real_BS, cache.layer(i))
+            h_BTD = self.norm(h_BTD)
+            return self.lm_head("next_token_logits", h_BTD[:, -(logits_to_keep or h_BTD.shape[1]) :])
+
+    def checked(self, ids: Tensor | None, embeds: Tensor | None = None) -> Tensor:
+        """The ids, or the embeddings that stand in for them. Error: neither, wrong shape or dtype, no such id; files of
+        the checkpoint that were written to since they were opened."""
+        if self.source is not None:
+            self.source.checkpoint.reader.check()
+        new, rank = (ids, 2) if embeds is None else (embeds, 3)
+        if new is None or new.dim() != rank or 0 in new.shape:
+            expected = "input_ids [B, T] (or inputs_embeds [B, T, D]), B and T at least 1"
+            found = "neither" if new is None else list(new.shape)
+            raise Qwen35Error("nothing to compute on", where="model(input_ids)", expected=expected, found=found)
+        if embeds is not None:
+            if new.shape[2] != self.config.hidden_size or not new.is_floating_point():
+                raise Qwen35Error("inputs_embeds do not fit the model", where="model(inputs_embeds)",
+                                  expected=f"[B, T, {self.config.hidden_size}], floating",
+                                  found=f"{list(new.shape)}, {new.dtype}")  # fmt: skip
+            return embeds
+        if new.dtype not in (torch.int64, torch.int32):
+            raise Qwen35Error("ids must be integers", where="model(input_ids)", expected=torch.int64, found=new.dtype)
+        if bad := ((new < 0) | (new >= self.config.vocab_size)).nonzero().tolist():
+            where, expected = f"input_ids{bad[0]}", f"0 .. {self.config.vocab_size - 1}"
+            raise Qwen35Error("not in the vocabulary", where=where, expected=expected, found=int(new[tuple(bad[0])]))
+        return new
+
+
+def extend(
+    cache: Cache, new: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """Enters the new tokens (`new` is [B, T, ...]) into the cache, once all that was given about them fits.
+
+    Returns which of all tokens so far are real [B, S] (None where there never was padding), and the positions of the
+    new ones, [B, T] or [3, B, T].
+    """
+    B, T = new.shape[:2]
+    if cache.next_position is not None and len(cache.next_position) != B:
+        do = "a new Cache() for other sequences"
+        raise Qwen35Error("cache is of another batch", expected=len(cache.next_position), found=B, do=do)
+    never = attention_mask is None and cache.mask is None
+    real_BS = None if never else _extended_mask(cache, new, attention_mask)
+    next_B = new.new_zeros(B, dtype=torch.long) if cache.next_position is None else cache.next_position
+    count_BT = next_B.new_ones(B, T) if real_BS is None else real_BS[:, -T:].long()
+    if position_ids is None:
+        position_ids = next_B[:, None] + (count_BT.cumsum(1) - 1).clamp_min(0)
+    if position_ids.shape not in ((B, T), (3, B, T)):
+        expected, found = f"[{B}, {T}] or [3, {B}, {T}]", list(position_ids.shape)
+        raise Qwen35Error("position_ids have the wrong shape", expected=expected, found=found)
+    last_BT = torch.where(count_BT > 0, position_ids.reshape(-1, B, T).amax(0), -1)
+    cache.next_position = torch.maximum(next_B, last_BT.amax(1) + 1)
+    cache.length, cache.mask = cache.length + T, real_BS
+    return real_BS, position_ids
+
+
+def _extended_mask(cache: Cache, new: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The cache's mask and that of the new tokens, side by side. A mask of the new tokens alone will do."""
+    (B, T), past = new.shape[:2], cache.length
+    seen = new.new_ones(B, past, dtype=torch.bool) if cache.mask is None else cache.mask
+    mask = new.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if mask.shape not in ((B, T), (B, past + T)):
+        expected = f"[{B}, {T}] (new tokens) or [{B}, {past + T}] (all tokens)"
+        raise Qwen35Error("attention_mask has the wrong shape", expected=expected, found=list(mask.shape))
+    if mask.shape[1] > T and not torch.equal(mask[:, :past], seen):
+        raise Qwen35Error("attention_mask contradicts the cache", expected="the mask of earlier calls, then new tokens")
+    real_BT = mask[:, -T:]
+    runs_B = (real_BT[:, 1:] & ~real_BT[:, :-1]).sum(1) + real_BT[:, 0]
+    if (runs_B > 1).any():
+        where = f"attention_mask[{int(runs_B.argmax())}]"
+        raise Qwen35Error("padding between real tokens", where=where, expected="padding on one side", found="a hole")
+    return torch.cat((seen, real_BT), 1)

@@ -1,0 +1,1 @@
+"""The vision tower and the positions of image prompts."""

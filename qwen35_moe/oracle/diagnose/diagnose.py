@@ -1,0 +1,229 @@
+"""Which known bug is it? Each hypothesis of the catalogue is run on the guilty block's own input.
+
+What a hypothesis explains is the share of the squared error that goes away when its output stands in for the truth,
+1 - |engine - broken truth|^2 / |engine - truth|^2, each row in units of its own size, so that no row that explodes
+outweighs the others. That ranks. It does not decide: an answer is named only if what it leaves is rounding, row by row,
+by the same ratio and limit as the verdict (with the fault planted in every arithmetic of the envelope). Else the bug is
+"unknown", however much a neighbour of it in the catalogue may explain.
+
+Scales of the MoE block's parts are solved for: engine = a R + b gS + c S, by least squares, with R the routed sum, S
+the shared expert's output and g its gate (of the stream after the block: what was added to it). They must leave no more
+than rounding, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...numerics.arithmetics import Arithmetic
+from ...numerics.tap_table import base_name
+from ..judge.envelope import envelope, judge
+from ..judge.records import Diagnosis, Hypothesis, Place, Record, span
+from ..judge.rerun import Rerun
+from ..judge.second_look import AGAIN, Taps, batches
+from .catalogue import FAULTS
+from .faults import Fault
+
+WORTH, TRIES = 0.5, 3  # hypotheses that explain less are not looked at closely, nor more than so many
+OUTPUT = {"mlp": "mlp_output", "gdn": "attn_output", "attn": "attn_output"}
+DIAGNOSED = (*OUTPUT, "input_layernorm", "post_attention_layernorm", "final_norm", "stream")
+PARTS = ("moe_routed_output", "moe_shared_gated", "moe_shared_output")
+HOLD_MLP = ("mlp_output", "layer_input", "layer_output_sum")
+
+# A state rounded at every token errs no more than its inputs' roundings do, until hundreds of tokens have gone by; but
+# its digits show it.
+BF16_GRID = "all its values are bf16, where every legal arithmetic keeps more digits"
+
+
+class _Case:
+    """One tap that went wrong: what the engine had, and what was right. Numbers that are not finite count as 0 in both,
+    and rows without any other are left out."""
+
+    def __init__(self, key: str, pair: Any, work: Any, truth: Tensor):
+        self.key, self.pair, self.work = key, pair, work
+        engine, truth = pair.engine.to(torch.float64), work.rows(truth, pair).to(torch.float64)
+        finite = engine.isfinite() & truth.isfinite()
+        self.used, self.broken = finite.any(1), not finite.all()
+        self.finite = finite[self.used]
+        self.engine, self.truth = (torch.where(self.finite, x[self.used], 0.0) for x in (engine, truth))
+        self.size = (self.engine.norm(dim=1) + self.truth.norm(dim=1)).clamp(min=torch.finfo(torch.float64).tiny)
+        self.error = self.engine - self.truth
+
+    def rows(self, y: Tensor) -> Tensor:
+        return torch.where(self.finite, self.work.rows(y, self.pair).to(torch.float64)[self.used], 0.0)
+
+    def explains(self, y_Rn: Tensor) -> float:
+        before, after = ((e.norm(dim=1) / self.size).square().sum() for e in (self.error, self.engine - y_Rn))
+        share = 1 - float(after / before)
+        return share if share == share else float("-inf")
+
+    def left(self, outputs: Sequence[Tensor]) -> float:
+        """The ratio of what a hypothesis leaves: its exact output first, then what legal arithmetics make of it."""
+        good = torch.stack([y.isfinite() for y in outputs]).all(0)
+        if not good.any():
+            return float("inf")
+        engine, y, *members = (torch.where(good, x, 0.0) for x in (self.engine, *outputs))
+        return judge(engine, y, envelope(y, members, self.pair.dtype), self.pair.dtype).ratio
+
+    def settled(self, run: Callable[[int, Arithmetic], Tensor], tables: Sequence[Arithmetic]) -> float:
+        """The ratio that `run(i, table)` leaves under the tables, and under more where that could clear it."""
+        outputs = [run(i, table) for i, table in enumerate(tables)]
+        ratio, limit = self.left(outputs), self.work.limit
+        more = batches(tables[1:], lambda some: [{self.key: run(i + 1, table)} for i, table in some])
+        while limit < ratio <= AGAIN * limit and (batch := next(more, None)):
+            outputs += [taps[self.key] for taps in batch]
+            ratio = self.left(outputs)
+        return ratio
+
+
+def diagnose(
+    rerun: Rerun,
+    layer: int | None,
+    bad: Sequence[Record],
+    work: Any,
+    seen: Sequence[Taps],
+) -> Diagnosis:
+    """Why the first of the bad records of a layer is bad."""
+    order = {key: i for i, key in enumerate(seen[0])}
+    bad = sorted(bad, key=lambda r: order.get(r.key, len(order)))
+    first = bad[0]
+    output = f"layers.{layer}.{OUTPUT.get(first.block, '')}"
+    key = next((r.key for r in bad if r.key == output), first.key)
+    if base_name(key) == "moe_topk_ids":
+        key = next((r.key for r in bad if r.key != key), key)
+    last = rerun.config.num_hidden_layers - 1
+    if layer is None and {i for i, _ in first.suspects} == {last, None}:
+        places = first.suspects  # of the last layer, whose output no next one's input shows
+    else:
+        places = [place for place in first.suspects if place[0] == layer] or [(layer, first.block)]
+    blocks = [block for _, block in places]
+    where = span(places) if layer is None else " to ".join(dict.fromkeys((blocks[0], blocks[-1])))
+    if (
+        work.alignment.pair(key).engine is None
+        or base_name(key) == "moe_topk_ids"
+        or not {first.block, *blocks} & {*DIAGNOSED}
+    ):
+        return Diagnosis(layer, where, first.key, [], False, note="nothing that can be recomputed was captured")
+    case = _Case(key, work.alignment.pair(key), work, seen[0][key])
+    if not case.used.any():  # another tap of the block may have kept something, as states of other heads do
+        key = first.key
+        case = _Case(key, work.alignment.pair(key), work, seen[0][key])
+    if not case.used.any():
+        return Diagnosis(layer, where, key, [], False, note="every number of it is NaN or infinity")
+    table = rerun.tables[0]
+    tried: list[tuple[Hypothesis, int | None, Fault, int]] = []
+    for at, fault, expert in _candidates(rerun, places, table.name, case, seen):
+        taps = rerun.fault(at, fault, table, 0, expert, to_head=layer is None)
+        if key in taps:
+            name = f"{fault.name} (expert {expert})" if fault.single else fault.name
+            share = case.explains(case.rows(taps[key]))
+            tried.append((Hypothesis(name, share, fault.seen, fault.doc), at, fault, expert))
+    tried.sort(key=lambda one: -one[0].explains)
+    diagnosis = Diagnosis(layer, first.block, key, [h for h, *_ in tried], False)
+    if first.note == BF16_GRID:
+        diagnosis.hypotheses.sort(key=lambda h: h.name != "state in bf16")
+        diagnosis.named, diagnosis.note = True, BF16_GRID
+        return diagnosis
+    answer = None
+    for hypothesis, at, fault, expert in tried[:TRIES]:
+        if answer is None and hypothesis.explains > WORTH:
+
+            def run(
+                i: int, table: Arithmetic, at: int | None = at, fault: Fault = fault, expert: int = expert
+            ) -> Tensor:
+                return case.rows(rerun.fault(at, fault, table, i, expert, to_head=layer is None)[key])
+
+            answer = hypothesis if case.settled(run, rerun.tables) <= work.limit else None
+    if layer is not None and base_name(key) in HOLD_MLP:
+        fitted, leaves = _fit(diagnosis, case, rerun, layer)
+        in_all_rows = max(first.ratio_l2, first.ratio_max) <= work.limit  # and in none alone: see scale.py
+        if answer is None and (fitted.explains > WORTH or in_all_rows) and leaves <= work.limit:
+            answer = fitted
+            diagnosis.hypotheses.append(fitted)
+    diagnosis.hypotheses.sort(key=lambda h: (h is not answer, -h.explains))
+    diagnosis.named = answer is not None
+    own = (layer, where if answer is None else "mlp")
+    found = ((at, fault.block) for hypothesis, at, fault, _ in tried if hypothesis is answer)
+    diagnosis.layer, diagnosis.block = next(found, own)
+    return diagnosis
+
+
+def _candidates(
+    rerun: Rerun, places: Sequence[Place], truth: str, case: _Case, seen: Sequence[Taps]
+) -> Iterator[tuple[int | None, Fault, int]]:
+    """The faults of the blocks that are suspect, with their layer, and the experts that a fault of one could be of."""
+    for at, fault in ((at, fault) for at, block in places for fault in FAULTS if fault.block == block):
+        if at is None or fault.applies(rerun.source, at, "a4" in truth):
+            suspects = _suspects(case, f"layers.{at}.moe_topk_ids", rerun, seen) if fault.single else [0]
+            yield from ((at, fault, expert) for expert in suspects)
+
+
+def _suspects(case: _Case, ids_key: str, rerun: Rerun, seen: Sequence[Taps]) -> list[int]:
+    """Experts whose tokens hold nearly all of the error, those with the fewest tokens first."""
+    alignment = case.work.alignment
+    ids = alignment.pair(ids_key).engine if ids_key in alignment.keys else None
+    if ids is None or len(ids) != len(case.used):
+        ids = case.work.rows(seen[0].get(ids_key, rerun.chosen), case.pair)
+    ids, energy = ids[case.used].long(), case.error.square().sum(1)
+    found = []
+    for e in ids.unique().tolist():
+        hit = (ids == e).any(1)
+        if energy[hit].sum() >= 0.95 * energy.sum():
+            found.append((int(hit.sum()), e))
+    return [e for _, e in sorted(found)[:3]]
+
+
+def _fit(diagnosis: Diagnosis, case: _Case, rerun: Rerun, layer: int) -> tuple[Hypothesis, float]:
+    """Fit engine = rest + a R + b gS + c S, rows in units of their size. The hypothesis that it stands for, and the
+    ratio that this leaves: one number, of which it takes the best, or all three where none of them is enough."""
+    names = [f"layers.{layer}.{name}" for name in PARTS]
+
+    def parts(i: int, table: Arithmetic) -> list[Tensor]:
+        taps = rerun.run_layer(layer, table, rerun.streams[i], fused=False)[0]
+        r, gs, s = (case.rows(taps[name]) for name in names)
+        return [case.rows(taps[case.key]) - r - gs, r, gs, s]
+
+    rest, R, gS, S = parts(0, rerun.tables[0])
+
+    def fit(base: Tensor, *columns: Tensor) -> tuple[list[float], float]:
+        flat = [(x / case.size[:, None]).flatten() for x in (case.engine - base, *columns)]
+        y, matrix = flat[0], torch.stack(flat[1:], 1)
+        solution = torch.linalg.lstsq(matrix, y[:, None]).solution.flatten()
+        return solution.tolist(), float((y - matrix @ solution).norm())
+
+    abc, left = fit(rest, R, gS, S)
+    diagnosis.fit, diagnosis.fit_left = (
+        (abc[0], abc[1], abc[2]),
+        (left / float((case.error / case.size[:, None]).norm())) ** 2,
+    )
+    one = {
+        "shared expert times": fit(rest + R, gS),
+        "routed experts times": fit(rest + gS, R),
+        "whole block times": fit(rest, R + gS),
+    }
+    best = min(one, key=lambda n: one[n][1])
+    x = one[best][0][0]
+    weights = {"shared": (1.0, x, 0.0), "routed": (x, 1.0, 0.0), "whole": (x, x, 0.0)}[best.split()[0]]
+
+    def settled(a: float, b: float, c: float, name: str) -> tuple[Hypothesis, float]:
+        def run(i: int, table: Arithmetic) -> Tensor:
+            other, r, gs, s = (rest, R, gS, S) if i == 0 else parts(i, table)
+            return other + a * r + b * gs + c * s
+
+        return Hypothesis(name, case.explains(run(0, rerun.tables[0])), "", "least squares"), case.settled(
+            run, rerun.tables
+        )
+
+    found = settled(*weights, f"{best} {_number(x)}")
+    if found[1] <= case.work.limit:
+        return found
+    a, b, c = abc
+    return settled(a, b, c, f"routed x {_number(a)}, gated shared x {_number(b)}, ungated shared x {_number(c)}")
+
+
+def _number(x: float) -> str:
+    return f"{x if abs(x) >= 0.0005 else 0:.3g}"

@@ -1,0 +1,157 @@
+"""What a fault does to a value, a weight or a slot: the parts that the catalogue is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...quant.layouts import shuffle_scales
+from ...quant.mxfp4 import MXFP4, quantise_dequantise
+from ...quant.packed import Float, Packed, Stacked
+from ...run.experts import Slot
+from .faults import BrokenSource, Change, ExpertChange, Place
+
+
+def on_packed(change: Callable[[MXFP4], MXFP4]) -> ExpertChange:
+    """A change of the packed weights of routed experts."""
+
+    def leaf(packed: Packed) -> Packed:
+        if isinstance(packed, Stacked):
+            return Stacked(tuple(leaf(part) for part in packed.parts))
+        return change(packed) if isinstance(packed, MXFP4) else packed
+
+    def both(source: BrokenSource, mlp: str, e: int, slot: Slot) -> Slot:
+        return (leaf(slot[0]), leaf(slot[1])) if e < source.config.num_experts else slot
+
+    return both
+
+
+def scales_of(packed: Packed) -> Tensor:
+    return torch.cat([scales_of(p) for p in packed.parts]) if isinstance(packed, Stacked) else packed.scales  # type: ignore[attr-defined]
+
+
+def bf16_as_fp4(source: BrokenSource, module: str, packed: Packed) -> Packed:
+    """The first bytes of each BF16 row as FP4 codes, under the scales of the slot's neighbour."""
+    if ".shared_expert." not in module or not isinstance(packed, Float):
+        return packed
+    mlp, _, name = module.partition(".shared_expert.")
+    gate_up, down = source.inner.slot(mlp, 0)
+    gate, up = scales_of(gate_up).chunk(2)
+    scales = {"gate_proj": gate, "up_proj": up, "down_proj": scales_of(down)}[name]
+    return MXFP4(packed.values.to(torch.bfloat16).view(torch.uint8)[:, : packed.shape[1] // 2].contiguous(), scales)
+
+
+def swap_b_and_a(source: BrokenSource, module: str, packed: Packed) -> Packed:
+    other = {"in_proj_b": "in_proj_a", "in_proj_a": "in_proj_b"}.get(module.rpartition(".")[2])
+    return source.inner.weight(f"{module.rpartition('.')[0]}.{other}") if other else packed
+
+
+def neighbour(source: BrokenSource, mlp: str, e: int, slot: Slot) -> Slot:
+    E = source.config.num_experts
+    return source.inner.slot(mlp, (e + 1) % E) if e < E else slot
+
+
+def scaled(factor: float) -> Mapping[str, Change]:
+    """The shared expert's share times a factor, fused or not."""
+
+    def last_slot(x: Tensor, _: Any, __: Any) -> Tensor:
+        return torch.cat((x[:, :-1], x[:, -1:] * factor), 1)
+
+    return {"moe_shared_gated": lambda x, _, __: x * factor, "moe_slot_weights": last_slot}
+
+
+def routed(factor: float) -> Mapping[str, Change]:
+    def but_last(x: Tensor, _: Any, __: Any) -> Tensor:
+        return torch.cat((x[:, :-1] * factor, x[:, -1:]), 1)
+
+    return {"moe_routed_output": lambda x, _, __: x * factor, "moe_slot_weights": but_last}
+
+
+def rotate_with(
+    norm: str, theta: float | None = None, full: bool = False, interleaved: bool = False, offset: int = 0
+) -> Change:
+    """What a norm gave, rotated anew: with another base, the whole head, in pairs (2i, 2i+1), or by other positions."""
+
+    def change(x: Tensor, kept: dict[str, Tensor], place: Place) -> Tensor:
+        c, x_BTNH = place.config, kept[norm].to(x.dtype)
+        R = x.shape[-1] if full else c.rotary_dim
+        j = torch.arange(R // 2, dtype=torch.float64)
+        angle = (place.positions[..., None].double() + offset) * (theta or c.rope_theta) ** (-2 * j / R)
+        cos, sin = (f(angle)[:, :, None].to(x.dtype) for f in (torch.cos, torch.sin))
+        head, rest = x_BTNH[..., :R], x_BTNH[..., R:]
+        if interleaved:
+            a, b = head[..., 0::2], head[..., 1::2]
+            head = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+        else:
+            a, b = head.chunk(2, -1)
+            head = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+        return torch.cat((head, rest), -1)
+
+    return change
+
+
+def rotary(**ways: Any) -> Mapping[str, Change]:
+    return {"attn_q": rotate_with("attn_q_norm", **ways), "attn_k": rotate_with("attn_k_norm", **ways)}
+
+
+QK_NORMS = ("attn_q_norm", "attn_k_norm")
+
+
+def gate_first(x: Tensor, kept: dict[str, Tensor], place: Place) -> Tensor:
+    """The norm of core_out * silu(z), where it should be norm(core_out) * silu(z)."""
+    y = kept["gdn_core_out"].to(x.dtype) * torch.nn.functional.silu(kept["gdn_z"].to(x.dtype)).view_as(x)
+    return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + place.config.rms_norm_eps)
+
+
+def other_head_order(x_BTJP: Tensor, _: Any, place: Place) -> Tensor:
+    """Value heads tiled over the key heads (0, 2, 1, 3 of 2 x 2) instead of grouped; one key head: reversed."""
+    M = place.config.linear_num_key_heads
+    J = x_BTJP.shape[2]
+    order = torch.arange(J).view(M, -1).T.flatten() if 1 < M < J else torch.arange(J).flip(0)
+    return x_BTJP[:, :, order]
+
+
+def split_halves(x: Tensor, _: Any, place: Place) -> Tensor:
+    """q_proj's output read as all queries, then all gates."""
+    q, gate = x.unflatten(-1, (2, place.config.num_attention_heads, -1)).unbind(-3)
+    return torch.cat((q, gate), -1).flatten(-2)
+
+
+def half(x: Tensor, _: Any, __: Any) -> Tensor:
+    F = x.shape[-1] // 2
+    return torch.cat((x[..., :F], torch.zeros_like(x[..., F:])), -1)
+
+
+def activations(rule: str) -> Mapping[str, Change]:
+    names = ("moe_a1", "moe_a2", "moe_shared_a1", "moe_shared_a2")
+    return dict.fromkeys(names, lambda x, _, __: quantise_dequantise(x, scale_rule=rule))
+
+
+def ones(x: Tensor, _: Any, __: Any) -> Tensor:
+    return torch.ones_like(x)
+
+
+def without_one(x: Tensor, _: Any, __: Any) -> Tensor:
+    return x - 1
+
+
+def sqrt_width(x: Tensor, _: Any, __: Any) -> Tensor:
+    return x * x.shape[-1] ** 0.5
+
+
+def tiled(scales: Tensor) -> Tensor:
+    return shuffle_scales(scales).flatten()[: scales.numel()].view_as(scales).contiguous()
+
+
+def ggml(codes: Tensor) -> Tensor:
+    """Packed bytes whose nibbles come out where a reader of the split order puts those of `codes`."""
+    blocks = codes.unflatten(-1, (-1, 16))
+    flat = torch.cat((blocks & 15, blocks >> 4), -1)
+    return (flat[..., 0::2] | flat[..., 1::2] << 4).flatten(-2)
+
+
+def gate_logit(kept: dict[str, Tensor], place: Place) -> Tensor:
+    return kept["attn_q_gate"].unflatten(-1, (place.config.num_attention_heads, -1)).chunk(2, -1)[1]

@@ -1,0 +1,145 @@
+"""Faults: known bugs of engines, as data. `catalogue.py` lists them.
+
+A fault says what to break and how: handlers of stage BREAK on taps (they may remember one tap's value to recompute
+another from it), a change of the weights as they are read, or a switch of the arithmetic. The same entry is planted in
+a run that plays the engine (mutants.py, where it must be found), and run as a hypothesis on the input of a block that
+went wrong (diagnose.py, where it must explain the error).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from ...model.config import Config
+from ...numerics.arithmetics import Arithmetic
+from ...numerics.taps import BREAK, Handler, Site
+from ...quant.packed import Packed
+from ...run.experts import Slot
+from ...run.source import Source
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a fault is at work: on these layers (None: all), and on this expert, where it is a fault of one."""
+
+    config: Config
+    positions: Tensor  # [B, T]
+    layers: frozenset[int] | None = None
+    expert: int = 0
+
+    def covers(self, layer: int | None) -> bool:
+        return self.layers is None or layer in self.layers
+
+
+Change = Callable[[Tensor, dict[str, Tensor], Place], Tensor]
+ExpertChange = Callable[["BrokenSource", str, int, Slot], Slot]
+WeightChange = Callable[["BrokenSource", str, Packed], Packed]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One bug. `block` is where it strikes: mlp, gdn, attn, input_layernorm, post_attention_layernorm, final_norm, mtp.
+
+    taps      tap name -> change(x, remembered, place): BREAK handlers; the last value of each name in `remembers` is
+              in `remembered`
+    slot      change of an expert's packed weights;  weight, of a linear module's;  tensor, of a plain tensor (by name)
+    switches  of the arithmetic, where the fault can be expressed in one form of a rule only
+    needs     "mxfp4" (packed experts), "a4" (quantised activations) or "a16" (not quantised), where that is needed
+    fused     the shared expert is a slot when this happens
+    single    the fault of one expert (`Place.expert`)
+    weights   found by comparing weights: activations differ by no more than roundings
+    """
+
+    name: str
+    block: str
+    doc: str = ""
+    seen: str = ""
+    taps: Mapping[str, Change] = field(default_factory=dict)
+    remembers: tuple[str, ...] = ()
+    slot: ExpertChange | None = None
+    weight: WeightChange | None = None
+    tensor: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    switches: Mapping[str, str] = field(default_factory=dict)
+    needs: str = ""
+    fused: bool = False
+    single: bool = False
+    weights: bool = False
+
+    def handlers(self, place: Place) -> list[Handler]:
+        """Fresh handlers; each run needs its own, since they remember."""
+        return [Break(self, place)] if self.taps else []
+
+    def source(self, source: Source, place: Place) -> Source:
+        broken = self.slot or self.weight or self.tensor or self.fused
+        return BrokenSource(source, self, place) if broken else source
+
+    def arithmetic(self, table: Arithmetic) -> Arithmetic:
+        return replace(table, switches={**table.switches, **self.switches}) if self.switches else table
+
+    def applies(self, source: Source, layer: int, a4: bool) -> bool:
+        """Whether this layer can have it. A slot that holds what does not belong there takes a shared expert of the
+        routed ones' width, stored in another format."""
+        c, mlp = source.config, f"layers.{layer}.mlp"
+        routed, shared = (source.spec(f"{mlp}.{n}").kind for n in ("experts", "shared_expert.gate_proj"))
+        fits = c.shared_expert_intermediate_size == c.moe_intermediate_size and routed != shared
+        mxfp4 = routed == "mxfp4"
+        needs = {"": True, "mxfp4": mxfp4, "a4": a4, "a16": mxfp4 and not a4}[self.needs]
+        return needs and (fits or not self.fused)
+
+
+class Break:
+    """The handler of a fault's taps."""
+
+    stage = BREAK
+
+    def __init__(self, fault: Fault, place: Place):
+        self.fault, self.place = fault, place
+        self.remembered: dict[str, Tensor] = {}
+
+    def __call__(self, site: Site, x: Tensor) -> Tensor | None:
+        whole_model = site.layer is None and self.fault.block == "final_norm"
+        elsewhere = not whole_model and (site.layer is None or not self.place.covers(site.layer))
+        if elsewhere or (site.part == "mtp") != (self.fault.block == "mtp"):
+            return None
+        if site.name in self.fault.remembers:
+            self.remembered[site.name] = x
+        if site.name not in self.fault.taps or (self.fault.single and site.expert != self.place.expert):
+            return None
+        return self.fault.taps[site.name](x, self.remembered, self.place).to(x.dtype)
+
+
+class BrokenSource(Source):
+    """Weights as an engine with this fault reads them. No guard keeps a foreign format out of a slot."""
+
+    as_stored = False
+
+    def __init__(self, inner: Source, fault: Fault, place: Place):
+        super().__init__(inner.checkpoint, inner.config, inner.online)
+        self.inner, self.fault, self.place = inner, fault, place
+
+    def _covers(self, name: str) -> bool:
+        parts = name.split(".")
+        if self.fault.block == "mtp":
+            return parts[0] == "mtp"
+        return parts[0] == "layers" and self.place.covers(int(parts[1]))
+
+    def tensor(self, name: str) -> Tensor:
+        x = self.inner.tensor(name)
+        change = self.fault.tensor.get(name.split(".", 2)[-1])
+        return change(x) if change and self._covers(name) else x
+
+    def weight(self, module: str, rows: slice | None = None) -> Packed:
+        packed = self.inner.weight(module, rows)
+        return self.fault.weight(self, module, packed) if self.fault.weight and self._covers(module) else packed
+
+    def slot(self, mlp: str, e: int) -> Slot:
+        slot = super().slot(mlp, e)
+        single = self.fault.single and e != self.place.expert
+        change = self.fault.slot
+        return slot if change is None or single or not self._covers(mlp) else change(self, mlp, e, slot)
+
+    def guard_slot(self, mlp: str) -> None:
+        return None

@@ -1,0 +1,1 @@
+"""Engines' dumps: readers, names, steps and alignment with the truth."""

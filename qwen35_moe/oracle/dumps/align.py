@@ -1,0 +1,219 @@
+"""Which row of an engine's dump belongs to which token of the truth.
+
+The truth is a trace over [B, T] tokens. An engine may have run the same sequences flat in one batch, in chunks, or as
+prefill and decode steps, in any order, among others; `match` finds its rows by ids and positions. `align` then yields,
+tap by tap, the two as rows of the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...errors import Qwen35Error
+from ...numerics.tap_table import TAPS, base_name, per_token
+from ...trace.file import TURN, Trace
+from ..judge.log_p import LOG_P, log_p
+from .dump import Dump
+from .match import match
+
+# Where a tap is not in the dump but another holds it: columns of that one.
+INSTEAD = {
+    "moe_topk_ids": ("moe_slot_ids", slice(None, -1)),
+    "moe_topk_weights": ("moe_slot_weights", slice(None, -1)),
+    "moe_shared_gate": ("moe_slot_weights", slice(-1, None)),
+}
+
+
+@dataclass
+class Pair:
+    """One tap in truth and engine: rows of the same tokens.
+
+    truth, engine   [rows, features of the truth]; engine is None where `problem` says why
+    rows            [rows, 2]: sequence b and index t of each row in the truth; t is -1 for values not of one token
+    dtype           what the engine wrote (partial sums come as float64)
+    broken          [rows] which of the engine's hold NaN or infinity where the truth does not; None: none
+    """
+
+    key: str
+    truth: Tensor
+    engine: Tensor | None
+    rows: Tensor
+    dtype: torch.dtype | None = None
+    problem: str = ""
+    broken: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nan(self) -> int:
+        return 0 if self.broken is None else int(self.broken.sum())
+
+    def judged(self, keep: Tensor) -> Tensor:
+        """`keep`, and the rows that are NaN, which no choice of experts excuses."""
+        return keep if self.broken is None else keep | self.broken
+
+
+@dataclass
+class Alignment:
+    """Names and rows, matched; tensors are read when it is iterated, one tap at a time.
+
+    keys are taps that both sides have; missing are in the truth only, extra in the dump only. `problems` are
+    Qwen35Errors about the whole dump; `matched` and `tokens` count rows of the truth that the dump has, and all.
+    """
+
+    dump: Dump
+    truth: Trace
+    keys: list[str]
+    missing: list[str]
+    extra: list[str]
+    where: dict[int, Tensor]  # step -> [n, 3]: row in the dump, b, t
+    ends: dict[int, Tensor]  # step -> [sequences in it, 3]: which, b, t of its last token
+    problems: list[Qwen35Error] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    matched: int = 0
+    tokens: int = 0
+
+    def __iter__(self) -> Iterator[Pair]:
+        for key in self.keys:
+            yield self.pair(key)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def pair(self, key: str) -> Pair:
+        """Read one tap of both sides. What cannot be read or compared comes back with a `problem`, not as an error."""
+        truth = torch.empty(0)
+        try:
+            truth = joined(self.truth, key)
+            return self._rows(key, truth) if per_token(key) else self._whole(key, truth)
+        except Qwen35Error as error:
+            return Pair(key, truth, None, torch.empty(0, 2), problem=str(error))
+
+    def _rows(self, key: str, truth: Tensor) -> Pair:
+        """Values of tokens, from all steps."""
+        B, T = truth.shape[:2]
+        source, columns = _source(self.dump, key)
+        ours: list[Tensor] = []
+        theirs: list[Tensor] = []
+        rows: list[Tensor] = []
+        for step in sorted(set(self.dump.sources[source]) & set(self.where)):
+            x = self.dump.read(source, step)[:, columns]
+            if theirs and x.shape[1] != theirs[0].shape[1]:
+                raise Qwen35Error(f"misshapen: {x.shape[1]} features in step {step}, {theirs[0].shape[1]} before")
+            table = self._table(x, source, step)
+            ours.append(_take(truth.reshape(B * T, -1), table[:, 1] * T + table[:, 2]))
+            theirs.append(_take(x, table[:, 0]))
+            rows.append(table[:, 1:])
+        if not theirs:
+            raise Qwen35Error("none of its steps belongs to the truth", where=key)
+        left, right = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (ours, theirs))
+        right, notes = _fit(key, left, right)
+        return Pair(
+            key, left, right, torch.cat(rows), self.dump.dtype(source), broken=_broken(left, right), notes=notes
+        )
+
+    def _table(self, x: Tensor, source: str, step: int) -> Tensor:
+        """[n, 3] row of x, b, t. A dump may hold fewer rows than tokens: of the last ones, or of those it says."""
+        table, count = self.where[step], self.dump.count(step)
+        held = self.dump.sources[source][step].pieces[0].rows
+        if held is not None:
+            at = {int(row): i for i, row in enumerate(held)}
+            return torch.tensor([[at[r], b, t] for r, b, t in table.tolist() if r in at]).reshape(-1, 3)
+        if count is None or x.shape[0] == count:
+            return table
+        if base_name(source) == "next_token_logits" and x.shape[0] == self.ends[step].shape[0]:
+            return self.ends[step][self.ends[step][:, 1] >= 0]
+        raise Qwen35Error(f"misshapen: {x.shape[0]} rows for {count} tokens in step {step}")
+
+    def _whole(self, key: str, truth: Tensor) -> Pair:
+        """Values that are not of one token, as they were last: states, parameters. Compared if their shapes agree."""
+        step = max(self.dump.sources[key])
+        x = self.dump.read(key, step)
+        if x.shape != truth.shape:
+            raise Qwen35Error(f"misshapen: {list(x.shape)} against {list(truth.shape)}")
+        left, right = (y.reshape(y.shape[0], -1) for y in (truth, x))
+        rows = torch.stack([torch.arange(len(left)), torch.full((len(left),), -1)], 1)
+        return Pair(key, left, right, rows, self.dump.dtype(key, step), broken=_broken(left, right))
+
+
+def align(dump: Dump, truth: Trace) -> Alignment:
+    """Match a dump with the truth, by name and by token.
+
+    Raises Qwen35Error if no token of the dump is one of the truth's, or nothing has a common name.
+    """
+    names = truth.comparable
+    keys = [key for key in names if _source(dump, key)[0] in dump.sources]
+    used = {_source(dump, key)[0] for key in keys}
+    if LOG_P in dump.sources and "next_token_logits" in names:
+        keys.append(LOG_P)
+        used.add(LOG_P)
+    if not keys:
+        raise Qwen35Error("dump and truth have no tap in common", where=dump.path, found=", ".join(list(dump)[:4]),
+                          expected=", ".join(names[:4]), do="record those taps, or give a name map")  # fmt: skip
+    where, ends, notes, problems = match(dump, truth)
+    mask = truth.mask.bool()
+    hit = torch.zeros_like(mask)
+    for table in where.values():
+        hit[table[:, 1], table[:, 2]] = True
+    common = set(keys)
+    missing = [key for key in names if key not in common]
+    extra = [key for key in dump.sources if key not in used and not TURN.search(key)]
+    total, found = int(mask.sum()), int((hit & mask).sum())
+    if found < total:
+        notes.append(f"{total - found} of {total} tokens of the truth are not in the dump")
+    problems = [*dump.problems, *problems]
+    return Alignment(dump, truth, keys, missing, extra, where, ends, problems, [*dump.notes, *notes], found, total)
+
+
+def joined(truth: Trace, key: str) -> Tensor:
+    """A tap of the truth over all its steps: [B, T, ...] for values of tokens, else that of the last step."""
+    if key == LOG_P:
+        return log_p(joined(truth, "next_token_logits"))
+    keys = [key if step == 0 else f"step.{step}.{key}" for step in range(max(1, len(truth.steps)))]
+    keys = [k for k in keys if k in truth.sites]
+    if not per_token(key):
+        return truth[keys[-1]]
+    B = len(truth.steps[0]["ids"])
+    parts = [truth[k] for k in keys]
+    if TAPS[base_name(key)].dims == "b n t s":
+        parts = [x.movedim(2, 1) for x in parts]
+    elif not TAPS[base_name(key)].dims.startswith("b "):
+        parts = [x.unflatten(0, (B, -1)) for x in parts]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def _source(dump: Dump, key: str) -> tuple[str, slice]:
+    """Which of the dump's taps holds this one, and in which columns."""
+    name = base_name(key)
+    if key not in dump.sources and name in INSTEAD:
+        other, columns = INSTEAD[name]
+        key = key.removesuffix(name) + other
+        return key, columns
+    return key, slice(None)
+
+
+def _fit(key: str, left: Tensor, right: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+    """Known reasons for a wider tensor: a padded vocabulary, an appended shared slot."""
+    name, n, more = base_name(key), left.shape[1], right.shape[1] - left.shape[1]
+    if more == 0:
+        return right, ()
+    if more > 0 and name in ("next_token_logits", LOG_P):
+        return right[:, :n], (f"{more} padded columns of the vocabulary left out",)
+    if more == 1 and name in ("moe_topk_ids", "moe_topk_weights"):
+        return right[:, :n], ("the appended shared slot was left out",)
+    raise Qwen35Error(f"misshapen: {right.shape[1]} features for {n}")
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], without copying where that is x."""
+    return x if len(rows) == len(x) and torch.equal(rows, torch.arange(len(x))) else x[rows]
+
+
+def _broken(left: Tensor, right: Tensor) -> Tensor | None:
+    """Rows with NaN or infinity where the truth has none."""
+    if right.sum().isfinite():  # no NaN or infinity anywhere: most tensors are read once only
+        return None
+    return ~right.isfinite().all(1) & left.isfinite().all(1)

@@ -1,0 +1,221 @@
+"""An engine's dump, whatever its format: pieces as they were written, joined and split into our taps when asked for.
+
+A reader (readers/) turns files into `Piece`s: one tensor each, with the engine's name, its step and rank, and a way to
+load it. `Dump` finds out which taps they hold (names.py), joins ranks, splits fused columns, and gives each tap as
+rows: one row a token of that step, features flattened. Nothing is loaded before it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import Qwen35Error
+from ...numerics.tap_table import TAPS, base_name, per_token
+from .engine_names import Rule, letters, place, rule_for
+from .join import by_row, declared, join_ranks
+from .ranks import check_ranks
+
+
+@dataclass
+class Piece:
+    """One tensor as an engine wrote it. `path` is its name below the layer; `key` is set where the tap is known."""
+
+    raw: str
+    load: Callable[[], Tensor]
+    step: int = 0
+    rank: int = 0
+    layer: int | None = None
+    path: str = ""
+    part: str = ""
+    dims: str = ""
+    parallel: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+    rows: Tensor | None = None  # indices of the step's tokens, where the tensor does not hold all of them
+    key: str = ""
+
+    @classmethod
+    def named(cls, raw: str, load: Callable[[], Tensor], layer: int | None = None, **fields: Any) -> Piece:
+        """A piece under an engine's name: part, layer and path are taken from it."""
+        part, found, path = place(raw)
+        return cls(raw, load, layer=layer if found is None else found, path=path, part=part, **fields)
+
+
+@dataclass
+class Tokens:
+    """The tokens of one step, flat in the order of the rows. `batch` is (B, T) for padded batches, with `mask`."""
+
+    ids: Tensor | None = None
+    positions: Tensor | None = None
+    seq_lens: list[int] | None = None  # tokens of each sequence up to and including this step, cached ones too
+    requests: list[Any] | None = None
+    batch: tuple[int, int] | None = None
+    mask: Tensor | None = None
+
+    @property
+    def count(self) -> int | None:
+        return None if self.ids is None else self.ids.numel()
+
+
+@dataclass
+class Source:
+    """Where one tap of one step comes from: its pieces by rank, and the rule that reads them."""
+
+    pieces: list[Piece]
+    rule: Rule
+    preference: int
+
+
+class Dump(Mapping[str, Tensor]):
+    """Mapping of tap key -> rows [tokens of all steps, features].
+
+    format, path     what was recognised, where
+    tokens           step -> Tokens, as far as the dump holds them
+    problems         what is wrong with the dump, as Qwen35Errors that were not raised, in the order of discovery
+    notes            what was assumed or repaired
+    unknown          names of tensors that have no meaning here
+    weights          name -> piece, for parameters that were dumped
+    """
+
+    def __init__(
+        self,
+        format: str,
+        path: str | Path,
+        pieces: Sequence[Piece],
+        tokens: Mapping[int, Tokens] | None = None,
+        problems: Sequence[Qwen35Error] = (),
+        notes: Sequence[str] = (),
+        family: str = "sglang",
+        config: Mapping[str, Any] | None = None,
+        weights: Mapping[str, Piece] | None = None,
+    ):
+        self.format, self.path, self.family = format, Path(path), family
+        self.tokens = dict(tokens or {})
+        self.problems, self.notes = list(problems), list(notes)
+        self.config, self.sizes = config, letters(config)
+        self.weights = dict(weights or {})
+        self.unknown: list[str] = []
+        self.sources: dict[str, dict[int, Source]] = defaultdict(dict)
+        self._counts: dict[int, int | None] = {}
+        self.world = 0  # how many ranks there were; 0: not looked for yet (ranks.py)
+        self._dtypes: dict[tuple[str, int], torch.dtype] = {}
+        fused = self._fused_layers(pieces)
+        for pieces_of_one in _groups(pieces).values():
+            self._place(sorted(pieces_of_one, key=lambda p: p.rank), fused)
+        self.sources = dict(self.sources)
+
+    def _fused_layers(self, pieces: Sequence[Piece]) -> set[int | None]:
+        """Layers whose experts ran with the shared expert as one more slot: their sum is the block's output."""
+        if self.family == "transformers":
+            return set()
+        paths: dict[int | None, set[str]] = defaultdict(set)
+        for piece in pieces:
+            paths[piece.layer].add(piece.path)
+        fused = {
+            layer
+            for layer, names in paths.items()
+            if "mlp.experts.output" in names
+            and names & {"mlp.experts.inputs.0", "mlp.gate.output", "mlp.topk.output.1", "mlp.gate.output.0"}
+            and not any("shared_expert" in name for name in names)
+        }
+        if fused:
+            self.notes.append(f"shared expert is fused in {len(fused)} layers: mlp.experts.output is mlp_output there")
+        return fused
+
+    def _place(self, pieces: list[Piece], fused: set[int | None]) -> None:
+        first = pieces[0]
+        if first.key:
+            found: tuple[Rule, int] | None = (Rule("same", ((base_name(first.key), ""),)), 0)
+        else:
+            whole = first.layer is None and first.path.startswith(("output", "inputs"))  # of the model, not of a layer
+            found = rule_for(f"model.{first.path}" if whole else first.path, self.family)
+        if found is None:
+            if first.raw not in self.unknown:
+                self.unknown.append(first.raw)
+            return
+        rule, preference = found
+        for name in dict.fromkeys(name for name, _ in rule.blocks if name != "-"):
+            tap = "mlp_output" if name == "moe_routed_output" and first.layer in fused else name
+            layer = "" if first.layer is None else f"layers.{first.layer}."
+            key = first.key or f"{first.part + '.' if first.part else ''}{layer}{tap}"
+            known = self.sources[key].get(first.step)
+            if known is None or preference < known.preference:
+                blocks = tuple((tap if n == name else n, w) for n, w in rule.blocks)
+                self.sources[key][first.step] = Source(pieces, Rule(rule.join, blocks), preference)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sources)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.sources
+
+    def __repr__(self) -> str:
+        return f"Dump({self.format}, {len(self)} taps, steps {self.steps}, {len(self.problems)} problems)"
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted({step for steps in self.sources.values() for step in steps})
+
+    def __getitem__(self, key: str) -> Tensor:
+        return torch.cat([self.read(key, step) for step in sorted(self.sources[key])])
+
+    def count(self, step: int) -> int | None:
+        """Rows of a step: from its ids, or else from a tensor that is d wide."""
+        if step in self.tokens and self.tokens[step].count is not None:
+            return self.tokens[step].count
+        if step not in self._counts:
+            mine = [k for k, steps in self.sources.items() if step in steps and per_token(k) and "logits" not in k]
+            wide = [k for k in mine if base_name(k) in TAPS and TAPS[base_name(k)].dims.endswith(" d")]
+            x = self.sources[(wide + mine)[0]][step].pieces[0].load() if mine else None
+            d = self.sizes.get("d", x.shape[-1]) if x is not None else 0
+            self._counts[step] = None if x is None else x.numel() // d if wide else x.shape[0]
+        return self._counts[step]
+
+    def read(self, key: str, step: int) -> Tensor:
+        """One tap of one step as rows [tokens, features] (tensors that are not per token keep their shape).
+
+        Partial sums are added in float64. Raises Qwen35Error for files that cannot be read and ranks that do not join.
+        """
+        source = self.sources[key][step]
+        batch = self.tokens[step].batch if step in self.tokens else None
+        if base_name(key) in TAPS and TAPS[base_name(key)].dims == "b n t s" and batch is not None:
+            x = source.pieces[0].load()  # a token's row: its scores, head by head
+            return x.movedim(2, 1).reshape(batch[0] * batch[1], -1)
+        if not per_token(key):
+            if len(source.pieces) > 1:
+                raise Qwen35Error("ranks of this tap cannot be joined", where=key, do="dump with TP 1, or its dims")
+            return source.pieces[0].load()
+        check_ranks(self, source)
+        loaded = [piece.load() for piece in source.pieces]
+        if not loaded[0].is_floating_point() and not base_name(key).endswith("_ids"):
+            found, do = str(loaded[0].dtype), "dump what its codes mean, or the tensor before it is quantised"
+            raise Qwen35Error("integers where values were expected", where=source.pieces[0].where, found=found, do=do)
+        self._dtypes[key, step] = loaded[0].dtype
+        count = None if source.pieces[0].rows is not None else self.count(step)
+        ranks = [by_row(x, count) for x in loaded]
+        join, order = declared(source.pieces) or (source.rule.join, list(range(len(ranks))))
+        return join_ranks(key, [ranks[i] for i in order], join, source.rule.blocks, self.sizes)
+
+    def dtype(self, key: str, step: int | None = None) -> torch.dtype:
+        """The dtype that the engine wrote."""
+        step = min(self.sources[key]) if step is None else step
+        if (key, step) not in self._dtypes:
+            self._dtypes[key, step] = self.sources[key][step].pieces[0].load().dtype
+        return self._dtypes[key, step]
+
+
+def _groups(pieces: Sequence[Piece]) -> dict[tuple[Any, ...], list[Piece]]:
+    """Pieces of one value: same step, layer and name, one a rank (a repeated one counts once)."""
+    groups: dict[tuple[Any, ...], dict[int, Piece]] = {}
+    for p in pieces:
+        groups.setdefault((p.step, p.part, p.layer, p.path, p.key), {}).setdefault(p.rank, p)
+    return {name: list(ranks.values()) for name, ranks in groups.items()}

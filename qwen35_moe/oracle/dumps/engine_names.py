@@ -1,0 +1,228 @@
+"""What engines call our taps, and what their tensors hold: fused, partial or sharded values among them.
+
+A rule is one line of text: how ranks are joined, then which taps the columns hold.
+
+    "same moe_router_logits"                      every rank holds all of it
+    "sum attn_output"                             partial sums: add up the ranks
+    "cat attn_q_gate:2nh attn_k_proj:gh attn_v:gh"   each rank holds its share of each block, blocks side by side
+
+Widths are products of the legend's letters (a leading number is a factor); where only their proportion matters, plain
+numbers do. "-" is a block to leave out. Rules are in order of preference: where two modules hold one value, the first
+that the dump has counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from ...numerics.tap_table import TAPS
+
+# SGLang 0.5.23, and vLLM and ATOM, which descend from the same module names. `o_proj.output` and friends are partial
+# because SGLang's layers leave the all-reduce to the layer boundary; engines that reduce inside are recognised by
+# their ranks being equal bit by bit.
+SGLANG = {
+    "embed_tokens.output": "same embed_tokens",
+    "norm.output": "same final_norm",
+    "norm.output.0": "same final_norm",
+    "model.output": "same final_norm",
+    "logits_processor.output": "same next_token_logits",
+    "logits_processor.output.next_token_logits": "same next_token_logits",
+    "next_token_logits": "same next_token_logits",
+    "lm_head.output": "same next_token_logits",
+    "input_layernorm.output": "same input_layernorm",
+    "input_layernorm.output.0": "same input_layernorm",
+    "input_layernorm.output.1": "same layer_input",
+    "post_attention_layernorm.output": "same pre_mlp_layernorm_output",
+    "post_attention_layernorm.output.0": "same pre_mlp_layernorm_output",
+    "post_attention_layernorm.output.1": "same pre_mlp_residual",
+    # SGLang's layer boundary runs the norms without their modules; what the next module takes is the same.
+    "linear_attn.inputs.0": "same input_layernorm",
+    "linear_attn.in_proj_qkvz.inputs.0": "same input_layernorm",
+    "qkv_proj.inputs.0": "same input_layernorm",
+    "mlp.inputs.0": "same pre_mlp_layernorm_output",
+    "mlp.experts.inputs.0": "same pre_mlp_layernorm_output",
+    "mlp.experts.inputs.hidden_states": "same pre_mlp_layernorm_output",
+    "qkv_proj.output": "cat attn_q_gate:2nh attn_k_proj:gh attn_v:gh",
+    "q_norm.output": "cat attn_q_norm:nh",
+    "k_norm.output": "cat attn_k_norm:gh",
+    "attn.inputs.0": "cat attn_q:nh",
+    "attn.inputs.1": "cat attn_k:gh",
+    "attn.inputs.2": "cat attn_v:gh",
+    "attn.output": "cat attn_context:nh",
+    "o_proj.inputs.0": "cat attn_pre_o_proj:nh",
+    "o_proj.output": "sum attn_output",
+    "linear_attn.in_proj_qkvz.output": "cat gdn_qkv:mk gdn_qkv:mk gdn_qkv:jp gdn_z:jp",
+    "linear_attn.attn.inputs.mixed_qkv": "cat gdn_qkv:mk gdn_qkv:mk gdn_qkv:jp",
+    "linear_attn.in_proj_ba.output": "cat gdn_b:j gdn_a:j",
+    "linear_attn.attn.inputs.b": "cat gdn_b:j",
+    "linear_attn.attn.inputs.a": "cat gdn_a:j",
+    "linear_attn.attn.output": "cat gdn_core_out:jp",
+    "linear_attn.norm.inputs.0": "cat gdn_core_out:jp",
+    "linear_attn.norm.inputs.1": "cat gdn_z:jp",
+    "linear_attn.norm.output": "cat gdn_norm_out:jp",
+    "linear_attn.out_proj.inputs.0": "cat gdn_norm_out:jp",
+    "linear_attn.out_proj.output": "sum attn_output",
+    "linear_attn.output": "sum attn_output",
+    "self_attn.output": "sum attn_output",
+    "mlp.gate.output": "same moe_router_logits",
+    "mlp.gate.output.0": "same moe_router_logits",
+    "mlp.topk.output.2": "same moe_router_logits",
+    "mlp.topk.output.1": "same moe_topk_ids",
+    "mlp.topk.output.0": "same moe_topk_weights",
+    "mlp.experts.inputs.1.1": "same moe_slot_ids",
+    "mlp.experts.inputs.topk_output.1": "same moe_slot_ids",
+    "mlp.experts.inputs.1.0": "same moe_slot_weights",
+    "mlp.experts.inputs.topk_output.0": "same moe_slot_weights",
+    "mlp.shared_expert_gate.output": "same moe_shared_gate_logit",
+    "mlp.shared_expert.gate_up_proj.output": "cat moe_shared_gate_proj:f moe_shared_up_proj:f",
+    "mlp.shared_expert.act_fn.output": "cat moe_shared_act:f",
+    "mlp.shared_expert.down_proj.output": "sum moe_shared_output",
+    "mlp.shared_expert.output": "sum moe_shared_output",
+    "mlp.experts.output": "sum moe_routed_output",
+    "mlp.output": "sum mlp_output",
+    # What a decoder layer returns is its last contribution, and the stream before it: not the residual stream.
+    "output": "sum mlp_output",
+    "output.0": "sum mlp_output",
+    "output.1": "same pre_mlp_residual",
+    # Names that people patch in.
+    "moe_expert_output": "sum moe_routed_output",
+}
+
+TRANSFORMERS = {
+    "embed_tokens.output": "same embed_tokens",
+    "rotary_emb.output.0": "same rope_cos:1 -:1",
+    "rotary_emb.output.1": "same rope_sin:1 -:1",
+    "norm.output": "same final_norm",
+    "lm_head.output": "same next_token_logits",
+    "inputs.0": "same layer_input",
+    "inputs.hidden_states": "same layer_input",
+    "input_layernorm.inputs.0": "same layer_input",
+    "input_layernorm.output": "same input_layernorm",
+    "self_attn.q_proj.output": "same attn_q_gate",
+    "self_attn.k_proj.output": "same attn_k_proj",
+    "self_attn.v_proj.output": "same attn_v",
+    "self_attn.q_norm.output": "same attn_q_norm",
+    "self_attn.k_norm.output": "same attn_k_norm",
+    "self_attn.output.1": "same attn_probs",
+    "self_attn.o_proj.inputs.0": "same attn_pre_o_proj",
+    "self_attn.o_proj.output": "same attn_output",
+    "linear_attn.in_proj_qkv.output": "same gdn_qkv",
+    "linear_attn.in_proj_z.output": "same gdn_z",
+    "linear_attn.in_proj_b.output": "same gdn_b",
+    "linear_attn.in_proj_a.output": "same gdn_a",
+    "linear_attn.norm.inputs.0": "same gdn_core_out",
+    "linear_attn.norm.output": "same gdn_norm_out",
+    "linear_attn.out_proj.inputs.0": "same gdn_norm_out",
+    "linear_attn.out_proj.output": "same attn_output",
+    "post_attention_layernorm.inputs.0": "same pre_mlp_residual",
+    "post_attention_layernorm.output": "same pre_mlp_layernorm_output",
+    "mlp.inputs.0": "same pre_mlp_layernorm_output",
+    "mlp.gate.output.0": "same moe_router_logits",
+    "mlp.gate.output.1": "same moe_topk_weights",
+    "mlp.gate.output.2": "same moe_topk_ids",
+    "mlp.experts.output": "same moe_routed_output",
+    "mlp.shared_expert_gate.output": "same moe_shared_gate_logit",
+    "mlp.shared_expert.gate_proj.output": "same moe_shared_gate_proj",
+    "mlp.shared_expert.up_proj.output": "same moe_shared_up_proj",
+    "mlp.shared_expert.act_fn.output": "same moe_shared_silu",
+    "mlp.shared_expert.down_proj.inputs.0": "same moe_shared_act",
+    "mlp.shared_expert.down_proj.output": "same moe_shared_output",
+    "mlp.output": "same mlp_output",
+    "output": "same layer_output_sum",
+    # What whole blocks return, where their last module was not dumped.
+    "self_attn.output": "same attn_output",
+    "self_attn.output.0": "same attn_output",
+    "linear_attn.output": "same attn_output",
+    "mlp.shared_expert.output": "same moe_shared_output",
+}
+
+LETTERS = {
+    "n": "num_attention_heads",
+    "g": "num_key_value_heads",
+    "h": "head_dim",
+    "j": "linear_num_value_heads",
+    "m": "linear_num_key_heads",
+    "k": "linear_key_head_dim",
+    "p": "linear_value_head_dim",
+    "d": "hidden_size",
+    "e": "num_experts",
+    "a": "num_experts_per_tok",
+    "f": "shared_expert_intermediate_size",
+    "v": "vocab_size",
+}
+
+# Of a name that is ours already: how SGLang's ranks share it, when the dump does not say.
+OURS = {tap: rule.split()[0] for rule in SGLANG.values() for tap in re.findall(r"\b(?:[a-z]+_)+[a-z]+\b", rule)}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How ranks join ("same", "cat", "sum"), and blocks of columns: (tap name, width expression or "")."""
+
+    join: str
+    blocks: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        join, *blocks = text.split()
+        return cls(join, tuple((name, width) for name, _, width in (b.partition(":") for b in blocks)))
+
+
+def place(raw: str) -> tuple[str, int | None, str]:
+    """Split an engine's name into part, layer and the path below the layer.
+
+    >>> place("model.language_model.layers.3.self_attn.qkv_proj.output")
+    ('', 3, 'self_attn.qkv_proj.output')
+    """
+    raw = raw.removeprefix("non_intrusive__")
+    part = "mtp" if re.match(r"(model\.)?mtp\b", raw) else "visual" if re.match(r"(model\.)?visual\b", raw) else ""
+    if found := re.search(r"(?:^|\.)layers\.(\d+)(?:\.|$)", raw):
+        return part, int(found[1]), raw[found.end() :]
+    return part, None, re.sub(r"^(?:model\.|language_model\.|mtp\.)+", "", raw)
+
+
+def family_of(paths: Iterable[str]) -> str:
+    """Whose modules these are: transformers' where some are that no other engine has."""
+    theirs = ("self_attn.q_proj.", "linear_attn.in_proj_qkv.", "mlp.gate.output.2")
+    return "transformers" if any(f"{path}.".startswith(theirs) for path in paths) else "sglang"
+
+
+def rule_for(path: str, family: str) -> tuple[Rule, int] | None:
+    """The rule of a path below the layer, and its rank of preference (0 is best); None for names without meaning."""
+    table = TRANSFORMERS if family == "transformers" else SGLANG
+    if family != "transformers" and not path.startswith("self_attn.output"):  # "output" alone is the layer's
+        path = path.removeprefix("self_attn.")
+    if path in table:
+        return Rule.parse(table[path]), 1 + list(table).index(path)
+    if path in TAPS:
+        return Rule(OURS.get(path, "same"), ((path, ""),)), 0
+    if not re.search(r"(^|\.)(output|inputs)(\.|$)", path):  # a module: what it returns
+        return rule_for(f"{path}.output".lstrip("."), family)
+    return None
+
+
+def letters(config: Mapping[str, Any] | None) -> dict[str, int]:
+    """Sizes by the legend's lower-case letters; empty without a config."""
+    config = (config or {}).get("text_config", config or {})
+    return {letter: int(config[name]) for letter, name in LETTERS.items() if name in config}
+
+
+def width(expression: str, sizes: Mapping[str, int]) -> int | None:
+    """The value of a product, "2nh" or "n (2*h)"; None where a letter is not known.
+
+    >>> width("2nh", {"n": 4, "h": 8})
+    64
+    """
+    if any(letter not in sizes for letter in re.findall("[a-z]", expression)):
+        return None
+    return prod(int(f) if f.isdigit() else sizes[f] for f in re.findall(r"\d+|[a-z]", expression))
+
+
+def features(tap: str, sizes: Mapping[str, int]) -> int | None:
+    """How many features a token has in this tap, where the sizes are known."""
+    found = re.fullmatch(r"(?:b )?t (.*)", TAPS[tap].dims) if tap in TAPS else None
+    return width(found[1], sizes) if found else None

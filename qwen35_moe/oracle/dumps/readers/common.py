@@ -1,0 +1,81 @@
+"""Loading files that others wrote, without executing anything in them."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....errors import Qwen35Error
+
+
+def load_pt(path: str | Path) -> Any:
+    """A torch file: tensors stay on disk until they are used. Pickles that hold more than data are refused."""
+    path = Path(path)
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            with warnings.catch_warnings():  # about pickle protocols that it may refuse: then it does
+                warnings.simplefilter("ignore")
+                return torch.load(path, map_location="cpu", weights_only=True)  # as written before torch 1.6
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, pickle.UnpicklingError) and _first_byte(path) in (b"\x80", b"P"):  # a pickle, or a zip
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            raise Qwen35Error(
+                "file needs more than data to load, and was not executed",
+                where=path,
+                found=named[1] if named else "a pickle with code",
+                do="dump tensors only; never load such a file from somebody you do not trust",
+            ) from error
+        first = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        size = path.stat().st_size if path.exists() else "absent"
+        raise Qwen35Error(
+            "file is truncated or not a torch file",
+            where=path,
+            found=f"{size} bytes; {first}",
+            do="dump again, or delete the file to go on without it",
+        ) from error
+
+
+def _first_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(1)
+
+
+def load_tensor(path: str | Path, *keys: str | int) -> Tensor:
+    """One tensor of a torch file, by the keys that lead to it."""
+    found = load_pt(path)
+    try:
+        for key in keys:
+            found = found[key]
+    except (KeyError, IndexError, TypeError) as error:
+        holds = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
+        do = "dump again, or delete the file to go on without it"
+        wanted = ", ".join(map(str, keys))
+        raise Qwen35Error("file holds something else", where=path, expected=wanted, found=holds, do=do) from error
+    if not isinstance(found, Tensor):
+        raise Qwen35Error("not a tensor", where=path, found=type(found).__name__)
+    return found
+
+
+def once(x: Tensor, load: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """For a piece that is mapped already, whose file need not be opened again for its first use. After that it is let
+    go: pages that were read count as this process's memory while they are mapped."""
+    first = [x]
+    return lambda: first.pop() if first else load()
+
+
+def whole_numbers(x: Any) -> list[int] | None:
+    """A tensor or a list of ids as a list; None for anything else."""
+    if isinstance(x, Tensor):
+        return [int(i) for i in x.flatten().tolist()]
+    return list(x) if isinstance(x, (list, tuple)) else None

@@ -1,0 +1,93 @@
+"""SGLang's --debug-tensor-dump-output-folder (0.5.23): Pass00000.pt, ..., one file a forward pass and rank.
+
+A file holds {module path: tensor or list}, leaf modules only. It is flushed by a hook on `model`, before the outputs of
+`model` itself and of the logits processor are known: those of pass k lie in file k+1, and the last pass has none. They
+are put back here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....errors import Qwen35Error
+from ..dump import Dump, Piece, Tokens
+from .common import load_pt, whole_numbers
+
+CORE = ".forward_batch_info."
+
+
+def sniff(path: Path) -> bool:
+    return path.is_dir() and bool(_folders(path))
+
+
+def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Dump:
+    """The folder that was given to SGLang, or one of its TP*_PP*_Rank*_pid* folders."""
+    pieces: list[Piece] = []
+    problems: list[Qwen35Error] = []
+    tokens: dict[int, Tokens] = {}
+    folders = _folders(path)
+    seen: dict[int, list[str]] = {}
+    for folder in folders:
+        found = re.match(r"TP(\d+)_PP(\d+)_Rank(\d+)_pid", folder.name)
+        rank = int(found[3]) if found else 0
+        seen.setdefault(rank, []).append(folder.name)
+        for file in sorted(folder.glob("Pass*.pt")):
+            number = int(re.sub(r"\D", "", file.stem))
+            try:
+                loaded = load_pt(file)
+                if not isinstance(loaded, dict):
+                    raise Qwen35Error("not a pass of SGLang's", where=file, expected="a dict of tensors by module",
+                                      found=type(loaded).__name__, do="keep other files out of the dump")  # fmt: skip
+            except Qwen35Error as error:
+                problems.append(error)
+                continue
+            if rank == 0:
+                core = {name.partition(CORE)[2]: x for name, x in loaded.items() if CORE in name}
+                if isinstance(core.get("input_ids"), Tensor):
+                    tokens[number] = _tokens(core)
+            for name, value in loaded.items():
+                late = "." not in name  # `model` and what comes after it
+                if CORE in name or (late and number == 0):
+                    continue
+                many = isinstance(value, (list, tuple))
+                for index in range(len(value)) if many else (None,):
+                    raw = f"{name}.output" + ("" if index is None else f".{index}")
+                    x = value if index is None else value[index]
+                    if not isinstance(x, Tensor):
+                        continue
+                    load = partial(_same, x)  # mapped from the file, not read
+                    world = {"world_size": len(folders)}
+                    step = number - 1 if late else number
+                    pieces.append(Piece.named(raw, load, step=step, rank=rank, parallel=world, where=str(file)))
+    if twice := next((names for names in seen.values() if len(names) > 1), None):
+        raise Qwen35Error("dumps of several runs lie here", where=path, found=", ".join(twice[:3]), do="keep one run")
+    notes = ["outputs of `model` and the logits were moved back by one pass; those of the last pass were not written"]
+    return Dump("sglang passes", path, pieces, tokens, problems, notes, config=config)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def known(file: Path) -> bool:
+    return re.fullmatch(r"Pass\d+\.pt", file.name) is not None
+
+
+def _folders(path: Path) -> list[Path]:
+    if any(path.glob("Pass*.pt")):
+        return [path]
+    return sorted(p for p in path.glob("TP*_PP*_Rank*_pid*") if any(p.glob("Pass*.pt")))
+
+
+def _tokens(core: Mapping[str, Any]) -> Tokens:
+    positions = core.get("positions")
+    if isinstance(positions, Tensor) and positions.dim() == 2:
+        positions = positions[0]
+    return Tokens(core["input_ids"].flatten().to(torch.int64), positions, whole_numbers(core.get("seq_lens")))

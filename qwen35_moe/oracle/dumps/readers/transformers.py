@@ -1,0 +1,167 @@
+"""transformers (5.23): captured live by hooks, and the debug tree of `model_addition_debugger_context`.
+
+The tree is {module_path, inputs, outputs, children}; tensors are {shape, dtype, value}, where value names a
+safetensors file beside it, key "data" (with use_repr=False; with use_repr=True it is printed text, which is no use
+here). Nodes with children have no outputs, and middle layers are left out unless do_prune_layers=False.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ....errors import Qwen35Error
+from ..dump import Dump, Piece, Tokens
+
+TREE = "_debug_tree_FULL_TENSORS.json"
+
+
+def sniff(path: Path) -> bool:
+    return path.name.endswith(TREE) if path.is_file() else any(path.glob(f"*{TREE}"))
+
+
+class TransformersCapture:
+    """Hooks on every module of a transformers model: copies of inputs and outputs, one step a forward pass.
+
+        with TransformersCapture(model) as capture:
+            model(input_ids=ids, attention_mask=mask)
+        dump = capture.dump()
+
+    Values that no module takes or returns (probabilities between functions, states) are not seen.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.pieces: list[Piece] = []
+        self.tokens: dict[int, Tokens] = {}
+        self.step = -1
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> TransformersCapture:
+        for name, module in self.model.named_modules():
+            # The root's hook comes first, and counts the steps.
+            before, after = partial(self._before, name), partial(self._after, name)
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(after))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not name:
+            self.step += 1
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            if isinstance(ids, Tensor):
+                positions = kwargs.get("position_ids")
+                self.tokens[self.step] = _batch_tokens(ids, kwargs.get("attention_mask"), positions)
+        for index, value in (*enumerate(args), *kwargs.items()):
+            self._keep(f"{name}.inputs.{index}", value)
+
+    def _after(self, name: str, _: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, (tuple, list)):
+            for index, value in enumerate(output):
+                self._keep(f"{name}.output.{index}", value)
+        else:
+            self._keep(f"{name}.output", output)
+
+    def _keep(self, raw: str, value: Any) -> None:
+        if isinstance(value, Tensor) and not raw.startswith("."):
+            copy = value.detach().clone()
+            self.pieces.append(Piece.named(raw, lambda: copy, step=self.step, where="live"))
+
+    def dump(self) -> Dump:
+        """What was captured so far."""
+        config = getattr(self.model, "config", None)
+        sizes = None if config is None else config.get_text_config().to_dict()
+        return Dump("transformers live", "live", self.pieces, self.tokens, family="transformers", config=sizes)
+
+
+def capture_transformers(model: nn.Module, *calls: Mapping[str, Any], **inputs: Any) -> Dump:
+    """Run a transformers model and return what its modules took and gave.
+
+    `inputs` are arguments of one forward pass; `calls` are those of several, one step each (prefill, then decode).
+    """
+    with TransformersCapture(model) as capture, torch.no_grad():
+        for call in calls or (inputs,):
+            model(**call)
+    return capture.dump()
+
+
+def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Dump:
+    """A debug tree: its directory, or the JSON file itself."""
+    files = [path] if path.is_file() else sorted(path.glob(f"*{TREE}"))
+    if len(files) > 1:
+        raise Qwen35Error("several debug trees lie here", where=path, found=", ".join(f.name for f in files[:3]))
+    try:
+        tree = json.loads(files[0].read_text())
+    except ValueError as error:
+        raise Qwen35Error("debug tree is not JSON", where=files[0], found=error, do="let the run finish") from error
+    if not isinstance(tree, dict) or "module_path" not in tree:
+        raise Qwen35Error("not a debug tree", where=files[0], expected="an object with module_path and children")
+    pieces: list[Piece] = []
+    problems: list[Qwen35Error] = []
+    tokens: dict[int, Tokens] = {}
+    root = tree["module_path"]
+    for raw, found in _tensors(tree):
+        name = raw.removeprefix(root).removeprefix(".")
+        if not isinstance(found["value"], str) or not found["value"].endswith(".safetensors"):
+            do = "make the tree with use_repr=False"
+            raise Qwen35Error("debug tree holds printed text, not tensors", where=files[0], found=name, do=do)
+        # Only files beside the tree are opened, wherever the tree points.
+        file = files[0].parent / Path(found["value"]).name
+        if not file.is_file():
+            problems.append(Qwen35Error("file of the debug tree is missing", where=file, do="copy the whole directory"))
+        elif name in ("inputs.input_ids", "inputs.0", "model.inputs.input_ids") and 0 not in tokens:
+            tokens[0] = _batch_tokens(_load(file))
+        elif name not in ("inputs.input_ids", "model.inputs.input_ids"):
+            pieces.append(Piece.named(name, partial(_load, file), where=str(file)))
+    notes = ["the debug tree leaves out what containers of modules return, the MoE block's sum among them"]
+    kind: dict[str, Any] = {"family": "transformers", "config": config}
+    return Dump("transformers debug tree", path, pieces, tokens, problems, notes, **kind)
+
+
+def _tensors(node: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(name, tensor record) of a node and all below, in the order of execution."""
+    name = node["module_path"]
+    inputs = node.get("inputs") or {}
+    for index, value in (*enumerate(inputs.get("args") or []), *(inputs.get("kwargs") or {}).items()):
+        if _is_tensor(value):
+            yield f"{name}.inputs.{index}", value
+    for child in node.get("children") or []:
+        yield from _tensors(child)
+    outputs = node.get("outputs")
+    for index, value in enumerate(outputs if isinstance(outputs, list) else [outputs]):
+        if _is_tensor(value):
+            yield f"{name}.output" + (f".{index}" if isinstance(outputs, list) else ""), value
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"shape", "dtype", "value"} <= set(value)
+
+
+def _load(file: Path) -> Tensor:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor("data")
+    except (OSError, SafetensorError) as error:
+        raise Qwen35Error("file is truncated", where=file, found=error, do="make the debug tree again") from error
+
+
+def _batch_tokens(ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tokens:
+    """Tokens of a [B, T] batch. A mask may cover cached tokens too: its last T columns count."""
+    B, T = ids.shape
+    real = torch.ones(B, T, dtype=torch.bool) if mask is None else mask[:, -T:].bool()
+    if positions is not None and positions.dim() == 3:
+        positions = positions[0]
+    flat = None if positions is None else positions.expand(B, T).flatten()
+    return Tokens(ids.flatten(), flat, batch=(B, T), mask=real.flatten())

@@ -1,0 +1,1 @@
+"""Is it rounding? Envelopes, reruns, routing, and the records of a comparison."""

@@ -1,0 +1,203 @@
+"""The added error: each tap that a rerun computed on the engine's own captured input, judged by that."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...errors import Qwen35Error
+from ...numerics.tap_table import base_name
+from ..diagnose.diagnose import BF16_GRID
+from ..dumps.align import Alignment, Pair
+from ..dumps.ranks import owners
+from . import log_p as kl_base
+from .columns import wrong_columns
+from .constant_factor import scale_errors
+from .envelope import Class, envelope, judge
+from .envelope_file import WEIGHTS, as_rows
+from .records import Comparison, Record, block_of
+from .replay import RESTARTS, STREAMS, Captured
+from .routing import Routing, compare_ids, could_flip
+
+IDS = ("moe_topk_ids", "moe_slot_ids")
+ROUTED = ("mlp_output", "moe_routed_output", "layer_output_sum", "layer_input", *WEIGHTS)
+# What reads a stream that was not captured since the layer before, unless the dump has this tap in between.
+READ_STREAM = {
+    "input_layernorm": "", "pre_mlp_residual": "", "pre_mlp_layernorm_output": "pre_mlp_residual",
+    "final_norm": "", "next_token_logits": "final_norm", kl_base.LOG_P: "final_norm",
+}  # fmt: skip
+BOUNDARIES = {STREAMS.get(name, name) for name in RESTARTS} | {"layer_input", "layer_output_sum"}
+
+
+class Work:
+    """The state of one comparison."""
+
+    def __init__(self, result: Comparison, alignment: Alignment, limit: float):
+        self.result, self.alignment, self.limit = result, alignment, limit
+        self.T = alignment.truth.ids.shape[1]
+        self.records: dict[str, Record] = {}
+        # By layer: tokens whose experts may be others, if that is still in the stream, and nothing else is.
+        self.loose: dict[int, Tensor | None] = {}
+        self.shared: Tensor | None = None  # the shared expert's part of the true mlp_output of this layer, [tokens, D]
+
+    def index(self, pair: Pair) -> Tensor:
+        """Rows of [B*T] (or of [B], for values that are not of one token)."""
+        b, t = pair.rows.long().unbind(1)
+        return torch.where(t < 0, b, b * self.T + t)
+
+    def rows(self, x: Tensor, pair: Pair) -> Tensor:
+        """Our value at the rows of a pair."""
+        return as_rows(pair.key, x, self.alignment.truth.ids.numel())[self.index(pair)]
+
+    def captured(self, experts: int) -> Captured:
+        """What a rerun goes on with. It cannot go on with ids that no expert has."""
+        captured = Captured()
+        for key in self.alignment.keys:
+            if base_name(key) in BOUNDARIES:
+                pair = self.alignment.pair(key)
+                x, are_ids = pair.engine, base_name(key) in IDS
+                if x is not None and not pair.nan and not (are_ids and bool(((x < 0) | (x >= experts)).any())):
+                    captured.add(key, self.index(pair), x)
+        return captured
+
+    def added(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> None:
+        """Judge all taps that a rerun computed."""
+        loose = self._routing(layer, seen)
+        if layer is not None:
+            at, keys = f"layers.{layer}.", {*self.alignment.keys}
+            known = {at + name for name in ("layer_input", "pre_mlp_residual", "pre_mlp_layernorm_output")} & keys
+            passed = {f"{at}mlp_output", f"{at}layer_output_sum", f"layers.{layer + 1}.layer_input"} & keys
+            self.loose[layer] = loose if known and not passed else None
+        for key in [k for k in seen[0] if k in self.alignment.keys and base_name(k) not in IDS]:
+            if key in self.records:
+                continue
+            pair = self.alignment.pair(key)
+            truth, *members = (self.rows(s[key], pair) for s in seen if key in s)
+            name, exclude = base_name(key), None
+            if name in ROUTED:
+                exclude = loose
+            elif name in READ_STREAM and key.removesuffix(name) + READ_STREAM[name] not in self.alignment.keys:
+                exclude = self.loose.get((len(self.result.layers) if layer is None else layer) - 1)
+            self._judge(key, layer, pair, truth, members, exclude)
+
+    def owners(self, key: str, x: Tensor) -> Tensor | None:
+        """[n] the rank of each column of x, where that is known."""
+        dump = self.alignment.dump
+        try:
+            found = owners(dump, key) if key in dump.sources else None
+        except Qwen35Error:  # a file of a step that was not compared
+            return None
+        return found if found is not None and len(found) == x.shape[1] else None
+
+    def again(self, keys: Sequence[str], layer: int | None, seen: Sequence[dict[str, Tensor]]) -> None:
+        """Judge taps of a layer anew, under more arithmetics."""
+        for key in keys:
+            del self.records[key]
+        if any(base_name(key) in IDS for key in keys):
+            self.result.routing = [r for r in self.result.routing if r.layer != layer]
+        self.added(layer, seen)
+
+    def _judge(
+        self, key: str, layer: int | None, pair: Pair, truth: Tensor, members: list[Tensor], exclude: Tensor | None
+    ) -> None:
+        kind = self.result.layers[layer] if layer is not None else ""
+        record = self.records[key] = Record(
+            key, "not comparable", block_of(key, kind), layer, note="; ".join(pair.notes)
+        )
+        if pair.engine is None or pair.dtype is None:
+            record.note = pair.problem
+            return
+        x, keep = pair.engine, torch.ones(len(pair.rows), dtype=torch.bool)
+        if exclude is not None:
+            keep = pair.judged(~exclude[self.index(pair)])
+            record.excluded = int((~keep).sum())
+        if base_name(key) in WEIGHTS and self._unordered(key):
+            x, truth, *members = (y.sort(1, descending=True).values for y in (x, truth, *members))
+            record.note = "compared in order of size: the dump's ids are sorted, or missing"
+        if not keep.any():
+            record.note = "experts could have flipped at every token, and the dump does not say which were chosen"
+            return
+        x, truth, members = x[keep], truth[keep], [m[keep] for m in members]
+        rounding = kl_base.one_rounding(truth) if key == kl_base.LOG_P else None
+        bound = envelope(truth, members, pair.dtype, rounding=rounding)
+        verdict = judge(x, truth, bound, pair.dtype, self.limit)
+        record.cls, record.added, record.ratio_l2, record.ratio_max = (
+            verdict.cls, verdict.ratio, verdict.ratio_l2, verdict.ratio_max)  # fmt: skip
+        b, t = pair.rows[keep][verdict.worst].tolist()
+        record.worst, record.rel, record.rows, record.nan = (int(b), int(t)), verdict.rel, int(keep.sum()), pair.nan
+        bad = verdict.ratios > self.limit
+        record.bad_rows = int(bad.sum())
+        if record.bad:
+            record.where = wrong_columns(x[bad], truth[bad], self.owners(key, x))
+        if base_name(key) == "gdn_state" and _is_bf16(x) and not any(_is_bf16(m) for m in members):
+            record.cls, record.note = "wrong", BF16_GRID
+        if base_name(key) in ("mlp_output", "attn_output"):
+            self._judge_scale(record, x, truth, self.index(pair)[keep])
+        equal = (m for m, y in zip(self.result.members, members, strict=False) if torch.equal(y.to(x.dtype), x))
+        record.equal_to = next(equal, "")
+
+    def _judge_scale(self, record: Record, x: Tensor, truth: Tensor, index: Tensor) -> None:
+        """A factor that is wrong in all rows alike, however little in each (`scale.py`)."""
+        parts = [{"the block": truth}]
+        if record.block == "mlp" and self.shared is not None:
+            shared = self.shared[index]
+            parts.append({"the routed experts": truth - shared, "the shared expert": shared})
+        for some in parts:
+            for part, (off, ratio) in zip(some, scale_errors(x, truth, list(some.values())), strict=False):
+                if ratio > max(self.limit, record.added or 0.0):
+                    record.added, record.note = ratio, f"{part}: {100 * off:+.1f} % in all rows"
+                    record.cls = "suspicious" if ratio <= 2 * self.limit else "wrong"
+
+    def _unordered(self, key: str) -> bool:
+        ids = re.sub(r"(weights|probs)$", "ids", key)
+        if ids not in self.alignment.keys:
+            return True
+        x = self.alignment.pair(ids).engine
+        return x is None or (x.shape[1] > 2 and bool((x[:, 1:] >= x[:, :-1]).all()))
+
+    def _routing(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> Tensor | None:
+        """Compare a layer's ids. Returns, where the dump has none, the tokens at which they might differ."""
+        logits_key = f"layers.{layer}.moe_router_logits"
+        if logits_key not in seen[0]:
+            return None
+        logits_TE, *members = (s[logits_key] for s in seen)
+        ids_key = next((k for n in IDS if (k := f"layers.{layer}.{n}") in self.alignment.keys and k in seen[0]), "")
+        delta_T = envelope(logits_TE, members, torch.bfloat16).max
+        pair = self.alignment.pair(ids_key) if ids_key else None
+        if pair is None or pair.engine is None:
+            A = seen[0][f"layers.{layer}.moe_topk_ids"].shape[1]
+            return could_flip(logits_TE, delta_T, A)
+        if ids_key in self.records:
+            return None
+        index = self.index(pair)
+        width = max(logits_TE.shape[1], int(seen[0][ids_key].max()) + 1)  # a fused slot has an id, and no logit
+        logits = torch.nn.functional.pad(logits_TE, (0, width - logits_TE.shape[1]), value=torch.inf)
+        routing = compare_ids(seen[0][ids_key][index], pair.engine, logits[index], delta_T[index], layer)
+        self.record_routing(ids_key, layer, pair, routing)
+        return None
+
+    def record_routing(self, key: str, layer: int | None, pair: Pair, routing: Routing) -> None:
+        self.result.routing.append(routing)
+        bad = len(routing.illegal) + routing.nonsense
+        cls: Class = "wrong" if bad else "within rounding" if routing.flips else "bit-equal"
+        worst = max(routing.flips, key=lambda f: f.margin - f.noise, default=None)
+        ratio = max((f.margin / f.noise if f.noise else float("inf") for f in routing.flips), default=0.0)
+        row = routing.senseless if routing.nonsense else None if worst is None else worst.row
+        where = None if row is None else (int(pair.rows[row][0]), int(pair.rows[row][1]))
+        note = (
+            f"{routing.agree} of {routing.tokens} sets agree, {len(routing.flips) - len(routing.illegal)} legal flips"
+        )
+        ratio = float("inf") if routing.nonsense else ratio
+        record = Record(key, cls, "mlp", layer, ratio, rows=routing.tokens, bad_rows=bad, worst=where, note=note)
+        self.records[key] = record
+
+    def guilty(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> list[Record]:
+        """The bad records of a layer (None: of the embedding, or the head), in order of execution."""
+        return [r for r in self.records.values() if r.layer == layer and r.bad and r.key in seen[0]]
+
+
+def _is_bf16(x: Tensor) -> bool:
+    return torch.equal(x.to(torch.bfloat16).to(x.dtype), x)

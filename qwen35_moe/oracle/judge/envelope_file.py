@@ -1,0 +1,234 @@
+"""The envelope of a whole run: how far legal arithmetics stray from the truth, kept beside it as norms of each row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import reduce
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ...errors import Qwen35Error
+from ...model.cache import LayerState
+from ...model.text import Model
+from ...numerics import arithmetics
+from ...numerics.arithmetics import Arithmetic
+from ...numerics.tap_table import TAPS, base_name, matching, per_token, split_patterns
+from ...numerics.taps import OBSERVE, Site, attach, scope
+from ...run.files import save_whole
+from ...run.streamed import HEAD_ROWS, StreamedHead
+from ...trace.file import Trace
+from ...trace.layers import HEAD, begin, rounded_blocks
+from ...trace.progress import Progress
+from ...trace.resume import check_threads
+from .envelope import Norms, one_rounding
+from .replay import ReplayRouting
+from .split_k import splitting
+
+ENVELOPE, STATE = "envelope.safetensors", "envelope-state.safetensors"
+# Taps whose columns follow the order of the ids.
+WEIGHTS = ("moe_topk_weights", "moe_topk_probs", "moe_slot_weights")
+
+
+class Stored(NamedTuple):
+    """Of the rows of one tap: the largest legal error, the size of the truth, its loss when it is stored in bf16."""
+
+    error: Norms
+    size: Norms
+    bf16: Norms
+
+    @classmethod
+    def of(cls, rows_R6: Tensor, index: Tensor) -> Stored:
+        columns = rows_R6.to(torch.float64)[index].unbind(1)
+        return cls(*(Norms(*columns[i : i + 2]) for i in (0, 2, 4)))
+
+
+def stored_envelope(truth: Trace) -> dict[str, Tensor]:
+    """Key -> [rows, 6], the columns of `Stored`."""
+    path = None if truth.path is None else truth.path / ENVELOPE
+    try:
+        return load_file(path) if path is not None and path.is_file() else truth.meta.get("_envelope", {})
+    except (OSError, SafetensorError) as error:
+        do = "remove it, or write the trace again"
+        raise Qwen35Error("cannot read the envelope", where=path, found=error, do=do) from error
+
+
+def as_rows(key: str, x: Tensor, tokens: int) -> Tensor:
+    """[rows, features] of a tap as the model hands it over: a row a token, or (states, gains) one a first index."""
+    if not per_token(key):
+        return x.reshape(x.shape[0], -1)
+    x = x.movedim(2, 1) if base_name(key) in TAPS and TAPS[base_name(key)].dims == "b n t s" else x
+    return x.reshape(tokens, -1)
+
+
+class _Errors:
+    """Observes a run and keeps the norms of its errors against the truth, the largest of all runs."""
+
+    stage = OBSERVE
+
+    def __init__(self, truth: Trace):
+        self.truth, self.tokens = truth, truth.ids.numel()
+        self.norms: dict[str, Norms] = {}
+        # In one block: what stays, in small pieces between large ones that come and go, keeps the memory of those from
+        # being given back (35B, 128 tokens: 25 MB a layer).
+        rows = {key: self.tokens if per_token(key) else entry.shape[0] for key, entry in truth.sites.items()}
+        memory = torch.empty(2, sum(rows.values()), dtype=torch.float64).split(list(rows.values()), 1)
+        self.room = dict(zip(rows, memory, strict=True))
+
+    def __call__(self, site: Site, x: Tensor) -> None:
+        key = site.key
+        if key not in self.truth or site.index is not None or not x.is_floating_point():
+            return  # a turn of a loop is another thing in another arithmetic
+        truth, x = self.truth[key], x.cpu()
+        if site.name in WEIGHTS:
+            truth, x = truth.sort(-1, descending=True).values, x.sort(-1, descending=True).values
+        self.add(key, Norms.of(as_rows(key, x, self.tokens), minus=as_rows(key, truth, self.tokens)))
+
+    def add(self, key: str, error: Norms) -> None:
+        known = self.norms.get(key)
+        error = error if known is None else error.largest(known)
+        self.norms[key] = Norms(*torch.stack((error.l2, error.max), out=self.room[key]))
+
+    def write(self, path: Path | None, run: dict[str, str], sum_BTD: Tensor | None) -> None:
+        """All that is known so far, whole or not at all; nothing, where the truth is in memory."""
+        if path is None:
+            return
+        tensors = {f"error.{key}": torch.stack((n.l2, n.max)) for key, n in self.norms.items()}
+        if sum_BTD is not None:
+            tensors["sum"] = sum_BTD.cpu().contiguous()
+        save_whole(tensors, path, run)
+
+    def read(self, path: Path) -> tuple[dict[str, str], Tensor | None]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                run = file.metadata() or {}
+            json.loads(run["done"])
+            sum_BTD = tensors.pop("sum", None)
+            for name, x in tensors.items():
+                self.add(name.removeprefix("error."), Norms(*x.unbind()))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            do = "remove it: the envelope begins anew, the trace stays"
+            raise Qwen35Error("cannot read the envelope's state", where=path, found=error, do=do) from error
+        return run, sum_BTD
+
+
+def with_ids(taps: str) -> str:
+    """The taps, and the experts that were chosen: an envelope without them has flips in it, which hide faults."""
+    ids = "moe_topk_ids"
+    return taps if matching(split_patterns(taps), ids, ids) else f"{taps},{ids}"
+
+
+@torch.inference_mode()
+def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, quiet: bool = True) -> None:
+    """Run models of legal arithmetics on the truth's tokens and keep their errors beside it (`envelope.safetensors`).
+
+    They choose the truth's experts, so that the envelope measures roundings and not flips. `models` may be a generator.
+    Layer by layer, the state is kept beside a truth on disk, in `envelope-state.safetensors`; resume: go on from there,
+    to the same bytes, with models of those arithmetics that `remaining` names. quiet: nothing about it on stderr.
+    """
+    if len(truth.steps) != 1:
+        raise Qwen35Error("an envelope needs a truth of one forward pass", where=truth.path, found=len(truth.steps))
+    errors, state = _Errors(truth), None if truth.path is None else truth.path / STATE
+    if resume and state is not None and (state.parent / ENVELOPE).is_file():
+        state.unlink(missing_ok=True)
+        return
+    run, sum_BTD = errors.read(state) if resume and state is not None and state.is_file() else ({}, None)
+    done, first, threads = json.loads(run.get("done", "[]")), int(run.get("next", 0)), torch.get_num_threads()
+    if state is not None and run:
+        check_threads(state, int(run.get("threads", threads)))
+    for model in models:
+        name = model.arithmetic.name
+        if not truth.is_of(model.identity):
+            what, do = "the checkpoint is not the truth's any more", "write the trace again"
+            raise Qwen35Error(what, where=truth.meta["checkpoint"].get("path", truth.path), do=do)
+        if first and name != run["arithmetic"]:
+            do = "leave out --resume to start anew"
+            raise Qwen35Error("another envelope was begun", where=state, expected=run["arithmetic"], found=name, do=do)
+        label = f"envelope, pass {len(done) + 1}: {name}"
+        progress = [] if quiet else [Progress(model, range(first, len(model.layers)), label=label)]
+        with splitting(model.arithmetic), attach(errors, ReplayRouting(truth), *progress):
+            h_BTD, given = _begin(model, truth, sum_BTD)
+            for i in range(first, len(model.layers)):
+                with arithmetics.using(model.arithmetic), scope(layer=i):
+                    h_BTD = model.layers[i](h_BTD, *given, LayerState())
+                at = {"done": json.dumps(done), "arithmetic": name, "next": str(i + 1), "threads": str(threads)}
+                errors.write(state, at, h_BTD)
+                for said in progress:
+                    said.done(i)
+            _head(model, errors, h_BTD)
+        done, first, sum_BTD = [*done, name], 0, None
+        errors.write(state, {"done": json.dumps(done), "threads": str(threads)}, None)
+    out = {
+        key: torch.cat((_columns(error), _of_truth(truth, key)), 1).to(torch.float32)
+        for key, error in errors.norms.items()
+    }
+    if truth.path is None or state is None:
+        truth.meta["_envelope"] = out
+        return
+    save_whole(out, truth.path / ENVELOPE)
+    state.unlink()
+
+
+def remaining(truth: Trace, tables: Iterable[Arithmetic]) -> list[Arithmetic]:
+    """Those of the arithmetics that an interrupted `write_envelope` has not done."""
+    if truth.path is None or not (truth.path / STATE).is_file():
+        return list(tables)
+    done = json.loads(_Errors(truth).read(truth.path / STATE)[0]["done"])
+    return [table for table in tables if table.name not in done]
+
+
+def _begin(model: Model, truth: Trace, sum_BTD: Tensor | None) -> tuple[Tensor, tuple[Any, ...]]:
+    device = model.norm.weight.device
+    mask = None if bool(truth.mask.all()) else truth.mask.to(device)
+    return begin(model, truth.ids.to(device), mask, truth.positions.to(device), sum_BTD)
+
+
+def _head(model: Model, errors: _Errors, sum_BTD: Tensor) -> None:
+    """Norm and head; the logits of a streamed head are many, and never all there."""
+    with arithmetics.using(model.arithmetic):
+        x_BTD = model.norm(sum_BTD)
+        if HEAD not in errors.truth or not isinstance(model.lm_head, StreamedHead):
+            model.lm_head(HEAD, x_BTD)
+            return
+        parts = (
+            Norms.of(part.cpu().flatten(0, 1), minus=_slice(errors.truth, which).flatten(0, 1))
+            for which, part in rounded_blocks(model, x_BTD)
+        )
+        errors.add(HEAD, _side_by_side(parts))
+
+
+def _of_truth(truth: Trace, key: str) -> Tensor:
+    """The truth's own columns of `Stored`: its size, and what one rounding to bf16 loses.  -> [rows, 4]"""
+    if key != HEAD:
+        x = as_rows(key, truth[key], truth.ids.numel())
+        return torch.cat((_columns(Norms.of(x)), _columns(one_rounding(x, torch.bfloat16))), 1)
+    V = truth.sites[key].shape[-1]
+    blocks = [slice(v, min(v + HEAD_ROWS, V)) for v in range(0, V, HEAD_ROWS)]
+    parts = (
+        [f(_slice(truth, which).flatten(0, 1)) for f in (Norms.of, lambda x: one_rounding(x, torch.bfloat16))]
+        for which in blocks
+    )
+    return torch.cat([_columns(_side_by_side(norms)) for norms in zip(*parts, strict=True)], 1)
+
+
+def _slice(truth: Trace, which: slice) -> Tensor:
+    """Some of the truth's logits."""
+    if truth.path is None:
+        return truth[HEAD][..., which]
+    with safe_open(truth.path / truth.sites[HEAD].file, framework="pt") as file:
+        return file.get_slice(HEAD)[:, :, which]
+
+
+def _side_by_side(parts: Iterable[Norms]) -> Norms:
+    """Norms of rows from those of their parts."""
+    return reduce(lambda a, b: Norms(torch.hypot(a.l2, b.l2), torch.maximum(a.max, b.max)), parts)
+
+
+def _columns(norms: Norms) -> Tensor:
+    return torch.stack((norms.l2, norms.max), 1)

@@ -1,0 +1,163 @@
+"""The inherited error: each tap against the truth itself, in units of the envelope of a whole run (`envelope_file.py`).
+
+Once an engine chooses other experts at a token, that token and all that follow it in its sequence are another
+computation, and are left out. Taps come one after another from their files to their verdict, so memory holds one of
+each side; operations run in the calling thread. Each takes a tenth of a millisecond on rows that are in the cache, and
+threads that share it wait for each other for longer than that wherever something else runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ...errors import Qwen35Error
+from ...numerics.tap_table import base_name, per_token
+from ...trace.layers import HEAD
+from ..dumps.align import Pair
+from .added import IDS, ROUTED, Work
+from .columns import wrong_columns
+from .envelope import Norms, envelope, judge
+from .envelope_file import ENVELOPE, WEIGHTS, Stored
+from .log_p import LOG_P, error_of_log_p, one_rounding
+from .records import Record, block_of, layer_of
+from .routing import compare_ids, could_flip
+
+AFTER = ("final_norm", "head")  # blocks after the last layer
+UNSAID = (
+    "beyond the limit, where legal experts may be others than the truth's: dump moe_topk_ids, or give the checkpoint"
+)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Operations run in the thread that calls them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
+def inherited(work: Work, stored: Mapping[str, Tensor]) -> None:
+    """Judge all taps that both sides have and that the envelope knows, and all choices of experts."""
+    if not stored and work.result.layers == ():
+        raise Qwen35Error(
+            "truth has no envelope, and the checkpoint is not here", where=work.alignment.truth.path,
+            expected=ENVELOPE, do="write the truth with `qwen35-moe trace`, or give --checkpoint",
+        )  # fmt: skip
+    for key, first_B in _first_others(work, stored):
+        if base_name(key) not in IDS and (HEAD if key == LOG_P else key) in stored:
+            work.records[key] = _judge(work, key, stored, first_B)
+
+
+def _first_others(work: Work, stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(key, [B] the first token of each sequence that other experts than the truth's have touched by then; T: none).
+
+    Experts touch what their layer computes from them, and everything in the layers after.
+    """
+    B, T = work.alignment.truth.ids.shape
+    first_B, chosen_B = torch.full((2, B), T)
+    of: int | None = None  # the layer whose experts were chosen last
+    for key in work.alignment.keys:
+        name, layer = base_name(key), layer_of(key)
+        if layer != of or name in ROUTED:
+            first_B = torch.minimum(first_B, chosen_B)
+        if name in IDS:
+            pair = work.alignment.pair(key)
+            if layer is not None and pair.engine is not None:
+                differ = (pair.truth.long().sort(1).values != pair.engine.long().sort(1).values).any(1)
+                b, t = pair.rows[differ].unbind(1)
+                chosen_B, of = chosen_B.scatter_reduce(0, b, t, "amin"), layer
+            if key not in work.records:
+                _judge_ids(work, key, pair, layer, stored)
+        yield key, first_B
+
+
+def _could_differ(work: Work, key: str, stored: Mapping[str, Tensor]) -> Tensor:
+    """[B] the first token of each sequence that other legal experts may have touched by then, in layers whose ids the
+    dump does not have; T: none. The truth's router logits and their legal errors tell; without them it is any token."""
+    truth, layer, sizes = work.alignment.truth, layer_of(key), work.alignment.truth.meta.get("config") or {}
+    B, T = truth.ids.shape
+    first_B = torch.full((B,), T)
+    after = base_name(key) in ROUTED and base_name(key) != "layer_input"
+    stop = layer + after if layer is not None else sizes.get("num_hidden_layers", 0) * (block_of(key) in AFTER)
+    for i in range(stop):
+        if any(f"layers.{i}.{name}" in work.alignment.keys for name in IDS):
+            continue
+        logits_key = f"layers.{i}.moe_router_logits"
+        if logits_key not in truth or logits_key not in stored:
+            return torch.zeros_like(first_B)
+        loose_T = could_flip(*_router(work, logits_key, stored), sizes["num_experts_per_tok"]).view(B, T)
+        first_B = torch.minimum(first_B, torch.where(loose_T.any(1), loose_T.int().argmax(1), T))
+    return first_B
+
+
+def _router(work: Work, key: str, stored: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The truth's router logits [B*T, E], and the largest legal error of one in each row."""
+    logits = work.alignment.truth[key].flatten(0, -2)
+    errors = Stored.of(stored[key], torch.arange(len(logits))).error
+    return logits, envelope(logits, [errors], torch.bfloat16).max
+
+
+def _judge_ids(work: Work, key: str, pair: Pair, layer: int | None, stored: Mapping[str, Tensor]) -> None:
+    logits_key = f"layers.{layer}.moe_router_logits"
+    if logits_key not in work.alignment.truth or pair.engine is None or logits_key not in stored:
+        return
+    try:
+        logits, noise = _router(work, logits_key, stored)
+    except Qwen35Error:
+        return  # it is counted where the logits themselves are judged
+    index = work.index(pair)
+    width = max(logits.shape[1], int(pair.truth.max()) + 1)
+    logits = torch.nn.functional.pad(logits, (0, width - logits.shape[1]), value=torch.inf)
+    work.record_routing(key, layer, pair, compare_ids(pair.truth, pair.engine, logits[index], noise[index], layer))
+
+
+def _judge(work: Work, key: str, stored: Mapping[str, Tensor], first_B: Tensor) -> Record:
+    """The record of one tap, or what is known of it already with the inherited error in it."""
+    pair = work.alignment.pair(key)
+    layer = layer_of(key)
+    record = work.records.get(key) or Record(key, "not comparable", block_of(key), layer, note=pair.problem)
+    if pair.engine is None or pair.dtype is None:
+        return record
+    index, x, truth = work.index(pair), pair.engine, pair.truth
+    if per_token(key):
+        keep = pair.judged(pair.rows[:, 1] < first_B[pair.rows[:, 0]])
+    else:
+        untouched = bool((first_B == work.T).all())
+        keep = torch.full((len(index),), key.endswith(".gain") or untouched)
+    if base_name(key) in WEIGHTS:
+        x, truth = x.sort(1, descending=True).values, truth.sort(1, descending=True).values
+    if not keep.any():
+        if record.added is None:
+            record.note = "every token comes after a flip of experts"
+        return record
+    if not keep.all():
+        index, x, truth = index[keep], x[keep], truth[keep]
+    error, size, bf16 = Stored.of(stored[HEAD if key == LOG_P else key], index)
+    rounding = bf16 if pair.dtype == torch.bfloat16 else None
+    if key == LOG_P:
+        error, size, rounding = error_of_log_p(error, truth.shape[1]), Norms.of(truth), one_rounding(truth)
+    bound = envelope(truth, [error], pair.dtype, size, rounding)
+    verdict = judge(x, truth, bound, pair.dtype, work.limit, size, rounding)
+    record.inherited, record.inherited_rel = verdict.ratio, verdict.rel
+    if record.added is None:
+        b, t = pair.rows[keep][verdict.worst].tolist()
+        record.cls, record.ratio_l2, record.ratio_max, record.rel = (
+            verdict.cls, verdict.ratio_l2, verdict.ratio_max, verdict.rel)  # fmt: skip
+        record.worst, record.rows, record.nan = (int(b), int(t)), int(keep.sum()), pair.nan
+        bad = verdict.ratios > work.limit
+        record.bad_rows, record.excluded = int(bad.sum()), int((~keep).sum())
+        if record.bad:
+            record.where = wrong_columns(x[bad], truth[bad], work.owners(key, x))
+        if record.bad and per_token(key):
+            b, t = pair.rows[keep][bad].unbind(1)
+            if not record.nan and (t >= _could_differ(work, key, stored)[b]).all():
+                record.cls, record.note = "not comparable", UNSAID
+    return record

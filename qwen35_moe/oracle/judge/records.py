@@ -1,0 +1,266 @@
+"""The records of a comparison. Text, JSONL and HTML are views of them; there is one verdict and one exit code."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ...errors import Qwen35Error
+from ...numerics.tap_table import base_name
+from .envelope import LIMIT, Class
+from .routing import Routing
+
+BAD = ("suspicious", "wrong")
+LITTLE = 0.01  # of an error: what explains less is no guess
+CLASSES: tuple[Class, ...] = ("bit-equal", "within rounding", "suspicious", "wrong", "not comparable", "missing")
+_BLOCKS = (
+    (r"embed_tokens", "embedding"),
+    (r"final_norm", "final_norm"),
+    (r"next_token_logits|next_token_logprobs", "head"),
+    (r"input_layernorm", "input_layernorm"),
+    (r"pre_mlp_layernorm_output", "post_attention_layernorm"),
+    (r"layer_input|layer_output_sum|pre_mlp_residual", "stream"),
+    (r"moe_|mlp_output", "mlp"),
+    (r"gdn_", "gdn"),
+    (r"attn_|rope_", "attn"),
+)
+
+
+def block_of(key: str, kind: str = "") -> str:
+    """The block that computes a tap. `kind` ("gdn" or "attn") tells whose attn_output it is."""
+    name = base_name(key)
+    block = next((b for pattern, b in _BLOCKS if re.match(pattern, name)), "other")
+    return kind if name == "attn_output" and kind else block
+
+
+Place = tuple[int | None, str]  # layer and block
+
+
+def layer_of(key: str) -> int | None:
+    found = re.match(r"layers\.(\d+)\.", key)
+    return int(found[1]) if found else None
+
+
+@dataclass
+class Record:
+    """One tap. Ratios are in units of the legal error: `added` on the engine's input, `inherited` against the truth.
+
+    `layer` is the one that computed it (of `layers.3.layer_input` layer 2) or, where nothing was rerun, the key's.
+    `suspects` of a bad one, where it was rerun, are all blocks since the engine's own values, its own among them.
+    `worst` is (sequence, token).
+    """
+
+    key: str
+    cls: Class
+    block: str
+    layer: int | None
+    added: float | None = None
+    inherited: float | None = None
+    inherited_rel: float | None = None
+    ratio_l2: float = 0.0
+    ratio_max: float = 0.0
+    rel: float = 0.0
+    worst: tuple[int, int] | None = None
+    rows: int = 0
+    bad_rows: int = 0
+    excluded: int = 0
+    nan: int = 0
+    where: str = ""  # in which columns
+    equal_to: str = ""
+    note: str = ""
+    suspects: list[Place] = field(default_factory=list)
+
+    @property
+    def bad(self) -> bool:
+        return self.cls in BAD
+
+    @property
+    def ratio(self) -> float | None:
+        """The one that decides: the added error where it is known."""
+        return self.inherited if self.added is None else self.added
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A fault, and which share of the squared error its output takes away (1: all of it; below 0: makes it worse)."""
+
+    name: str
+    explains: float
+    seen: str = ""
+    doc: str = ""
+
+
+@dataclass
+class Diagnosis:
+    """Of one block that went wrong. `named` says whether the first hypothesis explains enough to be the answer."""
+
+    layer: int | None
+    block: str
+    key: str
+    hypotheses: list[Hypothesis]
+    named: bool
+    fit: tuple[float, float, float] | None = None  # routed, gated shared, ungated shared
+    fit_left: float = 1.0
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.hypotheses[0].name if self.named else "unknown"
+
+    def __str__(self) -> str:
+        where = f"layer {self.layer}, {self.block}" if self.layer is not None else self.block
+        if not self.hypotheses:
+            return f"{where}: unknown. {self.note or 'No hypothesis could be tried'}"
+        first, rest = self.hypotheses[0], self.hypotheses[1:]
+        if self.named and self.note:
+            return f"{where}: {first.name} ({self.note}); see {first.seen}"
+        if not self.named and first.explains < LITTLE:
+            return f"{where}: unknown (no known bug explains any of it)"
+        best = f"explains {_percent(first.explains)} of the error"
+        after = f"; next best {_percent(rest[0].explains)}" if rest else ""
+        seen = f"; see {first.seen}" if first.seen and self.named else ""
+        if self.named:
+            return f"{where}: {first.name} ({best}{after}){seen}"
+        return f"{where}: unknown (the best guess, {first.name!r}, {best})"
+
+
+def _percent(share: float) -> str:
+    text = f"{100 * max(share, 0):.1f}"
+    return f"{'> 99.9' if text == '100.0' and share < 1 else text} %"
+
+
+@dataclass
+class Weight:
+    """One parameter of a dump against the checkpoint's bytes. `state`: equal, reordered (a known layout), wrong, ..."""
+
+    name: str
+    state: str
+    detail: str = ""
+
+    @property
+    def bad(self) -> bool:
+        return self.state == "wrong"
+
+    @property
+    def good(self) -> bool:
+        return self.state in ("equal", "reordered")
+
+
+@dataclass
+class Comparison:
+    """All that is known of a dump. `summary` adds up: every tap of the truth has exactly one class."""
+
+    records: list[Record] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    holes: list[str] = field(default_factory=list)
+    routing: list[Routing] = field(default_factory=list)
+    weights: list[Weight] = field(default_factory=list)
+    diagnoses: list[Diagnosis] = field(default_factory=list)
+    logits: Any = None
+    problems: list[Qwen35Error] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    limit: float = LIMIT
+    truth: str = ""
+    engine: str = ""
+    members: tuple[str, ...] = ()
+    tokens: tuple[int, int] = (0, 0)
+    layers: tuple[str, ...] = ()  # kinds
+
+    @property
+    def summary(self) -> dict[str, int]:
+        counts = Counter(record.cls for record in self.records)
+        return {cls: counts[cls] for cls in CLASSES} | {"total": len(self.records)}
+
+    @property
+    def compared(self) -> int:
+        counts = self.summary
+        return counts["total"] - counts["missing"] - counts["not comparable"]
+
+    @property
+    def first(self) -> Record | None:
+        """The first tap, in order of execution, whose own error is too large; else the first that inherited it."""
+        bad = [record for record in self.records if record.bad]
+        own = [record for record in bad if record.added is not None and record.added > self.limit]
+        return next(iter(own or bad), None)
+
+    @property
+    def diverges(self) -> bool:
+        illegal = any(r.illegal or r.nonsense for r in self.routing)
+        return any(r.bad for r in self.records) or illegal or any(w.bad for w in self.weights)
+
+    @property
+    def exit_code(self) -> int:
+        """0: all that was compared agrees; 1: something diverges; 2: it could not be compared, in part or at all."""
+        if self.diverges:
+            return 1
+        incomplete = self.summary["not comparable"] or self.holes or self.problems
+        return 2 if incomplete or not self.compared else 0
+
+    @property
+    def verdict(self) -> str:
+        counts = self.summary
+        if self.diverges:
+            record = self.first
+            if record is None:
+                wrong = next((w for w in self.weights if w.bad), None)
+                return f"DIVERGES: weight {wrong.name}" if wrong else "DIVERGES: routing"
+            places = record.suspects or [(record.layer, record.block)]
+            tap, where = f"tap {record.key}, {show(record.ratio)} x the legal error", span(places)
+            if len(places) == 1:
+                return f"DIVERGES: first at {where}, {tap}"
+            return f"DIVERGES: first seen at {tap}; made somewhere in {where}"
+        if not self.compared:
+            return "NOT COMPARED: no tap of the dump could be compared"
+        if self.exit_code == 2:
+            parts = [f"{counts['not comparable']} taps not comparable" if counts["not comparable"] else "",
+                     f"{len(self.holes)} taps dumped for other layers only" if self.holes else "",
+                     f"{len(self.problems)} problems" if self.problems else ""]  # fmt: skip
+            return f"INCOMPLETE: {', '.join(p for p in parts if p)}; {self.compared} taps agree"
+        strange = f"; {len(self.unknown)} names of the dump are unknown" if len(self.unknown) > self.compared else ""
+        return f"AGREES: {self.compared} taps within rounding{strange}"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Everything as plain dicts, one a line of the JSONL report."""
+        lines: list[dict[str, Any]] = [{"type": "run", "truth": self.truth, "engine": self.engine, "limit": self.limit,
+                                        "envelope": list(self.members), "tokens": list(self.tokens)}]  # fmt: skip
+        lines += [{"type": "tap", **asdict(r)} for r in self.records]
+        lines += [{"type": "extra", "key": key} for key in self.extra]
+        lines += [{"type": "unknown name", "key": key} for key in self.unknown]
+        lines += [{"type": "hole", "key": key} for key in self.holes]
+        for r in self.routing:
+            lines.append({"type": "routing", "layer": r.layer, "tokens": r.tokens, "agree": r.agree,
+                          "legal_flips": len(r.flips) - len(r.illegal), "illegal_flips": len(r.illegal),
+                          "nonsense": r.nonsense, "flips": [asdict(f) for f in r.flips]})  # fmt: skip
+        lines += [{"type": "weight", **asdict(w)} for w in self.weights]
+        lines += [{"type": "diagnosis", "text": str(d), "name": d.name, **asdict(d)} for d in self.diagnoses]
+        if self.logits is not None:
+            lines.append({"type": "logits", **asdict(self.logits)})
+        lines += [{"type": "problem", "text": str(p)} for p in self.problems]
+        lines += [{"type": "note", "text": note} for note in self.notes]
+        lines.append({"type": "summary", **self.summary, "extra": len(self.extra), "verdict": self.verdict,
+                      "exit_code": self.exit_code})  # fmt: skip
+        return lines
+
+
+def span(places: Sequence[Place]) -> str:
+    """The first and the last of some blocks.
+
+    >>> span([(0, "gdn"), (0, "mlp"), (1, "gdn")])
+    'layer 0, gdn, to layer 1, gdn'
+    """
+    (layer, _), (last, end) = places[0], places[-1]
+    first, other = (b if i is None else f"layer {i}, {b}" for i, b in (places[0], places[-1]))
+    return first if len(places) == 1 else f"{first} to {end}" if layer == last else f"{first}, to {other}"
+
+
+def show(ratio: float | None) -> str:
+    """A ratio in at most five characters."""
+    if ratio is None:
+        return "-"
+    if ratio != ratio or ratio == float("inf"):
+        return "inf"
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}" if ratio < 1e5 else f"{ratio:.0e}".replace("e+0", "e")

@@ -1,0 +1,89 @@
+"""Handlers that put an engine's captured values in the place of ours: its routing, or the inputs of its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ...numerics.arithmetics import current
+from ...numerics.taps import OBSERVE, REPLAY, Site
+
+ROUTING = {
+    "ids": ("moe_topk_ids",),  # which experts; the weights are our own at those ids
+    "weights": ("moe_topk_ids", "moe_topk_weights"),  # isolates the experts from the router
+    "logits": ("moe_router_logits",),  # everything after the router's product
+}
+
+
+class ReplayRouting:
+    """Repeats a captured routing. `values` maps keys ("layers.3.moe_topk_ids") to tensors of the same shape as ours."""
+
+    stage = REPLAY
+
+    def __init__(self, values: Mapping[str, Tensor], level: str = "ids"):
+        self.values, self.names = values, ROUTING[level]
+
+    def __call__(self, site: Site, x: Tensor) -> Tensor | None:
+        if site.name in self.names and site.key in self.values:
+            return self.values[site.key].reshape(x.shape).to(x)
+        return None
+
+
+# Where a rerun goes on with what the engine had. `pre_mlp_residual_sum` is what the norm reads.
+RESTARTS = (
+    "embed_tokens", "input_layernorm", "attn_output", "pre_mlp_residual_sum", "pre_mlp_layernorm_output",
+    "moe_topk_ids", "mlp_output", "final_norm",
+)  # fmt: skip
+STREAMS = {"pre_mlp_residual_sum": "pre_mlp_residual"}
+
+
+class Captured:
+    """Values of an engine by key: rows [n] of the flat [B*T] tokens, and what it had there [n, features]."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, key: str, rows: Tensor, x: Tensor) -> None:
+        self.values[key] = (rows, x)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.values
+
+    def put(self, key: str, x: Tensor, tokens: int, keep_sums: bool = False) -> Tensor:
+        """`x` with the engine's rows in the place of ours. keep_sums: only where ours does not round to theirs, so
+        that a stream that was stored rounded keeps the digits that the engine's norm saw."""
+        rows, theirs = self.values[key]
+        flat = x.reshape(tokens, -1).clone()
+        ours = flat[rows]
+        new = theirs.to(x.dtype)
+        flat[rows] = torch.where(ours.to(theirs.dtype) == theirs, ours, new) if keep_sums else new
+        return flat.view(x.shape)
+
+
+class Restart:
+    """Records what the model computed, then lets it go on with what the engine had: so every block runs on the engine's
+    own input, and an error is seen where it is made and not in all that follows.
+    """
+
+    stage = OBSERVE + 1
+
+    def __init__(self, captured: Captured, tokens: int):
+        self.captured, self.tokens = captured, tokens
+        self.seen: dict[str, Tensor] = {}
+
+    def __call__(self, site: Site, x: Tensor) -> Tensor | None:
+        if site.expert is not None or site.index is not None:
+            return None
+        self.seen.setdefault(site.key, x)
+        if site.name not in RESTARTS:
+            return None
+        stream = STREAMS.get(site.name)
+        key = site.key if stream is None else site.key.removesuffix(site.name) + stream
+        if key not in self.captured:
+            return None
+        if stream is not None:
+            dtype = current().rounding(stream)
+            self.seen.setdefault(key, x.to(dtype) if isinstance(dtype, torch.dtype) else x)
+        return self.captured.put(key, x, self.tokens, keep_sums=stream is not None)

@@ -1,0 +1,202 @@
+"""Running blocks again on the input that an engine captured: the error that each block adds, and none that it inherits.
+
+A layer is run under several arithmetics from the same values: the engine's, wherever it captured a boundary of blocks
+(`replay.RESTARTS`), or else what that arithmetic itself computed so far. One layer is held at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...model.cache import LayerState
+from ...model.rope import rotary_angles
+from ...model.text import Layer, Model
+from ...numerics.arithmetics import Arithmetic, using
+from ...numerics.taps import OBSERVE, Handler, Site, attach, scope, tap
+from ...run.fill import fill
+from ...run.load import build
+from ...run.source import Source
+from ..diagnose.faults import Fault, Place
+from .log_p import LOG_P, log_p
+from .replay import Captured, Restart
+from .split_k import splitting
+
+SMALL = 1 << 26
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Tokens:
+    """The tokens of the truth. ids, positions, mask [B, T]."""
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.ids.numel()
+
+    @property
+    def real(self) -> Tensor | None:
+        return None if bool(self.mask.all()) else self.mask.bool()
+
+
+class SharedPart:
+    """Sees what the shared expert adds to mlp_output, where it stands beside the others and where it is a slot."""
+
+    stage = OBSERVE
+
+    def __init__(self, experts: int, table: Arithmetic):
+        self.slot = experts if table.switch("moe_sum_order") == "expert" else None
+        self.value: Tensor | None = None
+
+    def __call__(self, site: Site, x: Tensor) -> None:
+        if site.name == "moe_shared_gated" or (site.name == "moe_expert_weighted" and site.index == self.slot):
+            self.value = x
+
+
+class Rerun:
+    """Reruns the parts of a checkpoint's model on captured values. `tables`: the truth's arithmetic first."""
+
+    def __init__(
+        self, source: Source, fused: Sequence[bool], tokens: Tokens, captured: Captured, tables: Sequence[Arithmetic],
+        with_log_p: bool = False,
+    ):  # fmt: skip
+        self.source, self.fused, self.tokens, self.captured = source, list(fused), tokens, captured
+        self.tables, self.with_log_p = list(tables), with_log_p
+        self.config = source.config
+        c = self.config
+        size = 24 * c.num_experts * c.moe_intermediate_size * c.hidden_size  # of one layer's experts in float64
+        self.mode = "decoded" if size < SMALL else "stream"
+        self._layers: dict[Any, Layer] = {}
+        self._index: int | None = None
+        self.models: list[Model] = []  # one a table; their layers are not used
+        self.streams: list[Tensor] = []  # one a table: what the current layer reads
+        self.before: list[Tensor] = []  # one a table: what the layer before it read
+        self.chosen: Tensor | None = None  # the experts that were chosen there
+        self.shared: Tensor | None = None  # what the shared expert adds to the first table's mlp_output [tokens, D]
+
+    def place(self, layer: int | None, expert: int = 0) -> Place:
+        return Place(self.config, self.tokens.positions, None if layer is None else frozenset({layer}), expert)
+
+    def layer(self, i: int, table: Arithmetic, source: Source, fused: bool) -> Layer:
+        """Layer i with the weights of a source, in a table's dtypes; kept while i is the current layer."""
+        if self._index != i:
+            self._index, self._layers = i, {}
+        key = (id(source), table.dtype, tuple(sorted(table.weights.items())), fused)
+        if key not in self._layers:
+            with torch.device("meta"):
+                layer = Layer(self.config, self.config.layer_types[i], fused)
+            fill(layer, f"layers.{i}", source, table, CPU, self.mode)
+            if source is not self.source:
+                return layer
+            self._layers[key] = layer
+        return self._layers[key]
+
+    @torch.inference_mode()
+    def run_layer(
+        self,
+        i: int,
+        table: Arithmetic,
+        stream_BTD: Tensor,
+        handlers: Sequence[Handler] = (),
+        source: Source | None = None,
+        fused: bool | None = None,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """What the taps of layer i held, by key, what it hands on among them, and the stream after it."""
+        layer = self.layer(i, table, source or self.source, self.fused[i] if fused is None else fused)
+        restart = Restart(self.captured, self.tokens.count)
+        real = self.tokens.real
+        with using(table), splitting(table), attach(*handlers, restart):
+            angles = rotary_angles(self.config, self.tokens.positions, stream_BTD.dtype)
+            with scope(layer=i):
+                out = layer(stream_BTD, angles, real, LayerState())
+            after = self._enter(i + 1, out)
+        restart.seen.pop(f"layers.{i}.layer_input")  # an output of the layer before
+        return restart.seen, after
+
+    def fault(
+        self,
+        i: int | None,
+        fault: Fault,
+        table: Arithmetic,
+        like: int,
+        expert: int = 0,
+        to_head: bool = False,
+    ) -> dict[str, Tensor]:
+        """What the taps of layer i would hold if it had this fault, under a table that starts where `like` of ours did.
+        to_head: what those after the last layer would hold, which may be layer i."""
+        place = self.place(i, expert)
+        source, table = fault.source(self.source, place), fault.arithmetic(table)
+        if i is None:
+            model = build(source, table, self.fused, CPU, "stream")
+            return self.head(model, self.streams[like], fault.handlers(place))
+        stream = (self.before if to_head else self.streams)[like]
+        taps, after = self.run_layer(i, table, stream, fault.handlers(place), source, fault.fused or None)
+        return self.head(self.models[like], after, table=table) if to_head else taps
+
+    @torch.inference_mode()
+    def __iter__(self) -> Iterator[tuple[int | None, list[dict[str, Tensor]]]]:
+        """(layer, one dict of taps a table) in order of execution: None (embedding), 0, 1, ..., None (norm and head).
+
+        What layer i hands on is among its own taps, under the names that the next layer gives to it.
+        """
+        tokens = self.tokens
+        self.models = [build(self.source, table, self.fused, CPU, "stream") for table in self.tables]
+        seen, self.streams = [], []
+        for table, model in zip(self.tables, self.models, strict=True):
+            restart = Restart(self.captured, tokens.count)
+            with using(table), attach(restart):
+                self.streams.append(self._enter(0, tap("embed_tokens", model.embed_tokens(tokens.ids))))
+            seen.append(restart.seen)
+        yield None, seen
+        for i in range(self.config.num_hidden_layers):
+            seen, after = [], []
+            part = SharedPart(self.config.num_experts, self.tables[0])
+            for table, stream in zip(self.tables, self.streams, strict=True):
+                taps, out = self.run_layer(i, table, stream, () if seen else (part,))
+                seen.append(taps)
+                after.append(out)
+            self.shared = part.value
+            yield i, seen
+            self.before, self.streams, self.chosen = self.streams, after, seen[0][f"layers.{i}.moe_topk_ids"]
+        yield None, [self.head(model, stream) for model, stream in zip(self.models, self.streams, strict=True)]
+
+    def taps(self, i: int | None, tables: Sequence[tuple[int, Arithmetic]]) -> list[dict[str, Tensor]]:
+        """What the taps of layer i (None: after the last) held under more tables, each run from where one of ours
+        started, by index. With nothing captured, what comes after the last layer is what a whole run makes."""
+        if i is None and not self.captured.values:
+            more = [table for _, table in tables]
+            return list(Rerun(self.source, self.fused, self.tokens, self.captured, more, self.with_log_p))[-1][1]
+        if i is None:
+            return [self.head(self.models[like], self.streams[like], table=table) for like, table in tables]
+        return [self.run_layer(i, table, self.streams[like])[0] for like, table in tables]
+
+    @torch.inference_mode()
+    def head(
+        self, model: Model, stream_BTD: Tensor, handlers: Sequence[Handler] = (), table: Arithmetic | None = None
+    ) -> dict[str, Tensor]:
+        """What the taps after the last layer held."""
+        restart, table = Restart(self.captured, self.tokens.count), table or model.arithmetic
+        with using(table), splitting(table), attach(*handlers, restart):
+            model.lm_head("next_token_logits", model.norm(stream_BTD))
+        if self.with_log_p:
+            restart.seen[LOG_P] = log_p(restart.seen["next_token_logits"])
+        return restart.seen
+
+    def _enter(self, i: int, stream: Tensor) -> Tensor:
+        """The stream that layer i reads: the engine's, where it captured it on either side of the boundary."""
+        keys = [f"layers.{i}.layer_input", f"layers.{i - 1}.layer_output_sum"]
+        if i < self.config.num_hidden_layers:
+            with scope(layer=i):
+                tap("layer_input", stream)
+        for key in keys:
+            if key in self.captured:
+                return self.captured.put(key, stream, self.tokens.count, keep_sums=True)
+        return stream

@@ -1,0 +1,83 @@
+"""Products as kernels form them: split along the inner dimension, in any order, partial sums rounded.
+
+Workgroups that share an inner dimension (split-K), ranks of tensor parallelism and atomic additions all make partial
+sums, store them in the engine's dtype, and add them in an order that nobody promises. Products of two activations (of
+DeltaNet's chunks) take their operands in that dtype, as tensor cores do. No tap sees any of this, so no table of
+roundings can say it; an arithmetic says it by the end of its name:
+
+    sglang-bf16/split-4       each product in 4 parts, added in fp32
+    sglang-bf16/split-4.7     the same, with the inner dimension in the seventh random order, and for odd numbers with
+                              a running sum that is rounded after each part (an all-reduce in bf16)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ...numerics.arithmetics import Arithmetic
+
+PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+_SPLIT = re.compile(r"/split-(\d+)(?:\.(\d+))?$")
+
+
+class SplitK(TorchFunctionMode):
+    """Linear layers as sums of `parts` products over a share of the inner dimension each, `@` with rounded operands.
+    Float64 is left alone.
+
+    order      the inner dimension is permuted at random, by this seed (None: left as it is)
+    running    the running sum is rounded too, after each part
+    """
+
+    def __init__(self, parts: int = 2, dtype: torch.dtype = torch.bfloat16, order: int | None = None,
+                 running: bool = False):  # fmt: skip
+        super().__init__()
+        self.parts, self.dtype, self.order, self.running = parts, dtype, order, running
+
+    def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if f in PRODUCTS and args[0].dtype == torch.float32:
+            return f(*(x.to(self.dtype).to(torch.float32) for x in args))
+        if f is not torch.nn.functional.linear or args[0].dtype == torch.float64:
+            return f(*args, **(kwargs or {}))
+        x, weight = args[0], args[1]
+        shares = zip(self._shares(x), self._shares(weight), strict=True)
+        parts = (f(a, b).to(self.dtype) for a, b in shares)
+        total = next(parts).to(torch.float32)
+        for part in parts:
+            total = total + part
+            total = total.to(self.dtype).to(torch.float32) if self.running else total
+        return total.to(x.dtype)
+
+    def _shares(self, x: Tensor) -> Sequence[Tensor]:
+        if self.order is not None:
+            generator = torch.Generator().manual_seed(self.order)
+            x = x[..., torch.randperm(x.shape[-1], generator=generator)]
+        return x.chunk(self.parts, -1)
+
+
+def split(table: Arithmetic, parts: int, order: int | None = None) -> Arithmetic:
+    """An arithmetic with all its products split."""
+    seed = "" if order is None else f".{order}"
+    return replace(table, name=f"{table.name}/split-{parts}{seed}", doc=f"{table.name}, products split in {parts}.")
+
+
+def splitting(table: Arithmetic) -> AbstractContextManager[Any]:
+    """The mode in which an arithmetic's products are formed."""
+    found = _SPLIT.search(table.name)
+    if found is None:
+        return nullcontext()
+    order = None if found[2] is None else int(found[2])
+    return SplitK(int(found[1]), table.dtype, order, order is not None and order % 2 == 1)
+
+
+def samples(tables: Sequence[Arithmetic], count: int) -> list[Arithmetic]:
+    """More of what is legal: the tables in turn, split in 2, 4 and 8 parts, each in an order of its own."""
+    rounds = (divmod(i, len(tables)) for i in range(count))
+    return [split(tables[i], (2, 4, 8)[turn % 3], turn * (len(tables) + 1) + i) for turn, i in rounds]

@@ -1,0 +1,61 @@
+"""Which blocks may have made the error that a tap shows: those that ran since the engine's own values were put in.
+
+Where a dump has every boundary, that is the tap's own block. Where it has some layers or some taps only, an error may
+come from any block since the last captured value: of the residual stream for a sum, of its norm's output for a block.
+What another tap shows to be right is no suspect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ...numerics.tap_table import base_name
+from .records import Place, Record
+from .replay import Captured
+
+RESIDUAL = "pre_mlp_residual"
+
+
+def suspects(captured: Captured, kinds: Sequence[str]) -> dict[Place, list[Place]]:
+    """(layer, block) -> (layer, block) of all that may have made an error there, in order of execution.
+
+    The two sums of a layer stand under RESIDUAL and "stream".
+    """
+    found: dict[Place, list[Place]] = {}
+
+    def through(before: list[Place], layer: int | None, *steps: tuple[str, str]) -> list[Place]:
+        for block, output in steps:
+            before = found[layer, block] = [*before, (layer, block)]
+            if output in captured:
+                before = []
+        return before
+
+    stream = found[None, "stream"] = through([], None, ("embedding", "embed_tokens"))
+    for i, kind in enumerate(kinds):
+        at = f"layers.{i}."
+        if f"{at}layer_input" in captured:
+            stream = []
+        added = through(stream, i, ("input_layernorm", f"{at}input_layernorm"), (kind, f"{at}attn_output"))
+        stream = found[i, RESIDUAL] = list(dict.fromkeys([*stream, *added]))
+        if at + RESIDUAL in captured:
+            stream = []
+        norm = ("post_attention_layernorm", f"{at}pre_mlp_layernorm_output")
+        added = through(stream, i, norm, ("mlp", f"{at}mlp_output"))
+        stream = found[i, "stream"] = list(dict.fromkeys([*stream, *added]))
+        if f"{at}layer_output_sum" in captured:
+            stream = []
+    through(stream, None, ("final_norm", "final_norm"), ("head", ""))
+    return found
+
+
+def accuse(records: Sequence[Record], found: Mapping[Place, list[Place]], cleared: set[Place]) -> None:
+    """Say of the bad records of a layer who is suspect. `cleared` are the blocks that good ones, from the embedding on,
+    saw the output of: all but their own, of which a tap sees a part. Ids agree in spite of many an error."""
+    names = {r.key: (r.layer, RESIDUAL if base_name(r.key).startswith(RESIDUAL) else r.block) for r in records}
+    for r in records:
+        blind = r.key.endswith((".gain", "_ids"))  # a gain is made of weights alone
+        if r.cls in ("bit-equal", "within rounding") and not blind:
+            cleared.update(found.get(names[r.key], [])[:-1])
+    for r in records:
+        if r.bad and not r.key.endswith(".gain"):
+            r.suspects = [place for place in found.get(names[r.key], []) if place not in cleared]

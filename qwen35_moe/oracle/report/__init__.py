@@ -1,0 +1,1 @@
+"""A comparison as text, as JSON lines and as a page."""

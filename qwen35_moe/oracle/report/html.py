@@ -1,0 +1,212 @@
+"""A comparison as one page of HTML: no scripts, no network, readable without colour."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from ...numerics.tap_table import base_name
+from ..judge.records import Comparison, Record, show
+from .text import SYMBOLS, broken, fold, grid, short, weights_line, worst
+
+STYLE = """
+:root{--ink:#1b1f24;--soft:#5d6670;--line:#d8dde3;--paper:#fff;--wash:#f5f7f9;--bad:#b3261e;--good:#1a6b3c}
+*{box-sizing:border-box}
+body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:var(--ink);background:var(--wash);margin:0}
+main{max-width:1320px;margin:0 auto;padding:28px 24px 60px}
+h1{font-size:15px;font-weight:600;color:var(--soft);margin:0 0 10px}h2{font-size:17px;margin:34px 0 10px}
+section,.verdict{background:var(--paper);border:1px solid var(--line);border-radius:8px;padding:16px 20px}
+section{overflow-x:auto}
+.verdict{border-left:8px solid var(--good)}.verdict.bad{border-left-color:var(--bad)}
+.verdict b{font-size:21px;display:block;overflow-wrap:anywhere}
+.verdict p{margin:4px 0 0;color:var(--soft)}
+table{border-collapse:separate;border-spacing:2px;font-variant-numeric:tabular-nums}
+th{font-weight:500;color:var(--soft);text-align:right;padding:2px 8px;font-size:13px;white-space:nowrap}
+td.c{text-align:right;padding:2px 1px 2px 3px;border:2px solid transparent;border-radius:4px;white-space:nowrap}
+td.c,.heat th{font-size:12px}td.c i{font-style:normal;font-weight:700;display:inline-block;width:1em;text-align:center}
+.heat th{padding:2px 3px;vertical-align:bottom}.heat th:first-child{position:sticky;left:0;background:var(--paper)}
+td.suspicious{background-image:repeating-linear-gradient(45deg,#0000 0 12px,#0001 12px 14px)}
+td.wrong{background-image:repeating-linear-gradient(45deg,#0000 0 6px,#0001 6px 8px);font-weight:700}
+td.first{border-color:#000}
+.key span{display:inline-block;padding:2px 9px;margin:0 8px 6px 0;border-radius:4px;font-size:13px}
+.bar{height:14px;background:#456b9c;border-radius:3px;display:block;min-width:1px}
+.plain td{padding:3px 14px 3px 0;vertical-align:top}.num{text-align:right;white-space:nowrap}
+.plain th:first-child{text-align:left;padding-left:0}
+dl{display:grid;grid-template-columns:130px 1fr;gap:4px 12px;margin:0}
+dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
+details{margin-top:8px}summary{cursor:pointer}code{font-size:13px;overflow-wrap:anywhere}
+svg text{font:12px system-ui,sans-serif;fill:#5d6670}
+"""
+# From bit-equal to wrong: light to dark in grey too.
+COLOURS = {"bit-equal": "#eef3f8", "within rounding": "#d5e5f2", "suspicious": "#f6d58b", "wrong": "#ee9a80",
+           "not comparable": "#e4e4e4"}  # fmt: skip
+
+
+def html(result: Comparison, title: str = "qwen35-moe compare") -> str:
+    """The page."""
+    bad = result.exit_code != 0
+    mark = "&#10007;" if bad else "&#10003;"
+    where = worst(result.first) if result.first else ""
+    parts = [f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+             f"<title>{escape(title)}</title><style>{STYLE}</style><main><h1>{escape(title)}</h1>",
+             f'<div class="verdict{" bad" if bad else ""}"><b>{mark} {escape(result.verdict)}</b>',
+             *(f"<p>{escape(str(d))}</p>" for d in result.diagnoses[:1]), f"<p>{escape(where)}</p></div>"]  # fmt: skip
+    parts += [part(result) for part in (_diagnoses, _heat, _growth, _routing, _rest, _facts)]
+    return "".join(parts) + "</main></html>\n"
+
+
+def _bar(share: float) -> str:
+    return f'<span class="bar" style="width:{220 * max(min(share, 1), 0):.0f}px"></span>'
+
+
+def _diagnoses(result: Comparison) -> str:
+    out = []
+    for d in result.diagnoses:
+        rows = "".join(
+            f'<tr><td>{escape(h.name)}</td><td class="num">{100 * max(h.explains, 0):.1f} %</td>'
+            f"<td>{_bar(h.explains)}</td>"
+            f"<td>{escape(h.doc)}</td><td>{escape(h.seen)}</td></tr>"
+            for h in d.hypotheses[:6]
+        )
+        fit = ""
+        if d.fit:
+            a, b, c = d.fit
+            fit = (f"<p>Least squares: engine = {a:.3f} routed + {b:.3f} gated shared + {c:.3f} ungated shared, "
+                   f"{100 * d.fit_left:.2g} % of the error left.</p>")  # fmt: skip
+        head = "<tr><th>hypothesis</th><th>explains</th><th></th><th></th><th>see</th></tr>"
+        out.append(f"<h2>Diagnosis</h2><section><p><b>{escape(str(d))}</b></p>"
+                   f'<table class="plain">{head}{rows}</table>{fit}</section>')  # fmt: skip
+    return "".join(out)
+
+
+def _heat(result: Comparison) -> str:
+    layers, taps, cells = grid(result)
+    if not layers:
+        return ""
+    key = "".join(f'<span style="background-color:{colour}">{SYMBOLS[c]} {c}</span>' for c, colour in COLOURS.items())
+    head = "".join(f'<th title="{t}">{escape(short(t)).replace("_", "<br>")}</th>' for t in taps)
+    rows = []
+    for layer in layers:
+        kind = result.layers[layer] if layer < len(result.layers) else ""
+        row = "".join(_cell(cells.get((layer, t)), result.first) for t in taps)
+        rows.append(f"<tr><th>{layer} {kind}</th>{row}</tr>")
+    what = "added by each block on the engine's own input" if result.layers else "inherited from all layers before"
+    return (f"<h2>Errors {what}, in units of the legal error (limit {result.limit:g})</h2><section>"
+            f'<div class="key">{key}<span>&#9655; first divergence</span></div>'
+            f'<table class="heat"><tr><th>layer</th>{head}</tr>{"".join(rows)}</table></section>')  # fmt: skip
+
+
+def _cell(r: Record | None, first: Record | None) -> str:
+    if r is None:
+        return "<td></td>"
+    where = f", worst at sequence {r.worst[0]} token {r.worst[1]}" if r.worst else ""
+    title = escape(f"{r.key}: {r.cls}{where}. {r.equal_to and 'equal to ' + r.equal_to} {r.note}".strip(), quote=True)
+    mark = "&#9655; " if r is first else ""
+    kind = f"c {r.cls.split()[0]}{' first' if r is first else ''}"
+    return (f'<td class="{kind}" style="background-color:{COLOURS[r.cls]}" '
+            f'title="{title}">{mark}{show(r.ratio)} <i>{SYMBOLS[r.cls]}</i></td>')  # fmt: skip
+
+
+def _growth(result: Comparison) -> str:
+    """Relative error of the stream by layer, and of what each layer's blocks add."""
+    streams = [(int(r.key.split(".")[1]), r.inherited_rel) for r in result.records
+               if base_name(r.key) in ("layer_input", "layer_output_sum") and r.inherited_rel]  # fmt: skip
+    blocks: dict[int, float] = {}
+    for r in result.records:
+        if (
+            base_name(r.key) in ("attn_output", "mlp_output")
+            and r.layer is not None
+            and r.added is not None
+            and r.rel > 0
+        ):
+            blocks[r.layer] = max(blocks.get(r.layer, 0), r.rel)
+    lines = {"stream, against the truth (inherited)": sorted(dict(streams).items()),
+             "blocks, on the engine's input (added)": sorted(blocks.items())}  # fmt: skip
+    values = [v for points in lines.values() for _, v in points if math.isfinite(v) and v > 0]
+    if len(values) < 2:
+        return ""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
+    last = max(x for points in lines.values() for x, _ in points)
+    W, H, left, top = 860, 220, 60, 12
+
+    def at(x: float, v: float) -> tuple[float, float]:
+        height = (math.log10(min(max(v, 10**low), 10**high)) - low) / max(high - low, 1)
+        return left + (W - left - 20) * x / max(last, 1), top + (H - top - 30) * (1 - height)
+
+    svg = [f'<svg viewBox="0 0 {W} {H}" width="100%" role="img" aria-label="error by layer">']
+    for p in range(low, high + 1):
+        y = at(0, 10.0**p)[1]
+        svg.append(f'<line x1="{left}" x2="{W - 20}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d8dde3"/>'
+                   f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">1e{p}</text>')  # fmt: skip
+    for layer in range(0, last + 1, max(1, last // 12)):
+        svg.append(f'<text x="{at(layer, 1)[0]:.1f}" y="{H - 8}" text-anchor="middle">{layer}</text>')
+    styles = (("#2b5c94", "", "circle"), ("#a8501f", "6 4", "rect"))
+    for (_, points), (colour, dash, shape) in zip(lines.items(), styles, strict=True):
+        xy = [at(x, v) for x, v in points if math.isfinite(v)]
+        svg.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}" '
+                   f'points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in xy)}"/>')  # fmt: skip
+        for x, y in xy:
+            svg.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' if shape == "circle" else
+                       f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8" fill="{colour}"/>')  # fmt: skip
+    legend = " &nbsp; ".join(f'<span style="color:{c}">{"&#9679;&mdash;" if s == "circle" else "&#9632;- -"} {n}</span>'
+                             for n, (c, _, s) in zip(lines, styles, strict=True))  # fmt: skip
+    return f"<h2>Relative error by layer</h2><section><p>{legend}</p>{''.join(svg)}</svg></section>"
+
+
+def _routing(result: Comparison) -> str:
+    if not result.routing:
+        return ""
+    rows = []
+    for r in result.routing:
+        flip = max(r.flips, key=lambda f: f.margin - f.noise, default=None)
+        detail = f"largest margin {flip.margin:.2g}, noise {flip.noise:.2g}" if flip else ""
+        legal = len(r.flips) - len(r.illegal)
+        rows.append(f'<tr><td class="num">{r.layer}</td><td class="num">{r.agree} of {r.tokens}</td>'
+                    f"<td>{_bar(r.agree / max(r.tokens, 1))}</td>"
+                    f'<td class="num">{legal}</td><td class="num">{len(r.illegal) + r.nonsense}</td>'
+                    f"<td>{detail}</td></tr>")  # fmt: skip
+    head = "<tr><th>layer</th><th>agree</th><th></th><th>legal flips</th><th>illegal</th><th></th></tr>"
+    return f'<h2>Routing</h2><section><table class="plain">{head}{"".join(rows)}</table></section>'
+
+
+def _rest(result: Comparison) -> str:
+    rows = "".join(
+        f"<tr><td><code>{escape(r.key)}</code></td>{_cell(r, result.first)}<td>{show(r.inherited)} inherited</td>"
+        f"<td>{escape(r.note)}</td></tr>"
+        for r in result.records if not r.key.startswith("layers.") and r.cls != "missing"
+    )  # fmt: skip
+    out = f"<h2>Outside of the layers</h2><section><table>{rows}</table>" if rows else "<section>"
+    if (x := result.logits) is not None:
+        legal = "" if x.legal_flips is None else f", {x.legal_flips} of {x.flips} flips within noise"
+        out += (f"<p>KL divergence mean {x.kl_mean:.2g}, max {x.kl_max:.2g} nat. Same best token {100 * x.top1:.1f} %"
+                f"{legal}; top-5 overlap {100 * x.top5:.1f} %. Change of log p: rms {x.delta_log_p_rms:.2g}, largest "
+                f"{x.delta_log_p_max:.2g}.</p>")  # fmt: skip
+    wrong = [w for w in result.weights if w.bad]
+    if result.weights:
+        out += f"<p>Dumped weights: {weights_line(result)}.</p>"
+        out += "".join(f"<p>&#10007; <code>{escape(w.name)}</code>: {escape(w.detail)}</p>" for w in wrong[:20])
+    return out + "</section>"
+
+
+def _facts(result: Comparison) -> str:
+    counts = result.summary
+    taps = ", ".join(f"{n} {c}" for c, n in counts.items() if n and c != "total")
+    facts = {"truth": result.truth, "engine": result.engine, "tokens": "{} of {}".format(*result.tokens),
+             "envelope": ", ".join(result.members), "limit": f"{result.limit:g}",
+             "taps": f"{taps}: {counts['total']} in all",
+             **{f"note {i + 1}": note for i, note in enumerate(result.notes)},
+             **{f"problem {i + 1}": str(p) for i, p in enumerate(result.problems)}}  # fmt: skip
+    out = "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"
+    for name, keys in (("missing in the dump", [r.key for r in result.records if r.cls == "missing"]),
+                       ("in the dump only", result.extra), ("names without meaning", result.unknown),
+                       ("dumped for other layers only", result.holes)):  # fmt: skip
+        if keys:
+            out += _folded(f"{len(keys)} {name}", keys)
+    for reason, keys in broken(result).items():
+        out += _folded(f"{len(keys)} not comparable: {reason}", keys)
+    return f"<h2>What was compared</h2><section>{out}</section>"
+
+
+def _folded(summary: str, keys: Sequence[str]) -> str:
+    return f"<details><summary>{escape(summary)}</summary><code>{escape(', '.join(fold(keys)))}</code></details>"

@@ -1,0 +1,212 @@
+"""A comparison as text that fits a terminal, and as JSONL."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from ...numerics.tap_table import base_name
+from ...run.files import whole
+from ..judge.records import CLASSES, Comparison, Record, show
+
+SYMBOLS = {"bit-equal": "=", "within rounding": ".", "suspicious": "?", "wrong": "X", "not comparable": "!"}
+SHORT = {
+    "embed_tokens": "embed", "layer_input": "input", "input_layernorm": "norm1", "attn_output": "mixer",
+    "pre_mlp_residual": "resid", "pre_mlp_layernorm_output": "norm2", "moe_router_logits": "router",
+    "moe_topk_ids": "ids", "moe_topk_weights": "weight", "mlp_output": "mlp", "layer_output_sum": "output",
+    "moe_shared_output": "shared", "moe_shared_gated": "sh.gtd", "moe_shared_gate": "shgate",
+    "moe_routed_output": "routed", "moe_slot_ids": "slots", "moe_slot_weights": "sl.wgt",
+    "gdn_state": "state", "gdn_core_out": "core", "final_norm": "norm", "next_token_logits": "logits",
+}  # fmt: skip
+
+LAYER = re.compile(r"layers\.\d+\.")
+QUIET = 8
+
+
+def short(tap: str) -> str:
+    return SHORT.get(tap, tap.removeprefix("moe_").removeprefix("gdn_"))
+
+
+def grid(result: Comparison) -> tuple[list[int], list[str], dict[tuple[int, str], Record]]:
+    """Layers, taps that were looked at, and their records. `layer_input` stands with the layer that reads it."""
+    cells = {}
+    for r in result.records:
+        if r.key.startswith("layers.") and r.cls != "missing":
+            cells[int(r.key.split(".")[1]), base_name(r.key)] = r
+    layers = sorted({layer for layer, _ in cells})
+    order = {base_name(r.key): i for i, r in reversed(list(enumerate(result.records)))}
+    return layers, sorted({tap for _, tap in cells}, key=order.__getitem__), cells
+
+
+def worst(first: Record) -> str:
+    """Where a tap is worst, and in how many rows it is bad."""
+    where = f"worst row: sequence {first.worst[0]}, token {first.worst[1]}; " if first.worst else ""
+    columns = f", {first.where}" if first.where else ""
+    return f"{where}{first.bad_rows} of {first.rows} rows beyond the limit{columns}; relative error {first.rel:.2g}"
+
+
+def text(result: Comparison, width: int = 80) -> str:
+    """The whole report; no line is longer than `width`."""
+    lines: list[str] = []
+
+    def say(label: str, value: str) -> None:
+        lines.extend(textwrap.wrap(f"{label:<9}{value}", width, subsequent_indent=" " * 9) or [""])
+
+    say("truth", result.truth)
+    say("engine", f"{result.engine}; {result.tokens[0]} of {result.tokens[1]} tokens")
+    say("limit", f"{result.limit:g} x the largest error of {', '.join(result.members)}, or of one rounding")
+    lines.append("")
+    lines += textwrap.wrap(result.verdict, width)
+    if result.first:
+        lines += textwrap.wrap(worst(result.first), width, initial_indent="  ", subsequent_indent="  ")
+    for d in result.diagnoses:
+        lines += ["", *textwrap.wrap(str(d), width, subsequent_indent="  ")]
+        if d.fit and d.fit_left < 0.2:
+            a, b, c = d.fit
+            fit = f"fit: {a:.3f} routed + {b:.3f} gated shared + {c:.3f} ungated shared, {100 * d.fit_left:.2g} % left"
+            lines += textwrap.wrap(fit, width, initial_indent="  ", subsequent_indent="  ")
+    lines += ["", *_heat(result, width)]
+    rest = [r for r in result.records if not r.key.startswith("layers.") and r.cls != "missing"]
+    for r in rest:
+        note = f" ({r.note})" if r.note else ""
+        say(SHORT.get(r.key, r.key)[:8], f"{r.cls}, {show(r.added)} x added, {show(r.inherited)} x inherited{note}")
+    lines.append("")
+    if result.routing:
+        total, agree = sum(r.tokens for r in result.routing), sum(r.agree for r in result.routing)
+        illegal, flips = sum(len(r.illegal) for r in result.routing), sum(len(r.flips) for r in result.routing)
+        nonsense = sum(r.nonsense for r in result.routing)
+        more = f", {nonsense} with ids that are repeated or no expert's" if nonsense else ""
+        say(
+            "routing",
+            f"{agree} of {total} sets of experts agree; {flips - illegal} legal flips, {illegal} illegal{more}",
+        )
+    if (x := result.logits) is not None:
+        legal = "" if x.legal_flips is None or not x.flips else f" ({x.legal_flips} of {x.flips} flips within noise)"
+        say("logits", f"KL mean {x.kl_mean:.2g}, max {x.kl_max:.2g}; top-1 {100 * x.top1:.1f} %{legal}, "
+                      f"top-5 {100 * x.top5:.1f} %; delta log p rms {x.delta_log_p_rms:.2g}")  # fmt: skip
+    if result.weights:
+        wrong = [w for w in result.weights if w.bad]
+        say("weights", weights_line(result))
+        for w in wrong[:8]:
+            say("", f"X {w.name}: {w.detail}")
+    counts = result.summary
+    found = ", ".join(f"{n} {c}" for c, n in counts.items() if c != "total" and n)
+    say("taps", f"{found}: {counts['total']} in all")
+    for label, keys in (("missing", [r.key for r in result.records if r.cls == "missing"]), ("extra", result.extra),
+                        ("unknown", result.unknown), ("holes", result.holes),
+                        ("NaN in", [f"{r.key} ({r.nan} rows)" for r in result.records if r.nan])):  # fmt: skip
+        if keys:
+            say(label, _some(keys))
+    for reason, keys in broken(result).items():
+        say("broken", f"{_some(keys)}: {reason}")
+    for problem in result.problems:
+        say("problem", " ".join(str(problem).split()))
+    for note in result.notes:
+        say("note", note)
+    return "\n".join(line[:width] for line in lines)
+
+
+def weights_line(result: Comparison) -> str:
+    """How many of the dumped weights are right, and how many nobody looked at."""
+    good, bad = sum(w.good for w in result.weights), sum(w.bad for w in result.weights)
+    rest = len(result.weights) - good - bad
+    others = f"; {rest} not compared (one rank's shares, or not in the checkpoint)" if rest else ""
+    return f"{good} of {len(result.weights)} as the checkpoint has them, {bad} wrong{others}"
+
+
+def broken(result: Comparison) -> dict[str, list[str]]:
+    """Why taps could not be compared, and which."""
+    found: dict[str, list[str]] = {}
+    for r in result.records:
+        if r.cls == "not comparable":
+            found.setdefault(" ".join(r.note.split()), []).append(r.key)
+    return found
+
+
+def fold(keys: Iterable[str]) -> list[str]:
+    """One name for a tap of many layers: `layers.*.gdn_q (3)`."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        name = f"layers.*.{base_name(key)}" if key.startswith("layers.") else LAYER.sub("layers.*.", key)
+        found.setdefault(name, []).append(key)
+    return [all_[0] if len(all_) == 1 else f"{name} ({len(all_)})" for name, all_ in found.items()]
+
+
+def _some(keys: Sequence[str]) -> str:
+    folded = fold(keys)
+    return f"{len(keys)}: {', '.join(folded[:10])}{', ...' if len(folded) > 10 else ''}"
+
+
+def _heat(result: Comparison, width: int) -> list[str]:
+    layers, taps, cells = grid(result)
+    if not layers:
+        return []
+    lines = ["ratio of each tap: = bit-equal, . within rounding, ? suspicious, X wrong,"[:width],
+             "! not comparable; > marks the first divergence"]  # fmt: skip
+    rows = _quiet_as_one(layers, cells)
+    if len(rows) < len(layers):
+        lines += ["a range of layers with nothing to see: the largest ratio in it"]
+    room = max(1, (width - 9) // 8)
+    for start in range(0, len(taps), room):
+        part = taps[start : start + room]
+        lines += ["", *_head([short(t).split("_") for t in part])]
+        for row in rows:
+            kind = result.layers[row[0]] if row[0] < len(result.layers) else ""
+            label = f"{row[0]:>3} {kind}" if len(row) == 1 else f"{row[0]:>3}-{row[-1]}"
+            line = "".join(_cell(_largest(cells, row, tap), result.first) for tap in part)
+            lines.append(f"{label:<9}{line}".rstrip())
+    return [*lines, ""]
+
+
+def _quiet_as_one(layers: Sequence[int], cells: Mapping[tuple[int, str], Record]) -> list[list[int]]:
+    """Rows of layers: one each, but for QUIET and more in a row that are fine and have no bad neighbour."""
+    loud = {layer for (layer, _), r in cells.items() if r.cls not in ("bit-equal", "within rounding")}
+    rows: list[list[int]] = []
+    for near, run in groupby(layers, key=lambda i: not loud.isdisjoint((i - 1, i, i + 1))):
+        some = list(run)
+        rows += [[i] for i in some] if near or len(some) < QUIET else [some]
+    return rows
+
+
+def _largest(cells: Mapping[tuple[int, str], Record], row: Sequence[int], tap: str) -> Record | None:
+    found = [cells[i, tap] for i in row if (i, tap) in cells]
+    return max(found, key=lambda r: (CLASSES.index(r.cls), r.ratio or 0.0), default=None)
+
+
+def _head(names: list[list[str]]) -> list[str]:
+    """Names of columns, a word a line, the last ones beside "layer"."""
+    depth = max(map(len, names))
+    words = [[""] * (depth - len(name)) + name for name in names]
+    lines = ["".join(f"{name[i][:7]:>7} " for name in words) for i in range(depth)]
+    return [*(f"{'':9}{line}".rstrip() for line in lines[:-1]), f"layer    {lines[-1]}".rstrip()]
+
+
+def _cell(record: Record | None, first: Record | None) -> str:
+    if record is None:
+        return " " * 8
+    mark = ">" if record is first else " "
+    return f"{mark}{show(record.ratio):>6}{SYMBOLS[record.cls]}"
+
+
+def jsonl(result: Comparison) -> str:
+    """One JSON object a line; `type` says what it is. Infinity and NaN are strings."""
+    return "\n".join(json.dumps(_plain(row)) for row in result.rows()) + "\n"
+
+
+def _plain(x: object) -> object:
+    if isinstance(x, float) and not math.isfinite(x):
+        return str(x)
+    if isinstance(x, dict):
+        return {str(k): _plain(v) for k, v in x.items()}
+    return [_plain(v) for v in x] if isinstance(x, list | tuple) else x
+
+
+def write(path: str | Path, content: str) -> None:
+    """Complete or not at all."""
+    with whole(Path(path)) as temporary:
+        temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # of paths that are not UTF-8

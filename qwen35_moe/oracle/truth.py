@@ -1,0 +1,86 @@
+"""The truth that a dump is compared with: traced for given ids, or for the tokens that a dump says it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import Qwen35Error
+from ..model.text import Model
+from ..run.load import load
+from ..run.prompt import padded
+from ..run.source import Source
+from ..trace.file import Trace
+from ..trace.recorder import trace
+from .dumps.dump import Dump
+from .dumps.match import runs
+from .judge.envelope import legal
+from .judge.envelope_file import with_ids, write_envelope
+
+
+@dataclass
+class Loaded:
+    source: Source
+    fused: list[bool]
+
+
+def open_checkpoint(
+    path: str | Path, shared_expert: str = "unfused", arithmetic: str = "exact"
+) -> tuple[Model, Loaded]:
+    """A streamed model of a checkpoint, its weights, and which layers fuse the shared expert."""
+    model = load(path, arithmetic, shared_expert, mode="stream", text_only=True)
+    return model, Loaded(model.source, [layer.mlp.fused for layer in model.layers.empty])  # type: ignore[union-attr]
+
+
+def write_truth(
+    checkpoint: str | Path, ids: Tensor, mask: Tensor | None, out: str | Path, arithmetic: str = "exact",
+    shared_expert: str = "unfused", taps: str = "*", with_envelope: bool = True,
+) -> Trace:  # fmt: skip
+    """Trace a checkpoint to a directory, layer by layer, and beside it the envelope."""
+    model, loaded = open_checkpoint(checkpoint, shared_expert, arithmetic)
+    meta = {"checkpoint": {**(model.identity or {}), "path": str(Path(checkpoint).resolve())}, "fused": loaded.fused}
+    taps = with_ids(taps) if with_envelope else taps
+    truth = trace(model, ids, taps=taps, attention_mask=mask, out=out, meta=meta)
+    if with_envelope:
+        write_envelope(truth, _legal_models(checkpoint, shared_expert, arithmetic))
+    return truth
+
+
+def _legal_models(path: str | Path, shared_expert: str, arithmetic: str) -> Iterator[Model]:
+    for table in legal(arithmetic):
+        yield load(path, table, shared_expert, mode="stream", text_only=True)
+
+
+def truth_of(dump: Dump) -> tuple[Tensor, Tensor | None]:
+    """The sequences that a dump holds: ids [B, T] and mask, joined over its steps."""
+    rows: list[list[Tensor]] = []
+    owner: dict[Any, int] = {}
+    for step in dump.steps:
+        tokens = dump.tokens.get(step)
+        if tokens is None or tokens.ids is None:
+            continue
+        for run, start, request in runs(tokens):
+            length = [sum(len(part) for part in row) for row in rows]
+            known = owner.get(request) if request is not None else None
+            if start in (0, None):
+                known = None
+            elif known is None or length[known] != start:
+                known = next((b for b, n in enumerate(length) if n == start), None)
+            if known is None:
+                if start not in (0, None):
+                    continue  # a cached prefix, whose ids the dump does not hold
+                known, rows = len(rows), [*rows, []]
+            rows[known].append(tokens.ids[run])
+            if request is not None:
+                owner[request] = known
+    if not rows:
+        raise Qwen35Error(
+            "the dump does not say which tokens it is of", where=dump.path,
+            do="write the truth with `qwen35-moe trace --ids`, then `qwen35-moe compare`",
+        )  # fmt: skip
+    return padded([torch.cat(row) for row in rows])

@@ -1,0 +1,111 @@
+"""Files that are written whole or not at all, and directories that one process writes to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import Qwen35Error
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nobody is kept out
+    fcntl = None  # type: ignore[assignment]
+
+
+_claimed: dict[Path, int] = {}  # directories, and their descriptors
+
+
+class Claim:
+    """A directory, made if it is not there, that no other process can claim until this is released, or its process has
+    ended in whichever way. Nothing is written to it; what was made and stays empty is removed, parents, too.
+    Error: claimed by another, or nobody may write there.
+
+    Where a file system knows no locks, nobody is kept out, and `locked` says so.
+    """
+
+    def __init__(self, path: Path):
+        path = path.resolve()
+        self._descriptor, self._path, self.locked = -1, path, False
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise PermissionError("no permission to write there")
+            if fcntl is None:
+                return
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise Qwen35Error("cannot write here", where=path, found=error.strerror or error) from error
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.locked = True
+        except BlockingIOError:
+            os.close(self._descriptor)
+            do = "wait until it is done, or write to another directory"
+            raise Qwen35Error("another process is writing here", where=path, do=do) from None
+        except OSError:
+            pass
+        _claimed[path] = self._descriptor
+
+    def release(self) -> None:
+        with suppress(OSError):  # not empty
+            for folder in self._made:
+                folder.rmdir()
+        if self._descriptor >= 0:
+            _claimed.pop(self._path, None)
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def check_claim(directory: Path) -> None:
+    """Error if a directory that this process has claimed was deleted: the one of its name may be another process's."""
+    descriptor = _claimed.get(directory.resolve())
+    if descriptor is None or (directory.exists() and os.path.samestat(os.fstat(descriptor), directory.stat())):
+        return
+    raise Qwen35Error("deleted while this was writing to it", where=directory, do="run again")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Another name to write to, which becomes `path` once all of it is there. After an error nothing is left of it.
+
+    What is no file (/dev/stdout) is written to as it is; of a link, what it points to is replaced.
+    """
+    if path.exists() and (not path.is_file() or path.is_relative_to("/dev")):
+        yield path
+        return
+    path = path.resolve()
+    check_claim(path.parent)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except Exception:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, whole or not at all."""
+    with whole(path) as temporary:
+        save(tensors, temporary, metadata)
+
+
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file. Who may read other new files may read it, too: safetensors alone leaves it to its owner."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+    path.chmod(mode)

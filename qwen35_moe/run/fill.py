@@ -1,0 +1,77 @@
+"""Weights from a checkpoint into modules that are made without any, in the dtypes of an arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..model.moe import Experts, ExpertSource, MoE
+from ..model.ops import Linear
+from ..numerics.arithmetics import Arithmetic
+from .experts import PackedExperts, PassingExperts, Slot, ViewedExperts, as_one, is_plain, moved
+from .gpu.grouped import stack_slots
+from .source import Source
+
+
+def fill(
+    module: nn.Module, prefix: str, source: Source, table: Arithmetic, device: torch.device, mode: str = "decoded"
+) -> None:
+    """Puts the checkpoint's weights in the place of the meta parameters of `module`, in the table's dtypes."""
+    fill_experts(module, prefix, source, table, device, mode)
+    for path, owner in module.named_modules(prefix=prefix):
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.is_meta:
+                dtype = table.weight_dtype(f"{path}.{name}")
+                if isinstance(owner, Linear):
+                    value = moved(source.weight(path), device).decode(dtype)
+                else:
+                    value = source.tensor(f"{path}.{name}").to(dtype)
+                owner.register_parameter(name, nn.Parameter(value.to(device), requires_grad=False))
+
+
+def fill_experts(
+    module: nn.Module, prefix: str, source: Source, table: Arithmetic, device: torch.device, mode: str
+) -> None:
+    for path, owner in list(module.named_modules(prefix=prefix)):
+        if isinstance(owner, MoE):
+            _fill_experts(owner, path, source, table, device, mode)
+
+
+def _fill_experts(moe: MoE, path: str, source: Source, table: Arithmetic, device: torch.device, mode: str) -> None:
+    """Experts of one block, decoded or packed; a BF16 shared expert never reaches a slot of packed ones."""
+    count, F, dtype = moe.experts.count, moe.experts.intermediate, table.weight_dtype(f"{path}.experts")
+    quantised = source.spec(f"{path}.experts").kind == "mxfp4"
+    if moe.shared_expert is None:
+        source.guard_slot(path)
+    else:
+        moe.shared_expert.quantised = source.spec(f"{path}.shared_expert.gate_proj").kind == "mxfp4"
+    read: Callable[[int], Slot] = partial(source.slot, path)
+    if mode != "stream":
+        slots = [read(e) for e in range(count)]
+        if mode == "decoded":
+            moe.experts = decoded_experts(slots, dtype, device, quantised)
+            return
+        if device.type == "cuda" and (stacked := stack_slots(slots, dtype, device, quantised)) is not None:
+            moe.experts = stacked
+            return
+        read = slots.__getitem__
+    if device.type == "cuda" and source.as_stored:
+        stored = partial(source.stored, path)
+        moe.experts = PassingExperts(count, F, partial(source.slot, path), dtype, quantised, device, stored=stored)
+    else:
+        moe.experts = PackedExperts(count, F, read, dtype, quantised, device)
+
+
+def decoded_experts(slots: list[Slot], dtype: torch.dtype, device: torch.device, quantised: bool) -> ExpertSource:
+    """Experts in memory. Those that are in this memory and of this dtype as they are stored are used where they lie."""
+    if device.type == "cpu" and all(is_plain(weight, dtype) for slot in slots for weight in slot):
+        gate_up, down = (as_one([slot[i] for slot in slots]) for i in (0, 1))
+        return ViewedExperts(slots, dtype) if gate_up is None or down is None else Experts(gate_up, down, quantised)
+    first = slots[0]
+    gate_up, down = (torch.empty(len(slots), *weight.shape, dtype=dtype, device=device) for weight in first)
+    for e, slot in enumerate(slots):
+        gate_up[e], down[e] = slot[0].decode(dtype), slot[1].decode(dtype)
+    return Experts(gate_up, down, quantised)

@@ -1,0 +1,151 @@
+"""From a checkpoint to a model: `load(path)`, and beside its text model the draft head and the vision tower.
+
+A mode says how much of it is held decoded:
+
+    decoded   everything, in the arithmetic's dtype: fastest, largest. What is stored in that dtype stays in its file,
+              mapped to memory: it costs no copy, and the system may take its pages back
+    packed    experts as they are stored (mapped), decoded when hit; the rest decoded
+    stream    nothing: a layer is read from disk when it is its turn, an expert when it is hit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import Checkpoint
+from ..errors import Qwen35Error
+from ..gate.decide import decide_layers
+from ..model.mtp import MTP
+from ..model.text import Model
+from ..model.vision.tower import VisionConfig, VisionTower
+from ..numerics import arithmetics
+from ..numerics.arithmetics import Arithmetic
+from .fill import fill
+from .source import Source
+from .streamed import PARTS, StreamedEmbedding, StreamedHead, StreamedPart, stream_layers
+
+MODES = ("decoded", "packed", "stream")
+SHARED = ("auto", "unfused", "fused", "fused-online")
+
+
+def load(
+    path: str | Path,
+    arithmetic: str | Arithmetic = "exact",
+    shared_expert: str = "auto",
+    device: str | torch.device = "cpu",
+    mode: str = "decoded",
+    ignore_config_keys: Iterable[str] = (),
+    text_only: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
+) -> Model:
+    """All of a checkpoint folder: the text model, and its draft head and vision tower as `model.mtp`, `model.visual`.
+
+    shared_expert: "unfused"; "fused" (slot E of E+1); "fused-online", where a float shared expert is converted to the
+    MXFP4 of the routed ones (`model.conversion` says at what cost); or "auto": what the gate (`strict`) decides, layer
+    by layer, the draft's among them, unless the arithmetic is of an engine that never fuses.
+    mode: "decoded", "packed" or "stream", see above; all three compute the same bits.
+    text_only: without draft head and vision tower; `model.left_out` counts the tensors that this leaves unread.
+    device_map: spreads the model over GPUs, "cpu" and "disk" instead of `device`: "auto", or a dictionary of parts
+    ("layers.3", "lm_head", "" for the rest) to devices; `max_memory` and `offload_folder` as in accelerate.
+    """
+    for name, value, allowed in (("mode", mode, MODES), ("shared_expert", shared_expert, SHARED)):
+        if value not in allowed:
+            raise Qwen35Error(f"unknown {name}", where="load()", expected=" | ".join(allowed), found=repr(value))
+    if not isinstance(path, str | PathLike):
+        raise Qwen35Error("no checkpoint", where="load()", expected="the path of a folder", found=repr(path))
+    device = usable(device, "load(device=...)")
+    if device_map is not None and mode == "stream":
+        raise Qwen35Error("a streamed model stays on disk", where="load()", expected="a device_map, or mode='stream'")
+    table = arithmetics.get(arithmetic)
+    checkpoint = Checkpoint.open(path)
+    config = checkpoint.model_config(ignore_config_keys)
+    checkpoint.validate(config)
+    checkpoint.reader.mapped = mode != "stream"
+    if shared_expert == "auto" and table.fuses:
+        decisions = decide_layers(checkpoint.config, stored=checkpoint.spec)
+        fused, draft_fused = [bool(d) for d in decisions if not d.draft], any(d for d in decisions if d.draft)
+    else:
+        draft_fused = shared_expert.startswith("fused")
+        fused = [draft_fused] * config.num_hidden_layers
+    source = Source(checkpoint, config, online=shared_expert == "fused-online")
+    device = torch.device("meta") if device_map is not None else device
+    model = build(source, table, fused, device, mode)
+    model.source, model.identity, model.conversion = source, checkpoint.identity(), source.conversion
+    counts = {part: sum(name.startswith(f"{part}.") for name in checkpoint.names()) for part in PARTS}
+    for part in (part for part, count in counts.items() if count):
+        if text_only:
+            model.left_out[part] = counts[part]
+        else:
+            setattr(model, part, build_part(part, source, table, draft_fused, device, mode))
+    if device_map is not None:
+        from .placement import place  # here: accelerate takes its time
+
+        place(model, source, table, mode, device_map, max_memory, offload_folder)
+    return model
+
+
+def usable(device: str | torch.device, where: str) -> torch.device:
+    """The device, if tensors can be made on it."""
+    try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("nothing is computed there")
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # what torch raises without CUDA is an assertion
+        raise Qwen35Error("no such device here", where=where, found=str(error).splitlines()[0]) from error
+
+
+def build(source: Source, table: Arithmetic, fused: Sequence[bool], device: torch.device, mode: str) -> Model:
+    """A text model whose weights come from `source`; on the meta device, one without."""
+    config = source.config
+    with torch.device("meta"):
+        model = Model(config, table, fused)
+    if device.type == "meta":
+        return model
+    if mode == "stream":
+        for i, is_fused in enumerate(fused):
+            if is_fused:
+                source.guard_slot(f"layers.{i}.mlp")  # before a long run begins
+        layers = stream_layers(model, "layers", "layers", source, table, device)
+        model.embed_tokens, model.lm_head = StreamedEmbedding(source, table), StreamedHead(source, table)
+        model.embed_tokens.then, layers.then = layers.begin, partial(model.lm_head.begin, device)
+        fill(model.norm, "norm", source, table, device)
+    else:
+        for name, module in model.named_children():
+            if name == "lm_head" and config.tie_word_embeddings:
+                module.weight = model.embed_tokens.weight
+            else:
+                fill(module, name, source, table, device, mode)
+    return model
+
+
+def build_part(
+    name: str, source: Source, table: Arithmetic, fused: bool, device: torch.device, mode: str
+) -> MTP | VisionTower | StreamedPart:
+    """The draft head ("mtp"; `fused` is its own) or the vision tower ("visual"), with weights from `source`."""
+    config, vision = source.config, source.config.raw.get("vision_config")
+    if name == "visual" and vision is None:
+        raise Qwen35Error(
+            "a vision tower without its configuration",
+            where=f"{source.checkpoint.path}: visual.*",
+            expected="vision_config in config.json",
+            do="text_only=True leaves the tower out",
+        )
+    with torch.device("meta"):
+        part = (
+            MTP(config, fused)
+            if name == "mtp"
+            else VisionTower(VisionConfig.from_dict(vision or {}, config.hidden_size))
+        )
+    if mode == "stream":
+        return StreamedPart(name, part, source, table, device)
+    if device.type != "meta":
+        fill(part, name, source, table, device, mode)
+    return part

@@ -1,0 +1,95 @@
+"""Weights by name, as a checkpoint stores them, and experts by number, the shared one among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checkpoint
+from ..checkpoint.weight import Weight
+from ..errors import Qwen35Error
+from ..gate.decide import slot_guard
+from ..model.config import Config
+from ..quant.mxfp4 import MXFP4, encode
+from ..quant.packed import Packed, concatenate
+from ..quant.precision import ModuleSpec
+from .experts import Slot
+
+
+class Source:
+    """Weights by name, as a checkpoint stores them. A fault wraps one and changes what it gives (no more `as_stored`).
+
+    online: a float shared expert is converted to MXFP4 where it becomes a slot of MXFP4 experts; `conversion` then has
+    what this costs, MoE block -> |converted - stored| / |stored|.
+    """
+
+    as_stored = True  # so that a GPU's may be read past it
+
+    def __init__(self, checkpoint: Checkpoint, config: Config, online: bool = False):
+        self.checkpoint, self.config, self.online = checkpoint, config, online
+        self.conversion: dict[str, float] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor that is never packed: norms, convolutions, A_log."""
+        return self.checkpoint.read(name)
+
+    def weight(self, module: str, rows: slice | None = None) -> Packed:
+        """The weight of a linear module, packed or not."""
+        return self.checkpoint.weight(module).read(rows)
+
+    def stored(self, mlp: str, e: int) -> tuple[Weight, ...]:
+        """Where the bytes of `slot` are; nowhere if they are not as stored."""
+        if e < self.config.num_experts:
+            return self.checkpoint.experts(f"{mlp}.experts").weights(e)
+        if self.online and self.spec(f"{mlp}.experts").kind == "mxfp4":
+            return ()
+        return tuple(self.checkpoint.weight(f"{mlp}.shared_expert.{name}_proj") for name in ("gate", "up", "down"))
+
+    def spec(self, module: str) -> ModuleSpec:
+        """What the bytes of a module, or of all experts of a layer, are."""
+        spec = self.checkpoint.spec(module)
+        if spec is None:
+            experts = self.checkpoint.find_experts(module)
+            first, *rest = (weight for e in range(experts.count) for weight in experts.weights(e))
+            odd = next(weight for weight in rest if weight.spec != first.spec)
+            raise Qwen35Error(
+                "experts of one layer differ in their format",
+                where=f"{self.checkpoint.path}: {odd.module}",
+                expected=f"{first.spec}, as {first.module}",
+                found=odd.spec,
+            )
+        return spec
+
+    def guard_slot(self, mlp: str) -> None:
+        """Error unless the shared expert's bytes are what a slot of the routed experts holds (PR 22948)."""
+        shared = {f"{mlp}.shared_expert.{p}_proj": None for p in ("gate", "up", "down")}
+        stored = {module: self.checkpoint.spec(module) for module in shared}
+        routed = self.spec(f"{mlp}.experts")
+        convert = self.online and routed.kind == "mxfp4"
+        slot_guard(f"{mlp}.experts[{self.config.num_experts}]", routed, stored, convert=convert)
+
+    def slot(self, mlp: str, e: int) -> Slot:
+        """Expert e of the MoE block `mlp`; number E is the shared one."""
+        if e < self.config.num_experts:
+            return self.checkpoint.experts(f"{mlp}.experts").read(e)
+        parts = [self.weight(f"{mlp}.shared_expert.{name}_proj") for name in ("gate", "up", "down")]
+        if self.online and self.spec(f"{mlp}.experts").kind == "mxfp4":
+            converted = [_convert(part) for part in parts]
+            if mlp not in self.conversion:  # a streamed model comes here at every pass
+                self.conversion[mlp] = _distance(converted, parts)
+            parts = converted
+        return concatenate(*parts[:2]), parts[2]
+
+
+def _convert(weight: Packed) -> Packed:
+    """A float weight as MXFP4, scale rule "even", as SGLang's online conversion does; MXFP4 stays as it is."""
+    return weight if isinstance(weight, MXFP4) else MXFP4(*encode(weight.decode(torch.float32), "even"))
+
+
+def _distance(converted: Sequence[Packed], stored: Sequence[Packed]) -> float:
+    """|converted - stored| / |stored|, over all of them."""
+    pairs = [(a.decode(torch.float64), b.decode(torch.float64)) for a, b in zip(converted, stored, strict=True)]
+    error, size = (sum(float(x.square().sum()) for x in xs) for xs in zip(*((a - b, b) for a, b in pairs), strict=True))
+    return (error / size) ** 0.5 if size else 0.0

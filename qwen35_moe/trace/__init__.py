@@ -1,0 +1,1 @@
+"""Writing the truth: recorder, trace files, resume."""

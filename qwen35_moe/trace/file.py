@@ -1,0 +1,209 @@
+"""Traces: named tensors of one run, in memory or on disk, readable from any language.
+
+A trace on disk is a directory:
+
+    00000.safetensors, 00001.safetensors, ...   tensors, in the order they were seen, about one layer a file
+    trace.json                                  written last: a directory without it is an unfinished trace
+
+trace.json is one JSON object:
+
+    format    "qwen35-moe-trace"
+    version   1
+    meta      arithmetic, checkpoint (identity), steps: one {ids, positions, mask} a forward pass, each [B][T]
+    tensors   list, in order, of {key, name, layer, expert, part, step, dims, dtype, shape, file}
+
+`key` is the tensor's name in its file. `dims` names its dimensions (legend in tap_names.py): "b t d", "t e". `layer`
+and `expert` are null where they do not apply; `part` is "", "mtp" or "visual"; keys of step 1 and later start with
+"step.1.". `mask` is 1 for real tokens and 0 for padding. Each file carries its records a second time, as JSON in the
+safetensors header's `__metadata__["tensors"]`, so that the files of an interrupted run can be read (`partial=True`).
+
+`trace_writer.py` writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import Qwen35Error
+from ..numerics.taps import Site
+
+FORMAT, VERSION = "qwen35-moe-trace", 1
+RESUME = "resume.safetensors"  # what long_run.py needs to go on; no part of the trace
+TURN = re.compile(r"\.\d+$")  # how the key of a turn of a loop ends
+CHUNK_BYTES = 1 << 28  # a chunk is closed at a new layer, or here: bounds memory for the logits and for 397B layers
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of one tensor of a trace beside its values."""
+
+    key: str
+    name: str
+    dims: str
+    dtype: str
+    shape: tuple[int, ...]
+    layer: int | None = None
+    expert: int | None = None
+    part: str = ""
+    step: int = 0
+    file: str = ""
+
+    @classmethod
+    def of(cls, site: Site, x: Tensor, dims: str, step: int = 0) -> Entry:
+        key = site.key if step == 0 else f"step.{step}.{site.key}"
+        dtype = str(x.dtype).removeprefix("torch.")
+        return cls(key, site.name, dims, dtype, tuple(x.shape), site.layer, site.expert, site.part, step)
+
+
+@dataclass
+class Trace(Mapping[str, Tensor]):
+    """Tensors by key, in the order of execution. From a directory they are read when asked for, and not kept."""
+
+    sites: dict[str, Entry] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key in self.memory:
+            return self.memory[key]
+        if self.path is None or key not in self.sites:
+            raise KeyError(key)
+        where = self.path / self.sites[key].file
+        try:
+            with safe_open(where, framework="pt") as file:
+                return file.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise Qwen35Error(
+                "trace file cannot be read", where=where, found=error, do="write the trace again"
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.sites
+
+    def __repr__(self) -> str:
+        return f"Trace({len(self)} tensors, {len(self.steps)} steps, {self.path or 'in memory'})"
+
+    def add(self, entry: Entry, x: Tensor) -> None:
+        self.sites[entry.key], self.memory[entry.key] = entry, x
+
+    def is_of(self, identity: dict[str, Any] | None) -> bool:
+        """Whether nothing that is known of its checkpoint is otherwise there (`Checkpoint.identity`)."""
+        known = self.meta.get("checkpoint") or {}
+        return all(known.get(key) in (None, value) for key, value in (identity or {}).items())
+
+    @property
+    def comparable(self) -> list[str]:
+        """Keys of the first step, without turns of loops, which are experts to one arithmetic and slots to another."""
+        return [key for key, entry in self.sites.items() if entry.step == 0 and not TURN.search(key)]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return self.meta.get("steps", [])
+
+    def _per_token(self, what: str) -> Tensor:
+        if not self.steps:
+            raise Qwen35Error(f"trace holds no {what}", where=self.path or "memory", do="record it with q.trace")
+        return torch.cat([torch.tensor(step[what], dtype=torch.int64) for step in self.steps], dim=1)
+
+    @property
+    def ids(self) -> Tensor:
+        """Token ids [B, T], all steps side by side; `positions` and `mask` (1 real, 0 padding) likewise."""
+        return self._per_token("ids")
+
+    @property
+    def positions(self) -> Tensor:
+        return self._per_token("positions")
+
+    @property
+    def mask(self) -> Tensor:
+        return self._per_token("mask")
+
+    @classmethod
+    def open(cls, path: str | Path, *, partial: bool = False) -> Trace:
+        """Open a trace directory; tensors stay on disk until they are asked for.
+
+        Raises Qwen35Error where there is no trace, an unfinished one (unless `partial`), or another version.
+        """
+        path = in_utf8(path)
+        head = _read_head(path, partial)
+        entries = entries_of(head.get("tensors"), path / "trace.json")
+        if not isinstance(head.get("meta"), dict):
+            raise Qwen35Error("trace.json has no meta", where=path, expected="{...}", do="write the trace again")
+        lost = sorted({e.file for e in entries} - {p.name for p in path.iterdir()})
+        if lost:
+            raise Qwen35Error("trace has lost files", where=path, found=", ".join(lost), do="write the trace again")
+        return cls({entry.key: entry for entry in entries}, head["meta"], path)
+
+
+def in_utf8(path: str | Path) -> Path:
+    """The path, if safetensors can open files there: names that are not UTF-8 it cannot."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Qwen35Error("path is not UTF-8", where=ascii(str(path)), do="rename the directory") from error
+    return Path(path)
+
+
+def _read_head(path: Path, partial: bool) -> dict[str, Any]:
+    chunks = sorted(p for p in path.glob("*.safetensors") if _CHUNK.fullmatch(p.name))
+    if (path / "trace.json").is_file():
+        try:
+            head = json.loads((path / "trace.json").read_text())
+        except ValueError as error:
+            raise Qwen35Error("trace.json is not JSON", where=path, found=error, do="write the trace again") from error
+        if not isinstance(head, dict) or (head.get("format"), head.get("version")) != (FORMAT, VERSION):
+            found = f"{head.get('format')} {head.get('version')}" if isinstance(head, dict) else type(head).__name__
+            raise Qwen35Error(
+                "trace.json is of another format", where=path, expected=f"{FORMAT} {VERSION}", found=found
+            )
+        return head
+    if not chunks:
+        raise Qwen35Error(
+            "no trace here", where=path, expected="a directory with trace.json", do="run `qwen35-moe trace`"
+        )
+    if not partial:
+        raise Qwen35Error(
+            "trace is unfinished",
+            where=path,
+            found=f"{len(chunks)} files and no trace.json",
+            do="run the trace again, or open what is there with partial=True",
+        )
+    return {"meta": {}, "tensors": [record for chunk in chunks for record in records_of(chunk)]}
+
+
+def entries_of(records: Any, where: Path) -> list[Entry]:
+    """Entries from their records in JSON."""
+    try:
+        return [Entry(**{**record, "shape": tuple(record["shape"])}) for record in records]
+    except (TypeError, KeyError) as error:
+        what, expected = "no records of tensors", "a list of {key, name, dims, dtype, shape, ...}"
+        raise Qwen35Error(what, where=where, expected=expected, found=error, do="write the trace again") from error
+
+
+def records_of(chunk: Path) -> Any:
+    """What a file says of its tensors."""
+    try:
+        with safe_open(chunk, framework="pt") as file:
+            return json.loads((file.metadata() or {})["tensors"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise Qwen35Error("trace file cannot be read", where=chunk, found=error, do="write the trace again") from error
+
+
+_CHUNK = re.compile(r"\d{5}\.safetensors")

@@ -1,0 +1,224 @@
+"""Tracing a model layer by layer, so that a run of hours survives: after each layer its values and the residual stream
+are on disk, and a later run goes on from there with the same bytes (`run_state.py`)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..checkpoint import Report
+from ..errors import Qwen35Error
+from ..model.cache import Cache, LayerState
+from ..model.rope import rotary_angles
+from ..model.text import Model, extend
+from ..numerics import arithmetics
+from ..numerics.tap_table import dims_of
+from ..numerics.taps import Handler, Site, attach, scope, tap
+from ..run.streamed import StreamedHead
+from .file import RESUME, Trace
+from .progress import Progress
+from .recorder import Patterns, Recorder, sizes_of, step_record
+from .resume import State, check_same, run_of
+from .writer import TraceWriter, sweep
+
+HEAD = "next_token_logits"
+
+
+@torch.inference_mode()
+def trace_layers(
+    model: Model,
+    ids_BT: Tensor,
+    out: str | Path,
+    *,
+    mask: Tensor | None = None,
+    taps: Patterns = "*",
+    experts: bool = False,
+    last: int | None = None,
+    resume: bool = False,
+    meta: dict[str, Any] | None = None,
+    quiet: bool = False,
+    label: str = "",
+) -> tuple[Trace, Report]:
+    """As `trace`, for one forward pass over ids [B, T]: to a directory, and it can be resumed.
+
+    last: the last layer to compute; without it, all, and norm and head. resume: go on after the last layer that an
+    earlier run completed, be it that it was killed or that it had a smaller `last`; the bytes of the trace are those
+    of an undisturbed run. label: begins each line of progress. Error: disk full, unreadable shard (what is done can be
+    resumed); another run's state.
+    """
+    out, count = Path(out), len(model.layers)
+    stop = count if last is None else last + 1
+    check_request(model, ids_BT, taps, last)
+    aside = aside_of(model, taps, last)
+    meta = meta_of(model, ids_BT, mask, taps, experts, meta)
+    if resume and (there := complete_trace(out, count)) is not None:
+        return there, resumed_complete(model, there, meta, aside)
+    now = State(run_of(meta, ids_BT.device.type))
+    state, sum_BTD = now.resumed(out) if resume else (now, None)
+    start = state.next
+    if start > stop:
+        do = "leave out --resume to start anew"
+        raise Qwen35Error(
+            "more layers are done already", where=out, expected=f"--layers 0-{start - 1}", found=last, do=do
+        )
+    used = model.source.checkpoint.used
+    before = set(used)
+    used.update(name for name in model.source.checkpoint.names() if _is_done(name, start))
+    used.difference_update(state.unused)
+    writer = TraceWriter(out, {**meta, "layers": stop}, keep=None if sum_BTD is None else state.files)
+    recorder, progress = Recorder(taps, experts=experts, out=writer), Progress(model, range(start, stop), quiet, label)
+    recorder.first_nan = state.nan
+    with resumable(out, start):
+        h_BTD, given = begin(model, ids_BT, mask, sum_BTD=sum_BTD, handlers=(recorder,))
+    with arithmetics.using(model.arithmetic), attach(recorder, progress):
+        for i in range(start, stop):
+            with resumable(out, i):
+                with scope(layer=i):
+                    h_BTD = model.layers[i](h_BTD, *given, LayerState())
+                writer.flush()
+                state.unused += sorted(n for n in model.source.checkpoint.names() if _is_left(n, i, used))
+                state.next, state.files, state.nan = i + 1, writer.files, recorder.first_nan
+                state.write(out, h_BTD)
+                writer.keep_state()
+            progress.done(i)
+        with resumable(out, stop):
+            if stop == count:
+                _head(model, h_BTD, recorder, writer)
+            writer.close()
+    if stop == count:
+        (out / RESUME).unlink(missing_ok=True)
+    if recorder.first_nan:
+        of = f" of {label}" if label else ""
+        print(f"qwen35-moe: the trace{of} holds NaN, from {recorder.first_nan} on", file=sys.stderr)
+    used |= before  # by prompts that the same model was run on
+    return Trace.open(out), model.source.checkpoint.report(aside)
+
+
+def check_request(model: Model, ids_BT: Tensor, taps: Patterns, last: int | None) -> None:
+    """Error: ids, patterns or a layer that are none. To be found before anything is removed that a run has left."""
+    model.checked(ids_BT)
+    Recorder(taps)
+    if last is not None and not 0 <= last < len(model.layers):
+        raise Qwen35Error("no such layer", where="--layers", expected=f"0 to {len(model.layers) - 1}", found=last)
+
+
+def meta_of(
+    model: Model, ids_BT: Tensor, mask: Tensor | None, taps: Patterns, experts: bool, more: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What a trace says of its run. What must be the same for the bytes to be is in it."""
+    return {
+        "arithmetic": model.arithmetic.name,
+        "checkpoint": model.identity,
+        **(more or {}),
+        "config": sizes_of(model.config),
+        "steps": [step_record(ids_BT, mask, None, None)],
+        "taps": taps if isinstance(taps, str) else list(taps),
+        "experts": experts,
+    }
+
+
+def begin(
+    model: Model,
+    ids_BT: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None = None,
+    sum_BTD: Tensor | None = None,
+    handlers: Iterable[Handler] = (),
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """What the first layer takes: the residual stream [B, T, D], and what all layers take beside it.
+
+    sum_BTD: the stream after some layers that an earlier run has done; handlers: for taps that come before the layers,
+    which that run has met.
+    """
+    real_BS, positions = extend(Cache(), model.checked(ids_BT), mask, positions)
+    with arithmetics.using(model.arithmetic), attach(*(handlers if sum_BTD is None else ())):
+        h_BTD = tap("embed_tokens", model.embed_tokens(ids_BT)) if sum_BTD is None else sum_BTD.to(ids_BT.device)
+        return h_BTD, (rotary_angles(model.config, positions, h_BTD.dtype), real_BS)
+
+
+def _head(model: Model, h_BTD: Tensor, recorder: Recorder, writer: TraceWriter) -> None:
+    """Norm and head, if asked for; a streamed head goes to disk block by block."""
+    x_BTD = model.norm(h_BTD)
+    site = Site(HEAD)
+    if not recorder.wants(site):
+        return
+    if not isinstance(model.lm_head, StreamedHead):
+        model.lm_head(HEAD, x_BTD)
+        return
+
+    def blocks() -> Iterator[tuple[slice, Tensor]]:
+        for which, part in rounded_blocks(model, x_BTD):
+            recorder.look(HEAD, part)
+            yield which, part
+
+    writer.add_blocks(site, dims_of(HEAD, 3), (*x_BTD.shape[:2], model.config.vocab_size), blocks())
+
+
+def aside_of(model: Model, taps: Patterns, last: int | None) -> list[str]:
+    """Patterns of the tensors that a run has no need of."""
+    count, stop = len(model.layers), len(model.layers) if last is None else last + 1
+    aside = ["visual.*", "mtp.*", *(f"layers.{i}.*" for i in range(stop, count))]
+    if stop < count:
+        return [*aside, "norm.*", "lm_head.*"]
+    return aside if Recorder(taps).wants(Site(HEAD)) else [*aside, "lm_head.*"]
+
+
+def rounded_blocks(model: Model, x_BTD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The logits of a streamed head, block by block, as the arithmetic stores them."""
+    for rows, part in model.lm_head.blocks(HEAD, x_BTD):  # type: ignore[operator]
+        yield rows, model.arithmetic.round(HEAD, part)
+
+
+def _is_done(name: str, below: int) -> bool:
+    """Whether a run that has done the layers `below` has had its turn to read this tensor."""
+    parts = name.split(".")
+    return below > 0 and (parts[0] == "embed_tokens" or parts[0] == "layers" and int(parts[1]) < below)
+
+
+def _is_left(name: str, layer: int, used: set[str]) -> bool:
+    return name.startswith(f"layers.{layer}.") and name not in used
+
+
+@contextmanager
+def resumable(out: Path, layer: int) -> Iterator[None]:
+    """Says of an error on the way what can be done about it."""
+    if layer:
+        do = f"make it work again and add --resume: layers below {layer} are done"
+    else:
+        do = "make it work, and run again"
+    try:
+        yield
+    except Qwen35Error as error:
+        do = f"{error.do}; {do}" if error.do else do
+        raise Qwen35Error(error.what, where=error.where, expected=error.expected, found=error.found, do=do) from error
+    except (OSError, SafetensorError) as error:
+        raise Qwen35Error("cannot write the trace", where=out, found=error, do=do) from error
+
+
+def complete_trace(out: Path, layers: int) -> Trace | None:
+    """The trace that is there; None where there is none, or one of the first layers only."""
+    if (out / RESUME).is_file() or not (out / "trace.json").is_file():
+        return None
+    trace = Trace.open(out)
+    return trace if trace.meta.get("layers", layers) == layers else None
+
+
+def resumed_complete(model: Model, trace: Trace, meta: dict[str, Any], aside: Sequence[str]) -> Report:
+    """Of a trace whose run was killed when all was done. Error: it is of another run."""
+    assert trace.path is not None
+    what, do = "a complete trace of another run is here", "leave out --resume to write it anew"
+    then = {key: value for key, value in trace.meta.items() if key != "layers"}
+    check_same(trace.path, json.dumps(then), json.dumps(meta, default=str), what, do)
+    sweep(trace.path)
+    checkpoint = model.source.checkpoint
+    checkpoint.used.update(n for n in checkpoint.names() if not any(fnmatchcase(n, pattern) for pattern in aside))
+    return checkpoint.report(aside)

@@ -1,0 +1,44 @@
+"""Where a long run is, said on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from torch import Tensor
+
+from ..model.text import Model
+from ..numerics.taps import OBSERVE, Site
+
+
+class Progress:
+    """A tap handler that says on stderr where a run is: layer, experts, GB read, time left."""
+
+    stage, wants_experts = OBSERVE, False
+
+    def __init__(self, model: Model, layers: range, quiet: bool = False, label: str = ""):
+        self.reader, self.layers, self.quiet = model.source.checkpoint.reader, layers, quiet
+        self.label = f"{label}  " if label else ""
+        self.begin, self.layer, self.hit, self.expert, self.said = time.monotonic(), layers.start, 0, 0, 0.0
+
+    def __call__(self, site: Site, x: Tensor) -> None:
+        if site.name == "moe_topk_ids":
+            self.hit, self.expert = len(x.unique()), 0
+        if site.name == "moe_expert_down":
+            self.expert += 1
+            if sys.stderr.isatty() and time.monotonic() - self.said > 0.2:
+                self.say(end="")
+
+    def done(self, layer: int) -> None:
+        self.layer = layer + 1
+        self.say(end="" if sys.stderr.isatty() and self.layer < self.layers.stop else "\n")
+
+    def say(self, end: str = "\n") -> None:
+        self.said = time.monotonic()
+        took, done = self.said - self.begin, self.layer - self.layers.start
+        left = f"{took / done * (self.layers.stop - self.layer):.0f} s left" if done else "time left not known yet"
+        read = self.reader.bytes_read / 1e9
+        text = f"layer {self.layer}/{self.layers.stop}  expert {self.expert}/{self.hit}  {read:.1f} GB read  {left}"
+        if not self.quiet:
+            start = "\r\033[K" if sys.stderr.isatty() else ""
+            print(f"{start}{self.label}{text}", end=end, file=sys.stderr, flush=True)

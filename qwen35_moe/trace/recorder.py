@@ -1,0 +1,186 @@
+"""Recording what the taps of a run hold: `trace(model, ids)`, or `with record("attn_*") as recorder: model(ids)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import Qwen35Error
+from ..numerics.tap_table import TAPS, check_patterns, dims_of, matching, split_patterns
+from ..numerics.taps import OBSERVE, Handler, Site, attach
+from .file import Entry, Trace
+from .writer import TraceWriter
+
+Patterns = str | Iterable[str]
+
+
+INSIDE = {name for name, tap in TAPS.items() if tap.dims.startswith("r ")}  # of single experts
+
+
+def _last(pattern: str) -> str:
+    """Of "layers.3.moe_a2" the tap."""
+    return pattern.rpartition(".")[2]
+
+
+class Recorder:
+    """A tap handler that copies every matching value into a Trace, or, with `out`, to a trace directory.
+
+    `patterns` are globs over tap names ("gdn_*") or keys ("layers.3.*"), in a list or separated by commas. Values of
+    single experts and of single turns of a loop (`site.index`) are many: they are kept with `experts=True` only, or
+    when a pattern names them in full ("moe_a2", "gdn_recall") or, for experts, in part ("moe_expert_*").
+    The copies have the dtype that the run computed. Call `next_step()` between forward passes of one recording.
+    """
+
+    stage = OBSERVE
+
+    def __init__(
+        self,
+        patterns: Patterns = "*",
+        *,
+        experts: bool = False,
+        out: str | Path | TraceWriter | None = None,
+        meta: dict[str, Any] | None = None,
+    ):
+        self.patterns = split_patterns(patterns)
+        check_patterns(self.patterns)
+        self.experts, self.step = experts, 0
+        self.meta = {"steps": [], **(meta or {})}
+        self.trace = Trace(meta=self.meta)
+        self._writer = TraceWriter(out) if isinstance(out, (str, Path)) else out
+        self._seen: set[str] = set()
+        self.first_nan = ""  # key of the first value that holds one
+        self._attached: Any = None
+
+    @property
+    def wants_experts(self) -> bool:
+        """Whether values inside of single experts are asked for, which the grouped form does not show."""
+        return self.experts or any("expert" in p or _last(p) in INSIDE for p in self.patterns)
+
+    def wants(self, site: Site) -> bool:
+        found = matching(self.patterns, site.name, site.key)
+        if site.index is not None or site.expert is not None:
+            named = any(_last(p) == site.name or "expert" in p and site.index is None for p in found)
+            return bool(found) and (self.experts or named)
+        return bool(found)
+
+    def __call__(self, site: Site, x: Tensor) -> None:
+        if not self.wants(site):
+            return
+        entry = Entry.of(site, x, dims_of(site.name, x.dim()), self.step)
+        if entry.key in self._seen:
+            raise Qwen35Error(
+                "tap was met twice in one forward pass",
+                found=entry.key,
+                do="call recorder.next_step() between forward passes",
+            )
+        self._seen.add(entry.key)
+        self.look(entry.key, x)
+        # A copy: caches and states are changed in place later on.
+        (self._writer or self.trace).add(entry, x.detach().clone())
+
+    def look(self, key: str, x: Tensor) -> None:
+        """Whether this is the first value that holds NaN."""
+        if not self.first_nan and x.is_floating_point() and bool(x.isnan().any()):
+            self.first_nan = key
+
+    def next_step(self) -> None:
+        self.step += 1
+
+    def __enter__(self) -> Recorder:
+        self._attached = attach(self)
+        self._attached.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._attached.__exit__(kind, error, tb)
+        if self._writer is not None and kind is None:
+            self._writer.meta = self.meta
+            self._writer.close()
+            self.trace = Trace.open(self._writer.path)
+
+
+def record(patterns: Patterns = "*", **options: Any) -> Recorder:
+    """A Recorder, to be used in a `with` statement; `.trace` holds what it saw."""
+    return Recorder(patterns, **options)
+
+
+def trace(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    taps: Patterns = "*",
+    experts: bool = False,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cache: Any = None,
+    replay: Handler | Iterable[Handler] = (),
+    chunks: Iterable[int] | None = None,
+    out: str | Path | None = None,
+    meta: dict[str, Any] | None = None,
+) -> Trace:
+    """Run the model on input_ids [B, T] and return the values of its taps.
+
+    `replay` are tap handlers to attach for the run (routing to repeat, faults to plant). `chunks` are token counts: the
+    sequence is then fed in pieces through `cache`, one step each ([5, 1, 1]: a prefill of 5 and two decode steps).
+    With `out` the trace is streamed to that directory and memory stays flat. No rounding happens here.
+    """
+    input_ids = torch.as_tensor(input_ids)
+    attention_mask = None if attention_mask is None else torch.as_tensor(attention_mask)
+    if input_ids.dim() != 2:
+        raise Qwen35Error("input_ids must be [B, T]", found=list(input_ids.shape), do="add the batch dimension")
+    sizes = [input_ids.shape[1]] if chunks is None else list(chunks)
+    if sum(sizes) != input_ids.shape[1] or (len(sizes) > 1 and cache is None):
+        raise Qwen35Error(
+            "chunks do not fit",
+            expected=f"{input_ids.shape[1]} tokens, and a cache for several chunks",
+            found=f"{sizes}, cache {cache}",
+        )
+    handlers = (replay,) if callable(replay) else tuple(replay)
+    known = {
+        "arithmetic": _name(getattr(model, "arithmetic", "")),
+        "checkpoint": getattr(model, "identity", None),
+        "config": sizes_of(getattr(model, "config", None)),
+    }
+    with record(taps, experts=experts, out=out, meta={**known, **(meta or {})}) as recorder, attach(*handlers):
+        start = 0
+        for index, size in enumerate(sizes):
+            if index:
+                recorder.next_step()
+            stop = start + size
+            ids = input_ids[:, start:stop]
+            mask = attention_mask
+            if mask is not None and len(sizes) > 1:
+                mask = mask[:, : mask.shape[1] - input_ids.shape[1] + stop]
+            at = None if position_ids is None else position_ids[..., start:stop]
+            recorder.meta["steps"].append(step_record(ids, mask, at, cache))
+            with torch.no_grad():
+                model(ids, attention_mask=mask, cache=cache, position_ids=at)
+            start = stop
+    return recorder.trace
+
+
+def sizes_of(config: Any) -> dict[str, int]:
+    """The whole numbers of a config (object or dict): what a reader needs to split fused tensors."""
+    fields = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+    fields = fields.get("text_config", fields)
+    return {k: v for k, v in fields.items() if isinstance(v, int) and not isinstance(v, bool)}
+
+
+def _name(arithmetic: Any) -> str:
+    return arithmetic if isinstance(arithmetic, str) else getattr(arithmetic, "name", "")
+
+
+def step_record(ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> dict[str, Any]:
+    """Ids, positions and mask [B, T] of one forward pass. A mask may also cover the cached tokens: then [B, S]."""
+    new = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :].long()
+    if positions is None:
+        past = getattr(cache, "next_position", None)
+        positions = (new.cumsum(1) - 1).clamp(min=0) + (0 if past is None else past[:, None])
+    if positions.dim() == 3:  # text, height, width: the text row orders tokens
+        positions = positions[0]
+    return {"ids": ids.tolist(), "positions": positions.expand_as(ids).tolist(), "mask": new.tolist()}

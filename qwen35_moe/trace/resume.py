@@ -1,0 +1,85 @@
+"""What a run over layers leaves, so that a later one goes on from there, and only if it is the same.
+
+Beside the trace's files (`oracle/trace_file.py`) lies `resume.safetensors` until all layers are done:
+
+    sum [B, T, D]     the residual stream after the last layer that is done, as the next one takes it (not yet rounded)
+    __metadata__      `State` as JSON: run: what must be the same for the bytes to be (`run_of`); next: the layer to go
+                      on with; files: how many of the trace are done; unused: tensors of those layers that were never
+                      read; nan: the first tap that held one
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import Qwen35Error
+from ..run.files import save_whole
+from .file import RESUME
+
+
+def run_of(meta: dict[str, Any], device: str, **more: Any) -> str:
+    """What must be the same for the bytes to be, as JSON: what a trace says of its run (`meta_of`), and where it is."""
+    return json.dumps({**meta, "device": device, "threads": torch.get_num_threads(), **more}, default=str)
+
+
+def check_same(out: Path, then: str, now: str, what: str = "another run was begun here", do: str = "") -> None:
+    """Error unless two runs are the same, each an object in JSON."""
+    if then == now:
+        return
+    try:
+        old, new = dict(json.loads(then)), json.loads(now)
+    except (ValueError, TypeError) as error:
+        raise Qwen35Error("cannot read the state", where=out, found=error, do="start without --resume") from error
+    differing = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    if differing == ["threads"]:
+        do = do or _on_threads(old.get("threads"))
+    found = "differing: " + ", ".join(differing).replace("steps", "ids")
+    do = do or "give the options of that run, or leave out --resume to start anew"
+    raise Qwen35Error(what, where=out, expected="the same checkpoint, ids and options", found=found, do=do)
+
+
+def check_threads(where: Path, then: int) -> None:
+    """Error if a run was begun on another number of threads, with which the last bits of products go."""
+    if then != (now := torch.get_num_threads()):
+        what = "begun on another number of threads"
+        raise Qwen35Error(what, where=where, expected=then, found=now, do=_on_threads(then))
+
+
+def _on_threads(then: object) -> str:
+    return f"OMP_NUM_THREADS={then} goes on to the same bits; or leave out --resume to start anew"
+
+
+@dataclass
+class State:
+    """What `resume.safetensors` says beside the residual stream."""
+
+    run: str
+    next: int = 0
+    files: int = 0
+    nan: str = ""
+    unused: list[str] = field(default_factory=list)
+
+    def write(self, out: Path, sum_BTD: Tensor) -> None:
+        save_whole({"sum": sum_BTD.cpu().contiguous()}, out / RESUME, {"state": json.dumps(asdict(self))})
+
+    def resumed(self, out: Path) -> tuple[State, Tensor | None]:
+        """That of an earlier run, which must be the same as this is to be, and its residual stream."""
+        if not (out / RESUME).is_file():
+            return self, None  # killed before the first layer was done, or never begun
+        try:
+            with safe_open(out / RESUME, framework="pt") as file:
+                then, sum_BTD = State(**json.loads((file.metadata() or {})["state"])), file.get_tensor("sum")
+            if any(type(value) is not type(getattr(self, name)) for name, value in asdict(then).items()):
+                raise ValueError("values of wrong types")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            do = "start without --resume"
+            raise Qwen35Error("cannot read the state", where=out / RESUME, found=error, do=do) from error
+        check_same(out, then.run, self.run)
+        return then, sum_BTD
