@@ -43,7 +43,7 @@ def feed() -> Iterator[Feed]:
         patch.setattr(ahead, "AHEAD", 40_000)
         made = Feed(CPU)
         for module in ("experts", "streamed"):
-            patch.setattr(sys.modules[f"qwen35_moe.{module}"], "feed", lambda device, made=made: made)
+            patch.setattr(sys.modules[f"qwen35_moe.run.{module}"], "feed", lambda device, made=made: made)
         yield made
         made.pool.close()
     del made

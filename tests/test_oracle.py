@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen35_moe import Qwen35Error
-from qwen35_moe.cli import compare as oracle_cli
 from qwen35_moe.cli import main as cli
 from qwen35_moe.numerics.arithmetics import get
 from qwen35_moe.numerics.taps import BREAK, Site
@@ -35,6 +34,7 @@ from qwen35_moe.oracle.judge.suspects import accuse, suspects
 from qwen35_moe.oracle.judge.weights_check import check_weights
 from qwen35_moe.oracle.report import html as report_html
 from qwen35_moe.oracle.report import text as report
+from qwen35_moe.oracle.truth import open_checkpoint, write_truth
 from qwen35_moe.quant.layouts import shuffle_scales, shuffle_weight
 from qwen35_moe.run.load import load
 from qwen35_moe.trace.file import Trace
@@ -58,7 +58,7 @@ def engine(built: Callable[[str], Path]) -> Trace:
 
 @pytest.fixture(scope="module")
 def source(built: Callable[[str], Path]):
-    return oracle_cli.open_checkpoint(built("tiny-mxfp4"))[1].source
+    return open_checkpoint(built("tiny-mxfp4"))[1].source
 
 
 def changed(run: Trace, **values: torch.Tensor) -> Dump:
@@ -499,10 +499,10 @@ def test_weights_that_are_packed(built: Callable[[str], Path], engine: Trace, tm
 
     def states(path: Path, name: str, x: torch.Tensor) -> set[tuple[str, str]]:
         dump.weights = param(name, x)
-        return {(w.state, w.detail) for w in check_weights(dump, oracle_cli.open_checkpoint(path)[1].source)}
+        return {(w.state, w.detail) for w in check_weights(dump, open_checkpoint(path)[1].source)}
 
     path, shared = built("tiny-fp8"), "layers.0.mlp.shared_expert"
-    source = oracle_cli.open_checkpoint(path)[1].source
+    source = open_checkpoint(path)[1].source
     gate, up = (source.weight(f"{shared}.{n}_proj") for n in ("gate", "up"))
     slots = [source.slot("layers.0.mlp", e)[0].parts for e in range(source.config.num_experts)]
     joined = torch.cat((gate.values, up.values))
@@ -516,7 +516,7 @@ def test_weights_that_are_packed(built: Callable[[str], Path], engine: Trace, tm
     assert states(path, "layers.0.mlp.experts.w13_weight", w13) == {("equal", "")}
 
     path = built("tiny-moe-mxfp4")
-    source = oracle_cli.open_checkpoint(path)[1].source
+    source = open_checkpoint(path)[1].source
     gate, up = (source.weight(f"{shared}.{n}_proj") for n in ("gate", "up"))
     codes = torch.cat((gate.codes, up.codes))
     assert states(path, f"{shared}.gate_up_proj.weight", codes) == {("equal", "")}
@@ -525,7 +525,7 @@ def test_weights_that_are_packed(built: Callable[[str], Path], engine: Trace, tm
     assert states(path, f"{shared}.gate_up_proj.weight", codes).pop()[0] == "wrong"
 
     path = built("tiny-mxfp4-attnfp8")
-    o_proj = oracle_cli.open_checkpoint(path)[1].source.weight("layers.3.self_attn.o_proj")
+    o_proj = open_checkpoint(path)[1].source.weight("layers.3.self_attn.o_proj")
     for values in (o_proj.values.T, o_proj.values.T.contiguous()):  # as vLLM and SGLang leave weights of FP8 channels
         assert states(path, "layers.3.self_attn.o_proj.weight", values) == {
             ("reordered", "transposed, as kernels of FP8 read it")
@@ -671,7 +671,7 @@ def test_layer_ids_of_hidden_states(built: Callable[[str], Path], tmp_path: Path
 
 
 def test_truth_of_another_checkpoint_is_refused(built: Callable[[str], Path], tmp_path: Path) -> None:
-    oracle_cli.write_truth(built("tiny"), IDS[:1], None, tmp_path / "truth", taps=DUMPED, with_envelope=False)
+    write_truth(built("tiny"), IDS[:1], None, tmp_path / "truth", taps=DUMPED, with_envelope=False)
     arguments = ["compare", str(tmp_path / "truth"), str(tmp_path / "truth"), "--checkpoint", str(built("tiny-mxfp4"))]
     assert cli.main(arguments) == 2
 

@@ -15,7 +15,7 @@ import torch
 import qwen35_moe as q
 
 CORE = Path(q.__file__).parent
-FILES = {str(CORE / f"{n}.py") for n in ("attention", "deltanet", "router", "moe", "model", "norms", "rope")}
+FILES = {str(CORE / "model" / f"{n}.py") for n in ("attention", "deltanet", "router", "moe", "text", "norms", "rope")}
 SUFFIX = re.compile(r"_([A-Z12][A-Za-z12]*)$")
 DIMENSION = re.compile(r"1|(2?)([A-Za-z])")
 
@@ -45,7 +45,7 @@ FREE = {
     "router.py": "TAE",
     "deltanet.py": "HWS",
     "attention.py": "",
-    "model.py": "",
+    "text.py": "",
     "norms.py": "",
     "rope.py": "",
 }
@@ -110,7 +110,7 @@ def test_the_audit_sees_a_lie(built, monkeypatch):
         y_FD = moe.linear("moe_expert_down", x_ND[:, : down_DF.shape[1]], down_DF)
         return y_FD
 
-    lie.__code__ = lie.__code__.replace(co_filename=str(CORE / "moe.py"))
+    lie.__code__ = lie.__code__.replace(co_filename=str(CORE / "model" / "moe.py"))
     monkeypatch.setattr(moe, "expert", lie)
     lie.__globals__["moe"] = moe
     assert any("y_FD" in line for line in watch(q.load(built("tiny"))).wrong)

@@ -18,6 +18,7 @@ from qwen35_moe.numerics.tap_table import TAPS, base_name, check_patterns, dims_
 from qwen35_moe.numerics.taps import Site, scope, tap
 from qwen35_moe.oracle.judge.envelope_file import write_envelope
 from qwen35_moe.run.load import load
+from qwen35_moe.trace import writer as writer_module
 from qwen35_moe.trace.file import Entry, Trace
 from qwen35_moe.trace.recorder import record, trace
 from qwen35_moe.trace.writer import TraceWriter, write
@@ -52,7 +53,7 @@ def test_disk_and_memory_hold_the_same(model, tmp_path: Path) -> None:
 
 def test_a_large_layer_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that memory holds a chunk, and not all values of single experts of a layer."""
-    monkeypatch.setattr("qwen35_moe.trace.writer.CHUNK_BYTES", 1000)
+    monkeypatch.setattr(writer_module, "CHUNK_BYTES", 1000)
     with TraceWriter(tmp_path / "t") as writer:
         for i in range(10):
             x = torch.full((100,), float(i))  # 400 bytes
