@@ -21,23 +21,13 @@ import matplotlib.pyplot as plt
 import style
 import torch
 
-from qwen35_moe.numerics.arithmetics import get
-from qwen35_moe.oracle.compare import compare
-from qwen35_moe.oracle.diagnose.catalogue import FAULTS
-from qwen35_moe.oracle.diagnose.faults import Place
-from qwen35_moe.oracle.dumps.readers import read_dump
-from qwen35_moe.oracle.dumps.writers import DUMPED, write_sglang_dump
-from qwen35_moe.oracle.report import text as report
-from qwen35_moe.oracle.truth import open_checkpoint, write_truth
-from qwen35_moe.run.load import build as build_model
-from qwen35_moe.trace.recorder import trace
+import qwen35_moe as q
 from weights.build import build
 
 folder = style.scratch()
 checkpoint = build("tiny-mxfp4", folder / "tiny-mxfp4")
 ids = (torch.arange(48) * 7919 % 251)[None]
-truth = write_truth(checkpoint, ids, None, folder / "truth")
-_, weights = open_checkpoint(checkpoint)
+truth = q.write_truth(checkpoint, ids, folder / "truth")
 print(f"the truth: values of {ids.numel()} tokens at every tap, in {truth.meta['arithmetic']} arithmetic")
 assert truth["final_norm"].dtype == torch.float64
 
@@ -45,28 +35,18 @@ assert truth["final_norm"].dtype == torch.float64
 # ## The engine
 #
 # No engine fits into a notebook, so our own model plays one: SGLang's bf16 roundings, and a fault of the catalogue
-# planted in one layer. Its dump has the files, names and shapes of SGLang's dumper (`write_sglang_dump`); nothing below
+# planted in one layer. Its dump has the files, names and shapes of SGLang's dumper (`q.play_engine`); nothing below
 # knows how it was made.
 
 
 # %%
 def engine(name, fault=None, layer=0):
     """Runs an engine, and gives its dump as it is read from disk."""
-    table, source, handlers, fused = get("sglang-bf16"), weights.source, [], [False] * 4
-    if fault is not None:
-        place = Place(source.config, truth.positions, frozenset({layer}))
-        table, handlers = fault.arithmetic(table), fault.handlers(place)
-        source, fused[layer] = fault.source(source, place), fault.fused
-    model = build_model(source, table, fused, torch.device("cpu"), "decoded")
-    write_sglang_dump(trace(model, ids, taps=DUMPED, replay=handlers), folder / name)
-    return read_dump(folder / name, config=truth.meta["config"])
+    return q.read_dump(q.play_engine(checkpoint, ids, folder / name, fault=fault, layer=layer), config=config)
 
 
-def fault(name):
-    return next(f for f in FAULTS if f.name == name)
-
-
-clean = compare(truth, engine("clean"), weights.source)
+config = truth.meta["config"]
+clean = q.compare(truth, engine("clean"), checkpoint)
 print(clean.verdict.partition(":")[0])
 assert clean.exit_code == 0 and not clean.diagnoses
 
@@ -79,8 +59,8 @@ assert clean.exit_code == 0 and not clean.diagnoses
 # Its text is garbage.
 
 # %%
-first = compare(truth, engine("first", fault("BF16 shared expert read as FP4"), 1), weights.source)
-style.page(report.text(first), folder)
+first = q.compare(truth, engine("first", "BF16 shared expert read as FP4", 1), checkpoint)
+style.page(q.report(first), folder)
 assert first.exit_code == 1
 assert (first.first.layer, first.first.block) == (1, "mlp")
 assert first.diagnoses[0].name == "BF16 shared expert read as FP4"
@@ -114,7 +94,7 @@ def draw(result, dump, title):
     return [label for label, k in zip(labels, keys, strict=True) if records[k].added > result.limit], inherited
 
 
-guilty, inherited = draw(first, read_dump(folder / "first", config=truth.meta["config"]), "First dump")
+guilty, inherited = draw(first, q.read_dump(folder / "first", config=config), "First dump")
 assert guilty == ["1 mlp"]
 assert min(inherited[3:]) > 0.3  # all that follows is wrong, too
 
@@ -125,13 +105,13 @@ assert min(inherited[3:]) > 0.3  # all that follows is wrong, too
 # would show some points less, and nobody would know why.
 
 # %%
-second = compare(truth, engine("second", fault("recall term missing"), 2), weights.source)
+second = q.compare(truth, engine("second", "recall term missing", 2), checkpoint)
 print(second.verdict.split(",")[0])
 for diagnosis in second.diagnoses:
     print(f"layer {diagnosis.layer}, {diagnosis.block}: {diagnosis.name}")
     tried = [f"explains {max(h.explains, 0):6.1%}: {h.name} ({h.doc})" for h in diagnosis.hypotheses[:5]]
     style.page("\n".join(tried), folder)
-dump = read_dump(folder / "second", config=truth.meta["config"])
+dump = q.read_dump(folder / "second", config=config)
 guilty, _ = draw(second, dump, "Second dump")
 assert guilty == ["2 attn"]
 assert (second.first.layer, second.first.block) == (2, "gdn")
@@ -144,7 +124,7 @@ assert second.diagnoses[0].name == "recall term missing"
 
 # %%
 key = "layers.2.attn_output"
-right = read_dump(folder / "clean", config=truth.meta["config"])[key].double()
+right = q.read_dump(folder / "clean", config=config)[key].double()
 relative = (dump[key].double() - right).norm(dim=1) / right.norm(dim=1)
 fig, ax = plt.subplots(figsize=(7.2, 2.6))
 ax.plot(relative)
@@ -165,7 +145,7 @@ def digest(text):
     return sha256(text.encode()).hexdigest()[:12]
 
 
-secret = next(f for f in FAULTS if digest(f.name) == "259d979c0e7b")
+secret = next(name for name in q.fault_names() if digest(name) == "259d979c0e7b")
 where = next(layer for layer in range(4) if digest(f"layer {layer}") == "ffcc470fc39f")
 third = engine("third", secret, where)
 wrong_tokens = (third["next_token_logits"].argmax(-1) != truth["next_token_logits"][0].argmax(-1)).sum()
@@ -180,11 +160,11 @@ assert wrong_tokens < ids.numel() / 4
 
 # %%
 answer = None
-result = compare(truth, third, weights.source)
+result = q.compare(truth, third, checkpoint)
 style.attempt(
     answer,
     lambda a: tuple(a) == (result.first.layer, result.first.block),
-    "result = compare(truth, third, weights.source); print(report.text(result))",
+    "result = q.compare(truth, third, checkpoint); print(q.report(result))",
 )
 
 # %% [markdown]
@@ -199,8 +179,8 @@ style.attempt(
 
 # %%
 answer = None
-style.attempt(answer, lambda name: digest(str(name)) == digest(secret.name), "print(result.diagnoses[0])")
-assert result.exit_code == 1 and result.diagnoses[0].name == secret.name
+style.attempt(answer, lambda name: digest(str(name)) == digest(secret), "print(result.diagnoses[0])")
+assert result.exit_code == 1 and result.diagnoses[0].name == secret
 
 # %% [markdown]
 # <details><summary>Answer</summary>

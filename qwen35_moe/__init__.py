@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from .numerics import tables, taps
     from .numerics import tap_table as tap_names
     from .numerics.arithmetics import KEEP, Arithmetic
+    from .oracle.compare import compare, diagnose
+    from .oracle.dumps.readers import read_dump
+    from .oracle.dumps.readers.transformers import capture_transformers
+    from .oracle.play import fault_names, play_engine
+    from .oracle.report import report
+    from .oracle.truth import write_truth
     from .run.generate import Sampling, generate, score
     from .run.load import load
     from .run.prompt import embed_prompt
@@ -39,15 +45,23 @@ _PUBLIC = {
     "Sampling": ("run.generate", "Sampling"),
     "arithmetic": ("numerics.arithmetics", ""),
     "can_fuse_shared_expert": ("gate.decide", "can_fuse_shared_expert"),
+    "capture_transformers": ("oracle.dumps.readers.transformers", "capture_transformers"),
+    "compare": ("oracle.compare", "compare"),
+    "diagnose": ("oracle.compare", "diagnose"),
     "embed_prompt": ("run.prompt", "embed_prompt"),
+    "fault_names": ("oracle.play", "fault_names"),
     "generate": ("run.generate", "generate"),
     "load": ("run.load", "load"),
+    "play_engine": ("oracle.play", "play_engine"),
     "quant": ("quant", ""),
+    "read_dump": ("oracle.dumps.readers", "read_dump"),
+    "report": ("oracle.report", "report"),
     "score": ("run.generate", "score"),
     "tables": ("numerics.tables", ""),
     "tap_names": ("numerics.tap_table", ""),
     "taps": ("numerics.taps", ""),
     "trace": ("trace.recorder", "trace"),
+    "write_truth": ("oracle.truth", "write_truth"),
 }
 __all__ = [
     "KEEP",
@@ -59,15 +73,23 @@ __all__ = [
     "Sampling",
     "arithmetic",
     "can_fuse_shared_expert",
+    "capture_transformers",
+    "compare",
+    "diagnose",
     "embed_prompt",
+    "fault_names",
     "generate",
     "load",
+    "play_engine",
     "quant",
+    "read_dump",
+    "report",
     "score",
     "tables",
     "tap_names",
     "taps",
     "trace",
+    "write_truth",
 ]
 
 

@@ -211,7 +211,7 @@ def test_what_can_be_captured(built: Built) -> None:
 def test_the_oracle_takes_a_gpu_for_an_engine(built: Built, tmp_path: Path) -> None:
     """Its bf16 run agrees with the CPU's truth; with a block too large by a fifth it does not."""
     path, ids = built("tiny"), ids_of(24, 2)
-    write_truth(path, ids, None, tmp_path / "truth", taps=DUMPED)
+    write_truth(path, ids, tmp_path / "truth", taps=DUMPED)
     model = q.load(path, arithmetic=BF16, shared_expert="unfused", device=GPU, text_only=True)
 
     def fault(site: q.taps.Site, x: torch.Tensor) -> torch.Tensor | None:

@@ -671,7 +671,7 @@ def test_layer_ids_of_hidden_states(built: Callable[[str], Path], tmp_path: Path
 
 
 def test_truth_of_another_checkpoint_is_refused(built: Callable[[str], Path], tmp_path: Path) -> None:
-    write_truth(built("tiny"), IDS[:1], None, tmp_path / "truth", taps=DUMPED, with_envelope=False)
+    write_truth(built("tiny"), IDS[:1], tmp_path / "truth", taps=DUMPED, with_envelope=False)
     arguments = ["compare", str(tmp_path / "truth"), str(tmp_path / "truth"), "--checkpoint", str(built("tiny-mxfp4"))]
     assert cli.main(arguments) == 2
 

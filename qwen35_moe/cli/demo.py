@@ -6,31 +6,19 @@ Run in a checkout, since the checkpoints come from `weights/`. Exit code 0 if al
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import Qwen35Error
-from ..numerics.arithmetics import get
-from ..numerics.metrics import Row, compare, compare_traces
-from ..oracle.compare import compare as compare_dump
-from ..oracle.diagnose.catalogue import FAULTS
-from ..oracle.diagnose.faults import Place
-from ..oracle.dumps.align import align
-from ..oracle.dumps.readers import read_dump
-from ..oracle.dumps.readers.transformers import capture_transformers
-from ..oracle.dumps.writers import DUMPED, write_sglang_dump
-from ..oracle.judge.rerun import CPU
-from ..oracle.report import html as report_html
-from ..oracle.report import text as report
-from ..oracle.truth import open_checkpoint, write_truth
-from ..run.load import build as build_model
-from ..run.load import load
-from ..trace.recorder import trace
+import qwen35_moe as q
 
+from ..errors import Qwen35Error
+from ..numerics.metrics import Row, compare, compare_traces
+from ..oracle.dumps.align import align
+
+FAILURE = "BF16 shared expert read as FP4"
 EXACT_BOUND = 1e-12  # relative L2 of two orders of the same float64 sums; measured 1e-15 on this checkpoint
 
 
@@ -55,7 +43,7 @@ def table(rows: Iterable[Row]) -> str:
 
 def fused_against_unfused(checkpoint: Path, ids: Tensor) -> bool:
     """The shared expert beside the routed ones, and as slot E of E+1: one function."""
-    traces = [trace(load(checkpoint, "exact", way, text_only=True), ids) for way in ("unfused", "fused")]
+    traces = [q.trace(q.load(checkpoint, "exact", way, text_only=True), ids) for way in ("unfused", "fused")]
     rows = compare_traces(traces[1], {key: x for key, x in traces[0].items() if key in traces[1]})
     names = ("moe_topk_ids", "moe_topk_weights", "moe_shared_gate", "mlp_output", "next_token_logits")
     shown = [row for row in rows if row.key.rpartition(".")[2] in names]
@@ -75,8 +63,8 @@ def against_transformers(checkpoint: Path, ids: Tensor) -> bool:
     peer = Qwen3_5MoeForConditionalGeneration.from_pretrained(
         checkpoint, dtype=torch.bfloat16, attn_implementation="eager", experts_implementation="eager"
     ).eval()
-    ours = trace(load(checkpoint, "transformers-bf16", "unfused", text_only=True), ids)
-    pairs = align(capture_transformers(peer, input_ids=ids), ours)
+    ours = q.trace(q.load(checkpoint, "transformers-bf16", "unfused", text_only=True), ids)
+    pairs = align(q.capture_transformers(peer, input_ids=ids), ours)
     rows = [compare(pair.key, pair.truth, pair.engine) for pair in pairs if pair.engine is not None]
     equal = sum(row.equal for row in rows)
     print(f"\ntransformers {__version__}, bf16 eager, against arithmetic transformers-bf16:")
@@ -92,23 +80,16 @@ def planted_failure(checkpoint: Path, out: Path, layer: int = 1) -> bool:
     names layer, block and cause.
     """
     ids = (torch.arange(32) * 7919 % 251)[None]
-    truth = write_truth(checkpoint, ids, None, out / "truth")
-    _, loaded = open_checkpoint(checkpoint)
-    fault = next(f for f in FAULTS if f.name == "BF16 shared expert read as FP4")
-    place = Place(loaded.source.config, truth.positions, frozenset({layer}))
-    fused = [i == layer for i in range(len(loaded.fused))]
-    engine = build_model(fault.source(loaded.source, place), get("sglang-bf16"), fused, CPU, "decoded")
-    run = trace(engine, ids, taps=DUMPED)
-    shutil.rmtree(out / "engine_dump", ignore_errors=True)  # of an earlier demo
-    write_sglang_dump(run, out / "engine_dump")
-    result = compare_dump(truth, read_dump(out / "engine_dump", config=truth.meta["config"]), loaded.source)
+    truth = q.write_truth(checkpoint, ids, out / "truth")
+    dump = q.play_engine(checkpoint, ids, out / "engine_dump", fault=FAILURE, layer=layer)
+    result = q.compare(truth, dump, checkpoint)
     print(f"\nAn engine with the failure of SGLang PR 22948 in layer {layer}, its dump compared with the truth:\n")
-    print(report.text(result))
+    print(q.report(result))
     page = out / "report.html"
-    report.write(page, report_html.html(result, "An engine with the failure of SGLang PR 22948"))
+    page.write_text(q.report(result, "html", title="An engine with the failure of SGLang PR 22948"), encoding="utf-8")
     print(f"\nThe same as a page: {page.resolve()}")
     said = result.diagnoses[0] if result.diagnoses else None
-    return said is not None and (said.layer, said.block, said.name) == (layer, "mlp", fault.name)
+    return said is not None and (said.layer, said.block, said.name) == (layer, "mlp", FAILURE)
 
 
 def configure(p: argparse.ArgumentParser) -> None:

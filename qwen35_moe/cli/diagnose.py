@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 
-from ..errors import Qwen35Error
+from ..checkpoint import Checkpoint
+from ..oracle.compare import diagnose
 from ..oracle.dumps.readers import read_dump
-from ..oracle.truth import open_checkpoint, truth_of, write_truth
-from .report_options import add_report_options, add_shared, judge, show
+from .report_options import add_report_options, add_shared, show
 
 
 def configure(p: argparse.ArgumentParser) -> None:
@@ -24,14 +23,10 @@ def configure(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    model, loaded = open_checkpoint(args.checkpoint, args.shared_expert)
-    count = model.config.num_hidden_layers
-    if strange := [i for i in args.layer or () if not 0 <= i < count]:
-        raise Qwen35Error("no such layer", where=f"--layer {strange[0]}", expected=f"0 to {count - 1}")
-    dump = read_dump(args.dump, config=model.config.raw, name_map=args.name_map, layers=args.layer_ids)
-    ids, mask = truth_of(dump)
-    with tempfile.TemporaryDirectory() as folder:
-        truth = write_truth(
-            args.checkpoint, ids, mask, folder, args.arithmetic, args.shared_expert, with_envelope=False
-        )
-        return show(judge(truth, dump, loaded, args, args.layer), args)
+    config = Checkpoint.open(args.checkpoint).config
+    dump = read_dump(args.dump, config=config, name_map=args.name_map, layers=args.layer_ids)
+    result = diagnose(
+        args.checkpoint, dump, arithmetic=args.arithmetic, shared_expert=args.shared_expert,
+        engine=args.engine, limit=args.limit, layers=args.layer,
+    )  # fmt: skip
+    return show(result, args)

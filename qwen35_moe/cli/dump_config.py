@@ -74,15 +74,10 @@ qwen35-moe compare truth/ routed_experts.npy  # ids only, no weights
 
 _TRANSFORMERS = """\
 # transformers 5.23: no files needed.
-from qwen35_moe.oracle.readers.transformers import capture_transformers
-dump = capture_transformers(model, input_ids=ids, attention_mask=mask, use_cache=False)
+import qwen35_moe as q
+dump = q.capture_transformers(model, input_ids=ids, attention_mask=mask, use_cache=False)
 # compared with what `qwen35-moe trace CHECKPOINT --ids ... --out truth` wrote of the same ids:
-from qwen35_moe.oracle import report
-from qwen35_moe.oracle.compare import compare
-from qwen35_moe.oracle.oracle_cli import open_checkpoint
-from qwen35_moe.oracle.trace_file import Trace
-_, loaded = open_checkpoint("CHECKPOINT")
-print(report.text(compare(Trace.open("truth"), dump, loaded.source, fused=loaded.fused)))
+print(q.report(q.compare("truth", dump, "CHECKPOINT")))
 # Or as files, which leave out what containers return (the MoE block's sum):
 from transformers.model_debugging_utils import model_addition_debugger_context
 with model_addition_debugger_context(model, debug_path="engine_dump", do_prune_layers=False, use_repr=False):

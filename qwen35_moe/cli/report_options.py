@@ -6,15 +6,11 @@ import argparse
 import os
 from pathlib import Path
 
-from ..oracle.compare import compare
-from ..oracle.dumps.dump import Dump
 from ..oracle.judge.envelope import LIMIT
 from ..oracle.judge.records import Comparison
-from ..oracle.report import html as report_html
-from ..oracle.report import text as report
-from ..oracle.truth import Loaded
+from ..oracle.report import report
+from ..oracle.report.text import write
 from ..run.load import SHARED
-from ..trace.file import Trace
 
 
 def add_shared(p: argparse.ArgumentParser) -> None:
@@ -55,18 +51,11 @@ def limit(text: str) -> float:
     return number
 
 
-def judge(
-    truth: Trace, dump: Dump, loaded: Loaded | None, args: argparse.Namespace, layers: list[int] | None = None
-) -> Comparison:
-    source, fused = (loaded.source, loaded.fused) if loaded else (None, [])
-    return compare(truth, dump, source, fused=fused, engine=args.engine, limit=args.limit, layers=layers)
-
-
 def show(result: Comparison, args: argparse.Namespace) -> int:
-    print(report.text(result, args.width))
+    print(report(result, width=args.width))
     if args.json:
-        report.write(args.json, report.jsonl(result))
+        write(args.json, report(result, "json"))
     if args.html:
-        report.write(args.html, report_html.html(result))
+        write(args.html, report(result, "html"))
         print(f"\n{args.html}")
     return result.exit_code

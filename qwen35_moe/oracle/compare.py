@@ -8,18 +8,24 @@ engine's own choice of experts: it names the block that is wrong. It needs the c
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from torch import Tensor
 
+from ..errors import Qwen35Error
 from ..numerics import arithmetics
 from ..numerics.arithmetics import Arithmetic
 from ..numerics.tap_table import base_name
 from ..run.prompt import placeholders
 from ..run.source import Source
 from ..trace.file import Trace
-from .diagnose.diagnose import diagnose
+from .diagnose.diagnose import explain
 from .dumps.align import Alignment, align
 from .dumps.dump import Dump
+from .dumps.readers import read_dump
 from .judge.added import Work
 from .judge.envelope import LIMIT, Class, legal
 from .judge.envelope_file import Stored, stored_envelope
@@ -31,6 +37,7 @@ from .judge.rerun import Rerun, Tokens
 from .judge.second_look import second_look
 from .judge.suspects import accuse, suspects
 from .judge.weights_check import check_weights
+from .truth import open_checkpoint, sequences_of, weights_of, write_truth
 
 STORED = "the arithmetics that its envelope was made of"
 # Of 61 faults of one layer of a model in bf16, 15 are beyond what bf16 makes of its log p; in float32, all (fixture).
@@ -40,30 +47,78 @@ ONLY_LOGITS = (
 )
 
 
-def compare(
-    truth: Trace,
-    dump: Dump,
-    source: Source | None = None,
-    *,
-    fused: bool | Sequence[bool] = False,
-    engine: str | Arithmetic | None = None,
-    limit: float = LIMIT,
-    layers: Sequence[int] | None = None,
-    diagnoses: int = 2,
-    members: Sequence[Arithmetic] | None = None,
-) -> Comparison:
-    """Compare a dump with the truth.
+@dataclass(frozen=True)
+class CompareOptions:
+    """How a dump is compared.
 
-    source     the checkpoint's weights; without them only inherited errors are known, and nothing is diagnosed
-    fused      whether the shared expert is a slot, in all layers or layer by layer
+    fused      whether the shared expert is a slot, in all layers or layer by layer (default: as the truth was traced)
     engine     the arithmetic that the engine says it has, if that is not one of the envelope's
+    limit      a tap is wrong beyond so many times the envelope's error
     layers     rerun these layers only
     diagnoses  how many blocks to diagnose, in order of execution
     members    the envelope's arithmetics, where they shall not be `legal(...)`
     """
+
+    fused: bool | Sequence[bool] | None = None
+    engine: str | Arithmetic | None = None
+    limit: float = LIMIT
+    layers: Sequence[int] | None = None
+    diagnoses: int = 2
+    members: Sequence[Arithmetic] | None = None
+
+
+def compare(
+    truth: Trace | str | Path, dump: Dump | str | Path, checkpoint: Source | str | Path | None = None, **options: Any
+) -> Comparison:
+    """Compare an engine's dump with the truth.
+
+    truth       a trace, or the directory that `write_truth` or `qwen35-moe trace` wrote
+    dump        what `read_dump` returned, or a path that it reads
+    checkpoint  its folder, or the weights of an open one. Without it the folder that the truth names is used where it
+                still exists; else only inherited errors are known, and nothing is diagnosed
+    options     the fields of `CompareOptions`
+
+    Errors: what `Trace.open` and `read_dump` refuse; a checkpoint that the truth is not of.
+    """
+    truth = truth if isinstance(truth, Trace) else Trace.open(truth)
+    dump = dump if isinstance(dump, Dump) else read_dump(dump, config=truth.meta.get("config"))
+    chosen = CompareOptions(**options)
+    source, fused = weights_of(truth, checkpoint)
+    return _compare(truth, dump, source, replace(chosen, fused=fused if chosen.fused is None else chosen.fused))
+
+
+def diagnose(
+    checkpoint: str | Path, dump: Dump | str | Path, truth: str | Path | None = None, *,
+    arithmetic: str = "exact", shared_expert: str = "unfused", **options: Any,
+) -> Comparison:  # fmt: skip
+    """Compare a dump with a truth that is computed for the tokens that the dump says it is of.
+
+    truth       a directory to keep the truth in (default: it is removed afterwards)
+    arithmetic  that of the truth, shared_expert how it was loaded
+    options     the fields of `CompareOptions`
+    """
+    model, loaded = open_checkpoint(checkpoint, shared_expert)
+    dump = dump if isinstance(dump, Dump) else read_dump(dump, config=model.config.raw)
+    chosen = CompareOptions(**options)
+    check_layers(chosen.layers, model.config.num_hidden_layers)
+    ids = sequences_of(dump)
+    with TemporaryDirectory() as folder:
+        written = write_truth(
+            checkpoint, ids, truth or folder, arithmetic=arithmetic, shared_expert=shared_expert, with_envelope=False
+        )
+        return _compare(written, dump, loaded.source, replace(chosen, fused=loaded.fused))
+
+
+def check_layers(layers: Sequence[int] | None, count: int) -> None:
+    if strange := [i for i in layers or () if not 0 <= i < count]:
+        raise Qwen35Error("no such layer", where=f"--layer {strange[0]}", expected=f"0 to {count - 1}")
+
+
+def _compare(truth: Trace, dump: Dump, source: Source | None, options: CompareOptions) -> Comparison:
+    limit, layers, members = options.limit, options.layers, options.members
     alignment = align(dump, truth)
     table = arithmetics.get(truth.meta.get("arithmetic") or "exact")
-    members = legal(table.name, engine) if members is None else members
+    members = legal(table.name, options.engine) if members is None else members
     result = Comparison(
         extra=alignment.extra, unknown=list(dump.unknown), problems=list(alignment.problems),
         notes=list(alignment.notes), limit=limit, truth=f"{table.name}, {truth.path or 'in memory'}",
@@ -78,6 +133,7 @@ def compare(
         if count := int((placeholders(config, truth.ids) * truth.mask).count_nonzero()):
             result.notes.append(f"{count} placeholders of images or videos: the truth takes them for text")
         result.layers = tuple("gdn" if kind == "linear_attention" else "attn" for kind in config.layer_types)
+        fused = options.fused or False
         flags = [fused] * config.num_hidden_layers if isinstance(fused, bool) else list(fused)
         if dump.weights:
             result.weights = check_weights(dump, source)
@@ -91,8 +147,8 @@ def compare(
                 work.added(layer, seen)
                 seen = second_look(rerun, layer, work, seen)
                 accuse([r for r in work.records.values() if r.layer == layer], places, cleared)
-                if len(result.diagnoses) < diagnoses and (bad := work.guilty(layer, seen)):
-                    result.diagnoses.append(diagnose(rerun, layer, bad, work, seen))
+                if len(result.diagnoses) < options.diagnoses and (bad := work.guilty(layer, seen)):
+                    result.diagnoses.append(explain(rerun, layer, bad, work, seen))
     else:
         result.members = (STORED,)
         result.notes.append("without the checkpoint: errors are inherited from all layers before, nothing is diagnosed")

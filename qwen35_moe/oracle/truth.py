@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,33 @@ def open_checkpoint(
     return model, Loaded(model.source, [layer.mlp.fused for layer in model.layers.empty])  # type: ignore[union-attr]
 
 
+def weights_of(truth: Trace, checkpoint: Source | str | Path | None) -> tuple[Source | None, list[bool]]:
+    """The weights that a truth was computed from, where they are known or were given, and which layers were fused.
+    Error: the checkpoint is another one."""
+    flags = list(truth.meta.get("fused") or [])
+    if isinstance(checkpoint, Source):
+        return checkpoint, flags
+    known = (truth.meta.get("checkpoint") or {}).get("path")
+    path = checkpoint or known
+    if not path or (checkpoint is None and not Path(path).exists()):
+        return None, flags
+    model, loaded = open_checkpoint(path)
+    if not truth.is_of(model.identity):
+        do = "trace this checkpoint, or give the other one as checkpoint"
+        where = truth.path or "a truth in memory"
+        raise Qwen35Error("truth is of another checkpoint", where=where, expected=known, found=path, do=do)
+    return loaded.source, flags or loaded.fused
+
+
 def write_truth(
-    checkpoint: str | Path, ids: Tensor, mask: Tensor | None, out: str | Path, arithmetic: str = "exact",
-    shared_expert: str = "unfused", taps: str = "*", with_envelope: bool = True,
+    checkpoint: str | Path, ids: Tensor | Sequence[Tensor | Sequence[int]], out: str | Path, *,
+    arithmetic: str = "exact", shared_expert: str = "unfused", taps: str = "*", with_envelope: bool = True,
 ) -> Trace:  # fmt: skip
-    """Trace a checkpoint to a directory, layer by layer, and beside it the envelope."""
+    """Trace a checkpoint to the directory `out`, layer by layer, and beside it the envelope.
+
+    ids [B, T], or a list of sequences of token ids, of any lengths.
+    """
+    ids, mask = padded([torch.as_tensor(row) for row in ids])
     model, loaded = open_checkpoint(checkpoint, shared_expert, arithmetic)
     meta = {"checkpoint": {**(model.identity or {}), "path": str(Path(checkpoint).resolve())}, "fused": loaded.fused}
     taps = with_ids(taps) if with_envelope else taps
@@ -56,8 +78,8 @@ def _legal_models(path: str | Path, shared_expert: str, arithmetic: str) -> Iter
         yield load(path, table, shared_expert, mode="stream", text_only=True)
 
 
-def truth_of(dump: Dump) -> tuple[Tensor, Tensor | None]:
-    """The sequences that a dump holds: ids [B, T] and mask, joined over its steps."""
+def sequences_of(dump: Dump) -> list[Tensor]:
+    """The sequences of token ids that a dump holds, joined over its steps."""
     rows: list[list[Tensor]] = []
     owner: dict[Any, int] = {}
     for step in dump.steps:
@@ -83,4 +105,4 @@ def truth_of(dump: Dump) -> tuple[Tensor, Tensor | None]:
             "the dump does not say which tokens it is of", where=dump.path,
             do="write the truth with `qwen35-moe trace --ids`, then `qwen35-moe compare`",
         )  # fmt: skip
-    return padded([torch.cat(row) for row in rows])
+    return [torch.cat(row) for row in rows]

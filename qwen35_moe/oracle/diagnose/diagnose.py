@@ -22,7 +22,7 @@ from torch import Tensor
 from ...numerics.arithmetics import Arithmetic
 from ...numerics.tap_table import base_name
 from ..judge.envelope import envelope, judge
-from ..judge.records import Diagnosis, Hypothesis, Place, Record, span
+from ..judge.records import BF16_GRID, Diagnosis, Hypothesis, Place, Record, span
 from ..judge.rerun import Rerun
 from ..judge.second_look import AGAIN, Taps, batches
 from .catalogue import FAULTS
@@ -33,10 +33,6 @@ OUTPUT = {"mlp": "mlp_output", "gdn": "attn_output", "attn": "attn_output"}
 DIAGNOSED = (*OUTPUT, "input_layernorm", "post_attention_layernorm", "final_norm", "stream")
 PARTS = ("moe_routed_output", "moe_shared_gated", "moe_shared_output")
 HOLD_MLP = ("mlp_output", "layer_input", "layer_output_sum")
-
-# A state rounded at every token errs no more than its inputs' roundings do, until hundreds of tokens have gone by; but
-# its digits show it.
-BF16_GRID = "all its values are bf16, where every legal arithmetic keeps more digits"
 
 
 class _Case:
@@ -80,7 +76,7 @@ class _Case:
         return ratio
 
 
-def diagnose(
+def explain(
     rerun: Rerun,
     layer: int | None,
     bad: Sequence[Record],

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...errors import Qwen35Error
 from ...numerics.tap_table import base_name
-from ..diagnose.diagnose import BF16_GRID
 from ..dumps.align import Alignment, Pair
 from ..dumps.ranks import owners
 from . import log_p as kl_base
@@ -18,7 +17,7 @@ from .columns import wrong_columns
 from .constant_factor import scale_errors
 from .envelope import Class, envelope, judge
 from .envelope_file import WEIGHTS, as_rows
-from .records import Comparison, Record, block_of
+from .records import BF16_GRID, Comparison, Record, block_of
 from .replay import RESTARTS, STREAMS, Captured
 from .routing import Routing, compare_ids, could_flip
 

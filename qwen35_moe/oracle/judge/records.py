@@ -28,6 +28,10 @@ _BLOCKS = (
     (r"attn_|rope_", "attn"),
 )
 
+# A state rounded at every token errs no more than its inputs' roundings do, until hundreds of tokens have gone by; but
+# its digits show it.
+BF16_GRID = "all its values are bf16, where every legal arithmetic keeps more digits"
+
 
 def block_of(key: str, kind: str = "") -> str:
     """The block that computes a tap. `kind` ("gdn" or "attn") tells whose attn_output it is."""
