@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from ...errors import Qwen35Error
 from ..judge.records import Comparison
-from .html import html
-from .text import jsonl
-from .text import text as in_text
+from . import html as page
+from . import text as lines
 
 
 def report(result: Comparison, form: str = "text", *, width: int = 80, title: str = "") -> str:
     """A comparison in words: "text" for a terminal of `width` columns, "json" (one object a line) or "html" (one page,
     under `title`)."""
     if form == "text":
-        return in_text(result, width)
+        return lines.text(result, width)
     if form == "json":
-        return jsonl(result)
+        return lines.jsonl(result)
     if form == "html":
-        return html(result, title or "qwen35-moe compare")
+        return page.html(result, title or "qwen35-moe compare")
     raise Qwen35Error("no such form of a report", where="report(form)", expected="text, json or html", found=form)
