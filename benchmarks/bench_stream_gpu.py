@@ -28,8 +28,7 @@ import qwen35_moe as q
 from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.checkpoint.header import Stored
 from qwen35_moe.checkpoint.reader import Rows
-from qwen35_moe.run.gpu import feed as ahead
-from qwen35_moe.run.gpu.plan import Plan
+from qwen35_moe.run.gpu.prefetch import Fetch, Layout, one_ahead
 from weights.build import build
 
 DEVICE = torch.device("cuda", 0)
@@ -86,10 +85,9 @@ def copy_all(size: int, host: Tensor, target: Tensor) -> None:
         target[:count].copy_(host[:count], non_blocking=True)
 
 
-def read_and_copy(plans: list[Plan]) -> None:
-    feed = ahead.feed(DEVICE)
-    for order in [feed.order(plan) for plan in plans]:
-        order.arrive()
+def read_and_copy(layouts: list[Layout]) -> None:
+    for fetch in one_ahead(Fetch(layout, DEVICE) for layout in layouts):
+        fetch.result()
 
 
 def bench(layout: str, model: str, layers: int, tokens: int, folder: Path, profile: bool) -> None:
@@ -106,13 +104,13 @@ def bench(layout: str, model: str, layers: int, tokens: int, folder: Path, profi
     host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(host, device=DEVICE)
     buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True).numpy().data for _ in range(THREADS)]
-    plans = [Plan(checkpoint.reader, [[Rows.of(s) for s in some]]) for some in parcels(stored)]
+    layouts = [Layout(checkpoint.reader, [[Rows.of(s) for s in some]]) for some in parcels(stored)]
     parts = {
         "reading": min(rounds(lambda: read_all(found, buffers))),
         "copying": min(rounds(lambda: copy_all(size, host, target))),
         "computing": min(rounds(lambda: resident(ids))),
     }
-    both = min(rounds(lambda: read_and_copy(plans)))
+    both = min(rounds(lambda: read_and_copy(layouts)))
     for name, took in {**parts, "reading and copying": both}.items():
         print(f"  {name:<20} {took:8.1f} ms {size / took / 1e6:8.1f} GB/s")
     begin = time.perf_counter()

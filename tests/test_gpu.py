@@ -15,8 +15,8 @@ import torch
 from fixture_models import FIXTURES
 from peers.transformers_model import load_transformers
 from safetensors.torch import load_file
-from test_ahead import cut, poison
 from test_model import ids_of
+from test_prefetch import cut, poison
 from tolerances import BF16_GROUPED, FLOAT64_REORDERED
 
 import qwen35_moe as q

@@ -18,10 +18,10 @@ from qwen35_moe.numerics import arithmetics as arithmetic
 from qwen35_moe.numerics.metrics import rel_l2
 from qwen35_moe.quant import mxfp4
 from qwen35_moe.quant.packed import concatenate
-from qwen35_moe.run.experts import PassingExperts
 from qwen35_moe.run.generate import generate
 from qwen35_moe.run.gpu import grouped
 from qwen35_moe.run.gpu.graphs import DecodeGraph, PrefillGraph, can_capture
+from qwen35_moe.run.gpu.passing import PassingExperts
 
 MODULE = import_module("qwen35_moe.run.generate")  # whose name in the package is the function
 TABLES = ("exact", "float32", "transformers-bf16", "sglang-bf16", "sglang-aiter-mxfp4", "sglang-aiter-mxfp4/scatter")

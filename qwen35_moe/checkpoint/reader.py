@@ -104,7 +104,7 @@ class Reader:
         self.count(into.nbytes)
 
     def count(self, nbytes: int) -> None:
-        """So many bytes more were read, by `read` or past it, in whichever thread."""
+        """Adds to `bytes_read`, from any thread."""
         with self._lock:
             self.bytes_read += nbytes
 

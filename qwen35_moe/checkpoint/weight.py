@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -149,34 +149,6 @@ class Weight:
                 found=start,
             )
         return self.scale.rows(slice(start // high, -(-stop // high)))
-
-
-class Verdict:
-    """On the doubts that `of` had about some weights: on its way from the device, until somebody waits for it."""
-
-    def __init__(self, doubts: Sequence[Tensor], weights: Iterable[Weight]):
-        self.weights, self.right, self.known = weights, None, None
-        if doubts:
-            right = torch.stack(list(doubts)).any()
-            self.right = torch.empty((), dtype=torch.bool, pin_memory=right.is_cuda).copy_(right, non_blocking=True)
-            self.known = torch.cuda.current_stream(right.device).record_event() if right.is_cuda else None
-
-    def settle(self, later: list[Verdict] | None) -> None:
-        """Waits for it, unless somebody does so later."""
-        if later is None:
-            self.wait()
-        else:
-            later.append(self)
-
-    def wait(self) -> None:
-        """Error if one of the doubts was right: the weights are read once more, to say where."""
-        if self.known is not None:
-            self.known.synchronize()
-        if self.right is not None and self.right:
-            for weight in self.weights:
-                weight.read()
-            expected, found = "the same bytes when they are read again", "finite ones by now"
-            raise Qwen35Error("a scale was NaN or infinite", expected=expected, found=found, do="run it again")
 
 
 def _not_finite(scale: Tensor) -> Tensor:

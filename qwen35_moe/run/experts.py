@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from itertools import groupby, islice
-from math import prod
+from collections.abc import Callable, Sequence
 from threading import local
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.weight import Verdict, Weight
 from ..quant.packed import Float, Packed, Stacked, adjoined
-from .gpu.feed import feed
-from .gpu.plan import Plan
 
 CPU = torch.device("cpu")
-FEW = 32  # experts that are decoded as so many, more of them as those of a batch
-BATCH = 2**31  # bytes of decoded experts that a GPU holds at a time
 Slot = tuple[Packed, Packed]  # gate_up [2F, D] (F rows of gate, then F of up), down [D, F]
 
 
@@ -99,92 +89,3 @@ def scratch(which: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if which not in kept or (kept[which].shape, kept[which].dtype) != (shape, dtype):
         kept[which] = torch.empty(shape, dtype=dtype)
     return kept[which]
-
-
-class Group(NamedTuple):
-    """Experts that are stored alike, to be read and decoded at once. weights: of the first. plan: None for a slot that
-    is not as it is stored."""
-
-    experts: Sequence[int]
-    weights: tuple[Weight, ...]
-    plan: Plan | None
-
-
-class PassingExperts(PackedExperts):
-    """Packed experts that do not stay on a GPU: some are read from disk while it decodes and multiplies others.
-
-    Where nearly all experts are hit, all are read: those of a layer that comes next can then be begun with `begin`,
-    before it is known which it will hit.
-    """
-
-    def __init__(self, *packed: Any, stored: Callable[[int], tuple[Weight, ...]]):
-        """As `PackedExperts`. stored: the weights of an expert, (gate_up, down) or (gate, up, down); none where `read`
-        changes them."""
-        super().__init__(*packed)
-        self.stored, self.nearly_all = cache(stored), False
-        self.all: list[Group] = []
-        self.coming: list[Callable[[], list[Tensor]]] = []
-        self.later: list[Verdict] | None = None  # where verdicts go that somebody else waits for
-
-    def begin(self) -> None:
-        """Has all of them read, unless that has begun."""
-        self.all = self.all or self._groups(range(self.count))
-        self.coming = self.coming or [self._order(group) for group in self.all]
-
-    def batches(self, hit: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
-        """Some experts and their gate_up [n, 2F, D] and down [n, D, F], until all that are hit have been had.
-
-        Error: what cannot be read; a scale that is NaN or infinite (or `later`).
-        """
-        self.nearly_all = 8 * len(hit) > 7 * self.count
-        if self.nearly_all:
-            self.begin()
-        groups = self.all if self.nearly_all else self._groups(hit)
-        coming = deque(self.coming if self.nearly_all else [self._order(group) for group in groups])
-        self.coming, doubts = [], list[Tensor]()
-        for group in groups:
-            read = coming.popleft()()
-            yield group.experts, *self._decoded(group, read, doubts)
-            feed(self.device).go_on()
-        weights = (weight for group in groups for e in group.experts for weight in self.stored(e))
-        Verdict(doubts, weights).settle(self.later)
-
-    def listed(self, x: Tensor) -> list[int]:
-        return feed(self.device).listed(x)
-
-    def _groups(self, which: Sequence[int]) -> list[Group]:
-        found = []
-        for _, run in groupby(which, key=lambda e: [weight.form for weight in self.stored(e)]):
-            alike = list(run)
-            weights = self.stored(alike[0])
-            if not weights:
-                found += [Group([e], (), None) for e in alike]
-                continue
-            nbytes = sum(prod(weight.shape) for weight in weights) * self.dtype.itemsize
-            size = -(-self.count // -(-self.count * nbytes // BATCH))  # in all, about equal ones
-            for some in (alike[i : i + size] for i in range(0, len(alike), size)):
-                items = [[rows for weight in self.stored(e) for rows in weight.parts] for e in some]
-                room = size if len(some) > FEW else min(size, FEW)  # each number of experts would be compiled
-                found.append(Group(some, weights, Plan(weights[0].reader, items, room)))
-        return found
-
-    def _order(self, group: Group) -> Callable[[], list[Tensor]]:
-        if group.plan is not None:
-            return feed(self.device).order(group.plan).result
-        return lambda: [x[None] for x in self.at(group.experts[0])]
-
-    def _decoded(self, group: Group, read: list[Tensor], doubts: list[Tensor]) -> tuple[Tensor, Tensor]:
-        n, parts = len(group.experts), iter(read)
-        if not group.weights:
-            return read[0], read[1]
-        found = []
-        for weight in group.weights:
-            stacks = list(islice(parts, len(weight.parts)))
-            if weight.kind.startswith("fp8"):
-                each = zip(*(x[:n] for x in stacks), strict=True)
-                found.append(torch.stack([weight.of(one, doubts).decode(self.dtype) for one in each]))
-            else:
-                found.append(weight.of(stacks, doubts, n).decode(self.dtype)[:n])
-            feed(self.device).go_on()  # no taps are called here
-        *first, down = found
-        return first[0] if len(first) == 1 else torch.cat(first, 1), down

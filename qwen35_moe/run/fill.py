@@ -11,8 +11,9 @@ from torch import nn
 from ..model.moe import Experts, ExpertSource, MoE
 from ..model.ops import Linear
 from ..numerics.arithmetics import Arithmetic
-from .experts import PackedExperts, PassingExperts, Slot, ViewedExperts, as_one, is_plain, moved
+from .experts import PackedExperts, Slot, ViewedExperts, as_one, is_plain, moved
 from .gpu.grouped import stack_slots
+from .gpu.passing import PassingExperts
 from .source import Source
 
 

@@ -11,7 +11,6 @@ A mode says how much of it is held decoded:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -113,9 +112,8 @@ def build(source: Source, table: Arithmetic, fused: Sequence[bool], device: torc
         for i, is_fused in enumerate(fused):
             if is_fused:
                 source.guard_slot(f"layers.{i}.mlp")  # before a long run begins
-        layers = stream_layers(model, "layers", "layers", source, table, device)
-        model.embed_tokens, model.lm_head = StreamedEmbedding(source, table), StreamedHead(source, table)
-        model.embed_tokens.then, layers.then = layers.begin, partial(model.lm_head.begin, device)
+        stream_layers(model, "layers", "layers", source, table, device)
+        model.embed_tokens, model.lm_head = StreamedEmbedding(source, table), StreamedHead(source, table, device)
         fill(model.norm, "norm", source, table, device)
     else:
         for name, module in model.named_children():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from itertools import groupby, islice
 from typing import Any
@@ -14,40 +13,38 @@ from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.tensor_names import split_role
-from ..checkpoint.weight import Verdict, Weight
+from ..checkpoint.weight import Weight
 from ..model.moe import MoE
 from ..model.mtp import MTP
 from ..model.ops import accumulation_dtype
 from ..model.vision.tower import VisionTower
 from ..numerics.arithmetics import Arithmetic
 from ..numerics.taps import tap
-from .experts import PassingExperts, moved
+from .experts import moved
 from .fill import fill, fill_experts
-from .gpu.feed import Order, feed
-from .gpu.plan import Plan
+from .gpu.passing import PassingExperts
+from .gpu.prefetch import Fetch, Layout, PendingScaleCheck, one_ahead
 from .source import Source
 
 PARTS = {"mtp": "layers", "visual": "blocks"}  # what is not the text model, and what its layers are called
 HEAD_ROWS = 4096  # rows of the head that a streamed model holds at a time
-LAYERS_AHEAD = 2  # layers that are asked for before it is their turn, as far as `ahead.AHEAD` lets them begin
 HEAD_ROWS_GPU = 16384  # the same on a GPU, whose host has more to do the more there are of them
 
 
 class StreamedLayers(Sequence[nn.Module]):
     """Layers that are read when it is their turn, and dropped after it. `empty`: the same on the meta device.
 
-    Those for a GPU are read ahead: the dense weights of the next layers, and their experts, too, if the layer before
-    was hit in nearly all of its own; after the last one `then` is called.
+    With `ahead` (for a GPU) the next layer's dense weights are read while a layer computes, and its experts, too, if
+    the layer before was hit in nearly all of its own.
     """
 
     def __init__(
         self, prefix: str, empty: Sequence[nn.Module], source: Source, table: Arithmetic, device: torch.device
     ):
         self.prefix, self.empty, self.source, self.table, self.device = prefix, empty, source, table, device
-        self.ahead = device.type == "cuda" and source.as_stored
-        self.then: Callable[[], object] = lambda: None
+        self.ahead = reads_ahead(source, device)
         self.dense: dict[int, Dense] = {}
-        self.coming: dict[int, Order] = {}
+        self.coming: dict[int, Fetch] = {}
         self.experts: list[PassingExperts] = []  # of the layer that was handed out last
 
     def __len__(self) -> int:
@@ -63,60 +60,57 @@ class StreamedLayers(Sequence[nn.Module]):
         return self._arrived(i, None)
 
     def __iter__(self) -> Iterator[nn.Module]:
-        """One after the other. What is wrong with the weights of one is an error when the next has been begun, or at
-        the end, so that nobody waits for the device in between: go through to the end, or take single layers."""
+        """One after the other. A broken scale of a layer is an error when the next layer has been begun, or at the end,
+        so that nobody waits for the device in between: go through to the end, or take single layers."""
         if not self.ahead:
             yield from map(self.__getitem__, range(len(self)))
             return
-        before = list[Verdict]()
+        before = list[PendingScaleCheck]()
         try:
             for i in range(len(self)):
-                now = list[Verdict]()
+                now = list[PendingScaleCheck]()
                 yield self._arrived(i, now)
-                for verdict in before:
-                    verdict.wait()
+                for check in before:
+                    check.wait()
                 before = now
-            for verdict in before:
-                verdict.wait()
+            for check in before:
+                check.wait()
         finally:  # what an abandoned pass had asked for is forgotten
             self.coming = {}
             for experts in (experts for dense in self.dense.values() for experts in dense.experts):
                 experts.coming, experts.later = [], None
 
-    def _arrived(self, i: int, later: list[Verdict] | None) -> nn.Module:
-        """A layer. later: where verdicts on its weights go; None to wait for them."""
-        order = self.coming.get(i) or self._order(i)
+    def _arrived(self, i: int, later: list[PendingScaleCheck] | None) -> nn.Module:
+        """A layer. later: where checks of its scales go; None to wait for them."""
+        fetch = self.coming.get(i) or self._begun(i)
         self._begin_experts(i)
-        soon = range(i + 1, min(i + 1 + LAYERS_AHEAD, len(self)))
-        self.coming = {j: self.coming.get(j) or self._order(j) for j in soon}
-        if i + 1 == len(self):
-            self.then()
+        self.coming = {i + 1: self._begun(i + 1)} if i + 1 < len(self) else {}
         layer = twin(self.empty[i])
-        self.dense[i].put(layer, order).settle(later)
+        self.dense[i].put(layer, fetch).settle(later)
         self.experts = self.dense[i].experts
         for experts in self.experts:
             experts.later = later
-        layer.forward = feed(self.device).beside(layer.forward)
         return layer
 
-    def begin(self) -> None:
-        """Has the first layer read, unless that has begun."""
-        if self.ahead and 0 not in self.coming:
-            self.coming = {0: self._order(0)}
-
-    def _order(self, i: int) -> Order:
+    def _begun(self, i: int) -> Fetch:
         if i not in self.dense:
             prefix = f"{self.prefix}.{i}"
             fill_experts(self.empty[i], prefix, self.source, self.table, self.device, "stream")
             self.dense[i] = Dense(self.empty[i], prefix, self.source.checkpoint, self.table)
-        order = feed(self.device).order(self.dense[i].plan)
+        fetch = Fetch(self.dense[i].layout, self.device)
         self._begin_experts(i)
-        return order
+        return fetch
 
     def _begin_experts(self, i: int) -> None:
         if any(experts.nearly_all for experts in self.experts):
             for experts in self.dense[i].experts:
                 experts.begin()
+
+
+def reads_ahead(source: Source, device: torch.device) -> bool:
+    """Whether the next weights are read while the present ones are computed with: for a GPU, unless a fault changes
+    what the source gives. On a CPU reading would take the cores that compute."""
+    return device.type == "cuda" and source.as_stored
 
 
 def twin(module: nn.Module) -> nn.Module:
@@ -148,18 +142,18 @@ class Dense:
             self.names.update(checkpoint.expert_names(f"{path}.experts") if isinstance(part, MoE) else ())
         blocks = (m.experts for m in module.modules() if isinstance(m, MoE))
         self.experts = [experts for experts in blocks if isinstance(experts, PassingExperts)]
-        self.plan = Plan(checkpoint.reader, [[rows for *_, weight, _ in self.wanted for rows in weight.parts]])
+        self.layout = Layout(checkpoint.reader, [[rows for *_, weight, _ in self.wanted for rows in weight.parts]])
 
-    def put(self, module: nn.Module, order: Order) -> Verdict:
+    def put(self, module: nn.Module, fetch: Fetch) -> PendingScaleCheck:
         """Into a copy of the module."""
         self.checkpoint.used.update(self.names)
-        parts, doubts = (x[0] for x in order.result()), list[Tensor]()
+        parts, doubts = (x[0] for x in fetch.result()), list[Tensor]()
         for path, name, weight, dtype in self.wanted:
             value = weight.of(islice(parts, len(weight.parts)), doubts).decode(dtype)
             owner = module.get_submodule(path)
             value = value.view(owner.get_parameter(name).shape)  # of a scalar
             owner.register_parameter(name, nn.Parameter(value, requires_grad=False))
-        return Verdict(doubts, (weight for *_, weight, _ in self.wanted))
+        return PendingScaleCheck(doubts, (weight for *_, weight, _ in self.wanted))
 
 
 def stream_layers(
@@ -189,12 +183,11 @@ class StreamedPart(nn.Module):
 
 
 class StreamedEmbedding(nn.Module):
-    """Reads the rows of the tokens that occur, then calls `then`."""
+    """Reads the rows of the tokens that occur."""
 
     def __init__(self, source: Source, table: Arithmetic):
         super().__init__()
         self.source, self.dtype = source, table.weight_dtype("embed_tokens.weight")
-        self.then: Callable[[], object] = lambda: None
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         unique, inverse = ids_BT.unique(return_inverse=True)
@@ -203,7 +196,6 @@ class StreamedEmbedding(nn.Module):
             rows = weight.values.gather(weight.reader, wanted).to(self.dtype)
         else:
             rows = torch.cat([self.source.weight("embed_tokens", run).decode(self.dtype) for run in wanted])
-        self.then()
         return rows.to(ids_BT.device)[inverse]
 
 
@@ -215,43 +207,35 @@ def runs(ascending: Iterable[int]) -> Iterator[slice]:
 
 
 class StreamedHead(nn.Module):
-    """Multiplies with some rows of the head at a time."""
+    """Multiplies with some rows of the head at a time. With `ahead` (for a GPU) the next rows are read meanwhile."""
 
-    def __init__(self, source: Source, table: Arithmetic):
+    def __init__(self, source: Source, table: Arithmetic, device: torch.device):
         super().__init__()
         tied = source.config.tie_word_embeddings
-        self.source, self.module = source, "embed_tokens" if tied else "lm_head"
-        self.dtype = table.weight_dtype("lm_head.weight")
-        self.plans: list[tuple[Weight, Plan]] = []
-        self.coming: list[Order] = []
-
-    def begin(self, device: torch.device) -> None:
-        """Has it read for a GPU, unless that has begun."""
-        if not self.plans:
-            weight = self.source.checkpoint.weight(self.module)
-            self.plans = [(part, Plan(part.reader, [part.parts])) for part in map(weight.some, self._rows(device))]
-        self.coming = self.coming or [feed(device).order(plan) for _, plan in self.plans]
+        self.source, self.module, self.device = source, "embed_tokens" if tied else "lm_head", device
+        self.dtype, self.ahead = table.weight_dtype("lm_head.weight"), reads_ahead(source, device)
+        self.layouts: list[tuple[Weight, Layout]] = []
 
     def blocks(self, name: str, x_BTD: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(which of the vocabulary, their logits [B, T, v] untapped), one block after another."""
-        for rows, weight in zip(self._rows(x_BTD.device), self._weights(x_BTD.device), strict=True):
+        V, step = self.source.config.vocab_size, HEAD_ROWS_GPU if self.device.type == "cuda" else HEAD_ROWS
+        blocks = [slice(v, min(v + step, V)) for v in range(0, V, step)]
+        for rows, weight in zip(blocks, self._weights(blocks), strict=True):
             dtype = accumulation_dtype(name, x_BTD, weight)
             yield rows, F.linear(x_BTD.to(dtype), weight.to(dtype))
 
-    def _rows(self, device: torch.device) -> list[slice]:
-        V, step = self.source.config.vocab_size, HEAD_ROWS_GPU if device.type == "cuda" else HEAD_ROWS
-        return [slice(v, min(v + step, V)) for v in range(0, V, step)]
-
-    def _weights(self, device: torch.device) -> Iterator[Tensor]:
-        if device.type != "cuda" or not self.source.as_stored:
-            for rows in self._rows(device):
-                yield moved(self.source.weight(self.module, rows), device).decode(self.dtype)
+    def _weights(self, blocks: Sequence[slice]) -> Iterator[Tensor]:
+        if not self.ahead:
+            for rows in blocks:
+                yield moved(self.source.weight(self.module, rows), self.device).decode(self.dtype)
             return
-        self.begin(device)
-        coming, self.coming, doubts = deque(self.coming), [], list[Tensor]()
-        for weight, _ in self.plans:
-            yield weight.of([x[0] for x in coming.popleft().result()], doubts).decode(self.dtype)
-        Verdict(doubts, (weight for weight, _ in self.plans)).wait()
+        if not self.layouts:
+            parts = map(self.source.checkpoint.weight(self.module).some, blocks)
+            self.layouts = [(part, Layout(part.reader, [part.parts])) for part in parts]
+        doubts, fetches = list[Tensor](), (Fetch(layout, self.device) for _, layout in self.layouts)
+        for (weight, _), fetch in zip(self.layouts, one_ahead(fetches), strict=True):
+            yield weight.of([x[0] for x in fetch.result()], doubts).decode(self.dtype)
+        PendingScaleCheck(doubts, (weight for weight, _ in self.layouts)).wait()
 
     def forward(self, name: str, x_BTD: Tensor) -> Tensor:
         logits_BTV = None

@@ -60,10 +60,6 @@ class Batched(Protocol):
         others, have been had."""
         ...
 
-    def listed(self, x: Tensor) -> list[int]:
-        """x on the host."""
-        ...
-
 
 class StackedExperts(nn.Module):
     """MXFP4 experts that stay packed on the device, stacked: codes [E, 2F, Z], scales [E, 2F, Q], and so for down."""
@@ -85,9 +81,6 @@ class StackedExperts(nn.Module):
             filled = [*some, *[some[-1]] * (BATCH - len(some))]  # each size of batch would be compiled
             gate_up, down = self.stack(torch.tensor(filled, device=self.gate_up.codes.device))
             yield some, gate_up[: len(some)], down[: len(some)]
-
-    def listed(self, x: Tensor) -> list[int]:
-        return x.tolist()
 
     def at(self, e: int) -> tuple[Tensor, Tensor]:
         gate_up, down = self.stack(slice(e, e + 1))
@@ -177,7 +170,7 @@ def has_grouped_mm(dtype: torch.dtype, device: torch.device, columns: int = 8) -
 
 def _in_batches(x_ND: Tensor, ends_E: Tensor, experts: Batched) -> Tensor:
     """As `run_experts`, with some of the experts at a time."""
-    ends = [0, *experts.listed(ends_E)]
+    ends = [0, *ends_E.tolist()]
     hit = [e for e, (start, stop) in enumerate(pairwise(ends)) if stop > start]
     outputs = []
     for some, gate_up, down in experts.batches(hit):

@@ -1,0 +1,103 @@
+"""Experts of a streamed model on a GPU: read when they are hit, or ahead of that, and decoded a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import groupby, islice
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.weight import Weight
+from ..experts import PackedExperts
+from .prefetch import Fetch, Layout, PendingScaleCheck
+
+BATCH_BYTES = 2**31  # bytes of decoded experts that a GPU holds at a time
+FEW_EXPERTS = 32  # up to so many experts are decoded as that many, more of them as those of a batch
+
+
+class Batch(NamedTuple):
+    """Experts that are stored alike, to be read and decoded at once. weights: those of the first expert. layout: None
+    for an expert that is not as it is stored."""
+
+    experts: Sequence[int]
+    weights: tuple[Weight, ...]
+    layout: Layout | None
+
+
+class PassingExperts(PackedExperts):
+    """Packed experts that do not stay on a GPU: the next ones are read while it decodes and multiplies others.
+
+    Where nearly all experts of a layer are hit, all are read. `begin` has those of the next layer read before its
+    router has chosen.
+    """
+
+    def __init__(self, *packed: Any, stored: Callable[[int], tuple[Weight, ...]]):
+        """As `PackedExperts`. stored: the weights of an expert, (gate_up, down) or (gate, up, down); none where `read`
+        changes them."""
+        super().__init__(*packed)
+        self.stored, self.nearly_all = cache(stored), False
+        self.all: list[Batch] = []
+        self.coming: list[Fetch | None] = []  # of each batch in `all`, once `begin` was called
+        self.later: list[PendingScaleCheck] | None = None  # who owns this list waits for the checks
+
+    def begin(self) -> None:
+        """Has all experts read, unless that has begun."""
+        self.all = self.all or self._batches(range(self.count))
+        self.coming = self.coming or self._fetches(self.all)
+
+    def batches(self, hit: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
+        """Some experts and their gate_up [n, 2F, D] and down [n, D, F], until all that are hit have been had.
+
+        Error: what cannot be read; a scale that is NaN or infinite (or a check in `later`).
+        """
+        self.nearly_all = 8 * len(hit) > 7 * self.count
+        if self.nearly_all:
+            self.begin()
+        batches = self.all if self.nearly_all else self._batches(hit)
+        coming = self.coming if self.nearly_all else self._fetches(batches)
+        self.coming, doubts = [], list[Tensor]()
+        for i, batch in enumerate(batches):
+            fetch, coming[i] = coming[i], None  # its buffer is free once it is decoded
+            if fetch is None:
+                gate_up, down = (x[None] for x in self.at(batch.experts[0]))
+            else:
+                gate_up, down = self._decoded(batch, fetch.result(), doubts)
+            yield batch.experts, gate_up, down
+        weights = (weight for batch in batches for e in batch.experts for weight in self.stored(e))
+        PendingScaleCheck(doubts, weights).settle(self.later)
+
+    def _fetches(self, batches: Sequence[Batch]) -> list[Fetch | None]:
+        return [None if batch.layout is None else Fetch(batch.layout, self.device) for batch in batches]
+
+    def _batches(self, which: Sequence[int]) -> list[Batch]:
+        found = []
+        for _, run in groupby(which, key=lambda e: [weight.form for weight in self.stored(e)]):
+            alike = list(run)
+            weights = self.stored(alike[0])
+            if not weights:
+                found += [Batch([e], (), None) for e in alike]
+                continue
+            nbytes = sum(prod(weight.shape) for weight in weights) * self.dtype.itemsize
+            size = -(-self.count // -(-self.count * nbytes // BATCH_BYTES))  # in all, about equal ones
+            for some in (alike[i : i + size] for i in range(0, len(alike), size)):
+                items = [[rows for weight in self.stored(e) for rows in weight.parts] for e in some]
+                room = size if len(some) > FEW_EXPERTS else min(size, FEW_EXPERTS)  # each number would be compiled
+                found.append(Batch(some, weights, Layout(weights[0].reader, items, room)))
+        return found
+
+    def _decoded(self, batch: Batch, read: Sequence[Tensor], doubts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What was read, as gate_up and down; the scales' doubts are added to `doubts`."""
+        n, parts, found = len(batch.experts), iter(read), []
+        for weight in batch.weights:
+            stacks = list(islice(parts, len(weight.parts)))
+            if weight.kind.startswith("fp8"):
+                each = zip(*(x[:n] for x in stacks), strict=True)
+                found.append(torch.stack([weight.of(one, doubts).decode(self.dtype) for one in each]))
+            else:
+                found.append(weight.of(stacks, doubts, n).decode(self.dtype)[:n])
+        *first, down = found
+        return first[0] if len(first) == 1 else torch.cat(first, 1), down
