@@ -196,8 +196,8 @@ def _finish(work: Work, stored: Mapping[str, Tensor], layers: Sequence[int] | No
 
 def _holes(alignment: Alignment) -> Iterator[str]:
     """Taps that the dump has in some layers, and not in another of which it has something: files that were lost. What
-    a layer hands on may stand under the next one's name."""
-    have = {(layer_of(k), base_name(k)) for k in alignment.keys}
+    a layer hands on may stand under the next one's name, and the first layer reads the embeddings."""
+    have = {(0, "layer_input")} | {(layer_of(k), base_name(k)) for k in alignment.keys}
     names, layers = {n for _, n in have}, {i for i, _ in have}
     have |= {(layer - 1, "layer_output_sum") for layer, name in have if layer and name == "layer_input"}
     for key in alignment.missing:

@@ -20,12 +20,17 @@ from ..judge.log_p import LOG_P, log_p
 from .dump import Dump
 from .match import match
 
-# Where a tap is not in the dump but another holds it: columns of that one.
+# Where a tap is not in the dump but another holds it: in its first columns, or in the one that is appended to them.
 INSTEAD = {
-    "moe_topk_ids": ("moe_slot_ids", slice(None, -1)),
-    "moe_topk_weights": ("moe_slot_weights", slice(None, -1)),
-    "moe_shared_gate": ("moe_slot_weights", slice(-1, None)),
+    "moe_topk_ids": ("moe_slot_ids", False),
+    "moe_topk_weights": ("moe_slot_weights", False),
+    "moe_shared_gate": ("moe_slot_weights", True),
+    "moe_shared_gate_logit": ("moe_router_logits", True),  # ATOM has one product for both
 }
+BESIDE = {
+    "moe_slot_ids": "moe_topk_ids",
+    "moe_slot_weights": "moe_topk_weights",
+}  # the tap as wide as the first columns
 
 
 @dataclass
@@ -95,7 +100,7 @@ class Alignment:
     def _rows(self, key: str, truth: Tensor) -> Pair:
         """Values of tokens, from all steps."""
         B, T = truth.shape[:2]
-        source, columns = _source(self.dump, key)
+        source, columns = _source(self.dump, self.truth, key)
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
         rows: list[Tensor] = []
@@ -144,16 +149,18 @@ def align(dump: Dump, truth: Trace) -> Alignment:
 
     Raises Qwen35Error if no token of the dump is one of the truth's, or nothing has a common name.
     """
+    where, ends, notes, problems = match(dump, truth)
+    notes += _settle_fusion(dump, truth, where)
     names = truth.comparable
-    keys = [key for key in names if _source(dump, key)[0] in dump.sources]
-    used = {_source(dump, key)[0] for key in keys}
+    held = {key: _source(dump, truth, key)[0] for key in names}
+    keys = [key for key in names if held[key] in dump.sources]
+    used = {held[key] for key in keys}
     if LOG_P in dump.sources and "next_token_logits" in names:
         keys.append(LOG_P)
         used.add(LOG_P)
     if not keys:
         raise Qwen35Error("dump and truth have no tap in common", where=dump.path, found=", ".join(list(dump)[:4]),
                           expected=", ".join(names[:4]), do="record those taps, or give a name map")  # fmt: skip
-    where, ends, notes, problems = match(dump, truth)
     mask = truth.mask.bool()
     hit = torch.zeros_like(mask)
     for table in where.values():
@@ -166,6 +173,29 @@ def align(dump: Dump, truth: Trace) -> Alignment:
         notes.append(f"{total - found} of {total} tokens of the truth are not in the dump")
     problems = [*dump.problems, *problems]
     return Alignment(dump, truth, keys, missing, extra, where, ends, problems, [*dump.notes, *notes], found, total)
+
+
+def _settle_fusion(dump: Dump, truth: Trace, where: dict[int, Tensor]) -> list[str]:
+    """Layers of which the files do not say whether the experts' output has the shared expert in it: it is what it is
+    nearer to. Returns a note."""
+    settled = []
+    for (part, layer), fused in dump.fused.items():
+        routed, block = (f"layers.{layer}.{name}" for name in ("moe_routed_output", "mlp_output"))
+        if fused is not None or part or routed not in dump.sources or block in dump.sources:
+            continue
+        pair = Alignment(dump, truth, [], [], [], where, {}).pair(routed)
+        if pair.engine is None or block not in truth:
+            continue
+        rows = pair.rows[:, 0] * truth.ids.shape[1] + pair.rows[:, 1]
+        whole = joined(truth, block).flatten(0, -2)[rows]
+        far = [(pair.engine - x).nan_to_num(posinf=0, neginf=0).norm() for x in (whole, pair.truth)]
+        dump.fused[part, layer] = bool(far[0] < far[1])
+        if far[0] < far[1]:
+            dump.rename(routed, block)
+            settled.append(layer)
+    if not settled:
+        return []
+    return [f"the experts' output of {len(settled)} layers was taken for the block's, which it is nearer to"]
 
 
 def joined(truth: Trace, key: str) -> Tensor:
@@ -185,14 +215,20 @@ def joined(truth: Trace, key: str) -> Tensor:
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
-def _source(dump: Dump, key: str) -> tuple[str, slice]:
-    """Which of the dump's taps holds this one, and in which columns."""
+def _source(dump: Dump, truth: Trace, key: str) -> tuple[str, slice]:
+    """Which of the dump's taps holds this one, and in which columns. What is appended is there only where it is."""
     name = base_name(key)
-    if key not in dump.sources and name in INSTEAD:
-        other, columns = INSTEAD[name]
-        key = key.removesuffix(name) + other
-        return key, columns
-    return key, slice(None)
+    if key in dump.sources or name not in INSTEAD:
+        return key, slice(None)
+    other, appended = INSTEAD[name]
+    source = key.removesuffix(name) + other
+    first = key.removesuffix(name) + BESIDE.get(other, other)
+    width = truth.sites[first].shape[-1] if first in truth.sites else None
+    if source not in dump.sources or width is None:
+        return key, slice(None)
+    if not appended:
+        return source, slice(width)
+    return (source, slice(width, None)) if dump.width(source) == width + 1 else (key, slice(None))
 
 
 def _fit(key: str, left: Tensor, right: Tensor) -> tuple[Tensor, tuple[str, ...]]:
@@ -204,6 +240,8 @@ def _fit(key: str, left: Tensor, right: Tensor) -> tuple[Tensor, tuple[str, ...]
         return right[:, :n], (f"{more} padded columns of the vocabulary left out",)
     if more == 1 and name in ("moe_topk_ids", "moe_topk_weights"):
         return right[:, :n], ("the appended shared slot was left out",)
+    if more == 1 and name == "moe_router_logits":
+        return right[:, :n], ("the appended logit of the shared gate was left out",)
     raise Qwen35Error(f"misshapen: {right.shape[1]} features for {n}")
 
 

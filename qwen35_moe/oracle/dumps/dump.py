@@ -19,6 +19,7 @@ from torch import Tensor
 from ...errors import Qwen35Error
 from ...numerics.tap_table import TAPS, base_name, per_token
 from .engine_names import Rule, letters, place, rule_for
+from .fusion import fused_layers
 from .join import by_row, declared, join_ranks
 from .ranks import check_ranks
 
@@ -72,6 +73,14 @@ class Source:
     preference: int
 
 
+# What a name of the engine's means where its shared expert is a slot (True), and where it is none (False).
+MEANING: dict[tuple[str, bool | None], str] = {
+    ("moe_routed_output", True): "mlp_output",
+    ("moe_slot_ids", False): "moe_topk_ids",
+    ("moe_slot_weights", False): "moe_topk_weights",
+}
+
+
 class Dump(Mapping[str, Tensor]):
     """Mapping of tap key -> rows [tokens of all steps, features].
 
@@ -81,6 +90,7 @@ class Dump(Mapping[str, Tensor]):
     notes            what was assumed or repaired
     unknown          names of tensors that have no meaning here
     weights          name -> piece, for parameters that were dumped
+    fused            (part, layer) -> whether `mlp.experts.output` is the block's output; None: the files do not say
     """
 
     def __init__(
@@ -105,30 +115,14 @@ class Dump(Mapping[str, Tensor]):
         self._counts: dict[int, int | None] = {}
         self.world = 0  # how many ranks there were; 0: not looked for yet (ranks.py)
         self._dtypes: dict[tuple[str, int], torch.dtype] = {}
-        fused = self._fused_layers(pieces)
+        self.fused = {} if family == "transformers" else fused_layers(pieces, self.sizes, named=format != "atom")
         for pieces_of_one in _groups(pieces).values():
-            self._place(sorted(pieces_of_one, key=lambda p: p.rank), fused)
+            self._place(sorted(pieces_of_one, key=lambda p: p.rank))
         self.sources = dict(self.sources)
+        if count := sum(fused is True for fused in self.fused.values()):
+            self.notes.append(f"shared expert is fused in {count} layers: mlp.experts.output is mlp_output there")
 
-    def _fused_layers(self, pieces: Sequence[Piece]) -> set[int | None]:
-        """Layers whose experts ran with the shared expert as one more slot: their sum is the block's output."""
-        if self.family == "transformers":
-            return set()
-        paths: dict[int | None, set[str]] = defaultdict(set)
-        for piece in pieces:
-            paths[piece.layer].add(piece.path)
-        fused = {
-            layer
-            for layer, names in paths.items()
-            if "mlp.experts.output" in names
-            and names & {"mlp.experts.inputs.0", "mlp.gate.output", "mlp.topk.output.1", "mlp.gate.output.0"}
-            and not any("shared_expert" in name for name in names)
-        }
-        if fused:
-            self.notes.append(f"shared expert is fused in {len(fused)} layers: mlp.experts.output is mlp_output there")
-        return fused
-
-    def _place(self, pieces: list[Piece], fused: set[int | None]) -> None:
+    def _place(self, pieces: list[Piece]) -> None:
         first = pieces[0]
         if first.key:
             found: tuple[Rule, int] | None = (Rule("same", ((base_name(first.key), ""),)), 0)
@@ -141,7 +135,7 @@ class Dump(Mapping[str, Tensor]):
             return
         rule, preference = found
         for name in dict.fromkeys(name for name, _ in rule.blocks if name != "-"):
-            tap = "mlp_output" if name == "moe_routed_output" and first.layer in fused else name
+            tap = MEANING.get((name, self.fused.get((first.part, first.layer))), name)
             layer = "" if first.layer is None else f"layers.{first.layer}."
             key = first.key or f"{first.part + '.' if first.part else ''}{layer}{tap}"
             known = self.sources[key].get(first.step)
@@ -204,6 +198,21 @@ class Dump(Mapping[str, Tensor]):
         ranks = [by_row(x, count) for x in loaded]
         join, order = declared(source.pieces) or (source.rule.join, list(range(len(ranks))))
         return join_ranks(key, [ranks[i] for i in order], join, source.rule.blocks, self.sizes)
+
+    def width(self, key: str) -> int | None:
+        """Features of a tap, as its first step has them; None where that cannot be read."""
+        try:
+            return self.read(key, min(self.sources[key])).shape[-1]
+        except Qwen35Error:
+            return None
+
+    def rename(self, key: str, new: str) -> None:
+        """Another meaning for a tap."""
+        for step, source in self.sources.pop(key).items():
+            blocks = tuple((base_name(new) if n == base_name(key) else n, w) for n, w in source.rule.blocks)
+            self.sources.setdefault(new, {}).setdefault(
+                step, Source(source.pieces, Rule(source.rule.join, blocks), source.preference)
+            )
 
     def dtype(self, key: str, step: int | None = None) -> torch.dtype:
         """The dtype that the engine wrote."""

@@ -25,7 +25,7 @@ CLASSES = (
     (r".*Attention", "o_proj.output"),
     (r"FusedMoE|.*Experts", "mlp.experts.output"),
     (r".*(SparseMoeBlock|MoE|MLP)", "mlp.output"),
-    (r".*Router|.*Gate", "mlp.gate.output"),
+    (r".*Router|.*Gate|MergedReplicatedLinear", "mlp.gate.output"),
     (r"Block|.*DecoderLayer|", "output"),
 )
 
