@@ -43,7 +43,7 @@ CONFIGS = {
     "too many experts a token": (lambda c: c.update(num_experts_per_tok=99), ["num_experts_per_tok", "at most"]),
     "heads do not divide": (lambda c: c.update(num_key_value_heads=3), ["num_key_value_heads", "divisor"]),
     "another activation": (lambda c: c.update(hidden_act="gelu"), ["hidden_act", "'silu'", "gelu"]),
-    "another rope": (lambda c: c.update(rope_parameters={"rope_type": "yarn"}), ["rotary", "yarn"]),
+    "another rope": (lambda c: c.update(rope_parameters={"rope_type": "su"}), ["rotary", "su"]),
     "sections do not add up": (
         lambda c: c["rope_parameters"].update(mrope_section=[1, 1, 1]),
         ["mrope_section", "add up"],

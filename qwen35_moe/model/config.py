@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Qwen35Error
+from .rope_scaling import RopeScaling
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
@@ -35,6 +36,7 @@ INERT_KEYS = frozenset(
 
 # No checkpoint of the family has any other value.
 ONLY = {"hidden_act": "silu", "attention_bias": False, "attn_output_gate": True}
+ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "mrope_section")
 ONLY |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
 # Far more than any model has: a wrong number must not take memory before it is found to be wrong.
 MOST_LAYERS = 10_000
@@ -69,6 +71,7 @@ class Config:
     partial_rotary_factor: float = 0.25
     mrope_section: tuple[int, ...] = (11, 11, 10)
     mtp_num_hidden_layers: int = 0
+    rope_scaling: RopeScaling | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -90,8 +93,9 @@ class Config:
         if not isinstance(text, Mapping):
             raise Qwen35Error("not an object", where="config.json", expected="{...}", found=type(text).__name__)
         _check_keys(text, ignore)
-        own = [f for f in fields(Config) if f.name != "raw"]
-        given = {**text, **_rope_values(text)}
+        own = [f for f in fields(Config) if f.name not in ("raw", "rope_scaling")]
+        rope = _rope(text)
+        given = {**text, **{key: rope[key] for key in ROPE_KEYS if key in rope}}
         if "tie_word_embeddings" in raw:  # the top level is what loaders obey
             given["tie_word_embeddings"] = raw["tie_word_embeddings"]
         if given.get("layer_types") is None:
@@ -105,7 +109,7 @@ class Config:
         factor = values.get("partial_rotary_factor", 0.25)
         if "mrope_section" not in values and 0 < factor <= 1 and (half := int(values["head_dim"] * factor) // 2) != 32:
             values["mrope_section"] = (half, 0, 0)  # not the family's heads: one axis, text only
-        return cls(**values, raw=raw)
+        return cls(**values, rope_scaling=RopeScaling.of(rope, text.get("max_position_embeddings")), raw=raw)
 
     def __post_init__(self) -> None:
         for key, right, expected in self._rules():
@@ -126,16 +130,20 @@ class Config:
         divides = self.linear_num_value_heads % self.linear_num_key_heads == 0
         yield "linear_num_key_heads", divides, f"a divisor of linear_num_value_heads = {self.linear_num_value_heads}"
         yield "partial_rotary_factor", 0 < self.partial_rotary_factor <= 1, "above 0, at most 1"
-        R = self.rotary_dim
+        R = int(self.head_dim * self.partial_rotary_factor)
         yield "partial_rotary_factor", R > 0 and R % 2 == 0, "an even part of a head"
         right = len(self.mrope_section) == 3 and sum(self.mrope_section) == R // 2
         yield "mrope_section", right, f"three counts that add up to {R // 2}"
+        if self.rope_scaling is not None and self.rope_scaling.rope_type == "longrope":
+            for key, factors in (("short", self.rope_scaling.short_factor), ("long", self.rope_scaling.long_factor)):
+                yield "rope_scaling", len(factors) == R // 2, f"{R // 2} numbers in {key}_factor"
         yield "output_gate_type", self.output_gate_type in ("silu", "swish", "sigmoid"), "silu, swish or sigmoid"
 
     @property
     def rotary_dim(self) -> int:
         """R: how many elements of a head are rotated."""
-        return int(self.head_dim * self.partial_rotary_factor)
+        whole = self.rope_scaling is not None and self.rope_scaling.rope_type == "proportional"
+        return self.head_dim if whole else int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def conv_dim(self) -> int:
@@ -144,7 +152,7 @@ class Config:
         return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
 
 
-def _rope_values(text: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(text: Mapping[str, Any]) -> Mapping[str, Any]:
     """Rotary settings: `rope_parameters`, or the flat keys of older files, or the family's defaults."""
     given = [rope for key in ("rope_parameters", "rope_scaling") if (rope := text.get(key))]
     if odd := [rope for rope in given if not isinstance(rope, Mapping)]:
@@ -153,11 +161,10 @@ def _rope_values(text: Mapping[str, Any]) -> dict[str, Any]:
         where, expected = "config.json: rope_parameters and rope_scaling", "one of them, or the same in both"
         raise Qwen35Error("two rotary embeddings", where=where, expected=expected, found=given[1], do="delete one")
     rope = given[0] if given else {}
-    kind, interleaved = rope.get("rope_type", rope.get("type", "default")), rope.get("mrope_interleaved", True)
-    if kind not in ("default", "mrope") or interleaved is not True:
-        where, found = "config.json: rope_parameters", f"rope_type {kind!r}, mrope_interleaved {interleaved}"
-        raise Qwen35Error("unsupported rotary embedding", where=where, expected="default, interleaved", found=found)
-    return {key: rope[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section") if key in rope}
+    if rope.get("mrope_interleaved", True) is not True:
+        where, found = "config.json: rope_parameters", f"mrope_interleaved {rope['mrope_interleaved']!r}"
+        raise Qwen35Error("unsupported rotary embedding", where=where, expected="interleaved", found=found)
+    return rope
 
 
 def _check_keys(text: Mapping[str, Any], ignore: Iterable[str]) -> None:

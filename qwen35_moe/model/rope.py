@@ -16,18 +16,23 @@ def rotary_angles(config: Config, position_ids: Tensor, dtype: torch.dtype) -> t
     angle_j = position * theta^(-2j/R), j = 0 .. R/2-1, where the position is that of the axis (time, height, width)
     to which frequency j belongs: height for j = 1, 4, 7, ..., width for j = 2, 5, 8, ..., as far as `mrope_section`
     reaches, time for all others. Text has the same position on all axes, and this is the ordinary rotary embedding.
-    Computed in at least float32; `dtype` is the model's.
+    A scaled embedding (`config.rope_scaling`) has other frequencies, and may make cos and sin longer. Computed in at
+    least float32; `dtype` is the model's.
     """
     if position_ids.dim() == 2:
         position_ids = position_ids.expand(3, -1, -1)
     wide = torch.promote_types(dtype, torch.float32)
     j = torch.arange(config.rotary_dim // 2, device=position_ids.device)
-    inverse_frequency = 1 / config.rope_theta ** (2 * j.to(wide) / config.rotary_dim)
+    scaling, amplitude = config.rope_scaling, 1.0
+    frequency_j = 1 / config.rope_theta ** (2 * j.to(wide) / config.rotary_dim)
+    if scaling is not None:
+        rotated, amplitude = int(config.head_dim * config.partial_rotary_factor), scaling.amplitude()
+        frequency_j = scaling.frequencies(config.rope_theta, rotated, config.head_dim, position_ids, wide)
     _, height, width = config.mrope_section
     axis_j = torch.where((j % 3 == 1) & (j < 3 * height), 1, torch.where((j % 3 == 2) & (j < 3 * width), 2, 0))
     position_BTj = position_ids[axis_j].movedim(0, -1)
-    angle_BTj = position_BTj.to(wide) * inverse_frequency
-    return tap("rope_cos", angle_BTj.cos()), tap("rope_sin", angle_BTj.sin())
+    angle_BTj = position_BTj.to(wide) * frequency_j
+    return tap("rope_cos", angle_BTj.cos() * amplitude), tap("rope_sin", angle_BTj.sin() * amplitude)
 
 
 def rotate(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
