@@ -1,4 +1,4 @@
-"""The one error type of the package, and the one form that its messages have."""
+"""The one error type of the package, the one form that its messages have, and what a terminal may be shown."""
 
 
 class Qwen35Error(ValueError):
@@ -15,3 +15,11 @@ class Qwen35Error(ValueError):
             if str(value):
                 parts.append(f"  {label}: {value}")
         super().__init__("\n".join(parts))
+
+
+def printable(text: str) -> str:
+    """The text without control characters but for new lines and tabs: they are shown as escapes, so that a path, a key
+    or a tensor's name from a stranger's file cannot command the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)

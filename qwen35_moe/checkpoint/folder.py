@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Qwen35Error
-from .header import Header, Stored, parse_json, read_header
+from .header import Header, Stored, read_header
 from .tensor_names import canonical
+from .untrusted import read_json
 
 INDEX = "model.safetensors.index.json"
-JSON_LIMIT = 500_000_000
 NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+)\.safetensors")
 
 
@@ -157,16 +157,6 @@ def read_config(root: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise Qwen35Error("config.json must hold an object", where=file, expected="{...}", found=type(config).__name__)
     return config
-
-
-def read_json(file: Path) -> Any:
-    try:
-        size = file.stat().st_size
-        if size > JSON_LIMIT:
-            raise Qwen35Error("file too long", where=file, expected=f"at most {JSON_LIMIT} bytes", found=size)
-        return parse_json(file.read_bytes(), file)
-    except OSError as error:
-        raise Qwen35Error("cannot read the file", where=file, found=error.strerror or error) from error
 
 
 def _check_numbering(files: list[Path]) -> None:

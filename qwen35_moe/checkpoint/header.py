@@ -11,7 +11,6 @@ layer what the header could have told in the first second.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Qwen35Error
+from .untrusted import check_regular, parse_json, refuse_pointer
 
 # The format's own limit. The header of a whole 397B checkpoint in one file would have 25 MB.
 LIMIT = 100_000_000
 MAX_DIMENSIONS = 8
-LFS = b"version https://git-lfs"  # how a text begins that stands in for a file
 KEYS = frozenset(("dtype", "shape", "data_offsets"))
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -68,35 +67,9 @@ class Header:
     state: tuple[int, int]  # size and time of the last change, as it was read
 
 
-def parse_json(text: bytes, where: object) -> Any:
-    """JSON in UTF-8 without repeated keys. A repeated key means two truths, of which readers pick different ones."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise Qwen35Error("a key is repeated", where=where, expected="every key once", found=repr(twice)[:200])
-        return found
-
-    refuse_pointer(text, where)
-    try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except Qwen35Error:
-        raise
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
-        raise Qwen35Error("not valid JSON", where=where, expected="JSON in UTF-8", found=str(error)[:200]) from error
-
-
-def refuse_pointer(first: bytes, where: object) -> None:
-    """Error if these first bytes of a file say that it is elsewhere."""
-    if first.startswith(LFS):
-        do = "git lfs pull, or download the file itself"
-        raise Qwen35Error("a git-lfs pointer instead of the file", where=where, do=do)
-
-
 def read_header(file: Path) -> Header:
     """Reads and checks the header; allocates no more than the file is long, and at most LIMIT bytes."""
+    check_regular(file)
     try:
         with open(file, "rb") as handle:
             size, _ = state = file_state(handle.fileno())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.untrusted import read_json
 from ..errors import Qwen35Error
 from ..run.load import usable
 from ..run.placement import AUTOMATIC
@@ -47,10 +47,10 @@ def device_options(args: argparse.Namespace) -> dict[str, Any]:
     device_map: Any = args.device_map
     if device_map not in AUTOMATIC:
         try:
-            device_map = json.loads(Path(device_map).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            device_map = read_json(Path(device_map))
+        except Qwen35Error as error:
             expected = " | ".join(AUTOMATIC) + ", or a JSON file"
             raise Qwen35Error(
-                "no device map", where=f"--device-map {device_map}", expected=expected, found=error
+                "no device map", where=f"--device-map {device_map}", expected=expected, found=error.found or error.what
             ) from error
     return {"device_map": device_map, "max_memory": memory, "offload_folder": args.offload_folder}

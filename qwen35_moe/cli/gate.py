@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.untrusted import read_json
 from ..errors import Qwen35Error
 from ..gate.decide import RULES, VARIANTS, Options, decide_layers, hazards, summarise
 from ..gate.declared import ModuleSpec
@@ -89,12 +90,7 @@ def read(path: Path, config_only: bool = False) -> tuple[dict[str, Any], Lookup 
         # Every rule asks about the same modules, and a layer of 512 experts takes a while.
         return dict(checkpoint.config), cache(checkpoint.spec), "the tensors' dtypes and scales"
     file = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Qwen35Error("cannot read the configuration", where=file, found=error.strerror or error) from error
-    except ValueError as error:
-        raise Qwen35Error("not valid JSON", where=file, found=error) from error
+    config = read_json(file)
     if not isinstance(config, dict):
         raise Qwen35Error("config.json must hold an object", where=file, found=type(config).__name__)
     return config, None, "the configuration alone (no tensors)"

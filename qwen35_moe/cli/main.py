@@ -11,9 +11,11 @@ import io
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stdout, suppress
+from typing import TextIO
 
 from .. import __version__
-from ..errors import Qwen35Error
+from ..errors import Qwen35Error, printable
 
 # command -> its module, with `configure(parser)` that sets `run(args) -> int` as a default; and its help. A module is
 # imported only when its command is called: importing torch takes seconds.
@@ -44,25 +46,54 @@ def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+class _Escaped(io.TextIOBase):
+    """A text stream whose control characters are shown as escapes."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(printable(text))
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
-    args = parser_for(argv).parse_args(argv)
+    with redirect_stdout(_Escaped(sys.stdout)):
+        return _run(argv)
+
+
+def _run(argv: Sequence[str]) -> int:
+    """The exit code of a command. Only a verdict is 1: whatever is raised, arguments and environment included, is 2."""
     try:
-        return args.run(args)
-    except Qwen35Error as error:
-        print(f"qwen35-moe: {error}", file=sys.stderr)
-        return 2
+        args = parser_for(argv).parse_args(argv)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         return 2
     except KeyboardInterrupt:
-        print("qwen35-moe: interrupted", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"qwen35-moe: {error}", file=sys.stderr)
-        return 2
+        return _failed("interrupted")
+    except (Qwen35Error, OSError) as error:
+        return _failed(str(error))
+    except MemoryError:
+        return _failed("out of memory; --mode stream holds the least")
     except Exception:  # left alone it would exit with 1, and a caller would read a verdict
-        traceback.print_exc()
-        print("qwen35-moe: a bug in qwen35-moe; please report it with the lines above", file=sys.stderr)
-        return 2
+        print(printable(traceback.format_exc()), end="", file=sys.stderr)
+        return _failed("a bug in qwen35-moe; please report it with the lines above")
+
+
+def _failed(text: str) -> int:
+    with suppress(OSError, ValueError):  # stderr may be closed
+        print(f"qwen35-moe: {printable(text)}", file=sys.stderr)
+    return 2

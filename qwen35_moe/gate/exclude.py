@@ -15,6 +15,7 @@ from functools import lru_cache
 
 from ..errors import Qwen35Error
 from .module_names import expand_fused, is_plain, tells_experts_apart
+from .patterns import bounded_pattern
 
 
 # One test per way of reading: (entry, name) -> does the entry name the module?
@@ -232,12 +233,5 @@ def matched(entry: str, name: str, semantics: Semantics) -> str:
     return next((test.__name__ for test in semantics.tests if test(entry, name)), "")
 
 
-@lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        expected = "a regular expression after re: or -:, not a shell pattern"
-        raise Qwen35Error(
-            "an exclude entry is not a valid regular expression", expected=expected, found=f"{pattern}: {error}"
-        ) from error
+    return bounded_pattern(pattern, "an exclude entry is not a valid regular expression")

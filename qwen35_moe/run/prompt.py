@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.untrusted import read_bytes, read_json
 from ..errors import Qwen35Error
 from ..model.config import Config
 from ..model.text import Model
@@ -22,6 +23,8 @@ from ..numerics import arithmetics
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+IDS_LIMIT = 1 << 28  # bytes of a file of token ids: some ten million
 
 
 def read_ids(text: str, option: str) -> list[list[int]]:
@@ -36,8 +39,8 @@ def read_ids(text: str, option: str) -> list[list[int]]:
     except OSError:  # too long for a name
         is_file = False
     try:
-        source = Path(text).read_text(encoding="utf-8-sig") if is_file else text
-    except (OSError, UnicodeDecodeError) as error:
+        source = read_bytes(Path(text), IDS_LIMIT).decode("utf-8-sig") if is_file else text
+    except UnicodeDecodeError as error:
         raise Qwen35Error("cannot read token ids", where=f"{option} {text}", found=error) from error
     rows = _rows(source.strip())
     if not (rows and all(row and all(type(i) is int and 0 <= i < 2**31 for i in row) for row in rows)):
@@ -54,10 +57,12 @@ def _rows(source: str) -> list[list[Any]]:
         return [[int(word) for word in re.findall(r"\d+", source)]]
     try:
         found = json.loads(source)
+    except RecursionError:
+        return []
     except ValueError:
         try:  # generate --json: one object a token
             return [[json.loads(line)["id"] for line in source.splitlines()]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return []
     if not isinstance(found, dict):
         return _listed(found)
@@ -196,10 +201,7 @@ def load_images(folder: str | Path, images: Sequence[str | Path]) -> tuple[Tenso
 def stop_ids(folder: str | Path, config: Config) -> tuple[int, ...]:
     """Ids that end a text: `eos_token_id` of generation_config.json, or else of config.json; one or several."""
     path = Path(folder) / "generation_config.json"
-    try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise Qwen35Error("not valid JSON", where=path, found=error) from error
+    raw: Any = read_json(path) if path.is_file() else {}
     text = config.raw.get("text_config", config.raw)
     found = raw.get("eos_token_id", text.get("eos_token_id")) if isinstance(raw, dict) else raw
     ids = [] if found is None else found if isinstance(found, list) else [found]

@@ -22,7 +22,6 @@ safetensors header's `__metadata__["tensors"]`, so that the files of an interrup
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -34,6 +33,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..checkpoint.untrusted import parse_json, read_json
 from ..errors import Qwen35Error
 from ..numerics.taps import Site
 
@@ -164,10 +164,7 @@ def in_utf8(path: str | Path) -> Path:
 def _read_head(path: Path, partial: bool) -> dict[str, Any]:
     chunks = sorted(p for p in path.glob("*.safetensors") if _CHUNK.fullmatch(p.name))
     if (path / "trace.json").is_file():
-        try:
-            head = json.loads((path / "trace.json").read_text())
-        except ValueError as error:
-            raise Qwen35Error("trace.json is not JSON", where=path, found=error, do="write the trace again") from error
+        head = read_json(path / "trace.json")
         if not isinstance(head, dict) or (head.get("format"), head.get("version")) != (FORMAT, VERSION):
             found = f"{head.get('format')} {head.get('version')}" if isinstance(head, dict) else type(head).__name__
             raise Qwen35Error(
@@ -201,7 +198,7 @@ def records_of(chunk: Path) -> Any:
     """What a file says of its tensors."""
     try:
         with safe_open(chunk, framework="pt") as file:
-            return json.loads((file.metadata() or {})["tensors"])
+            return parse_json((file.metadata() or {})["tensors"].encode(), chunk)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise Qwen35Error("trace file cannot be read", where=chunk, found=error, do="write the trace again") from error
 

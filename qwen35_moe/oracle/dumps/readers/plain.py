@@ -8,7 +8,6 @@ engine's module has) need none.
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ....checkpoint.untrusted import read_json
 from ....errors import Qwen35Error
+from ....gate.patterns import MAX_NAME, bounded_pattern
 from ....numerics.tap_table import TAPS, base_name
 from ..dump import Dump, Piece, Tokens
 from ..engine_names import family_of
@@ -67,19 +68,26 @@ def _load_map(path: Path, name_map: Any) -> dict[str, str]:
     source = Path(name_map) if name_map else beside if beside.is_file() else None
     if source is None:
         return {}
-    try:
-        found = json.loads(source.read_text())
-    except (OSError, ValueError) as error:
-        raise Qwen35Error("name map cannot be read", where=source, found=error, expected='{"name": "key"}') from error
+    found = read_json(source)
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise Qwen35Error("name map is not a map", where=source, expected='{"engine name": "our key"}')
+    for pattern, key in found.items():
+        compiled = bounded_pattern(pattern, "bad pattern in the name map", str(source))
+        try:
+            re.compile(f"(?:{pattern})|").fullmatch("").expand(key)  # type: ignore[union-attr]
+        except (re.error, IndexError) as error:
+            groups = f"references to at most {compiled.groups} groups"
+            raise Qwen35Error("bad pattern in the name map", where=source, expected=groups, found=key) from error
     return found
 
 
 def _mapped(raw: str, names: Mapping[str, str]) -> str:
     if raw in names:
         return names[raw]
-    return next((found.expand(key) for pattern, key in names.items() if (found := re.fullmatch(pattern, raw))), raw)
+    for pattern, key in names.items():
+        if len(raw) <= MAX_NAME and (found := bounded_pattern(pattern).fullmatch(raw)):
+            return found.expand(key)
+    return raw
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:

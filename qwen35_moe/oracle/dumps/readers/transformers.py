@@ -7,7 +7,6 @@ here). Nodes with children have no outputs, and middle layers are left out unles
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ....checkpoint.untrusted import read_json
 from ....errors import Qwen35Error
 from ..dump import Dump, Piece, Tokens
 
@@ -102,10 +102,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
     files = [path] if path.is_file() else sorted(path.glob(f"*{TREE}"))
     if len(files) > 1:
         raise Qwen35Error("several debug trees lie here", where=path, found=", ".join(f.name for f in files[:3]))
-    try:
-        tree = json.loads(files[0].read_text())
-    except ValueError as error:
-        raise Qwen35Error("debug tree is not JSON", where=files[0], found=error, do="let the run finish") from error
+    tree = read_json(files[0])
     if not isinstance(tree, dict) or "module_path" not in tree:
         raise Qwen35Error("not a debug tree", where=files[0], expected="an object with module_path and children")
     pieces: list[Piece] = []

@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ....checkpoint.untrusted import parse_json, read_bytes
 from ....errors import Qwen35Error
 from ..dump import Dump, Piece, Tokens
 
@@ -104,10 +104,10 @@ def _routed(path: Path) -> Tensor | None:
             x = np.load(path, allow_pickle=False)
             found = torch.from_numpy(x.astype(np.int64)) if x.ndim == 3 and x.dtype.kind in "iu" else None
         elif path.suffix in (".json", ".b64", ".txt") and path.stat().st_size < 1 << 28:
-            text = path.read_text()
-            shape = None
+            raw_text = read_bytes(path)
+            text, shape = raw_text.decode("utf-8"), None
             if path.suffix == ".json":
-                answer = json.loads(text)
+                answer = parse_json(raw_text, path)
                 text, shape = _find(answer, "routed_experts"), _find(answer, "routed_experts_shape")
             raw = base64.b64decode(text or "", validate=True)
             if raw[:6] == b"\x93NUMPY":

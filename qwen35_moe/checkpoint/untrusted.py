@@ -1,0 +1,94 @@
+"""Reading what strangers wrote: regular files within a size, and JSON within a depth, with every key once.
+
+A FIFO or a device would hang a reader, a repeated key holds two truths of which readers pick different ones, and JSON
+nested a hundred thousand deep exhausts a stack. Each is one clear error here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from ..errors import Qwen35Error
+
+JSON_LIMIT = 500_000_000  # bytes; the index of a 397B checkpoint stored expert by expert has 20 MB
+MAX_DEPTH = 200  # of lists and objects in JSON; a config.json of the hub has 6, a debug tree of transformers 4 a layer
+LFS = b"version https://git-lfs"  # how a text begins that stands in for a file
+
+
+def check_regular(file: Path) -> int:
+    """The size of a regular file in bytes. Error: not there, a folder, a FIFO, a device, a socket."""
+    try:
+        found = os.stat(file)
+    except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+        said = error.strerror if isinstance(error, OSError) else error
+        raise Qwen35Error("cannot read the file", where=file, found=said or error) from error
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
+        raise Qwen35Error("not a regular file", where=file, expected="a file with bytes in it", found=kind)
+    return found.st_size
+
+
+def read_bytes(file: Path, limit: int = JSON_LIMIT) -> bytes:
+    """All bytes of a regular file of at most `limit` bytes."""
+    size = check_regular(file)
+    if size > limit:
+        raise Qwen35Error("file too long", where=file, expected=f"at most {limit} bytes", found=size)
+    try:
+        with open(file, "rb") as handle:
+            return handle.read(limit)
+    except OSError as error:
+        raise Qwen35Error("cannot read the file", where=file, found=error.strerror or error) from error
+
+
+def read_json(file: Path, limit: int = JSON_LIMIT) -> Any:
+    """The value of a JSON file in UTF-8, with or without a byte order mark."""
+    return parse_json(read_bytes(file, limit), file)
+
+
+def parse_json(text: bytes, where: object) -> Any:
+    """JSON in UTF-8 without repeated keys, at most MAX_DEPTH deep."""
+    refuse_pointer(text, where)
+    expected = f"JSON in UTF-8, at most {MAX_DEPTH} levels deep"
+    try:
+        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=lambda pairs: _unique(pairs, where))
+        _check_depth(value)
+        return value
+    except Qwen35Error:
+        raise
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
+        raise Qwen35Error("not valid JSON", where=where, expected=expected, found=str(error)[:200]) from error
+
+
+def refuse_pointer(first: bytes, where: object) -> None:
+    """Error if these first bytes of a file say that it is elsewhere."""
+    if first.startswith(LFS):
+        do = "git lfs pull, or download the file itself"
+        raise Qwen35Error("a git-lfs pointer instead of the file", where=where, do=do)
+
+
+def _unique(pairs: list[tuple[str, Any]], where: object) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise Qwen35Error("a key is repeated", where=where, expected="every key once", found=repr(twice)[:200])
+    return found
+
+
+def _check_depth(value: Any) -> None:
+    """Error where lists and objects are nested deeper than MAX_DEPTH; level by level, so that no stack is needed."""
+    level, depth = [value], 0
+    while level:
+        level = (
+            [x for v in level for x in (v.values() if isinstance(v, dict) else v) if isinstance(x, dict | list)]
+            if depth
+            else [v for v in level if isinstance(v, dict | list)]
+        )
+        depth += 1
+        if level and depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
