@@ -92,7 +92,7 @@ def test_few_rows_and_a_single_row_prove_no_factor() -> None:
 def test_a_second_look_clears_an_engine_that_splits_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first samples of legal errors are small here by luck; without more of them it is a false alarm."""
     bench = Bench(open_checkpoint(QUARK)[1].source, "gate 0.5", (torch.arange(48) * 7919 % 251)[None])
-    engine = next(v for v in variants(False, 48) if v.name == "8 ranks, all-reduce in bf16")
+    engine = next(v for v in variants("", 48) if v.name == "8 ranks, all-reduce in bf16")
     assert bench.clean(engine).found
     monkeypatch.setattr(second_look, "SAMPLES", 0)
     assert not bench.clean(engine).found

@@ -52,7 +52,7 @@ def test_unlisted_fault_is_unknown(benches: dict[str, Bench], fault: Fault) -> N
     assert found.found and found.named == "unknown", found
 
 
-@pytest.mark.parametrize("variant", variants(False, IDS.shape[1]), ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", variants("", IDS.shape[1]), ids=lambda v: v.name)
 def test_clean_variant_passes(benches: dict[str, Bench], variant: Variant) -> None:
     found = benches["gate 0.5"].clean(variant)
     assert found.found, found
@@ -60,8 +60,8 @@ def test_clean_variant_passes(benches: dict[str, Bench], variant: Variant) -> No
 
 def test_w4a4_engine(built: Callable[[str], Path]) -> None:
     """The right rule of the activations' scales passes, another one is found and named."""
-    bench = Bench(open_checkpoint(built("tiny-mxfp4"))[1].source, "gate 0.5", IDS, a4=True)
-    for variant in variants(True, IDS.shape[1]):
+    bench = Bench(open_checkpoint(built("tiny-mxfp4"))[1].source, "gate 0.5", IDS, "+a4-round-up")
+    for variant in variants("+a4-round-up", IDS.shape[1]):
         assert bench.clean(variant).found, variant.name
     for fault in [f for f in FAULTS if f.needs == "a4"]:
         found = bench.planted(fault)

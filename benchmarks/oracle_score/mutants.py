@@ -21,7 +21,8 @@ from benchmarks.oracle_score.score import Outcome
 from benchmarks.oracle_score.variants import SMALL, UNLISTED, UNSEEN, Variant, variants
 from qwen35_moe.model.cache import Cache
 from qwen35_moe.numerics import arithmetics
-from qwen35_moe.numerics.tables import AITER, SGLANG_BF16
+from qwen35_moe.numerics.tables import A8, AITER, SGLANG_BF16
+from qwen35_moe.numerics.tap_table import TAPS
 from qwen35_moe.numerics.taps import REPLAY, Handler, Site, attach
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
@@ -38,7 +39,8 @@ from qwen35_moe.run.source import Source
 from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.recorder import trace
 
-# What hooks on SGLang's modules see, and what its patches add.
+# All that hooks on SGLang's modules see. What FP8 does to inputs on the way through a block hides more than bf16 does.
+HOOKED = ",".join(name for name, tap in TAPS.items() if tap.sglang or name in DUMPED.split(","))
 REGIMES = ("gate 0.5", "gate 0.05", "outputs / 256")
 
 
@@ -61,11 +63,12 @@ class Regime:
 class Bench:
     """One checkpoint in one regime: the truth, once, and engines to compare with it."""
 
-    def __init__(self, source: Source, regime: str, ids: Tensor, a4: bool = False):
-        self.source, self.regime, self.ids, self.a4 = source, regime, ids, a4
+    def __init__(self, source: Source, regime: str, ids: Tensor, function: str = ""):
+        self.source, self.regime, self.ids, self.function = source, regime, ids, function
         self.handler: Handler = Regime(regime)
-        self.exact = arithmetics.get("exact+a4-round-up" if a4 else "exact")
-        self.table = AITER if a4 else SGLANG_BF16
+        self.exact = arithmetics.get("exact" + function)
+        self.taps = HOOKED if function in A8 else DUMPED
+        self.table = AITER if function.startswith("+a4") else arithmetics.get(SGLANG_BF16.name + function)
         self.unfused = [False] * source.config.num_hidden_layers
         with attach(self.handler):
             self.truth = self._truth(ids)
@@ -73,7 +76,7 @@ class Bench:
     def _truth(self, ids: Tensor, mask: Tensor | None = None) -> Trace:
         models = (build(self.source, t, self.unfused, CPU, "decoded") for t in legal(self.exact.name))
         truth = trace(
-            build(self.source, self.exact, self.unfused, CPU, "decoded"), ids, taps=DUMPED, attention_mask=mask
+            build(self.source, self.exact, self.unfused, CPU, "decoded"), ids, taps=self.taps, attention_mask=mask
         )
         write_envelope(truth, models)
         return truth
@@ -98,7 +101,7 @@ class Bench:
         fused = [fault.fused and i == layer for i in range(len(self.unfused))]
         with attach(self.handler):
             model = build(source, table, fused, CPU, "decoded")
-            dump = from_trace(trace(model, self.ids, taps=DUMPED, replay=fault.handlers(place)))
+            dump = from_trace(trace(model, self.ids, taps=self.taps, replay=fault.handlers(place)))
         if fault.weights:
             dump.weights = _parameters(source, fault, layer)
         return dump
@@ -133,7 +136,7 @@ class Bench:
                 mask = torch.ones_like(ids)
                 mask[1, :half] = 0
             cache = Cache() if variant.chunks else None
-            run = trace(model, ids, taps=DUMPED, attention_mask=mask, chunks=variant.chunks, cache=cache)
+            run = trace(model, ids, taps=self.taps, attention_mask=mask, chunks=variant.chunks, cache=cache)
         if variant.batch:
             with attach(self.handler):
                 truth = self._truth(ids, mask)
@@ -172,7 +175,7 @@ def run(
     ids: Tensor,
     regimes: Iterable[str] = REGIMES,
     faults: Sequence[Fault] = (*FAULTS, *SMALL),
-    a4: bool = False,
+    function: str = "",
     progress: Callable[[Outcome], None] = lambda _: None,
     clean: bool = True,
     unlisted: Sequence[Fault] = (*UNLISTED, *UNSEEN),
@@ -180,16 +183,16 @@ def run(
     """(faults planted, faults that the catalogue lacks, clean variants), in all regimes."""
     planted, foreign, passed = [], [], []
     for regime in regimes:
-        bench = Bench(source, regime, ids, a4)
-        # Activations in MXFP4 err by more than the small ones: what they hide is no fault of the oracle.
-        for fault in [f for f in faults if not (a4 and f in SMALL)]:
+        bench, a4 = Bench(source, regime, ids, function), function.startswith("+a4")
+        # Activations in four or eight bits err by more than the small ones: what they hide is no fault of the oracle.
+        for fault in [f for f in faults if not (function and f in SMALL)]:
             if fault.applies(source, bench.layer_of(fault) or 0, a4):
                 planted.append(bench.planted(fault))
                 progress(planted[-1])
         for fault in [f for f in unlisted if f.applies(source, bench.layer_of(f) or 0, a4)]:
             foreign.append(bench.planted(fault))
             progress(foreign[-1])
-        for variant in variants(a4, ids.shape[1], _fusable(source)) if clean else []:
+        for variant in variants(function, ids.shape[1], _fusable(source)) if clean else []:
             passed.append(bench.clean(variant))
             progress(passed[-1])
     return planted, foreign, passed

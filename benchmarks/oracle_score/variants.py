@@ -17,7 +17,15 @@ from torch import Tensor
 
 from qwen35_moe.numerics import arithmetics
 from qwen35_moe.numerics.arithmetics import KEEP, Arithmetic
-from qwen35_moe.numerics.tables import AITER, AITER_SMALL_BATCH, AITER_VARIANTS, SGLANG_BF16, TRANSFORMERS_BF16
+from qwen35_moe.numerics.tables import (
+    A8,
+    AITER,
+    AITER_SMALL_BATCH,
+    AITER_VARIANTS,
+    SGLANG_BF16,
+    TRANSFORMERS_BF16,
+    with_fp8_inputs,
+)
 from qwen35_moe.oracle.diagnose.fault_parts import on_packed, rotate_with, routed, scaled
 from qwen35_moe.oracle.diagnose.faults import Fault, Place
 from qwen35_moe.oracle.judge.envelope import ALL_BF16
@@ -49,9 +57,12 @@ def _sglang(**changes: Any) -> Arithmetic:
     return replace(SGLANG_BF16, name="variant", rounds=rounds, switches=switches)
 
 
-def variants(a4: bool, tokens: int, fusable: bool = False) -> list[Variant]:
-    """Clean variants: those of W4A4 engines, or all others."""
-    if a4:
+def variants(function: str, tokens: int, fusable: bool = False) -> list[Variant]:
+    """Clean variants: those of W4A4 engines, of W8A8 and W4A8 ones ("+a8", "+w4a8"), or all others."""
+    if function in A8:
+        others = variants("", tokens, fusable)
+        return [replace(v, table=with_fp8_inputs(v.table, function), left_out=v.left_out + function) for v in others]
+    if function:
         return [Variant(a.name.rpartition("/")[2], a, a.name) for a in (AITER, *AITER_VARIANTS)
                 if "triton" not in a.name and "threshold" not in a.name]  # fmt: skip
     return [

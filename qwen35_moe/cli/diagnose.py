@@ -13,9 +13,7 @@ from .report_options import add_report_options, add_shared, show
 def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("checkpoint")
     p.add_argument("dump")
-    p.add_argument(
-        "--arithmetic", default="exact", help="of the truth: exact+a4-round-up for W4A4 (default: %(default)s)"
-    )
+    p.add_argument("--arithmetic", help="of the truth (default: exact; exact+a8 of an FP8 checkpoint)")
     p.add_argument("--layer", type=int, action="append", help="judge this layer only; may be given again")
     add_shared(p)
     add_report_options(p)

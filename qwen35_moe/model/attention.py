@@ -9,7 +9,7 @@ from ..numerics.taps import scope, tap
 from .cache import LayerState
 from .config import Config
 from .norms import RMSNorm
-from .ops import Linear, accumulation_dtype, apply, matmul, multiply
+from .ops import Linear, accumulation_dtype, apply, as_read_by, matmul, multiply
 from .rope import rotate
 
 # Queries are handled in blocks of this many rows, so that the scores of a long sequence never stand in memory at once.
@@ -67,13 +67,15 @@ class Attention(nn.Module):
         self, x_BTD: Tensor, cos_BTj: Tensor, sin_BTj: Tensor, real_BS: Tensor | None, past: LayerState
     ) -> Tensor:
         B, T, _ = x_BTD.shape
-        q_gate = self.q_proj("attn_q_gate", x_BTD).view(B, T, self.heads, 2 * self.head_dim)
+        q_in, k_in, v_in = as_read_by("attn_a1", x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        q_gate = self.q_proj("attn_q_gate", q_in).view(B, T, self.heads, 2 * self.head_dim)
         q_BTNH, gate_BTNH = q_gate.chunk(2, -1)
-        k_BTGH = self.k_proj("attn_k_proj", x_BTD).view(B, T, self.kv_heads, self.head_dim)
-        v_BTGH = self.v_proj("attn_v", x_BTD).view(B, T, self.kv_heads, self.head_dim)
+        k_BTGH = self.k_proj("attn_k_proj", k_in).view(B, T, self.kv_heads, self.head_dim)
+        v_BTGH = self.v_proj("attn_v", v_in).view(B, T, self.kv_heads, self.head_dim)
         q_BTNH = rotate("attn_q", self.q_norm(q_BTNH), cos_BTj, sin_BTj)
         k_BTGH = rotate("attn_k", self.k_norm(k_BTGH), cos_BTj, sin_BTj)
         y_BTNH = attend(q_BTNH, *past.append(k_BTGH, v_BTGH), real_BS, past.at)
         gate_BTNH = apply("attn_gate", torch.sigmoid, gate_BTNH)
         y_BTNH = multiply("attn_pre_o_proj", y_BTNH, gate_BTNH)
-        return self.o_proj("attn_output", y_BTNH.flatten(2))
+        (y_BTC,) = as_read_by("attn_a2", y_BTNH.flatten(2), self.o_proj)
+        return self.o_proj("attn_output", y_BTC)

@@ -18,7 +18,7 @@ from ..run.gpu.fused import one_pass
 from .cache import LayerState
 from .config import Config
 from .norms import gated_rms_norm, l2_norm
-from .ops import Linear, accumulation_dtype, apply, promote
+from .ops import Linear, accumulation_dtype, apply, as_read_by, promote
 
 CHUNK = 64
 # The chunked rule prepares this many tokens at once; more would only cost memory.
@@ -181,9 +181,11 @@ class GatedDeltaNet(nn.Module):
         real_BT = None if real_BS is None else real_BS[:, -T:]
         if real_BT is not None:
             x_BTD = x_BTD * real_BT[..., None]
-        qkv_BTC = self.in_proj_qkv("gdn_qkv", x_BTD)
-        z_BTJP = self.in_proj_z("gdn_z", x_BTD).view(B, T, J, P)
-        b_BTJ, a_BTJ = self.in_proj_b("gdn_b", x_BTD), self.in_proj_a("gdn_a", x_BTD)
+        projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        qkv_in, z_in, b_in, a_in = as_read_by("gdn_a1", x_BTD, *projections)
+        qkv_BTC = self.in_proj_qkv("gdn_qkv", qkv_in)
+        z_BTJP = self.in_proj_z("gdn_z", z_in).view(B, T, J, P)
+        b_BTJ, a_BTJ = self.in_proj_b("gdn_b", b_in), self.in_proj_a("gdn_a", a_in)
 
         beta_BTJ = apply("gdn_beta", torch.sigmoid, b_BTJ)
         decay_J = -promote(self.A_log).exp()
@@ -215,7 +217,8 @@ class GatedDeltaNet(nn.Module):
         past.state = tap("gdn_state", state_BJKP)
         o_BTJP = tap("gdn_core_out", o_BTJP)
         o_BTJP = gated_rms_norm(o_BTJP, z_BTJP, self.norm["weight"], self.eps, self.gate_type)
-        return self.out_proj("attn_output", o_BTJP.flatten(2))
+        (o_BTC,) = as_read_by("gdn_a2", o_BTJP.flatten(2), self.out_proj)
+        return self.out_proj("attn_output", o_BTC)
 
 
 def _parameter(*shape: int) -> nn.Parameter:

@@ -80,6 +80,15 @@ class Linear(nn.Module):
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs), requires_grad=False)
+        self.quantised = False  # whether engines quantise its input, too
 
     def forward(self, name: str, x: Tensor) -> Tensor:
         return linear(name, x, self.weight)
+
+
+def as_read_by(name: str, x: Tensor, *linears: Linear) -> list[Tensor]:
+    """`x` as each of the projections reads it: for those that are quantised, what the tap `name` makes of it."""
+    if not any(linear.quantised for linear in linears):
+        return [x] * len(linears)
+    quantised = tap(name, x)
+    return [quantised if linear.quantised else x for linear in linears]

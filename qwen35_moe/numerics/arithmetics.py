@@ -76,6 +76,8 @@ class Arithmetic:
     for_experts: Callable[[int, int, int], Arithmetic | None] | None = None
     # Whether the engine ever fuses the shared expert: what `load(shared_expert="auto")` goes by, besides the gate.
     fuses: bool = True
+    # Formats of weights whose products take quantised inputs: there the taps attn_a1, gdn_a2, moe_a2, ... stand.
+    quantised: tuple[str, ...] = ("mxfp4",)
     _found: dict[str, Rounding] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     stage = taps.ROUND
@@ -96,6 +98,10 @@ class Arithmetic:
     def weight_dtype(self, name: str) -> torch.dtype:
         """The dtype in which the parameter `name` is held."""
         return _first_match(name, self.weights, self.dtype)
+
+    def quantises(self, kind: str) -> bool:
+        """Whether the inputs of weights of this kind ("mxfp4", "fp8-block", ...) are quantised, too."""
+        return kind.partition("-")[0] in self.quantised
 
     def switch(self, name: str) -> str:
         return self.switches.get(name, SWITCHES[name][0])

@@ -59,6 +59,8 @@ TAPS: dict[str, TapName] = {
     "mlp_output": _("t d", "what the MoE block adds to the stream", "mlp.output", "mlp.output"),
     "layer_output_sum": _("b t d", "residual stream at the layer's exit", "", "output", "ATOM layerLL_*.pt `hidden`"),
     # Full attention.
+    "attn_a1": _("b t d", "input of q, k and v, quantised (where W8A8 rounds)"),
+    "attn_a2": _("b t (n*h)", "input of o_proj, likewise"),
     "attn_q_gate": _("b t (n*2h)", "q_proj: per head query, then gate", "qkv_proj.output*", "self_attn.q_proj.output"),
     "attn_k_proj": _("b t (g*h)", "k_proj, before its norm", "qkv_proj.output*", "self_attn.k_proj.output"),
     "attn_v": _("b t (g*h)", "v_proj", "qkv_proj.output*", "self_attn.v_proj.output"),
@@ -85,6 +87,8 @@ TAPS: dict[str, TapName] = {
         "self_attn.o_proj.output | linear_attn.out_proj.output",
     ),
     # Gated DeltaNet.
+    "gdn_a1": _("b t d", "input of in_proj_qkv and in_proj_z, quantised (where W8A8 rounds)"),
+    "gdn_a2": _("b t (j*p)", "input of out_proj, likewise"),
     "gdn_qkv": _(
         "b t c", "in_proj_qkv, before the conv", "linear_attn.in_proj_qkvz.output*", "linear_attn.in_proj_qkv.output"
     ),
@@ -126,11 +130,11 @@ TAPS: dict[str, TapName] = {
         "t 1", "shared gate before sigmoid", "mlp.shared_expert_gate.output", "mlp.shared_expert_gate.output"
     ),
     "moe_shared_gate": _("t 1", "shared gate after sigmoid"),
-    "moe_a1": _("t d", "input of quantised experts (where W4A4 rounds)"),
+    "moe_a1": _("t d", "input of quantised experts (where W4A4 and W8A8 round)"),
     "moe_expert_gate_up": _("r 2f", "one expert: gate, then up"),
     "moe_expert_silu": _("r f", "one expert: silu(gate)"),
     "moe_expert_act": _("r f", "one expert: silu(gate) * up"),
-    "moe_a2": _("r f", "one expert: input of down_proj (where W4A4 quantises)"),
+    "moe_a2": _("r f", "one expert: input of down_proj, likewise"),
     "moe_expert_down": _("r d", "one expert: output of down_proj"),
     "moe_expert_weighted": _("r d", "one expert, or all tokens' a-th (`moe_sum_order`): times the routing weight"),
     "moe_partial_sum": _("r d", "sum of experts so far, the shared one among them where it is fused"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +30,7 @@ from .dumps.readers import read_dump
 from .judge.added import Work
 from .judge.envelope import LIMIT, Class, legal
 from .judge.envelope_file import Stored, stored_envelope
+from .judge.function import computed, usual
 from .judge.inherited import inherited
 from .judge.log_p import LOG_P
 from .judge.logits import compare_logits
@@ -89,19 +91,19 @@ def compare(
 
 def diagnose(
     checkpoint: str | Path, dump: Dump | str | Path, truth: str | Path | None = None, *,
-    arithmetic: str = "exact", shared_expert: str = "unfused", **options: Any,
+    arithmetic: str | None = None, shared_expert: str = "unfused", **options: Any,
 ) -> Comparison:  # fmt: skip
     """Compare a dump with a truth that is computed for the tokens that the dump says it is of.
 
     truth       a directory to keep the truth in (default: it is removed afterwards)
-    arithmetic  that of the truth, shared_expert how it was loaded
+    arithmetic  that of the truth (default: exact, or exact+a8 of an FP8 checkpoint), shared_expert how it was loaded
     options     the fields of `CompareOptions`
     """
     model, loaded = open_checkpoint(checkpoint, shared_expert)
     dump = dump if isinstance(dump, Dump) else read_dump(dump, config=model.config.raw)
     chosen = CompareOptions(**options)
     check_layers(chosen.layers, model.config.num_hidden_layers)
-    ids = sequences_of(dump)
+    ids, arithmetic = sequences_of(dump), arithmetic or usual(loaded.source, "exact")
     with TemporaryDirectory() as folder:
         written = write_truth(
             checkpoint, ids, truth or folder, arithmetic=arithmetic, shared_expert=shared_expert, with_envelope=False
@@ -118,12 +120,10 @@ def _compare(truth: Trace, dump: Dump, source: Source | None, options: CompareOp
     limit, layers, members = options.limit, options.layers, options.members
     alignment = align(dump, truth)
     table = arithmetics.get(truth.meta.get("arithmetic") or "exact")
-    members = legal(table.name, options.engine) if members is None else members
     result = Comparison(
         extra=alignment.extra, unknown=list(dump.unknown), problems=list(alignment.problems),
         notes=list(alignment.notes), limit=limit, truth=f"{table.name}, {truth.path or 'in memory'}",
-        engine=f"{dump.format}, {dump.path}", members=tuple(m.name for m in members),
-        tokens=(alignment.matched, alignment.tokens),
+        engine=f"{dump.format}, {dump.path}", tokens=(alignment.matched, alignment.tokens),
     )  # fmt: skip
     if all(key.startswith("next_token_") for key in alignment.keys):
         result.notes.append(ONLY_LOGITS)
@@ -139,7 +139,11 @@ def _compare(truth: Trace, dump: Dump, source: Source | None, options: CompareOp
             result.weights = check_weights(dump, source)
         tokens = Tokens(truth.ids, truth.positions, truth.mask)
         captured = work.captured(config.num_experts)
-        rerun = Rerun(source, flags, tokens, captured, [table, *members], LOG_P in alignment.keys)
+        again = partial(Rerun, source, flags, tokens, captured, with_log_p=LOG_P in alignment.keys)
+        function = computed(table, source, work, again) if members is None else table
+        members = legal(function.name, options.engine) if members is None else members
+        result.members = tuple(m.name for m in members)
+        rerun = again([function, *members])
         places, cleared = suspects(captured, result.layers), set[Place]()
         for layer, seen in rerun:
             if layers is None or layer is None or layer in layers:
@@ -153,6 +157,8 @@ def _compare(truth: Trace, dump: Dump, source: Source | None, options: CompareOp
         result.members = (STORED,)
         result.notes.append("without the checkpoint: errors are inherited from all layers before, nothing is diagnosed")
     stored = stored_envelope(truth)
+    if source is not None and function is not table:  # what a block adds is known; the truth is of another function
+        stored = {}
     inherited(work, stored)
     _finish(work, stored, layers)
     return result

@@ -7,6 +7,8 @@
     w[o, i] = E4M3[o, i] * scale[o // 128, i // 128]   (or scale[o], or scale)
 
 Scales are stored as bfloat16 or float32. E4M3 is the "fn" kind: no infinity, largest value 448, 0x7f and 0xff are NaN.
+
+Engines quantise the other operand, too (W8A8): `quantise_dequantise` is what they make of a product's input.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from torch import Tensor
 from ..errors import Qwen35Error
 
 BLOCK = 128
+LARGEST, LEAST_AMAX = 448.0, 1e-10
+SCALED = {"divide": 0.0, "multiply": 1.0, "multiply-up": 1 + 2.0**-23, "multiply-down": 1 - 2.0**-23}
+EXPONENT_BITS = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF << 52)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,3 +103,42 @@ def widen(values: Tensor, dtype: torch.dtype) -> Tensor:
     if magnitude.numel() and int(magnitude.max()) == 0x7F:
         wide[magnitude == 0x7F] = torch.nan
     return wide
+
+
+def round_to_e4m3(x: Tensor) -> Tensor:
+    """The nearest E4M3 values, ties to even, in x's own dtype; beyond 448 it saturates, NaN stays NaN."""
+    bits, exponent = EXPONENT_BITS[x.dtype]
+    step = (x.view(bits) & exponent).view(x.dtype)  # 2^floor(log2 |x|), exactly
+    step = step.clamp_(min=2.0**-6).mul_(2.0**-3)  # 3 bits after the leading one
+    return (x / step).round_().mul_(step).clamp_(-LARGEST, LARGEST)
+
+
+def quantise_dequantise(x: Tensor, columns: int | None = BLOCK, scaled: str = "divide") -> Tensor:
+    """What is left of a product's input [..., I] in an FP8 engine, at least float32:  E4M3(x / s) * s.
+
+    s = max(amax, 1e-10) / 448, with amax the largest magnitude of a token's `columns` neighbouring columns (None: of
+    all its columns). 128 beside block-scaled weights, all beside weights with a scale a channel.
+
+    scaled: how x is divided by s, a key of SCALED. It matters for ties alone, of which inputs in bf16 have many:
+    0.4 % of a real engine's codes. SGLang's kernels multiply by 448 / amax, whose last bit is the GPU's (of 63 rows, 61
+    as "multiply", 2 as "multiply-up"; the products are then ours but for one rounding).
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    width = x.shape[-1]
+    columns = width if columns is None else columns
+    blocks = torch.nn.functional.pad(x, (0, -width % columns)).unflatten(-1, (-1, columns))
+    amax = blocks.abs().amax(-1, keepdim=True).clamp_(min=LEAST_AMAX)
+    scale = amax / LARGEST
+    codes = round_to_e4m3(blocks / scale if scaled == "divide" else blocks * (LARGEST / amax * SCALED[scaled]))
+    return codes.mul_(scale).flatten(-2)[..., :width]
+
+
+def mx_quantise_dequantise(x: Tensor) -> Tensor:
+    """What is left of `x` after MXFP8, at least float32: E4M3 times a power of two for each 32 columns, the least one
+    that does not saturate, 2^ceil(log2(amax / 448)) (Aiter's "round up"; a block of zeros stays zero)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    blocks = x.unflatten(-1, (-1, 32))
+    fraction, exponent = torch.frexp(blocks.abs().amax(-1, keepdim=True))  # 448 = 0.875 * 2^9
+    exponent = (exponent - 9 + (fraction > 0.875).to(exponent.dtype)).clamp(-127, 127)
+    scale = torch.ldexp(torch.ones_like(fraction), exponent)
+    return (round_to_e4m3(blocks / scale) * scale).flatten(-2)

@@ -36,19 +36,22 @@ def fill(
 def fill_experts(
     module: nn.Module, prefix: str, source: Source, table: Arithmetic, device: torch.device, mode: str
 ) -> None:
+    """Puts experts in the place of empty ones, and notes which projections take FP8 inputs."""
     for path, owner in list(module.named_modules(prefix=prefix)):
         if isinstance(owner, MoE):
             _fill_experts(owner, path, source, table, device, mode)
+        if isinstance(owner, Linear) and table.quantises("fp8"):
+            owner.quantised = source.spec(path).kind.startswith("fp8")
 
 
 def _fill_experts(moe: MoE, path: str, source: Source, table: Arithmetic, device: torch.device, mode: str) -> None:
     """Experts of one block, decoded or packed; a BF16 shared expert never reaches a slot of packed ones."""
     count, F, dtype = moe.experts.count, moe.experts.intermediate, table.weight_dtype(f"{path}.experts")
-    quantised = source.spec(f"{path}.experts").kind == "mxfp4"
+    quantised = table.quantises(source.spec(f"{path}.experts").kind)
     if moe.shared_expert is None:
         source.guard_slot(path)
     else:
-        moe.shared_expert.quantised = source.spec(f"{path}.shared_expert.gate_proj").kind == "mxfp4"
+        moe.shared_expert.quantised = table.quantises(source.spec(f"{path}.shared_expert.gate_proj").kind)
     read: Callable[[int], Slot] = partial(source.slot, path)
     if mode != "stream":
         slots = [read(e) for e in range(count)]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...quant.fp8 import FP8
 from ...quant.layouts import shuffle_scales
 from ...quant.mxfp4 import MXFP4, quantise_dequantise
 from ...quant.packed import Float, Packed, Stacked
@@ -27,6 +28,36 @@ def on_packed(change: Callable[[MXFP4], MXFP4]) -> ExpertChange:
         return (leaf(slot[0]), leaf(slot[1])) if e < source.config.num_experts else slot
 
     return both
+
+
+def on_fp8(block: str, change: Callable[[Tensor], Tensor]) -> Callable[[BrokenSource, str, Packed], Packed]:
+    """A change of the scales of FP8 weights, of the projections of a block."""
+
+    def leaf(_: BrokenSource, module: str, packed: Packed) -> Packed:
+        if isinstance(packed, FP8) and f".{block}." in module:
+            return FP8(packed.values, change(packed.scale))
+        return packed
+
+    return leaf
+
+
+def fp8_experts(change: Callable[[Tensor], Tensor]) -> ExpertChange:
+    """The same of routed experts."""
+
+    def leaf(packed: Packed) -> Packed:
+        if isinstance(packed, Stacked):
+            return Stacked(tuple(leaf(part) for part in packed.parts))
+        return FP8(packed.values, change(packed.scale)) if isinstance(packed, FP8) else packed
+
+    def both(source: BrokenSource, mlp: str, e: int, slot: Slot) -> Slot:
+        return (leaf(slot[0]), leaf(slot[1])) if e < source.config.num_experts else slot
+
+    return both
+
+
+def rolled(scale: Tensor) -> Tensor:
+    """Each block's scale in the place of its neighbour's."""
+    return scale.roll(1, -1 if scale.dim() and scale.shape[-1] > 1 else 0) if scale.numel() > 1 else scale
 
 
 def scales_of(packed: Packed) -> Tensor:

@@ -47,7 +47,7 @@ class Fault:
               in `remembered`
     slot      change of an expert's packed weights;  weight, of a linear module's;  tensor, of a plain tensor (by name)
     switches  of the arithmetic, where the fault can be expressed in one form of a rule only
-    needs     "mxfp4" (packed experts), "a4" (quantised activations) or "a16" (not quantised), where that is needed
+    needs     "mxfp4" or "fp8" (packed experts), "a4" (quantised activations) or "a16" (not quantised), if it does
     fused     the shared expert is a slot when this happens
     single    the fault of one expert (`Place.expert`)
     weights   found by comparing weights: activations differ by no more than roundings
@@ -85,8 +85,8 @@ class Fault:
         c, mlp = source.config, f"layers.{layer}.mlp"
         routed, shared = (source.spec(f"{mlp}.{n}").kind for n in ("experts", "shared_expert.gate_proj"))
         fits = c.shared_expert_intermediate_size == c.moe_intermediate_size and routed != shared
-        mxfp4 = routed == "mxfp4"
-        needs = {"": True, "mxfp4": mxfp4, "a4": a4, "a16": mxfp4 and not a4}[self.needs]
+        mxfp4, fp8 = routed == "mxfp4", routed.startswith("fp8")
+        needs = {"": True, "mxfp4": mxfp4, "a4": a4, "a16": mxfp4 and not a4, "fp8": fp8}[self.needs]
         return needs and (fits or not self.fused)
 
 

@@ -28,8 +28,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...numerics.arithmetics import KEEP, Arithmetic, get
-from ...numerics.tables import AITER, AITER_VARIANTS, FLOAT32, SGLANG_BF16, TRANSFORMERS_BF16
+from ...numerics.arithmetics import ARITHMETICS, KEEP, Arithmetic, get
+from ...numerics.tables import (
+    A8,
+    AITER,
+    AITER_VARIANTS,
+    FLOAT32,
+    SGLANG_BF16,
+    TRANSFORMERS_BF16,
+    function_of,
+    with_fp8_inputs,
+)
 from .split_k import split
 
 LIMIT = 3.5
@@ -54,14 +63,27 @@ LEGAL: dict[str, tuple[Arithmetic, ...]] = {
     "float32": (FLOAT32, replace(FLOAT32, name="float32/reversed", switches={"moe_sum_order": "slot-reversed"}),
                 replace(FLOAT32, name="float32/recurrent", switches={"gdn_rule": "recurrent"})),
 }  # fmt: skip
+# Members differ in how ties of FP8 codes fall, too.
+LEGAL |= {
+    f"exact{suffix}": (ARITHMETICS[f"sglang-bf16{suffix}"], ARITHMETICS[f"transformers-bf16{suffix}"],
+                       with_fp8_inputs(ALL_BF16, suffix, "multiply-up"),
+                       split(with_fp8_inputs(SGLANG_BF16, suffix, "multiply-down"), 2))
+    for suffix in A8
+}  # fmt: skip
+_FLOAT32 = {suffix: tuple(with_fp8_inputs(a, suffix) for a in LEGAL["float32"]) for suffix in A8}
 
 
 def legal(truth: str, engine: str | Arithmetic | None = None) -> tuple[Arithmetic, ...]:
-    """The arithmetics of the envelope: those of the truth's family, and the engine's declared one first."""
-    members = LEGAL["float32" if engine in ("float32", FLOAT32) else truth if truth in LEGAL else "exact"]
-    if engine is None or get(engine) in members:
-        return members
-    return (get(engine), *members)
+    """The arithmetics of the envelope: those of the truth's family, and the engine's declared one first. What it does
+    to activations is the truth's: `--engine sglang-bf16` means SGLang's W8A8 where the truth is `exact+a8`."""
+    engine, function = None if engine is None else get(engine), function_of(truth)
+    if engine is not None and function in A8 and not function_of(engine.name):
+        engine = ARITHMETICS.get(engine.name + function) or with_fp8_inputs(engine, function)
+    if engine is not None and engine.dtype == torch.float32:
+        members = _FLOAT32.get(function, LEGAL["float32"])
+    else:
+        members = LEGAL[truth if truth in LEGAL else "exact"]
+    return members if engine is None or engine in members else (engine, *members)
 
 
 @dataclass

@@ -89,7 +89,7 @@ class Rerun:
         """Layer i with the weights of a source, in a table's dtypes; kept while i is the current layer."""
         if self._index != i:
             self._index, self._layers = i, {}
-        key = (id(source), table.dtype, tuple(sorted(table.weights.items())), fused)
+        key = (id(source), table.dtype, tuple(sorted(table.weights.items())), table.quantised, fused)
         if key not in self._layers:
             with torch.device("meta"):
                 layer = Layer(self.config, self.config.layer_types[i], fused)

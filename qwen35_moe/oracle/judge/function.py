@@ -1,0 +1,80 @@
+"""Which function an engine computes: with the inputs of FP8 products as they are, or quantised, and by which groups.
+
+The bytes of an FP8 checkpoint cannot tell. Engines run it as W8A8, some as W8A16 (weights decoded, activations in
+bf16): both are right, and they are 3 % apart. So what the dump shows decides: the first taps that differ between the
+functions, each run on the engine's own input, and of them the function that is nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import log
+
+from torch import Tensor
+
+from ...numerics import arithmetics
+from ...numerics.arithmetics import Arithmetic
+from ...numerics.tables import function_of
+from ...numerics.tap_table import base_name
+from ...run.source import Source
+from .added import IDS, Work
+from .envelope import Norms
+from .envelope_file import WEIGHTS
+from .rerun import Rerun
+
+BY_KIND = {"fp8-block": ("+a8", ""), "fp8-channel": ("+a8-token", "+a8", ""), "fp8-tensor": ("+a8-token", "+a8", "")}
+SAME = 1e-6  # relative: functions that are no further apart do not differ at a tap
+SAYS = {"": "as they are", "+a8": "in FP8 by 128 columns", "+a8-token": "in FP8 by token"}
+
+
+def functions(source: Source) -> tuple[str, ...]:
+    """What engines may do to the inputs of this checkpoint's products, most usual first: keys of SAYS."""
+    for i, kind in enumerate(source.config.layer_types):
+        mixer = "linear_attn.in_proj_qkv" if kind == "linear_attention" else "self_attn.q_proj"
+        for module in (mixer, "mlp.experts", "mlp.shared_expert.gate_proj"):
+            if (found := BY_KIND.get(source.spec(f"layers.{i}.{module}").kind)) is not None:
+                return found
+    return ("",)
+
+
+def usual(source: Source, arithmetic: str) -> str:
+    """The truth's arithmetic for this checkpoint, where nothing says which function an engine computes."""
+    return arithmetic + functions(source)[0] if arithmetic == "exact" else arithmetic
+
+
+def computed(
+    table: Arithmetic, source: Source, work: Work, rerun: Callable[[Sequence[Arithmetic]], Rerun]
+) -> Arithmetic:
+    """The truth's arithmetic, or the one of its family whose function the engine computes. Says so in the notes."""
+    family, choices = table.name.partition("+")[0], functions(source)
+    if family != "exact" or function_of(table.name) not in SAYS or len(choices) == 1:
+        return table
+    tables = [arithmetics.get(family + choice) for choice in choices]
+    for _, seen in rerun(tables):
+        errors = {key: _errors(key, seen, work) for key in seen[0] if _tells(key, work)}
+        if shown := {key: e for key, e in errors.items() if e}:
+            totals = [sum(log(max(e[i], 1e-12)) for e in shown.values()) for i in range(len(tables))]
+            best = min(range(len(tables)), key=lambda i: totals[i])
+            key = next(iter(shown))
+            each = ", ".join(f"{100 * e:.2g} % {SAYS[c]}" for c, e in zip(choices, shown[key], strict=True))
+            work.result.notes.append(f"inputs of FP8 products are read {SAYS[choices[best]]}: {key} is off by {each}")
+            return tables[best]
+    return table
+
+
+def _tells(key: str, work: Work) -> bool:
+    return key in work.alignment.keys and base_name(key) not in (*IDS, *WEIGHTS) and not key.endswith(".gain")
+
+
+def _errors(key: str, seen: Sequence[dict[str, Tensor]], work: Work) -> list[float]:
+    """The median relative error of the engine's rows against each function; empty where they do not differ."""
+    pair = work.alignment.pair(key)
+    if pair.engine is None or not len(pair.rows):
+        return []
+    values = [work.rows(taps[key], pair) for taps in seen]
+    sizes = Norms.of(values[0]).l2
+    apart = max(float((Norms.of(v, minus=values[0]).l2 / sizes).nan_to_num().median()) for v in values[1:])
+    if apart <= SAME:
+        return []
+    found = [float((Norms.of(pair.engine, minus=v).l2 / sizes).nan_to_num(nan=1.0).median()) for v in values]
+    return [min(e, 1.0) for e in found]

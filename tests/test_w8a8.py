@@ -1,0 +1,162 @@
+"""FP8 as engines run it: products of FP8 weights take inputs that are quantised to FP8 (W8A8)."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.oracle_score.mutants import Bench
+from benchmarks.oracle_score.variants import variants
+from qwen35_moe.oracle.compare import compare
+from qwen35_moe.oracle.diagnose.catalogue import FAULTS
+from qwen35_moe.oracle.diagnose.faults import Fault
+from qwen35_moe.oracle.dumps.readers.own import from_trace
+from qwen35_moe.oracle.dumps.writers import DUMPED
+from qwen35_moe.oracle.judge.function import SAYS
+from qwen35_moe.oracle.truth import open_checkpoint
+from qwen35_moe.quant.fp8 import mx_quantise_dequantise, quantise_dequantise, round_to_e4m3
+from qwen35_moe.run.load import load
+from qwen35_moe.run.source import Source
+from qwen35_moe.trace.recorder import trace
+from weights.build import build
+
+IDS = (torch.arange(32) * 7919 % 251)[None]
+SIZES = {
+    "hidden_size": 192, "moe_intermediate_size": 160, "shared_expert_intermediate_size": 64, "num_experts": 8,
+    "num_experts_per_tok": 3, "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+}  # fmt: skip
+
+
+def _values(rows: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rows + width)
+    return torch.randn(rows, width, generator=generator) * 10 ** (4 * torch.rand(rows, 1, generator=generator) - 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_elements_are_what_ml_dtypes_says(dtype: torch.dtype) -> None:
+    halves = torch.arange(0, 448 * 512 + 1, dtype=torch.float32) / 1024  # ties, subnormals and what rounds to zero
+    x = torch.cat((halves, -halves, _values(64, 64).flatten().clamp(-448, 448)))
+    theirs = torch.from_numpy(x.numpy().astype(ml_dtypes.float8_e4m3fn).astype(np.float64)).to(dtype)
+    assert torch.equal(round_to_e4m3(x.to(dtype)), theirs)
+    beyond = round_to_e4m3(torch.tensor([500.0, -1e9, torch.nan], dtype=dtype))
+    assert beyond[:2].tolist() == [448.0, -448.0] and beyond[2].isnan()
+
+
+@pytest.mark.parametrize("columns", [128, None])
+def test_a_scale_for_each_token_and_group_of_columns(columns: int | None) -> None:
+    x = _values(5, 300).double()  # two groups and a part of one
+    x[3, 128:256] = 0
+    got = quantise_dequantise(x, columns)
+    for row in range(5):
+        for start in range(0, 300, columns or 300):
+            part = x[row, start : start + (columns or 300)]
+            scale = max(float(part.abs().max()), 1e-10) / 448
+            codes = torch.from_numpy((part / scale).numpy().astype(ml_dtypes.float8_e4m3fn).astype(np.float64))
+            assert torch.equal(got[row, start : start + (columns or 300)], codes * scale)
+    ways = [quantise_dequantise(x, columns, way) for way in ("multiply", "multiply-up", "multiply-down")]
+    for way in ways:  # they differ in ties alone, and in the last bits
+        assert float((way - got).norm() / got.norm()) < 1e-6
+
+
+def test_mxfp8_never_saturates_and_scales_are_powers_of_two() -> None:
+    x = _values(6, 96).double()
+    x[0, :32], x[1, :32], x[2, :32] = 0, 448.0, 449.0
+    got = mx_quantise_dequantise(x).unflatten(1, (3, 32))
+    amax = x.unflatten(1, (3, 32)).abs().amax(-1, keepdim=True)
+    scale = torch.where(amax > 0, 2.0 ** torch.ceil(torch.log2(amax / 448)), 1.0)
+    theirs = (x.unflatten(1, (3, 32)) / scale).numpy().astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    assert torch.equal(got, torch.from_numpy(theirs) * scale)
+    assert float(got[2].max()) == 448.0  # to the nearest of 16 s = 32, not cut at 448
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
+    root = tmp_path_factory.mktemp("fp8")
+    recipes = {"block": "tiny-drawn-fp8", "channel": "tiny-mxfp4-attnfp8"}
+    return {
+        kind: open_checkpoint(build(recipe, root / kind, jobs=1, seed=11, text_config=SIZES))[1].source
+        for kind, recipe in recipes.items()
+    }
+
+
+def test_exactly_the_linears_with_fp8_weights_take_quantised_inputs(sources: dict[str, Source]) -> None:
+    source = sources["block"]
+    run = trace(load(source.checkpoint.path, "exact+a8", "unfused", text_only=True), IDS, experts=True)
+
+    def product(module: str, x: Tensor, quantised: bool = True) -> Tensor:
+        return F.linear(quantise_dequantise(x) if quantised else x, source.weight(module).decode(torch.float64))
+
+    def same(key: str, y: Tensor) -> None:
+        assert torch.equal(run[key].flatten(0, -2), y.flatten(0, -2)), key
+
+    x = run["layers.0.input_layernorm"]
+    same("layers.0.gdn_qkv", product("layers.0.linear_attn.in_proj_qkv", x))
+    same("layers.0.gdn_b", product("layers.0.linear_attn.in_proj_b", x, quantised=False))
+    same("layers.0.attn_output", product("layers.0.linear_attn.out_proj", run["layers.0.gdn_norm_out"].flatten(2)))
+    same("layers.2.attn_v", product("layers.2.self_attn.v_proj", run["layers.2.input_layernorm"]))
+    same("layers.2.attn_output", product("layers.2.self_attn.o_proj", run["layers.2.attn_pre_o_proj"].flatten(2)))
+    x = run["layers.1.pre_mlp_layernorm_output"].flatten(0, 1)
+    same("layers.1.moe_router_logits", product("layers.1.mlp.gate", x, quantised=False))
+    same("layers.1.moe_shared_up_proj", product("layers.1.mlp.shared_expert.up_proj", x))
+    same("layers.1.moe_shared_output", product("layers.1.mlp.shared_expert.down_proj", run["layers.1.moe_shared_act"]))
+    e = int(run["layers.1.moe_topk_ids"][0, 0])
+    tokens = (run["layers.1.moe_topk_ids"] == e).any(1)
+    gate_up, down = (packed.decode(torch.float64) for packed in source.slot("layers.1.mlp", e))
+    act = run[f"layers.1.moe_expert_{e}_act"]
+    got = F.linear(quantise_dequantise(x[tokens]), gate_up)
+    assert torch.equal(run[f"layers.1.moe_expert_{e}_gate_up"], got)
+    assert torch.equal(run[f"layers.1.moe_expert_{e}_down"], F.linear(quantise_dequantise(act), down))
+
+
+def test_other_arithmetics_and_checkpoints_have_no_such_taps(sources: dict[str, Source]) -> None:
+    for name in ("exact", "sglang-bf16", "exact+w4a8"):
+        run = trace(load(sources["block"].checkpoint.path, name, "unfused", text_only=True), IDS[:, :3])
+        assert not [key for key in run if key.endswith(("_a1", "_a2"))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine", "agrees"),
+    [
+        ("block", "sglang-bf16", True),
+        ("block", "transformers-bf16+a8", True),
+        ("block", "sglang-bf16+a8-token", False),  # a scale a token beside block-scaled weights is another function
+        ("channel", "sglang-bf16+a8", True),
+        ("channel", "sglang-bf16+a8-token", True),
+    ],
+)
+def test_the_function_is_the_one_that_the_dump_shows(
+    sources: dict[str, Source], kind: str, engine: str, agrees: bool
+) -> None:
+    path, source = sources[kind].checkpoint.path, sources[kind]
+    truth = trace(load(path, "exact", "unfused", text_only=True), IDS, taps=DUMPED)
+    dump = from_trace(trace(load(path, engine, "unfused", text_only=True), IDS, taps=DUMPED))
+    result = compare(truth, dump, source, diagnoses=0)
+    assert (result.exit_code == 0) == agrees, result.verdict
+    if agrees:
+        function = engine.removeprefix("sglang-bf16").removeprefix("transformers-bf16")
+        assert result.members[0].endswith(function) and f"are read {SAYS[function]}:" in result.notes[0]
+        assert max(r.added or 0 for r in result.records) < 2.5
+
+
+PLANTED = ("shared expert dropped", "FP8 scales of the experts rotated", "FP8 scales of DeltaNet rotated",
+           "half of the intermediate missing", "rotary theta 10000", "no decay")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench(sources: dict[str, Source]) -> Bench:
+    return Bench(sources["block"], "gate 0.5", IDS, "+a8")
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f.name in PLANTED], ids=lambda f: f.name)
+def test_a_fault_of_a_w8a8_engine_is_found_and_named(bench: Bench, fault: Fault) -> None:
+    found = bench.planted(fault)
+    assert found.found and found.named_right, found
+
+
+def test_clean_w8a8_engines_pass_without_their_own_arithmetic(bench: Bench) -> None:
+    for variant in variants("+a8", IDS.shape[1])[:6:2]:
+        assert bench.clean(variant).found, variant.name
