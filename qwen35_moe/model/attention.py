@@ -77,5 +77,5 @@ class Attention(nn.Module):
         y_BTNH = attend(q_BTNH, *past.append(k_BTGH, v_BTGH), real_BS, past.at)
         gate_BTNH = apply("attn_gate", torch.sigmoid, gate_BTNH)
         y_BTNH = multiply("attn_pre_o_proj", y_BTNH, gate_BTNH)
-        (y_BTC,) = as_read_by("attn_a2", y_BTNH.flatten(2), self.o_proj)
-        return self.o_proj("attn_output", y_BTC)
+        (out_in,) = as_read_by("attn_a2", y_BTNH.flatten(2), self.o_proj)
+        return self.o_proj("attn_output", out_in)

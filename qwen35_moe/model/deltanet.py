@@ -217,8 +217,8 @@ class GatedDeltaNet(nn.Module):
         past.state = tap("gdn_state", state_BJKP)
         o_BTJP = tap("gdn_core_out", o_BTJP)
         o_BTJP = gated_rms_norm(o_BTJP, z_BTJP, self.norm["weight"], self.eps, self.gate_type)
-        (o_BTC,) = as_read_by("gdn_a2", o_BTJP.flatten(2), self.out_proj)
-        return self.out_proj("attn_output", o_BTC)
+        (out_in,) = as_read_by("gdn_a2", o_BTJP.flatten(2), self.out_proj)
+        return self.out_proj("attn_output", out_in)
 
 
 def _parameter(*shape: int) -> nn.Parameter:
