@@ -132,6 +132,17 @@ def test_forced_tokens_are_scored(capsys: pytest.CaptureFixture[str], plain: lis
     assert [record["rank"] == 0 for record in lines(out)][:2] == [True, False]
 
 
+def test_forced_tokens_are_scored_after_a_temperature(capsys: pytest.CaptureFixture[str]) -> None:
+    """p^(1/T), normalised; and what chooses tokens is refused."""
+    ids = ("--ids", "1,2,3", "--force", "9,4", "--top", "256", "--json")
+    (plain, _), (warm, _) = (lines(call(capsys, BARE, *ids, *more)[1]) for more in ((), ("--temperature", "0.5")))
+    log_p = torch.tensor([x for _, x in sorted(plain["top"])], dtype=torch.float64)
+    expected = (log_p / 0.5).log_softmax(-1)
+    assert [x for _, x in sorted(warm["top"])] == pytest.approx(expected.tolist(), abs=1e-9)
+    assert warm["log_p"] == pytest.approx(float(expected[9]), abs=1e-6)
+    assert call(capsys, BARE, *ids, "--top-k", "3")[0] == 2
+
+
 def test_a_seed_repeats_a_text(capsys: pytest.CaptureFixture[str], plain: list[int]) -> None:
     seeds = [3, 3, 4]
     found = [

@@ -6,16 +6,19 @@ Exit codes: 0 all that was compared agrees, 1 something diverges, 2 it could not
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ..oracle.compare import compare
 from ..oracle.dumps.readers import read_dump
 from ..trace.file import Trace
 from .report_options import add_report_options, show
 
+ANSWERS = (".json", ".jsonl")
+
 
 def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("truth", help="directory that `trace` wrote")
-    p.add_argument("dump", help="directory or file of an engine")
+    p.add_argument("dump", help="directory or file of an engine; answers of a server (JSON, JSONL)")
     p.add_argument("--checkpoint", help="where the truth's checkpoint is now (default: where it was)")
     add_report_options(p)
     p.set_defaults(run=run)
@@ -23,5 +26,9 @@ def configure(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     truth = Trace.open(args.truth)
+    if args.dump.endswith(ANSWERS) and Path(args.dump).is_file():
+        from .probe import saved  # here: few comparisons are of answers
+
+        return saved(truth, Path(args.dump), args)
     dump = read_dump(args.dump, config=truth.meta.get("config"), name_map=args.name_map, layers=args.layer_ids)
     return show(compare(truth, dump, args.checkpoint, engine=args.engine, limit=args.limit), args)

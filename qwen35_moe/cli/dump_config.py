@@ -123,6 +123,16 @@ def dump_config(engine: str) -> str:
     return ENGINES[engine]
 
 
+def layer_lines(layers: list[int]) -> list[str]:
+    """The settings of every engine that name layers, for these layers."""
+    some, ends = ", ".join(map(str, layers)), sorted({end for i in layers for end in (i, i + 1)})
+    return [
+        f"sglang   export DUMPER_FILTER='layer_id is None or layer_id in [{some}]'",
+        f"vllm     layers = {ends}  # entry and end of each",
+        f"atom     export ATOM_FWD_DUMP_LAYERS={some.replace(' ', '')}",
+    ]
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("engine", choices=list(ENGINES))
     parser.set_defaults(run=run)

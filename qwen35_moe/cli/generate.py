@@ -32,7 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="put --prompt into the folder's chat template")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0, the default, is greedy; with --force, log p after it"
+    )
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest that reach P")
     parser.add_argument("--seed", type=int, default=0)
@@ -58,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
     if args.chat and args.prompt is None:
         raise Qwen35Error("--chat is for text", where="command line", expected="--prompt", found="--ids")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    if args.force is not None and (args.top_k or args.top_p != 1):
+        do = "leave them out; --temperature is honoured"
+        raise Qwen35Error("--force chooses no tokens", where="--top-k, --top-p", do=do)
     forced = None if args.force is None else one(read_ids(args.force, "--force"), "--force")
     # The prompt first: what is wrong with it shows before a large checkpoint is read.
     tokenizer = load_tokenizer(args.checkpoint) if args.prompt is not None or has_tokenizer(args.checkpoint) else None
@@ -72,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         stop = () if args.ignore_stop else stop_ids(args.checkpoint, model.config)
         steps = generate(model, prompt, args.max_new_tokens, sampling, stop, args.top, args.draft)
     else:
-        steps = score(model, prompt, forced, args.top)
+        steps = score(model, prompt, forced, args.top, args.temperature)
     show(steps, tokenizer, args)
     return 0
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "dump-config": ("dump_config", "what to set in an engine to get a good dump, ready to paste"),
     "compare": ("compare", "an engine's dump against the truth: is it wrong, where first, and why"),
     "diagnose": ("diagnose", "the same without a truth: it is computed for the tokens of the dump"),
+    "probe": ("probe", "ask a running server for log p: does it compute what its checkpoint holds"),
     "demo": ("demo", "build tiny checkpoints, plant a known failure in an engine, and find it"),
 }
 

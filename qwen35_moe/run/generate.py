@@ -145,8 +145,14 @@ def generate(
             return
 
 
-def score(model: Model, prompt: Prompt, forced: Sequence[int], top: int = 0) -> Iterator[Step]:
-    """What the model thinks of an engine's tokens: each with the log p that the truth gives it after those before."""
+def score(
+    model: Model, prompt: Prompt, forced: Sequence[int], top: int = 0, temperature: float = 0.0
+) -> Iterator[Step]:
+    """What the model thinks of an engine's tokens: each with the log p that the truth gives it after those before.
+
+    temperature: above 0, log p are those of softmax(logits / temperature), as engines write them after sampling.
+    """
+    scale = Sampling(temperature).temperature or 1.0
     cache, forced = Cache(), [int(i) for i in forced]
     logits_TV = model(**_inputs(model, prompt), cache=cache, logits_to_keep=1)[0]
     for start in range(0, len(forced), SCORED_AT_ONCE):
@@ -154,7 +160,7 @@ def score(model: Model, prompt: Prompt, forced: Sequence[int], top: int = 0) -> 
         ids_BT = torch.tensor([piece], device=logits_TV.device)
         logits_TV = torch.cat((logits_TV[-1:], model(ids_BT, cache=cache)[0]))
         for row_V, token in zip(logits_TV, piece, strict=False):
-            yield describe(row_V, token, top)
+            yield describe(row_V.to(torch.float64) / scale, token, top)
 
 
 Chosen = Iterator[tuple[Tensor, int, bool]]  # the logits of each token, the token, whether it was drafted

@@ -1,0 +1,167 @@
+"""`qwen35-moe probe`: does a running server compute the model that its checkpoint holds?
+
+Exit codes: 0 agrees, 1 diverges, 2 cannot tell without a dump, or could not be asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import Qwen35Error
+from ..model.config import Config
+from ..oracle.report import servers as pages
+from ..oracle.servers.answer import Answer
+from ..oracle.servers.buckets import Bucket, buckets
+from ..oracle.servers.client import API_KEY, RETRIES, Server
+from ..oracle.servers.dialects import ALL, APIS, Asker, saver
+from ..oracle.servers.probe import GIVEN, Prepared, prepare
+from ..oracle.servers.prompts import drawn
+from ..oracle.servers.readers import read_answers
+from ..oracle.servers.verdict import Verdict
+from ..oracle.truth import open_checkpoint, weights_of
+from ..run.load import SHARED
+from ..run.prompt import load_tokenizer, read_ids
+from ..trace.file import Trace
+from .dump_config import layer_lines
+from .report_options import new_file
+
+FEWEST, MOST_LAYERS = 2, 8  # tokens of a prompt; layers up to which faults are replayed layer by layer
+
+
+def configure(p: argparse.ArgumentParser) -> None:
+    p.description = (
+        "Asks a server for log-probabilities of tokens, computes them from the checkpoint, and says whether they "
+        f"agree, diverge, or cannot tell. An API key is taken from {API_KEY}. Only URL is contacted."
+    )
+    p.add_argument("checkpoint")
+    p.add_argument("url", help="http://HOST:PORT of the server")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--ids", help='prompts as ids: "1,2,3", or a file with lists')
+    which.add_argument("--prompt", help="a prompt as text, by the tokenizer in the folder")
+    which.add_argument("--prompts", type=int, default=8, metavar="N", help="draw N prompts (default: %(default)s)")
+    p.add_argument("--tokens", type=int, default=50, metavar="T", help="of a drawn prompt (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of drawn prompts")
+    p.add_argument(
+        "--top", type=top, default=GIVEN, metavar="K", help="likeliest tokens to ask for, or all (%(default)s)"
+    )
+    p.add_argument("--api", default="auto", choices=("auto", *APIS), help="default: %(default)s")
+    p.add_argument("--model", default="", help="the served model's name, where there are several")
+    p.add_argument("--engine", help="the server's arithmetic, if it is none of the legal ones (float32, ...)")
+    p.add_argument("--arithmetic", default="exact", help="of the truth: exact+a4-round-up for W4A4")
+    p.add_argument("--shared-expert", default="unfused", choices=SHARED, help="default: %(default)s")
+    p.add_argument("--faults", choices=("each", "all", "none"), help="replay known faults in each layer, in all layers "
+                   f"at once, or not (default: each up to {MOST_LAYERS} layers, else all)")  # fmt: skip
+    p.add_argument(
+        "--batch", type=sizes, default=[], metavar="1,2,4", help="ask in batches, and cut to so many tokens, too"
+    )
+    p.add_argument("--timeout", type=float, default=120.0, metavar="S", help="of one request (default: %(default)g s)")
+    p.add_argument("--retries", type=int, default=RETRIES, help="of a request that failed (default: %(default)s)")
+    p.add_argument("--save", type=new_file, help="write the answers, one JSON object a line")
+    p.add_argument("--json", type=new_file, help="write the verdict")
+    p.add_argument("--html", type=new_file, help="write one self-contained page")
+    p.set_defaults(run=run)
+
+
+def top(word: str) -> int:
+    number = ALL if word == "all" else int(word)
+    if number != ALL and not 1 <= number <= 1000:
+        raise ValueError
+    return number
+
+
+def sizes(word: str) -> list[int]:
+    found = [int(part) for part in word.split(",")]
+    if not all(1 <= n <= 4096 for n in found):
+        raise ValueError
+    return found
+
+
+def run(args: argparse.Namespace) -> int:
+    server = Server(args.url, args.timeout, args.retries)
+    model, loaded = open_checkpoint(args.checkpoint, args.shared_expert, args.arithmetic)
+    ids = prompts(args, model.config)
+    asker = Asker(server, args.api, args.top, model.config.vocab_size, args.model,
+                  saver(args.save) if args.save else lambda _: None)  # fmt: skip
+    print(f"server   {asker.api}, {server.url}")
+    known = prepare(loaded.source, loaded.fused, ids, args.arithmetic, args.engine, faults(args.faults, model.config))
+    typical = foresee(known, 63 if args.top == ALL else args.top)
+    answers = list[Answer]()
+    for n, one in enumerate(ids):
+        answers += asker.ask([one])
+        progress(n + 1, len(ids))
+    found = buckets(asker, ids[0], args.batch, typical) if args.batch else []
+    return report(known.judge(answers), args, found)
+
+
+def prompts(args: argparse.Namespace, config: Config) -> list[list[int]]:
+    if args.prompt is not None:
+        ids = [load_tokenizer(args.checkpoint).encode(args.prompt, add_special_tokens=False)]
+    elif args.ids is not None:
+        ids = read_ids(args.ids, "--ids")
+    elif args.prompts < 1 or args.tokens < FEWEST:
+        raise Qwen35Error("nothing to ask", where="--prompts, --tokens", expected=f"1 and {FEWEST}, or more")
+    else:
+        ids = drawn(config, args.prompts, args.tokens, args.seed)
+    if short := [one for one in ids if len(one) < FEWEST]:
+        raise Qwen35Error("a prompt is too short", where="prompts", expected=f"{FEWEST} tokens", found=short[0])
+    if large := [i for one in ids for i in one if i >= config.vocab_size]:
+        raise Qwen35Error(
+            "not in the vocabulary", where="--ids", expected=f"0 .. {config.vocab_size - 1}", found=large[0]
+        )
+    return ids
+
+
+def faults(asked: str | None, config: Config) -> str:
+    return asked or ("each" if config.num_hidden_layers <= MOST_LAYERS else "all")
+
+
+def foresee(known: Prepared, top: int) -> float:
+    """Prints which faults could be seen; the typical legal error of a position."""
+    judge = known.expect(top)
+    seen, unseen = judge.power()
+    rows = len(judge.sigma)
+    print(f"asking   {rows} positions of {len(known.ids)} prompts")
+    if seen or unseen:
+        print(f"sees     {len(seen)} of {len(seen) + len(unseen)} faults, given the {top} likeliest tokens")
+        print(pages.listed("not seen", unseen))
+    return float(judge.sigma.median())
+
+
+def progress(done: int, of: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done} of {of} prompts answered", end="\n" if done == of else "", file=sys.stderr, flush=True)
+
+
+def report(verdict: Verdict, args: argparse.Namespace, found: Sequence[Bucket] = ()) -> int:
+    """Prints and writes the verdict; its exit code, or 1 if a bucket differs."""
+    print(pages.text(verdict))
+    for bucket in found:
+        print(f"bucket   {bucket}")
+    layers = sorted({i for e in verdict.alike for i in e.layers})
+    if verdict.exit_code:
+        print("\nto be sure, dump these layers (qwen35-moe dump-config ENGINE says how):")
+        print("\n".join(f"  {line}" for line in layer_lines(layers or [0, 1])))
+    records = {**verdict.to_dict(), "buckets": [{"name": b.name, "rows": b.rows, "ratio": b.ratio} for b in found]}
+    if args.json:
+        args.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    if args.html:
+        args.html.write_text(pages.html(verdict, [str(b) for b in found]), encoding="utf-8")
+        print(f"\n{args.html}")
+    return 1 if any(b.bad for b in found) else verdict.exit_code
+
+
+def saved(truth: Trace, path: Path, args: argparse.Namespace) -> int:
+    """`compare TRUTH answers.json`: answers of any engine that were kept, to the tokens of a truth."""
+    source, fused = weights_of(truth, args.checkpoint)
+    if source is None:
+        do = "say where it is with --checkpoint"
+        raise Qwen35Error("answers are judged by the checkpoint, which is not there", where=args.truth, do=do)
+    ids = [row[mask.bool()].tolist() for row, mask in zip(truth.ids, truth.mask, strict=True)]
+    answers = read_answers(path)
+    arithmetic = truth.meta.get("arithmetic") or "exact"
+    known = prepare(source, fused, ids, arithmetic, args.engine, faults(None, source.config))
+    return report(known.judge(answers), args)

@@ -1,0 +1,1 @@
+"""A running server, judged by the log-probabilities that it answers with."""

@@ -1,0 +1,126 @@
+"""What a server said: log-probabilities by position, whichever engine they came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import Qwen35Error
+
+UNKNOWN = -1  # an id that the answer does not tell
+LEAST = -9000.0  # SGLang and vLLM write -9999 for log 0
+MOST = 1e-3  # a log p above 0 by more than float noise is none
+NO_LOG_P = "the answer holds no log-probabilities"
+MAX_TOKENS = 1 << 20  # of one answer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One position: log p of tokens at `place`, given the tokens before it.
+
+    log_p   token id -> log p: the token that stands there, the likeliest K, or both
+    best    the likeliest token, where the engine says which it is
+    """
+
+    place: int
+    log_p: dict[int, float]
+    best: int | None = None
+
+
+@dataclass
+class Answer:
+    """One sequence.
+
+    ids      the prompt and what was generated, UNKNOWN where the answer does not tell
+    routed   the experts [tokens, layers, A], or one flat row where the engine tells no shape
+    clamped  ids that were sent and came back as 0
+    """
+
+    engine: str
+    ids: list[int]
+    rows: list[Row]
+    routed: Tensor | None = None
+    notes: list[str] = field(default_factory=list)
+    clamped: list[int] = field(default_factory=list)
+
+
+def bad(what: str, where: str, found: Any = "", expected: str = "", do: str = "") -> Qwen35Error:
+    """The error of an answer. What it quotes is cut, and printable: it comes from a stranger."""
+    return Qwen35Error(what, where=where, found=clean(found), expected=expected, do=do)
+
+
+def clean(found: Any, most: int = 160) -> str:
+    """A stranger's text on one line."""
+    text = "".join(c if c.isprintable() else " " for c in str(found)[: 4 * most])
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def token(found: Any, where: str) -> int:
+    """A token id: an integer, or a string of digits, or "token_id:N"."""
+    if isinstance(found, str):
+        digits = found.removeprefix("token_id:")
+        found = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 10 else found
+    if type(found) is not int or not 0 <= found < 2**31:
+        raise bad("not a token id", where, found, "a whole number, 0 or more")
+    return found
+
+
+def number(found: Any, where: str) -> float | None:
+    """A log p; None for log 0, which engines write for tokens that a filter took away."""
+    if type(found) not in (int, float) or math.isnan(found):
+        raise bad("not a log-probability", where, found, "a number, 0 or less")
+    if found > MOST:
+        do = "ask for log p, not probabilities (llama.cpp: without post_sampling_probs)"
+        raise bad("log-probability above 0", where, found, "0 or less", do)
+    return None if found < LEAST else float(found)
+
+
+def listed(found: Any, where: str) -> list[Any]:
+    if not isinstance(found, list):
+        raise bad("not a list", where, found)
+    if len(found) > MAX_TOKENS:
+        raise bad("too long", where, f"{len(found)} entries", f"at most {MAX_TOKENS}")
+    return found
+
+
+def ids_in(found: Any, where: str) -> list[int]:
+    return [token(i, where) for i in listed(found, where)]
+
+
+def mapping(found: Any, where: str) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise bad("not an object", where, found)
+    return found
+
+
+def row(place: int, pairs: Sequence[tuple[int, float | None]], has_top: bool) -> Row:
+    """A row of (id, log p). Two values for one token are kept once; the likeliest is named where K were asked for."""
+    log_p = {i: x for i, x in pairs if x is not None}
+    return Row(place, log_p, max(log_p, key=lambda i: (log_p[i], -i)) if has_top and log_p else None)
+
+
+def prompt_of(request: Mapping[str, Any], where: str, *keys: str) -> list[int] | None:
+    """The ids that were sent, if they were."""
+    found = next((request[k] for k in keys if isinstance(request.get(k), list)), None)
+    return None if found is None or not found or isinstance(found[0], str) else ids_in(found, where)
+
+
+def agreed(sent: list[int] | None, said: list[int], where: str, clamped: list[int] | None = None) -> list[int]:
+    """What was sent, if what was said can be that: UNKNOWN fits all. `clamped`, where the engine writes 0 for large
+    ids, takes those that it did so for."""
+    if sent is None:
+        return said
+    what = "the answer is for other tokens"
+    if len(said) != len(sent):
+        raise bad(what, where, f"{len(said)} tokens", f"the {len(sent)} that were sent")
+    for place, (a, b) in enumerate(zip(sent, said, strict=True)):
+        if a == b or b == UNKNOWN:
+            continue
+        if b or clamped is None:
+            raise bad(what, where, f"id {b} at place {place}", f"id {a}, as sent")
+        clamped.append(a)
+    return sent

@@ -1,0 +1,75 @@
+"""From prompts and answers to a verdict: `prepare` computes what is known beforehand, `judge` takes the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...numerics.arithmetics import Arithmetic
+from ...run.prompt import padded
+from ...run.source import Source
+from ..judge.envelope import legal
+from ..judge.split_k import samples
+from .answer import Answer
+from .judge import Judge, Positions
+from .replay import Branch, Replay, hypotheses
+from .routing import judge_routing
+from .verdict import Verdict, decide, told
+
+MORE = 4  # legal arithmetics besides those of the envelope: their products in other orders
+GIVEN = 20  # likeliest tokens that a server is asked for
+
+
+@dataclass
+class Prepared:
+    """Truth, `members` legal arithmetics and hypotheses on prompts `ids`, computed and waiting for answers."""
+
+    ids: list[list[int]]
+    replay: Replay
+    branches: list[Branch]
+    members: int
+
+    def expect(self, top: int = GIVEN) -> Judge:
+        """The tests as they will be once a server tells the prompts' tokens and the `top` likeliest."""
+        config = self.replay.config
+        rows = [(b, t) for b, known in enumerate(self.ids) for t in range(len(known) - 1)]
+        sequence, place = (torch.tensor(x) for x in zip(*rows, strict=True))
+        given = torch.tensor([self.ids[b][t + 1] for b, t in rows])[:, None]
+        k = min(top, config.vocab_size)
+        likely = [x.topk(k).indices for _, x in self.replay.log_p(self.branches[0], (sequence, place))]
+        ids = torch.cat((given, torch.cat(likely)), 1)
+        known = torch.ones_like(ids, dtype=torch.bool)
+        known[:, 1:] &= ids[:, 1:] != given
+        return Judge(self.replay, self.branches, self.members, Positions(sequence, place, ids, known))
+
+    def judge(self, answers: Sequence[Answer]) -> Verdict:
+        """The verdict. Raises Qwen35Error where the answers are of other tokens, or of another model."""
+        found = told(answers, self.ids, self.replay.config.vocab_size)
+        width = self.replay.ids.shape[1]
+        wrong, said = judge_routing(answers, self.ids, width, self.branches, self.members)
+        verdict = decide(Judge(self.replay, self.branches, self.members, found.at), found, wrong)
+        verdict.evidence += said
+        if found.whole is not None:
+            at, log_p = found.whole
+            off = (log_p - self.replay.gather(self.branches[0], at.rows, at.ids)).abs()[at.known]
+            verdict.evidence.append(
+                f"all {len(off)} log p told: |delta| median {float(off.median()):.2g}, largest {float(off.max()):.2g}"
+            )
+        return verdict
+
+
+def prepare(
+    source: Source, fused: Sequence[bool], ids: Sequence[Sequence[int]], arithmetic: str = "exact",
+    engine: str | Arithmetic | None = None, faults: str = "each", more: int = MORE,
+) -> Prepared:  # fmt: skip
+    """faults: hypotheses in `all` layers at once, `each` layer too, or `none`. engine: the arithmetic that the server
+    says it has ("float32": the legal ones are then those of float32, and nearly everything is visible)."""
+    rows, mask = padded([torch.tensor(list(one)) for one in ids])
+    tables = list(legal(arithmetic, engine))
+    tables += samples(tables, more) if tables[0].name != "float32" else []
+    replay = Replay(source, fused, rows, mask)
+    listed = hypotheses(source, faults, a4=arithmetic.startswith("exact+a4"))
+    branches = replay.run(arithmetic, tables, listed, routing=True)
+    return Prepared([list(one) for one in ids], replay, branches, len(tables))

@@ -1,0 +1,230 @@
+"""The truth, legal arithmetics and planted faults on the same prompts: one pass over the layers, all side by side.
+
+A hypothesis is a fault of the catalogue in all layers or in one. One that strikes layer i runs with the truth's stream
+from there on, so that n layers cost it n / 2 on average, and all that are done striking share their products. What is
+kept of each is the stream before the last norm, [B, T, D]; log p of single tokens are computed from it when they are
+asked for, and a vocabulary of 250,000 is never kept. Hypotheses are computed in float32, whose own error is a hundredth
+of what bf16 makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...model.cache import LayerState
+from ...model.rope import rotary_angles
+from ...model.text import Layer, Model
+from ...numerics import arithmetics
+from ...numerics.arithmetics import Arithmetic, using
+from ...numerics.taps import OBSERVE, Handler, Site, attach, scope, tap
+from ...run.fill import fill
+from ...run.load import build
+from ...run.source import Source
+from ..diagnose.catalogue import FAULTS
+from ..diagnose.faults import Fault, Place
+from ..judge.rerun import SMALL
+from ..judge.split_k import splitting
+
+TOGETHER = 1 << 13  # tokens that one layer is run on at once
+ROWS = 1 << 26  # logits that are held at once
+CPU = torch.device("cpu")
+KINDS = {"attn": "full_attention", "gdn": "linear_attention"}
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A fault at work on one layer, or on all that can have it (None); `expert` is that of a fault of one expert."""
+
+    fault: Fault
+    layer: int | None = None
+    expert: int = 0
+
+    def __str__(self) -> str:
+        if self.fault.block == "final_norm":
+            return self.fault.name
+        one = f" (expert {self.expert})" if self.fault.single else ""
+        return f"{self.fault.name}{one}, {'all layers' if self.layer is None else f'layer {self.layer}'}"
+
+    def __hash__(self) -> int:
+        return hash((self.fault.name, self.layer))
+
+
+def hypotheses(source: Source, which: str = "each", a4: bool = False) -> list[Hypothesis]:
+    """What the catalogue can say of this checkpoint: `all` (layers at once), `each` (also layer by layer), or `none`.
+    A fault of the draft head shows in no log p, one of one expert in one layer only."""
+    kinds, found = source.config.layer_types, list[Hypothesis]()
+    for fault in () if which == "none" else FAULTS:
+        if fault.block == "mtp":
+            continue
+        layers = [i for i, kind in enumerate(kinds) if KINDS.get(fault.block, kind) == kind]
+        layers = [i for i in layers if fault.applies(source, i, a4)]
+        if not layers:
+            continue
+        if not fault.single:
+            found.append(Hypothesis(fault))
+        if which == "each" and fault.block != "final_norm":
+            found += [Hypothesis(fault, i) for i in layers]
+    return found
+
+
+class _Watch:
+    """Keeps what the router of the current layer said."""
+
+    stage = OBSERVE
+
+    def __init__(self) -> None:
+        self.logits: Tensor | None = None
+        self.ids: Tensor | None = None
+
+    def __call__(self, site: Site, x: Tensor) -> None:
+        if site.name == "moe_router_logits":
+            self.logits = x
+        if site.name == "moe_topk_ids":
+            self.ids = x
+
+
+@dataclass
+class Branch:
+    """One run among others: under `table`, with a hypothesis or none. `stream` is what the next layer reads."""
+
+    name: str
+    table: Arithmetic
+    stream: Tensor
+    hypothesis: Hypothesis | None = None
+    source: Source | None = None
+    handlers: list[Handler] = field(default_factory=list)
+    place: Place | None = None
+    watch: _Watch | None = None
+    routing: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # a layer: router logits [N, E], ids [N, A]
+
+    def strikes(self, layer: int) -> bool:
+        h = self.hypothesis
+        return h is not None and h.fault.block != "final_norm" and (h.layer is None or h.layer == layer)
+
+
+class Replay:
+    """ids, mask [B, T] (mask None: no padding). `fused`: in which layers the shared expert is a slot."""
+
+    def __init__(self, source: Source, fused: Sequence[bool], ids: Tensor, mask: Tensor | None = None):
+        self.source, self.fused, self.config = source, list(fused), source.config
+        self.ids, self.real = ids, None if mask is None else mask.bool()
+        ones = torch.ones_like(ids) if mask is None else mask.long()
+        self.positions = (ones.cumsum(1) - 1).clamp(min=0)
+        c = self.config
+        size = 24 * c.num_experts * c.moe_intermediate_size * c.hidden_size  # of one layer's experts in float64
+        self.mode = "decoded" if size < SMALL else "stream"
+        self._layers: dict[Any, Layer] = {}
+        self._ends: dict[Any, Model] = {}
+
+    def _end(self, table: Arithmetic) -> Model:
+        """Embedding, last norm and head in a table's dtypes."""
+        key = (table.name, table.dtype)
+        if key not in self._ends:
+            self._ends[key] = build(self.source, table, self.fused, CPU, "stream")
+        return self._ends[key]
+
+    def _layer(self, i: int, table: Arithmetic, source: Source | None, fused: bool) -> Layer:
+        key = (i, table.dtype, tuple(sorted(table.weights.items())), fused)
+        if source is None and key in self._layers:
+            return self._layers[key]
+        with torch.device("meta"):
+            layer = Layer(self.config, self.config.layer_types[i], fused)
+        fill(layer, f"layers.{i}", source or self.source, table, CPU, self.mode)
+        if source is None:
+            self._layers = {k: v for k, v in self._layers.items() if k[0] == i}
+            self._layers[key] = layer
+        return layer
+
+    @torch.inference_mode()
+    def run(
+        self, truth: str | Arithmetic, tables: Sequence[Arithmetic], faults: Sequence[Hypothesis], routing: bool = False
+    ) -> list[Branch]:
+        """Branches after the last layer: the truth's, one a table, one a hypothesis, in this order."""
+        base = arithmetics.get(truth)
+        quick = arithmetics.get("float32") if base.name == "exact" else base
+        branches = [self._begin(table.name, table) for table in (base, *tables)]
+        for branch in branches if routing else branches[:1]:
+            branch.watch = _Watch()
+        clean = self._begin("quick", quick)
+        struck = [self._struck(h, quick, clean.stream) for h in faults if h.layer is None]
+        later = [h for h in faults if h.layer is not None]
+        for i in range(self.config.num_hidden_layers):
+            before = clean.stream
+            for branch in branches:
+                self._step(i, branch)
+            ids = branches[0].watch.ids  # type: ignore[union-attr]
+            busiest = int(ids.flatten().bincount().argmax()) if ids is not None else 0
+            here = [h for h in later if h.layer == i]
+            here = [Hypothesis(h.fault, i, busiest) if h.fault.single else h for h in here]
+            struck += [self._struck(h, quick, before) for h in here]
+            rest = [clean, *(b for b in struck if not b.strikes(i))]
+            for branch in struck:
+                if branch.strikes(i):
+                    self._step(i, branch)
+            self._together(i, rest)
+        return [*branches, *struck]
+
+    def _begin(self, name: str, table: Arithmetic) -> Branch:
+        with using(table):
+            return Branch(name, table, tap("embed_tokens", self._end(table).embed_tokens(self.ids)))
+
+    def _struck(self, h: Hypothesis, table: Arithmetic, stream: Tensor) -> Branch:
+        layers = None if h.layer is None else frozenset({h.layer})
+        place = Place(self.config, self.positions, layers, h.expert)
+        source = h.fault.source(self.source, place)
+        return Branch(str(h), h.fault.arithmetic(table), stream, h, None if source is self.source else source,
+                      h.fault.handlers(place), place)  # fmt: skip
+
+    def _step(self, i: int, b: Branch) -> None:
+        strikes = b.strikes(i)
+        fault = b.hypothesis.fault if strikes and b.hypothesis else None
+        source = b.source
+        if fault is not None and not fault.applies(self.source, i, a4=b.table.name.startswith("exact+a4")):
+            strikes, fault = False, None
+        fused = self.fused[i] or bool(fault and fault.fused)
+        layer = self._layer(i, b.table, source if strikes else None, fused)
+        watch = [b.watch] if b.watch else []
+        b.stream = self._forward(i, layer, b.table, b.stream, [*(b.handlers if strikes else ()), *watch], 1)
+        if b.watch and b.watch.logits is not None and b.watch.ids is not None:
+            b.routing.append((b.watch.logits.double(), b.watch.ids.long()))
+
+    def _together(self, i: int, branches: Sequence[Branch]) -> None:
+        """Branches that nothing strikes here, all under one table: as one batch."""
+        table = branches[0].table
+        layer = self._layer(i, table, None, self.fused[i])
+        size = max(1, TOGETHER // self.ids.numel())
+        for some in (branches[k : k + size] for k in range(0, len(branches), size)):
+            out = self._forward(i, layer, table, torch.cat([b.stream for b in some]), [], len(some))
+            for b, stream in zip(some, out.split(len(self.ids)), strict=True):
+                b.stream = stream
+
+    def _forward(
+        self, i: int, layer: Layer, table: Arithmetic, stream: Tensor, handlers: Sequence[Handler], times: int
+    ) -> Tensor:
+        positions = self.positions.repeat(times, 1)
+        real = None if self.real is None else self.real.repeat(times, 1)
+        with using(table), splitting(table), attach(*handlers):
+            angles = rotary_angles(self.config, positions, stream.dtype)
+            with scope(layer=i):
+                return layer(stream, angles, real, LayerState())
+
+    @torch.inference_mode()
+    def log_p(self, b: Branch, rows: tuple[Tensor, Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """log p over the vocabulary after the tokens rows = (sequence [R], place [R]), some rows at a time."""
+        step = max(1, ROWS // self.config.vocab_size)
+        end = self._end(b.table)
+        head = b.hypothesis is not None and b.hypothesis.fault.block == "final_norm"
+        for some in (slice(k, k + step) for k in range(0, len(rows[0]), step)):
+            x = b.stream[rows[0][some], rows[1][some]][None]
+            with using(b.table), splitting(b.table), attach(*(b.handlers if head else ())):
+                logits = end.lm_head("next_token_logits", end.norm(x))
+            yield some, logits[0].double().log_softmax(-1)
+
+    def gather(self, b: Branch, rows: tuple[Tensor, Tensor], ids_RK: Tensor) -> Tensor:
+        """log p [R, K] of the tokens ids [R, K] after each row."""
+        return torch.cat([x.gather(1, ids_RK[some]) for some, x in self.log_p(b, rows)])

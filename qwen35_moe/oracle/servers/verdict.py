@@ -1,0 +1,211 @@
+"""Answers and truth, put together: which positions they share, and a verdict of three values.
+
+agrees        no test speaks against it, and the tests would have spoken: most faults of all layers would be seen here
+diverges      a quantile of z is surely beyond the limit, or a fault explains the answers far better than rounding does
+cannot tell   neither: too few positions, or a suspicion. A dump decides, and the layers to dump are named
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...errors import Qwen35Error
+from ..judge.envelope import LIMIT
+from .answer import UNKNOWN, Answer
+from .judge import Explanation, Judge, Look, Positions, Quantile
+
+Finding = Literal["agrees", "diverges", "cannot tell without a dump"]
+EXIT: dict[Finding, int] = {"agrees": 0, "diverges": 1, "cannot tell without a dump": 2}
+ALIKE = 5.0  # nats: hypotheses that are no further apart are not told apart
+MOST = 64  # tokens of one position that the tests look at
+ENOUGH = 0.8  # of the faults of all layers must be visible before a server "agrees"
+
+
+@dataclass
+class Told:
+    """What answers tell of the prompts: positions, log p [R, K] there, the likeliest token (-1: not told) [R]; and the
+    same with all tokens that are told, where these are more than MOST."""
+
+    at: Positions
+    log_p: Tensor
+    best: Tensor
+    notes: list[str] = field(default_factory=list)
+    whole: tuple[Positions, Tensor] | None = None
+
+
+@dataclass
+class Verdict:
+    """`evidence`: lines of text, what was measured and what it says. `alike`: the hypotheses that explain best, and
+    cannot be told apart; empty where nothing has to be explained, or nothing explains it."""
+
+    finding: Finding
+    why: str
+    evidence: list[str]
+    alike: list[Explanation]
+    nearest: Explanation | None
+    positions: int
+    sequences: int
+    quantiles: list[Quantile]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT[self.finding]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def told(answers: Sequence[Answer], ids: Sequence[Sequence[int]], vocab: int) -> Told:
+    """Rows of answers whose tokens before them are those of a prompt. Errors: there are none; an id of no token."""
+    rows: dict[tuple[int, int], tuple[dict[int, float], int]] = {}
+    notes, elsewhere = list[str](), 0
+    for answer in answers:
+        notes += answer.notes
+        if wrong := [i for i in answer.clamped if i < vocab - 1]:
+            raise Qwen35Error("the answer is for other tokens", where=answer.engine, expected=f"id {wrong[0]}", found=0)
+        if large := [i for row in answer.rows for i in row.log_p if i >= vocab]:
+            raise Qwen35Error("the server has another vocabulary: it serves another model", where=answer.engine,
+                              expected=f"ids below {vocab}", found=large[0])  # fmt: skip
+        for row in answer.rows:
+            if not row.log_p or row.place < 1:
+                continue
+            b = next((b for b, known in enumerate(ids) if _same(answer.ids, known, row.place)), None)
+            if b is None:
+                elsewhere += 1
+            else:
+                rows.setdefault((b, row.place - 1), (row.log_p, -1 if row.best is None else row.best))
+    if not rows:
+        first = next((a.ids[:8] for a in answers if a.ids), "none")
+        raise Qwen35Error("the answers are for other tokens", where="answers", expected=f"ids {list(ids[0][:8])} ...",
+                          found=f"{first}, {elsewhere} positions", do="ask for the tokens of the truth")  # fmt: skip
+    if elsewhere:
+        notes.append(f"{elsewhere} positions are not judged: they follow other tokens than the prompts'")
+    keys, tables = [*rows], [log_p for log_p, _ in rows.values()]
+    best = torch.tensor([b for _, b in rows.values()])
+    found = Told(*_table(keys, [_few(t, _next(ids[b], p)) for t, (b, p) in zip(tables, keys, strict=True)]), best,
+                 list(dict.fromkeys(notes)))  # fmt: skip
+    if max(map(len, tables)) > MOST:
+        found.whole = _table(keys, tables)
+    return found
+
+
+def _next(ids: Sequence[int], place: int) -> int:
+    return ids[place + 1] if place + 1 < len(ids) else UNKNOWN
+
+
+def _few(log_p: dict[int, float], given: int) -> dict[int, float]:
+    """The given token and the likeliest, MOST in all."""
+    first = sorted(log_p, key=lambda i: (i != given, -log_p[i], i))[:MOST]
+    return {i: log_p[i] for i in first}
+
+
+def _table(keys: Sequence[tuple[int, int]], tables: Sequence[dict[int, float]]) -> tuple[Positions, Tensor]:
+    R, K = len(tables), max(map(len, tables))
+    token, known = torch.zeros(R, K, dtype=torch.long), torch.zeros(R, K, dtype=torch.bool)
+    value = torch.zeros(R, K, dtype=torch.float64)
+    for r, log_p in enumerate(tables):
+        n = len(log_p)
+        token[r, :n], value[r, :n] = torch.tensor([*log_p]), torch.tensor([*log_p.values()], dtype=torch.float64)
+        known[r, :n] = True
+    sequence, place = (torch.tensor(x) for x in zip(*keys, strict=True))
+    return Positions(sequence, place, token, known), value
+
+
+def _same(said: Sequence[int], known: Sequence[int], place: int) -> bool:
+    """Whether both begin with the same `place` tokens; an id that the answer does not tell is taken for the same."""
+    if place > min(len(known), len(said)):
+        return False
+    return all(a in (b, UNKNOWN) for a, b in zip(said[:place], known[:place], strict=True))
+
+
+def decide(judge: Judge, found: Told, routing: Sequence[str] = ()) -> Verdict:
+    """The verdict on what was told. `routing`: what the experts of the answers say against the engine."""
+    look = judge.look(found.log_p)
+    positions, sequences = len(found.log_p), len(found.at.sequence.unique())
+    best = next((e for e in look.explanations if e.visible), None)
+    listed = judge.seen[[i for i, b in enumerate(judge.branches) if b.hypothesis and b.hypothesis.layer is None]]
+    blind = bool(len(listed)) and float(listed.double().mean()) < ENOUGH
+    finding, why = _finding(look, best, routing, blind)
+    notes = list(found.notes)
+    if finding != "agrees" and _stranger(judge, found):
+        notes.append("log p have little to do with the truth's: this looks like another model, or another prompt")
+    group = _alike(look) if finding != "agrees" else []
+    evidence = [*_lines(look), *_top_k(judge, found), *routing]
+    nearest = look.explanations[0] if look.explanations else None
+    return Verdict(finding, why, evidence, group, nearest, positions, sequences, look.quantiles, notes)
+
+
+def _finding(look: Look, best: Explanation | None, routing: Sequence[str], blind: bool) -> tuple[Finding, str]:
+    for q in look.quantiles:
+        if q.low > LIMIT:
+            return "diverges", f"the {q.name} of the differences is {q.ratio:.3g} x the legal one"
+    if routing:
+        return "diverges", routing[0]
+    gain = best.gain if best is not None else 0.0
+    said = "" if best is None else f"{best.name}: {gain:.0f} nats likelier than rounding"
+    if gain > look.need:
+        return "diverges", said
+    if gain > look.need / 2:
+        return "cannot tell without a dump", f"a suspicion, {said}, where {look.need:.0f} decide"
+    if look.quantiles[0].high > LIMIT:
+        return "cannot tell without a dump", "the differences may be beyond the limit: ask more"
+    if blind:
+        return "cannot tell without a dump", "most faults would not be seen in so few positions"
+    return "agrees", "within what legal roundings make, and no listed fault explains it better"
+
+
+def _alike(look: Look) -> list[Explanation]:
+    """The best explanation, if it leaves no more than rounding, and those that explain as well."""
+    if not look.explanations or look.explanations[0].gain <= look.need / 2 or look.explanations[0].left > LIMIT:
+        return []
+    best = look.explanations[0].gain
+    return [e for e in look.explanations if e.gain > best - ALIKE and e.left <= LIMIT]
+
+
+def _lines(look: Look) -> list[str]:
+    lines = [f"{q.name} of |delta log p|: {q.ratio:.2f} x the legal one (surely {q.low:.2f} to {q.high:.2f}, limit "
+             f"{LIMIT:g})" for q in look.quantiles]  # fmt: skip
+    best = next((e for e in look.explanations if e.visible), None)
+    if best is not None:
+        lines.append(f"best listed fault: {best.name}, {best.gain:+.0f} nats ({look.need:.0f} decide)")
+    return lines
+
+
+def _top_k(judge: Judge, found: Told) -> list[str]:
+    """KL as far as K tokens tell it, and the likeliest token. With the rest as one event the sum is a lower bound of
+    KL(truth | engine)."""
+    told_best = found.best >= 0
+    if not told_best.any():
+        return []
+    known = judge.known[told_best]
+    p, q = judge.truth[told_best], found.log_p[told_best]
+    kl = coarse_kl(p, q, known)
+    legal = [float(coarse_kl(p, p + d[told_best], known).median()) for d in judge.legal]
+    theirs, ours = found.best[told_best], judge.best[told_best]
+    flip = theirs != ours
+    at = judge.at.ids[told_best]
+    value = torch.where(at == theirs[:, None], p, -torch.inf).amax(1)
+    noise = judge.legal[:, told_best].abs().masked_fill(~known, 0).amax((0, 2))
+    excused = flip & (judge.most[told_best] - value <= 2 * noise)
+    n = len(flip)
+    return [f"KL of the truth and the engine, at least: median {float(kl.median()):.2g}, legal {max(legal):.2g} nat",
+            f"likeliest token: the same at {n - int(flip.sum())} of {n}; {int(excused.sum())} of {int(flip.sum())} "
+            "others are near ties"]  # fmt: skip
+
+
+def coarse_kl(p: Tensor, q: Tensor, known: Tensor) -> Tensor:
+    """sum p (log p - log q) over known tokens and the rest as one: log p, log q [R, K] -> [R], 0 or more."""
+    mass, theirs = (torch.where(known, x.exp(), 0.0).sum(1).clamp(max=1 - 1e-12) for x in (p, q))
+    inner = torch.where(known, p.exp() * (p - q), 0.0).sum(1)
+    return (inner + (1 - mass) * ((1 - mass) / (1 - theirs)).log()).clamp(min=0)
+
+
+def _stranger(judge: Judge, found: Told) -> bool:
+    ours, theirs = judge.truth[judge.known], found.log_p[judge.known]
+    return len(ours) > 8 and float(torch.corrcoef(torch.stack((ours, theirs)))[0, 1]) < 0.3

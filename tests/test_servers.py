@@ -1,0 +1,458 @@
+"""Answers of servers: read as their engines sent them, judged against the truth, and asked for over a loopback."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from loopback import Dialects, LogP, cached, serving
+from tolerances import FLOAT64_REORDERED
+from torch import Tensor
+
+from qwen35_moe.cli.main import main
+from qwen35_moe.errors import Qwen35Error
+from qwen35_moe.numerics import arithmetics
+from qwen35_moe.numerics.taps import attach
+from qwen35_moe.oracle.diagnose.catalogue import FAULTS
+from qwen35_moe.oracle.diagnose.faults import Place
+from qwen35_moe.oracle.servers import client
+from qwen35_moe.oracle.servers.buckets import buckets
+from qwen35_moe.oracle.servers.client import API_KEY, Server
+from qwen35_moe.oracle.servers.dialects import Asker
+from qwen35_moe.oracle.servers.probe import Prepared, prepare
+from qwen35_moe.oracle.servers.prompts import drawn, ordinary
+from qwen35_moe.oracle.servers.readers import from_bytes, from_json, read_answers
+from qwen35_moe.oracle.truth import Loaded, open_checkpoint, write_truth
+from qwen35_moe.run.load import build as build_model
+from weights.build import build
+
+DATA = Path(__file__).parent / "data" / "servers"
+FIXTURE = DATA.parent / "fixtures" / "bf16-hub"
+CPU = torch.device("cpu")
+ENGINES = ("sglang", "vllm", "llama.cpp", "openai")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers, one of each kind: every fault can be replayed in a second."""
+    sizes = {"layer_types": ["linear_attention", "full_attention"], "num_experts": 6}
+    return build("tiny", tmp_path_factory.mktemp("servers") / "two", text_config=sizes, flat=True, mtp=False)
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path) -> Loaded:
+    return open_checkpoint(checkpoint)[1]
+
+
+@pytest.fixture(scope="module")
+def known(loaded: Loaded) -> Prepared:
+    return prepare(loaded.source, loaded.fused, drawn(loaded.source.config, 2, 18))
+
+
+def engine(loaded: Loaded, arithmetic: str = "sglang-bf16", fault: str = "", layer: int | None = None) -> LogP:
+    """log p of our model in an engine's arithmetic, with a fault or none."""
+    source, table = loaded.source, arithmetics.get(arithmetic)
+    broken = next((f for f in FAULTS if f.name == fault), None)
+
+    def log_p(ids: list[int]) -> Tensor:
+        row = torch.tensor([ids])
+        place = Place(source.config, torch.arange(len(ids))[None], None if layer is None else frozenset({layer}))
+        weights, how, handlers = source, table, []
+        if broken is not None:
+            weights, how, handlers = broken.source(source, place), broken.arithmetic(table), broken.handlers(place)
+        with attach(*handlers):
+            return build_model(weights, how, loaded.fused, CPU, "decoded")(row)[0].double().log_softmax(-1)
+
+    found = cached(log_p)
+    for ids in drawn(source.config, 2, 18):
+        found(ids)  # so that what a request a token asks for is a beginning of something known
+    return found
+
+
+# ---- answers as engines sent them
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "ids", "rows", "first"),
+    [
+        ("llamacpp_completion_n_probs", "llama.cpp", 43, 3, {81: -0.8198751, 27: -1.8972394}),
+        ("llamacpp_completion_n_predict0", "llama.cpp", 41, 1, {81: -0.8198754}),
+        ("llamacpp_v1_completions_logprobs", "openai", 43, 3, {81: -0.8198751}),
+        ("vllm_chat", "vllm", 8, 7, {101: -14.827459, 22: -1.2649593}),
+        ("vllm_completions_echo_as_ids", "vllm", 41, 40, {151: -7.3980355, 113: -1.5699106}),
+        ("vllm_completions_echo_logprobs_text", "vllm", 40, 39, {151: -7.3980355, 113: -1.5699106}),
+        ("vllm_completions_prompt_logprobs_token_ids", "vllm", 44, 43, {151: -7.3980355, 113: -1.5699106}),
+        ("vllm_inference_generate", "vllm", 42, 41, {151: -7.3980355, 113: -1.5699106}),
+        ("vllm_prompt_logprobs_0", "vllm", 40, 39, {151: -7.3980355}),
+        ("sglang_bf16", "sglang", 44, 43, {608: -11.6548233, 1457: -2.3579478}),
+        ("sglang_generate_from_source", "sglang", 41, 40, {151: -13.4773597, 193: -0.0867348}),
+    ],
+)  # fmt: skip
+def test_real_answers_are_read(name: str, engine: str, ids: int, rows: int, first: dict[int, float]) -> None:
+    answer = read_answers(DATA / f"{name}.json")[0]
+    told = [row for row in answer.rows if row.log_p]
+    assert (answer.engine, len(answer.ids), len(told)) == (engine, ids, rows)
+    assert {i: told[0].log_p[i] for i in first} == pytest.approx(first, abs=1e-6)
+    assert [row.place for row in told] == list(range(ids - rows, ids))
+
+
+def test_the_likeliest_token_is_named_where_it_was_asked_for() -> None:
+    assert read_answers(DATA / "vllm_prompt_logprobs_0.json")[0].rows[0].best is None
+    assert read_answers(DATA / "vllm_completions_prompt_logprobs_token_ids.json")[0].rows[0].best == 113
+
+
+def test_lists_keyed_by_text_are_left_out_and_it_is_said() -> None:
+    answer = read_answers(DATA / "vllm_completions_echo_logprobs_text.json")[0]
+    assert "keyed by text" in answer.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("llamacpp_completion_post_sampling", "probabilities after the samplers"),
+        ("llamacpp_no_probabilities", "the answer holds no log-probabilities"),
+        ("vllm_err_stream", "the server refused"),
+    ],
+)
+def test_answers_that_tell_nothing_are_refused(name: str, what: str) -> None:
+    with pytest.raises(Qwen35Error) as error:
+        read_answers(DATA / f"{name}.json")
+    assert error.value.what == what
+
+
+def test_one_answer_a_line() -> None:
+    lines = [(DATA / f"{name}.json").read_text().replace("\n", " ") for name in ("vllm_chat", "sglang_bf16")]
+    assert [a.engine for a in from_bytes("\n".join(lines).encode(), "here")] == ["vllm", "sglang", "sglang"]
+
+
+def sglang(ids: list[int], **meta: object) -> dict[str, object]:
+    given = [[None if not t else -1.0 - t, i, None] for t, i in enumerate(ids)]
+    return {"output_ids": [], "meta_info": {"input_token_logprobs": given, **meta}}
+
+
+def test_what_was_sent_wins_over_what_sglang_clamps() -> None:
+    (answer,) = from_json(sglang([3, 0, 5]), "here", {"input_ids": [3, 255, 5]})
+    assert (answer.ids, answer.clamped) == ([3, 255, 5], [255])
+    assert answer.rows[1].log_p == {255: -2.0}
+
+
+def test_output_of_sglang_after_temperature_is_not_judged() -> None:
+    found = sglang([3, 4], output_token_logprobs=[[-0.5, 7, None]])
+    request = {"input_ids": [3, 4], "sampling_params": {"temperature": 0.7}}
+    (answer,) = from_json(found, "here", request)
+    assert answer.ids == [3, 4] and "after temperature" in answer.notes[0]
+    assert from_json(found, "here", {**request, "sampling_params": {"temperature": 0}})[0].ids == [3, 4, 7]
+
+
+def npy(x: np.ndarray) -> str:
+    file = io.BytesIO()
+    np.save(file, x, allow_pickle=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    ("found", "what"),
+    [
+        ([], "no answers"),
+        ({}, "the answer holds no log-probabilities"),
+        ([[[[]]]], "not an object"),
+        ({"choices": [{}]}, "the answer holds no log-probabilities"),
+        ({"choices": {}}, "not a list"),
+        ({"meta_info": {"input_token_logprobs": [[-1]]}}, "not [log p, id, text]"),
+        ({"meta_info": {"input_token_logprobs": [[-1, "x", None]]}}, "not a token id"),
+        ({"meta_info": {"input_token_logprobs": [[-1, -4, None]]}}, "not a token id"),
+        ({"meta_info": {"input_token_logprobs": [["-1", 4, None]]}}, "not a log-probability"),
+        ({"meta_info": {"input_token_logprobs": [[float("nan"), 4, None]]}}, "not a log-probability"),
+        ({"meta_info": {"input_token_logprobs": [[0.4, 4, None]]}}, "log-probability above 0"),
+        (sglang([1, 2], routed_experts="%%"), "routed_experts are no base64"),
+        (sglang([1, 2], routed_experts="AAA="), "routed_experts are cut off"),
+        ({"choices": [{"prompt_logprobs": [None, {"1": {"logprob": -1}}], "routed_experts": npy(np.array([{}]))}]},
+         "routed_experts are no .npy file"),
+        ({"choices": [{"prompt_logprobs": [None, {"1": {"logprob": -1}}], "routed_experts": npy(np.zeros(3))}]},
+         "routed_experts have the wrong shape"),
+        ({"request": {"prompt": [1, 2, 3]}, "response": {"choices": [{"prompt_logprobs": [None, {"9": {"logprob": -1}},
+         None]}]}}, "the answer is for other tokens"),
+        ({"request": {"prompt": [[1, 2]]}, "response": {"choices": [{"index": 7}]}}, "a choice of no prompt"),
+        ({"response": {"error": {"message": "out of memory\x1b[2J"}}}, "the server refused"),
+    ],
+)  # fmt: skip
+def test_hostile_answers_are_errors(found: object, what: str) -> None:
+    with pytest.raises(Qwen35Error) as error:
+        from_bytes(json.dumps(found).encode(), "here")
+    assert error.value.what == what
+    assert str(error.value).isascii() and "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "9" * 5000, "\x00", '{"meta_info": ' * 3000])
+def test_text_that_is_no_json_is_an_error(text: str) -> None:
+    with pytest.raises(Qwen35Error):
+        from_bytes(text.encode(), "here")
+
+
+# ---- real answers, judged
+
+
+def test_real_engines_agree_with_the_truth(tmp_path: Path) -> None:
+    """SGLang 0.5.17 on an H200 in bf16, and llama-server, each on the checkpoint that it served."""
+    path = build(DATA / "engine-size.toml", tmp_path / "size", flat=True, mtp=False)
+    for folder, name in ((path, "sglang_bf16"), (FIXTURE, "llamacpp_completion_n_predict0")):
+        model = open_checkpoint(folder)[1]
+        answers = read_answers(DATA / f"{name}.json")
+        verdict = prepare(model.source, model.fused, [a.ids for a in answers], faults="none", more=0).judge(answers)
+        assert verdict.positions == sum(bool(r.log_p) for a in answers for r in a.rows)
+        assert all(q.ratio < 1.5 for q in verdict.quantiles), verdict.evidence
+        if name == "sglang_bf16":
+            assert verdict.finding == "agrees"
+            assert "experts: 264 of 276 sets as the truth's" in verdict.evidence
+        else:  # one position of a whole vocabulary
+            assert verdict.finding == "cannot tell without a dump"
+
+
+# ---- a server, asked
+
+
+@pytest.mark.parametrize("api", ENGINES)
+def test_every_dialect_tells_a_clean_engine_from_a_broken_one(api: str, loaded: Loaded, known: Prepared) -> None:
+    vocab = loaded.source.config.vocab_size
+    for fault, finding in (("", "agrees"), ("gate and up swapped", "diverges")):
+        with serving(Dialects(engine(loaded, fault=fault, layer=1 if fault else None), api, vocab)) as url:
+            asker = Asker(Server(url), "auto", 8, vocab)
+            assert asker.api == api
+            verdict = known.judge([*asker.ask(known.ids)])
+        assert verdict.finding == finding, verdict
+        if fault:
+            assert verdict.alike[0].name == "gate and up swapped, layer 1"
+
+
+@pytest.mark.parametrize("arithmetic", ["transformers-bf16", "float32", "exact"])
+def test_other_arithmetics_agree(arithmetic: str, loaded: Loaded, known: Prepared) -> None:
+    vocab = loaded.source.config.vocab_size
+    with serving(Dialects(engine(loaded, arithmetic), "vllm", vocab)) as url:
+        assert known.judge([*Asker(Server(url), "vllm", 8, vocab).ask(known.ids)]).finding == "agrees"
+
+
+def test_a_fault_below_the_noise_of_one_position_is_found_by_all_of_them(loaded: Loaded, known: Prepared) -> None:
+    """The median is far below the limit: the direction of the differences tells."""
+    vocab = loaded.source.config.vocab_size
+    log_p = engine(loaded, fault="last chosen expert dropped", layer=1)
+    with serving(Dialects(log_p, "vllm", vocab)) as url:
+        verdict = known.judge([*Asker(Server(url), "vllm", 20, vocab).ask(known.ids)])
+    assert verdict.finding == "diverges" and verdict.quantiles[0].ratio < 3.5
+    assert verdict.alike[0].name == "last chosen expert dropped, layer 1"
+
+
+def test_few_positions_cannot_tell(loaded: Loaded, known: Prepared) -> None:
+    vocab = loaded.source.config.vocab_size
+    with serving(Dialects(engine(loaded), "vllm", vocab)) as url:
+        answers = [*Asker(Server(url), "vllm", 1, vocab).ask(known.ids)]
+    answers[0].rows, answers[1].rows = answers[0].rows[:4], []
+    assert known.judge(answers).finding == "cannot tell without a dump"
+
+
+def test_all_of_the_vocabulary(loaded: Loaded, known: Prepared) -> None:
+    vocab = loaded.source.config.vocab_size
+    with serving(Dialects(engine(loaded, "exact"), "llama.cpp", vocab)) as url:
+        verdict = known.judge([*Asker(Server(url), "llama.cpp", -1, vocab).ask(known.ids[:1])])
+    said = re.fullmatch(r"all (\d+) log p told: \|delta\| median (\S+), largest (\S+)", verdict.evidence[-1])
+    assert said is not None and int(said[1]) == 17 * vocab and float(said[3]) < FLOAT64_REORDERED
+
+
+def test_experts_are_judged_with_the_log_p(loaded: Loaded, known: Prepared) -> None:
+    truth = known.branches[0].routing
+    right = torch.stack([ids.view(2, 18, -1) for _, ids in truth], 2)  # [B, T, layers, A]
+    log_p, vocab = engine(loaded), loaded.source.config.vocab_size
+    with serving(Dialects(log_p, "sglang", vocab)) as url:
+        answers = [*Asker(Server(url), "sglang", 8, vocab).ask(known.ids)]
+    for answer, ids in zip(answers, right, strict=True):
+        answer.routed = ids.flatten()
+    assert known.judge(answers).finding == "agrees"
+    for answer, ids in zip(answers, right, strict=True):
+        answer.routed = (ids + torch.tensor([0, 1])[:, None]).remainder(6).flatten()
+    verdict = known.judge(answers)
+    assert verdict.finding == "diverges" and verdict.why.startswith("layer 1: ")
+
+
+def test_another_model_is_called_another_model(loaded: Loaded, known: Prepared) -> None:
+    vocab = loaded.source.config.vocab_size
+
+    def other(ids: list[int]) -> Tensor:
+        words = (torch.arange(len(ids))[:, None] * 7919 + torch.arange(vocab)[None] * 104729) % 1009
+        return (words / 100.0).double().log_softmax(-1)
+
+    with serving(Dialects(other, "vllm", vocab)) as url:
+        verdict = known.judge([*Asker(Server(url), "vllm", 8, vocab).ask(known.ids)])
+    assert verdict.finding == "diverges" and "another model" in verdict.notes[0]
+    with serving(Dialects(lambda ids: torch.zeros(len(ids), 512).log_softmax(-1), "vllm", 512)) as url:
+        answers = [*Asker(Server(url), "vllm", 512, 512).ask(known.ids)]
+    with pytest.raises(Qwen35Error, match="it serves another model"):
+        known.judge(answers)
+
+
+def test_answers_for_other_tokens_are_not_judged(loaded: Loaded, known: Prepared) -> None:
+    vocab = loaded.source.config.vocab_size
+    with serving(Dialects(engine(loaded), "vllm", vocab)) as url:
+        answers = [*Asker(Server(url), "vllm", 1, vocab).ask([[5, 5, 5, 5]])]
+    with pytest.raises(Qwen35Error, match="for other tokens"):
+        known.judge(answers)
+
+
+@pytest.mark.parametrize("api", ["sglang", "vllm"])
+def test_a_kernel_that_is_wrong_at_four_is_found_there(api: str, loaded: Loaded, known: Prepared) -> None:
+    vocab, right = loaded.source.config.vocab_size, engine(loaded)
+
+    def log_p(ids: list[int]) -> Tensor:
+        return right(ids) if dialects.batch != 4 else (right(ids) * 1.5).log_softmax(-1)
+
+    dialects = Dialects(log_p, api, vocab)
+    with serving(dialects) as url:
+        asker = Asker(Server(url), api, 8, vocab)
+        found = buckets(asker, known.ids[0], [1, 4, 5], float(known.expect(8).sigma.median()))
+    assert [b.name for b in found if b.bad] == ["batch of 4, prompt", "batch of 4, decode"]
+    assert all(b.rows for b in found)
+
+
+# ---- the network
+
+
+def test_one_address_no_redirect_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with serving(lambda *_: (200, {"fine": 1})) as there, serving(lambda *_: (302, {"to": there})) as here:
+        assert Server(there).call("/x") == {"fine": 1}
+        with pytest.raises(Qwen35Error, match="redirects are not followed"):
+            Server(here).call("/x")
+
+
+def test_the_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(API_KEY, "s3cret")
+    seen = []
+
+    def reply(_: str, __: object, headers: dict[str, str]) -> tuple[int, object]:
+        seen.append(headers["Authorization"])
+        return 401, {"error": f"bad key {headers['Authorization']}"}
+
+    with serving(reply) as url, pytest.raises(Qwen35Error) as error:
+        Server(url).call("/x")
+    assert seen == ["Bearer s3cret"] and "s3cret" not in str(error.value) and API_KEY in str(error.value)
+
+
+def test_what_fails_on_the_way_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "PAUSE", 0.01)
+    states = iter([503, 500, 200, 503, 503])
+    count = []
+
+    def reply(*_: object) -> tuple[int, object]:
+        count.append(1)
+        return next(states), {"n": len(count)}
+
+    with serving(reply) as url:
+        assert Server(url).call("/x") == {"n": 3}
+        with pytest.raises(Qwen35Error, match="refused"):
+            Server(url, retries=1).call("/x")
+    assert len(count) == 5
+
+
+def test_slow_down_large_and_garbled_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "PAUSE", 0.01)
+    stop = threading.Event()
+
+    def reply(path: str, _: object, __: object) -> tuple[int, object]:
+        if path == "/slow":
+            stop.wait(5)
+        return 200, {"/large": b"[" + b"1," * 5000 + b"1]", "/garbled": b"\xff{"}.get(path, {})
+
+    with serving(reply) as url:
+        server = Server(url, timeout=0.2, retries=0, largest=4096)
+        for path, what in (("/slow", "slow"), ("/large", "too large"), ("/garbled", "not valid JSON")):
+            with pytest.raises(Qwen35Error, match=what):
+                server.call(path)
+        stop.set()
+    with pytest.raises(Qwen35Error, match="cannot be reached"):
+        Server(url, retries=1).call("/x")
+
+
+def test_a_server_that_drips_is_cut_off() -> None:
+    """Each byte comes in time, and the answer never ends."""
+    import socket
+
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def drip() -> None:
+        peer, _ = listener.accept()
+        with peer:
+            peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            for _ in range(200):
+                time.sleep(0.02)
+                try:
+                    peer.sendall(b" ")
+                except OSError:
+                    return
+
+    thread = threading.Thread(target=drip, daemon=True)
+    thread.start()
+    start = time.monotonic()
+    with listener, pytest.raises(Qwen35Error, match="slow"):
+        Server(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.3, retries=0).call("/x")
+    assert time.monotonic() - start < 2
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://x", "x:80", "http://", "http://a:b@c", "http://x:99999", "http://x?y=1", "http://[", ""]
+)
+def test_urls_that_are_none(url: str) -> None:
+    with pytest.raises(Qwen35Error):
+        Server(url)
+
+
+# ---- prompts and commands
+
+
+def test_prompts_are_ordinary_tokens_and_the_same_everywhere(loaded: Loaded) -> None:
+    config = loaded.source.config
+    ids = drawn(config, 3, 40)
+    assert ids[0][:6] == drawn(config, 1, 40)[0][:6] != drawn(config, 1, 40, seed=1)[0][:6]
+    assert max(map(max, ids)) < ordinary(config) < config.vocab_size
+
+
+def test_the_command_and_answers_that_it_saved(
+    checkpoint: Path, loaded: Loaded, known: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    vocab = loaded.source.config.vocab_size
+    write_truth(checkpoint, known.ids, tmp_path / "truth", taps="next_token_logits", with_envelope=False)
+    monkeypatch.setattr("qwen35_moe.cli.probe.prepare", lambda *_, **__: known)
+    options = ["--prompts", "2", "--tokens", "18", "--top", "8"]
+    files = {name: tmp_path / f"answers.{name}" for name in ("jsonl", "json", "html")}
+    for fault, code, word in (("", 0, "AGREES"), ("shared expert dropped", 1, "DIVERGES")):
+        with serving(Dialects(engine(loaded, fault=fault), "sglang", vocab)) as url:
+            ask = ["probe", str(checkpoint), url, *options, "--batch", "2", "--save", str(files["jsonl"]),
+                   "--json", str(files["json"]), "--html", str(files["html"])]  # fmt: skip
+            assert main(ask) == code
+        out = capsys.readouterr().out
+        assert word in out and "sees" in out and "batch of 2, decode" in out
+        assert ("DUMPER_FILTER" in out) == bool(code)
+        assert json.loads(files["json"].read_text())["finding"] == word.lower()
+        assert word.lower() in files["html"].read_text()
+        assert main(["compare", str(tmp_path / "truth"), str(files["jsonl"])]) == code
+        assert word in capsys.readouterr().out
+
+
+def test_the_command_says_what_is_wrong(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = partial(main, ["probe", str(checkpoint), "http://127.0.0.1:9", "--retries", "0", "--timeout", "2"])
+    assert run() == 2
+    assert "the server cannot be reached" in capsys.readouterr().err
+    with serving(lambda *_: (404, {})) as url:
+        assert main(["probe", str(checkpoint), url]) == 2
+    assert "which engine this is cannot be told" in capsys.readouterr().err
+    with serving(lambda *_: (200, {"data": [{"id": "a", "owned_by": "vllm"}, {"id": "b", "owned_by": "vllm"}]})) as url:
+        assert main(["probe", str(checkpoint), url]) == 2
+    assert "a, b" in capsys.readouterr().err
