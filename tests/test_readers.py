@@ -23,7 +23,6 @@ import qwen35_moe as q
 from qwen35_moe import Qwen35Error
 from qwen35_moe.numerics.tap_table import TAPS
 from qwen35_moe.oracle.compare import _holes
-from qwen35_moe.oracle.dumps import match
 from qwen35_moe.oracle.dumps.align import Alignment, align
 from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.engine_names import SGLANG, TRANSFORMERS, Rule, letters
@@ -548,10 +547,3 @@ def test_sglang_files_are_unpickled_once(model, tmp_path: Path, monkeypatch: pyt
     dump = read_dump(tmp_path / "d")
     assert all(dump[key].numel() for key in ("layers.0.mlp_output", "layers.3.attn_output"))
     assert len(opened) > 50 and set(opened.values()) == {1}
-
-
-def test_a_chunk_goes_on_where_its_sequence_stopped() -> None:
-    """Of two sequences that hold these tokens there, the one of which the dump has had all before them."""
-    ids = [torch.tensor([1, 2, 3, 7, 8]), torch.tensor([4, 5, 6, 7, 8])]
-    assert match._find_sequence(torch.tensor([7, 8]), 3, None, ids, [0, 3], {}) == (1, 3)
-    assert match._find_sequence(torch.tensor([7, 8]), 3, None, ids, [0, 0], {}) == (0, 3)  # a cached prefix

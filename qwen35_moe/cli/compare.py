@@ -1,6 +1,6 @@
 """`qwen35-moe compare`.
 
-Exit codes: 0 all that was compared agrees, 1 something diverges, 2 it could not be compared, in part or at all.
+Exit codes: 0 all of it agrees, 1 something diverges, 2 it could not be compared, in part or at all: docs/exit-codes.md.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from ..oracle.compare import compare
 from ..oracle.dumps.readers import read_dump
 from ..trace.file import Trace
-from .report_options import add_report_options, show
+from .report_options import add_report_options, chosen, show
 
 ANSWERS = (".json", ".jsonl")
 
@@ -31,4 +31,4 @@ def run(args: argparse.Namespace) -> int:
 
         return saved(truth, Path(args.dump), args)
     dump = read_dump(args.dump, config=truth.meta.get("config"), name_map=args.name_map, layers=args.layer_ids)
-    return show(compare(truth, dump, args.checkpoint, engine=args.engine, limit=args.limit), args)
+    return show(compare(truth, dump, args.checkpoint, **chosen(args)), args)

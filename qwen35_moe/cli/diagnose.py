@@ -7,7 +7,7 @@ import argparse
 from ..checkpoint import Checkpoint
 from ..oracle.compare import diagnose
 from ..oracle.dumps.readers import read_dump
-from .report_options import add_report_options, add_shared, show
+from .report_options import add_report_options, add_shared, chosen, show
 
 
 def configure(p: argparse.ArgumentParser) -> None:
@@ -25,6 +25,6 @@ def run(args: argparse.Namespace) -> int:
     dump = read_dump(args.dump, config=config, name_map=args.name_map, layers=args.layer_ids)
     result = diagnose(
         args.checkpoint, dump, arithmetic=args.arithmetic, shared_expert=args.shared_expert,
-        engine=args.engine, limit=args.limit, layers=args.layer,
+        layers=args.layer, **chosen(args),
     )  # fmt: skip
     return show(result, args)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from ..oracle.judge.envelope import LIMIT
 from ..oracle.judge.records import Comparison
 from ..oracle.report import report
 from ..oracle.report.text import write
 from ..run.load import SHARED
+from ..run.prompt import read_ids
 
 
 def add_shared(p: argparse.ArgumentParser) -> None:
@@ -24,7 +26,16 @@ def add_report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--engine", help="the arithmetic that the engine has: joins the envelope (float32 replaces it)")
     p.add_argument("--layer-ids", type=layer_ids, help="those that vLLM was asked for: 2,18,33")
     p.add_argument("--name-map", help="JSON file for plain tensors: the engine's name or regular expression -> key")
+    p.add_argument("--ids", help="of a dump that holds none: 1,2,3 or a file with a list of ids, or of lists, one a "
+                   "request, in the order of its rows")  # fmt: skip
+    p.add_argument("--partial", action="store_true", help="agree though tokens of the truth are not in the dump")
     p.add_argument("--limit", type=limit, default=LIMIT, help="default: %(default)s")
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `compare` and `diagnose` that both commands have."""
+    ids = None if args.ids is None else read_ids(args.ids, "--ids")
+    return {"engine": args.engine, "limit": args.limit, "partial": args.partial, "ids": ids}
 
 
 def layer_ids(text: str) -> list[int]:

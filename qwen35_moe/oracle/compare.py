@@ -7,6 +7,7 @@ engine's own choice of experts: it names the block that is wrong. It needs the c
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,12 +15,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
 from ..numerics import arithmetics
 from ..numerics.arithmetics import Arithmetic
-from ..numerics.tap_table import base_name
+from ..numerics.tap_table import base_name, per_token
 from ..run.prompt import placeholders
 from ..run.source import Source
 from ..trace.file import Trace
@@ -27,6 +29,7 @@ from .diagnose.diagnose import explain
 from .dumps.align import Alignment, align
 from .dumps.dump import Dump
 from .dumps.readers import read_dump
+from .dumps.sequences import sequences_of
 from .judge.added import Work
 from .judge.envelope import LIMIT, Class, legal
 from .judge.envelope_file import Stored, stored_envelope
@@ -34,12 +37,13 @@ from .judge.function import computed, usual
 from .judge.inherited import inherited
 from .judge.log_p import LOG_P
 from .judge.logits import compare_logits
+from .judge.positions import POSITIONS, engine_positions, judge_positions
 from .judge.records import Comparison, Place, Record, block_of, layer_of
 from .judge.rerun import Rerun, Tokens
 from .judge.second_look import second_look
 from .judge.suspects import accuse, suspects
 from .judge.weights_check import check_weights
-from .truth import open_checkpoint, sequences_of, weights_of, write_truth
+from .truth import open_checkpoint, weights_of, write_truth
 
 STORED = "the arithmetics that its envelope was made of"
 # Of 61 faults of one layer of a model in bf16, 15 are beyond what bf16 makes of its log p; in float32, all (fixture).
@@ -59,6 +63,8 @@ class CompareOptions:
     layers     rerun these layers only
     diagnoses  how many blocks to diagnose, in order of execution
     members    the envelope's arithmetics, where they shall not be `legal(...)`
+    partial    tokens of the truth that the dump does not hold are no reason against "agrees"
+    ids        the sequences of a dump that does not hold its token ids, in the order of its rows
     """
 
     fused: bool | Sequence[bool] | None = None
@@ -67,6 +73,8 @@ class CompareOptions:
     layers: Sequence[int] | None = None
     diagnoses: int = 2
     members: Sequence[Arithmetic] | None = None
+    partial: bool = False
+    ids: Sequence[Sequence[int]] | None = None
 
 
 def compare(
@@ -103,7 +111,8 @@ def diagnose(
     dump = dump if isinstance(dump, Dump) else read_dump(dump, config=model.config.raw)
     chosen = CompareOptions(**options)
     check_layers(chosen.layers, model.config.num_hidden_layers)
-    ids, arithmetic = sequences_of(dump), arithmetic or usual(loaded.source, "exact")
+    ids = sequences_of(dump) if chosen.ids is None else [torch.as_tensor(row) for row in chosen.ids]
+    arithmetic = arithmetic or usual(loaded.source, "exact")
     with TemporaryDirectory() as folder:
         written = write_truth(
             checkpoint, ids, truth or folder, arithmetic=arithmetic, shared_expert=shared_expert, with_envelope=False
@@ -118,16 +127,19 @@ def check_layers(layers: Sequence[int] | None, count: int) -> None:
 
 def _compare(truth: Trace, dump: Dump, source: Source | None, options: CompareOptions) -> Comparison:
     limit, layers, members = options.limit, options.layers, options.members
-    alignment = align(dump, truth)
+    alignment = align(dump, truth, None if options.ids is None else sequences_in(truth, options.ids))
     table = arithmetics.get(truth.meta.get("arithmetic") or "exact")
     result = Comparison(
         extra=alignment.extra, unknown=list(dump.unknown), problems=list(alignment.problems),
         notes=list(alignment.notes), limit=limit, truth=f"{table.name}, {truth.path or 'in memory'}",
         engine=f"{dump.format}, {dump.path}", tokens=(alignment.matched, alignment.tokens),
+        absent=alignment.tokens_of.absent, partial=options.partial,
     )  # fmt: skip
     if all(key.startswith("next_token_") for key in alignment.keys):
         result.notes.append(ONLY_LOGITS)
     work = Work(result, alignment, limit)
+    if (record := judge_positions(alignment)) is not None:
+        work.records[POSITIONS] = record
     if source is not None:
         config = source.config
         if count := int((placeholders(config, truth.ids) * truth.mask).count_nonzero()):
@@ -137,7 +149,7 @@ def _compare(truth: Trace, dump: Dump, source: Source | None, options: CompareOp
         flags = [fused] * config.num_hidden_layers if isinstance(fused, bool) else list(fused)
         if dump.weights:
             result.weights = check_weights(dump, source)
-        tokens = Tokens(truth.ids, truth.positions, truth.mask)
+        tokens = Tokens(truth.ids, engine_positions(alignment), truth.mask)
         captured = work.captured(config.num_experts)
         again = partial(Rerun, source, flags, tokens, captured, with_log_p=LOG_P in alignment.keys)
         function = computed(table, source, work, again) if members is None else table
@@ -164,6 +176,19 @@ def _compare(truth: Trace, dump: Dump, source: Source | None, options: CompareOp
     return result
 
 
+def sequences_in(truth: Trace, rows: Sequence[Sequence[int]]) -> list[int]:
+    """Which sequences of the truth these are: one begins with the other. Raises Qwen35Error for others."""
+    real = [row[mask.bool()].tolist() for row, mask in zip(truth.ids, truth.mask, strict=True)]
+    found = []
+    for row in rows:
+        some = [b for b, ids in enumerate(real) if b not in found and ids[: len(row)] == list(row)[: len(ids)]]
+        if not some:
+            raise Qwen35Error("ids are of another sequence than the truth's", where="--ids", found=list(row)[:6],
+                              expected=f"ids {[ids[:6] for ids in real[:2]]}", do="trace these ids")  # fmt: skip
+        found.append(some[0])
+    return found
+
+
 def _finish(work: Work, stored: Mapping[str, Tensor], layers: Sequence[int] | None) -> None:
     """Every tap of the truth (of these layers) gets its record; holes and logits are looked for."""
     truth, shared = work.alignment.truth, set(work.alignment.keys)
@@ -174,9 +199,9 @@ def _finish(work: Work, stored: Mapping[str, Tensor], layers: Sequence[int] | No
         shown |= dict.fromkeys(("final_norm", "next_token_logits"), last)
         names = [k for k in names if shown.get(k, layer_of(k)) in layers]
         work.result.routing = [r for r in work.result.routing if r.layer in layers]
-        work.records = {k: work.records[k] for k in names if k in work.records}
+        work.records = {k: work.records[k] for k in (POSITIONS, *names) if k in work.records}
         work.result.notes.append(f"only layers {', '.join(map(str, layers))} were judged")
-    order = {key: i for i, key in enumerate([*names, LOG_P])}  # of execution
+    order = {key: i for i, key in enumerate([POSITIONS, *names, LOG_P])}  # of execution
     for key in dict.fromkeys([*names, *(work.alignment.keys if layers is None else ())]):
         if key in work.records or (layers is not None and key in shared):
             continue
@@ -201,8 +226,9 @@ def _finish(work: Work, stored: Mapping[str, Tensor], layers: Sequence[int] | No
 
 
 def _holes(alignment: Alignment) -> Iterator[str]:
-    """Taps that the dump has in some layers, and not in another of which it has something: files that were lost. What
-    a layer hands on may stand under the next one's name, and the first layer reads the embeddings."""
+    """Taps that the dump has in some layers, and not in another of which it has something, or there not in all steps:
+    files that were lost. What a layer hands on may stand under the next one's name, and the first layer reads the
+    embeddings."""
     have = {(0, "layer_input")} | {(layer_of(k), base_name(k)) for k in alignment.keys}
     names, layers = {n for _, n in have}, {i for i, _ in have}
     have |= {(layer - 1, "layer_output_sum") for layer, name in have if layer and name == "layer_input"}
@@ -210,3 +236,11 @@ def _holes(alignment: Alignment) -> Iterator[str]:
         tap = layer_of(key), base_name(key)
         if tap[0] is not None and tap[1] in names and tap[0] in layers and tap not in have:
             yield key
+    used = set(alignment.tokens_of.where)
+    found: dict[str, set[int]] = defaultdict(set)
+    steps = {k: used & set(alignment.dump.sources.get(k, {})) for k in alignment.keys if layer_of(k) is not None}
+    for key, some in steps.items():
+        found[base_name(key)] |= some
+    for key, some in steps.items():
+        if lost := sorted(found[base_name(key)] - some) if some and per_token(key) else []:
+            yield f"{key} in step {lost[0]}"

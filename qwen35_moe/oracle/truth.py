@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +16,6 @@ from ..run.prompt import padded
 from ..run.source import Source
 from ..trace.file import Trace
 from ..trace.recorder import trace
-from .dumps.dump import Dump
-from .dumps.match import runs
 from .judge.envelope import legal
 from .judge.envelope_file import with_ids, write_envelope
 
@@ -76,33 +73,3 @@ def write_truth(
 def _legal_models(path: str | Path, shared_expert: str, arithmetic: str) -> Iterator[Model]:
     for table in legal(arithmetic):
         yield load(path, table, shared_expert, mode="stream", text_only=True)
-
-
-def sequences_of(dump: Dump) -> list[Tensor]:
-    """The sequences of token ids that a dump holds, joined over its steps."""
-    rows: list[list[Tensor]] = []
-    owner: dict[Any, int] = {}
-    for step in dump.steps:
-        tokens = dump.tokens.get(step)
-        if tokens is None or tokens.ids is None:
-            continue
-        for run, start, request in runs(tokens):
-            length = [sum(len(part) for part in row) for row in rows]
-            known = owner.get(request) if request is not None else None
-            if start in (0, None):
-                known = None
-            elif known is None or length[known] != start:
-                known = next((b for b, n in enumerate(length) if n == start), None)
-            if known is None:
-                if start not in (0, None):
-                    continue  # a cached prefix, whose ids the dump does not hold
-                known, rows = len(rows), [*rows, []]
-            rows[known].append(tokens.ids[run])
-            if request is not None:
-                owner[request] = known
-    if not rows:
-        raise Qwen35Error(
-            "the dump does not say which tokens it is of", where=dump.path,
-            do="write the truth with `qwen35-moe trace --ids`, then `qwen35-moe compare`",
-        )  # fmt: skip
-    return [torch.cat(row) for row in rows]

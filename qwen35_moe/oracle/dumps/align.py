@@ -18,7 +18,7 @@ from ...numerics.tap_table import TAPS, base_name, per_token
 from ...trace.file import TURN, Trace
 from ..judge.log_p import LOG_P, log_p
 from .dump import Dump
-from .match import match
+from .match import Matched, match
 
 # Where a tap is not in the dump but another holds it: in its first columns, or in the one that is appended to them.
 INSTEAD = {
@@ -74,8 +74,7 @@ class Alignment:
     keys: list[str]
     missing: list[str]
     extra: list[str]
-    where: dict[int, Tensor]  # step -> [n, 3]: row in the dump, b, t
-    ends: dict[int, Tensor]  # step -> [sequences in it, 3]: which, b, t of its last token
+    tokens_of: Matched
     problems: list[Qwen35Error] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     matched: int = 0
@@ -104,7 +103,7 @@ class Alignment:
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
         rows: list[Tensor] = []
-        for step in sorted(set(self.dump.sources[source]) & set(self.where)):
+        for step in sorted(set(self.dump.sources[source]) & set(self.tokens_of.where)):
             x = self.dump.read(source, step)[:, columns]
             if theirs and x.shape[1] != theirs[0].shape[1]:
                 raise Qwen35Error(f"misshapen: {x.shape[1]} features in step {step}, {theirs[0].shape[1]} before")
@@ -122,15 +121,15 @@ class Alignment:
 
     def _table(self, x: Tensor, source: str, step: int) -> Tensor:
         """[n, 3] row of x, b, t. A dump may hold fewer rows than tokens: of the last ones, or of those it says."""
-        table, count = self.where[step], self.dump.count(step)
+        table, count = self.tokens_of.where[step], self.dump.count(step)
         held = self.dump.sources[source][step].pieces[0].rows
         if held is not None:
             at = {int(row): i for i, row in enumerate(held)}
             return torch.tensor([[at[r], b, t] for r, b, t in table.tolist() if r in at]).reshape(-1, 3)
         if count is None or x.shape[0] == count:
             return table
-        if base_name(source) == "next_token_logits" and x.shape[0] == self.ends[step].shape[0]:
-            return self.ends[step][self.ends[step][:, 1] >= 0]
+        if base_name(source) == "next_token_logits" and x.shape[0] == self.tokens_of.ends[step].shape[0]:
+            return self.tokens_of.ends[step][self.tokens_of.ends[step][:, 1] >= 0]
         raise Qwen35Error(f"misshapen: {x.shape[0]} rows for {count} tokens in step {step}")
 
     def _whole(self, key: str, truth: Tensor) -> Pair:
@@ -144,13 +143,13 @@ class Alignment:
         return Pair(key, left, right, rows, self.dump.dtype(key, step), broken=_broken(left, right))
 
 
-def align(dump: Dump, truth: Trace) -> Alignment:
-    """Match a dump with the truth, by name and by token.
+def align(dump: Dump, truth: Trace, only: list[int] | None = None) -> Alignment:
+    """Match a dump with the truth, by name and by token. only: which sequences a dump without ids is of.
 
     Raises Qwen35Error if no token of the dump is one of the truth's, or nothing has a common name.
     """
-    where, ends, notes, problems = match(dump, truth)
-    notes += _settle_fusion(dump, truth, where)
+    matched = match(dump, truth, only)
+    where, notes = matched.where, matched.notes + _settle_fusion(dump, truth, matched.where)
     names = truth.comparable
     held = {key: _source(dump, truth, key)[0] for key in names}
     keys = [key for key in names if held[key] in dump.sources]
@@ -171,8 +170,9 @@ def align(dump: Dump, truth: Trace) -> Alignment:
     total, found = int(mask.sum()), int((hit & mask).sum())
     if found < total:
         notes.append(f"{total - found} of {total} tokens of the truth are not in the dump")
-    problems = [*dump.problems, *problems]
-    return Alignment(dump, truth, keys, missing, extra, where, ends, problems, [*dump.notes, *notes], found, total)
+    return Alignment(
+        dump, truth, keys, missing, extra, matched, list(dump.problems), [*dump.notes, *notes], found, total
+    )
 
 
 def _settle_fusion(dump: Dump, truth: Trace, where: dict[int, Tensor]) -> list[str]:
@@ -183,7 +183,7 @@ def _settle_fusion(dump: Dump, truth: Trace, where: dict[int, Tensor]) -> list[s
         routed, block = (f"layers.{layer}.{name}" for name in ("moe_routed_output", "mlp_output"))
         if fused is not None or part or routed not in dump.sources or block in dump.sources:
             continue
-        pair = Alignment(dump, truth, [], [], [], where, {}).pair(routed)
+        pair = Alignment(dump, truth, [], [], [], Matched(where)).pair(routed)
         if pair.engine is None or block not in truth:
             continue
         rows = pair.rows[:, 0] * truth.ids.shape[1] + pair.rows[:, 1]

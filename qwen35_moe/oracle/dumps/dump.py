@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...errors import Qwen35Error
 from ...numerics.tap_table import TAPS, base_name, per_token
+from .drafts import mark
 from .engine_names import Rule, letters, place, rule_for
 from .fusion import fused_layers
 from .join import by_row, declared, join_ranks
@@ -90,6 +91,7 @@ class Dump(Mapping[str, Tensor]):
     notes            what was assumed or repaired
     unknown          names of tensors that have no meaning here
     weights          name -> piece, for parameters that were dumped
+    drafts           steps of a draft head (its taps are under `mtp.`)
     fused            (part, layer) -> whether `mlp.experts.output` is the block's output; None: the files do not say
     """
 
@@ -115,6 +117,7 @@ class Dump(Mapping[str, Tensor]):
         self._counts: dict[int, int | None] = {}
         self.world = 0  # how many ranks there were; 0: not looked for yet (ranks.py)
         self._dtypes: dict[tuple[str, int], torch.dtype] = {}
+        self.drafts = mark(pieces, config)
         self.fused = {} if family == "transformers" else fused_layers(pieces, self.sizes, named=format != "atom")
         for pieces_of_one in _groups(pieces).values():
             self._place(sorted(pieces_of_one, key=lambda p: p.rank))
@@ -158,6 +161,11 @@ class Dump(Mapping[str, Tensor]):
     @property
     def steps(self) -> list[int]:
         return sorted({step for steps in self.sources.values() for step in steps})
+
+    @property
+    def target_steps(self) -> list[int]:
+        """Without those of a draft head."""
+        return [step for step in self.steps if step not in self.drafts]
 
     def __getitem__(self, key: str) -> Tensor:
         return torch.cat([self.read(key, step) for step in sorted(self.sources[key])])

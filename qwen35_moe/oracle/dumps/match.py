@@ -1,148 +1,199 @@
-"""Which row of a dump's step is which token of the truth: by ids and positions, or else by number."""
+"""Which row of a dump's step is which token of the truth: by ids and the order of steps, or else by number.
+
+Positions do not decide where the ids do: a position that an engine got wrong is a value that differs, and no other
+token. They tell a cached prefix (a sequence that begins late) and a roll-back (a run that begins again before the end).
+A run counts up to its last right token: what comes after it was drafted and rejected, or is another text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
-from ...numerics.tap_table import base_name
 from ...trace.file import Trace
-from .dump import Dump, Tokens
+from .by_count import by_count, ids_by_embeddings
+from .dump import Dump
+from .runs import Run, runs
+
+NO_TOKENS = torch.empty(0, 4, dtype=torch.long)
 
 
-def match(dump: Dump, truth: Trace) -> tuple[dict[int, Tensor], dict[int, Tensor], list[str], list[Qwen35Error]]:
-    """Rows of each step [n, 3]: row in the dump, b, t; its last tokens [runs, 3]: run, b, t or -1; notes; problems."""
-    real = [row.nonzero().flatten() for row in truth.mask.bool()]  # columns of the real tokens, in order
-    ids = [row[columns] for row, columns in zip(truth.ids, real, strict=True)]
-    filled = [0] * len(ids)
-    owner: dict[object, int] = {}
-    where, ends, strange, beyond = {}, {}, [], 0
-    for step in dump.steps:
-        tokens = dump.tokens.get(step)
-        if tokens is None or tokens.ids is None:
-            continue
-        table, last = [], []
-        for index, (run, start, request) in enumerate(runs(tokens)):
-            last.append([index, -1, -1])
-            b, at = _find_sequence(tokens.ids[run], start, request, ids, filled, owner)
-            if b is None:
-                strange.append((step, tokens.ids[run][:6].tolist()))
-                continue
-            fits = min(len(run), len(ids[b]) - at)
-            beyond += len(run) - fits
-            rows = [[int(row), b, int(real[b][at + i])] for i, row in enumerate(run[:fits])]
-            filled[b] = max(filled[b], at + fits)
-            if request is not None:
-                owner[request] = b
-            table += rows
-            if fits == len(run):
-                last[-1] = [index, *rows[-1][1:]]
-        if table:
-            where[step], ends[step] = torch.tensor(table), torch.tensor(last)
+@dataclass
+class Matched:
+    """where      step -> [n, 3]: row in the dump, b, t
+    ends       step -> [runs, 3]: run, and b, t of its last token, or -1 where that is none of the truth's
+    positions  [n, 4]: b, t, the truth's position, the dump's
+    absent     parts of the truth that the dump does not hold, in words
+    """
+
+    where: dict[int, Tensor] = field(default_factory=dict)
+    ends: dict[int, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    positions: Tensor = field(default_factory=lambda: NO_TOKENS)
+    absent: list[str] = field(default_factory=list)
+
+
+def match(dump: Dump, truth: Trace, only: list[int] | None = None) -> Matched:
+    """only: the sequences of the truth that a dump without ids is of (default: all)."""
+    told = []
     if not any(t.ids is not None for t in dump.tokens.values()):
-        return (*_by_count(dump, real), [])
-    if not where:
-        raise Qwen35Error("dump is of other tokens than the truth", where=dump.path,
-                          found=f"ids {strange[0][1]} in step {strange[0][0]}" if strange else "no tokens",
-                          expected=f"ids {[row[:6].tolist() for row in ids[:2]]}",
-                          do="dump the same prompt (not its warm-up), or trace the ids that were dumped")  # fmt: skip
-    notes = [f"{len(strange)} runs of other tokens left out (warm-up or other requests)"] if strange else []
-    notes += [f"{beyond} tokens beyond the truth left out"] if beyond else []
-    return where, ends, notes, []
+        found = ids_by_embeddings(dump, truth)
+        if not found:
+            where, ends, notes = by_count(dump, truth, only)
+            return Matched(where, ends, notes)
+        dump.tokens, told = {**dump.tokens, **found}, ["the dump has no token ids: its embeddings tell them"]
+    matching = Matching(dump, truth)
+    for run in runs(dump):
+        matching.place(run)
+    matching.second_chance()
+    result = matching.result()
+    result.notes = [*told, *result.notes]
+    if told:  # a request's last token was sampled, and never run
+        result.absent = [words for words in result.absent if not words.startswith("the last 1 tokens")]
+    return result
 
 
-def runs(tokens: Tokens) -> Iterator[tuple[Tensor, int | None, object]]:
-    """(rows, first position, request) of each sequence's part of a step."""
-    assert tokens.ids is not None
-    count = tokens.ids.numel()
-    if tokens.batch is not None:
-        B, T = tokens.batch
-        for b in range(B):
-            rows = torch.arange(b * T, (b + 1) * T)
-            rows = rows if tokens.mask is None else rows[tokens.mask[rows]]
-            if len(rows):
-                yield rows, None if tokens.positions is None else int(tokens.positions[rows[0]]), ("row", b)
-        return
-    positions = None if tokens.positions is None else tokens.positions.tolist()
-    stops = _stops(positions, tokens.seq_lens, count)
-    for index, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
-        one_each = tokens.requests is not None and len(tokens.requests) == len(stops)
-        request = tokens.requests[index] if one_each and tokens.requests else None
-        yield torch.arange(start, stop), None if positions is None else positions[start], request
+class Matching:
+    """The truth's sequences, and how far each was seen."""
+
+    def __init__(self, dump: Dump, truth: Trace):
+        self.dump, self.truth = dump, truth
+        self.real = [row.nonzero().flatten() for row in truth.mask.bool()]  # columns of the real tokens, in order
+        self.ids = [row[columns] for row, columns in zip(truth.ids, self.real, strict=True)]
+        self.filled = [0] * len(self.ids)
+        self.cached = [0] * len(self.ids)  # tokens before the first run, which the engine had already
+        self.seen = [torch.zeros(len(row), dtype=torch.bool) for row in self.ids]
+        self.owner: dict[object, int] = {}
+        self.tables: dict[int, list[Tensor]] = {}
+        self.last: dict[int, list[list[int]]] = {}
+        self.compared: list[Tensor] = [NO_TOKENS]
+        self.strange: list[Run] = []
+        self.beyond = self.rejected = 0
+
+    def place(self, run: Run) -> None:
+        """Find the sequence that a run goes on with, and take note of its rows. A run that nothing divides may be of
+        several sequences, one after another."""
+        ends, left = self.last.setdefault(run.step, []), run
+        while len(left):
+            b, at, n = self._find(left)
+            ends.append([len(ends), -1, -1])
+            if n == 0:
+                break
+            if self.filled[b] == 0 and at:
+                self.cached[b] = at
+            self._take(left, b, at, n)
+            self.filled[b] = at + n
+            if run.request is not None:
+                self.owner[run.request] = b
+            left = left.after(n)
+            if not len(left) or run.undivided:
+                ends[-1] = [len(ends) - 1, b, int(self.real[b][at + n - 1])]
+            if not run.undivided:
+                break
+        if not len(left):
+            return
+        known = self.owner.get(run.request)
+        full = [self.filled[b] == len(ids) for b, ids in enumerate(self.ids)]
+        if full[known] if known is not None else all(full):
+            self.beyond += len(left)
+        elif len(left) == len(run):
+            self.strange.append(run)
+        else:
+            self.rejected += len(left)
+
+    def second_chance(self) -> None:
+        """What fits nowhere as a whole counts up to its last right token, where no other run has these tokens."""
+        for run in list(self.strange):
+            common = [(self._common(run, b, 0), -b) for b in range(len(self.ids)) if not self.seen[b].any()]
+            n, b = max(common, default=(0, 0))
+            if n > 1:
+                self._take(run, -b, 0, n)
+                self.strange.remove(run)
+                self.rejected += len(run) - n
+
+    def _common(self, run: Run, b: int, at: int) -> int:
+        """How many tokens of a run are those of the truth from there."""
+        n = min(len(run), len(self.ids[b]) - at)
+        if n <= 0 or at < 0:
+            return 0
+        differ = (self.ids[b][at : at + n] != run.ids[:n]).nonzero()
+        return int(differ[0]) if len(differ) else n
+
+    def _find(self, run: Run) -> tuple[int, int, int]:
+        """(sequence, index in it, tokens that fit); 0 tokens: none."""
+        start = run.start
+        known = self.owner.get(run.request) if run.request is not None and start != 0 else None
+        best: tuple[tuple[int, ...], tuple[int, int, int]] = ((9,), (0, 0, 0))
+        for b, ids in enumerate(self.ids):
+            filled = self.filled[b]
+            for at in dict.fromkeys((filled, filled if start is None else start)):
+                n = self._common(run, b, at)
+                whole = n == len(run) or (n > 0 and at + n == len(ids) and not run.undivided)
+                goes_on = 0 < filled == at and (known == b or (known is None and start == at))
+                if not n or not (whole or goes_on or run.undivided):
+                    continue
+                others = known is None and b in self.owner.values()
+                more = -n if run.undivided else 0
+                rank = (not whole, more, known is not None and b != known, _how(at, filled, start), others, b)
+                best = min(best, (tuple(map(int, rank)), (b, at, n)))
+        return best[1]
+
+    def _take(self, run: Run, b: int, at: int, n: int) -> None:
+        columns = self.real[b][at : at + n]
+        self.seen[b][at : at + n] = True
+        table = torch.stack((run.rows[:n], torch.full_like(columns, b), columns), 1)
+        self.tables.setdefault(run.step, []).append(table)
+        if run.positions is not None:
+            both = torch.stack((self.truth.positions[b, columns], run.positions[:n].long()), 1)
+            self.compared.append(torch.cat((table[:, 1:], both), 1))
+
+    def result(self) -> Matched:
+        if not self.tables:
+            first = self.strange[0] if self.strange else None
+            found = f"ids {first.ids[:6].tolist()} in step {first.step}" if first else "no tokens"
+            raise Qwen35Error("dump is of other tokens than the truth", where=self.dump.path, found=found,
+                              expected=f"ids {[row[:6].tolist() for row in self.ids[:2]]}",
+                              do="dump the same prompt, not its warm-up, or trace the dumped ids")  # fmt: skip
+        strange, notes = len(self.strange), []
+        if strange:
+            notes.append(f"{strange} runs of other tokens left out (warm-up or other requests)")
+        drafts = len(self.dump.drafts)
+        if drafts:
+            notes.append(f"speculative: {drafts} steps of the draft head were told apart from the target's; "
+                         f"{self.rejected + self.beyond} drafted tokens were rejected, and not compared")  # fmt: skip
+        elif self.rejected:
+            notes.append(f"{self.rejected} tokens after the last right one of their run were not compared: rejected "
+                         "drafts, or another text")  # fmt: skip
+        if self.beyond and not drafts:
+            notes.append(f"{self.beyond} tokens beyond the truth left out")
+        notes += [f"the first {n} tokens of sequence {b} were cached" for b, n in enumerate(self.cached) if n]
+        where = {step: torch.cat(tables) for step, tables in self.tables.items()}
+        ends = {step: torch.tensor(self.last[step]) for step in where}
+        return Matched(where, ends, notes, torch.cat(self.compared), list(self._absent()))
+
+    def _absent(self) -> list[str]:
+        found = []
+        for b, seen in enumerate(self.seen):
+            lost = ~seen
+            lost[: self.cached[b]] = False
+            count, n = int(lost.sum()), len(seen)
+            if count == n:
+                found.append(f"all of sequence {b} ({n} tokens)")
+            elif count and bool(lost[n - count :].all()):
+                found.append(f"the last {count} tokens of sequence {b}")
+            elif count:
+                first = int(lost.int().argmax())
+                found.append(f"{count} tokens of sequence {b}, from token {first} on")
+        return found
 
 
-def _stops(positions: list[int] | None, seq_lens: list[int] | None, count: int) -> list[int]:
-    """Where sequences end in a flat step. A sequence's last token stands at position seq_len - 1."""
-    if positions is None:
-        lengths = seq_lens if seq_lens and sum(seq_lens) == count else [count]
-        return [sum(lengths[: i + 1]) for i in range(len(lengths))]
-    if seq_lens:
-        stops, at = [], 0
-        for length in seq_lens:
-            at = next((i + 1 for i in range(at, count) if positions[i] == length - 1), count + 1)
-            stops.append(at)
-        if stops[-1] == count:
-            return stops
-    return [i for i in range(1, count) if positions[i] != positions[i - 1] + 1] + [count]
-
-
-def _find_sequence(
-    run: Tensor, start: int | None, request: object, ids: list[Tensor], filled: list[int], owner: dict[object, int]
-) -> tuple[int | None, int]:
-    """The truth's sequence that a run continues (or None), and the index where. Ids decide, up to the truth's end."""
-
-    def fits(b: int, at: int) -> bool:
-        n = min(len(run), len(ids[b]) - at)
-        return n > 0 and torch.equal(ids[b][at : at + n], run[:n])
-
-    # The request's own sequence first; a slot of the request pool may serve another request later on.
-    candidates = sorted(range(len(ids)), key=lambda b: request is None or owner.get(request) != b)
-    for exact in (True, False):  # a run may also start later than what was seen: its prefix was cached
-        for b in candidates:
-            at = filled[b] if start is None else start
-            if (at == filled[b]) == exact and fits(b, at):
-                return b, at
-    return None, 0
-
-
-def _by_count(dump: Dump, real: list[Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor], list[str]]:
-    """Without ids: the last steps whose rows add up to the truth's tokens are taken to be those, in order."""
-    places = [[b, int(t)] for b, columns in enumerate(real) for t in columns]
-    counts = {step: dump.count(step) or 0 for step in dump.steps}
-    if dump.format == "routed experts" and len(real) == 1 and [*counts.values()] == [len(places) - 1]:
-        places.pop()  # the last token of a request has no routing
-    if set(map(base_name, dump)) == {"next_token_logits"} and len(counts) == 1:  # of the last token of each sequence
-        table = torch.tensor([[b, b, int(columns[-1])] for b, columns in enumerate(real)])
-        step = next(iter(counts))
-        if len(dump.read("next_token_logits", step)) == len(real) != len(places):
-            return {step: table}, {step: table}, []
-    steps: list[int] = []
-    total = 0
-    for step in reversed(counts):
-        if total < len(places):
-            steps.insert(0, step)
-            total += counts[step]
-    if total != len(places):
-        steps = [step for step, n in counts.items() if n == len(places)][-1:]
-    if not steps:
-        raise Qwen35Error(
-            "dump has no token ids, and its rows do not fit the truth",
-            where=dump.path,
-            expected=f"{len(places)} tokens",
-            found=f"{list(counts.values())[:8]} rows a step",
-            do="the first call is often warm-up: dump every call, and the same prompt",
-        )
-    if len(steps) > 1 and len(real) > 1:
-        raise Qwen35Error("dump has no token ids, and several steps of several sequences", where=dump.path,
-                          do="dump one sequence at a time, or the input ids with it")  # fmt: skip
-    where, at = {}, 0
-    for step in steps:
-        where[step] = torch.tensor([[i, *place] for i, place in enumerate(places[at : at + counts[step]])])
-        at += counts[step]
-    notes = ["the dump has no token ids: rows were matched by their number"]
-    left_out = len(counts) - len(steps)
-    notes += [f"{left_out} other steps were left out (warm-up?)"] if left_out else []
-    return where, {step: table[-1:] for step, table in where.items()}, notes
+def _how(at: int, filled: int, start: int | None) -> int:
+    """How well a place suits a run whose ids fit: 0 is best."""
+    if start is None or start == at == filled:
+        return 0
+    if at == start:
+        return 1 if start < filled else 3 if filled == 0 else 5  # again, a cached prefix, a gap
+    return 2 if filled else 4  # its positions are not the sequence's

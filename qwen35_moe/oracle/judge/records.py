@@ -13,6 +13,7 @@ from ...numerics.tap_table import base_name
 from .envelope import LIMIT, Class
 from .routing import Routing
 
+POSITIONS = "positions"
 BAD = ("suspicious", "wrong")
 LITTLE = 0.01  # of an error: what explains less is no guess
 CLASSES: tuple[Class, ...] = ("bit-equal", "within rounding", "suspicious", "wrong", "not comparable", "missing")
@@ -173,6 +174,8 @@ class Comparison:
     members: tuple[str, ...] = ()
     tokens: tuple[int, int] = (0, 0)
     layers: tuple[str, ...] = ()  # kinds
+    absent: list[str] = field(default_factory=list)  # parts of the truth that the dump does not hold, in words
+    partial: bool = False  # whether that is as it should be
 
     @property
     def summary(self) -> dict[str, int]:
@@ -202,7 +205,7 @@ class Comparison:
         if self.diverges:
             return 1
         incomplete = self.summary["not comparable"] or self.holes or self.problems
-        return 2 if incomplete or not self.compared else 0
+        return 2 if incomplete or not self.compared or (self.absent and not self.partial) else 0
 
     @property
     def verdict(self) -> str:
@@ -212,6 +215,8 @@ class Comparison:
             if record is None:
                 wrong = next((w for w in self.weights if w.bad), None)
                 return f"DIVERGES: weight {wrong.name}" if wrong else "DIVERGES: routing"
+            if record.key == POSITIONS:
+                return f"DIVERGES: first at positions: {record.note}"
             places = record.suspects or [(record.layer, record.block)]
             tap, where = f"tap {record.key}, {show(record.ratio)} x the legal error", span(places)
             if len(places) == 1:
@@ -219,18 +224,21 @@ class Comparison:
             return f"DIVERGES: first seen at {tap}; made somewhere in {where}"
         if not self.compared:
             return "NOT COMPARED: no tap of the dump could be compared"
-        if self.exit_code == 2:
+        strange = f"; {len(self.unknown)} names of the dump are unknown" if len(self.unknown) > self.compared else ""
+        some = f" on {self.tokens[0]} of {self.tokens[1]} tokens" if self.absent else ""
+        agrees = f"AGREES{some}: {self.compared} taps within rounding{strange}"
+        if counts["not comparable"] or self.holes or self.problems:
             parts = [f"{counts['not comparable']} taps not comparable" if counts["not comparable"] else "",
                      f"{len(self.holes)} taps dumped for other layers only" if self.holes else "",
                      f"{len(self.problems)} problems" if self.problems else ""]  # fmt: skip
-            return f"INCOMPLETE: {', '.join(p for p in parts if p)}; {self.compared} taps agree"
-        strange = f"; {len(self.unknown)} names of the dump are unknown" if len(self.unknown) > self.compared else ""
-        return f"AGREES: {self.compared} taps within rounding{strange}"
+            return f"INCOMPLETE: {', '.join(p for p in parts if p)}; {self.compared} taps agree{some}"
+        return agrees if self.exit_code == 0 else f"{agrees}; not compared: {', '.join(self.absent)}"
 
     def rows(self) -> list[dict[str, Any]]:
         """Everything as plain dicts, one a line of the JSONL report."""
-        lines: list[dict[str, Any]] = [{"type": "run", "truth": self.truth, "engine": self.engine, "limit": self.limit,
-                                        "envelope": list(self.members), "tokens": list(self.tokens)}]  # fmt: skip
+        head = {"truth": self.truth, "engine": self.engine, "limit": self.limit, "envelope": list(self.members)}
+        coverage = {"tokens": list(self.tokens), "absent": self.absent, "partial": self.partial}
+        lines: list[dict[str, Any]] = [{"type": "run", **head, **coverage}]
         lines += [{"type": "tap", **asdict(r)} for r in self.records]
         lines += [{"type": "extra", "key": key} for key in self.extra]
         lines += [{"type": "unknown name", "key": key} for key in self.unknown]

@@ -1,0 +1,78 @@
+"""The sequences of token ids that a dump is of, joined over its steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import Qwen35Error
+from .dump import Dump
+from .runs import Run, runs
+
+LOGITS = "next_token_logits"
+
+
+def sequences_of(dump: Dump) -> list[Tensor]:
+    """One tensor of ids a sequence. A run that begins before the end takes back what was drafted and rejected; one that
+    begins behind it has wrong positions; a sequence whose beginning was cached elsewhere is left out, with a note.
+
+    Raises Qwen35Error if the dump holds no ids.
+    """
+    rows: list[Tensor] = []
+    owner: dict[object, int] = {}
+    last: dict[int, Run] = {}
+    cached, taken_back = 0, False
+    for run in runs(dump):
+        b, start = _owner(run, rows, owner), run.start
+        if b is None and start not in (0, None) and not _only(rows, run):
+            cached += 1
+            continue
+        if b is None and start not in (0, None):
+            b = 0
+        if b is None:
+            b, rows = len(rows), [*rows, run.ids[:0]]
+        before = len(rows[b]) if start is None else min(start, len(rows[b]))
+        taken_back = taken_back or before < len(rows[b])
+        rows[b] = torch.cat((rows[b][:before], run.ids))
+        last[b] = run
+        if run.request is not None:
+            owner[run.request] = b
+    if not rows:
+        raise Qwen35Error("the dump does not say which tokens it is of", where=dump.path,
+                          do="give --ids: the ids of its requests, with those that were generated")  # fmt: skip
+    if cached:
+        dump.notes.append(f"{cached} runs begin with tokens that were cached, and the dump does not hold them: give "
+                          "--ids to compare them")  # fmt: skip
+    if dump.drafts or taken_back:
+        rows = [x[: len(x) - _drafted(dump, last[b])] for b, x in enumerate(rows)]
+    return rows
+
+
+def _owner(run: Run, rows: list[Tensor], owner: dict[object, int]) -> int | None:
+    """The sequence that a run goes on with: its request's, or the one that ends where it begins."""
+    known = owner.get(run.request) if run.request is not None else None
+    if run.start is None:
+        return known if len(run) == 1 else None
+    if run.start == 0 or known is not None:
+        return None if run.start == 0 else known
+    return next((b for b, x in enumerate(rows) if len(x) == run.start and b not in owner.values()), None)
+
+
+def _only(rows: list[Tensor], run: Run) -> bool:
+    """Whether there is but one sequence that a run with strange positions can belong to."""
+    return len(rows) == 1 and run.request is None and len(run) == 1
+
+
+def _drafted(dump: Dump, run: Run) -> int:
+    """How many of the last tokens of a sequence's last run were drafted, and not what the target's logits say."""
+    if len(run) < 2 or run.start == 0:
+        return 0
+    try:
+        logits = dump.read(LOGITS, run.step) if run.step in dump.sources.get(LOGITS, {}) else None
+    except Qwen35Error:
+        logits = None
+    if logits is None or len(logits) != dump.count(run.step):
+        return len(run) - 1
+    best = logits[run.rows].argmax(1)
+    right = (best[:-1] == run.ids[1:]).int().cumprod(0)
+    return len(run) - 1 - int(right.sum())

@@ -1,0 +1,42 @@
+"""Positions: a value that is compared like any other, and that reruns of attention take as the engine had it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..dumps.align import Alignment
+from .records import POSITIONS, Record
+
+__all__ = ["POSITIONS", "engine_positions", "judge_positions"]
+
+
+def engine_positions(alignment: Alignment) -> Tensor:
+    """[B, T] the positions that the engine had, and the truth's where the dump does not say."""
+    found = alignment.truth.positions.clone()
+    b, t, _, theirs = alignment.tokens_of.positions.unbind(1)
+    found[b, t] = theirs.to(found)
+    return found
+
+
+def judge_positions(alignment: Alignment) -> Record | None:
+    """A record if the dump holds positions that are not the truth's.
+
+    All positions of a sequence moved alike are wrong too, though RoPE is relative and no value need show it.
+    """
+    rows = alignment.tokens_of.positions
+    bad = rows[rows[:, 3] != rows[:, 2]]
+    if not len(bad):
+        return None
+    b, t, ours, theirs = bad[0].tolist()
+    mine = rows[rows[:, 0] == b]
+    moved = (mine[:, 3] - mine[:, 2]).unique().tolist()
+    where = f"sequence {b}, token {t} is at {theirs}, and should be at {ours}"
+    if len(moved) == 1:
+        where = f"all of sequence {b} are {_by(moved[0])}, which RoPE does not see"
+    note = f"{len(bad)} of {len(rows)} are wrong: {where}"
+    return Record(POSITIONS, "wrong", POSITIONS, None, float("inf"), rows=len(rows), bad_rows=len(bad), worst=(b, t),
+                  note=note)  # fmt: skip
+
+
+def _by(off: int) -> str:
+    return f"{abs(off)} too {'high' if off > 0 else 'low'}"
