@@ -10,7 +10,7 @@ import torch
 from tolerances import FLOAT64_REORDERED
 
 import qwen35_moe as q
-from qwen35_moe.model import deltanet, moe, norms, router
+from qwen35_moe.model import attention, deltanet, moe, norms, router
 from qwen35_moe.numerics.metrics import rel_l2
 from qwen35_moe.numerics.taps import attach
 
@@ -85,6 +85,28 @@ def test_blocks_of_queries(model, monkeypatch):
     monkeypatch.setattr("qwen35_moe.model.attention.QUERY_BLOCK", 16)
     in_blocks = recorded(model, ids_of(65))
     assert_same(in_blocks, whole, keys=[k for k in whole if k in in_blocks])
+
+
+def test_scores_of_a_long_sequence_take_no_more_memory(monkeypatch):
+    """128 queries on 1024 tokens: a block of scores is as large as on LONG tokens."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 64)
+    monkeypatch.setattr(attention, "LONG", 256)
+    generator = torch.Generator().manual_seed(2)
+    q_BTNH, k_BSGH, v_BSGH = (torch.randn(1, n, 1, 4, generator=generator).double() for n in (128, 1024, 1024))
+    sizes = []
+
+    def watch(site, x):
+        if site.name == "attn_probs":
+            sizes.append(x.numel())
+
+    with attach(watch):
+        found = attention.attend(q_BTNH, k_BSGH, v_BSGH)
+    assert max(sizes) == 64 * 256 and sum(sizes) == 128 * 1024
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q_BTNH, k_BSGH, v_BSGH)),
+        attn_mask=torch.arange(1024) <= torch.arange(1024 - 128, 1024)[:, None],
+    )
+    assert rel_l2(found.transpose(1, 2), expected) <= FLOAT64_REORDERED
 
 
 @pytest.mark.parametrize("length", LENGTHS)

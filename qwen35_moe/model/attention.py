@@ -12,8 +12,9 @@ from .norms import RMSNorm
 from .ops import Linear, accumulation_dtype, apply, as_read_by, matmul, multiply
 from .rope import rotate
 
-# Queries are handled in blocks of this many rows, so that the scores of a long sequence never stand in memory at once.
-QUERY_BLOCK = 1024
+# Queries are handled in blocks of at most this many rows, and of fewer where there are more than LONG tokens to score:
+# the scores that stand in memory at once do not grow with the sequence.
+QUERY_BLOCK, LONG = 1024, 4096
 
 
 def attend(
@@ -32,13 +33,14 @@ def attend(
     k_BNSH, v_BNSH = (x.transpose(1, 2).repeat_interleave(N // G, 1) for x in (k_BSGH, v_BSGH))
     s = torch.arange(S, device=q_BTNH.device)
     at_T = s[S - T :] if at_T is None else at_T
+    rows = max(1, QUERY_BLOCK * LONG // max(S, LONG))
     blocks_BtNH = []
-    for block, q_BNtH in enumerate(q_BNTH.split(QUERY_BLOCK, 2)):
-        t = at_T[block * QUERY_BLOCK :][: q_BNtH.shape[2], None]
+    for block, q_BNtH in enumerate(q_BNTH.split(rows, 2)):
+        t = at_T[block * rows :][: q_BNtH.shape[2], None]
         visible_Bts = (s <= t)[None]
         if real_BS is not None:
             visible_Bts = (visible_Bts & real_BS[:, None]) | (s == t)
-        with scope(index=block if T > QUERY_BLOCK else None):
+        with scope(index=block if rows < T else None):
             scores_BNts = apply("attn_scores", lambda x: x * H**-0.5, matmul("attn_qk", q_BNtH, k_BNSH.mT))
             scores_BNts = scores_BNts.masked_fill(~visible_Bts[:, None], -torch.inf)
             wide = torch.promote_types(scores_BNts.dtype, torch.float32)
