@@ -13,7 +13,7 @@ than rounding, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ..judge.rerun import Rerun
 from ..judge.second_look import AGAIN, Taps, batches
 from .catalogue import FAULTS
 from .faults import Fault
+from .steps import hypotheses
 
 WORTH, TRIES = 0.5, 3  # hypotheses that explain less are not looked at closely, nor more than so many
 OUTPUT = {"mlp": "mlp_output", "gdn": "attn_output", "attn": "attn_output"}
@@ -51,6 +52,19 @@ class _Case:
 
     def rows(self, y: Tensor) -> Tensor:
         return torch.where(self.finite, self.work.rows(y, self.pair).to(torch.float64)[self.used], 0.0)
+
+    def first_bad(self, members: Sequence[Taps]) -> dict[int, int]:
+        """Sequence -> index of its first real token that is beyond the limit. States that are not of one token are
+        those after the last one."""
+        legal = [self.rows(taps[self.key]) for taps in members if self.key in taps]
+        bound = envelope(self.truth, legal, self.pair.dtype)
+        bad = judge(self.engine, self.truth, bound, self.pair.dtype).ratios > self.work.limit
+        index_BT = self.work.alignment.truth.mask.long().cumsum(1) - 1
+        found: dict[int, int] = {}
+        for b, t in self.pair.rows.long()[self.used][bad].tolist():
+            at = int(index_BT[b, t])  # -1: the last
+            found[b] = min(at, found.get(b, at))
+        return dict(sorted(found.items(), key=lambda one: one[0]))
 
     def explains(self, y_Rn: Tensor) -> float:
         before, after = ((e.norm(dim=1) / self.size).square().sum() for e in (self.error, self.engine - y_Rn))
@@ -112,12 +126,13 @@ def explain(
         return Diagnosis(layer, where, key, [], False, note="every number of it is NaN or infinity")
     table = rerun.tables[0]
     tried: list[tuple[Hypothesis, int | None, Fault, int]] = []
-    for at, fault, expert in _candidates(rerun, places, table.name, case, seen):
+    bad_rows = case.first_bad(seen[1:])
+    for at, fault, expert in _candidates(rerun, places, table.name, case, seen, bad_rows):
         taps = rerun.fault(at, fault, table, 0, expert, to_head=layer is None)
         if key in taps:
             name = f"{fault.name} (expert {expert})" if fault.single else fault.name
             share = case.explains(case.rows(taps[key]))
-            tried.append((Hypothesis(name, share, fault.seen, fault.doc), at, fault, expert))
+            tried.append((Hypothesis(name, share, fault.seen, fault.doc, fault.where), at, fault, expert))
     tried.sort(key=lambda one: -one[0].explains)
     diagnosis = Diagnosis(layer, first.block, key, [h for h, *_ in tried], False)
     if first.note == BF16_GRID:
@@ -149,13 +164,18 @@ def explain(
 
 
 def _candidates(
-    rerun: Rerun, places: Sequence[Place], truth: str, case: _Case, seen: Sequence[Taps]
+    rerun: Rerun, places: Sequence[Place], truth: str, case: _Case, seen: Sequence[Taps], bad: Mapping[int, int]
 ) -> Iterator[tuple[int | None, Fault, int]]:
-    """The faults of the blocks that are suspect, with their layer, and the experts that a fault of one could be of."""
+    """The faults of the blocks that are suspect, with their layer, and the experts that a fault of one could be of;
+    then those of the steps at which the sequences begin to go wrong (`bad`)."""
     for at, fault in ((at, fault) for at, block in places for fault in FAULTS if fault.block == block):
         if at is None or fault.applies(rerun.source, at, "a4" in truth):
             suspects = _suspects(case, f"layers.{at}.moe_topk_ids", rerun, seen) if fault.single else [0]
             yield from ((at, fault, expert) for expert in suspects)
+    for at, block in places:
+        if at is not None:
+            for fault in hypotheses(rerun, at, block, case.work.alignment, bad):
+                yield at, fault, 0
 
 
 def _suspects(case: _Case, ids_key: str, rerun: Rerun, seen: Sequence[Taps]) -> list[int]:

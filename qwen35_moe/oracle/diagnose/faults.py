@@ -19,6 +19,7 @@ from ...numerics.taps import BREAK, Handler, Site
 from ...quant.packed import Packed
 from ...run.experts import Slot
 from ...run.source import Source
+from ..judge.hand_over import HandOver
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Fault:
     fused     the shared expert is a slot when this happens
     single    the fault of one expert (`Place.expert`)
     weights   found by comparing weights: activations differ by no more than roundings
+    hand_over what a step gets from the one before, where that is the fault (`steps.py`);  where: its first token
     """
 
     name: str
@@ -67,6 +69,8 @@ class Fault:
     fused: bool = False
     single: bool = False
     weights: bool = False
+    hand_over: HandOver | None = None
+    where: str = ""
 
     def handlers(self, place: Place) -> list[Handler]:
         """Fresh handlers; each run needs its own, since they remember."""

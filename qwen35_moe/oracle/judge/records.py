@@ -96,6 +96,7 @@ class Hypothesis:
     explains: float
     seen: str = ""
     doc: str = ""
+    where: str = ""  # from which token on, where it is a fault between steps
 
 
 @dataclass
@@ -124,7 +125,8 @@ class Diagnosis:
             return f"{where}: {first.name} ({self.note}); see {first.seen}"
         if not self.named and first.explains < LITTLE:
             return f"{where}: unknown (no known bug explains any of it)"
-        best = f"explains {_percent(first.explains)} of the error"
+        start = f"{first.where}; " if first.where else ""
+        best = f"{start}explains {_percent(first.explains)} of the error"
         after = f"; next best {_percent(rest[0].explains)}" if rest else ""
         seen = f"; see {first.seen}" if first.seen and self.named else ""
         if self.named:

@@ -22,6 +22,7 @@ from ...run.fill import fill
 from ...run.load import build
 from ...run.source import Source
 from ..diagnose.faults import Fault, Place
+from .hand_over import HandOver, stepped
 from .log_p import LOG_P, log_p
 from .replay import Captured, Restart
 from .split_k import splitting
@@ -108,6 +109,7 @@ class Rerun:
         handlers: Sequence[Handler] = (),
         source: Source | None = None,
         fused: bool | None = None,
+        hand_over: HandOver | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """What the taps of layer i held, by key, what it hands on among them, and the stream after it."""
         layer = self.layer(i, table, source or self.source, self.fused[i] if fused is None else fused)
@@ -115,7 +117,7 @@ class Rerun:
         real = self.tokens.real
         with using(table), splitting(table), attach(*handlers, restart):
             angles = rotary_angles(self.config, self.tokens.positions, stream_BTD.dtype)
-            with scope(layer=i):
+            with scope(layer=i), stepped(layer, hand_over, restart, self.tokens, self.config):
                 out = layer(stream_BTD, angles, real, LayerState())
             after = self._enter(i + 1, out)
         restart.seen.pop(f"layers.{i}.layer_input")  # an output of the layer before
@@ -138,7 +140,9 @@ class Rerun:
             model = build(source, table, self.fused, CPU, "stream")
             return self.head(model, self.streams[like], fault.handlers(place))
         stream = (self.before if to_head else self.streams)[like]
-        taps, after = self.run_layer(i, table, stream, fault.handlers(place), source, fault.fused or None)
+        taps, after = self.run_layer(
+            i, table, stream, fault.handlers(place), source, fault.fused or None, fault.hand_over
+        )
         return self.head(self.models[like], after, table=table) if to_head else taps
 
     @torch.inference_mode()

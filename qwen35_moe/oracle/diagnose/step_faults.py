@@ -1,0 +1,125 @@
+"""The catalogue of what goes wrong between two steps: what one hands to the next, and how the next counts positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...model.cache import LayerState
+from ..judge.hand_over import Change, Handed, Shift
+
+Needs = Literal["", "earlier", "other", "rejected", "padding", "square"]
+STATES = {"state": ("state", "conv"), "recurrent state": ("state",), "conv state": ("conv",), "KV": ("k", "v")}
+
+
+@dataclass(frozen=True)
+class StepFault:
+    """`change` makes a wrong state of what is known; `shift` is added to the positions from there on.
+
+    needs  a step before the one before; another sequence; drafts that were rejected; padding; a square state
+    """
+
+    name: str
+    block: str
+    change: Change | None = None
+    shift: Shift | None = None
+    needs: Needs = ""
+    seen: str = ""
+
+
+def taken(which: str, source: Callable[[Handed], LayerState | None]) -> Change:
+    """Some tensors of a state taken from elsewhere; where that is the beginning of a sequence, there are none yet."""
+    names = STATES[which]
+
+    def change(handed: Handed) -> LayerState:
+        found = source(handed) or LayerState()
+        given = dict(found.tensors())
+        if {"conv", "state"} & {*names}:  # both or none: an absent one is zero
+            given = {n: given.get(n, torch.zeros_like(x)) for n, x in handed.right.tensors() if n in names}
+        return replace(handed.right, **{n: given.get(n) for n in names})
+
+    return change
+
+
+def altered(name: str, function: Callable[[Tensor], Tensor]) -> Change:
+    return lambda handed: replace(handed.right, **{name: function(dict(handed.right.tensors())[name])})
+
+
+def rows(function: Callable[[Tensor, int], Tensor]) -> Change:
+    """Keys and values changed alike; the second argument is how many tokens the step before had."""
+
+    def change(handed: Handed) -> LayerState:
+        k, v = handed.right.k, handed.right.v
+        assert k is not None and v is not None
+        return replace(handed.right, k=function(k, handed.tokens), v=function(v, handed.tokens))
+
+    return change
+
+
+def rows_of_another(handed: Handed) -> LayerState:
+    """As many rows as both sequences have."""
+
+    def other(mine: Tensor | None, theirs: Tensor | None) -> Tensor:
+        assert mine is not None and theirs is not None
+        n = min(mine.shape[1], theirs.shape[1])
+        return torch.cat((theirs[:, :n], mine[:, n:]), 1)
+
+    assert handed.other is not None
+    return replace(handed.right, k=other(handed.right.k, handed.other.k), v=other(handed.right.v, handed.other.v))
+
+
+def zeroed(x: Tensor, n: int) -> Tensor:
+    return torch.cat((x[:, :-n], torch.zeros_like(x[:, -n:])), 1)
+
+
+def bf16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).to(x.dtype)
+
+
+def other_layout(conv_1CW: Tensor) -> Tensor:
+    """[C, W-1] read from memory that holds [W-1, C]."""
+    return conv_1CW.mT.contiguous().view_as(conv_1CW)
+
+
+def _handed(which: str) -> tuple[StepFault, ...]:
+    """Each state of DeltaNet, and both together, taken from the wrong place."""
+    return (
+        StepFault(f"{which} not handed over", "gdn", taken(which, lambda _: None),
+                  seen="modular 6681, sglang 33515, omlx 2119"),
+        StepFault(f"{which} of an earlier step", "gdn", taken(which, lambda h: h.earlier), needs="earlier",
+                  seen="sparkinfer 610, vllm 55766"),
+        StepFault(f"{which} one token short", "gdn", taken(which, lambda h: h.short), seen="sglang 39342"),
+        StepFault(f"{which} of another sequence", "gdn", taken(which, lambda h: h.other), needs="other",
+                  seen="sglang 33515, sparkinfer 1071"),
+        StepFault(f"{which} not rolled back after rejected drafts", "gdn", taken(which, lambda h: h.ran_on),
+                  needs="rejected", seen="rMLX 436, tpu-inference 3178, mlx-lm 1456, vllm-ascend 6822"),
+        StepFault(f"{which} with padding in it", "gdn", taken(which, lambda h: h.ran_on), needs="padding",
+                  seen="maxtext 5292"),
+    )  # fmt: skip
+
+
+STEP_FAULTS: tuple[StepFault, ...] = (
+    *(fault for which in ("state", "recurrent state", "conv state") for fault in _handed(which)),
+    StepFault("recurrent state transposed", "gdn", altered("state", lambda x: x.mT), needs="square",
+              seen="sglang 39342"),
+    StepFault("recurrent state in bf16", "gdn", altered("state", bf16), seen="ollama 15865"),
+    StepFault("conv state reversed", "gdn", altered("conv", lambda x: x.flip(-1)), seen=""),
+    StepFault("conv state in the other layout", "gdn", altered("conv", other_layout), seen=""),
+    StepFault("KV not handed over", "attn", lambda _: LayerState(), seen="modular 6681"),
+    StepFault("last KV row missing", "attn", rows(lambda x, _: x[:, :-1])),
+    StepFault("KV rows of the step before missing", "attn", rows(lambda x, n: x[:, :-n]), needs="earlier"),
+    StepFault("KV rows of the step before zero", "attn", rows(zeroed)),
+    StepFault("last KV row doubled", "attn", rows(lambda x, _: torch.cat((x, x[:, -1:]), 1))),
+    StepFault("KV rows of the step before doubled", "attn", rows(lambda x, n: torch.cat((x, x[:, -n:]), 1))),
+    StepFault("KV rows of another sequence", "attn", rows_of_another, needs="other", seen="vLLM 35744"),
+    StepFault("KV rows of rejected drafts kept", "attn", taken("KV", lambda h: h.ran_on), needs="rejected"),
+    StepFault("KV rows of padding kept", "attn", taken("KV", lambda h: h.ran_on), needs="padding"),
+    StepFault("positions one too high", "attn", shift=lambda _, __: 1, seen="mlx-vlm 1621"),
+    StepFault("positions one too low", "attn", shift=lambda _, __: -1),
+    StepFault("positions restarted", "attn", shift=lambda first, _: -first, seen="slime 1686, Automodel 2147"),
+    StepFault("positions counted with padding", "attn", shift=lambda _, padding: padding, needs="padding"),
+)  # fmt: skip

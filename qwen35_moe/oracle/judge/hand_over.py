@@ -1,0 +1,188 @@
+"""What one step hands to the next: a mixer is run again step by step, and a fault changes the state in between.
+
+A mixer (attention or DeltaNet) is all that lets one token see another, so it is all that must be split: the rest of a
+layer works token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...model.attention import Attention
+from ...model.cache import LayerState
+from ...model.config import FULL, Config
+from ...model.rope import rotary_angles
+from ...model.text import Layer
+from ...numerics.tap_table import TAPS, base_name
+from ...numerics.taps import OBSERVE, Site, attach
+from .replay import Restart
+
+OF_SEQUENCES = ("gdn_state", "gdn_conv_state")  # taps with one row a sequence
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What is known where a step begins.
+
+    right    the state after all tokens before
+    earlier  the state that the step before began with;  short: the state before the last token
+    tokens   how many tokens the step before had
+    other    the state of another sequence;  ran_on: the state after tokens that are none of the sequence's
+    """
+
+    right: LayerState
+    earlier: LayerState
+    short: LayerState
+    tokens: int
+    other: LayerState | None = None
+    ran_on: LayerState | None = None
+
+
+Change = Callable[[Handed], LayerState]
+Shift = Callable[[int, int], int]  # (position of the step's first token, padding) -> what is added to positions
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Rows that ran after (or before) a sequence's own: drafts that were rejected, padding. x [n, D]."""
+
+    x: Tensor
+    normed: bool  # whether x is what the mixer reads, or the stream before its norm
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """A fault at the beginning of some steps. Indices count the real tokens of a sequence.
+
+    broken   sequence -> where the steps begin that get a wrong state
+    earlier  sequence -> where the step before the first of those begins
+    other    sequence -> (another sequence, how many of its tokens had been run)
+    foreign  (sequence, index) -> rows that ran before that step
+    padding  sequence -> how many padded tokens stand before it
+    """
+
+    broken: Mapping[int, tuple[int, ...]]
+    earlier: Mapping[int, int]
+    change: Change | None = None
+    shift: Shift | None = None
+    other: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    foreign: Mapping[tuple[int, int], Foreign] = field(default_factory=dict)
+    padding: Mapping[int, int] = field(default_factory=dict)
+
+
+class _Collect:
+    """Values of the pieces of one sequence, by key."""
+
+    stage = OBSERVE + 1
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[Tensor]] = {}
+
+    def __call__(self, site: Site, x: Tensor) -> None:
+        if site.index is None and site.expert is None:
+            self.parts.setdefault(site.key, []).append(x)
+
+
+class _Stepped(nn.Module):
+    """In the place of a layer's mixer: the same values, but for the sequences of a plan."""
+
+    def __init__(self, layer: Layer, mixer: nn.Module, plan: HandOver, restart: Restart, tokens: Any, config: Config):
+        super().__init__()
+        self.layer, self.mixer, self.plan, self.restart = [layer], [mixer], plan, restart  # in lists: no submodules
+        self.tokens, self.config = tokens, config
+
+    def forward(self, x_BTD: Tensor, *rest: Any) -> Tensor:
+        y_BTD = self.mixer[0](x_BTD, *rest)
+        seen, key = self.restart.seen, ""
+        for b in self.plan.broken:
+            columns = self.tokens.mask[b].nonzero().flatten()
+            collect = _Collect()
+            self._sequence(b, columns, x_BTD, collect)
+            for key, parts in collect.parts.items():
+                name = base_name(key)
+                if key not in seen or name not in TAPS:
+                    continue
+                if name in OF_SEQUENCES:
+                    seen[key] = seen[key].index_copy(0, torch.tensor([b]), parts[-1].to(seen[key].dtype))
+                elif TAPS[name].dims.startswith("b t "):
+                    seen[key] = seen[key].clone()
+                    seen[key][b, columns] = torch.cat(parts, 1)[0]
+        key = next(k for k in seen if k.endswith(".attn_output"))
+        y_BTD = seen[key]
+        return self.restart.captured.put(key, y_BTD, self.tokens.count) if key in self.restart.captured else y_BTD
+
+    def _sequence(self, b: int, columns: Tensor, x_BTD: Tensor, collect: _Collect) -> None:
+        """Run a sequence step by step."""
+        plan, broken = self.plan, self.plan.broken[b]
+        state, short, first = LayerState(), LayerState(), broken[0]
+        snapshots = {0: LayerState()}
+        cuts = sorted({0, plan.earlier.get(b, 0), *(n for at in broken for n in (at - 1, at) if n >= 0), len(columns)})
+        other = self._other(b, x_BTD)
+        shift = 0
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            snapshots[start], short = replace(state), snapshots.get(start - 1, LayerState())
+            if start in broken and plan.shift is not None:
+                shift = plan.shift(self._position(b, columns[first]), plan.padding.get(b, 0))
+            if start in broken and plan.change is not None:
+                before = broken[broken.index(start) - 1] if start != first else plan.earlier.get(b, 0)
+                ran_on = self._ran_on(b, start, columns, state)
+                handed = Handed(replace(state), snapshots[before], short, start - before, other, ran_on)
+                state = replace(plan.change(handed))
+            with attach(collect, instead_of=self.restart):
+                self._run(b, columns[start:stop], x_BTD[b : b + 1, columns[start:stop]], state, shift)
+
+    def _other(self, b: int, x_BTD: Tensor) -> LayerState | None:
+        if b not in self.plan.other:
+            return None
+        other, count = self.plan.other[b]
+        columns, state = self.tokens.mask[other].nonzero().flatten()[:count], LayerState()
+        with attach(instead_of=self.restart):
+            self._run(other, columns, x_BTD[other : other + 1, columns], state)
+        return state
+
+    def _ran_on(self, b: int, at: int, columns: Tensor, state: LayerState) -> LayerState | None:
+        foreign = self.plan.foreign.get((b, at))
+        if foreign is None:
+            return None
+        state, first = replace(state), self._position(b, columns[at - 1]) + 1 if at else 0
+        with attach(instead_of=self.restart):
+            x_TD = foreign.x if foreign.normed else self.layer[0].input_layernorm(foreign.x)
+            weight = next(self.mixer[0].parameters())
+            x_1TD = x_TD[None].to(weight.dtype)
+            self._run(b, first + torch.arange(len(x_TD)), x_1TD, state, positions=True)
+        return state
+
+    def _position(self, b: int, column: Tensor | int) -> int:
+        return int(self.tokens.positions[b, column])
+
+    def _run(
+        self, b: int, columns: Tensor, x_1TD: Tensor, state: LayerState, shift: int = 0, positions: bool = False
+    ) -> Tensor:
+        """positions: `columns` holds positions, for rows that are none of the sequence's."""
+        mixer = self.mixer[0]
+        if not isinstance(mixer, Attention):
+            return mixer(x_1TD, None, state)
+        at_T = columns if positions else self.tokens.positions[b, columns]
+        cos, sin = rotary_angles(self.config, (at_T + shift)[None], x_1TD.dtype)
+        return mixer(x_1TD, cos, sin, None, state)
+
+
+@contextmanager
+def stepped(layer: Layer, plan: HandOver | None, restart: Restart, tokens: Any, config: Config) -> Iterator[None]:
+    """Inside, the layer's mixer runs by a plan; what its taps held is in `restart.seen`."""
+    if plan is None:
+        yield
+        return
+    name = "self_attn" if layer.kind == FULL else "linear_attn"
+    mixer = layer.get_submodule(name)
+    layer.register_module(name, _Stepped(layer, mixer, plan, restart, tokens, config))
+    try:
+        yield
+    finally:
+        layer.register_module(name, mixer)
