@@ -44,12 +44,12 @@ class Setting:
                     recorder.next_step()
                 here = ids[:, at : at + size]
                 at += size
-                recorder.meta["steps"].append(step_record(here, None, None, cache))
+                positions = torch.arange(at - size, at).expand_as(here)
+                recorder.meta["steps"].append(step_record(here, None, positions, cache))
                 copy = cache.clone() if step else Cache()
                 plant(step, cache, before)
                 before = copy
-                positions = torch.arange(at - size, at).expand_as(here) + (shift if step >= 2 else 0)
-                self.model(here, cache=cache, position_ids=positions)
+                self.model(here, cache=cache, position_ids=positions + (shift if step >= 2 else 0))
         return from_trace(recorder.trace)
 
     def compare(self, dump: Dump, truth: Trace | None = None) -> Comparison:
@@ -138,3 +138,26 @@ def test_fault_at_one_step_is_named(tiny: Setting, name: str) -> None:
 def test_runs_of_several_steps_pass(tiny: Setting) -> None:
     found = tiny.compare(tiny.run())
     assert found.exit_code == 0, found.verdict
+
+
+@pytest.mark.parametrize("name", ["state of an earlier step", "KV rows of the step before missing"])
+def test_fault_at_each_step_is_told_from_one_step(tiny: Setting, name: str) -> None:
+    layer, change = FAULTS[name]
+    if layer == ATTN:
+        change = kv(lambda x: x[:, :-1])
+        name = "last KV row missing"
+    found = tiny.compare(tiny.run(in_layer(layer, change, each=True)))
+    check(found, name, layer, "at step 2 and each after it (sequence 0, token 29 on")
+
+
+def test_one_row_of_a_batch(tiny: Setting) -> None:
+    layer, change = FAULTS["recurrent state not handed over"]
+    found = tiny.compare(tiny.run(in_layer(layer, change, row=1)))
+    check(found, "recurrent state not handed over", layer, "at step 2 (sequence 1, token 29 on)")
+
+
+@pytest.mark.parametrize(("shift", "name"), [(1, "positions one too high"), (-29, "positions restarted")])
+def test_positions(tiny: Setting, shift: int, name: str) -> None:
+    """The first layer of attention reads them; what the dump says of its positions is right."""
+    found = tiny.compare(tiny.run(shift=shift))
+    check(found, name, ATTN, "at step 2 (sequence 0, token 29 on")
