@@ -39,7 +39,7 @@ def cuts_of(alignment: Alignment, real_BT: Tensor) -> dict[int, list[Cut]]:
     """By sequence, where the steps of a dump begin. A prefix that was cached is a step of its own, -1."""
     found: dict[int, dict[int, int]] = {}
     index_BT = real_BT.long().cumsum(1) - 1
-    for step, table in sorted(alignment.where.items()):
+    for step, table in sorted(alignment.tokens_of.where.items()):
         for b in table[:, 1].unique().tolist():
             at = int(index_BT[b, table[table[:, 1] == b, 2]].min())
             found.setdefault(b, {})[at] = step
@@ -140,7 +140,7 @@ class _Foreign:
         own = self.cuts[b]
         number = next(i for i, cut in enumerate(own) if cut.at == at)
         step = own[number - 1].step if number else own[0].step
-        table, tokens = self.alignment.where.get(step), self.alignment.dump.tokens.get(step)
+        table, tokens = self.alignment.tokens_of.where.get(step), self.alignment.dump.tokens.get(step)
         if table is None or tokens is None:
             return step, []
         mine, all_rows = table[table[:, 1] == b, 0], set(table[:, 0].tolist())
