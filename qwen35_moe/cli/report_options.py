@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
+from ..errors import printable
 from ..oracle.judge.envelope import LIMIT
 from ..oracle.judge.records import Comparison
 from ..oracle.report import report
@@ -64,9 +66,15 @@ def limit(text: str) -> float:
 
 def show(result: Comparison, args: argparse.Namespace) -> int:
     print(report(result, width=args.width))
-    if args.json:
-        write(args.json, report(result, "json"))
-    if args.html:
-        write(args.html, report(result, "html"))
-        print(f"\n{args.html}")
-    return result.exit_code
+    code = result.exit_code
+    for path, form in ((args.json, "json"), (args.html, "html")):
+        if path is None:
+            continue
+        try:
+            write(path, report(result, form))
+            if form == "html":
+                print(f"\n{path}")
+        except Exception as error:  # the verdict stands
+            print(f"qwen35-moe: cannot write {printable(str(path))}: {printable(str(error))}", file=sys.stderr)
+            code = code or 2
+    return code

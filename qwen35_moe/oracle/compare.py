@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -157,14 +158,16 @@ def _compare(truth: Trace, dump: Dump, source: Source | None, options: CompareOp
         result.members = tuple(m.name for m in members)
         rerun = again([function, *members])
         places, cleared = suspects(captured, result.layers), set[Place]()
-        for layer, seen in rerun:
-            if layers is None or layer is None or layer in layers:
-                work.shared = rerun.shared
-                work.added(layer, seen)
-                seen = second_look(rerun, layer, work, seen)
-                accuse([r for r in work.records.values() if r.layer == layer], places, cleared)
-                if len(result.diagnoses) < options.diagnoses and (bad := work.guilty(layer, seen)):
-                    result.diagnoses.append(explain(rerun, layer, bad, work, seen))
+        with noted(result, "the layers that follow were not rerun"):
+            for layer, seen in rerun:
+                if layers is None or layer is None or layer in layers:
+                    work.shared = rerun.shared
+                    work.added(layer, seen)
+                    seen = second_look(rerun, layer, work, seen)
+                    accuse([r for r in work.records.values() if r.layer == layer], places, cleared)
+                    if len(result.diagnoses) < options.diagnoses and (bad := work.guilty(layer, seen)):
+                        with noted(result, "the diagnosis failed; the verdict stands", counts=False):
+                            result.diagnoses.append(explain(rerun, layer, bad, work, seen))
     else:
         result.members = (STORED,)
         result.notes.append("without the checkpoint: errors are inherited from all layers before, nothing is diagnosed")
@@ -187,6 +190,20 @@ def sequences_in(truth: Trace, rows: Sequence[Sequence[int]]) -> list[int]:
                               expected=f"ids {[ids[:6] for ids in real[:2]]}", do="trace these ids")  # fmt: skip
         found.append(some[0])
     return found
+
+
+@contextmanager
+def noted(result: Comparison, what: str, counts: bool = True) -> Iterator[None]:
+    """Whatever fails inside is said in the report, and takes no verdict with it. counts: it is a hole in what was
+    compared."""
+    try:
+        yield
+    except Exception as error:
+        said = str(error).partition("\n")[0] if isinstance(error, Qwen35Error) else f"{type(error).__name__}: {error}"
+        if counts:
+            result.problems.append(Qwen35Error(what, found=said[:200]))
+        else:
+            result.notes.append(f"{what}: {said[:200]}")
 
 
 def _finish(work: Work, stored: Mapping[str, Tensor], layers: Sequence[int] | None) -> None:
@@ -217,12 +234,17 @@ def _finish(work: Work, stored: Mapping[str, Tensor], layers: Sequence[int] | No
             "experts may legally be others; with moe_topk_ids in the dump, and the checkpoint, all are"
         )
     logits = next((k for k in work.alignment.keys if k.startswith("next_token_log")), None)
+    with noted(work.result, "what the logits mean could not be said", counts=False):
+        _judge_logits(work, stored, logits)
+
+
+def _judge_logits(work: Work, stored: Mapping[str, Tensor], logits: str | None) -> None:
     if logits is not None:
         pair = work.alignment.pair(logits)
         if pair.engine is not None:
             known = stored.get("next_token_logits")
             noise = None if known is None else Stored.of(known, work.index(pair)).error.max
-            work.result.logits = compare_logits(pair, noise, truth.ids)
+            work.result.logits = compare_logits(pair, noise, work.alignment.truth.ids)
 
 
 def _holes(alignment: Alignment) -> Iterator[str]:

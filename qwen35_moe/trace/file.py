@@ -43,6 +43,9 @@ TURN = re.compile(r"\.\d+$")  # how the key of a turn of a loop ends
 CHUNK_BYTES = 1 << 28  # a chunk is closed at a new layer, or here: bounds memory for the logits and for 397B layers
 
 
+DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+
 @dataclass(frozen=True)
 class Entry:
     """What is known of one tensor of a trace beside its values."""
@@ -144,8 +147,7 @@ class Trace(Mapping[str, Tensor]):
         path = in_utf8(path)
         head = _read_head(path, partial)
         entries = entries_of(head.get("tensors"), path / "trace.json")
-        if not isinstance(head.get("meta"), dict):
-            raise Qwen35Error("trace.json has no meta", where=path, expected="{...}", do="write the trace again")
+        _check_meta(head.get("meta"), path / "trace.json")
         lost = sorted({e.file for e in entries} - {p.name for p in path.iterdir()})
         if lost:
             raise Qwen35Error("trace has lost files", where=path, found=", ".join(lost), do="write the trace again")
@@ -185,13 +187,56 @@ def _read_head(path: Path, partial: bool) -> dict[str, Any]:
     return {"meta": {}, "tensors": [record for chunk in chunks for record in records_of(chunk)]}
 
 
+def _check_meta(meta: Any, where: Path) -> None:
+    """Error where what a trace says of its run has not the types that this module's docstring gives."""
+    if not isinstance(meta, dict):
+        raise Qwen35Error("trace.json has no meta", where=where, expected="{...}", do="write the trace again")
+    kinds = {"config": dict, "checkpoint": dict, "arithmetic": str, "fused": list, "layers": int, "steps": list}
+    for key, kind in kinds.items():
+        if meta.get(key) is not None and not isinstance(meta[key], kind):
+            raise _bad(where, f"meta.{key}", kind.__name__, meta[key])
+    for i, step in enumerate(meta.get("steps") or ()):
+        tables = [step.get(name) for name in ("ids", "positions", "mask")] if isinstance(step, dict) else [None]
+        if not all(map(_is_table, tables)) or len({(len(x), len(x[0])) for x in tables if x}) != 1:
+            raise _bad(where, f"meta.steps.{i}", "ids, positions and mask, each [B][T] whole numbers", step)
+
+
+def _is_table(x: Any) -> bool:
+    """Whether this is [B][T] of whole numbers that fit an int64."""
+    rows = isinstance(x, list) and bool(x) and all(isinstance(row, list) and len(row) == len(x[0]) for row in x)
+    return rows and all(type(i) is int and -(2**63) <= i < 2**63 for row in x for i in row)
+
+
+def _bad(where: Path, key: str, expected: str, found: Any) -> Qwen35Error:
+    what, do = f"trace.json: {key} is not what it should be", "write the trace again"
+    return Qwen35Error(what, where=where, expected=expected, found=repr(found)[:100], do=do)
+
+
+_KINDS = {
+    "key": str, "name": str, "dims": str, "dtype": str, "file": str, "part": str, "step": int, "layer": int | None,
+    "expert": int | None,
+}  # fmt: skip
+
+
 def entries_of(records: Any, where: Path) -> list[Entry]:
-    """Entries from their records in JSON."""
+    """Entries from their records in JSON. Error: a field of another type, a file that is not beside the trace."""
     try:
-        return [Entry(**{**record, "shape": tuple(record["shape"])}) for record in records]
+        entries = [Entry(**{**record, "shape": tuple(record["shape"])}) for record in records]
     except (TypeError, KeyError) as error:
         what, expected = "no records of tensors", "a list of {key, name, dims, dtype, shape, ...}"
         raise Qwen35Error(what, where=where, expected=expected, found=error, do="write the trace again") from error
+    for entry in entries:
+        for key, kind in _KINDS.items():
+            value = entry.__dict__[key]
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise _bad(where, f"{key} of a tensor", str(kind), value)
+        if not all(type(n) is int and n >= 0 for n in entry.shape) or entry.step < 0:
+            raise _bad(where, f"shape or step of {entry.key}", "whole numbers", [entry.shape, entry.step])
+        if entry.dtype not in DTYPES:
+            raise _bad(where, f"dtype of {entry.key}", ", ".join(DTYPES), entry.dtype)
+        if entry.file and not _CHUNK.fullmatch(entry.file):
+            raise _bad(where, f"file of {entry.key}", "00000.safetensors, ...", entry.file)
+    return entries
 
 
 def records_of(chunk: Path) -> Any:

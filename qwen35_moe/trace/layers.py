@@ -98,7 +98,7 @@ def trace_layers(
         (out / RESUME).unlink(missing_ok=True)
     if recorder.first_nan:
         of = f" of {label}" if label else ""
-        print(f"qwen35-moe: the trace{of} holds NaN, from {recorder.first_nan} on", file=sys.stderr)
+        print(f"qwen35-moe: the trace{of} holds NaN or infinity, from {recorder.first_nan} on", file=sys.stderr)
     used |= before  # by prompts that the same model was run on
     return Trace.open(out), model.source.checkpoint.report(aside)
 

@@ -84,8 +84,8 @@ class Recorder:
         (self._writer or self.trace).add(entry, x.detach().clone())
 
     def look(self, key: str, x: Tensor) -> None:
-        """Whether this is the first value that holds NaN."""
-        if not self.first_nan and x.is_floating_point() and bool(x.isnan().any()):
+        """Whether this is the first value that holds NaN or infinity."""
+        if not self.first_nan and x.is_floating_point() and not bool(x.isfinite().all()):
             self.first_nan = key
 
     def next_step(self) -> None:

@@ -92,9 +92,15 @@ class Alignment:
         truth = torch.empty(0)
         try:
             truth = joined(self.truth, key)
-            return self._rows(key, truth) if per_token(key) else self._whole(key, truth)
-        except Qwen35Error as error:
-            return Pair(key, truth, None, torch.empty(0, 2), problem=str(error))
+            pair = self._rows(key, truth) if per_token(key) else self._whole(key, truth)
+            if not pair.truth.sum().isfinite() and not pair.truth.isfinite().all():
+                raise Qwen35Error("the truth itself holds NaN or infinity here", where=key)
+            return pair
+        except Exception as error:  # one odd tensor costs its own tap
+            said = (
+                str(error) if isinstance(error, Qwen35Error) else f"cannot be compared: {type(error).__name__}: {error}"
+            )
+            return Pair(key, truth, None, torch.empty(0, 2), problem=said)
 
     def _rows(self, key: str, truth: Tensor) -> Pair:
         """Values of tokens, from all steps."""

@@ -49,6 +49,43 @@ class Piece:
         return cls(raw, load, layer=layer if found is None else found, path=path, part=part, **fields)
 
 
+def plain_values(x: Any, where: str) -> Tensor:
+    """A tensor of a stranger's file as plain values: no gradient, no float8. Error: what has no values here."""
+    if not isinstance(x, Tensor):
+        raise Qwen35Error("not a tensor", where=where, found=type(x).__name__)
+    odd = (
+        "sparse"
+        if x.layout != torch.strided
+        else "quantised"
+        if x.is_quantized
+        else "complex"
+        if x.is_complex()
+        else ""
+    )
+    if odd or x.is_meta:
+        do = "dump plain values of it"
+        raise Qwen35Error("a tensor without plain values", where=where, found=odd or "on the meta device", do=do)
+    x = x.detach()
+    return x.to(torch.float32) if x.is_floating_point() and x.element_size() == 1 else x
+
+
+def _fenced(piece: Piece) -> Callable[[], Tensor]:
+    """The piece's `load`, whose every failure is an error about this piece, so that it costs its own tap."""
+    load, where = piece.load, piece.where or piece.raw
+
+    def fenced() -> Tensor:
+        try:
+            return plain_values(load(), where)
+        except Qwen35Error:
+            raise
+        except Exception as error:
+            do = "dump again, or delete the file to go on without it"
+            found = f"{type(error).__name__}: {error}"[:200]
+            raise Qwen35Error("tensor cannot be read", where=where, found=found, do=do) from error
+
+    return fenced
+
+
 @dataclass
 class Tokens:
     """The tokens of one step, flat in the order of the rows. `batch` is (B, T) for padded batches, with `mask`."""
@@ -119,6 +156,8 @@ class Dump(Mapping[str, Tensor]):
         self._dtypes: dict[tuple[str, int], torch.dtype] = {}
         self.drafts = mark(pieces, config)
         self.fused = {} if family == "transformers" else fused_layers(pieces, self.sizes, named=format != "atom")
+        for piece in (*pieces, *self.weights.values()):
+            piece.load = _fenced(piece)
         for pieces_of_one in _groups(pieces).values():
             self._place(sorted(pieces_of_one, key=lambda p: p.rank))
         self.sources = dict(self.sources)

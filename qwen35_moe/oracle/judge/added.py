@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -73,14 +74,28 @@ class Work:
         for key in [k for k in seen[0] if k in self.alignment.keys and base_name(k) not in IDS]:
             if key in self.records:
                 continue
-            pair = self.alignment.pair(key)
-            truth, *members = (self.rows(s[key], pair) for s in seen if key in s)
-            name, exclude = base_name(key), None
-            if name in ROUTED:
-                exclude = loose
-            elif name in READ_STREAM and key.removesuffix(name) + READ_STREAM[name] not in self.alignment.keys:
-                exclude = self.loose.get((len(self.result.layers) if layer is None else layer) - 1)
-            self._judge(key, layer, pair, truth, members, exclude)
+            with self.fenced(key, layer):
+                self._added(key, layer, seen, loose)
+
+    def _added(self, key: str, layer: int | None, seen: Sequence[dict[str, Tensor]], loose: Tensor | None) -> None:
+        pair = self.alignment.pair(key)
+        truth, *members = (self.rows(s[key], pair) for s in seen if key in s)
+        name, exclude = base_name(key), None
+        if name in ROUTED:
+            exclude = loose
+        elif name in READ_STREAM and key.removesuffix(name) + READ_STREAM[name] not in self.alignment.keys:
+            exclude = self.loose.get((len(self.result.layers) if layer is None else layer) - 1)
+        self._judge(key, layer, pair, truth, members, exclude)
+
+    @contextmanager
+    def fenced(self, key: str, layer: int | None) -> Iterator[None]:
+        """Whatever fails inside costs this tap, and no other: it is "not comparable", with the reason."""
+        try:
+            yield
+        except Exception as error:
+            said = str(error) if isinstance(error, Qwen35Error) else f"{type(error).__name__}: {error}"
+            note = f"could not be judged: {said}"[:300]
+            self.records[key] = Record(key, "not comparable", block_of(key), layer, note=note)
 
     def owners(self, key: str, x: Tensor) -> Tensor | None:
         """[n] the rank of each column of x, where that is known."""

@@ -53,7 +53,8 @@ def inherited(work: Work, stored: Mapping[str, Tensor]) -> None:
         )  # fmt: skip
     for key, first_B in _first_others(work, stored):
         if base_name(key) not in IDS and (HEAD if key == LOG_P else key) in stored:
-            work.records[key] = _judge(work, key, stored, first_B)
+            with work.fenced(key, layer_of(key)):
+                work.records[key] = _judge(work, key, stored, first_B)
 
 
 def _first_others(work: Work, stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -75,7 +76,8 @@ def _first_others(work: Work, stored: Mapping[str, Tensor]) -> Iterator[tuple[st
                 b, t = pair.rows[differ].unbind(1)
                 chosen_B, of = chosen_B.scatter_reduce(0, b, t, "amin"), layer
             if key not in work.records:
-                _judge_ids(work, key, pair, layer, stored)
+                with work.fenced(key, layer):
+                    _judge_ids(work, key, pair, layer, stored)
         yield key, first_B
 
 

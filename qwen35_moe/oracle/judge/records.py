@@ -206,8 +206,16 @@ class Comparison:
         """0: all that was compared agrees; 1: something diverges; 2: it could not be compared, in part or at all."""
         if self.diverges:
             return 1
-        incomplete = self.summary["not comparable"] or self.holes or self.problems
+        incomplete = self.summary["not comparable"] or self.holes or self.problems or self.unsaid
         return 2 if incomplete or not self.compared or (self.absent and not self.partial) else 0
+
+    @property
+    def unsaid(self) -> list[str]:
+        """Figures that are NaN: what they are of was not judged."""
+        figures = [(r.key, x) for r in self.records for x in (r.added, r.inherited, r.rel)]
+        if self.logits is not None:
+            figures += [("logits", x) for x in asdict(self.logits).values() if isinstance(x, float)]
+        return [key for key, x in figures if x is not None and x != x]
 
     @property
     def verdict(self) -> str:
@@ -229,10 +237,11 @@ class Comparison:
         strange = f"; {len(self.unknown)} names of the dump are unknown" if len(self.unknown) > self.compared else ""
         some = f" on {self.tokens[0]} of {self.tokens[1]} tokens" if self.absent else ""
         agrees = f"AGREES{some}: {self.compared} taps within rounding{strange}"
-        if counts["not comparable"] or self.holes or self.problems:
+        if counts["not comparable"] or self.holes or self.problems or self.unsaid:
             parts = [f"{counts['not comparable']} taps not comparable" if counts["not comparable"] else "",
                      f"{len(self.holes)} taps dumped for other layers only" if self.holes else "",
-                     f"{len(self.problems)} problems" if self.problems else ""]  # fmt: skip
+                     f"{len(self.problems)} problems" if self.problems else "",
+                     f"figures of {self.unsaid[0]} are NaN" if self.unsaid else ""]  # fmt: skip
             return f"INCOMPLETE: {', '.join(p for p in parts if p)}; {self.compared} taps agree{some}"
         return agrees if self.exit_code == 0 else f"{agrees}; not compared: {', '.join(self.absent)}"
 

@@ -1,0 +1,165 @@
+"""One odd tensor costs its own tap: whatever a dump holds, there is a verdict, and only a verdict exits with 1."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import qwen35_moe as q
+from qwen35_moe.cli.main import main
+from qwen35_moe.oracle import compare as comparing
+from qwen35_moe.oracle.dumps.dump import plain_values
+from qwen35_moe.trace.file import Trace
+
+Build = Callable[[str], Path]
+IDS = (torch.arange(12) * 7919 % 251)[None]
+
+
+@pytest.fixture(scope="module")
+def files(built: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A truth and a clean dump of an engine."""
+    folder = tmp_path_factory.mktemp("fences")
+    q.write_truth(built("tiny"), IDS, folder / "truth")
+    q.play_engine(built("tiny"), IDS, folder / "dump")
+    return folder
+
+
+def saved(files: Path, tmp_path: Path, change: Callable[[Tensor], Any], tap: str = "mlp_output") -> Path:
+    """The dump, one tensor of layer 1 changed."""
+    shutil.copytree(files / "dump", tmp_path / "dump")
+    file = next((tmp_path / "dump").glob(f"*name={tap}___layer_id=1.pt"))
+    held = torch.load(file, weights_only=True)
+    torch.save({**held, "value": change(held["value"])}, file)
+    return tmp_path / "dump"
+
+
+def verdict(files: Path, dump: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
+    code = main(["compare", str(files / "truth"), str(dump), *more])
+    said = capsys.readouterr()
+    assert "a bug in qwen35-moe" not in said.err
+    return code, said.out + said.err
+
+
+ODD: dict[str, Callable[[Tensor], Any]] = {
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "requires grad": lambda x: x.float().requires_grad_(),
+    "sparse": lambda x: x.float().to_sparse(),
+    "complex": lambda x: x.to(torch.complex64),
+    "bool": lambda x: x > 0,
+    "no tensor": lambda x: [1, 2],
+    "a string": lambda x: "tensor",
+    "empty": lambda x: x[:0],
+    "no dimension": lambda x: x.flatten()[0],
+    "eight dimensions": lambda x: x.reshape(1, 1, 1, 1, 1, 1, *x.shape[-2:]),
+    "one row": lambda x: x[:1],
+    "one column": lambda x: x[..., :1],
+}
+
+
+def test_clean_agrees(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verdict(files, files / "dump", capsys)[0] == 0
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_tensor_costs_its_own_tap(odd: str, files: Path, tmp_path: Path, built: Build) -> None:
+    dump = saved(files, tmp_path, ODD[odd])
+    found = q.compare(files / "truth", dump, built("tiny"), members=[q.arithmetic.get("sglang-bf16")], diagnoses=0)
+    expected = {"requires grad": 0, "float8": 1, "eight dimensions": 0}
+    assert found.exit_code == expected.get(odd, 2), found.verdict
+    judged = {r.key: r.cls for r in found.records}
+    assert judged["layers.1.attn_output"] in ("bit-equal", "within rounding")
+    unread = {"no tensor": "missing", "a string": "missing"}.get(odd, "not comparable")
+    assert (judged["layers.1.mlp_output"] == unread) == (odd not in expected)
+
+
+@pytest.mark.parametrize("tap", ["mlp_output", "attn_output", "moe_router_logits", "layer_input", "moe_topk_weights"])
+def test_nan_in_one_row_of_a_right_engine_diverges(
+    tap: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoilt(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[3] = torch.nan
+        return x
+
+    code, said = verdict(files, saved(files, tmp_path, spoilt, tap), capsys)
+    layer = 0 if tap == "layer_input" else 1  # which the layer before hands on
+    assert code == 1 and f"layer {layer}" in said and "Traceback" not in said
+
+
+def test_a_diagnosis_that_fails_takes_no_verdict(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparing, "explain", lambda *_: 1 / 0)
+    code, said = verdict(files, saved(files, tmp_path, lambda x: x * 3), capsys)
+    assert code == 1 and "the diagnosis failed; the verdict stands" in " ".join(said.split())
+
+
+def test_infinity_on_both_sides_never_agrees(files: Path, built: Build, tmp_path: Path) -> None:
+    truth = Trace.open(files / "truth")
+    held = {key: truth[key] for key in truth}
+    held["layers.1.mlp_output"] = held["layers.1.mlp_output"].clone()
+    held["layers.1.mlp_output"][3] = math.inf
+    same = Trace(dict(truth.sites), truth.meta, memory=held)
+    found = q.compare(same, q.read_dump(files / "dump", config=truth.meta["config"]), built("tiny"))
+    assert found.exit_code != 0
+    logits = held["next_token_logits"].clone()
+    logits[0, 3, 5] = math.inf
+    held |= {"next_token_logits": logits}
+    found = q.compare(Trace(dict(truth.sites), truth.meta, memory=held), files / "dump", built("tiny"))
+    assert found.exit_code != 0
+
+
+def test_a_page_that_cannot_be_written_keeps_the_verdict(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> str:
+        raise ValueError("no page")
+
+    monkeypatch.setattr("qwen35_moe.cli.report_options.write", broken)
+    code, said = verdict(files, files / "dump", capsys, "--html", str(tmp_path / "page.html"))
+    assert code == 2 and "AGREES" in said and "cannot write" in said
+
+
+@pytest.mark.parametrize(
+    "x", [torch.zeros(2, device="meta"), torch.zeros(2).to_sparse(), torch.zeros(2, dtype=torch.cfloat)]
+)
+def test_what_has_no_plain_values_is_one_error(x: Tensor) -> None:
+    with pytest.raises(q.Qwen35Error, match="plain values"):
+        plain_values(x, "here")
+
+
+MEANINGLESS: list[tuple[str, Any]] = [
+    ("meta", []), ("meta", {"steps": 3}), ("meta", {"steps": [{}]}), ("meta", {"steps": [{"ids": "x"}]}),
+    ("meta.steps", [{"ids": [[1, 2]], "positions": [[0]], "mask": [[1, 1]]}]), ("meta.steps", []),
+    ("meta.config", "no"), ("meta.checkpoint", 3), ("meta.arithmetic", 7), ("meta.arithmetic", "nobody's"),
+    ("meta.fused", "yes"), ("tensors", {}), ("tensors", [1]), ("tensors.0.shape", "x"), ("tensors.0.file", "../x"),
+    ("tensors.0.file", 5), ("tensors.0.key", 5), ("tensors.0.layer", "a"), ("tensors.0.dtype", None),
+    ("version", 2), ("format", None), ("tensors.0.name", []), ("tensors.0.step", -1), ("tensors.0.extra", 1),
+    ("meta.steps", [{"ids": [[2**70]], "positions": [[0]], "mask": [[1]]}]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("where", "value"), MEANINGLESS, ids=[f"{w}={v}" for w, v in MEANINGLESS])
+def test_a_trace_edited_by_hand_is_one_clear_error(
+    where: str, value: Any, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth = tmp_path / "truth"
+    shutil.copytree(files / "truth", truth)
+    head = json.loads((truth / "trace.json").read_text())
+    *path, last = where.split(".")
+    place = head
+    for name in path:
+        place = place[int(name) if name.isdigit() else name]
+    place[last] = value
+    (truth / "trace.json").write_text(json.dumps(head))
+    code = main(["compare", str(truth), str(files / "dump")])
+    said = capsys.readouterr()
+    assert code == 2 and "a bug in qwen35-moe" not in said.err and "Traceback" not in said.err
