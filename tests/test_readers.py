@@ -92,7 +92,7 @@ def test_transformers_files(real: Path, fixture_truth: Trace, folder: str, taps:
 
 
 def test_transformers_live() -> None:
-    """Padded batch; then prefill and decode steps with a cache, whose scores have other widths and are said to."""
+    """Padded batch; then prefill and decode steps with a cache, whose scores have as many columns as keys by then."""
     ours = read_fixture("bf16-hub", torch.float64)[0]
     theirs = load_transformers(Path(__file__).parent / "data/fixtures/bf16-hub", torch.float32)
     ids = torch.tensor([SEQUENCES[0], SEQUENCES[1] + [0, 0]])
@@ -106,9 +106,7 @@ def test_transformers_live() -> None:
     assert len(alignment.keys) == 98 and alignment.matched == 12 and not alignment.extra
     assert worst(alignment) < tolerances.TRANSFORMERS_TAPS_FLOAT32
     alignment = align(steps, trace(ours, ids[:1]))
-    assert alignment.matched == 7
-    assert [p.key for p in alignment if p.problem] == ["layers.3.attn_probs"]
-    alignment.keys.remove("layers.3.attn_probs")
+    assert alignment.matched == 7 and "layers.3.attn_probs" in alignment.keys
     assert worst(alignment) < tolerances.TRANSFORMERS_TAPS_FLOAT32
 
 
@@ -149,7 +147,7 @@ def test_truth_in_steps_too(model, truth: Trace) -> None:
     steps, whole = trace(model, ids, cache=Cache(), chunks=[4, 2, 1]), trace(model, ids)
     for dump, other in ((from_trace(steps), whole), (from_trace(whole), steps)):
         alignment = align(dump, other)
-        alignment.keys = [k for k in alignment.keys if not k.endswith(("attn_qk", "attn_scores", "attn_probs"))]
+        alignment.keys = [k for k in alignment.keys if not k.endswith(("attn_qk", "attn_scores"))]  # of later keys too
         assert alignment.matched == 7 and worst(alignment) < tolerances.ENGINE_LIKE
 
 

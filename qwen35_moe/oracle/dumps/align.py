@@ -19,6 +19,7 @@ from ...trace.file import TURN, Trace
 from ..judge.log_p import LOG_P, log_p
 from .dump import Dump
 from .match import Matched, match
+from .scores import scores
 
 # Where a tap is not in the dump but another holds it: in its first columns, or in the one that is appended to them.
 INSTEAD = {
@@ -27,6 +28,7 @@ INSTEAD = {
     "moe_shared_gate": ("moe_slot_weights", True),
     "moe_shared_gate_logit": ("moe_router_logits", True),  # ATOM has one product for both
 }
+STATES = ("gdn_state", "gdn_conv_state")
 BESIDE = {
     "moe_slot_ids": "moe_topk_ids",
     "moe_slot_weights": "moe_topk_weights",
@@ -106,11 +108,15 @@ class Alignment:
         """Values of tokens, from all steps."""
         B, T = truth.shape[:2]
         source, columns = _source(self.dump, self.truth, key)
+        dims = TAPS[base_name(key)].dims if base_name(key) in TAPS else ""
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
         rows: list[Tensor] = []
         for step in sorted(set(self.dump.sources[source]) & set(self.tokens_of.where)):
-            x = self.dump.read(source, step)[:, columns]
+            if dims == "b n t s" and self.dump.tokens[step].batch is not None:
+                x = scores(self.dump, self.tokens_of.where, source, step, truth)
+            else:
+                x = self.dump.read(source, step)[:, columns]
             if theirs and x.shape[1] != theirs[0].shape[1]:
                 raise Qwen35Error(f"misshapen: {x.shape[1]} features in step {step}, {theirs[0].shape[1]} before")
             table = self._table(x, source, step)
@@ -140,7 +146,7 @@ class Alignment:
 
     def _whole(self, key: str, truth: Tensor) -> Pair:
         """Values that are not of one token, as they were last: states, parameters. Compared if their shapes agree."""
-        step = max(self.dump.sources[key])
+        step = max(set(self.dump.sources[key]) & set(self.tokens_of.where), default=max(self.dump.sources[key]))
         x = self.dump.read(key, step)
         if x.shape != truth.shape:
             raise Qwen35Error(f"misshapen: {list(x.shape)} against {list(truth.shape)}")
@@ -170,6 +176,9 @@ def align(dump: Dump, truth: Trace, only: list[int] | None = None) -> Alignment:
     hit = torch.zeros_like(mask)
     for table in where.values():
         hit[table[:, 1], table[:, 2]] = True
+    if early := [k for k in keys if base_name(k) in STATES and not _after_last_token(dump, truth, matched, k)]:
+        keys = [key for key in keys if key not in early]
+        notes.append(f"{len(early)} states were not compared: they are not those after the truth's last tokens")
     common = set(keys)
     missing = [key for key in names if key not in common]
     extra = [key for key in dump.sources if key not in used and not TURN.search(key)]
@@ -204,6 +213,17 @@ def _settle_fusion(dump: Dump, truth: Trace, where: dict[int, Tensor]) -> list[s
     return [f"the experts' output of {len(settled)} layers was taken for the block's, which it is nearer to"]
 
 
+def _after_last_token(dump: Dump, truth: Trace, matched: Matched, key: str) -> bool:
+    """Whether a state was dumped where all sequences of the truth end, and not before or behind."""
+    step = max(dump.sources[key])
+    if step not in matched.ends or not any(t.ids is not None for t in dump.tokens.values()):
+        return not matched.ends or step == max(matched.ends)
+    real = truth.mask.bool()
+    last = torch.where(real.any(1), real.shape[1] - 1 - real.flip(1).int().argmax(1), -1)
+    b, t = matched.ends[step][:, 1:].unbind(1)
+    return bool((b >= 0).all() and (t == last[b]).all())
+
+
 def joined(truth: Trace, key: str) -> Tensor:
     """A tap of the truth over all its steps: [B, T, ...] for values of tokens, else that of the last step."""
     if key == LOG_P:
@@ -215,7 +235,8 @@ def joined(truth: Trace, key: str) -> Tensor:
     B = len(truth.steps[0]["ids"])
     parts = [truth[k] for k in keys]
     if TAPS[base_name(key)].dims == "b n t s":
-        parts = [x.movedim(2, 1) for x in parts]
+        S = max(x.shape[3] for x in parts)  # a step has no scores of the keys after it
+        parts = [torch.nn.functional.pad(x, (0, S - x.shape[3])).movedim(2, 1) for x in parts]
     elif not TAPS[base_name(key)].dims.startswith("b "):
         parts = [x.unflatten(0, (B, -1)) for x in parts]
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]

@@ -64,6 +64,11 @@ class TransformersCapture:
             if isinstance(ids, Tensor):
                 positions = kwargs.get("position_ids")
                 self.tokens[self.step] = _batch_tokens(ids, kwargs.get("attention_mask"), positions)
+        known, given = self.tokens.get(self.step), kwargs.get("position_ids")
+        if (
+            known is not None and known.positions is None and isinstance(given, Tensor)
+        ):  # the model's own, for its layers
+            known.positions = _flat_positions(given, known.batch)
         for index, value in (*enumerate(args), *kwargs.items()):
             self._keep(f"{name}.inputs.{index}", value)
 
@@ -158,7 +163,13 @@ def _batch_tokens(ids: Tensor, mask: Tensor | None = None, positions: Tensor | N
     """Tokens of a [B, T] batch. A mask may cover cached tokens too: its last T columns count."""
     B, T = ids.shape
     real = torch.ones(B, T, dtype=torch.bool) if mask is None else mask[:, -T:].bool()
+    return Tokens(ids.flatten(), _flat_positions(positions, (B, T)), batch=(B, T), mask=real.flatten())
+
+
+def _flat_positions(positions: Tensor | None, batch: tuple[int, int] | None) -> Tensor | None:
+    """[B * T] of position ids [B, T], or those of text, height and width [3, B, T]; None for other shapes."""
     if positions is not None and positions.dim() == 3:
         positions = positions[0]
-    flat = None if positions is None else positions.expand(B, T).flatten()
-    return Tokens(ids.flatten(), flat, batch=(B, T), mask=real.flatten())
+    if positions is None or batch is None or positions.dim() != 2 or positions.shape[1] != batch[1]:
+        return None
+    return positions.expand(batch).flatten().clone()

@@ -66,7 +66,7 @@ def _read_hidden(path: Path, files: list[Path], config: Any, layers: list[int] |
         if layers is None and (last is None or count not in (last, last + 1)):
             do = "give --layer-ids, as in eagle_aux_hidden_state_layer_ids"
             raise Qwen35Error("layers of these hidden states are not known", where=file, found=count, do=do)
-        numbers = list(range(count)) if layers is None else layers
+        numbers = list(range(count)) if layers is None else sorted(layers)  # as vLLM writes them, whatever was asked
         known = set(numbers) if last is None else set(range(last + 1))
         if len(numbers) != count or len(set(numbers) & known) != count:
             expected = f"{count} different layer ids" + ("" if last is None else f", 0 to {last}")
