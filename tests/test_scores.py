@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import tolerances
 import torch
 from engine_like import padded_truth, tiny_model
+from fixture_models import read as read_fixture
 
 from qwen35_moe.oracle.dumps.align import align
 from qwen35_moe.oracle.dumps.dump import Dump, Piece, Tokens
+from qwen35_moe.oracle.dumps.readers.transformers import TransformersCapture
+from qwen35_moe.oracle.dumps.sequences import sequences_of
+from qwen35_moe.run.prompt import padded
 from qwen35_moe.trace.file import Trace
+from qwen35_moe.trace.recorder import trace
+from tests.peers.transformers_model import load_transformers, quiet
 
 SEQUENCES = [[5, 9, 200, 7, 31, 8, 77], [5, 9, 4, 250, 3]]
 KEY = "layers.3.attn_probs"
@@ -65,3 +74,21 @@ def test_a_cache_that_grows_and_one_that_was_made_at_once(truth: Trace, places: 
         x = torch.nn.functional.pad(truth[KEY][:, :, start:stop, :stop], (0, (places or stop) - stop))
         steps.append((Tokens(ids.flatten(), at.flatten(), batch=(2, stop - start), mask=real.flatten()), x))
     assert agree(dump_of(*steps), truth)
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 3}])
+def test_generate_of_transformers(options: dict[str, int]) -> None:
+    """All that a clean generate() computes is compared: padded on the left, or its prompt in chunks."""
+    ours = read_fixture("bf16-hub", torch.float64)[0]
+    theirs = load_transformers(Path(__file__).parent / "data/fixtures/bf16-hub", torch.float32)
+    ids = torch.tensor([SEQUENCES[0], [0, 0, *SEQUENCES[1]]][: 1 if options else 2])
+    mask = torch.tensor([[1] * 7, [0] * 2 + [1] * 5][: len(ids)])
+    with quiet(), TransformersCapture(theirs) as capture, torch.no_grad():
+        theirs.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=0, **options)
+    rows, real = padded(sequences_of(capture.dump()))
+    alignment = align(capture.dump(), trace(ours, rows, attention_mask=real))
+    assert (alignment.matched, len(alignment.keys)) == (9 if options else 16, 98) and not alignment.tokens_of.absent
+    for pair in alignment:
+        assert pair.engine is not None, (pair.key, pair.problem)
+        error = (pair.truth - pair.engine).abs().max() / pair.truth.abs().max()
+        assert error < tolerances.TRANSFORMERS_TAPS_FLOAT32, pair.key
