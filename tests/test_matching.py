@@ -17,6 +17,8 @@ from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.oracle.dumps.runs import Run, runs
 from qwen35_moe.oracle.dumps.sequences import sequences_of
 from qwen35_moe.oracle.judge.positions import engine_positions, judge_positions
+from qwen35_moe.oracle.judge.records import Comparison, Record
+from qwen35_moe.oracle.report import report
 from qwen35_moe.trace.file import Trace
 
 SEQUENCES = [[5, 9, 200, 7, 31, 8, 77], [5, 9, 4, 250, 3]]
@@ -79,6 +81,8 @@ def test_a_window_of_drafts_counts_up_to_its_last_right_token(truth: Trace) -> N
     found = matched(truth, *steps)
     assert not found.absent and "3 tokens after the last right one" in found.notes[0]
     assert [len(found.where[s]) for s in range(4)] == [8, 1, 2, 1]
+    assert found.starts(torch.tensor([[0, 6], [0, 4], [1, 2]])) == [(0, 4, "first after a rejected draft"), (1, 2, "")]
+    assert found.firsts[0, 3] == "first of a step" and found.firsts[1, 0] == "first of its sequence"
     assert found.ends[1].tolist() == [[0, -1, -1]] and found.ends[3].tolist() == [[0, 0, 6]]
     assert [row.tolist() for row in sequences_of(dump_of(steps))][1] == b
 
@@ -115,6 +119,24 @@ def test_packed_rows_are_split_where_positions_go_back(truth: Trace) -> None:
     found = matched(truth, packed)
     assert not found.absent and found.where[0][:, 1].tolist() == [0] * 7 + [1] * 5
     assert [row.tolist() for row in sequences_of(dump_of([packed]))] == SEQUENCES
+
+
+def test_the_first_bad_row_is_told(truth: Trace) -> None:
+    """Text, page and JSON say where in each sequence a tap begins to be wrong, and what that token is the first of."""
+    rows = torch.tensor([[0, *SEQUENCES[1]], [*SEQUENCES[0][:6]]])
+    mask = torch.tensor([[False] + [True] * 5, [True] * 6])
+    positions = torch.tensor([[0, 0, 1, 2, 3, 4], list(range(6))])
+    left = Tokens(rows.flatten(), positions.flatten(), batch=(2, 6), mask=mask.flatten())
+    found = matched(truth, left, Tokens(torch.tensor([77]), torch.tensor([6])))
+    assert found.firsts == {(1, 0): "first after padding", (0, 0): "first of its sequence", (0, 6): "first of a step"}
+    cached = matched(truth, flat((3, SEQUENCES[0][3:]), (0, SEQUENCES[1])))
+    assert cached.firsts[0, 3] == "first after a cached prefix"
+    starts = found.starts(torch.tensor([[1, 0], [1, 1], [0, 6]]))
+    record = Record("layers.0.mlp_output", "wrong", "mlp", 0, 9.0, bad_rows=3, rows=12, worst=(1, 1), starts=starts)
+    result = Comparison([record])
+    said = "first bad row: sequence 0, token 6 (first of a step), sequence 1, token 0 (first after padding); worst row"
+    assert said in " ".join(report(result).split()) and said in report(result, "html")
+    assert '"starts": [[0, 6, "first of a step"]' in report(result, "json")
 
 
 def test_a_step_that_nothing_divides(truth: Trace) -> None:

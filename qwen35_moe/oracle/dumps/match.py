@@ -27,6 +27,7 @@ class Matched:
     ends       step -> [runs, 3]: run, and b, t of its last token, or -1 where that is none of the truth's
     positions  [n, 4]: b, t, the truth's position, the dump's
     absent     parts of the truth that the dump does not hold, in words
+    firsts     (b, t) of the first token of each run -> what it is the first of, in words
     """
 
     where: dict[int, Tensor] = field(default_factory=dict)
@@ -34,6 +35,14 @@ class Matched:
     notes: list[str] = field(default_factory=list)
     positions: Tensor = field(default_factory=lambda: NO_TOKENS)
     absent: list[str] = field(default_factory=list)
+    firsts: dict[tuple[int, int], str] = field(default_factory=dict)
+
+    def starts(self, rows: Tensor) -> list[tuple[int, int, str]]:
+        """(b, t, what that token is the first of) where each sequence of rows [n, 2] begins."""
+        first: dict[int, int] = {}
+        for b, t in rows.long().tolist():
+            first[b] = min(t, first.get(b, t))
+        return [(b, t, self.firsts.get((b, t), "")) for b, t in sorted(first.items()) if t >= 0]
 
 
 def match(dump: Dump, truth: Trace, only: list[int] | None = None) -> Matched:
@@ -71,6 +80,8 @@ class Matching:
         self.last: dict[int, list[list[int]]] = {}
         self.compared: list[Tensor] = [NO_TOKENS]
         self.strange: list[Run] = []
+        self.firsts: dict[tuple[int, int], str] = {}
+        self.drafted: set[int] = set()  # sequences whose last run ended in rejected tokens
         self.beyond = self.rejected = 0
 
     def place(self, run: Run) -> None:
@@ -84,8 +95,10 @@ class Matching:
                 break
             if self.filled[b] == 0 and at:
                 self.cached[b] = at
+            self._name_first(left, b, at)
             self._take(left, b, at, n)
             self.filled[b] = at + n
+            self.drafted.discard(b)
             if run.request is not None:
                 self.owner[run.request] = b
             left = left.after(n)
@@ -103,6 +116,20 @@ class Matching:
             self.strange.append(run)
         else:
             self.rejected += len(left)
+            if not run.undivided:
+                self.drafted.add(b)
+
+    def _name_first(self, run: Run, b: int, at: int) -> None:
+        """What the first token of a run is the first of."""
+        tokens, row = self.dump.tokens[run.step], int(run.rows[0])
+        in_row = row % tokens.batch[1] if tokens.batch is not None else 0
+        padded = in_row > 0 and tokens.mask is not None and not bool(tokens.mask[row - 1])
+        words = (
+            "padding" if padded else "a rejected draft" if b in self.drafted else
+            "a cached prefix" if at and not self.filled[b] else ""
+        )  # fmt: skip
+        of = f"first after {words}" if words else "first of a step" if at else "first of its sequence"
+        self.firsts.setdefault((b, int(self.real[b][at])), of)
 
     def second_chance(self) -> None:
         """What fits nowhere as a whole counts up to its last right token, where no other run has these tokens."""
@@ -172,7 +199,7 @@ class Matching:
         notes += [f"the first {n} tokens of sequence {b} were cached" for b, n in enumerate(self.cached) if n]
         where = {step: torch.cat(tables) for step, tables in self.tables.items()}
         ends = {step: torch.tensor(self.last[step]) for step in where}
-        return Matched(where, ends, notes, torch.cat(self.compared), list(self._absent()))
+        return Matched(where, ends, notes, torch.cat(self.compared), self._absent(), self.firsts)
 
     def _absent(self) -> list[str]:
         found = []

@@ -145,6 +145,7 @@ class Work:
         bad = verdict.ratios > self.limit
         record.bad_rows = int(bad.sum())
         if record.bad:
+            record.starts = self.alignment.tokens_of.starts(pair.rows[keep][bad])
             record.where = wrong_columns(x[bad], truth[bad], self.owners(key, x))
         if base_name(key) == "gdn_state" and _is_bf16(x) and not any(_is_bf16(m) for m in members):
             record.cls, record.note = "wrong", BF16_GRID
@@ -206,6 +207,8 @@ class Work:
         )
         ratio = float("inf") if routing.nonsense else ratio
         record = Record(key, cls, "mlp", layer, ratio, rows=routing.tokens, bad_rows=bad, worst=where, note=note)
+        strange = [flip.row for flip in routing.illegal] + ([] if routing.senseless is None else [routing.senseless])
+        record.starts = self.alignment.tokens_of.starts(pair.rows[strange])
         self.records[key] = record
 
     def guilty(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> list[Record]:

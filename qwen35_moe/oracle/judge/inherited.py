@@ -157,6 +157,7 @@ def _judge(work: Work, key: str, stored: Mapping[str, Tensor], first_B: Tensor) 
         bad = verdict.ratios > work.limit
         record.bad_rows, record.excluded = int(bad.sum()), int((~keep).sum())
         if record.bad:
+            record.starts = work.alignment.tokens_of.starts(pair.rows[keep][bad])
             record.where = wrong_columns(x[bad], truth[bad], work.owners(key, x))
         if record.bad and per_token(key):
             b, t = pair.rows[keep][bad].unbind(1)

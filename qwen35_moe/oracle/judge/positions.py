@@ -35,7 +35,7 @@ def judge_positions(alignment: Alignment) -> Record | None:
         where = f"all of sequence {b} are {_by(moved[0])}, which RoPE does not see"
     note = f"{len(bad)} of {len(rows)} are wrong: {where}"
     return Record(POSITIONS, "wrong", POSITIONS, None, float("inf"), rows=len(rows), bad_rows=len(bad), worst=(b, t),
-                  note=note)  # fmt: skip
+                  starts=alignment.tokens_of.starts(bad[:, :2]), note=note)  # fmt: skip
 
 
 def _by(off: int) -> str:

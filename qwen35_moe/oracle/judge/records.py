@@ -55,7 +55,8 @@ class Record:
 
     `layer` is the one that computed it (of `layers.3.layer_input` layer 2) or, where nothing was rerun, the key's.
     `suspects` of a bad one, where it was rerun, are all blocks since the engine's own values, its own among them.
-    `worst` is (sequence, token).
+    `worst` is (sequence, token). `starts` says where in each sequence the bad rows begin, and what that token is the
+    first of, if it is the first of something: (sequence, token, "first of a step").
     """
 
     key: str
@@ -69,6 +70,7 @@ class Record:
     ratio_max: float = 0.0
     rel: float = 0.0
     worst: tuple[int, int] | None = None
+    starts: list[tuple[int, int, str]] = field(default_factory=list)
     rows: int = 0
     bad_rows: int = 0
     excluded: int = 0
@@ -239,7 +241,7 @@ class Comparison:
         agrees = f"AGREES{some}: {self.compared} taps within rounding{strange}"
         if counts["not comparable"] or self.holes or self.problems or self.unsaid:
             parts = [f"{counts['not comparable']} taps not comparable" if counts["not comparable"] else "",
-                     f"{len(self.holes)} taps dumped for other layers only" if self.holes else "",
+                     f"{len(self.holes)} taps dumped for other layers or steps only" if self.holes else "",
                      f"{len(self.problems)} problems" if self.problems else "",
                      f"figures of {self.unsaid[0]} are NaN" if self.unsaid else ""]  # fmt: skip
             return f"INCOMPLETE: {', '.join(p for p in parts if p)}; {self.compared} taps agree{some}"

@@ -47,7 +47,15 @@ def worst(first: Record) -> str:
     """Where a tap is worst, and in how many rows it is bad."""
     where = f"worst row: sequence {first.worst[0]}, token {first.worst[1]}; " if first.worst else ""
     columns = f", {first.where}" if first.where else ""
+    where = f"{starts(first)}{where}"
     return f"{where}{first.bad_rows} of {first.rows} rows beyond the limit{columns}; relative error {first.rel:.2g}"
+
+
+def starts(record: Record, most: int = 3) -> str:
+    """Where in each sequence a tap's bad rows begin."""
+    found = [f"sequence {b}, token {t}" + (f" ({of})" if of else "") for b, t, of in record.starts]
+    more = f" and in {len(found) - most} other sequences" if len(found) > most else ""
+    return f"first bad row: {', '.join(found[:most])}{more}; " if found else ""
 
 
 def text(result: Comparison, width: int = 80) -> str:
