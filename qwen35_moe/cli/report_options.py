@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import printable
+from ..numerics.choices import STATES
 from ..oracle.judge.envelope import LIMIT
 from ..oracle.judge.records import Comparison
 from ..oracle.report import report
@@ -31,13 +32,16 @@ def add_report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ids", help="of a dump that holds none: 1,2,3 or a file with a list of ids, or of lists, one a "
                    "request, in the order of its rows")  # fmt: skip
     p.add_argument("--partial", action="store_true", help="agree though tokens of the truth are not in the dump")
+    p.add_argument("--kv-cache", metavar="fp8_e4m3[:SCALE]", help="in what the engine keeps keys and values")
+    p.add_argument("--state", choices=STATES, help="in what the engine keeps DeltaNet's state")
     p.add_argument("--limit", type=limit, default=LIMIT, help="default: %(default)s")
 
 
 def chosen(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `compare` and `diagnose` that both commands have."""
     ids = None if args.ids is None else read_ids(args.ids, "--ids")
-    return {"engine": args.engine, "limit": args.limit, "partial": args.partial, "ids": ids}
+    return {"engine": args.engine, "limit": args.limit, "partial": args.partial, "ids": ids,
+            "kv_cache": args.kv_cache, "state": args.state}  # fmt: skip
 
 
 def layer_ids(text: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..numerics.arithmetics import stored
 from ..numerics.taps import scope, tap
 from .cache import LayerState
 from .config import Config
@@ -76,7 +77,9 @@ class Attention(nn.Module):
         v_BTGH = self.v_proj("attn_v", v_in).view(B, T, self.kv_heads, self.head_dim)
         q_BTNH = rotate("attn_q", self.q_norm(q_BTNH), cos_BTj, sin_BTj)
         k_BTGH = rotate("attn_k", self.k_norm(k_BTGH), cos_BTj, sin_BTj)
-        y_BTNH = attend(q_BTNH, *past.append(k_BTGH, v_BTGH), real_BS, past.at)
+        y_BTNH = attend(
+            q_BTNH, *past.append(stored("attn_k_cache", k_BTGH), stored("attn_v_cache", v_BTGH)), real_BS, past.at
+        )
         gate_BTNH = apply("attn_gate", torch.sigmoid, gate_BTNH)
         y_BTNH = multiply("attn_pre_o_proj", y_BTNH, gate_BTNH)
         (out_in,) = as_read_by("attn_a2", y_BTNH.flatten(2), self.o_proj)

@@ -8,6 +8,8 @@ with the Delta Rule" (arXiv 2406.06484). Per value head, with q and k of unit le
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -187,7 +189,10 @@ class GatedDeltaNet(nn.Module):
         z_BTJP = self.in_proj_z("gdn_z", z_in).view(B, T, J, P)
         b_BTJ, a_BTJ = self.in_proj_b("gdn_b", b_in), self.in_proj_a("gdn_a", a_in)
 
-        beta_BTJ = apply("gdn_beta", torch.sigmoid, b_BTJ)
+        table, conv_weight = arithmetic.current(), self.conv1d["weight"]
+        one_step = T == 1 and past.state is not None
+        with arithmetic.keeping("gdn_beta") if one_step and table.switch("gdn_step_beta") == "fp32" else nullcontext():
+            beta_BTJ = apply("gdn_beta", torch.sigmoid, b_BTJ)
         decay_J = -promote(self.A_log).exp()
         g_BTJ = tap("gdn_g", decay_J * F.softplus(promote(a_BTJ) + promote(self.dt_bias)))
         if real_BT is not None:  # padding neither fades nor writes the memory
@@ -195,8 +200,7 @@ class GatedDeltaNet(nn.Module):
             if arithmetic.current().switch("gdn_padding") == "still":
                 g_BTJ = g_BTJ * real_BT[..., None]
 
-        table, conv_weight = arithmetic.current(), self.conv1d["weight"]
-        one_by_one = (T == 1 and past.state is not None) or table.switch("gdn_rule") == "recurrent"
+        one_by_one = one_step or table.switch("gdn_rule") == "recurrent"
         if past.conv is None or past.state is None:
             past.conv = x_BTD.new_zeros(B, conv_weight.shape[0], conv_weight.shape[-1] - 1)
             past.state = promote(x_BTD.new_zeros(B, J, K, P))

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -56,6 +56,8 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
     "gdn_rule": ("chunked", "recurrent"),
     # How the recurrent rule scales q: times K^-0.5, as the chunked rule does, or divided by K^0.5.
     "gdn_step_scale": ("times", "divided"),
+    # Whether beta is rounded in a decode step as elsewhere, or not at all.
+    "gdn_step_beta": ("as table", "fp32"),
     # Whether DeltaNet's memory fades over padding. In transformers it does: harmless left of a new sequence, where the
     # memory is empty (only the running sum of decays rounds differently), wrong before a continued one.
     "gdn_padding": ("still", "fades"),
@@ -165,3 +167,16 @@ def using(arithmetic: str | Arithmetic) -> Iterator[None]:
             yield
     finally:
         _current.reset(token)
+
+
+@contextmanager
+def keeping(name: str) -> Iterator[None]:
+    """Compute without the rounding at the tap `name` inside the `with` block."""
+    table = current()
+    with using(replace(table, rounds={name: KEEP, **{k: v for k, v in table.rounds.items() if k != name}})):
+        yield
+
+
+def stored(name: str, x: Tensor) -> Tensor:
+    """`x` as a cache keeps it: tapped as `name` where the arithmetic has a row for that, and as it is elsewhere."""
+    return taps.tap(name, x) if name in current().rounds else x

@@ -70,6 +70,8 @@ TAPS: dict[str, TapName] = {
     "rope_sin": _("b t r/2", "sines of the rotary angles", "", "rotary_emb.output.1*"),
     "attn_q": _("b t n h", "queries after RoPE", "attn.inputs.0", "", "community name in SGLang and miles: attn_q"),
     "attn_k": _("b t g h", "keys after RoPE", "attn.inputs.1", "", "miles: attn_k, before or after RoPE"),
+    "attn_k_cache": _("b t g h", "keys as a cache keeps them, where a table rounds them"),
+    "attn_v_cache": _("b t g h", "values, likewise"),
     "attn_q.x_cos": _("b t n r", "queries times cosines"),
     "attn_q.x_sin": _("b t n r", "rotated queries times sines"),
     "attn_k.x_cos": _("b t g r", "keys times cosines"),

@@ -32,7 +32,7 @@ from .dumps.dump import Dump
 from .dumps.readers import read_dump
 from .dumps.sequences import sequences_of
 from .judge.added import Work
-from .judge.envelope import LIMIT, Class, legal
+from .judge.envelope import LIMIT, Class, declared, legal
 from .judge.envelope_file import Stored, stored_envelope
 from .judge.function import computed, usual
 from .judge.inherited import inherited
@@ -66,6 +66,8 @@ class CompareOptions:
     members    the envelope's arithmetics, where they shall not be `legal(...)`
     partial    tokens of the truth that the dump does not hold are no reason against "agrees"
     ids        the sequences of a dump that does not hold its token ids, in the order of its rows
+    kv_cache   in what the engine keeps keys and values, if not in its dtype: fp8_e4m3, or fp8_e4m3:SCALE
+    state      in what it keeps DeltaNet's state, if not in float32: bf16
     """
 
     fused: bool | Sequence[bool] | None = None
@@ -76,6 +78,8 @@ class CompareOptions:
     members: Sequence[Arithmetic] | None = None
     partial: bool = False
     ids: Sequence[Sequence[int]] | None = None
+    kv_cache: str | None = None
+    state: str | None = None
 
 
 def compare(
@@ -150,11 +154,12 @@ def _compare(truth: Trace, dump: Dump, source: Source | None, options: CompareOp
         flags = [fused] * config.num_hidden_layers if isinstance(fused, bool) else list(fused)
         if dump.weights:
             result.weights = check_weights(dump, source)
-        tokens = Tokens(truth.ids, engine_positions(alignment), truth.mask)
+        tokens = Tokens(truth.ids, engine_positions(alignment), truth.mask, work.steps())
         captured = work.captured(config.num_experts)
         again = partial(Rerun, source, flags, tokens, captured, with_log_p=LOG_P in alignment.keys)
         function = computed(table, source, work, again) if members is None else table
         members = legal(function.name, options.engine) if members is None else members
+        members = [*members, *declared(members, options.kv_cache, options.state)]
         result.members = tuple(m.name for m in members)
         rerun = again([function, *members])
         places, cleared = suspects(captured, result.layers), set[Place]()
@@ -169,6 +174,9 @@ def _compare(truth: Trace, dump: Dump, source: Source | None, options: CompareOp
                         with noted(result, "the diagnosis failed; the verdict stands", counts=False):
                             result.diagnoses.append(explain(rerun, layer, bad, work, seen))
     else:
+        if options.kv_cache or options.state:
+            what, do = "a declared cache needs the checkpoint", "give the checkpoint, too"
+            raise Qwen35Error(what, where=options.kv_cache or options.state, do=do)
         result.members = (STORED,)
         result.notes.append("without the checkpoint: errors are inherited from all layers before, nothing is diagnosed")
     stored = stored_envelope(truth)

@@ -8,9 +8,11 @@ from ...quant.mxfp4 import MXFP4
 from ...quant.packed import Float
 from .fault_parts import (
     QK_NORMS,
+    QKV,
     activations,
     bf16_as_fp4,
     fp8_experts,
+    fp8_keys_and_values,
     gate_first,
     gate_logit,
     ggml,
@@ -132,6 +134,11 @@ ATTENTION = (
           {"attn_q_gate": split_halves}),
     Fault("FP8 scales of attention rotated", "attn", "scales of joined projections laid out as another's", "",
           weight=on_fp8("self_attn", rolled), needs="fp8"),
+    Fault("this is what an FP8 KV cache makes of it", "attn", "declare it with --kv-cache fp8_e4m3",
+          "sgl-cookbook 237", {"attn_context": fp8_keys_and_values(own_step=False)}, QKV),
+    Fault("this is what an FP8 KV cache makes of it, read in its own step, too", "attn",
+          "declare it with --kv-cache fp8_e4m3", "InferenceX 1776",
+          {"attn_context": fp8_keys_and_values(own_step=True)}, QKV),
     Fault("scores not scaled", "attn", "H^-0.5 missing", "",
           {"attn_scores": lambda x, _, place: x * place.config.head_dim**0.5}),
 )  # fmt: skip

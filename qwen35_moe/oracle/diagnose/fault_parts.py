@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...numerics.choices import in_fp8
 from ...quant.fp8 import FP8
 from ...quant.layouts import shuffle_scales
 from ...quant.mxfp4 import MXFP4, quantise_dequantise
@@ -186,3 +187,33 @@ def ggml(codes: Tensor) -> Tensor:
 
 def gate_logit(kept: dict[str, Tensor], place: Place) -> Tensor:
     return kept["attn_q_gate"].unflatten(-1, (place.config.num_attention_heads, -1)).chunk(2, -1)[1]
+
+
+QKV = ("attn_q", "attn_k", "attn_v")
+
+
+def fp8_keys_and_values(own_step: bool) -> Change:
+    """The context of queries that read earlier steps' keys and values from a cache in FP8 (scale 1), and those of their
+    own step from there, too, or as they are."""
+
+    def change(x: Tensor, kept: dict[str, Tensor], place: Place) -> Tensor:
+        q, k, v = (kept[name].to(x.dtype) for name in QKV)
+        v = v.unflatten(-1, (-1, q.shape[-1])) if v.dim() == 3 else v
+        steps = torch.zeros(q.shape[:2], dtype=torch.long) if place.steps is None else place.steps
+        y = torch.empty_like(x)
+        for step in steps.unique().tolist():
+            cached = (steps <= step if own_step else steps < step)[..., None, None]
+            queries = steps == step
+            y[queries] = _context(q, *(torch.where(cached, in_fp8(z), z) for z in (k, v)))[queries]
+        return y
+
+    return change
+
+
+def _context(q_BTNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(H)) v with a causal mask, and no taps."""
+    T, N, H = q_BTNH.shape[1:]
+    k, v = (z.repeat_interleave(N // z.shape[2], 2).transpose(1, 2) for z in (k_BTGH, v_BTGH))
+    scores = (q_BTNH.transpose(1, 2) @ k.mT) * H**-0.5
+    future = torch.ones(T, T, dtype=torch.bool, device=q_BTNH.device).triu(1)
+    return (scores.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(1, 2)

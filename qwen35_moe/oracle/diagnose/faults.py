@@ -30,6 +30,7 @@ class Place:
     positions: Tensor  # [B, T]
     layers: frozenset[int] | None = None
     expert: int = 0
+    steps: Tensor | None = None  # [B, T]: in which of its steps the engine ran each token
 
     def covers(self, layer: int | None) -> bool:
         return self.layers is None or layer in self.layers

@@ -48,6 +48,13 @@ class Work:
         b, t = pair.rows.long().unbind(1)
         return torch.where(t < 0, b, b * self.T + t)
 
+    def steps(self) -> Tensor:
+        """[B, T] in which of its steps the engine ran each token; tokens that it did not run belong to the first."""
+        found = torch.zeros_like(self.alignment.truth.ids)
+        for step, table in self.alignment.tokens_of.where.items():
+            found[table[:, 1], table[:, 2]] = step
+        return found
+
     def rows(self, x: Tensor, pair: Pair) -> Tensor:
         """Our value at the rows of a pair."""
         return as_rows(pair.key, x, self.alignment.truth.ids.numel())[self.index(pair)]

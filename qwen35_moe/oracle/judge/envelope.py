@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ...numerics.arithmetics import ARITHMETICS, KEEP, Arithmetic, get
+from ...numerics.choices import with_choices
 from ...numerics.tables import (
     A8,
     AITER,
@@ -84,6 +85,13 @@ def legal(truth: str, engine: str | Arithmetic | None = None) -> tuple[Arithmeti
     else:
         members = LEGAL[truth if truth in LEGAL else "exact"]
     return members if engine is None or engine in members else (engine, *members)
+
+
+def declared(members: Sequence[Arithmetic], kv_cache: str | None, state: str | None) -> list[Arithmetic]:
+    """The first two members again, with the caches that the engine says it has."""
+    if kv_cache is None and state is None:
+        return []
+    return [with_choices(table, kv_cache, state) for table in members[:2]]
 
 
 @dataclass

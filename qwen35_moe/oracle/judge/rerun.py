@@ -33,11 +33,12 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Tokens:
-    """The tokens of the truth. ids, positions, mask [B, T]."""
+    """The tokens of the truth. ids, positions, mask [B, T]; steps [B, T]: in which of its steps an engine ran each."""
 
     ids: Tensor
     positions: Tensor
     mask: Tensor
+    steps: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -84,7 +85,9 @@ class Rerun:
         self.shared: Tensor | None = None  # what the shared expert adds to the first table's mlp_output [tokens, D]
 
     def place(self, layer: int | None, expert: int = 0) -> Place:
-        return Place(self.config, self.tokens.positions, None if layer is None else frozenset({layer}), expert)
+        return Place(
+            self.config, self.tokens.positions, None if layer is None else frozenset({layer}), expert, self.tokens.steps
+        )
 
     def layer(self, i: int, table: Arithmetic, source: Source, fused: bool) -> Layer:
         """Layer i with the weights of a source, in a table's dtypes; kept while i is the current layer."""

@@ -1,0 +1,123 @@
+"""SGLang with Aiter's MXFP4 experts: the ten switches of the fused engine, each as data, and its kernels' variants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..quant.mxfp4 import QUANTISERS, quantise_dequantise
+from .arithmetics import KEEP, Arithmetic, Rounding
+from .plain import SGLANG_BF16
+
+# Aiter quantises the inputs of both products of an MXFP4 expert to MXFP4, each tensor by the rule of its kernel.
+HIP = partial(quantise_dequantise, **QUANTISERS["aiter-hip"])  # since 2026-06-02 (aiter 3212)
+TRITON = partial(quantise_dequantise, **QUANTISERS["aiter-triton"])
+QUARK = partial(quantise_dequantise, **QUANTISERS["quark"])  # what a checkpoint's quantization_config declares
+
+
+def _from_bf16(quantise: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The kernel that quantises reads what another one stored in bf16."""
+    return lambda x: quantise(x.to(torch.bfloat16))
+
+
+# Aiter's small-batch kernel on gfx950: bf16 activations (W4A16), and one fp32 sum over the slots that is rounded once.
+AITER_SMALL_BATCH = replace(
+    SGLANG_BF16,
+    name="sglang-aiter-small-batch",
+    doc="The experts' kernel that SGLang 0.5.23 takes on gfx950 for up to 40 tokens at H = 4096, I = 256 a rank.",
+    rounds={
+        **SGLANG_BF16.rounds,
+        "moe_a1": torch.bfloat16,
+        "moe_a2": torch.bfloat16,
+        "moe_expert_weighted": KEEP,
+    },
+)
+
+
+def small_batch_kernel(tokens: int, hidden: int, intermediate: int) -> Arithmetic | None:
+    """SGLang 0.5.23 on gfx950 (397B at TP 4): the small-batch kernel, by shape; None: the usual one."""
+    return AITER_SMALL_BATCH if tokens <= 40 and hidden == 4096 and intermediate == 256 else None
+
+
+# The ten switches of the fused engine, each as data.
+AITER = replace(
+    SGLANG_BF16,
+    name="sglang-aiter-mxfp4",
+    doc="SGLang 0.5.23 with Aiter's two-stage MXFP4 experts (W4A4) on gfx950; all else as sglang-bf16.",
+    rounds={
+        **SGLANG_BF16.rounds,
+        # 1. Scale rule of each role. Weights are as stored (Quark: even), an online-quantised shared expert is even
+        #    (source.py); activations a1 and a2 are quantised by HIP kernels, which round the scale up.
+        "moe_a1": _from_bf16(HIP),
+        # 2. and 3. a2 is quantised from h as stage 1 stored it, in bf16. Gate, up and SiLU were fp32 until then.
+        "moe_expert_gate_up": KEEP,
+        "moe_expert_silu": KEEP,
+        "moe_expert_act": torch.bfloat16,
+        "moe_a2": _from_bf16(HIP),
+        # A standalone MXFP4 shared expert is a dense layer, whose activations the Triton kernel quantises.
+        "moe_shared_a1": _from_bf16(TRITON),
+        "moe_shared_a2": _from_bf16(TRITON),
+        # 4. Stage 2: the routing weight (fp32) is applied to the fp32 accumulator, each slot's result is stored in
+        #    bf16, and the slots are added in fp32, in their order (FlyDSL "reduce"). Variants below.
+        "moe_expert_down": KEEP,
+        "moe_expert_weighted": torch.bfloat16,
+        "moe_partial_sum": KEEP,
+        # 5. Shared gate in fp32, times 1/ep_size where ranks are summed (`MoE.ep_scale`), never renormalised.
+        # 6. Fused or unfused is the gate's decision (`load(shared_expert=...)`): fused, the shared expert is a slot
+        #    like the others, quantised inputs included.
+        # 7. The router ranks bf16 logits, lowest id first; its weights are fp32.
+        # 8. Which checkpoints fuse: `can_fuse_shared_expert(rule="sglang-0.5.23")`.
+        # 9. Elements round to nearest, ties to even; a zero block has scale byte 92 (absmax floor 1e-10).
+        # 10. Everything outside of the MoE block: the rows of sglang-bf16.
+    },
+    switches={**SGLANG_BF16.switches, "moe_sum_order": "slot"},
+    for_experts=small_batch_kernel,
+)
+
+
+def _variant(
+    name: str, doc: str, rounds: Mapping[str, Rounding], switches: Mapping[str, str] | None = None
+) -> Arithmetic:
+    return replace(
+        AITER,
+        name=f"{AITER.name}/{name}",
+        doc=doc,
+        rounds={**AITER.rounds, **rounds},
+        switches={**AITER.switches, **(switches or {})},
+        for_experts=None,
+    )
+
+
+AITER_VARIANTS = (
+    _variant(
+        "atomic",
+        "Stage 2 adds bf16 atomically: the running sum is bf16 and its order is not defined; here, slot order.",
+        {"moe_partial_sum": torch.bfloat16},
+    ),
+    _variant(
+        "atomic-reversed",
+        "The same in reverse order. The spread between the two is what atomics may do.",
+        {"moe_partial_sum": torch.bfloat16},
+        {"moe_sum_order": "slot-reversed"},
+    ),
+    _variant(
+        "scatter",
+        "mxmoe without atomics: a2 from fp32 h; outputs stored in bf16 before the weight, which enters by fp32 fma.",
+        {"moe_expert_act": KEEP, "moe_a2": HIP, "moe_expert_down": torch.bfloat16},
+        {"moe_weight": "fma"},
+    ),
+    _variant(
+        "threshold",
+        "FlyDSL's fused epilogue: a2 quantised from fp32 h, its scale rounded up from 1.5 on.",
+        {"moe_expert_act": KEEP, "moe_a2": partial(quantise_dequantise, scale_rule="threshold-1.5")},
+    ),
+    _variant(
+        "triton",
+        "Aiter's Triton kernels: even scales, gate and up stored in bf16 before SiLU.",
+        {"moe_a1": _from_bf16(TRITON), "moe_expert_gate_up": torch.bfloat16, "moe_a2": _from_bf16(TRITON)},
+    ),
+)
