@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from qwen35_moe.errors import Qwen35Error
-from weights.layouts import LAYOUTS, Stored, quantization_config, stored
-from weights.safetensors_file import nbytes, read_tensors, write
-from weights.tensors import Json, logical, text_config
+
+from .layouts import LAYOUTS, Stored, quantization_config, stored
+from .safetensors_file import nbytes, read_tensors, write
+from .tensors import Json, logical, text_config
 
 HERE = Path(__file__).parent
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from qwen35_moe.errors import Qwen35Error
-from weights.draw import BLOCK, CHUNK, WORD, Values, bell, draw, hash_bits, key
-from weights.tensors import Logical
+
+from .draw import BLOCK, CHUNK, WORD, Values, bell, draw, hash_bits, key
+from .tensors import Logical
 
 FP8_BLOCK = 128
 FP8_SPREAD = 64.0  # of drawn codes: the largest, 3.13 times that, is 200 of 448

@@ -10,9 +10,9 @@ from functools import partial
 
 import numpy as np
 
-from weights.draw import draw
-from weights.encode import Chunks, encodings, mxfp4_arrays
-from weights.tensors import Json, Logical
+from .draw import draw
+from .encode import Chunks, encodings, mxfp4_arrays
+from .tensors import Json, Logical
 
 EXPERT = re.compile(r"(?P<mlp>.*\.mlp)\.experts\.(?P<expert>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj)\.weight")
 

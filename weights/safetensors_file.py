@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from weights.draw import WORD
-from weights.layouts import Stored
+from .draw import WORD
+from .layouts import Stored
 
 WRITE = 8 << 20  # bytes gathered before a write; one expert matrix or so
 

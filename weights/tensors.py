@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from math import sqrt
 from typing import Any
 
-from weights.draw import Values, rows_of
+from .draw import Values, rows_of
 
 Json = dict[str, Any]
 

@@ -1,0 +1,63 @@
+"""Inputs from the integer hash: the same bytes on every machine, with the statistics of the real model."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import weights
+from ..errors import Qwen35Error
+from ..model.config import Config
+from ..weights.draw import Values, draw
+
+CONFIGS = Path(weights.__path__[0]) / "configs"
+OUTLIER = 30.0  # the loudest channel of a hidden state, in units of the others
+SHORT = -10  # binary exponent of a head of norm 1e-3, beside which the eps of a norm shows
+
+
+@cache
+def config_of(model: str) -> Config:
+    """The configuration of a model of the family by its name, in any case; `tiny` has all parts and small sizes."""
+    found = {path.stem.lower(): path for path in CONFIGS.glob("*.json")}
+    if model.lower() not in found:
+        raise Qwen35Error("unknown model", expected=", ".join(sorted(found)), found=model)
+    return Config.from_dict(json.loads(found[model.lower()].read_text(encoding="utf-8")))
+
+
+def drawn(
+    seed: int, name: str, *shape: int, spread: float = 1.0, mean: float = 0.0, kind: str = "bell",
+    dtype: torch.dtype = torch.bfloat16, mixed: bool = False,
+) -> Tensor:  # fmt: skip
+    """mean + spread * (a bell, or flat over (-1, 1)), in bfloat16 or float32. mixed: blocks of 32 columns differ by
+    powers of two, as those of quantised weights do."""
+    size = (int(np.prod(shape[:-1], dtype=np.int64)), shape[-1])
+    values = Values(mean=mean, spread=spread, shape=kind, mixed=mixed)
+    words = np.concatenate(list(draw(seed, name, size, values, "BF16" if dtype == torch.bfloat16 else "F32")))
+    bits = np.int16 if dtype == torch.bfloat16 else np.int32
+    return torch.from_numpy(words.view(bits).reshape(shape)).view(dtype)
+
+
+def hidden(seed: int, name: str, tokens: int, width: int) -> Tensor:
+    """Hidden states [tokens, width] after a norm: of order 1, and one channel that is OUTLIER times as loud."""
+    x = drawn(seed, name, tokens, width)
+    x[:, width // 3] *= OUTLIER
+    return x
+
+
+def matrix(seed: int, name: str, *shape: int, spread: float = 1.0, mixed: bool = False) -> Tensor:
+    """A weight [..., O, I] that keeps the size of what it is multiplied with."""
+    return drawn(seed, name, *shape, spread=spread / sqrt(shape[-1]), mixed=mixed)
+
+
+def heads(seed: int, name: str, *shape: int) -> Tensor:
+    """[..., heads, width], the second head 2^SHORT times as long as the others."""
+    x = drawn(seed, name, *shape)
+    if shape[-2] > 1:
+        x[..., 1, :] *= 2.0**SHORT
+    return x

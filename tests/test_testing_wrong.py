@@ -1,0 +1,116 @@
+"""Kernels with one fault each are refused, and the fault is named; the same kernels without it pass."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import wrong_kernels as kernels
+
+from qwen35_moe import testing as qt
+
+MOE = qt.moe_case(tokens=16)
+UNFUSED = qt.moe_case(tokens=16, fused=False)
+MXFP4 = qt.moe_case(tokens=16, layout="mxfp4")
+HIP = qt.moe_case(tokens=16, layout="mxfp4", activations="aiter-hip")
+GDN = qt.gdn_case(tokens=65)
+APPEND = qt.append_case(scale=0.25)
+FP8_CACHE = qt.attention_case(tokens=1, past=40, kv="fp8")
+
+
+def hip(case, fault: str = ""):
+    return kernels.moe(case, fault, {"": "round-up", 'activation scales by the "even" rule': "even"}.get(fault, ""))
+
+
+WRONG = [
+    *((kernels.moe, MOE, fault) for fault in (
+        "expert dropped", "last chosen expert dropped", "shared expert dropped", "shared expert counted twice",
+        "gate and up swapped", "gate and up taken for interleaved", "sigmoid for silu in the experts",
+        "routing weights ignored", "experts shifted by one")),
+    *((kernels.moe, UNFUSED, fault) for fault in ("shared gate ignored", "shared gate applied twice")),
+    *((kernels.moe, MXFP4, fault) for fault in (
+        "nibbles swapped", "scales one step high", "scales one step low", "scales rotated")),
+    *((hip, HIP, fault) for fault in ('activation scales by the "even" rule', "activations not quantised")),
+    *((kernels.gdn, GDN, fault) for fault in (
+        "state in bf16", "recall term missing", "decay with the wrong sign", "no decay", "state ignored",
+        "q not scaled", "beta left out", "eps left out of the L2 norm", "q and k not normalised",
+        "value heads in another order")),
+    *((kernels.rms_norm, qt.rms_norm_case(), fault) for fault in (
+        "input norm without 1 +", "1 + added twice", "eps 1e-5 for 1e-6", "eps left out",
+        "mean subtracted, as in LayerNorm")),
+    *((kernels.gated_norm, qt.gated_norm_case(), fault) for fault in (
+        "gate before norm", "gated norm with 1 +", "sigmoid for silu in the gated norm")),
+    *((kernels.l2_norm, qt.l2_norm_case(), fault) for fault in (
+        "mean for sum in the L2 norm", "eps left out, as in F.normalize")),
+    *((kernels.attention, qt.attention_case(), fault) for fault in (
+        "output gate ignored", "silu for sigmoid in the output gate", "scores not scaled", "no causal mask",
+        "key heads tiled, not grouped")),
+    (kernels.attention, FP8_CACHE, "scales of the FP8 cache ignored"),
+    *((kernels.conv, qt.conv_case(), fault) for fault in (
+        "convolution reversed", "no silu after the convolution", "convolution's history dropped", "state not updated")),
+    *((kernels.gating, qt.gating_case(), fault) for fault in (
+        "b and a swapped", "dt_bias left out", "decay with the wrong sign")),
+    *((kernels.rotary, qt.rotary_case(), fault) for fault in (
+        "rotary over the whole head", "rotary theta 10000", "height and width dropped",
+        "axes in sections, not interleaved", "rotary pairs interleaved")),
+    *((kernels.append, APPEND, fault) for fault in (
+        "shared gate ignored", "shared gate applied twice", "1/ep_size left out",
+        "shared weight renormalised with the routed ones")),
+    *((kernels.draft, qt.draft_case(), fault) for fault in (
+        "hidden state first", "draft norms without 1 +", "embedding of token t")),
+    *((kernels.log_p, qt.log_p_case(), fault) for fault in ("temperature ignored", "log of base 2")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "case", "fault"), WRONG, ids=[f"{case.name}: {f}" for _, case, f in WRONG])
+def test_a_wrong_kernel_is_named(kernel, case, fault):
+    with pytest.raises(AssertionError, match="x the legal error") as failure:
+        qt.assert_legal(kernel(case, fault), case)
+    assert f'looks like "{fault}"' in str(failure.value)
+
+
+RIGHT = [
+    (kernels.moe, "moe", "bf16"), (kernels.gdn, "gdn", ""), (kernels.rms_norm, "rms_norm", ""),
+    (kernels.gated_norm, "gated_norm", ""), (kernels.l2_norm, "l2_norm", ""), (kernels.attention, "attention", ""),
+    (kernels.conv, "conv", ""), (kernels.gating, "gating", ""), (kernels.rotary, "rotary", ""),
+    (kernels.append, "append", ""), (kernels.draft, "draft", ""), (kernels.log_p, "log_p", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "operation", "only"), RIGHT, ids=[name for _, name, _ in RIGHT])
+def test_a_right_kernel_passes_the_corpus(kernel, operation, only):
+    some = [case for case in qt.cases(operation) if only in case.name and "257" not in case.name]
+    assert len(some) > 2
+    for case in some:
+        qt.assert_legal(kernel(case), case)
+
+
+def test_quantised_kernels_pass():
+    qt.assert_legal(kernels.moe(MXFP4), MXFP4)
+    qt.assert_legal(hip(HIP), HIP)
+
+
+def test_router():
+    for case in qt.cases("router")[:4]:
+        qt.assert_routing(*kernels.router(case), case)
+        ids, weights = kernels.router(case)
+        qt.assert_routing(ids.flip(1), weights.flip(1), case)
+    for fault in ("routing weights not renormalised", "sigmoid for softmax"):
+        with pytest.raises(AssertionError, match=f'looks like "{fault}"'):
+            qt.assert_routing(*kernels.router(case, fault), case)
+    with pytest.raises(AssertionError, match=r"41 choices beyond the noise of the logits"):
+        qt.assert_routing(*kernels.router(case, "lowest logits"), case)
+    with pytest.raises(AssertionError, match="weights in another order than ids"):
+        qt.assert_routing(ids, weights.flip(1), case)
+    with pytest.raises(AssertionError, match="twice or out of range"):
+        qt.assert_routing(torch.zeros_like(ids), weights, case)
+
+
+def test_a_failure_reads_as_promised():
+    with pytest.raises(AssertionError) as failure:
+        qt.assert_legal(kernels.moe(MOE, "expert dropped"), MOE)
+    pattern = (
+        r"mlp_output: [\d.]+ x the legal error \(limit 3\.5\), worst row \d+, column \d+, \d+ of 16 rows; looks like "
+    )
+    assert re.search(pattern + r'"expert dropped" \(\d+ %\)', str(failure.value))
