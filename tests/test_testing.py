@@ -120,7 +120,7 @@ def test_gate():
 
     with pytest.raises(AssertionError) as failure:
         qt.assert_gate(lambda config: True, rule=rule, lists=300)
-    assert re.search(r"configurations differ; first .*exclude\[\d+\] = '", str(failure.value)), failure.value
+    assert re.search(r"configurations differ; first .*(exclude|ignore)\[\d+\] = '", str(failure.value)), failure.value
 
 
 def test_unknown_names():
