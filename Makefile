@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	if ! $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then $$python -m venv --clear .venv; fi
 	$(PY) -m pip install --quiet --disable-pip-version-check '$(PIP)'
 	$(PY) -m pip install --quiet -c constraints.txt '$(TORCH)'
-	PIP_CONSTRAINT=constraints.txt $(PY) -m pip install --quiet -c constraints.txt -e . --group dev
+	PIP_CONSTRAINT=constraints.txt $(PY) -m pip install --quiet -c constraints.txt -e '.[all]' --group dev
 	@touch $@
 
 demo: $(STAMP)

@@ -1,5 +1,8 @@
 """The one error type of the package, the one form that its messages have, and what a terminal may be shown."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class Qwen35Error(ValueError):
     """Bad input, stated so that the reader can act: what is wrong, where, expected, found, and what to do.
@@ -15,6 +18,18 @@ class Qwen35Error(ValueError):
             if str(value):
                 parts.append(f"  {label}: {value}")
         super().__init__("\n".join(parts))
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Imports of packages that the core does without: `hf` transformers, `placement` accelerate, `vision` both and
+    Pillow. Where one is missing, the error says which, and the line that installs it."""
+    try:
+        yield
+    except ImportError as error:
+        missing = (error.name or str(error)).partition(".")[0]
+        do = f"pip install 'qwen35-moe[{name}]'"
+        raise Qwen35Error(f"{missing} is not installed", expected=f"the extra [{name}]", do=do) from error
 
 
 def printable(text: str) -> str:

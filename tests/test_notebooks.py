@@ -23,8 +23,8 @@ ANSWER = re.compile(r"^answer = .+$", re.MULTILINE)
 WRONG = "answer = []"  # for every question
 
 
-def test_there_are_eight() -> None:
-    assert [s.name[:2] for s in SOURCES] == [f"{i:02d}" for i in range(1, 9)]
+def test_there_are_nine() -> None:
+    assert [s.name[:2] for s in SOURCES] == [f"{i:02d}" for i in range(1, 10)]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)

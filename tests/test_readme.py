@@ -48,7 +48,7 @@ def run(command: str, checkout: Path) -> subprocess.CompletedProcess:
 def test_the_first_two_commands_are_targets():
     make = shutil.which("make")
     assert make
-    for line in re.findall(r"^```\n(.*?)^```$", README, re.M | re.S)[0].splitlines():
+    for line in re.findall(r"^```\n(make .*?)^```$", README, re.M | re.S)[0].splitlines():
         target = line.split("#")[0].split()[1]
         assert subprocess.run([make, "-n", target], cwd=ROOT, capture_output=True).returncode == 0
 

@@ -89,6 +89,11 @@ def test_a_right_kernel_passes_the_corpus(kernel, operation, only):
 def test_quantised_kernels_pass():
     qt.assert_legal(kernels.moe(MXFP4), MXFP4)
     qt.assert_legal(hip(HIP), HIP)
+    fp8 = qt.moe_case(tokens=16, layout="fp8", activations="fp8", fused=False)
+    qt.assert_legal(kernels.moe(fp8, rule="fp8"), fp8)
+    weights_alone = qt.moe_case(tokens=16, layout="fp8", fused=False)
+    qt.assert_legal(kernels.moe(weights_alone), weights_alone)
+    assert not qt.check_legal(kernels.moe(weights_alone, rule="fp8"), weights_alone)[0].ok
 
 
 def test_router():

@@ -24,7 +24,9 @@ def unpack(codes: Tensor, scales: Tensor, fault: str) -> Tensor:
 
 
 def quantise(x: Tensor, rule: str) -> Tensor:
-    """MXFP4 there and back, `rule` "even" or "round-up"."""
+    """MXFP4 there and back, `rule` "even" or "round-up"; or FP8."""
+    if rule == "fp8":
+        return quantise_fp8(x)
     blocks = x.float().unflatten(-1, (-1, 32))
     amax = blocks.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
     exponent = amax.log2().floor()
@@ -35,11 +37,26 @@ def quantise(x: Tensor, rule: str) -> Tensor:
     return ((y / step).round() * step * scale).flatten(-2)
 
 
+def quantise_fp8(x: Tensor) -> Tensor:
+    """E4M3 there and back, with a scale for each token and 128 columns."""
+    parts = []
+    for part in x.float().split(128, -1):
+        scale = part.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448
+        parts.append((part / scale).to(torch.float8_e4m3fn).float() * scale)
+    return torch.cat(parts, -1)
+
+
+def spread(scales: Tensor, shape: torch.Size) -> Tensor:
+    return scales.float().repeat_interleave(128, -2).repeat_interleave(128, -1)[..., : shape[-2], : shape[-1]]
+
+
 def moe(case, fault: str = "", rule: str = "") -> Tensor:
     """The experts; `rule`: how activations are quantised, "" not at all."""
     i = {name: case[name] for name in case}
     x, ids, weights = i["x"], i["ids"], i["weights"]
-    if "w13_codes" in i:
+    if "w13_codes" in i and i["w13_codes"].dtype != torch.uint8:
+        w13, w2 = (i[f"{n}_codes"].float() * spread(i[f"{n}_scales"], i[f"{n}_codes"].shape) for n in ("w13", "w2"))
+    elif "w13_codes" in i:
         w13, w2 = (unpack(i[f"{n}_codes"], i[f"{n}_scales"], fault) for n in ("w13", "w2"))
     else:
         w13, w2 = i["w13"].float(), i["w2"].float()

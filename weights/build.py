@@ -201,6 +201,12 @@ def manifest(checkpoint: str | Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weights.build", description="Build a checkpoint from a recipe.")
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `run`."""
     parser.add_argument("recipe", help="one of " + ", ".join(recipes()) + ", or a .toml file")
     parser.add_argument("--out", required=True, type=Path, help="the folder to create")
     parser.add_argument("--layers", type=int, help="only the first so many layers")
@@ -208,7 +214,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text-only", action="store_true", help="no vision tower, no MTP, flat config")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="tensors drawn at a time")
     parser.add_argument("--write-manifest", action="store_true", help="pin these bytes in manifests/")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Build, and compare with the pinned bytes where there are any. 0; 1 if they differ; 2 if it cannot be built."""
     changes: dict[str, Any] = {k: v for k in ("layers", "layout") if (v := getattr(options, k)) is not None}
     if options.text_only:
         changes |= {"flat": True, "mtp": False}

@@ -1,6 +1,6 @@
 """What `make demo` shows: the model agrees with itself and with transformers, and an engine's known failure is found.
 
-Run in a checkout, since the checkpoints come from `weights/`. Exit code 0 if all that is claimed held.
+Exit code 0 if all that is claimed held.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import Tensor
 
 import qwen35_moe as q
 
-from ..errors import Qwen35Error
+from ..errors import Qwen35Error, extra
 from ..numerics.metrics import Row, compare, compare_traces
 from ..oracle.dumps.align import align
+from ..weights.build import build
 
 FAILURE = "BF16 shared expert read as FP4"
 EXACT_BOUND = 1e-12  # relative L2 of two orders of the same float64 sums; measured 1e-15 on this checkpoint
@@ -55,8 +56,9 @@ def fused_against_unfused(checkpoint: Path, ids: Tensor) -> bool:
 
 def against_transformers(checkpoint: Path, ids: Tensor) -> bool:
     """transformers in bf16 on the same bytes, captured by hooks, against the table of where it rounds."""
-    from transformers import Qwen3_5MoeForConditionalGeneration, __version__
-    from transformers.utils import logging
+    with extra("hf"):
+        from transformers import Qwen3_5MoeForConditionalGeneration, __version__
+        from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -100,12 +102,6 @@ def configure(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     out = args.out
-    try:
-        from weights.build import build
-    except ImportError as error:
-        raise Qwen35Error(
-            "the demo runs in a checkout", expected="weights/ beside qwen35_moe/", do="make demo"
-        ) from error
     checkpoint = out / "tiny"
     if not checkpoint.exists():
         build("tiny", checkpoint)
@@ -114,11 +110,12 @@ def run(args: argparse.Namespace) -> int:
     if not packed.exists():
         build("tiny-mxfp4", packed)
     ids = (torch.arange(2 * 33) * 7919 % 251).view(2, 33)
-    claims = {
-        "unfused and fused are one function": fused_against_unfused(checkpoint, ids),
-        "transformers' bf16 is reproduced bit for bit": against_transformers(checkpoint, ids),
-        "an engine's failure is found, and named": planted_failure(packed, out / "oracle"),
-    }
+    claims = {"unfused and fused are one function": fused_against_unfused(checkpoint, ids)}
+    try:
+        claims["transformers' bf16 is reproduced bit for bit"] = against_transformers(checkpoint, ids)
+    except Qwen35Error as error:  # it is not installed
+        print(f"\nNot compared with transformers: {error}")
+    claims["an engine's failure is found, and named"] = planted_failure(packed, out / "oracle")
     print()
     for claim, holds in claims.items():
         print(f"{'holds' if holds else 'FAILS'}: {claim}")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import ceil, prod
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from ..checkpoint import Checkpoint
@@ -53,7 +56,7 @@ def estimate(
     plain = all_values - expert_values - ends
     layers, largest = _layers(checkpoint)
     warm_up(table.dtype, D, F)
-    process = psutil.Process().memory_info().rss + SLACK  # as much as this one, which has just multiplied
+    process = resident() + SLACK  # as much as this one, which has just multiplied
     parts = pace(checkpoint, config, table, tokens)
     taps = [tap_bytes(config, kind, tokens, width) for kind in config.layer_types]
     held = max(min(sum(sizes), CHUNK_BYTES + max(sizes)) for sizes in taps)
@@ -155,3 +158,13 @@ def _best(step: Callable[..., object], *arguments: Any, seconds: float = 0.1) ->
         step(*arguments)
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds; where the system does not tell, the most that it ever held."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError):
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+    return pages * os.sysconf("SC_PAGE_SIZE")

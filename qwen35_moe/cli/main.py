@@ -28,6 +28,7 @@ COMMANDS = {
     "compare": ("compare", "an engine's dump against the truth: is it wrong, where first, and why"),
     "diagnose": ("diagnose", "the same without a truth: it is computed for the tokens of the dump"),
     "probe": ("probe", "ask a running server for log p: does it compute what its checkpoint holds"),
+    "build": ("build", "build a checkpoint with the real structure from a recipe"),
     "demo": ("demo", "build tiny checkpoints, plant a known failure in an engine, and find it"),
 }
 

@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import Qwen35Error
+from ..errors import Qwen35Error, extra
 from ..numerics.taps import Site
 from ..oracle.judge.envelope_file import ENVELOPE, stored_envelope
 from ..run.files import save_whole, whole
@@ -46,8 +46,8 @@ class Processes:
         self.state: Any = None
         self.rank, self.count, self.device = 0, 1, device
         if any(os.environ.get(name, "1") != "1" for name in SIZES):
-            from accelerate import PartialState
-
+            with extra("placement"):
+                from accelerate import PartialState
             try:  # the fastest waits for the slowest, for hours
                 self.state = PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
             except (ValueError, RuntimeError, KeyError) as error:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import Qwen35Error
+from ..errors import Qwen35Error, extra
 from ..model.moe import Experts, MoE
 from .experts import PackedExperts, ViewedExperts
 from .files import Claim
@@ -58,8 +58,9 @@ def place(
     removed with the model. `model.hf_device_map` then says what is where.
     Error: a map that leaves out a unit, or names none; a disk without a folder.
     """
-    from accelerate import dispatch_model
-    from accelerate.utils import offload_weight, save_offload_index
+    with extra("placement"):
+        from accelerate import dispatch_model
+        from accelerate.utils import offload_weight, save_offload_index
 
     from .fill import fill
 
@@ -144,8 +145,9 @@ def _automatic(
     model: Model, source: Source, mode: str, how: str, max_memory: Mapping[int | str, int | str] | None
 ) -> dict[str, str]:
     """accelerate's map, from the sizes that the weights will have."""
-    from accelerate import infer_auto_device_map
-    from accelerate.utils import get_balanced_memory
+    with extra("placement"):
+        from accelerate import infer_auto_device_map
+        from accelerate.utils import get_balanced_memory
 
     dtypes = {name: model.arithmetic.weight_dtype(name) for name, _ in model.named_parameters()}
     options = {"no_split_module_classes": UNITS, "special_dtypes": dtypes}

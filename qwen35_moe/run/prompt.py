@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.untrusted import read_bytes, read_json
-from ..errors import Qwen35Error
+from ..errors import Qwen35Error, extra
 from ..model.config import Config
 from ..model.text import Model
 from ..model.vision.positions import check_grids, embed_images, rope_positions, token_types
@@ -163,7 +163,8 @@ def load_tokenizer(folder: str | Path) -> Any:
             expected=" or ".join(TOKENIZER_FILES),
             do="give the prompt as ids (--ids), or copy the model's tokenizer files into the folder",
         )
-    from transformers import AutoTokenizer
+    with extra("hf"):
+        from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -181,8 +182,9 @@ def load_images(folder: str | Path, images: Sequence[str | Path]) -> tuple[Tenso
     if not any((Path(folder) / name).is_file() for name in PROCESSOR_FILES):
         do = "copy the model's preprocessor_config.json into the folder"
         raise Qwen35Error("no image processor", where=folder, expected=" or ".join(PROCESSOR_FILES), do=do)
-    from PIL import Image, ImageOps
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    with extra("vision"):
+        from PIL import Image, ImageOps
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     opened = []
     for path in images:

@@ -15,7 +15,14 @@ from .tail import draft_case, log_p_case
 
 # One token, two, around a tile and a chunk: where kernels take another path.
 TOKENS = (1, 2, 40, 41, 257)
-FORMATS = (("bf16", "none"), ("fp8", "none"), ("mxfp4", "none"), ("mxfp4", "aiter-hip"), ("mxfp4", "aiter-triton"))
+FORMATS = (
+    ("bf16", "none"),
+    ("fp8", "none"),
+    ("fp8", "fp8"),
+    ("mxfp4", "none"),
+    ("mxfp4", "aiter-hip"),
+    ("mxfp4", "aiter-triton"),
+)
 
 
 def _sizes(case: Callable[..., Case]) -> Callable[[str], list[Case]]:

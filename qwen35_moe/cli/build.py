@@ -1,0 +1,13 @@
+"""`qwen35-moe build RECIPE --out DIR`: a checkpoint with the structure of a real one, from an integer hash."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..weights.build import add_arguments, run
+
+
+def configure(p: argparse.ArgumentParser) -> None:
+    p.description = "Real names, dtypes and sizes (or small ones), values from an integer hash: no trained weights."
+    add_arguments(p)
+    p.set_defaults(run=run)

@@ -1,0 +1,86 @@
+"""The examples of README's "In your own pytest" run as they stand, with the plugin; its reports say what was found."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen35_moe import testing as qt
+from qwen35_moe.pytest_plugin import Report
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = re.findall(r"^```py\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+# The kernels of an engine, as the examples call them.
+ENGINE = """
+import wrong_kernels as kernels
+from qwen35_moe.gate.decide import can_fuse_shared_expert
+from qwen35_moe.quant.mxfp4 import encode
+
+def fused_moe(x, ids, weights, w13_codes, w13_scales, w2_codes, w2_scales):
+    return kernels.moe(dict(locals()))
+
+def delta_rule(q, k, v, g, beta, state):
+    return kernels.gdn(dict(locals()))
+
+def quantise_mxfp4(x):
+    return encode(x, "round-up", absmax_floor=1e-10)
+
+class Routed(dict):
+    pass
+
+def route(x, router, top_k):
+    case = Routed(x=x, router=router)
+    case.top_k = top_k
+    return kernels.router(case)
+
+def can_fuse(config):
+    return bool(can_fuse_shared_expert(config, rule="sglang-0.5.23"))
+"""
+
+
+def test_examples_of_the_readme(tmp_path):
+    assert len(EXAMPLES) == 5 and all(len(example.splitlines()) <= 12 for example in EXAMPLES)
+    (tmp_path / "my_engine.py").write_text(ENGINE)
+    for n, example in enumerate(EXAMPLES):
+        (tmp_path / f"test_example_{n}.py").write_text(example)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", tmp_path)))}
+    env |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "qwen35_moe.pytest_plugin", "--rootdir", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", "--qwen35-report", "checks.json"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = json.loads((tmp_path / "checks.json").read_text())["checks"]
+    assert {check["output"] for check in checks} == {
+        "mlp_output", "gdn_core_out", "gdn_state", "mxfp4", "moe_topk_ids", "moe_topk_weights", "can_fuse",
+    }  # fmt: skip
+    assert all(check["ok"] for check in checks)
+    assert any(check["test"].endswith("[gdn-tiny-150-state]") for check in checks), "cases name their tests"
+
+
+@pytest.mark.parametrize("ending", ["html", "json", "sarif"])
+def test_reports(tmp_path, ending):
+    report = Report(tmp_path / f"report.{ending}")
+    report.test = "tests/test_kernel.py::test_<norm>"
+    case = qt.rms_norm_case()
+    for factor in (1.0, 2.0):
+        report(qt.check_legal(factor * case.truth["input_layernorm"].float(), case)[0])
+    text = report.text()
+    assert "x the legal error (limit 3.5)" in text
+    if ending == "html":
+        assert "1 of 2 checks failed" in text and "test_&lt;norm&gt;" in text and "prefers-color-scheme:dark" in text
+    elif ending == "json":
+        assert [check["ok"] for check in json.loads(text)["checks"]] == [True, False]
+    else:
+        (run,) = json.loads(text)["runs"]
+        (result,) = run["results"]
+        place = result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
+        assert (result["ruleId"], place) == ("input_layernorm", "tests/test_kernel.py")

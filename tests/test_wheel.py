@@ -1,0 +1,100 @@
+"""What `pip install` gives to somebody without the repository: the commands run, and need the core's packages alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Commands of the README, in one process, in which the packages of the extras cannot be imported.
+SCRIPT = """
+import contextlib, io, json, sys
+from pathlib import Path
+for name in ("transformers", "accelerate", "PIL", "psutil", "pytest", "weights"):
+    sys.modules[name] = None
+from qwen35_moe.cli.main import main
+
+def run(line):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(line.split())
+        except SystemExit as stop:
+            code = stop.code
+    return [line, code, out.getvalue() + err.getvalue()]
+
+Path("ids.json").write_text("[[3, 1, 4, 1, 5, 9, 2, 6]]")
+found = [run(line) for line in sys.argv[1:]]
+import qwen35_moe.testing as qt
+case = qt.rms_norm_case()
+qt.assert_legal(case.truth["input_layernorm"].float(), case)
+print(json.dumps([qt.__file__, found]))
+"""
+COMMANDS = {
+    "--version": (0, "qwen35-moe 0."),
+    "build tiny-mxfp4 --out ckpt --jobs 1": (0, "as pinned in tiny-mxfp4.txt"),
+    "gate ckpt --all-rules": (0, "sglang-0.5.23"),
+    "trace ckpt --ids ids.json --out truth --layers 0-1 --no-envelope --quiet": (0, ""),
+    "generate ckpt --ids 3,1,4 --max-new-tokens 1": (0, ""),
+    "dump-config sglang": (0, "DUMPER"),
+    "trace ckpt --ids ids.json --out other --device-map auto --mode packed": (2, "pip install 'qwen35-moe[placement]'"),
+}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The wheel's content: built by hatchling where it is installed (`make` does), else laid out as pyproject says."""
+    folder = tmp_path_factory.mktemp("site")
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
+    wheel = build["targets"]["wheel"]
+    if find_spec("hatchling") is not None:
+        command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        (built,) = folder.glob("*.whl")
+        with zipfile.ZipFile(built) as archive:
+            archive.extractall(folder)
+        return folder
+    for package in wheel["packages"]:
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in wheel["exclude"]:
+        (folder / path).unlink()
+    for source, target in wheel["force-include"].items():
+        shutil.copytree(ROOT / source, folder / target, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def test_commands_run_from_the_wheel(site, tmp_path):
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env |= {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *COMMANDS], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    import json
+
+    path, found = json.loads(done.stdout.splitlines()[-1])
+    assert Path(path).is_relative_to(site)
+    for line, code, text in found:
+        expected, words = COMMANDS[line]
+        assert (code, words in text) == (expected, True), f"{line}: {code}\n{text}"
+
+
+def test_the_wheel_holds_the_recipes_and_nothing_twice(site):
+    assert (site / "qwen35_moe/weights/recipes/tiny.toml").is_file()
+    assert (site / "qwen35_moe/weights/build.py").is_file()
+    assert not (site / "qwen35_moe/weights.py").exists() and not (site / "weights").exists()
+
+
+def test_dependencies_of_the_core():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert [line.partition(">")[0] for line in project["dependencies"]] == ["torch", "safetensors", "numpy"]
+    assert set(project["optional-dependencies"]) == {"hf", "placement", "vision", "all"}
