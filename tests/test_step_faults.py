@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peers.transformers_model import load_transformers, new_cache
 from torch import Tensor
 
 import qwen35_moe as q
 from qwen35_moe.model.cache import Cache, LayerState
+from qwen35_moe.numerics.taps import attach
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.readers.own import from_trace
+from qwen35_moe.oracle.dumps.readers.transformers import TransformersCapture
 from qwen35_moe.oracle.dumps.writers import DUMPED
 from qwen35_moe.oracle.judge.records import Comparison
 from qwen35_moe.oracle.truth import open_checkpoint
+from qwen35_moe.run.prompt import padded
 from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.recorder import record, step_record
 
@@ -120,7 +125,7 @@ def check(found: Comparison, name: str, layer: int, at: str) -> None:
     first, said = found.first, found.diagnoses[0]
     assert found.exit_code == 1 and first is not None and first.layer == layer, found.verdict
     assert said.named and said.name.startswith(f"{name} "), str(said)
-    assert at in f"{said.name} ({said.hypotheses[0].where})", str(said)
+    assert at in str(said)
 
 
 CHOSEN = (
@@ -161,3 +166,95 @@ def test_positions(tiny: Setting, shift: int, name: str) -> None:
     """The first layer of attention reads them; what the dump says of its positions is right."""
     found = tiny.compare(tiny.run(shift=shift))
     check(found, name, ATTN, "at step 2 (sequence 0, token 29 on")
+
+
+@pytest.mark.parametrize("which", ["state", "KV"])
+def test_rejected_drafts_are_not_rolled_back(tiny: Setting, which: str) -> None:
+    """Step 1 runs a token and two drafts; the drafts are rejected, and stay in one layer's state."""
+    layer = ATTN if which == "KV" else GDN
+    kept = {"state": ("state", "conv"), "conv state": ("conv",), "KV": ("k", "v")}[which]
+    ids, model, cache = IDS[:1], tiny.model, Cache()
+    drafts = torch.cat((ids[:, 20:21], ids[:, 21:23] + 1), 1)
+    with record(DUMPED, meta={"config": tiny.truth.meta["config"]}) as recorder:
+        for step, (start, fed) in enumerate(((0, ids[:, :20]), (20, drafts), (21, ids[:, 21:22]), (22, ids[:, 22:]))):
+            positions = start + torch.arange(fed.shape[1])[None]
+            recorder.meta["steps"].append(step_record(fed, None, positions, None))
+            before = cache.clone() if step else Cache()
+            model(fed, cache=cache, position_ids=positions)
+            if step == 1:  # what the engine goes on with: the accepted token, and one state that saw the drafts too
+                saw_drafts, cache = cache, before
+                with attach(instead_of=recorder):
+                    model(fed[:, :1], cache=cache, position_ids=positions[:, :1])
+                for name in kept:
+                    setattr(cache.layer(layer), name, getattr(saw_drafts.layer(layer), name))
+            recorder.next_step()
+    truth = q.trace(q.load(tiny.path, text_only=True), ids)
+    found = tiny.compare(from_trace(recorder.trace), truth)
+    name = "KV rows of rejected drafts kept" if which == "KV" else f"{which} not rolled back after rejected drafts"
+    check(found, name, layer, "at step 2 (token 21 on;")
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_runs_through_the_state(tiny: Setting, left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer does not know of the mask: on the left it is wrong from the start, on the right from the next step."""
+    T, mask = 16, torch.ones(2, 16).long()
+    mask[1, slice(0, 5) if left else slice(11, 16)] = 0
+    ids = IDS[:, :T] * mask
+    mixer = tiny.model.layers[GDN].linear_attn
+    monkeypatch.setattr(mixer, "forward", lambda x, real, past, right=mixer.forward: right(x, None, past))
+    cache, more = Cache(), IDS[:, 20:26]
+    both = torch.cat((mask, torch.ones_like(more)), 1)
+    run = q.trace(tiny.model, torch.cat((ids, more), 1), taps=DUMPED, attention_mask=both, cache=cache, chunks=(T, 6))
+    rows = [torch.cat((IDS[0, :T], more[0])), torch.cat((ids[1][mask[1].bool()], more[1]))]
+    whole, real = padded(rows)
+    truth = q.trace(q.load(tiny.path, text_only=True), whole, attention_mask=real)
+    found = tiny.compare(from_trace(run), truth)
+    at = "at step 0 (sequence 1, token 0 on" if left else "at step 1 (sequence 1, token 11 on"
+    check(found, "state with padding in it", GDN, at)
+
+
+def transformers_run(path: Path, plant: Callable[[int, Any], None]) -> Dump:
+    """transformers in bf16, live, in the same steps."""
+    model = load_transformers(path, torch.bfloat16)
+    cache, at = new_cache(model), 0
+    with TransformersCapture(model) as capture, torch.no_grad():
+        for step, size in enumerate(STEPS):
+            plant(step, cache)
+            model(input_ids=IDS[:1, at : at + size], past_key_values=cache, use_cache=True)
+            at += size
+    return capture.dump()
+
+
+def zero_state(step: int, cache: Any) -> None:
+    if step == 2:
+        cache.layers[GDN].recurrent_states[0].zero_()
+
+
+def reversed_conv(step: int, cache: Any) -> None:
+    if step == 2:
+        last = cache.layers[GDN].conv_states[0][..., -3:]
+        last.copy_(last.flip(-1))
+
+
+def lost_rows(step: int, cache: Any) -> None:
+    if step == 2:
+        for x in (cache.layers[ATTN].keys, cache.layers[ATTN].values):
+            x[:, :, -9:] = 0
+
+
+@pytest.mark.parametrize(
+    ("plant", "name", "layer"),
+    [
+        (zero_state, "recurrent state not handed over", GDN),
+        (reversed_conv, "conv state reversed", GDN),
+        (lost_rows, "KV rows of the step before zero", ATTN),
+        (lambda *_: None, "", 0),
+    ],
+)
+def test_transformers_live(tiny: Setting, plant: Callable[[int, Any], None], name: str, layer: int) -> None:
+    truth = q.trace(q.load(tiny.path, text_only=True), IDS[:1])
+    found = tiny.compare(transformers_run(tiny.path, plant), truth)
+    if name:
+        check(found, name, layer, "at step 2 (token 29 on;")
+    else:
+        assert not found.diverges, found.verdict

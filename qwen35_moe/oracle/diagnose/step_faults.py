@@ -32,15 +32,13 @@ class StepFault:
 
 
 def taken(which: str, source: Callable[[Handed], LayerState | None]) -> Change:
-    """Some tensors of a state taken from elsewhere; where that is the beginning of a sequence, there are none yet."""
+    """Some tensors of a state taken from elsewhere, or zero where that has none: the beginning of a sequence."""
     names = STATES[which]
 
     def change(handed: Handed) -> LayerState:
-        found = source(handed) or LayerState()
-        given = dict(found.tensors())
-        if {"conv", "state"} & {*names}:  # both or none: an absent one is zero
-            given = {n: given.get(n, torch.zeros_like(x)) for n, x in handed.right.tensors() if n in names}
-        return replace(handed.right, **{n: given.get(n) for n in names})
+        found, right = dict((source(handed) or LayerState()).tensors()), dict(handed.right.tensors())
+        zero = {n: torch.zeros_like(x) for n, x in {**found, **right}.items() if n in ("conv", "state")}
+        return replace(handed.right, **{**zero, **right, **{n: found.get(n, zero.get(n)) for n in names}})
 
     return change
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
+from ...model.config import FULL
 from ..dumps.align import Alignment
 from ..judge.hand_over import Foreign, HandOver
 from ..judge.rerun import Rerun
@@ -61,7 +62,8 @@ def hypotheses(rerun: Rerun, layer: int, block: str, alignment: Alignment, bad: 
     """Faults of the catalogue, bound to the steps where the error of each sequence begins."""
     real_BT = rerun.tokens.mask.bool()
     cuts = cuts_of(alignment, real_BT)
-    begun = onsets(cuts, bad)
+    has = "attn" if rerun.config.layer_types[layer] == FULL else "gdn"
+    begun = onsets(cuts, bad) if block == has else []
     foreign = _Foreign(alignment, layer, real_BT, cuts)
     for fault in (f for f in STEP_FAULTS if f.block == block) if begun else ():
         for name, plan, kind in _plans(fault, begun, foreign, rerun, cuts):
