@@ -29,6 +29,7 @@ COMMANDS = {
     "diagnose": ("diagnose", "the same without a truth: it is computed for the tokens of the dump"),
     "probe": ("probe", "ask a running server for log p: does it compute what its checkpoint holds"),
     "build": ("build", "build a checkpoint with the real structure from a recipe"),
+    "compare-dumps": ("compare_dumps", "two dumps and no truth: bit-equal, legally different, or where they differ"),
     "demo": ("demo", "build tiny checkpoints, plant a known failure in an engine, and find it"),
 }
 

@@ -119,7 +119,7 @@ class Alignment:
                 x = self.dump.read(source, step)[:, columns]
             if theirs and x.shape[1] != theirs[0].shape[1]:
                 raise Qwen35Error(f"misshapen: {x.shape[1]} features in step {step}, {theirs[0].shape[1]} before")
-            table = self._table(x, source, step)
+            table = self.table(x, source, step)
             ours.append(_take(truth.reshape(B * T, -1), table[:, 1] * T + table[:, 2]))
             theirs.append(_take(x, table[:, 0]))
             rows.append(table[:, 1:])
@@ -131,7 +131,7 @@ class Alignment:
             key, left, right, torch.cat(rows), self.dump.dtype(source), broken=_broken(left, right), notes=notes
         )
 
-    def _table(self, x: Tensor, source: str, step: int) -> Tensor:
+    def table(self, x: Tensor, source: str, step: int) -> Tensor:
         """[n, 3] row of x, b, t. A dump may hold fewer rows than tokens: of the last ones, or of those it says."""
         table, count = self.tokens_of.where[step], self.dump.count(step)
         held = self.dump.sources[source][step].pieces[0].rows

@@ -1,0 +1,72 @@
+"""`qwen35-moe compare-dumps A B`: cold against warm, TP 1 against TP 2, batched against alone.
+
+Exit codes: 0 bit-equal, or (with --checkpoint) all differences are legal; 1 they differ; 2 not comparable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+
+from ..checkpoint import Checkpoint
+from ..oracle.dumps.readers import read_dump
+from ..oracle.judge.envelope import LIMIT
+from ..oracle.judge.records import show
+from ..oracle.report.text import write
+from ..oracle.two_dumps import Difference, TwoDumps, compare_dumps
+from .report_options import add_shared, limit, new_file, width
+
+SHOWN = 12
+
+
+def configure(p: argparse.ArgumentParser) -> None:
+    p.description = "Compares two dumps of the same tokens. No truth is needed; a checkpoint tells what is legal."
+    p.add_argument("a", metavar="A", help="directory or file of an engine")
+    p.add_argument("b", metavar="B", help="another one, of the same tokens")
+    p.add_argument("--checkpoint", help="judge differences by what legal rounding makes, and say which dump is off")
+    p.add_argument("--arithmetic", help="of the checkpoint's truth (default: exact; exact+a8 of an FP8 checkpoint)")
+    p.add_argument("--engine", help="the arithmetic that the engine has: joins the envelope")
+    add_shared(p)
+    p.add_argument("--json", type=new_file, help="write the records, one JSON object a line")
+    p.add_argument("--width", type=width, default=80, help="of the text, 20 or more (default: %(default)s)")
+    p.add_argument("--limit", type=limit, default=LIMIT, help="default: %(default)s")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = None if args.checkpoint is None else Checkpoint.open(args.checkpoint).config
+    a, b = (read_dump(path, config=config) for path in (args.a, args.b))
+    options = {"arithmetic": args.arithmetic, "shared_expert": args.shared_expert, "engine": args.engine}
+    result = compare_dumps(a, b, args.checkpoint, args.limit, **(options if args.checkpoint else {}))
+    print(text(result, args.a, args.b, args.width))
+    if args.json:
+        write(args.json, "".join(json.dumps(row) + "\n" for row in result.rows()))
+    return result.exit_code
+
+
+def text(result: TwoDumps, a: str, b: str, width: int) -> str:
+    """The report; no line is longer than `width`."""
+    lines = [f"A        {a}", f"B        {b}", f"tokens   {result.tokens[1]} of {result.tokens[0]} are in both", ""]
+    lines += textwrap.wrap(result.verdict, width)
+    for name, one in (("A", result.a), ("B", result.b)):
+        for said in [one.verdict, *map(str, one.diagnoses)] if one is not None and one.diverges else []:
+            lines += textwrap.wrap(f"{name}: {said}", width, initial_indent="  ", subsequent_indent="  ")
+    if result.differing:
+        lines += ["", "tap                                   rows  first  relative   A x    B x"]
+        lines += [_line(tap) for tap in result.differing[:SHOWN]]
+    if len(result.differing) > SHOWN:
+        lines.append(f"and {len(result.differing) - SHOWN} taps more")
+    for name, keys in zip("AB", result.only, strict=True):
+        if keys:
+            lines += textwrap.wrap(f"only in {name}: {len(keys)} taps: {', '.join(keys[:4])}", width)
+    for problem in [f"{tap.key}: {tap.problem}" for tap in result.taps if tap.problem][:SHOWN]:
+        lines += textwrap.wrap(f"problem  {' '.join(problem.split())}", width)
+    lines += [line for note in result.notes for line in textwrap.wrap(f"note     {note}", width)]
+    return "\n".join(line[:width] for line in lines)
+
+
+def _line(tap: Difference) -> str:
+    first = "-" if tap.first is None else f"{tap.first[0]}:{tap.first[1]}"
+    errors = "".join(f"{'-' if x is None else show(x):>7}" for x in (tap.error_a, tap.error_b))
+    return f"{tap.key:<34.34}{tap.differ:>4}/{tap.rows:<5}{first:>6}{tap.rel:>9.1e}{errors}"
