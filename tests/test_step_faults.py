@@ -158,7 +158,7 @@ def test_fault_at_each_step_is_told_from_one_step(tiny: Setting, name: str) -> N
 def test_one_row_of_a_batch(tiny: Setting) -> None:
     layer, change = FAULTS["recurrent state not handed over"]
     found = tiny.compare(tiny.run(in_layer(layer, change, row=1)))
-    check(found, "recurrent state not handed over", layer, "at step 2 (sequence 1, token 29 on)")
+    check(found, "recurrent state not handed over", layer, "at step 2 (sequence 1, token 29 on;")
 
 
 @pytest.mark.parametrize(("shift", "name"), [(1, "positions one too high"), (-29, "positions restarted")])
