@@ -26,6 +26,7 @@ from ..numerics.tap_table import base_name, per_token
 from ..run.prompt import placeholders
 from ..run.source import Source
 from ..trace.file import Trace
+from ..trace.images import images_of
 from .diagnose.diagnose import explain
 from .dumps.align import Alignment, align
 from .dumps.dump import Dump
@@ -147,14 +148,15 @@ def _compare(truth: Trace, dump: Dump, source: Source | None, options: CompareOp
         work.records[POSITIONS] = record
     if source is not None:
         config = source.config
-        if count := int((placeholders(config, truth.ids) * truth.mask).count_nonzero()):
+        images = images_of(truth)
+        if images is None and (count := int((placeholders(config, truth.ids) * truth.mask).count_nonzero())):
             result.notes.append(f"{count} placeholders of images or videos: the truth takes them for text")
         result.layers = tuple("gdn" if kind == "linear_attention" else "attn" for kind in config.layer_types)
         fused = options.fused or False
         flags = [fused] * config.num_hidden_layers if isinstance(fused, bool) else list(fused)
         if dump.weights:
             result.weights = check_weights(dump, source)
-        tokens = Tokens(truth.ids, engine_positions(alignment), truth.mask, work.steps())
+        tokens = Tokens(truth.ids, engine_positions(alignment), truth.mask, work.steps(), images)
         captured = work.captured(config.num_experts)
         again = partial(Rerun, source, flags, tokens, captured, with_log_p=LOG_P in alignment.keys)
         function = computed(table, source, work, again) if members is None else table

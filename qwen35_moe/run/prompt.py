@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,24 @@ def _listed(found: Any) -> list[list[Any]]:
     return rows if all(isinstance(row, list) for row in rows) else []
 
 
+@dataclass(frozen=True)
+class Images:
+    """Images and videos of prompts, as a processor gives them: patches [L, patch values], grids [n, 3] (t, h, w)."""
+
+    pixel_values: Tensor | None = None
+    image_grid_thw: Tensor | None = None
+    pixel_values_videos: Tensor | None = None
+    video_grid_thw: Tensor | None = None
+
+    def given(self) -> dict[str, Tensor]:
+        """Those that are there, by the names that `embed_prompt` has for them."""
+        parts = {
+            "pixel_values": self.pixel_values, "image_grid_thw": self.image_grid_thw,
+            "pixel_values_videos": self.pixel_values_videos, "video_grid_thw": self.video_grid_thw,
+        }  # fmt: skip
+        return {name: x for name, x in parts.items() if x is not None}
+
+
 @torch.inference_mode()
 def embed_prompt(
     model: Model,
@@ -102,11 +121,15 @@ def embed_prompt(
         do = "load without text_only" if "visual" in model.left_out else "this checkpoint cannot see"
         raise Qwen35Error("the model has no vision tower", where="model.visual", found=None, do=do)
     types_BT = token_types(input_ids, special_id(model.config, "image"), special_id(model.config, "video"))
+    pairs = ((pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw))
+    seen = [i for i, (pixels, grids) in enumerate(pairs) if pixels is not None and grids is not None]
+    rows: list[Tensor | None] = [None, None]
     with arithmetics.using(model.arithmetic):
-        rows = [
-            None if pixels is None or grids is None else tower(pixels, grids)
-            for pixels, grids in ((pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw))
-        ]
+        if seen:  # in one pass, so that each tap of the tower is met once
+            pixels_LY, grids_n3 = (torch.cat([pairs[i][k] for i in seen]) for k in (0, 1))  # type: ignore[misc]
+            counts = [int(pairs[i][1].prod(1).sum()) // tower.config.spatial_merge_size**2 for i in seen]  # type: ignore[union-attr]
+            for i, part in zip(seen, tower(pixels_LY, grids_n3).split(counts), strict=True):
+                rows[i] = part
         embeds_BTD = embed_images(model.embed_tokens(input_ids), types_BT, *rows)
     positions_3BT, _ = rope_positions(
         types_BT, image_grid_thw, video_grid_thw, attention_mask, tower.config.spatial_merge_size

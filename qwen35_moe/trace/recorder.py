@@ -13,7 +13,9 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..numerics.tap_table import TAPS, check_patterns, dims_of, matching, split_patterns
 from ..numerics.taps import OBSERVE, Handler, Site, attach
+from ..run.prompt import Images, embed_prompt
 from .file import Entry, Trace
+from .images import PIXELS, images_meta
 from .writer import TraceWriter
 
 Patterns = str | Iterable[str]
@@ -120,6 +122,7 @@ def trace(
     cache: Any = None,
     replay: Handler | Iterable[Handler] = (),
     chunks: Iterable[int] | None = None,
+    images: Images | None = None,
     out: str | Path | None = None,
     meta: dict[str, Any] | None = None,
 ) -> Trace:
@@ -127,6 +130,7 @@ def trace(
 
     `replay` are tap handlers to attach for the run (routing to repeat, faults to plant). `chunks` are token counts: the
     sequence is then fed in pieces through `cache`, one step each ([5, 1, 1]: a prefill of 5 and two decode steps).
+    `images` takes the place of the placeholders in input_ids; positions then have three axes.
     With `out` the trace is streamed to that directory and memory stays flat. No rounding happens here.
     """
     input_ids = torch.as_tensor(input_ids)
@@ -146,8 +150,13 @@ def trace(
         "checkpoint": getattr(model, "identity", None),
         "config": sizes_of(getattr(model, "config", None)),
     }
+    taps = taps if images is None else (*split_patterns(taps), PIXELS)
+    known |= {} if images is None else {"images": images_meta(model.config, images)}
     with record(taps, experts=experts, out=out, meta={**known, **(meta or {})}) as recorder, attach(*handlers):
-        start = 0
+        start, embeds = 0, None
+        if images is not None:
+            prompt = embed_prompt(model, input_ids, attention_mask=attention_mask, **images.given())
+            embeds, position_ids = prompt["inputs_embeds"], prompt["position_ids"]
         for index, size in enumerate(sizes):
             if index:
                 recorder.next_step()
@@ -159,7 +168,8 @@ def trace(
             at = None if position_ids is None else position_ids[..., start:stop]
             recorder.meta["steps"].append(step_record(ids, mask, at, cache))
             with torch.no_grad():
-                model(ids, attention_mask=mask, cache=cache, position_ids=at)
+                fed = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds[:, start:stop]}
+                model(**fed, attention_mask=mask, cache=cache, position_ids=at)
             start = stop
     return recorder.trace
 
@@ -181,6 +191,7 @@ def step_record(ids: Tensor, mask: Tensor | None, positions: Tensor | None, cach
     if positions is None:
         past = getattr(cache, "next_position", None)
         positions = (new.cumsum(1) - 1).clamp(min=0) + (0 if past is None else past[:, None])
-    if positions.dim() == 3:  # text, height, width: the text row orders tokens
+    axes = {"axes": positions.tolist()} if positions.dim() == 3 else {}
+    if positions.dim() == 3:  # time, height, width: the time row orders tokens
         positions = positions[0]
-    return {"ids": ids.tolist(), "positions": positions.expand_as(ids).tolist(), "mask": new.tolist()}
+    return {"ids": ids.tolist(), "positions": positions.expand_as(ids).tolist(), "mask": new.tolist(), **axes}

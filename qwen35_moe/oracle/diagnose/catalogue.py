@@ -33,6 +33,7 @@ from .fault_parts import (
     without_one,
 )
 from .faults import Fault
+from .rope_faults import ROTARY
 
 SHARED = (
     Fault("shared expert dropped", "mlp", "its weights were never loaded, or its output never added",
@@ -181,4 +182,4 @@ DRAFT = (
           else w, weights=True),
 )  # fmt: skip
 
-FAULTS: tuple[Fault, ...] = (*SHARED, *ROUTED, *ONE_EXPERT, *NORMS, *ATTENTION, *DELTANET, *DRAFT)
+FAULTS: tuple[Fault, ...] = (*SHARED, *ROUTED, *ONE_EXPERT, *NORMS, *ATTENTION, *ROTARY, *DELTANET, *DRAFT)

@@ -105,6 +105,8 @@ def explain(
     key = next((r.key for r in bad if r.key == output), first.key)
     if base_name(key) == "moe_topk_ids":
         key = next((r.key for r in bad if r.key != key), key)
+    if key == "rope_cos":  # a small angle is lost in the rounding of its cosine, not of its sine
+        key = next((r.key for r in bad if r.key == "rope_sin"), key)
     last = rerun.config.num_hidden_layers - 1
     if layer is None and {i for i, _ in first.suspects} == {last, None}:
         places = first.suspects  # of the last layer, whose output no next one's input shows
@@ -169,7 +171,7 @@ def _candidates(
     """The faults of the blocks that are suspect, with their layer, and the experts that a fault of one could be of;
     then those of the steps at which the sequences begin to go wrong (`bad`)."""
     for at, fault in ((at, fault) for at, block in places for fault in FAULTS if fault.block == block):
-        if at is None or fault.applies(rerun.source, at, "a4" in truth):
+        if at is None or fault.applies(rerun.source, at, "a4" in truth, rerun.tokens.images is not None):
             suspects = _suspects(case, f"layers.{at}.moe_topk_ids", rerun, seen) if fault.single else [0]
             yield from ((at, fault, expert) for expert in suspects)
     for at, block in places:

@@ -111,7 +111,8 @@ def rotate_with(
         c, x_BTNH = place.config, kept[norm].to(x.dtype)
         R = x.shape[-1] if full else c.rotary_dim
         j = torch.arange(R // 2, dtype=torch.float64)
-        angle = (place.positions[..., None].double() + offset) * (theta or c.rope_theta) ** (-2 * j / R)
+        at_BT = place.positions if place.positions.dim() == 2 else place.positions[0]
+        angle = (at_BT[..., None].double() + offset) * (theta or c.rope_theta) ** (-2 * j / R)
         cos, sin = (f(angle)[:, :, None].to(x.dtype) for f in (torch.cos, torch.sin))
         head, rest = x_BTNH[..., :R], x_BTNH[..., R:]
         if interleaved:

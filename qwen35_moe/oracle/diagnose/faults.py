@@ -27,7 +27,7 @@ class Place:
     """Where a fault is at work: on these layers (None: all), and on this expert, where it is a fault of one."""
 
     config: Config
-    positions: Tensor  # [B, T]
+    positions: Tensor  # [B, T], or [3, B, T] with images
     layers: frozenset[int] | None = None
     expert: int = 0
     steps: Tensor | None = None  # [B, T]: in which of its steps the engine ran each token
@@ -49,7 +49,8 @@ class Fault:
               in `remembered`
     slot      change of an expert's packed weights;  weight, of a linear module's;  tensor, of a plain tensor (by name)
     switches  of the arithmetic, where the fault can be expressed in one form of a rule only
-    needs     "mxfp4" or "fp8" (packed experts), "a4" (quantised activations) or "a16" (not quantised), if it does
+    needs     "mxfp4" or "fp8" (packed experts), "a4" (quantised activations) or "a16" (not quantised), "images" in the
+              prompt, a "scaled" rotary embedding, if it does
     fused     the shared expert is a slot when this happens
     single    the fault of one expert (`Place.expert`)
     weights   found by comparing weights: activations differ by no more than roundings
@@ -84,14 +85,15 @@ class Fault:
     def arithmetic(self, table: Arithmetic) -> Arithmetic:
         return replace(table, switches={**table.switches, **self.switches}) if self.switches else table
 
-    def applies(self, source: Source, layer: int, a4: bool) -> bool:
+    def applies(self, source: Source, layer: int, a4: bool, images: bool = False) -> bool:
         """Whether this layer can have it. A slot that holds what does not belong there takes a shared expert of the
         routed ones' width, stored in another format."""
         c, mlp = source.config, f"layers.{layer}.mlp"
         routed, shared = (source.spec(f"{mlp}.{n}").kind for n in ("experts", "shared_expert.gate_proj"))
         fits = c.shared_expert_intermediate_size == c.moe_intermediate_size and routed != shared
         mxfp4, fp8 = routed == "mxfp4", routed.startswith("fp8")
-        needs = {"": True, "mxfp4": mxfp4, "a4": a4, "a16": mxfp4 and not a4, "fp8": fp8}[self.needs]
+        needs = {"": True, "mxfp4": mxfp4, "a4": a4, "a16": mxfp4 and not a4, "fp8": fp8,
+                 "images": images, "scaled": c.rope_scaling is not None}[self.needs]  # fmt: skip
         return needs and (fits or not self.fused)
 
 
@@ -106,6 +108,7 @@ class Break:
 
     def __call__(self, site: Site, x: Tensor) -> Tensor | None:
         whole_model = site.layer is None and self.fault.block == "final_norm"
+        whole_model = whole_model or site.name in ("rope_cos", "rope_sin")
         elsewhere = not whole_model and (site.layer is None or not self.place.covers(site.layer))
         if elsewhere or (site.part == "mtp") != (self.fault.block == "mtp"):
             return None

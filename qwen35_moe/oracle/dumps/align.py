@@ -16,6 +16,7 @@ from torch import Tensor
 from ...errors import Qwen35Error
 from ...numerics.tap_table import TAPS, base_name, per_token
 from ...trace.file import TURN, Trace
+from ...trace.images import stands_for_images
 from ..judge.log_p import LOG_P, log_p
 from .dump import Dump
 from .match import Matched, match
@@ -120,6 +121,8 @@ class Alignment:
             if theirs and x.shape[1] != theirs[0].shape[1]:
                 raise Qwen35Error(f"misshapen: {x.shape[1]} features in step {step}, {theirs[0].shape[1]} before")
             table = self.table(x, source, step)
+            if base_name(key) == "embed_tokens":  # engines put the images in afterwards
+                table = table[~stands_for_images(self.truth)[table[:, 1], table[:, 2]]]
             ours.append(_take(truth.reshape(B * T, -1), table[:, 1] * T + table[:, 2]))
             theirs.append(_take(x, table[:, 0]))
             rows.append(table[:, 1:])

@@ -159,7 +159,7 @@ class _Stepped(nn.Module):
         return state
 
     def _position(self, b: int, column: Tensor | int) -> int:
-        return int(self.tokens.positions[b, column])
+        return int(self.tokens.positions[..., b, column].flatten()[0])
 
     def _run(
         self, b: int, columns: Tensor, x_1TD: Tensor, state: LayerState, shift: int = 0, positions: bool = False
@@ -168,8 +168,8 @@ class _Stepped(nn.Module):
         mixer = self.mixer[0]
         if not isinstance(mixer, Attention):
             return mixer(x_1TD, None, state)
-        at_T = columns if positions else self.tokens.positions[b, columns]
-        cos, sin = rotary_angles(self.config, (at_T + shift)[None], x_1TD.dtype)
+        at_T = columns if positions else self.tokens.positions[..., b, columns]  # or [3, T]
+        cos, sin = rotary_angles(self.config, (at_T + shift)[..., None, :], x_1TD.dtype)
         return mixer(x_1TD, cos, sin, None, state)
 
 

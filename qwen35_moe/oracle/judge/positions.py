@@ -11,7 +11,10 @@ __all__ = ["POSITIONS", "engine_positions", "judge_positions"]
 
 
 def engine_positions(alignment: Alignment) -> Tensor:
-    """[B, T] the positions that the engine had, and the truth's where the dump does not say."""
+    """[B, T] the positions that the engine had, and the truth's where the dump does not say. Prompts with images:
+    [3, B, T], the truth's, since what engines dump as positions counts tokens."""
+    if alignment.truth.axes is not None:
+        return alignment.truth.axes
     found = alignment.truth.positions.clone()
     b, t, _, theirs = alignment.tokens_of.positions.unbind(1)
     found[b, t] = theirs.to(found)
@@ -23,6 +26,8 @@ def judge_positions(alignment: Alignment) -> Record | None:
 
     All positions of a sequence moved alike are wrong too, though RoPE is relative and no value need show it.
     """
+    if alignment.truth.axes is not None:
+        return None
     rows = alignment.tokens_of.positions
     bad = rows[rows[:, 3] != rows[:, 2]]
     if not len(bad):

@@ -19,7 +19,8 @@ from ...model.text import Layer, Model
 from ...numerics.arithmetics import Arithmetic, using
 from ...numerics.taps import OBSERVE, Handler, Site, attach, scope, tap
 from ...run.fill import fill
-from ...run.load import build
+from ...run.load import build, build_part
+from ...run.prompt import Images, embed_prompt
 from ...run.source import Source
 from ..diagnose.faults import Fault, Place
 from .hand_over import HandOver, stepped
@@ -33,12 +34,14 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Tokens:
-    """The tokens of the truth. ids, positions, mask [B, T]; steps [B, T]: in which of its steps an engine ran each."""
+    """The tokens of the truth. ids, positions, mask [B, T], with images positions [3, B, T]; steps [B, T]: in which of
+    its steps an engine ran each."""
 
     ids: Tensor
     positions: Tensor
     mask: Tensor
     steps: Tensor | None = None
+    images: Images | None = None
 
     @property
     def count(self) -> int:
@@ -159,8 +162,11 @@ class Rerun:
         seen, self.streams = [], []
         for table, model in zip(self.tables, self.models, strict=True):
             restart = Restart(self.captured, tokens.count)
-            with using(table), attach(restart):
-                self.streams.append(self._enter(0, tap("embed_tokens", model.embed_tokens(tokens.ids))))
+            with attach(restart):
+                embeds = self._images(model, table)
+                with using(table):
+                    embeds = model.embed_tokens(tokens.ids) if embeds is None else embeds
+                    self.streams.append(self._enter(0, tap("embed_tokens", embeds)))
             seen.append(restart.seen)
         yield None, seen
         for i in range(self.config.num_hidden_layers):
@@ -174,6 +180,14 @@ class Rerun:
             yield i, seen
             self.before, self.streams, self.chosen = self.streams, after, seen[0][f"layers.{i}.moe_topk_ids"]
         yield None, [self.head(model, stream) for model, stream in zip(self.models, self.streams, strict=True)]
+
+    def _images(self, model: Model, table: Arithmetic) -> Tensor | None:
+        """The prompt's embeddings with its images in them, by the tower under this table; None for text."""
+        if self.tokens.images is None:
+            return None
+        model.visual = build_part("visual", self.source, table, False, CPU, "stream")
+        real = None if self.tokens.real is None else self.tokens.mask
+        return embed_prompt(model, self.tokens.ids, attention_mask=real, **self.tokens.images.given())["inputs_embeds"]
 
     def taps(self, i: int | None, tables: Sequence[tuple[int, Arithmetic]]) -> list[dict[str, Tensor]]:
         """What the taps of layer i (None: after the last) held under more tables, each run from where one of ours

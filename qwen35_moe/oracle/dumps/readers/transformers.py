@@ -168,8 +168,8 @@ def _batch_tokens(ids: Tensor, mask: Tensor | None = None, positions: Tensor | N
 
 def _flat_positions(positions: Tensor | None, batch: tuple[int, int] | None) -> Tensor | None:
     """[B * T] of position ids [B, T], or those of text, height and width [3, B, T]; None for other shapes."""
-    if positions is not None and positions.dim() == 3:
-        positions = positions[0]
+    if positions is not None and positions.dim() == 3:  # with images in the prompt, time alone orders no tokens
+        positions = positions[0] if bool((positions == positions[:1]).all()) else None
     if positions is None or batch is None or positions.dim() != 2 or positions.shape[1] != batch[1]:
         return None
     return positions.expand(batch).flatten().clone()

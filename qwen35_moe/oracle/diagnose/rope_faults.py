@@ -1,0 +1,83 @@
+"""Rotary angles as engines get them wrong: axes of images, counting, scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from .faults import Change, Fault, Place
+
+Positions = Callable[[Tensor], Tensor]  # [3, B, T] -> [3, B, T]
+
+
+def same(x_3BT: Tensor) -> Tensor:
+    return x_3BT
+
+
+def time_only(x_3BT: Tensor) -> Tensor:
+    return x_3BT[:1].expand(3, -1, -1)
+
+
+def swapped(x_3BT: Tensor) -> Tensor:
+    return x_3BT[[0, 2, 1]]
+
+
+def counted(x_3BT: Tensor) -> Tensor:
+    """Every token one further on, on all axes."""
+    return torch.arange(x_3BT.shape[2]).expand_as(x_3BT)
+
+
+def counted_after(x_3BT: Tensor) -> Tensor:
+    """Images stand where they should, and what follows goes on after as many positions as they have tokens. Where all
+    axes are equal a token is text, or an image's first."""
+    index_T = torch.arange(x_3BT.shape[2])
+    text_BT = (x_3BT == x_3BT[:1]).all(0)
+    last_BT = torch.where(text_BT, index_T, -1).cummax(1).values.clamp(min=0)
+    ahead_BT = (index_T - x_3BT[0]).gather(1, last_BT)
+    return x_3BT + ahead_BT
+
+
+def turned(positions: Positions, blocks: bool = False, scaled: bool = True) -> Mapping[str, Change]:
+    """cos and sin of the angles at other positions; `blocks`: the axes' frequencies side by side, not interleaved;
+    not `scaled`: without `rope_scaling`."""
+
+    def angles(place: Place) -> tuple[Tensor, float]:
+        c, R = place.config, place.config.rotary_dim
+        at_3BT = positions(place.positions if place.positions.dim() == 3 else place.positions.expand(3, -1, -1))
+        j = torch.arange(R // 2)
+        time, height, width = c.mrope_section
+        if blocks:
+            axis_j = (j >= time).long() + (j >= time + height)
+        else:
+            axis_j = torch.where((j % 3 == 1) & (j < 3 * height), 1, torch.where((j % 3 == 2) & (j < 3 * width), 2, 0))
+        frequency_j, amplitude = c.rope_theta ** (-2 * j.double() / R), 1.0
+        if scaled and c.rope_scaling is not None:
+            rotated, amplitude = int(c.head_dim * c.partial_rotary_factor), c.rope_scaling.amplitude()
+            frequency_j = c.rope_scaling.frequencies(c.rope_theta, rotated, c.head_dim, at_3BT, torch.float64)
+        return at_3BT[axis_j].movedim(0, -1).double() * frequency_j, amplitude
+
+    def of(function: Callable[[Tensor], Tensor]) -> Change:
+        def change(_: Tensor, __: dict[str, Tensor], place: Place) -> Tensor:
+            angle_BTj, amplitude = angles(place)
+            return function(angle_BTj) * amplitude
+
+        return change
+
+    return {"rope_cos": of(torch.cos), "rope_sin": of(torch.sin)}
+
+
+ROTARY = (
+    Fault("M-RoPE height and width dropped", "attn", "all axes have the position in time", "sglang 34446",
+          turned(time_only), needs="images"),
+    Fault("M-RoPE height and width swapped", "attn", "", "", turned(swapped), needs="images"),
+    Fault("M-RoPE sections in blocks", "attn", "frequencies of the axes side by side, not interleaved", "",
+          turned(same, blocks=True), needs="images"),
+    Fault("image positions counted by tokens", "attn", "an image has one position a token", "",
+          turned(counted), needs="images"),
+    Fault("positions after an image counted by tokens", "attn", "text goes on after as many positions as an image has "
+          "tokens", "", turned(counted_after), needs="images"),
+    Fault("rotary scaling ignored", "attn", "rope_type (YaRN, ...) of config.json not read", "omlx 3347, mlx-lm 1507",
+          turned(same, scaled=False), needs="scaled"),
+)  # fmt: skip
