@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,16 @@ class Reader:
         if at + nbytes > len(file):
             raise _failed(stored, f"the file ends at byte {len(file)}; was it changed after it was opened?")
         return file[at : at + nbytes]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, also in other processes: they open the files anew."""
+        kept = {"_known": dict(self._known), "bytes_read": self.bytes_read, "mapped": self.mapped}
+        return {**kept, "_descriptors": {}, "_maps": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = Lock()
+        self.close = weakref.finalize(self, _close_all, self._descriptors)
 
     def descriptor(self, stored: Stored) -> int:
         """Of the tensor's file, which stays open."""

@@ -20,7 +20,7 @@ A table of one's own:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -159,11 +159,14 @@ def current() -> Arithmetic:
 
 @contextmanager
 def using(arithmetic: str | Arithmetic) -> Iterator[None]:
-    """Compute in this arithmetic inside the `with` block."""
+    """Compute in this arithmetic inside the `with` block. An autocast around it, which would round besides, is off."""
     arithmetic, outer = get(arithmetic), _current.get()
     token = _current.set(arithmetic)
     try:
-        with taps.attach(arithmetic, instead_of=outer):
+        with ExitStack() as off:
+            for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                off.enter_context(torch.autocast(device, enabled=False))
+            off.enter_context(taps.attach(arithmetic, instead_of=outer))
             yield
     finally:
         _current.reset(token)

@@ -26,6 +26,7 @@ from ..model.vision.tower import VisionConfig, VisionTower
 from ..numerics import arithmetics
 from ..numerics.arithmetics import Arithmetic
 from .fill import fill
+from .host import HostCheck, check_default_device
 from .source import Source
 from .streamed import PARTS, StreamedEmbedding, StreamedHead, StreamedPart, stream_layers
 
@@ -63,6 +64,7 @@ def load(
     device = usable(device, "load(device=...)")
     if device_map is not None and mode == "stream":
         raise Qwen35Error("a streamed model stays on disk", where="load()", expected="a device_map, or mode='stream'")
+    check_default_device()
     table = arithmetics.get(arithmetic)
     checkpoint = Checkpoint.open(path)
     config = checkpoint.model_config(ignore_config_keys)
@@ -77,6 +79,7 @@ def load(
     source = Source(checkpoint, config, online=shared_expert == "fused-online")
     device = torch.device("meta") if device_map is not None else device
     model = build(source, table, fused, device, mode)
+    model.register_forward_pre_hook(HostCheck())
     model.source, model.identity, model.conversion = source, checkpoint.identity(), source.conversion
     counts = {part: sum(name.startswith(f"{part}.") for name in checkpoint.names()) for part in PARTS}
     for part in (part for part, count in counts.items() if count):

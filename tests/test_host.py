@@ -1,0 +1,142 @@
+"""What the process around a model may do to it: the same values, or one clear error."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+from torch import Tensor
+
+import qwen35_moe as q
+
+IDS = (torch.arange(20) * 7919 % 251)[None]
+Build = Callable[[str], Path]
+
+
+def logits(path: Path, arithmetic: str) -> Tensor:
+    return q.load(path, arithmetic, text_only=True)(IDS)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+HOSTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "autocast to bf16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "default float16": lambda: default_dtype(torch.float16),
+    "default float64": lambda: default_dtype(torch.float64),
+    "inference mode": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "gradients": torch.enable_grad,
+    "deterministic": deterministic,
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_same_values(host: str, built: Build) -> None:
+    for arithmetic in ("float32", "sglang-bf16"):
+        alone = logits(built("tiny-mxfp4"), arithmetic)
+        with HOSTS[host]():
+            assert torch.equal(logits(built("tiny-mxfp4"), arithmetic), alone)
+
+
+def test_no_values_by_default_is_one_error(built: Build) -> None:
+    model = q.load(built("tiny"), text_only=True)
+    with default_device("meta"):
+        with pytest.raises(q.Qwen35Error, match="default device"):
+            q.load(built("tiny"))
+        with pytest.raises(q.Qwen35Error, match="default device"):
+            model(IDS)
+
+
+@pytest.mark.parametrize("mode", ["decoded", "packed", "stream"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_compute_the_same(mode: str, copied: Callable[[q.Model], q.Model], built: Build) -> None:
+    model = q.load(built("tiny-mxfp4"), "sglang-bf16", mode=mode, text_only=True)
+    assert torch.equal(copied(model)(IDS), model(IDS))
+
+
+def test_threads_do_not_disturb_each_other(built: Build) -> None:
+    models = [q.load(built("tiny-mxfp4"), name, text_only=True) for name in ("exact", "sglang-bf16", "float32")]
+    alone, found = [m(IDS) for m in models], [torch.empty(0)] * 6
+
+    def run(i: int) -> None:
+        found[i] = models[i % 3](IDS)
+
+    threads = [Thread(target=run, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[i], alone[i % 3]) for i in range(6))
+
+
+def in_another_process(path: Path, out: Path) -> None:
+    torch.save(logits(path, "sglang-bf16"), out)
+
+
+def test_a_spawned_process_computes_the_same(built: Build, tmp_path: Path) -> None:
+    other = multiprocessing.get_context("spawn").Process(
+        target=in_another_process, args=(built("tiny-mxfp4"), tmp_path / "y")
+    )
+    other.start()
+    other.join(120)
+    assert other.exitcode == 0
+    assert torch.equal(torch.load(tmp_path / "y"), logits(built("tiny-mxfp4"), "sglang-bf16"))
+
+
+FORK = """
+import os, sys, torch, qwen35_moe as q
+torch.set_num_threads(int(sys.argv[2]))
+ids = (torch.arange(20) * 7919 % 251)[None]
+model = q.load(sys.argv[1], "sglang-bf16", text_only=True)
+alone = model(ids)
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+try:
+    os._exit(0 if torch.equal(model(ids), alone) else 1)
+except q.Qwen35Error as error:
+    os._exit(3 if "forked" in str(error) else 4)
+"""
+
+
+@pytest.mark.parametrize(("threads", "code"), [(1, 0), (2, 3)])
+def test_a_forked_process_computes_the_same_or_says_why(threads: int, code: int, built: Build) -> None:
+    command = [sys.executable, "-c", FORK, str(built("tiny-mxfp4")), str(threads)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment.pop("OMP_NUM_THREADS", None)
+    assert subprocess.run(command, env=environment, timeout=60).returncode == code
