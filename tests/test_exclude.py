@@ -85,7 +85,7 @@ def test_one_expert_excludes_the_module_for_sglang() -> None:
     entries = ["lm_head", "mtp.layers.0.mlp.experts.7.up_proj"]
     hit = find("mtp.layers.0.mlp.experts", entries, "sglang")
     assert hit and hit.index == 1
-    assert find("mtp.layers.0.mlp.experts", entries, "vllm") is None, "vLLM 0.32 does not look below"
+    assert find("mtp.layers.0.mlp.experts", entries, "vllm"), "since vLLM 0.33"
     assert find("mtp.layers.0.mlp.experts.8.up_proj", entries, "sglang") is None
 
 
@@ -97,7 +97,9 @@ def test_bad_regex_is_an_error() -> None:
 def test_spellings_cover_prefixes_drafts_and_deepseek() -> None:
     assert {f"{L0}.mlp.gate", "model.layers.0.mlp.gate", "layers.0.mlp.gate"} <= set(spellings("layers.0.mlp.gate"))
     assert spellings(f"{L0}.mlp.gate") == spellings("layers.0.mlp.gate")
-    assert "model.layers.78.mlp.shared_experts.up_proj" in spellings("mtp.layers.0.mlp.shared_expert.up_proj", 78)
+    assert "model.layers.78.mlp.shared_expert.up_proj" in spellings("mtp.layers.0.mlp.shared_expert.up_proj", 78)
+    deepseek = spellings("mtp.layers.0.mlp.shared_expert.up_proj", 78, "shared_experts")
+    assert "model.layers.78.mlp.shared_experts.up_proj" in deepseek
     assert spellings("mtp.fc") == ("mtp.fc",)
     assert "model.visual.merger.linear_fc1" in spellings("visual.merger.linear_fc1")
     assert canonical("model.language_model.embed_tokens") == "embed_tokens"

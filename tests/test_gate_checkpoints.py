@@ -96,7 +96,10 @@ def test_loaders_ask_for_the_experts_as_one_module(prefix: str) -> None:
 
     whole = f"{PREFIX}.0.mlp.experts"
     for rule in ("sglang-22948", "sglang-0.5.23", "vllm", "atom"):
-        assert broken(f"re:{whole}$" if prefix else whole, rule, MXFP4)
+        unseen = (
+            bool(prefix) and rule == "vllm"
+        )  # whose names begin with language_model.model., and no mapper renames `re:`
+        assert bool(broken(f"re:{whole}$" if prefix else whole, rule, MXFP4)) is not unseen
     # The shared expert is BF16 to all; the routed ones, which are BF16 as well, are not to SGLang.
     assert broken(rf"re:{PREFIX}.0.mlp.experts\.\d+\..*|{PREFIX}.0.mlp.shared.*", "sglang-0.5.23", BF16)
 
@@ -140,15 +143,13 @@ def test_a_decision_prints_and_serialises() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rule": "sglang"}, "unknown rule"),
+        ({"rule": "sglan"}, "unknown rule"),
         ({"disable_shared_expert_fusion": True}, "did you mean disable_shared_experts_fusion"),
         ({"moe_ep_size": "8"}, "bad value of a gate option"),
         ({"a2a_backend": "nccl"}, "unknown all-to-all backend"),
-        ({"quant_config": {"quant_method": "bitsandbytes"}}, "unknown quantisation method"),
         ({"quant_config": {"quant_method": "quark", "exclude": "lm_head"}}, "must hold strings"),
         ({"quant_config": quark("re:*.mlp.gate")}, r"not a valid regular expression(.|\n)*found: \*.mlp.gate"),
         ({"quant_config": quark(layer_type_quant_config={"Linear": W8A8})}, "by a layer's type are not read"),
-        ({"quant_config": {"quant_method": "modelopt", "quant_algo": "INT2"}}, "unknown ModelOpt quant_algo"),
     ],
 )
 def test_errors_name_what_is_wrong(arguments: dict[str, Any], message: str) -> None:

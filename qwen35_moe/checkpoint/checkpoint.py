@@ -19,6 +19,7 @@ from ..quant.precision import ModuleSpec
 from ..run.validate import Report, check_complete, report
 from .checksums import Checksum, verify_files, verify_manifest
 from .folder import Folder, open_folder
+from .foreign import foreign_spec
 from .header import Stored
 from .reader import Reader, Rows
 from .recognise import recognise
@@ -153,14 +154,21 @@ class Checkpoint:
         return count, False
 
     def spec(self, module: str) -> ModuleSpec | None:
-        """What a module's bytes are; None for one that is not there, and for experts (`….mlp.experts`) that differ."""
+        """What a module's bytes are; None for one that is not there, and for experts (`….mlp.experts`) that differ.
+
+        Also of formats that are not decoded here, see `foreign_spec`.
+        """
         if module in self.modules:
-            return self.find(module).spec
+            return foreign_spec(self.modules[module]) or self.find(module).spec
         match = EXPERT.fullmatch(module)
         if match and match["expert"] and match["prefix"] in self._expert_names:
-            return self.find(module).spec
+            whole = "down_proj" if match["projection"] == "down_proj" else "gate_up_proj"
+            return foreign_spec(self.modules.get(f"{match['prefix']}.{whole}", {})) or self.find(module).spec
         if module not in self._expert_names:
             return None
+        parts = {split_role(name)[0] for name in self._expert_names[module]}
+        if any(foreign := {foreign_spec(self.modules[part]) for part in parts}):
+            return foreign.pop() if len(foreign) == 1 else None
         experts = self.find_experts(module)
         specs = {weight.spec for e in range(1 if experts.fused else experts.count) for weight in experts.weights(e)}
         return specs.pop() if len(specs) == 1 else None

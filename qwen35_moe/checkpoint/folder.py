@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Qwen35Error
+from ..gate.declared import with_hf_quant_config
 from .header import Header, Stored, read_header
 from .tensor_names import canonical
 from .untrusted import read_json
@@ -149,14 +150,15 @@ def _plain(name: str) -> bool:
 
 
 def read_config(root: Path) -> dict[str, Any]:
-    """config.json as it is; {} where there is none."""
+    """config.json as it is, with ModelOpt's hf_quant_config.json where that is beside it; {} where there is none."""
     file = root / "config.json"
     if not file.is_file():
         return {}
     config = read_json(file)
     if not isinstance(config, dict):
         raise Qwen35Error("config.json must hold an object", where=file, expected="{...}", found=type(config).__name__)
-    return config
+    beside = root / "hf_quant_config.json"
+    return with_hf_quant_config(config, read_json(beside)) if beside.is_file() else config
 
 
 def _check_numbering(files: list[Path]) -> None:

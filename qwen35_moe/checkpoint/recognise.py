@@ -25,14 +25,15 @@ from .reader import Reader, Rows
 from .weight import Weight
 
 FLOATS = ("BF16", "F16", "F32", "F64")
-SCALES = (".weight_scale", ".weight_scale_inv", "_scales", "_scale", "_scale_inv")
+SCALES = (".weight_scale", ".weight_scale_inv", "_scales", "_scale", "_scale_inv", "_weight_scale", "_weight_scale_inv")
 MAIN = ("", ".weight", ".weight_packed", "_packed", "_blocks")
 # What may stand beside a weight without changing what it is: activations' scales, and what compressed-tensors adds.
-BESIDE = (".bias", ".input_scale", ".output_scale", ".weight_shape")
+BESIDE = (".bias", ".input_scale", ".output_scale", ".weight_shape", "_input_scale", "_output_scale")
 # Scales of an engine's FP8 key-value cache, as compressed-tensors and as ModelOpt name them: no weight's.
 CACHE_SCALES = ("*.self_attn.[kqv]_scale", "*.self_attn.[kv]_proj.[kv]_scale")
 FOREIGN = {
-    ".weight_scale_2": "NVFP4", "_scale_2": "NVFP4", ".weight_global_scale": "NVFP4", ".input_global_scale": "NVFP4",
+    ".weight_scale_2": "NVFP4", "_scale_2": "NVFP4", "_weight_scale_2": "NVFP4",
+    ".weight_global_scale": "NVFP4", ".input_global_scale": "NVFP4",
     ".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".scales": "GPTQ or AWQ", ".g_idx": "GPTQ or AWQ",
     ".weight_zero_point": "compressed-tensors' integers", ".weight_g_idx": "compressed-tensors' integers",
     ".SCB": "bitsandbytes", ".weight_format": "bitsandbytes",

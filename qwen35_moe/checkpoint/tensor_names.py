@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from ..gate.module_names import TEXT_PREFIXES
+# The hub's `model.language_model.`, older `language_model.model.`, text-only `model.`, and repetitions of these.
+PREFIX = re.compile(r"(?:(?:model|language_model)\.)+")
 
 
 def canonical(raw: str) -> str:
@@ -14,21 +15,23 @@ def canonical(raw: str) -> str:
     ('layers.0.mlp.gate.weight', 'visual.pos_embed.weight')
     >>> canonical("language_model.lm_head.weight"), canonical("mtp.fc.weight")
     ('lm_head.weight', 'mtp.fc.weight')
+
+    transformers 5.4 and 5.5 repeat a part when they save again what they have loaded (transformers 45216).
+    >>> canonical("model.language_model.language_model.language_model.layers.0.mlp.gate.weight")
+    'layers.0.mlp.gate.weight'
     """
-    for prefix in TEXT_PREFIXES:
-        if raw.startswith(prefix):
-            return raw[len(prefix) :]
-    return raw
+    return raw[match.end() :] if (match := PREFIX.match(raw)) else raw
 
 
 # What a quantised module's tensors are called. Those with an underscore in front go with 3-D experts, which have no
-# `.weight`: gpt-oss `gate_up_proj_blocks`, transformers' FP8 `gate_up_proj_scale_inv`.
+# `.weight`: gpt-oss `gate_up_proj_blocks`, transformers' FP8 `gate_up_proj_scale_inv`, ModelOpt's
+# `gate_up_proj_weight_scale`.
 ROLE = re.compile(
     r"(?P<module>.+?)(?P<role>"
     r"\.(weight|bias|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|weight_global_scale|weight_zero_point"
     r"|weight_shape|weight_g_idx|input_scale|input_global_scale|output_scale|qweight|qzeros|scales|g_idx|qscales|SCB"
     r"|weight_format|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+))"
-    r"|(?<=_proj)_(blocks|scales|packed|scale|scale_inv|scale_2|bias))"
+    r"|(?<=_proj)_(blocks|scales|packed|bias|(weight_|input_|output_)?scale|(weight_)?scale_(inv|2)))"
 )
 
 

@@ -13,11 +13,13 @@ from typing import Any
 
 from ..checkpoint.untrusted import read_json
 from ..errors import Qwen35Error
-from ..gate.decide import RULES, VARIANTS, Options, decide_layers, hazards, summarise
-from ..gate.declared import ModuleSpec
+from ..gate.decide import NEWEST, RULES, VARIANTS, Options, decide_layers, hazards, rule_named, summarise
+from ..gate.declared import ModuleSpec, with_hf_quant_config
+from ..gate.records import Model
 
 Lookup = Callable[[str], ModuleSpec | None]
 Variant = tuple[str, str, dict[str, Any]]  # label, rule, the options that make it
+RULE_NAMES = ", ".join((*RULES, *(f"{name} ({rule})" for name, rule in NEWEST.items())))
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Reads a checkpoint folder (and then judges by what its tensors are) or a config.json alone."
     )
     parser.add_argument("path", help="checkpoint folder, .safetensors file or config.json")
-    parser.add_argument("--rule", choices=RULES, default="strict", help="whose rule to apply (default: %(default)s)")
+    parser.add_argument("--rule", default="strict", help=f"whose rule to apply: {RULE_NAMES} (default: %(default)s)")
     parser.add_argument("--all-rules", action="store_true", help="every engine's rule side by side, and what breaks")
     parser.add_argument("--json", action="store_true", help="the same records as JSON")
     parser.add_argument(
@@ -44,8 +46,10 @@ def run(args: argparse.Namespace) -> int:
     """Prints the decisions; always 0, since both answers are good ones. Error: input that cannot be read."""
     options = parse_options(args.option)
     config, stored, source = read(Path(args.path), args.config_only)
-    chosen: Iterable[Variant] = VARIANTS if args.all_rules else ((args.rule, args.rule, {}),)
-    results = [result_of(config, stored, variant, options) for variant in chosen]
+    rule = rule_named(args.rule)
+    chosen: Iterable[Variant] = VARIANTS if args.all_rules else ((rule, rule, {}),)
+    model = Model.from_config(config)
+    results = [result_of(model, stored, variant, options) for variant in chosen]
     if args.json:
         print(json.dumps({"path": args.path, "decided_by": source, "rules": results}, indent=1))
     else:
@@ -93,17 +97,20 @@ def read(path: Path, config_only: bool = False) -> tuple[dict[str, Any], Lookup 
     config = read_json(file)
     if not isinstance(config, dict):
         raise Qwen35Error("config.json must hold an object", where=file, found=type(config).__name__)
+    beside = file.with_name("hf_quant_config.json")
+    if file.name == "config.json" and beside.is_file():
+        config = with_hf_quant_config(config, read_json(beside))
     return config, None, "the configuration alone (no tensors)"
 
 
-def result_of(config: dict[str, Any], stored: Lookup | None, variant: Variant, given: dict[str, Any]) -> dict[str, Any]:
+def result_of(model: Model, stored: Lookup | None, variant: Variant, given: dict[str, Any]) -> dict[str, Any]:
     label, rule, switches = variant
     options = given | switches
-    layers = decide_layers(config, rule=rule, stored=stored, **options)
-    breaks = hazards(config, None, layers, stored)
-    model = summarise(layers, rule)
+    layers = decide_layers(model, rule=rule, stored=stored, **options)
+    breaks = hazards(model, None, layers, stored)
+    answer = summarise(layers, rule)
     records = [d.to_dict() | {"breaks": breaks.get(d.layer), "text": str(d)} for d in layers]
-    return {"rule": rule, "variant": label, "options": options, "model": model.to_dict(), "layers": records}
+    return {"rule": rule, "variant": label, "options": options, "model": answer.to_dict(), "layers": records}
 
 
 def lines_of(result: dict[str, Any], brief: bool) -> list[str]:
@@ -112,13 +119,14 @@ def lines_of(result: dict[str, Any], brief: bool) -> list[str]:
 
     def alike(record: dict[str, Any]) -> tuple[Any, ...]:
         draft, breaks = record["layer"].startswith("mtp."), record["breaks"]
-        return draft, record["fused"], record["online"], record["reason"], breaks is not None
+        return draft, record["fused"], record["online"], record["starts"], record["reason"], breaks is not None
 
     for _, group in groupby(result["layers"], key=alike):
         records = list(group)
         first = records[0]
         name = first["layer"] if len(records) == 1 else f"{first['layer']}-{records[-1]['layer'].rpartition('.')[2]}"
         word = "online" if first["online"] else "fused" if first["fused"] else "unfused"
+        word = word if first["starts"] else "does not start"
         verdict = f"{word}, BREAKS" if first["breaks"] else word
         head = f"{result['variant']:<24} " if brief else ""
         lines.append(f"  {head}{name:<14} {verdict:<16} {first['reason']}")

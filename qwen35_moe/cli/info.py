@@ -11,6 +11,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..errors import Qwen35Error
+from ..gate.records import Model
 from ..model.config import FULL
 from ..oracle.judge.envelope import legal
 from .estimate import estimate
@@ -57,7 +58,7 @@ def describe(checkpoint: Checkpoint, tokens: int, arithmetic: str) -> dict[str, 
         "experts": config.num_experts,
         "experts_per_token": config.num_experts_per_tok,
         "modules": rows,
-        "gate": result_of(dict(checkpoint.config), checkpoint.spec, ("strict", "strict", {}), {}),
+        "gate": result_of(Model.from_config(checkpoint.config), checkpoint.spec, ("strict", "strict", {}), {}),
         "estimate": estimate(checkpoint, config, rows, tokens, arithmetic),
     }
 

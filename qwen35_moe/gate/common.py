@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import Qwen35Error
 from .declared import QuantConfig
-from .exclude import Hit
+from .exclude import Hit, exact, first_match, glob, occurs_in_key
 from .module_names import expand_fused
 from .records import Decision, Evidence, Layer, Model, Options
 
@@ -21,6 +20,11 @@ def yes(reason: str, *evidence: Evidence, online: bool = False) -> Decision:
 
 def no(reason: str, *evidence: Evidence) -> Decision:
     return Decision(False, "", reason, evidence)
+
+
+def stops(reason: str, *evidence: Evidence) -> Decision:
+    """The engine raises while it starts, whatever it would have decided."""
+    return Decision(False, "", reason, evidence, starts=False)
 
 
 # A refusal is a Decision, and so is false: callers compare with None.
@@ -48,24 +52,26 @@ def first_entry(quant: QuantConfig, test: Callable[[str], bool], how: str = "sub
     return Hit(quant.exclude.list, found[0], found[1], how) if found else None
 
 
-def quark_layer_config(raw: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """The raw Quark spec of a module, as SGLang and vLLM compare it: patterns, single experts, the default.
+def sglang_layer_config(quant: QuantConfig, name: str) -> Any:
+    """The raw Quark spec of a module as SGLang finds it: patterns, entries for single experts, the default.
 
     Error: the parts of a fused module, or single experts, with different specs.
     """
-    layers = raw.get("layer_quant_config") or {}
-    if parts := expand_fused(names[0]):
-        heads = [n.rpartition(".")[0] for n in names]
-        specs = [quark_layer_config(raw, [f"{h}.{p.rpartition('.')[2]}" for h in heads]) for p in parts]
+    if parts := expand_fused(name):
+        specs = [sglang_layer_config(quant, part) for part in parts]
         if any(s != specs[0] for s in specs):
-            raise Qwen35Error("the parts of a fused module have different specs", where=names[0])
+            raise Qwen35Error("the parts of a fused module have different specs", where=name)
         return specs[0]
-    for pattern, spec in layers.items():
-        if any(fnmatchcase(name, pattern) for name in names):
-            return spec
-    below = tuple(n + "." for n in names if n.endswith(".experts"))
-    single = {key: spec for key, spec in layers.items() if key.startswith(below)} if below else {}
-    return _one_spec(names[0], single) if single else raw.get("global_quant_config")
+    if found := first_match(quant.key_index, name, (exact, glob)):
+        return quant.key_specs[found[0]]
+    single = {key: quant.key_specs[i] for i, key in quant.key_index.below(name)} if name.endswith(".experts") else {}
+    return _one_spec(name, single) if single else quant.raw.get("global_quant_config")
+
+
+def vllm_layer_config(quant: QuantConfig, name: str) -> Any:
+    """The raw Quark spec of a module as vLLM finds it: the first key in which the name occurs, else the default."""
+    found = (i for i, key in quant.key_index.around(name) if occurs_in_key(key, name))
+    return next((quant.key_specs[i] for i in found if quant.key_specs[i]), None) or quant.raw.get("global_quant_config")
 
 
 def _one_spec(experts: str, single: Mapping[str, Any]) -> Any:

@@ -15,9 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import Qwen35Error
-from .declared import BF16, ModuleSpec
-from .engines import ENGINE_RULES
-from .module_names import spellings
+from .declared import BF16, UNSTATED, ModuleSpec
+from .engines import ENGINE_RULES, NEWEST
 from .records import PROJECTIONS, Decision, Evidence, Layer, Model, Options
 from .strict import LayerFacts, Stored, layer_facts, read_stored, strict
 
@@ -29,9 +28,10 @@ VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("sglang-22948", "sglang-22948", {}),
     ("sglang-0.5.23", "sglang-0.5.23", {}),
     ("sglang-0.5.23 --enforce", "sglang-0.5.23", {"enforce_shared_experts_fusion": True}),
-    ("vllm", "vllm", {}),
-    ("vllm, opted in", "vllm", {"vllm_opt_in": True}),
-    ("atom", "atom", {}),
+    ("vllm-0.33", "vllm-0.33", {}),
+    ("vllm-0.33, opted in", "vllm-0.33", {"vllm_opt_in": True}),
+    ("vllm-0.33, converting", "vllm-0.33", {"vllm_opt_in": True, "vllm_online_target": "mxfp4"}),
+    ("atom-ffdf3bb5", "atom-ffdf3bb5", {}),
     ("atom-first-entry", "atom-first-entry", {}),
 )
 
@@ -58,6 +58,7 @@ def can_fuse_shared_expert(
 
 def summarise(decisions: Iterable[Decision], rule: str) -> Decision:
     """One answer for the target model: yes if every layer says yes. The draft does not count."""
+    rule = NEWEST.get(rule, rule)
     decisions = [d for d in decisions if not d.draft]
     if not decisions:
         return Decision(False, rule, "the model has no MoE layer")
@@ -82,17 +83,24 @@ def decide_layers(
 
 
 def _decide(model: Model, rule: str, stored: Any, options: Mapping[str, Any]) -> list[Decision]:
-    if rule not in RULES:
-        raise Qwen35Error("unknown rule of the gate", expected=", ".join(RULES), found=rule)
-    checked, lookup = Options.from_kwargs(options), read_stored(stored)
-    found = []
-    for layer in (*model.layers, *model.drafts):
-        if rule == "strict":
-            decision = strict(model, layer, checked, lookup)
-        else:
-            decision = ENGINE_RULES[rule].decide(model, layer, checked)
+    rule, checked, lookup = rule_named(rule), Options.from_kwargs(options), read_stored(stored)
+    layers = (*model.layers, *model.drafts)
+    if rule == "strict":
+        return [replace(strict(model, layer, checked, lookup), rule=rule, layer=layer.name) for layer in layers]
+    info, known, found = ENGINE_RULES[rule], dict[object, Decision](), []
+    for layer in layers:
+        key = layer.name if info.by_layer else layer.draft
+        decision = known[key] = known[key] if key in known else info.decide(model, layer, checked)
         found.append(replace(decision, rule=rule, layer=layer.name))
-    return found
+    return info.together(found)
+
+
+def rule_named(rule: str) -> str:
+    """The rule with its version: `sglang` means the newest. Error: there is none of that name."""
+    rule = NEWEST.get(rule, rule)
+    if rule not in RULES:
+        raise Qwen35Error("unknown rule of the gate", expected=", ".join((*RULES, *NEWEST)), found=rule)
+    return rule
 
 
 def hazards(
@@ -118,7 +126,7 @@ def _hazard(model: Model, layer: Layer, decision: Decision, stored: Stored | Non
             if uneven := _uneven(truth):
                 return uneven
             slot_guard(layer.experts, truth.routed[0].spec, _named(truth), convert=decision.online)
-        return "" if decision.rule == "strict" else _misread(model, truth, decision)
+        return "" if decision.rule == "strict" or not decision.starts else _misread(model, truth, decision)
     except Qwen35Error as error:
         return f"{error.what}: {error.where} is {error.found}, expected {error.expected}"
 
@@ -143,15 +151,16 @@ def _misread(model: Model, truth: LayerFacts, decision: Decision) -> str:
     It asks for the routed experts as one module, not for their projections.
     """
     quant, layer = model.quant, truth.layer
+    rule = ENGINE_RULES[decision.rule]
     if quant.method == "quark":
-        quant = quant.read_as(ENGINE_RULES[decision.rule].semantics)
+        quant = quant.read_as(rule.semantics, rule.names, model.nested)
     plain = layer.draft and decision.rule == "sglang-0.5.23" and "draft" in decision.reason
-    excluded = quant.exclude.hit(spellings(layer.experts, quant.num_hidden_layers)) is not None
-    inside = replace(quant, exclude=replace(quant.exclude, entries=())) if quant.exclude.semantics.children else quant
+    excluded = quant.exclude.hit(quant.names(layer.experts)) is not None
+    inside = quant.without_exclusions() if quant.exclude.semantics.children else quant
     for facts, floats, believed in ((truth.routed, plain or excluded, inside), (truth.shared, plain, quant)):
         for fact in facts:
             a, b = fact.spec, BF16 if floats else believed.spec_of(fact.name).spec
-            if not (a.is_float and b.is_float or a.same_bytes(b)):
+            if not (b == UNSTATED or a.is_float and b.is_float or a.same_bytes(b)):
                 return f"the loader takes {fact.name} for {b.kind}, it is {a.kind} ({fact.declared.hit})"
     return ""
 

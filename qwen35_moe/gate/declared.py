@@ -1,22 +1,37 @@
 """One precision per module: what a quantization_config says a module is, and the entry that says so.
 
-Six dialects (Quark, FP8, MXFP4, compressed-tensors, ModelOpt, GPTQ) become one question, `QuantConfig.spec_of(name)`.
+Every dialect that has a reader (`dialects.READERS`) becomes one question, `QuantConfig.spec_of(name)`.
 It is the refactor that the reviewers of sglang PR 22948 asked for: no gate has to search strings for "shared_expert".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from ..errors import Qwen35Error
-from ..quant.precision import BF16, FLOATS, MXFP4, NVFP4, Activation, ModuleSpec, float_spec
-from .dialects import READERS
-from .exclude import ExcludeList, Hit, exclude_list
+from ..quant.precision import BF16, FLOATS, MXFP4, NVFP4, UNSTATED, Activation, ModuleSpec, float_spec
+from .dialects import ALIASES, READERS
+from .entry_index import EntryIndex
+from .exclude import ExcludeList, Hit, exclude_list, first_match
 from .module_names import expand_fused, spellings
+from .namespaces import Namespace
 
-__all__ = ["BF16", "FLOATS", "MXFP4", "NVFP4", "Activation", "ModuleSpec", "QuantConfig", "Resolution", "float_spec"]
+__all__ = [
+    "BF16",
+    "FLOATS",
+    "MXFP4",
+    "NVFP4",
+    "UNSTATED",
+    "Activation",
+    "ModuleSpec",
+    "QuantConfig",
+    "Resolution",
+    "float_spec",
+]
 
 
 class Resolution(NamedTuple):
@@ -38,30 +53,87 @@ class QuantConfig:
     layers_from: str = "layer_quant_config"
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     num_hidden_layers: int | None = None
+    shared_word: str = "shared_expert"
+    namespace: Namespace | None = None  # None: any spelling of a name counts
+    nested: bool = True
+    views: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_dict(cls, raw: Any, num_hidden_layers: int | None = None) -> QuantConfig:
+    def from_dict(
+        cls, raw: Any, num_hidden_layers: int | None = None, shared_word: str = "shared_expert"
+    ) -> QuantConfig:
         """From a config.json's quantization_config (or ModelOpt's hf_quant_config.json); None is an unquantised model.
 
         `num_hidden_layers` lets `mtp.layers.0` be found under the name `model.layers.<num_hidden_layers>`.
-        An engine's loaded object (SGLang's QuarkConfig, say) will do as well, see `as_raw`.
-        Error: a quant_method that is not known, named together with the ones that are.
+        An engine's loaded object (SGLang's QuarkConfig, say) will do as well, see `as_raw`. A method without a reader
+        says nothing of any module: each is `UNSTATED`.
         """
         raw = as_raw(raw)
         if not raw:
             return cls("none", exclude_list((), "quark"), BF16, "no quantization_config", (), "", {})
-        method = method_of(raw)
+        method = stated_method(raw)
+        if method not in READERS:
+            nothing = exclude_list((), "quark")
+            return cls(method, nothing, UNSTATED, f"quant_method {method!r}, which has no reader", raw=raw)
         try:
-            return cls(method=method, raw=raw, num_hidden_layers=num_hidden_layers, **READERS[method](raw))
+            read = READERS[method](raw)
+            return cls(method=method, raw=raw, num_hidden_layers=num_hidden_layers, shared_word=shared_word, **read)
         except Qwen35Error:
             raise
         except (AttributeError, TypeError, ValueError, KeyError) as error:
             where, expected = "quantization_config", f"what {method} writes"
             raise Qwen35Error("cannot be read", where=where, expected=expected, found=error) from error
 
-    def read_as(self, semantics: str) -> QuantConfig:
-        """The same configuration under another reader's exclude semantics, by name (exclude.SEMANTICS)."""
-        return replace(self, exclude=exclude_list(self.exclude.entries, semantics, self.exclude.list))
+    def read_as(self, semantics: str, namespace: Namespace | None = None, nested: bool = True) -> QuantConfig:
+        """The same configuration as another reader takes it: its tests (exclude.SEMANTICS), its names for modules."""
+        key = semantics, namespace, nested
+        return self.view(key, lambda: self._read_as(*key))
+
+    def without_exclusions(self) -> QuantConfig:
+        """The same, with nothing excluded."""
+        exclude = replace(self.exclude, entries=(), written=())
+        return self.view("nothing excluded", lambda: replace(self, exclude=exclude, views={}))
+
+    def view(self, key: object, make: Callable[[], Any]) -> Any:
+        """What `make` finds in this configuration, found once."""
+        if key not in self.views:
+            self.views[key] = make()
+        return self.views[key]
+
+    def _read_as(self, semantics: str, namespace: Namespace | None, nested: bool) -> QuantConfig:
+        entries, layers = self.exclude.entries, self.layers
+        written: tuple[str, ...] = ()
+        if namespace is not None and self.namespace is None:
+            written, entries = entries, tuple(namespace.entry(e, nested) for e in entries)
+            layers = tuple((namespace.entry(key, nested), spec) for key, spec in layers)
+        exclude = exclude_list(entries, semantics, self.exclude.list, written)
+        return replace(self, exclude=exclude, layers=layers, namespace=namespace, nested=nested, views={})
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the method has a reader, so that `spec_of` knows more than that something is quantised."""
+        return self.method in READERS or self.method == "none"
+
+    @cached_property
+    def layer_index(self) -> EntryIndex:
+        return EntryIndex([pattern for pattern, _ in self.layers])
+
+    @cached_property
+    def key_index(self) -> EntryIndex:
+        """The keys of Quark's layer_quant_config, as this reader compares them."""
+        keys = tuple(self.raw.get("layer_quant_config") or {})
+        return EntryIndex(keys if self.namespace is None else [self.namespace.entry(k, self.nested) for k in keys])
+
+    @cached_property
+    def key_specs(self) -> tuple[Any, ...]:
+        """The raw specs of layer_quant_config, in the order of `key_index`."""
+        return tuple((self.raw.get("layer_quant_config") or {}).values())
+
+    def names(self, module: str) -> tuple[str, ...]:
+        """The names under which entries may name a module."""
+        if self.namespace is not None:
+            return (self.namespace.module(module, self.nested),)
+        return spellings(module, self.num_hidden_layers, self.shared_word)
 
     def spec_of(self, module_name: str) -> Resolution:
         """The module's precision and the deciding entry: exclude list first, then layer patterns, then the default.
@@ -69,7 +141,7 @@ class QuantConfig:
         The name may have any prefix, or be fused (`gate_up_proj`), or name all experts of a layer (`….mlp.experts`).
         Error: parts of a fused module with different precisions.
         """
-        names = spellings(module_name, self.num_hidden_layers)
+        names = self.names(module_name)
         if hit := self.exclude.hit(names):
             return Resolution(BF16, hit)
         if (parts := expand_fused(module_name)) and self.layers:
@@ -81,11 +153,11 @@ class QuantConfig:
                     found="; ".join(f"{p}: {f.spec} from {f.hit}" for p, f in zip(parts, found, strict=True)),
                 )
             return found[0]
-        for pattern, spec in self.layers:
-            for name in names:
-                for test in self.exclude.semantics.layer_tests:
-                    if test(pattern, name):
-                        return Resolution(spec, Hit(self.layers_from, None, pattern, "layer pattern", name))
+        tests = self.exclude.semantics.layer_tests
+        keys = [at for name in names if (at := first_match(self.layer_index, name, tests))] if self.layers else []
+        if keys:
+            pattern, spec = self.layers[min(keys)[0]]
+            return Resolution(spec, Hit(self.layers_from, None, pattern, "layer pattern"))
         return Resolution(self.default, Hit(self.default_from, None, "", "default"))
 
 
@@ -96,17 +168,33 @@ def quantization_of(config: Mapping[str, Any]) -> Any:
     return next((raw for place in places if (raw := place.get("quantization_config")) not in (None, {})), None)
 
 
+def with_hf_quant_config(config: Mapping[str, Any], beside: Any) -> dict[str, Any]:
+    """A config.json with the content of hf_quant_config.json as its quantization_config, where it has none.
+
+    ModelOpt writes that file beside config.json, older versions only there (vllm 22073, sglang 13919).
+    """
+    if quantization_of(config) is not None or not isinstance(beside, Mapping) or not beside:
+        return dict(config)
+    return {**config, "quantization_config": {"quant_method": "modelopt", **beside}}
+
+
+def stated_method(raw: Mapping[str, Any]) -> str:
+    """The quant_method of a quantization_config, in the one spelling that is used here; "" where none is stated."""
+    method = raw.get("quant_method") or ("modelopt" if "quantization" in raw or "quant_algo" in raw else "")
+    method = method.value if isinstance(method, Enum) else method  # transformers' configs hold an enum
+    return ALIASES.get(method, method) if isinstance(method, str) else repr(method)
+
+
 def method_of(raw: Mapping[str, Any]) -> str:
-    """The quant_method of a quantization_config. Error: one that is not known."""
-    method = raw.get("quant_method") or ("modelopt" if "quantization" in raw or "quant_algo" in raw else None)
-    method = getattr(method, "value", method)  # transformers' configs hold an enum
-    if not isinstance(method, str) or method not in READERS:
+    """The quant_method of a quantization_config. Error: one that has no reader."""
+    method = stated_method(raw)
+    if method not in READERS:
         raise Qwen35Error(
             "unknown quantisation method",
             where="quantization_config.quant_method",
             expected=", ".join(sorted(READERS)),
             found=repr(method),
-            do="add a reader to qwen35_moe/quant/dialects.py; nothing is assumed about formats that are not known",
+            do="add a reader to qwen35_moe/gate/dialects.py; nothing is assumed about formats that are not known",
         )
     return method
 

@@ -1,4 +1,4 @@
-"""The dialects of quantization_config: Quark, FP8, MXFP4, compressed-tensors, ModelOpt, GPTQ.
+"""The dialects of quantization_config that are read, method by method: see READERS.
 
 Each reader turns its dialect into the arguments of `QuantConfig`: an exclude list, ordered patterns, a default.
 """
@@ -6,10 +6,11 @@ Each reader turns its dialect into the arguments of `QuantConfig`: an exclude li
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..errors import Qwen35Error
-from ..quant.precision import BF16, MXFP4, UNSTATED, Activation, ModuleSpec
+from ..quant.precision import BF16, MXFP4, MXFP8, UNSTATED, Activation, ModuleSpec
 from .exclude import ExcludeList, exclude_list, layer_class
 
 
@@ -96,6 +97,8 @@ def _group_spec(group: Mapping[str, Any], form: str) -> ModuleSpec:
         if "mxfp4" in form or size == 32:
             return ModuleSpec("mxfp4", block or (32,), "e8m0", activation)
         return ModuleSpec("nvfp4", block or (16,), "e4m3", activation)
+    if kind == "float" and bits == 8 and "mxfp8" in form:
+        return replace(MXFP8, activation=activation)
     if kind == "float" and bits == 8:
         return ModuleSpec(f"fp8-{weights.get('strategy', 'tensor')}", block, "", activation)
     return ModuleSpec(f"int{bits}", block, "", activation) if bits else BF16
@@ -103,13 +106,15 @@ def _group_spec(group: Mapping[str, Any], form: str) -> ModuleSpec:
 
 def _modelopt(raw: Mapping[str, Any]) -> dict[str, Any]:
     inner = raw.get("quantization", raw)
-    algo = str(inner.get("quant_algo") or raw.get("quant_algo") or "")
+    algo = str(inner.get("quant_algo") or raw.get("quant_algo") or "").upper()
     layers = inner.get("quantized_layers") or {}
     return {
         "exclude": _exclude(
             inner, "exclude_modules" if inner.get("exclude_modules") is not None else "ignore", "modelopt"
         ),
-        "layers": tuple((name, _algo_spec(str(entry.get("quant_algo")), entry)) for name, entry in layers.items()),
+        "layers": tuple(
+            (name, _algo_spec(str(entry.get("quant_algo")).upper(), entry)) for name, entry in layers.items()
+        ),
         "layers_from": "quantized_layers",
         "default": BF16 if algo == "MIXED_PRECISION" else _algo_spec(algo, inner),
         "default_from": f"quant_algo {algo}",
@@ -121,6 +126,8 @@ MODELOPT_FP8 = {
     "FP8": ModuleSpec("fp8-tensor", (), "f32", Activation("fp8", False)),
     "FP8_PER_CHANNEL_PER_TOKEN": ModuleSpec("fp8-channel", (), "f32", Activation("fp8")),
     "FP8_PB_WO": ModuleSpec("fp8-block", (128, 128), "f32"),
+    "FP8_BLOCK_SCALES": ModuleSpec("fp8-block", (128, 128), "f32"),
+    "MXFP8": replace(MXFP8, activation=Activation("fp8", True, 32)),
 }
 
 
@@ -129,10 +136,9 @@ def _algo_spec(algo: str, entry: Mapping[str, Any]) -> ModuleSpec:
     if "NVFP4" in algo:
         inputs = Activation("fp8", False) if "A8" in algo else Activation("fp4", True, group)
         return ModuleSpec("nvfp4", (group,), "e4m3", None if "A16" in algo else inputs)
-    if algo.upper() in MODELOPT_FP8:
-        return MODELOPT_FP8[algo.upper()]
-    known = ", ".join(("NVFP4", "W4A16_NVFP4", *MODELOPT_FP8))
-    raise Qwen35Error("unknown ModelOpt quant_algo", expected=f"{known} or MIXED_PRECISION", found=repr(algo))
+    if algo in MODELOPT_FP8:
+        return MODELOPT_FP8[algo]
+    return UNSTATED  # INT4_AWQ, W4A8_AWQ, ...: what they are is in the bytes
 
 
 def _gptq(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,6 +169,10 @@ def _first(spec: Any) -> Mapping[str, Any]:
 def _short(dtype: str) -> str:
     return "fp8" if dtype.startswith("fp8") else dtype
 
+
+# Names of one and the same method.
+ALIASES = {"compressed_tensors": "compressed-tensors", "gptq_marlin": "gptq", "gptqmodel": "gptq"}
+ALIASES |= dict.fromkeys(("modelopt_fp4", "modelopt_fp8", "modelopt_mixed", "modelopt_mxfp8", "nvfp4"), "modelopt")
 
 READERS = {
     "quark": _quark,

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from ..errors import Qwen35Error
+from .entry_index import EntryIndex
 from .module_names import expand_fused, is_plain, tells_experts_apart
 from .patterns import bounded_pattern
 
@@ -63,9 +64,17 @@ def negative_rule(entry: str, name: str) -> bool:
     return entry.startswith("-:") and _compiled(entry[2:]).match(name) is not None
 
 
+def occurs_in_key(entry: str, name: str) -> bool:
+    """With a star a glob; without one, the name occurs somewhere in the key: vLLM and ATOM read keys so."""
+    return fnmatchcase(name, entry) if "*" in entry else name in entry
+
+
 def layer_class(entry: str, name: str) -> bool:
     """A class of layers, as compressed-tensors targets them: these two cover every projection."""
-    return entry in ("Linear", "FusedMoE")
+    return entry in LAYER_CLASSES
+
+
+LAYER_CLASSES = ("Linear", "FusedMoE")
 
 
 Test = Callable[[str, str], bool]
@@ -94,14 +103,19 @@ SEMANTICS = {
             "quark", (exact, glob, regex_match), "Quark 0.13: patterns given by users are fnmatch", children=True
         ),
         Semantics("sglang", (exact, regex_match), "SGLang 0.5.23 quark/utils.py: should_ignore_layer", children=True),
-        Semantics("vllm", (exact, regex_match), "vLLM 0.32 quark/utils.py: should_ignore_layer"),
+        Semantics(
+            "vllm",
+            (exact, regex_match),
+            "vLLM 0.33 quark/utils.py: should_ignore_layer; quark.py: get_layer_quant_config_from_name",
+            children=True,
+            layer_tests=(occurs_in_key,),
+        ),
         Semantics(
             "atom",
             (exact, regex_search, glob_or_below, parent),
             "ROCm/ATOM atom/config.py:483-493",
             children=True,
-            # Without a star, ATOM asks whether the name occurs in the key, not whether it equals it.
-            layer_tests=(lambda key, name: glob(key, name) if "*" in key else name in key, layer_class),
+            layer_tests=(occurs_in_key, layer_class),
         ),
         Semantics("fp8", (exact, segments), "SGLang 0.5.23 quantization/utils.py: is_layer_skipped (since #23467)"),
         Semantics(
@@ -110,7 +124,12 @@ SEMANTICS = {
             "compressed-tensors 0.20: ignore and targets",
             layer_tests=(exact, regex_match, layer_class),
         ),
-        Semantics("modelopt", (exact, glob), "NVIDIA ModelOpt hf_quant_config.json: exclude_modules, ignore"),
+        Semantics(
+            "modelopt",
+            (exact, glob),
+            "NVIDIA ModelOpt hf_quant_config.json: exclude_modules, ignore; quantized_layers names experts as one",
+            layer_tests=(exact, glob, parent),
+        ),
         Semantics("gptq", (negative_rule,), "GPTQModel: quantization_config.dynamic"),
         Semantics("substring", (substring,), "SGLang FP8 before #23467; in_proj_a then collides with in_proj_ab"),
     )
@@ -134,34 +153,34 @@ class Hit:
 
 @dataclass(frozen=True)
 class ExcludeList:
-    """An exclude list under one reading. Plain names go through a dictionary, since real lists have 1,700 entries."""
+    """An exclude list under one reading. Real lists have 1,700 entries, and up to 30,840: see `EntryIndex`.
+
+    written: the entries as the file has them, where an engine has renamed them before it compares (`entries`).
+    """
 
     entries: tuple[str, ...]
     semantics: Semantics
     list: str = "exclude"
-    patterns: tuple[tuple[int, str], ...] = field(init=False, repr=False, compare=False)
-    _index: dict[str, int] = field(init=False, repr=False, compare=False)
-    _experts: dict[str, int] = field(init=False, repr=False, compare=False)
-    _apart: bool = field(init=False, repr=False, compare=False)
+    written: tuple[str, ...] = ()
+    index: EntryIndex = field(init=False, repr=False, compare=False)
+    _parents: dict[str, int] = field(init=False, repr=False, compare=False)
     _find: Callable[[tuple[str, ...]], Hit | None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        index: dict[str, int] = {}
-        experts: dict[str, int] = {}
+        parents: dict[str, int] = {}
         for i, entry in enumerate(self.entries):
-            index.setdefault(entry, i)
-            head, found, _ = entry.partition(".experts.")
-            if found and is_plain(head):
-                experts.setdefault(head + ".experts", i)
-        anywhere = substring in self.semantics.tests
-        patterns = tuple((i, e) for i, e in enumerate(self.entries) if anywhere or not is_plain(e))
-        for _, entry in patterns:  # one that is no regular expression is refused here, whichever rule asks for what
-            matched(entry, "", self.semantics)
-        apart = any(tells_experts_apart(e) for _, e in patterns)
+            if not is_plain(entry):
+                matched(
+                    entry, "", self.semantics.tests
+                )  # a bad regular expression is refused, whichever rule asks for what
+                continue
+            at = entry.find(".")
+            while at >= 0:
+                parents.setdefault(entry[:at], i)
+                at = entry.find(".", at + 1)
         # The gate asks about the same few modules of a layer again and again, once for every rule.
         cached = lru_cache(maxsize=8192)(self._search)
-        made = {"patterns": patterns, "_index": index, "_experts": experts, "_apart": apart, "_find": cached}
-        for key, value in made.items():
+        for key, value in {"index": EntryIndex(self.entries), "_parents": parents, "_find": cached}.items():
             object.__setattr__(self, key, value)
 
     def hit(self, names: str | Sequence[str]) -> Hit | None:
@@ -171,30 +190,31 @@ class ExcludeList:
         """
         return self._find((names,) if isinstance(names, str) else tuple(names))
 
-    def _search(self, names: tuple[str, ...]) -> Hit | None:
-        return self._direct(names) or self._below(names) or self._parts(names)
+    def below(self, names: Sequence[str], how: str) -> Hit | None:
+        """The first plain entry for a module below one of these."""
+        found = [self._parents[name] for name in names if name in self._parents]
+        return self._hit(min(found), how, "") if found else None
 
-    def singles_out_experts(self, names: Sequence[str]) -> bool:
-        """Whether one expert of a module could be excluded and another not."""
-        return self._apart or any(name in self._experts for name in names)
+    def singled_out(self, names: Sequence[str]) -> set[int] | None:
+        """The experts of a layer that entries may treat unlike the others; None if that may be any."""
+        if any(tells_experts_apart(e) for name in names for _, e in self.index.patterns(name)):
+            return None
+        return set().union(*(self.index.experts(name) for name in names))
+
+    def _search(self, names: tuple[str, ...]) -> Hit | None:
+        children = [name for name in names if name.endswith(".experts")] if self.semantics.children else []
+        return self._direct(names) or self.below(children, "one expert excludes the module") or self._parts(names)
 
     def _direct(self, names: Sequence[str]) -> Hit | None:
-        for name in names:
-            for key, test in _plain_matches(name, self.semantics.tests):
-                if key in self._index:
-                    return Hit(self.list, self._index[key], key, test.__name__, name)
-        for i, entry in self.patterns:
-            for name in names:
-                if how := matched(entry, name, self.semantics):
-                    return Hit(self.list, i, entry, how, name)
-        return None
+        found = [hit for name in names if (hit := self._first(name))]
+        return min(found, key=lambda hit: hit.index or 0, default=None)
 
-    def _below(self, names: Sequence[str]) -> Hit | None:
-        for name in names if self.semantics.children else ():
-            if name in self._experts:
-                i = self._experts[name]
-                return Hit(self.list, i, self.entries[i], "one expert excludes the module", name)
-        return None
+    def _first(self, name: str) -> Hit | None:
+        found = first_match(self.index, name, self.semantics.tests)
+        return self._hit(*found, name) if found else None
+
+    def _hit(self, index: int, how: str, name: str) -> Hit:
+        return Hit(self.list, index, (self.written or self.entries)[index], how, name)
 
     def _parts(self, names: Sequence[str]) -> Hit | None:
         parts = expand_fused(names[0]) if self.semantics.fused else ()
@@ -211,9 +231,22 @@ class ExcludeList:
 
 
 @lru_cache(maxsize=64)
-def exclude_list(entries: tuple[str, ...], semantics: str, list: str = "exclude") -> ExcludeList:
+def exclude_list(
+    entries: tuple[str, ...], semantics: str, list: str = "exclude", written: tuple[str, ...] = ()
+) -> ExcludeList:
     """An exclude list under a named reading; made once, as the gate asks for it layer by layer."""
-    return ExcludeList(entries, SEMANTICS[semantics], list)
+    return ExcludeList(entries, SEMANTICS[semantics], list, written)
+
+
+def first_match(index: EntryIndex, name: str, tests: Sequence[Test]) -> tuple[int, str] | None:
+    """(index, the test that it passed) of the first entry that names a module."""
+    found = [(index.plain[key], test.__name__) for key, test in _plain_matches(name, tests) if key in index.plain]
+    others = index.around(name) if substring in tests or occurs_in_key in tests else index.patterns(name)
+    for i, entry in others:
+        if how := matched(entry, name, tests):
+            found.append((i, how))
+            break
+    return min(found, default=None)
 
 
 def _plain_matches(name: str, tests: Sequence[Test]) -> Iterator[tuple[str, Test]]:
@@ -226,11 +259,13 @@ def _plain_matches(name: str, tests: Sequence[Test]) -> Iterator[tuple[str, Test
     if segments in tests:
         ends = range(len(parts), 0, -1)
         yield from ((".".join(parts[i:j]), segments) for j in ends for i in range(j))
+    if layer_class in tests:
+        yield from ((word, layer_class) for word in LAYER_CLASSES)
 
 
-def matched(entry: str, name: str, semantics: Semantics) -> str:
+def matched(entry: str, name: str, tests: Sequence[Test]) -> str:
     """The name of the first test that `entry` passes for `name`, or "" ."""
-    return next((test.__name__ for test in semantics.tests if test(entry, name)), "")
+    return next((test.__name__ for test in tests if test(entry, name)), "")
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

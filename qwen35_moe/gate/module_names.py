@@ -25,13 +25,14 @@ def expand_fused(name: str) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=16384)
-def spellings(name: str, num_hidden_layers: int | None = None) -> tuple[str, ...]:
+def spellings(name: str, num_hidden_layers: int | None = None, shared_word: str = "shared_expert") -> tuple[str, ...]:
     """Every way in which a checkpoint may write a module's name.
 
     Text modules carry one of four prefixes or none; `mtp.layers.0.x` may also be `model.layers.78.x` with 78 =
-    num_hidden_layers (GLM-5.2, sglang #36124); DeepSeek writes `shared_experts`.
+    num_hidden_layers (GLM-5.2, sglang #36124). shared_word: what the model calls its shared expert; `*experts*` covers
+    DeepSeek's `shared_experts`, and not the `shared_expert` of Qwen.
     """
-    core = canonical(name)
+    core = canonical(name).replace(".shared_expert.", f".{shared_word}.")
     names = [core]
     if core.startswith(("layers.", "embed_tokens", "norm")):
         names = [p + core for p in TEXT_PREFIXES] + [core]
@@ -42,7 +43,12 @@ def spellings(name: str, num_hidden_layers: int | None = None) -> tuple[str, ...
     elif (draft := re.match(r"mtp\.layers\.(\d+)\.(.*)", core)) and num_hidden_layers is not None:
         appended = f"layers.{num_hidden_layers + int(draft[1])}.{draft[2]}"
         names += [p + appended for p in TEXT_PREFIXES] + [appended]
-    return tuple(names + [n.replace(".shared_expert.", ".shared_experts.") for n in names if ".shared_expert." in n])
+    return tuple(names)
+
+
+def shared_word(model_type: object) -> str:
+    """What a family of models calls the shared expert: DeepSeek's and its heirs' `shared_experts`, Qwen's in one."""
+    return "shared_experts" if str(model_type).startswith(("deepseek", "glm", "kimi")) else "shared_expert"
 
 
 def canonical(name: str) -> str:

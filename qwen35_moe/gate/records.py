@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..errors import Qwen35Error
 from ..model.config import MOST_LAYERS
 from .declared import QuantConfig, quantization_of
 from .exclude import Hit
+from .module_names import shared_word
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -29,6 +30,7 @@ class Options:
     cuda_opt_in: bool = False  # SGLang's enable_cuda_shared_expert_fusion of a model class
     cutedsl_ar_fusion: bool = False
     vllm_opt_in: bool = False  # VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS
+    vllm_online_target: str = ""  # --quantization-config.targets '{"*shared_expert*": "mxfp4"}'
     atom_fuse_shared_expert: bool = True  # ATOM_FUSE_SHARED_EXPERT
     dp_size: int = 1
     dp_attention: bool = False
@@ -99,6 +101,7 @@ class Decision:
     evidence: tuple[Evidence, ...] = ()
     layer: str = "model"
     online: bool = False
+    starts: bool = True  # False: the engine raises while it starts
 
     def __bool__(self) -> bool:
         return self.fused
@@ -110,6 +113,8 @@ class Decision:
 
     @property
     def word(self) -> str:
+        if not self.starts:
+            return "undecided: the engine does not start"
         return ("fused, converted to MXFP4 on load" if self.online else "fused") if self.fused else "not fused"
 
     @property
@@ -160,10 +165,18 @@ class Model:
     num_hidden_layers: int
     top: Mapping[str, Any]
     quant: QuantConfig
+    facts: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what `strict` has found out
+
+    @property
+    def nested(self) -> bool:
+        """Whether the text model's settings lie in a text_config: a checkpoint with a vision tower."""
+        return "text_config" in self.top
 
     @classmethod
     def from_config(cls, config: Any, quant_config: Any = None) -> Model:
         """From a config.json's dictionary or a config object. quant_config None: taken from the configuration."""
+        if isinstance(config, Model):
+            return config
         top = as_dict(config)
         text = as_dict(top.get("text_config") or top)
         raw = quantization_of({**top, "text_config": text}) if quant_config is None else quant_config
@@ -188,7 +201,8 @@ class Model:
         if not all(type(n) is int for n in (shared, experts)):
             where, found = "config.json: shared_expert_intermediate_size, num_experts", f"{shared!r}, {experts!r}"
             raise Qwen35Error("wrong type", where=where, expected="integers", found=found[:200])
-        quant = raw if isinstance(raw, QuantConfig) else QuantConfig.from_dict(raw, count)
+        word = shared_word(text.get("model_type"))
+        quant = raw if isinstance(raw, QuantConfig) else QuantConfig.from_dict(raw, count, word)
         return cls(
             layers=tuple(Layer(f"layers.{i}") for i in range(count) if (i + 1) % step == 0 and i not in dense),
             drafts=tuple(Layer(f"mtp.layers.{i}", draft=True) for i in range(drafts)),

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import Qwen35Error
-from .common import first_entry, no, quark_layer_config, refuse_platform, refuse_sizes, yes
+from .common import first_entry, no, refuse_platform, refuse_sizes, sglang_layer_config, stops, yes
+from .declared import QuantConfig
 from .module_names import is_draft_entry, mentions_shared_body
 from .records import PER_RANK_SLOT_BACKENDS, PROJECTIONS, Decision, Evidence, Layer, Model, Options
 
@@ -35,6 +36,8 @@ def sglang_0_5_23(model: Model, layer: Layer, options: Options) -> Decision:
         return refusal
     if options.a2a_backend in ("deepep", "deepep_v2", "mori"):
         return no(f"the all-to-all backend is {options.a2a_backend}")
+    if (trouble := _cannot_start(model)) is not None:
+        return trouble
     decision = _sglang_draft(model) if layer.draft else None
     decision = decision or _sglang_quant(model, options)
     if decision and options.a2a_backend in PER_RANK_SLOT_BACKENDS and options.moe_ep_size > 1:
@@ -50,6 +53,20 @@ def _refuse_before_quantisation(model: Model, options: Options) -> Decision | No
     if options.disable_shared_experts_fusion:
         return no("--disable-shared-experts-fusion")
     return refuse_sizes(model)
+
+
+def _cannot_start(model: Model) -> Decision | None:
+    """What raises while SGLang builds a model of Quark's, whether it would fuse or not."""
+    raw = model.quant.raw
+    if model.quant.method != "quark":
+        return None
+    if raw.get("exclude", ()) is None:
+        return stops("exclude is null, and SGLang iterates over it", Evidence("exclude = null"))
+    specs = {"global_quant_config": raw.get("global_quant_config"), **(raw.get("layer_quant_config") or {})}
+    for name, spec in specs.items():
+        if isinstance(spec, Mapping) and any(isinstance(spec.get(key), list) for key in ("weight", "input_tensors")):
+            return stops("a weight in two steps has no scheme in SGLang", Evidence(f"{name}: a list of specs"))
+    return None
 
 
 def _sglang_draft(model: Model) -> Decision | None:
@@ -80,7 +97,7 @@ def _sglang_quant(model: Model, options: Options) -> Decision:
         return _sglang_online(model, options, Evidence.of(hit))
     if not quant.raw.get("layer_quant_config"):
         return yes("no entry of the exclude list names a shared expert's body, and no layer has its own spec")
-    return _sglang_layer_specs(quant.raw)
+    return _sglang_layer_specs(quant)
 
 
 def _sglang_online(model: Model, options: Options, entry: Evidence) -> Decision:
@@ -99,7 +116,7 @@ def _sglang_online(model: Model, options: Options, entry: Evidence) -> Decision:
         missing = f"model_type {kind!r} was not measured"
     else:
         try:
-            specs = [quark_layer_config(raw, [f"{base}.mlp.experts"]) for base in LAYER0_BASES]
+            specs = [sglang_layer_config(model.quant, f"{base}.mlp.experts") for base in LAYER0_BASES]
             missing = None if all(map(_is_mxfp4, specs)) else "the routed experts of layer 0 are not MXFP4"
         except Qwen35Error as error:
             missing = f"the spec of layer 0 is ambiguous ({error.what})"
@@ -118,15 +135,17 @@ def _sglang_online(model: Model, options: Options, entry: Evidence) -> Decision:
 LAYER0_BASES = ("model.layers.0", "model.language_model.layers.0")
 
 
-def _sglang_layer_specs(raw: Mapping[str, Any]) -> Decision:
+def _sglang_layer_specs(quant: QuantConfig) -> Decision:
     """With layer_quant_config, routed and shared specs must be equal; SGLang asks layer 0 and the draft only."""
-    shared = "shared_experts" if any(".shared_experts." in k for k in raw["layer_quant_config"]) else "shared_expert"
+    shared = (
+        "shared_experts" if any(".shared_experts." in k for k in quant.raw["layer_quant_config"]) else "shared_expert"
+    )
     try:
         for base in (*LAYER0_BASES, "model.decoder"):
-            routed = quark_layer_config(raw, [f"{base}.mlp.experts"])
+            routed = sglang_layer_config(quant, f"{base}.mlp.experts")
             for part in (*PROJECTIONS, "gate_up_proj"):
                 name = f"{base}.mlp.{shared}.{part}"
-                if quark_layer_config(raw, [name]) != routed:
+                if sglang_layer_config(quant, name) != routed:
                     return no("layer_quant_config gives routed and shared experts different specs", Evidence(name))
     except Qwen35Error as error:
         return no("layer_quant_config gives no single spec", Evidence(f"{error.where}: {error.what}"))

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from ..errors import Qwen35Error
 from .common import no, refuse_sizes, yes
-from .declared import BF16, ModuleSpec, QuantConfig, Resolution
+from .declared import BF16, UNSTATED, ModuleSpec, QuantConfig, Resolution
 from .exclude import Hit
-from .module_names import spellings, tells_experts_apart
+from .module_names import tells_experts_apart
 from .records import PROJECTIONS, Decision, Evidence, Layer, Model, Options
 
 Stored = Callable[[str], ModuleSpec | None]
@@ -51,7 +51,17 @@ def read_stored(stored: Stored | Mapping[str, ModuleSpec] | None) -> Stored | No
 
 
 def layer_facts(model: Model, layer: Layer, stored: Stored | None) -> LayerFacts:
-    """Collects the facts of one layer, under the writer's reading of the exclude list and beside it those of others."""
+    """The facts of one layer, under the writer's reading of the exclude list and beside it those of others.
+
+    Collected once: the rules of all engines are judged by them.
+    """
+    known = model.facts.get((layer, stored))
+    if known is None:
+        known = model.facts[layer, stored] = _collect(model, layer, stored)
+    return known
+
+
+def _collect(model: Model, layer: Layer, stored: Stored | None) -> LayerFacts:
     quant = model.quant
     others = tuple(quant.read_as(reader) for reader in READERS.get(quant.method, ()))
     shared = tuple(_fact(name, quant, others, stored) for name in layer.shared.values())
@@ -61,10 +71,16 @@ def layer_facts(model: Model, layer: Layer, stored: Stored | None) -> LayerFacts
 def _fact(name: str, quant: QuantConfig, others: Sequence[QuantConfig], stored: Stored | None) -> Fact:
     declared = quant.spec_of(name)
     readings = [other.spec_of(name) for other in others]
-    if hit := _block_above(name, quant):
+    if hit := quant.view(_block(name), lambda: _block_above(name, quant)):
         readings.append(Resolution(BF16, hit))
     second = next((reading for reading in readings if reading.spec != declared.spec), None)
     return Fact(name, declared, second, stored(name) if stored else None)
+
+
+def _block(name: str) -> str:
+    """`….mlp.experts` or `….mlp.shared_expert`, of a projection."""
+    parts = name.split(".")
+    return ".".join(parts[: parts.index("mlp") + 2])
 
 
 def _block_above(name: str, quant: QuantConfig) -> Hit | None:
@@ -74,7 +90,7 @@ def _block_above(name: str, quant: QuantConfig) -> Hit | None:
     """
     parts = name.split(".")
     blocks = [".".join(parts[:end]) + "." for end in range(parts.index("mlp") + 2, 1, -1)]
-    dotted = [spelled for block in blocks for spelled in spellings(block, quant.num_hidden_layers)]
+    dotted = [spelled for block in blocks for spelled in quant.names(block)]
     hit = quant.exclude.hit([*(n[:-1] for n in dotted), *dotted])
     return hit and replace(hit, how="a block around it")
 
@@ -85,22 +101,36 @@ def _routed(
     """The routed experts, each kind once. All 512 are asked only if the list or the bytes could tell them apart."""
     whole = stored(layer.experts) if stored else None
     lookup = (lambda _: whole) if whole is not None else stored
-    keys = [key for key, _ in quant.layers]
-    apart = quant.exclude.singles_out_experts(spellings(layer.experts, model.num_hidden_layers))
-    apart = apart or any(tells_experts_apart(key) for key in keys)
+    apart = _apart(layer, quant)
     first = {part: _fact(f"{layer.experts}.0.{part}", quant, others, lookup) for part in PROJECTIONS}
-    if not apart and (lookup is None or whole is not None):
+    known = lookup is None or whole is not None
+    if not apart and apart is not None and known:
         return list(first.values())
     facts: dict[object, Fact] = {}
-    for expert in range(max(model.num_experts, 1)):
+    every = range(max(model.num_experts, 1))
+    asked = set(every) if apart is None else apart
+    rest = next((e for e in every if e not in asked), 0)  # one that stands for all that no entry names
+    alike = (
+        first if rest == 0 else {p: _fact(f"{layer.experts}.{rest}.{p}", quant, others, lookup) for p in PROJECTIONS}
+    )
+    for expert in sorted({*asked, rest} & set(every)) if known else every:
         for part in PROJECTIONS:
             name = f"{layer.experts}.{expert}.{part}"
-            if apart:
+            if expert in asked:
                 fact = _fact(name, quant, others, lookup)
             else:
-                fact = first[part]._replace(name=name, stored=lookup(name) if lookup else None)
+                fact = alike[part]._replace(name=name, stored=lookup(name) if lookup else None)
             facts.setdefault((part, fact.declared.spec, fact.other and fact.other.spec, fact.stored), fact)
     return list(facts.values())
+
+
+def _apart(layer: Layer, quant: QuantConfig) -> set[int] | None:
+    """The experts of a layer that the configuration may treat unlike the others; None if that may be any."""
+    names = quant.names(layer.experts)
+    excluded = quant.exclude.singled_out(names)
+    index = quant.layer_index
+    vague = any(tells_experts_apart(key) for name in names for _, key in index.patterns(name))
+    return None if excluded is None or vague else excluded.union(*(index.experts(n) for n in names))
 
 
 def strict(model: Model, layer: Layer, options: Options, stored: Stored | None) -> Decision:
@@ -109,6 +139,9 @@ def strict(model: Model, layer: Layer, options: Options, stored: Stored | None) 
         return no("fusion is switched off")
     if (refusal := refuse_sizes(model)) is not None:
         return refusal
+    if stored is None and not model.quant.is_read:
+        what = "what the quantisation does to a module is not known, and no bytes were given"
+        return no(what, Evidence(model.quant.default_from))
     try:
         facts = layer_facts(model, layer, stored)
     except Qwen35Error as error:
@@ -171,5 +204,5 @@ def _warnings(facts: LayerFacts) -> list[Evidence]:
 
 
 def _agree(declared: ModuleSpec, stored: ModuleSpec) -> bool:
-    """A configuration says "not quantised", never which float."""
-    return declared.is_float and stored.is_float or declared.same_bytes(stored)
+    """A configuration says "not quantised", never which float; one that is not read says nothing."""
+    return declared == UNSTATED or declared.is_float and stored.is_float or declared.same_bytes(stored)

@@ -40,8 +40,13 @@ class ModuleSpec:
         return self.kind in FLOATS
 
     def same_bytes(self, other: ModuleSpec) -> bool:
-        """Whether weights of both may lie in one packed tensor. Activations and the scale's dtype do not matter."""
-        return self.kind == other.kind and (self.block == other.block or not self.block or not other.block)
+        """Whether weights of both may lie in one packed tensor. Activations and the scale's dtype do not matter.
+
+        "int" is an integer format whose headers do not tell its width.
+        """
+        kinds = {self.kind, other.kind}
+        alike = len(kinds) == 1 or "int" in kinds and all(kind.startswith("int") for kind in kinds)
+        return alike and (self.block == other.block or not self.block or not other.block)
 
     def __str__(self) -> str:
         block = "x".join(map(str, self.block))
@@ -52,6 +57,7 @@ class ModuleSpec:
 BF16 = ModuleSpec("bf16")
 MXFP4 = ModuleSpec("mxfp4", (32,), "e8m0")
 NVFP4 = ModuleSpec("nvfp4", (16,), "e4m3")
+MXFP8 = ModuleSpec("mxfp8", (32,), "e8m0")
 UNSTATED = ModuleSpec("quantised")  # in a format that a configuration does not say
 
 

@@ -1,0 +1,91 @@
+"""Finds which entries of a list could match a module's name, without trying them all.
+
+Lists name single experts one by one: 30,840 entries in a public file. An entry that states a layer's number, or an
+expert's, cannot match a name with another number, so entries are kept by these two numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from heapq import merge
+
+from .module_names import is_plain
+
+LAYER, EXPERT = re.compile(r"(?:layers|blocks)\.\d+(?=\.|$)"), re.compile(r"experts\.(\d+)(?:\.|$)")
+GLOB_CHARACTER = re.compile(r"\*|\?|\[[^\]]*\]")
+# A regular expression made of letters, escaped dots, `.*` and anchors only: its literal runs occur in what it matches.
+SIMPLE_REGEX = re.compile(r"\^?(?:[A-Za-z0-9_-]|\\\.|\.\*|\.(?=[A-Za-z]))*\$?")
+
+Numbers = tuple[str | None, int | None]  # "layers.3" or "blocks.3", and the expert; None where none is stated
+
+
+@lru_cache(maxsize=65536)
+def numbers_of(name: str) -> Numbers:
+    """The numbers of layer and expert in a module's name."""
+    layer, expert = LAYER.search(name), EXPERT.search(name)
+    return (layer[0] if layer else None, int(expert[1]) if expert else None)
+
+
+def numbers_required(entry: str) -> Numbers:
+    """The numbers without which nothing matches an entry. (None, None) where that cannot be told."""
+    if is_plain(entry):
+        return numbers_of(entry)
+    if entry.startswith(("re:", "-:", "+:")):
+        text = entry[3:] if entry.startswith("re:") else entry[2:]
+        if not SIMPLE_REGEX.fullmatch(text):
+            return None, None
+        runs = re.sub(r"\\\.|\.(?!\*)", ".", text.strip("^$")).split(".*")
+    else:
+        runs = GLOB_CHARACTER.split(entry)
+    layer = expert = None
+    for run in runs:  # what follows a run may be more digits, so its end is no boundary
+        found = numbers_of(run + "~")
+        layer, expert = found[0] if layer is None else layer, found[1] if expert is None else expert
+    return layer, expert
+
+
+class EntryIndex:
+    """The entries of one list: plain ones by name, and all by the numbers that they require."""
+
+    def __init__(self, entries: Sequence[str]):
+        self.entries = tuple(entries)
+        self.plain: dict[str, int] = {}  # the first index of each
+        self._patterns: dict[Numbers, list[int]] = {}
+        self._kept: dict[Numbers, list[int]] = {}
+        self._layers: dict[str | None, set[int | None]] = {}  # layer -> the experts that entries of it name
+        for i, entry in enumerate(self.entries):
+            layer, expert = numbers = numbers_required(entry)
+            self._kept.setdefault(numbers, []).append(i)
+            if is_plain(entry):
+                self.plain.setdefault(entry, i)
+            else:
+                self._patterns.setdefault(numbers, []).append(i)
+            self._layers.setdefault(layer, set()).add(expert)
+
+    def patterns(self, name: str) -> Iterator[tuple[int, str]]:
+        """(index, entry) of patterns, in the list's order: those that require no other numbers than the name has."""
+        if not self._patterns:
+            return iter(())
+        layer, expert = numbers_of(name)
+        keys = dict.fromkeys(((layer, expert), (layer, None), (None, expert), (None, None)))
+        kept = [found for key in keys if (found := self._patterns.get(key))]
+        return ((i, self.entries[i]) for i in (kept[0] if len(kept) == 1 else merge(*kept)))
+
+    def around(self, name: str) -> Iterator[tuple[int, str]]:
+        """(index, entry) in the list's order: those of the name's layer, and of its expert where it names one."""
+        layer, expert = numbers_of(name)
+        layers = self._layers if layer is None else (layer, None)
+        keys = [(a, b) for a in layers for b in self._layers.get(a, ()) if b is None or expert in (None, b)]
+        return ((i, self.entries[i]) for i in merge(*(self._kept[key] for key in keys)))
+
+    def below(self, name: str) -> Iterator[tuple[int, str]]:
+        """(index, entry) in the list's order: those that continue `name.`"""
+        return ((i, entry) for i, entry in self.around(name) if entry.startswith(name + "."))
+
+    def experts(self, name: str) -> set[int]:
+        """The experts of the name's layer that some entry names by number."""
+        layer, _ = numbers_of(name)
+        named = self._layers.get(layer, set()) | self._layers.get(None, set())
+        return {expert for expert in named if expert is not None}

@@ -1,0 +1,156 @@
+"""vLLM's gate, written from what it does, not copied: quantization/utils/config_utils.py:59-370, fused_moe/utils.py.
+
+It is asked layer by layer, behind an environment variable that is off by default. Where layers differ, or where one
+part of a fused pair is left out and the other is not, vLLM raises while it builds the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from ..errors import Qwen35Error
+from .common import no, refuse_sizes, stops, vllm_layer_config, yes
+from .declared import QuantConfig
+from .exclude import Hit
+from .module_names import expand_fused
+from .namespaces import VLLM
+from .records import Decision, Evidence, Layer, Model, Options
+
+SHARED = ("gate_up_proj", "down_proj")
+
+
+def vllm_0_33(model: Model, layer: Layer, options: Options) -> Decision:
+    """vLLM 0.33; 0.32 decides the same for Quark and FP8, and has no check for MXFP8."""
+    quant = model.quant.read_as("vllm", VLLM, model.nested)
+    if quant.method == "quark" and (trouble := _cannot_start(quant, layer)) is not None:
+        return trouble
+    if not options.vllm_opt_in:
+        return no("VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS is not set")
+    if not (options.hip and options.aiter):
+        return no("the platform does not fuse", Evidence("needs ROCm with VLLM_ROCM_USE_AITER"))
+    if (refusal := refuse_sizes(model)) is not None:
+        return refusal
+    if quant.method == "none":
+        return yes("the model is not quantised")
+    if options.vllm_online_target:
+        return _online(quant, layer, options.vllm_online_target)
+    if quant.method == "quark":
+        return _quark(quant, layer)
+    if quant.method == "fp8":
+        return _fp8(quant, layer)
+    if quant.method == "modelopt" and quant.default.kind == "mxfp8":
+        return _mxfp8(quant, layer)
+    return no(f"vLLM has no compatibility check for method {quant.method!r}")
+
+
+def all_or_none(decisions: list[Decision]) -> list[Decision]:
+    """vLLM raises NotImplementedError where some layers of a model fuse and others do not."""
+    target = [d for d in decisions if not d.draft and d.starts]
+    against = next((d for d in target if not d), None)
+    if against is None or not any(target):
+        return decisions
+    count = sum(d.fused for d in target)
+    text = f"fused shared experts must be enabled for all layers; {count} are, {len(target) - count} are not"
+    stop = stops(text, Evidence(f"first {against.layer}: {against.reason}"), *against.evidence)
+    return [d if d.draft or not d.starts else replace(stop, rule=d.rule, layer=d.layer) for d in decisions]
+
+
+def _shared_hit(quant: QuantConfig, layer: Layer, part: str) -> Hit | None:
+    return quant.exclude.hit(quant.names(f"{layer.name}.mlp.shared_expert.{part}"))
+
+
+def _cannot_start(quant: QuantConfig, layer: Layer) -> Decision | None:
+    """What raises when the shared expert's linear layers are built, whether it would be fused or not."""
+    if quant.raw.get("exclude", ()) is None:
+        return stops("exclude is null, and vLLM iterates over it", Evidence("exclude = null"))
+    try:
+        if any(_shared_hit(quant, layer, part) for part in SHARED):
+            return None
+    except Qwen35Error as error:
+        return stops("only one of a fused pair is excluded", Evidence(f"{error.where}: {error.found}"))
+    gate, up = (vllm_layer_config(quant, *quant.names(layer.shared[part])) for part in ("gate_proj", "up_proj"))
+    if gate != up:
+        return stops("gate_proj and up_proj have different specs", Evidence(layer.shared["gate_proj"]))
+    return None
+
+
+def _quark(quant: QuantConfig, layer: Layer) -> Decision:
+    if hit := next((hit for part in SHARED if (hit := _shared_hit(quant, layer, part))), None):
+        return no("the exclude list names the shared expert", Evidence.of(hit))
+    routed = vllm_layer_config(quant, *quant.names(layer.experts))
+    for name in layer.shared.values():
+        if vllm_layer_config(quant, *quant.names(name)) != routed:
+            return no("routed and shared experts have different specs", Evidence(name))
+    return yes("the shared expert is not excluded and has the routed experts' spec")
+
+
+def _online(quant: QuantConfig, layer: Layer, target: str) -> Decision:
+    """The shared expert is quantised while loading, where `--quantization-config.targets` covers it.
+
+    Only to the routed experts' own format, and of these only to MXFP4.
+    """
+    if quant.method != "quark":
+        return no(f"vLLM converts a shared expert online for Quark only, not for {quant.method!r}")
+    routed, excluded = quant.spec_of(layer.experts), quant.exclude.hit(quant.names(layer.experts))
+    kind = "bf16" if excluded else routed.spec.kind
+    if kind != "mxfp4" or target != "mxfp4":
+        return no(f"vLLM converts a shared expert online to MXFP4 only; the routed experts are {kind}")
+    if routed.spec.activation is None or routed.spec.activation.dtype != "fp4":
+        return no("the routed experts' inputs are not MXFP4, and those of the converted shared expert are")
+    return replace(yes("--quantization-config.targets converts the shared expert to MXFP4"), online=True)
+
+
+def _fp8(quant: QuantConfig, layer: Layer) -> Decision:
+    if quant.default.kind != "fp8-block":
+        return no("FP8 without blocks is not implemented")
+    try:
+        shared = [_fp8_ignored(quant, f"{layer.name}.mlp.shared_expert.{part}") for part in SHARED]
+    except Qwen35Error as error:
+        return stops("only one of a fused pair is ignored", Evidence(f"{error.where}: {error.found}"))
+    routed = _fp8_ignored(quant, layer.experts)
+    if any((hit is None) != (routed is None) for hit in shared):
+        named = (Evidence.of(hit) for hit in (*shared, routed) if hit)
+        return no("routed and shared experts are not ignored alike", *named)
+    return yes("routed and shared experts are block FP8 alike" if routed is None else "neither is quantised")
+
+
+def _fp8_ignored(quant: QuantConfig, module: str) -> Hit | None:
+    """Exact names; an entry with "experts" also counts if the module's name occurs in it. No patterns."""
+    (name,), listed = quant.names(module), quant.exclude
+
+    def exact(wanted: str) -> Hit | None:
+        at = listed.index.plain.get(wanted)
+        return None if at is None else Hit(listed.list, at, listed.written[at], "exact")
+
+    if parts := expand_fused(name):
+        hits = [exact(part) for part in parts]
+        if (whole := exact(name)) is None and any(hits) and not all(hits):
+            raise Qwen35Error("parts disagree", where=name, found=", ".join(str(h) for h in hits if h))
+        return whole or hits[0]
+    if "experts" not in name:
+        return exact(name)
+    found = ((i, e) for i, e in listed.index.around(name) if "experts" in e and name in e)
+    return next((Hit(listed.list, i, listed.written[i], "the module's name occurs in it") for i, _ in found), None)
+
+
+def _mxfp8(quant: QuantConfig, layer: Layer) -> Decision:
+    routed = _modelopt_excluded(quant, layer.experts)
+    shared = [_modelopt_excluded(quant, f"{layer.name}.mlp.shared_expert.{part}") for part in SHARED]
+    if any((hit is None) != (routed is None) for hit in shared):
+        named = (Evidence.of(hit) for hit in (*shared, routed) if hit)
+        return no("routed and shared experts are not excluded alike", *named)
+    return yes("routed and shared experts are MXFP8 alike" if routed is None else "neither is quantised")
+
+
+def _modelopt_excluded(quant: QuantConfig, module: str) -> Hit | None:
+    """modelopt.py:191-287: exact names, parts of names, and wildcards, of which `path*` becomes `path` and `path.*`."""
+    (name,) = quant.names(module)
+    if (exact := _fp8_ignored(quant, module)) is not None:
+        return exact
+    for i, entry in enumerate(quant.exclude.entries):
+        split = len(entry) >= 2 and entry.endswith("*") and not entry.endswith(".*")
+        for pattern in (entry[:-1], entry[:-1] + ".*") if split else (entry,):
+            if pattern in name or fnmatchcase(name, pattern):
+                return Hit(quant.exclude.list, i, quant.exclude.written[i], "part or wildcard")
+    return None

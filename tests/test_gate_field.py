@@ -1,0 +1,179 @@
+"""Public reports about checkpoints and the gate, rebuilt small: each row stands for its kind."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gate_configs import FP4, NV, PREFIX, QWEN, TEXT, W4A4, W8A8, body, quark
+from safetensors.torch import save_file
+
+from qwen35_moe.checkpoint import Checkpoint
+from qwen35_moe.cli.gate import read
+from qwen35_moe.gate.decide import RULES, VARIANTS, can_fuse_shared_expert, decide_layers, hazards
+from qwen35_moe.gate.declared import BF16, MXFP4, NVFP4, ModuleSpec, QuantConfig
+from qwen35_moe.gate.records import Model
+from weights.build import real_config
+
+ENGINES = ("sglang", "vllm", "atom")
+
+
+@pytest.mark.parametrize("rule", ["strict", *ENGINES])
+@pytest.mark.parametrize("key", ["*experts*", "*.experts.*", "*experts.*"])
+def test_a_word_of_another_family_covers_nothing(rule: str, key: str) -> None:
+    """`*experts*` names Qwen's routed experts, and not its `shared_expert`."""
+    config = Model.from_config(QWEN | {"quantization_config": quark(layers={key: W8A8})})
+    if key == "*experts*" or rule == "strict":
+        assert not can_fuse_shared_expert(config, rule=rule, vllm_opt_in=True)
+    fp8 = ModuleSpec("fp8-channel")
+    decisions = decide_layers(config, rule=rule, stored=lambda n: MXFP4 if "shared" in n else fp8)
+    assert key != "*experts*" or not hazards(config, None, decisions, lambda n: MXFP4 if "shared" in n else fp8)
+    deepseek = TEXT | {"model_type": "deepseek_v3"}
+    assert can_fuse_shared_expert(deepseek, quark(layers={"*experts*": W8A8}), "strict")
+
+
+def mixed(shared: str = "W4A16_NVFP4") -> dict[str, Any]:
+    layers: dict[str, Any] = {}
+    for n in range(4):
+        layers[f"{PREFIX}.{n}.mlp.experts"] = {"quant_algo": "W4A16_NVFP4", "group_size": 16}
+        for part in ("down", "gate", "up"):
+            layers[f"{PREFIX}.{n}.mlp.shared_expert.{part}_proj"] = {"quant_algo": shared, "group_size": 16}
+    quant = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    return QWEN | {"quantization_config": quant | {"ignore": ["mtp.layers.0*", "mtp*"]}}
+
+
+def nvfp4_bytes(name: str) -> ModuleSpec:
+    return BF16 if name.startswith("mtp.") else NVFP4
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_entry_for_all_experts_of_a_layer(rule: str) -> None:
+    """nvidia/Qwen3.6-35B-A3B-NVFP4 (sglang 27906 37752, vllm 55496): routed experts and shared expert are NVFP4."""
+    for stored in (None, nvfp4_bytes):
+        decisions = decide_layers(mixed(), rule=rule, stored=stored)
+        assert not hazards(mixed(), None, decisions, stored)
+        if rule == "strict":
+            assert all(decisions) and "nvfp4" in decisions[0].reason
+    assert not can_fuse_shared_expert(mixed("FP8"))
+
+
+@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "auto-round", "some_new_one"])
+def test_a_method_without_a_reader(method: str) -> None:
+    """Rules that do not ask what a module is answer; the others say why they cannot."""
+    config = QWEN | {"quantization_config": {"quant_method": method, "bits": 4}}
+    for label, rule, options in VARIANTS:
+        decisions = decide_layers(config, rule=rule, **options)
+        assert not hazards(config, None, decisions), label
+    assert "is not known, and no bytes were given" in can_fuse_shared_expert(config).reason
+    assert method in str(can_fuse_shared_expert(config))
+    int4 = ModuleSpec("int4", (128,))
+    assert "both int4" in can_fuse_shared_expert(config, stored=lambda _: int4).reason
+    assert not can_fuse_shared_expert(config, stored=lambda n: BF16 if "shared" in n else int4)
+
+
+@pytest.mark.parametrize("algo", ["FP8_BLOCK_SCALES", "MXFP8", "INT4_AWQ", "W4A8_AWQ"])
+def test_newer_algorithms_of_modelopt(algo: str) -> None:
+    config = QWEN | {"quantization_config": NV | {"quant_algo": algo, "exclude_modules": ["mtp*"]}}
+    assert can_fuse_shared_expert(config, rule="sglang")
+    assert bool(can_fuse_shared_expert(config, rule="vllm", vllm_opt_in=True)) is (algo == "MXFP8")
+    left = QWEN | {"quantization_config": NV | {"quant_algo": "MXFP8", "exclude_modules": ["*.mlp.shared_expert*"]}}
+    assert "not excluded alike" in can_fuse_shared_expert(left, rule="vllm", vllm_opt_in=True).reason
+
+
+def test_what_an_engine_does_not_start_with() -> None:
+    null = quark() | {"exclude": None}
+    two_steps = quark(global_quant_config={"weight": [FP4, {"dtype": "fp8_e4m3"}], "input_tensors": FP4})
+    for rule, quant in (("sglang", null), ("vllm", null), ("sglang", two_steps)):
+        decision = can_fuse_shared_expert(QWEN, quant, rule)
+        assert not decision and not decision.starts and "does not start" in str(decision)
+        assert not hazards(QWEN, quant, decide_layers(QWEN, quant, rule), lambda _: MXFP4)
+    halves = quark(*body(parts="gate"))
+    for opted in (True, False):
+        assert not can_fuse_shared_expert(QWEN, halves, "vllm", vllm_opt_in=opted).starts
+    some = can_fuse_shared_expert(QWEN, quark(*body(range(2, 4))), "vllm", vllm_opt_in=True)
+    assert not some.starts and "2 are, 2 are not" in some.reason
+    assert can_fuse_shared_expert(QWEN, quark(*body(range(2, 4))), "vllm").starts, "not opted in: no layer fuses"
+
+
+def test_entries_that_vllms_mapper_does_not_rename() -> None:
+    """A `re:` entry with the hub's prefix matches no name of vLLM's, which fuses BF16 into MXFP4 slots."""
+    quant = quark(r"re:model\.language_model\.layers\.\d+\.mlp\.shared_expert\..*")
+
+    def stored(name: str) -> ModuleSpec:
+        return BF16 if "shared" in name else MXFP4
+
+    fused = decide_layers(QWEN, quant, "vllm", vllm_opt_in=True)
+    assert all(fused) and "bf16 bytes would be read as mxfp4" in hazards(QWEN, quant, fused, stored)["layers.0"]
+    anywhere = quark(r"re:.*\.mlp\.shared_expert\..*")
+    assert not any(decide_layers(QWEN, anywhere, "vllm", vllm_opt_in=True)[:4])
+    assert can_fuse_shared_expert(QWEN, quant, "strict", stored=stored).fused is False
+
+
+def test_vllm_converts_a_shared_expert_while_loading() -> None:
+    quant = quark(*body())
+    decision = can_fuse_shared_expert(QWEN, quant, "vllm", vllm_opt_in=True, vllm_online_target="mxfp4")
+    assert decision.fused and decision.online
+    for options in ({"vllm_online_target": "fp8"}, {}):
+        assert not can_fuse_shared_expert(QWEN, quant, "vllm", vllm_opt_in=True, **options)
+    w4a16 = quark(*body(), global_quant_config={"weight": FP4, "input_tensors": None})
+    assert not can_fuse_shared_expert(QWEN, w4a16, "vllm", vllm_opt_in=True, vllm_online_target="mxfp4")
+
+
+def test_atom_takes_a_missing_activation_for_a_dynamic_one() -> None:
+    quant = quark(layers={"*shared_expert*": {"weight": FP4, "input_tensors": None}}, global_quant_config=W4A4)
+    assert can_fuse_shared_expert(QWEN, quant, "atom") and not can_fuse_shared_expert(QWEN, quant, "strict")
+
+
+@pytest.mark.parametrize("place", ["exclude", "layer_quant_config"])
+def test_entries_for_single_experts_take_no_time(place: str) -> None:
+    """1,536 entries at the size of 397B (sglang 38748, 38998), all rules. Measured: 0.7 and 1.7 s of processor time."""
+    names = [f"mtp.layers.0.mlp.experts.{e}.{p}_proj" for e in range(512) for p in ("down", "gate", "up")]
+    more = {"exclude": names} if place == "exclude" else {"layers": dict.fromkeys(names, W8A8)}
+    model = Model.from_config(real_config("qwen3.5-397b-a17b"), quark(**more))
+    begin = time.process_time()
+    for _, rule, options in VARIANTS:
+        hazards(model, None, decide_layers(model, rule=rule, **options))
+    assert time.process_time() - begin < 5
+
+
+def test_hf_quant_config_beside_config(tmp_path: Path) -> None:
+    import json
+
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    (tmp_path / "hf_quant_config.json").write_text(
+        json.dumps({"quantization": {"quant_algo": "NVFP4", "group_size": 16}})
+    )
+    save_file({"model.language_model.norm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    for config in (read(tmp_path, config_only=True)[0], Checkpoint.open(tmp_path).config):
+        assert QuantConfig.from_dict(config["quantization_config"]).default.same_bytes(NVFP4)
+
+
+U8, F8, I32 = torch.uint8, torch.float8_e4m3fn, torch.int32
+LINEAR = "model.layers.0.mlp.shared_expert.up_proj"
+# tensors of one module [64, 64], what they are
+W, S2 = ".weight", ".weight_scale_2"
+FOREIGN: list[tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], str]] = [
+    ({W: ((64, 32), U8), ".weight_scale": ((64, 4), F8), S2: ((), torch.float32)}, "nvfp4 (block 16)"),
+    ({".weight_packed": ((64, 32), U8), ".weight_scale": ((64, 4), F8)}, "nvfp4 (block 16)"),
+    ({".weight": ((64, 64), F8), ".weight_scale": ((64, 2), U8)}, "mxfp8 (block 32)"),
+    ({".qweight": ((8, 64), I32), ".qzeros": ((1, 8), I32), ".scales": ((1, 64), torch.float16)}, "int"),
+    ({".qweight": ((64, 8), I32), ".qzeros": ((2, 8), I32), ".scales": ((2, 64), torch.float16)}, "int4 (block 32)"),
+    ({".weight_packed": ((64, 8), I32), ".weight_scale": ((64, 1), torch.bfloat16)}, "int"),
+    ({".weight": ((64, 64), torch.int8), ".SCB": ((64,), torch.float32)}, "int8"),
+    ({".weight": ((2048, 1), U8), ".weight.absmax": ((64,), U8)}, "bnb4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tensors", "kind"), FOREIGN, ids=[kind for _, kind in FOREIGN])
+def test_formats_that_are_told_by_their_headers(tensors: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    save_file(
+        {LINEAR + role: torch.zeros(s, dtype=d) for role, (s, d) in tensors.items()}, tmp_path / "model.safetensors"
+    )
+    spec = Checkpoint.open(tmp_path).spec("layers.0.mlp.shared_expert.up_proj")
+    assert spec and str(spec) == kind
+    config = QWEN | {"quantization_config": {"quant_method": "awq"}}
+    decisions = decide_layers(config, rule="sglang", stored=lambda _: spec)
+    assert not hazards(config, None, decisions, lambda _: spec), "what only we cannot decode breaks nobody"
