@@ -29,6 +29,9 @@ INSTEAD = {
     "moe_shared_gate": ("moe_slot_weights", True),
     "moe_shared_gate_logit": ("moe_router_logits", True),  # ATOM has one product for both
 }
+LOGITS = "next_token_logits"
+# A log p of some 12 is off by up to 2^-9 of that in bf16, and the sum of many such errors by less.
+LOG_P_SLACK = 0.05
 STATES = ("gdn_state", "gdn_conv_state")
 BESIDE = {
     "moe_slot_ids": "moe_topk_ids",
@@ -43,6 +46,7 @@ class Pair:
     truth, engine   [rows, features of the truth]; engine is None where `problem` says why
     rows            [rows, 2]: sequence b and index t of each row in the truth; t is -1 for values not of one token
     dtype           what the engine wrote (partial sums come as float64)
+    as_log_p        the engine's logits are log p, and so is the truth here
     broken          [rows] which of the engine's hold NaN or infinity where the truth does not; None: none
     """
 
@@ -54,6 +58,7 @@ class Pair:
     problem: str = ""
     broken: Tensor | None = None
     notes: tuple[str, ...] = ()
+    as_log_p: bool = False
 
     @property
     def nan(self) -> int:
@@ -129,9 +134,19 @@ class Alignment:
         if not theirs:
             raise Qwen35Error("none of its steps belongs to the truth", where=key)
         left, right = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (ours, theirs))
+        as_log_p = key == LOGITS and _is_log_p(right) and not _is_log_p(left)
         right, notes = _fit(key, left, right)
+        if as_log_p:
+            left, notes = left.to(torch.float64).log_softmax(-1), (*notes, "log p: compared with the truth's log p")
         return Pair(
-            key, left, right, torch.cat(rows), self.dump.dtype(source), broken=_broken(left, right), notes=notes
+            key,
+            left,
+            right,
+            torch.cat(rows),
+            self.dump.dtype(source),
+            broken=_broken(left, right),
+            notes=notes,
+            as_log_p=as_log_p,
         )
 
     def table(self, x: Tensor, source: str, step: int) -> Tensor:
@@ -273,6 +288,12 @@ def _fit(key: str, left: Tensor, right: Tensor) -> tuple[Tensor, tuple[str, ...]
     if more == 1 and name == "moe_router_logits":
         return right[:, :n], ("the appended logit of the shared gate was left out",)
     raise Qwen35Error(f"misshapen: {right.shape[1]} features for {n}")
+
+
+def _is_log_p(x: Tensor) -> bool:
+    """Whether every row's logsumexp is 0, but for what rounding makes of it."""
+    most = x.to(torch.float64).logsumexp(-1).abs().max() if len(x) else torch.inf
+    return bool(most < LOG_P_SLACK * (1 if x.dtype in (torch.float16, torch.bfloat16) else 2**-8))
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:

@@ -10,27 +10,28 @@ from ...numerics.tap_table import base_name
 from ...trace.file import Trace
 from .dump import Dump, Tokens
 
-EMBEDDINGS = "embed_tokens"
+EMBEDDINGS = ("embed_tokens", "layers.0.layer_input")  # the first layer reads them
 
 
 def ids_by_embeddings(dump: Dump, truth: Trace) -> dict[int, Tokens]:
     """Tokens of each step whose embeddings are the truth's, bit by bit; -1 for those that are not of the truth. Empty
     where the dump has no embeddings, or none that the truth has."""
-    if EMBEDDINGS not in dump.sources or EMBEDDINGS not in truth:
+    key = next((k for k in EMBEDDINGS if k in dump.sources and k in truth), None)
+    if key is None or len(truth.steps) != 1:
         return {}
-    real, dtype = truth.mask.bool(), dump.dtype(EMBEDDINGS)
-    rows = truth[EMBEDDINGS][real].to(dtype) if len(truth.steps) == 1 else None
-    if rows is None:
-        return {}
+    real, dtype = truth.mask.bool(), dump.dtype(key)
+    rows = truth[key][real].to(dtype)
     known = dict(zip(map(_bits, rows), truth.ids[real].tolist(), strict=True))
     found = {}
-    for step in dump.sources[EMBEDDINGS]:
+    for step, source in dump.sources[key].items():
         try:
-            x = dump.read(EMBEDDINGS, step)
+            x, shape = dump.read(key, step), source.pieces[0].load().shape
         except Qwen35Error:
             continue
+        ids = torch.tensor([known.get(_bits(row), -1) for row in x.to(dtype)])
         one_each = [1] * len(x) if len(x) == len(truth.ids) else None
-        found[step] = Tokens(torch.tensor([known.get(_bits(row), -1) for row in x.to(dtype)]), seq_lens=one_each)
+        batch = (shape[0], shape[1]) if len(shape) == 3 and shape[0] * shape[1] == len(x) else None
+        found[step] = Tokens(ids, seq_lens=one_each, batch=batch, mask=ids >= 0 if batch else None)
     return found if any((t.ids >= 0).any() for t in found.values() if t.ids is not None) else {}
 
 
@@ -57,6 +58,8 @@ def by_count(dump: Dump, truth: Trace, only: list[int] | None) -> tuple[Tables, 
             return {step: table}, {step: table}, []
     if (batch := _decoded(counts, real)) is not None:
         return *batch, ["the dump has no token ids: its rows were matched by their number, as one prefill and decodes"]
+    if (batch := _padded(dump, counts, real)) is not None:
+        return *batch, ["the dump has no token ids: its rows were taken for [B, T], padded on the right"]
     steps: list[int] = []
     total = 0
     for step in reversed(counts):
@@ -84,6 +87,21 @@ def by_count(dump: Dump, truth: Trace, only: list[int] | None) -> tuple[Tables, 
     left_out = len(counts) - len(steps)
     notes += [f"{left_out} other steps were left out (warm-up?)"] if left_out else []
     return where, {step: table[-1:] for step, table in where.items()}, notes
+
+
+def _padded(dump: Dump, counts: dict[int, int], real: dict[int, Tensor]) -> tuple[Tables, Tables] | None:
+    """One step of [B, T] tensors, of sequences of which the shorter ones are padded."""
+    lengths = [len(columns) for columns in real.values()]
+    if len(counts) != 1 or len(real) < 2 or next(iter(counts.values())) == sum(lengths):
+        return None
+    step = next(iter(counts))
+    shape = next(s[step].pieces[0].load().shape for s in dump.sources.values() if step in s)
+    if len(shape) != 3 or shape[0] != len(real) or shape[1] < max(lengths):
+        return None
+    T = shape[1]
+    rows = [[i * T + k, b, int(t)] for i, (b, columns) in enumerate(real.items()) for k, t in enumerate(columns)]
+    last = [[i, b, int(columns[-1])] for i, (b, columns) in enumerate(real.items())]
+    return {step: torch.tensor(rows)}, {step: torch.tensor(last)}
 
 
 def _decoded(counts: dict[int, int], real: dict[int, Tensor]) -> tuple[Tables, Tables] | None:

@@ -214,11 +214,14 @@ class Dump(Mapping[str, Tensor]):
         if step in self.tokens and self.tokens[step].count is not None:
             return self.tokens[step].count
         if step not in self._counts:
-            mine = [k for k, steps in self.sources.items() if step in steps and per_token(k) and "logits" not in k]
+            here = [k for k, steps in self.sources.items() if step in steps and per_token(k)]
+            mine = [k for k in here if "logits" not in k] or here
             wide = [k for k in mine if base_name(k) in TAPS and TAPS[base_name(k)].dims.endswith(" d")]
             x = self.sources[(wide + mine)[0]][step].pieces[0].load() if mine else None
             d = self.sizes.get("d", x.shape[-1]) if x is not None else 0
-            self._counts[step] = None if x is None else x.numel() // d if wide else x.shape[0]
+            flat = mine and ("next_token" in mine[0] or base_name(mine[0]) == "moe_router_logits")
+            d = x.shape[-1] if flat and x is not None and x.dim() else d
+            self._counts[step] = None if x is None else x.numel() // d if (wide or flat) and d else x.shape[0]
         return self._counts[step]
 
     def read(self, key: str, step: int) -> Tensor:

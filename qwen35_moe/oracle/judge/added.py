@@ -132,6 +132,8 @@ class Work:
             record.note = pair.problem
             return
         x, keep = pair.engine, torch.ones(len(pair.rows), dtype=torch.bool)
+        if pair.as_log_p:
+            truth, *members = (y.to(torch.float64).log_softmax(-1) for y in (truth, *members))
         if exclude is not None:
             keep = pair.judged(~exclude[self.index(pair)])
             record.excluded = int((~keep).sum())

@@ -146,6 +146,8 @@ def _judge(work: Work, key: str, stored: Mapping[str, Tensor], first_B: Tensor) 
     rounding = bf16 if pair.dtype == torch.bfloat16 else None
     if key == LOG_P:
         error, size, rounding = error_of_log_p(error, truth.shape[1]), Norms.of(truth), one_rounding(truth)
+    if pair.as_log_p:
+        error, size, rounding = error_of_log_p(error, truth.shape[1]), Norms.of(truth), None
     bound = envelope(truth, [error], pair.dtype, size, rounding)
     verdict = judge(x, truth, bound, pair.dtype, work.limit, size, rounding)
     record.inherited, record.inherited_rel = verdict.ratio, verdict.rel

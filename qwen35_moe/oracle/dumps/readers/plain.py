@@ -1,16 +1,16 @@
-"""Plain safetensors, npz and npy files, with a name map.
+"""Plain safetensors, npz, npy and torch files, with a name map.
 
 The map says what each tensor is: {"engine's name": "our key"}, names being exact or regular expressions, whose groups
-may be used in the key: {"blk\\.(\\d+)\\.ffn_out": "layers.\\1.mlp_output"}. Three keys are special: "input_ids",
-"positions", "seq_lens". Without a map, names.json beside the files counts, and names that are keys already (or that an
-engine's module has) need none.
+may be used in the key: {"blk\\.(\\d+)\\.ffn_out": "layers.\\1.mlp_output"}. Keys of CORE say which tokens they are of.
+Without a map, names.json beside the files counts, and names that are keys already, that an engine's module has, or that
+people give (saved.py) need none.
 """
 
 from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,40 +25,74 @@ from ....errors import Qwen35Error
 from ....gate.patterns import MAX_NAME, bounded_pattern
 from ....numerics.tap_table import TAPS, base_name
 from ..dump import Dump, Piece, Tokens
-from ..engine_names import family_of
+from ..engine_names import family_of, rule_for
+from . import saved
 from .common import whole_numbers
 
-SUFFIXES = (".safetensors", ".npz", ".npy")
+TORCH = (".pt", ".pth", ".bin", ".pkl")
+SUFFIXES = (".safetensors", ".npz", ".npy", *TORCH)
+CORE = ("input_ids", "sequences", "positions", "position_ids", "seq_lens", "attention_mask")
+
+
+def known(file: Path) -> bool:
+    return file.suffix in SUFFIXES
 
 
 def sniff(path: Path) -> bool:
-    return path.suffix in SUFFIXES if path.is_file() else any(p.suffix in SUFFIXES for p in path.iterdir())
+    return known(path) if path.is_file() else any(known(p) for p in path.iterdir() if p.is_file())
 
 
 def read(path: Path, *, config: Mapping[str, Any] | None = None, name_map: Any = None, **_: Any) -> Dump:
     names = _load_map(path, name_map)
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-    pieces: list[Piece] = []
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if known(p))
     problems: list[Qwen35Error] = []
-    core: dict[str, Tensor] = {}
+    entries: list[tuple[int | None, str, Any, str]] = []  # step, name, how to load it, file
     for file in files:
         try:
+            step = saved.step_of(file.stem)[0] if len(files) > 1 else None
             for raw, load in _tensors(file):
-                key = _mapped(raw, names)
-                if key in ("input_ids", "positions", "seq_lens"):
-                    core[key] = load()
-                elif base_name(key) in TAPS:
-                    pieces.append(Piece.named(raw, load, where=str(file)))
-                    layer = re.search(r"layers\.(\d+)\.", key)
-                    pieces[-1].key, pieces[-1].layer = key, int(layer[1]) if layer else None
-                else:
-                    pieces.append(Piece.named(key, load, where=str(file)))
+                entries.append((step, _mapped(raw, names), load, str(file)))
+        except Qwen35Error as error:
+            problems.append(error)
         except (OSError, ValueError, EOFError, SafetensorError, zipfile.BadZipFile) as error:
             do = "dump again; object arrays and pickles are not read"
             problems.append(Qwen35Error("file cannot be read", where=file, found=str(error)[:120], do=do))
-    tokens = {0: _tokens(core)} if "input_ids" in core else {}
+    text = (config or {}).get("text_config", config or {})
+    last = text.get("num_hidden_layers") or saved.layers_in([name for _, name, *_ in entries])
+    pieces: list[Piece] = []
+    core: dict[int, dict[str, Tensor]] = {}
+    for step, name, load, where in entries:
+        own, name = saved.step_of(name)
+        at = step if own is None else own
+        if name.rpartition(".")[2] in CORE and "layers." not in name:
+            core.setdefault(at or 0, {})[name.rpartition(".")[2]] = load()
+        else:
+            pieces.append(_piece(name, load, at, where, last, text.get("vocab_size")))
     family = family_of(piece.path for piece in pieces)
+    tokens = tokens_of(core, pieces)
     return Dump("plain", path, pieces, tokens, problems, family=family, config=config)
+
+
+def _piece(name: str, load: Any, step: int | None, where: str, last: int | None, vocabulary: int | None) -> Piece:
+    """A key, a name that people give, or an engine's module."""
+    found = (None, name) if base_name(name) in TAPS else saved.meaning(name, last)
+    if found is None and rule_for(Piece.named(name, load).path, "sglang") is None and _is_wide(load, vocabulary):
+        found = (None, "next_token_logits")
+    if found is None:
+        return Piece.named(name, load, step=step or 0, where=where)
+    key = found[1]
+    layer = re.search(r"layers\.(\d+)\.", key)
+    number = found[0] if step is None else step
+    return Piece(name, load, number or 0, layer=int(layer[1]) if layer else None, path=key, where=where, key=key)
+
+
+def _is_wide(load: Any, vocabulary: int | None) -> bool:
+    """Whether a tensor without a known name has as many columns as there are tokens to choose from."""
+    try:
+        x = load() if vocabulary else None
+    except (OSError, ValueError, Qwen35Error, SafetensorError):
+        return False
+    return x is not None and x.dim() > 1 and x.is_floating_point() and x.shape[-1] == vocabulary
 
 
 def _load_map(path: Path, name_map: Any) -> dict[str, str]:
@@ -91,7 +125,10 @@ def _mapped(raw: str, names: Mapping[str, str]) -> str:
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    if file.suffix == ".npy":
+    if file.suffix in TORCH:
+        for name, x in saved.tensors(saved.load(file), file.stem):
+            yield name, partial(_same, x)
+    elif file.suffix == ".npy":
         yield file.stem, partial(lambda f: torch.from_numpy(np.load(f, allow_pickle=False)), file)
     elif file.suffix == ".npz":
         with file.open("rb") as data, np.load(data, allow_pickle=False) as archive:  # numpy leaves bad files open
@@ -101,6 +138,10 @@ def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a mapping
                 yield name, partial(_from_safetensors, file, name)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _from_npz(file: Path, name: str) -> Tensor:
@@ -113,10 +154,47 @@ def _from_safetensors(file: Path, name: str) -> Tensor:
         return opened.get_tensor(name)
 
 
+def tokens_of(core: Mapping[int, Mapping[str, Tensor]], pieces: Sequence[Piece]) -> dict[int, Tokens]:
+    """The tokens of each step that has ids. One list of ids is shared out among several steps, in their order: what
+    `generate` returns has all ids, and one row of logits a step."""
+    steps = sorted({piece.step for piece in pieces})
+    some = {step: found for step, found in core.items() if {"input_ids", "sequences"} & set(found)}
+    if len(some) != 1 or len(steps) < 2:
+        return {step: _tokens(found) for step, found in some.items()}
+    found = next(iter(some.values()))
+    whole = _tokens(found)
+    if whole.ids is None or whole.batch is None and whole.ids.dim() != 1:
+        return {steps[0]: whole}
+    B, T = whole.batch or (1, whole.ids.numel())
+    ids, real = whole.ids.view(B, T), None if whole.mask is None else whole.mask.view(B, T)
+    rows = {step: max(_rows(p, B) for p in pieces if p.step == step) for step in steps}
+    if "sequences" in found or all(n == 1 for n in rows.values()):  # the last token was sampled, and never run
+        rows[steps[0]] = T - len(steps)
+    shared, start = {}, 0
+    for step in steps:
+        stop = min(T, start + rows[step])
+        mask = torch.ones(B, stop - start, dtype=torch.bool) if real is None else real[:, start:stop]
+        if stop > start:
+            shared[step] = Tokens(ids[:, start:stop].flatten(), batch=(B, stop - start), mask=mask.flatten())
+        start = stop
+    return shared
+
+
+def _rows(piece: Piece, B: int) -> int:
+    """Tokens a sequence that a tensor is of."""
+    x = piece.load()
+    return x.shape[1] if x.dim() > 2 and x.shape[0] == B else max(1, x.shape[0] // B)
+
+
 def _tokens(core: Mapping[str, Tensor]) -> Tokens:
-    ids = core["input_ids"]
-    positions = core.get("positions")
+    ids = core["input_ids"] if "input_ids" in core else core["sequences"]
+    positions = core.get("positions", core.get("position_ids"))
+    if positions is not None and positions.dim() == 3:  # text, height, width
+        positions = positions[0]
     batch = (ids.shape[0], ids.shape[1]) if ids.dim() == 2 else None
     mask = torch.ones(ids.numel(), dtype=torch.bool) if batch else None
+    given = core.get("attention_mask")
+    if batch and given is not None and given.numel() == ids.numel():
+        mask = given.flatten().bool()
     return Tokens(ids.flatten().long(), None if positions is None else positions.flatten().long(),
                   whole_numbers(core.get("seq_lens")), batch=batch, mask=mask)  # fmt: skip
