@@ -34,10 +34,11 @@ import qwen35_moe as q  # noqa: E402
 from qwen35_moe.model.moe import MoE  # noqa: E402
 from qwen35_moe.model.text import Model  # noqa: E402
 from qwen35_moe.numerics import arithmetics as arithmetic  # noqa: E402
+from qwen35_moe.numerics.taps import FunctionHandler  # noqa: E402
 from qwen35_moe.quant import mxfp4  # noqa: E402
 from qwen35_moe.run.generate import generate  # noqa: E402
 from qwen35_moe.run.gpu.graphs import DecodeGraph, PrefillGraph  # noqa: E402
-from qwen35_moe.run.gpu.grouped import StackedExperts  # noqa: E402
+from qwen35_moe.run.gpu.grouped_experts import StackedExperts  # noqa: E402
 
 LENGTHS = (128, 512, 2048)
 ROUNDS = 3  # of each side in turn
@@ -246,11 +247,8 @@ def in_arithmetic(model: Model, name: str) -> Iterator[None]:
         model.arithmetic = before
 
 
-def watcher(site: q.taps.Site, x: Tensor) -> None:
-    """Sees every value but those inside of single experts."""
-
-
-watcher.wants_experts = False  # type: ignore[attr-defined]
+# Sees every value but those inside of single experts.
+watcher = FunctionHandler(lambda site, x: None, sees_experts=False)
 
 
 def decode_times(args: argparse.Namespace, config: q.Config, model: Model) -> dict[str, float]:

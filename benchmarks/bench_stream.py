@@ -33,7 +33,8 @@ from qwen35_moe.model.cache import LayerState
 from qwen35_moe.model.ops import Linear
 from qwen35_moe.model.rope import rotary_angles
 from qwen35_moe.numerics import arithmetics
-from qwen35_moe.numerics.taps import Site, attach
+from qwen35_moe.numerics.taps import Handler, Site, attach
+from qwen35_moe.run.origin import origin_of
 from qwen35_moe.run.streamed import HEAD_ROWS
 
 
@@ -43,10 +44,10 @@ def seconds(step: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-class Hits:
+class Hits(Handler):
     """A tap handler that notes how many rows each hit expert gets."""
 
-    wants_experts = False
+    sees_experts = False
 
     def __init__(self) -> None:
         self.rows: list[int] = []
@@ -74,7 +75,11 @@ class Products(TorchDispatchMode):
 class Bench:
     def __init__(self, path: Path, arithmetic: str, tokens: int):
         self.model = q.load(path, arithmetic, shared_expert="unfused", mode="stream", text_only=True)
-        self.source, self.config, self.dtype = self.model.source, self.model.config, self.model.arithmetic.dtype
+        self.source, self.config, self.dtype = (
+            origin_of(self.model).source,
+            self.model.config,
+            self.model.arithmetic.dtype,
+        )
         self.tokens, self.hits = tokens, Hits()
         self.noted = Products()
         ids = (torch.arange(tokens) * 7919 % self.config.vocab_size)[None]

@@ -29,6 +29,7 @@ from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.checkpoint.header import Stored
 from qwen35_moe.checkpoint.reader import Rows
 from qwen35_moe.run.gpu.prefetch import Fetch, Layout, one_ahead
+from qwen35_moe.run.origin import origin_of
 from weights.build import build
 
 DEVICE = torch.device("cuda", 0)
@@ -116,7 +117,7 @@ def bench(layout: str, model: str, layers: int, tokens: int, folder: Path, profi
     begin = time.perf_counter()
     same = torch.equal(streamed(ids), resident(ids))
     first = time.perf_counter() - begin
-    reader = streamed.source.checkpoint.reader
+    reader = origin_of(streamed).checkpoint.reader
     before = reader.bytes_read
     streamed(ids)
     read = reader.bytes_read - before

@@ -198,7 +198,7 @@ assert (trace["layers.0.gdn_g"] < 0).all()
 # %%
 
 
-class NoRecall:
+class NoRecall(q.taps.Handler):
     """Makes every recall zero: u = beta v."""
 
     stage = q.taps.BREAK

@@ -13,7 +13,7 @@ import style
 import torch
 
 import qwen35_moe as q
-from qwen35_moe.model.moe import combine_experts, expert, fuse, unfuse
+from qwen35_moe.model.moe import expert
 from qwen35_moe.model.router import append_shared, route, shared_gate
 from weights.build import build
 
@@ -67,7 +67,7 @@ torch.testing.assert_close(logits_TA.softmax(-1), weights_TA)
 # %%
 gate_T1 = shared_gate(x_TD, moe.shared_expert_gate.weight)
 shared_TD = moe.shared_expert(x_TD)
-routed_TD = combine_experts(x_TD, ids_TA, weights_TA, moe.experts)
+routed_TD = moe.experts.combine(x_TD, ids_TA, weights_TA)
 torch.testing.assert_close(routed_TD + gate_T1 * shared_TD, layer["mlp_output"])
 fig, ax = plt.subplots(figsize=(7.2, 2.6))
 ax.plot(routed_TD.norm(dim=1), label="routed experts")
@@ -85,18 +85,12 @@ assert gate_T1.min() > 0 and gate_T1.max() < 1
 # SGLang does this since PR 20736.
 
 # %%
-shared = moe.shared_expert
-gate_up, down = fuse(
-    moe.experts.gate_up_proj,
-    moe.experts.down_proj,
-    shared.gate_proj.weight,
-    shared.up_proj.weight,
-    shared.down_proj.weight,
-)
-print(f"gate_up_proj {list(moe.experts.gate_up_proj.shape)} -> {list(gate_up.shape)}")
-assert torch.equal(unfuse(gate_up, down)[2], shared.gate_proj.weight)  # and back, bit for bit
-
 fused = q.load(checkpoint, arithmetic="exact", shared_expert="fused", text_only=True)
+shared, (gate_up, down) = moe.shared_expert, fused.layers[1].mlp.experts.at(E)
+print(f"slots {moe.experts.count} -> {fused.layers[1].mlp.experts.count}, the last one {list(gate_up.shape)}")
+assert torch.equal(gate_up, torch.cat((shared.gate_proj.weight, shared.up_proj.weight)))  # bit for bit
+assert torch.equal(down, shared.down_proj.weight)
+
 fused_trace = q.trace(fused, ids, taps="layers.1.*")
 slot_ids, slot_weights = (fused_trace[f"layers.1.moe_slot_{name}"] for name in ("ids", "weights"))
 weights_TX = torch.zeros(T, E + 1, dtype=torch.float64).scatter(1, slot_ids, slot_weights)
@@ -134,7 +128,7 @@ def expert_parallel(ep_size, ep_scale):
     total = torch.zeros_like(x_TD)
     for rank in range(ep_size):
         mine = (slots % ep_size == rank) | (slots == E)
-        total += combine_experts(x_TD, slots, weights * mine, fused.layers[1].mlp.experts)
+        total += fused.layers[1].mlp.experts.combine(x_TD, slots, weights * mine)
     return total
 
 
@@ -187,7 +181,7 @@ answer = None
 
 
 def unnormalised():
-    return combine_experts(x_TD, ids_TA, probs_TE.gather(1, ids_TA), moe.experts)
+    return moe.experts.combine(x_TD, ids_TA, probs_TE.gather(1, ids_TA))
 
 
 style.attempt(

@@ -183,7 +183,7 @@ assert fair.median() <= plain.median() and fair.max() < plain.max() and fair[eve
 
 
 # %%
-class WrongScale:
+class WrongScale(q.taps.Handler):
     """What the mixer of layer 1 adds is 3 % too large."""
 
     stage = q.taps.BREAK

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .oracle.truth import write_truth
     from .run.generate import Sampling, generate, score
     from .run.load import load
+    from .run.origin import origin_of
     from .run.prompt import embed_prompt
     from .trace.recorder import trace
 
@@ -52,6 +53,7 @@ _PUBLIC = {
     "fault_names": ("oracle.play", "fault_names"),
     "generate": ("run.generate", "generate"),
     "load": ("run.load", "load"),
+    "origin_of": ("run.origin", "origin_of"),
     "play_engine": ("oracle.play", "play_engine"),
     "quant": ("quant", ""),
     "read_dump": ("oracle.dumps.readers", "read_dump"),
@@ -80,6 +82,7 @@ __all__ = [
     "fault_names",
     "generate",
     "load",
+    "origin_of",
     "play_engine",
     "quant",
     "read_dump",

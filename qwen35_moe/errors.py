@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Far more layers than any model has: a wrong number must not take memory before it is found to be wrong.
+MOST_LAYERS = 10_000
+
 
 class Qwen35Error(ValueError):
     """Bad input, stated so that the reader can act: what is wrong, where, expected, found, and what to do.

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import qwen35_moe as q
 from qwen35_moe.model.config import FULL, LINEAR
 from qwen35_moe.numerics.taps import attach
+from qwen35_moe.run.origin import origin_of
 
 
 @pytest.fixture
@@ -183,7 +184,7 @@ def test_ids_that_no_expert_has(model):
     def beyond(site, x):
         return x + 10 if site.name == "moe_slot_ids" else None
 
-    fused = q.load(model.source.checkpoint.path, shared_expert="fused", text_only=True)
+    fused = q.load(origin_of(model).checkpoint.path, shared_expert="fused", text_only=True)
     with pytest.raises(q.Qwen35Error, match="no such expert"), attach(beyond):
         fused(torch.tensor([[1, 2, 3]]))
 
@@ -264,11 +265,3 @@ def test_a_row_for_a_tap_that_does_not_exist():
 def test_unknown_switch():
     with pytest.raises(q.Qwen35Error, match="moe_sum_order"):
         q.Arithmetic("mine", torch.float32, switches={"moe_sum_order": "random"})
-
-
-def test_not_a_cache_file(tmp_path):
-    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    (tmp_path / "cut").write_bytes(b"\x10")
-    for name in ("x.safetensors", "cut", "absent"):
-        with pytest.raises(q.Qwen35Error):
-            q.Cache.load(tmp_path / name)

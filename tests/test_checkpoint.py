@@ -20,6 +20,7 @@ from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.checkpoint.reader import Rows, read_together
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.model.config import Config
+from qwen35_moe.run.validate import validate
 
 EXPERTS = "layers.0.mlp.experts"
 
@@ -40,7 +41,7 @@ def stored_as(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 def test_layouts_decode_to_the_same_values(layout: str, stored_as: Callable[[str], Path]) -> None:
     meant = tensors(layout)[1]
     with Checkpoint.open(stored_as(layout)) as ck:
-        ck.validate()
+        validate(ck)
         for name, values in meant.items():
             if ".experts." in name and layout in ("fp8 block fused",) and not name.startswith("mtp."):
                 continue  # gate and up share a block of scales there; `Experts.read` below has them
@@ -99,7 +100,7 @@ FILES = {
 def test_prefixes_and_files(prefix: str, files: str, tmp_path: Path) -> None:
     stored, meant = tensors("bf16 fused", prefix=prefix)
     ck = Checkpoint.open(write(tmp_path, stored, *FILES[files]))
-    ck.validate()
+    validate(ck)
     assert "layers.0.linear_attn.A_log" in ck and "lm_head.weight" in ck and "mtp.fc.weight" in ck
     assert "visual.pos_embed.weight" in ck.names()
     assert torch.equal(ck.read("norm.weight").double(), meant["norm.weight"])
@@ -109,7 +110,7 @@ def test_prefixes_and_files(prefix: str, files: str, tmp_path: Path) -> None:
 def test_a_single_file_is_a_checkpoint(tmp_path: Path) -> None:
     folder = write(tmp_path, tensors("gpt-oss")[0], ("model.safetensors",), None)
     ck = Checkpoint.open(folder / "model.safetensors")
-    ck.validate()
+    validate(ck)
     assert ck.config == CONFIG
     (folder / "config.json").unlink()
     assert Checkpoint.open(folder / "model.safetensors").config == {}
@@ -118,12 +119,12 @@ def test_a_single_file_is_a_checkpoint(tmp_path: Path) -> None:
 def test_parts_that_may_be_left_out(tmp_path: Path) -> None:
     """Text-only saves drop vision and MTP; a tied head need not be stored."""
     stored = {k: t for k, t in tensors()[0].items() if not k.startswith(("mtp.", "model.visual."))}
-    Checkpoint.open(write(tmp_path / "text", stored)).validate()
+    validate(Checkpoint.open(write(tmp_path / "text", stored)))
     del stored["lm_head.weight"]
     config = {**CONFIG, "tie_word_embeddings": True}
-    Checkpoint.open(write(tmp_path / "tied", stored, config=config)).validate()
+    validate(Checkpoint.open(write(tmp_path / "tied", stored, config=config)))
     with pytest.raises(Qwen35Error, match="lm_head"):
-        Checkpoint.open(write(tmp_path / "untied", stored)).validate()
+        validate(Checkpoint.open(write(tmp_path / "untied", stored)))
 
 
 def test_scales_of_a_cache_are_left_aside(tmp_path: Path) -> None:
@@ -131,14 +132,14 @@ def test_scales_of_a_cache_are_left_aside(tmp_path: Path) -> None:
     names = {f"layers.1.self_attn.{name}" for name in ("k_scale", "v_proj.v_scale", "v_proj.output_scale")}
     scales = {f"model.language_model.{name}": torch.ones(1) for name in names}
     ck = Checkpoint.open(write(tmp_path, tensors()[0] | scales))
-    ck.validate()
+    validate(ck)
     assert names <= set(ck.report().aside)
 
 
 @pytest.mark.parametrize("name", ["bf16-hub", "quark-mxfp4", "quark-moe-mxfp4"])
 def test_fixtures(name: str) -> None:
     ck = Checkpoint.open(Path(__file__).parent / "data" / "fixtures" / name)
-    ck.validate()
+    validate(ck)
     quantised = "quark" in name
     assert str(ck.spec("layers.1.mlp.experts")) == ("mxfp4 (block 32)" if quantised else "bf16")
     assert ck.spec("layers.1.mlp.shared_expert.up_proj").kind == ("mxfp4" if "moe" in name else "bf16")
@@ -258,4 +259,4 @@ def test_verify(tmp_path: Path) -> None:
 def test_the_config_given_is_the_one_that_counts(tmp_path: Path) -> None:
     ck = Checkpoint.open(write(tmp_path, tensors()[0]))
     with pytest.raises(Qwen35Error, match="wrong shape"):
-        ck.validate(Config.from_dict(config_with(vocab_size=47)))
+        validate(ck, Config.from_dict(config_with(vocab_size=47)))

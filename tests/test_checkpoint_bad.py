@@ -20,6 +20,7 @@ from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.gate.decide import can_fuse_shared_expert
 from qwen35_moe.model.config import Config
 from qwen35_moe.run.load import load
+from qwen35_moe.run.validate import validate
 
 P = "model.language_model."
 EXPERT = P + "layers.1.mlp.experts.1.up_proj"
@@ -173,7 +174,7 @@ def test_tensors_that_do_not_fit(case: str, tmp_path: Path) -> None:
     change(stored)
     ck = Checkpoint.open(write(tmp_path, stored))
     with pytest.raises(Qwen35Error) as error:
-        ck.validate()
+        validate(ck)
     for text in expected:
         assert text in str(error.value), str(error.value)
     assert error.value.where and error.value.expected and error.value.found != ""
@@ -183,7 +184,7 @@ def test_many_problems_make_one_error(tmp_path: Path) -> None:
     stored, _ = tensors("bf16 fused")
     ck = Checkpoint.open(write(tmp_path, stored, config=config_with(hidden_size=96)))
     with pytest.raises(Qwen35Error, match=r"things in the checkpoint do not fit") as error:
-        ck.validate(Config.from_dict(config_with(num_experts=4, vocab_size=50, moe_intermediate_size=32)))
+        validate(ck, Config.from_dict(config_with(num_experts=4, vocab_size=50, moe_intermediate_size=32)))
     message = str(error.value)
     assert "embed_tokens.weight" in message and "[50, 160]" in message and "[48, 160]" in message
     assert len(message) < 3000
@@ -199,7 +200,7 @@ def test_nan_scales_are_found_when_read(layout: str, role: str, value: float, tm
     scale.view(-1)[-1] = value
     stored[f"{EXPERT}.{role}"] = scale
     ck = Checkpoint.open(write(tmp_path, stored))
-    ck.validate()
+    validate(ck)
     ck.experts("layers.1.mlp.experts").read(0)
     with pytest.raises(Qwen35Error, match=r"(?s)a scale is .*safetensors: .*experts.1.up_proj.weight_scale"):
         ck.experts("layers.1.mlp.experts").read(1)
@@ -376,7 +377,7 @@ def test_a_copy_that_the_index_does_not_point_at_is_reported(tmp_path: Path) -> 
     index["weight_map"] |= {k: "extra.safetensors" for k in extra if k != name}
     (folder / INDEX).write_text(json.dumps(index))
     ck = Checkpoint.open(folder)
-    ck.validate()
+    validate(ck)
     duplicated = ck.report().duplicated
     ck.used.update(ck.names())
     assert duplicated and all(".safetensors: " in where for where in duplicated) and not ck.report().complete
@@ -431,7 +432,7 @@ def test_validate_needs_a_config(tmp_path: Path) -> None:
     folder = write(tmp_path, tensors("bf16 fused")[0])
     (folder / "config.json").unlink()
     with pytest.raises(Qwen35Error, match="no config.json"):
-        Checkpoint.open(folder).validate()
+        validate(Checkpoint.open(folder))
     assert CONFIG["text_config"]["num_experts"] == E
 
 
@@ -449,7 +450,7 @@ def test_what_is_wrong_in_all_layers_is_said_once(tmp_path: Path) -> None:
     for name in [name for name in stored if name.endswith("weight_scale")]:
         stored[name.replace("weight_scale", "weight_scale_2")] = torch.ones(1)
     with pytest.raises(Qwen35Error) as error:
-        Checkpoint.open(write(tmp_path, stored)).validate()
+        validate(Checkpoint.open(write(tmp_path, stored)))
     assert 0 < str(error.value).count("NVFP4 (has") < 6
     assert "mlp.experts.0.gate_proj" in str(error.value) and "like it" in str(error.value)
 
@@ -470,7 +471,7 @@ def test_a_quantisation_method_that_is_not_known(tmp_path: Path, quantised: Any,
     place["quantization_config"] = quantised
     (folder / "config.json").write_text(json.dumps(config))
     for command in (
-        lambda: Checkpoint.open(folder).validate(),
+        lambda: validate(Checkpoint.open(folder)),
         lambda: load(folder, mode="stream"),
         lambda: can_fuse_shared_expert(config),
     ):

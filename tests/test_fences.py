@@ -16,7 +16,7 @@ from torch import Tensor
 import qwen35_moe as q
 from qwen35_moe.cli.main import main
 from qwen35_moe.oracle import compare as comparing
-from qwen35_moe.oracle.dumps.dump import plain_values
+from qwen35_moe.oracle.dumps.pieces import plain_values
 from qwen35_moe.trace.file import Trace
 
 Build = Callable[[str], Path]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tolerances import APPEND_ULP, GATING_REL, ROUTER_ULP
+from tolerances import APPEND_REL, GATING_REL, ROUTER_ULP
 
 from qwen35_moe import KEEP
 from qwen35_moe.model import deltanet, moe, norms, router
@@ -19,7 +19,6 @@ from qwen35_moe.numerics import arithmetics as arithmetic
 from qwen35_moe.numerics import taps
 from qwen35_moe.numerics.arithmetics import using
 from qwen35_moe.numerics.metrics import rel_l2, ulp_distance
-from qwen35_moe.numerics.sums import triton_sum
 from qwen35_moe.numerics.tables import AITER, EXACT_A4, SGLANG_BF16
 from qwen35_moe.numerics.taps import tap
 from qwen35_moe.quant.mxfp4 import MXFP4, decode, encode
@@ -91,8 +90,13 @@ def test_conv_kernel_is_reproduced_bit_for_bit():
     assert torch.equal(state, g["conv.state"])
 
 
-def appended(case: str, table) -> torch.Tensor:
-    """How far the weights of `table` are from the kernel's, in fp32 ulp, once ids and routed weights are equal."""
+def appended(case: str, table) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far the kernel's weights of the shared expert are from those of `table`, and how far the order in which an
+    fp32 kernel adds may move them, once ids and routed weights are equal.
+
+    A sum of n products in which no term passes through more than c additions is off by at most c 2^-24 sum |h w|; the
+    sigmoid s passes on (1 - s) of that, relative to itself. A thread adds 8 neighbours, halves then add each other.
+    """
     g = {name.removeprefix(f"{case}."): x for name, x in golden("append").items()}
     experts = int(g["out_ids"].max())
     with using(table):
@@ -100,48 +104,31 @@ def appended(case: str, table) -> torch.Tensor:
         ids, weights = router.append_shared(g["topk_ids"], g["topk_weights"], gate, experts, float(g["scale"]))
     assert torch.equal(ids, g["out_ids"])
     assert torch.equal(weights[:, :-1], g["out_weights"][:, :-1])
-    return ulp_distance(weights, g["out_weights"])
+    ours, theirs, s = (x.double() for x in (weights[:, -1], g["out_weights"][:, -1], gate[:, 0]))
+    additions = 8 + math.ceil(math.log2(g["h"].shape[1] / 8))
+    of_order = (1 - s) * additions * 2.0**-24 * (g["h"].double().abs() @ g["w"].double().abs().flatten())
+    return ((theirs - ours) / ours).abs(), of_order + APPEND_REL
 
 
 @pytest.mark.parametrize("case", ["a", "b"])
 def test_append_kernel(case):
-    assert appended(case, "sglang-bf16").max() <= APPEND_ULP
+    error, legal = appended(case, "sglang-bf16")
+    assert (error <= legal).all()
 
 
-def test_append_kernel_differs_from_the_exact_sum_by_its_order():
-    exact_sum = replace(SGLANG_BF16, switches={**SGLANG_BF16.switches, "moe_shared_gate_sum": "as router"})
-    assert appended("a", exact_sum).max() > APPEND_ULP
+def test_a_logit_rounded_to_bf16_is_no_order_of_addition():
+    rounded = {**SGLANG_BF16.rounds, "moe_shared_gate_logit": torch.bfloat16}
+    error, legal = appended("a", replace(SGLANG_BF16, rounds=rounded))
+    assert (error > legal).any()
 
 
-@pytest.mark.parametrize(("size", "lanes", "warps"), [(512, 4, 8), (512, 2, 2), (300, 4, 8), (24, 32, 8), (1, 32, 8)])
-def test_order_of_a_block_sum(size, lanes, warps):
-    """The order by its indices: where each element stands, who adds whom."""
-    x = torch.randn(size, generator=torch.Generator().manual_seed(size))
-    block = 2 ** math.ceil(math.log2(size))
-    threads = min(block, lanes * warps)
-    run = min(8, block // threads)
-    held: dict[int, torch.Tensor] = {}
-    for i, value in enumerate(F.pad(x, (0, block - size))):  # thread i // run, again from 0 when all have had their run
-        thread = i // run % threads
-        held[thread] = value if thread not in held else held[thread] + value
-    for width in (lanes, warps):
-        for first in range(0, len(held), width := min(width, len(held))):
-            half = width
-            while half := half // 2:
-                for i in range(first, first + half):
-                    held[i] = held[i] + held[i + half]
-        held = {i: held[first] for i, first in enumerate(range(0, len(held), width))}
-    assert torch.equal(triton_sum(x[None], lanes, warps)[0], held[0])
-
-
-class Packed:
-    """An ExpertSource over the packed weights of a golden file."""
-
-    quantised = True
+class Packed(moe.Experts):
+    """The experts of a golden file, packed."""
 
     def __init__(self, g: dict[str, torch.Tensor]):
+        E, _, F = MXFP4(g["w2_codes"], g["w2_scales"]).shape
+        super().__init__(E, F, quantised=True)
         self.w13, self.w2 = MXFP4(g["w13_codes"], g["w13_scales"]), MXFP4(g["w2_codes"], g["w2_scales"])
-        self.count, _, self.intermediate = self.w2.shape
 
     def at(self, e):
         dtype = arithmetic.current().dtype
@@ -185,7 +172,7 @@ def test_fused_moe_kernel(name):
 
         table = replayed(RECORDED, g)
         with using(table):
-            out = tap("mlp_output", moe.combine_experts(g["x"], g["ids"].long(), g["weights"], Packed(g)))
+            out = tap("mlp_output", Packed(g).combine(g["x"], g["ids"].long(), g["weights"]))
 
     flat = g["ids"].flatten()
     for e in flat.unique().tolist():
@@ -211,11 +198,10 @@ def test_exact_with_activation_quantiser_is_the_function_that_the_kernel_rounds(
     def observe(site, x):
         seen[site.name, site.expert, site.index] = x
 
-    replay_a2.stage = taps.REPLAY
     table = replayed(EXACT_A4, g)
     table = replace(table, rounds={**table.rounds, "moe_a2": KEEP}, switches={"moe_sum_order": "slot"})
-    with using(table), taps.attach(replay_a2, observe):
-        out = moe.combine_experts(g["x"].double(), g["ids"].long(), g["weights"].double(), Packed(g))
+    with using(table), taps.attach(taps.FunctionHandler(replay_a2, taps.REPLAY), observe):
+        out = Packed(g).combine(g["x"].double(), g["ids"].long(), g["weights"].double())
     for e in flat.unique().tolist():
         assert rel_l2(g["gate_up"][flat == e], seen["moe_expert_gate_up", e, None]) < 2e-3
     for slot in range(slots):

@@ -21,17 +21,18 @@ from tolerances import BF16_GROUPED, FLOAT64_REORDERED
 
 import qwen35_moe as q
 from qwen35_moe.cli import main as cli
-from qwen35_moe.model import moe
 from qwen35_moe.model.mtp import draft_head, with_hidden
 from qwen35_moe.numerics import arithmetics as arithmetic
 from qwen35_moe.numerics.metrics import rel_l2
+from qwen35_moe.numerics.taps import FunctionHandler
 from qwen35_moe.oracle.dumps.writers import DUMPED
 from qwen35_moe.oracle.truth import write_truth
 from qwen35_moe.quant import mxfp4
 from qwen35_moe.run.generate import generate
-from qwen35_moe.run.gpu import grouped
-from qwen35_moe.run.gpu.fused import compiling
+from qwen35_moe.run.gpu.compiled import compiling
 from qwen35_moe.run.gpu.graphs import DecodeGraph, PrefillGraph, can_capture
+from qwen35_moe.run.gpu.grouped_experts import ResidentExperts
+from qwen35_moe.run.origin import origin_of
 from qwen35_moe.run.prompt import embed_prompt
 from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.recorder import record
@@ -94,14 +95,13 @@ def test_a_file_that_breaks_while_it_is_streamed(
     shutil.copytree(path, tmp_path / "broken")
     model = q.load(tmp_path / "broken", BF16, device=GPU, mode="stream", text_only=True)
     expected = model(ids)
-    stored = model.source.checkpoint.stored("layers.3.mlp.experts.2.down_proj.weight_scale")
+    stored = origin_of(model).checkpoint.stored("layers.3.mlp.experts.2.down_proj.weight_scale")
 
     def strike(site: q.taps.Site, x: torch.Tensor) -> None:
         if site.key == "layers.0.mlp_output":  # so early that layer 3 is not asked for yet
             change(stored.file, stored.end - 1)
 
-    strike.wants_experts = False  # type: ignore[attr-defined]
-    with q.taps.attach(strike), pytest.raises(q.Qwen35Error, match=says):
+    with q.taps.attach(FunctionHandler(strike, sees_experts=False)), pytest.raises(q.Qwen35Error, match=says):
         model(ids)
     with pytest.raises(q.Qwen35Error, match="written to"):
         model(ids)
@@ -217,8 +217,7 @@ def test_the_oracle_takes_a_gpu_for_an_engine(built: Built, tmp_path: Path) -> N
     def fault(site: q.taps.Site, x: torch.Tensor) -> torch.Tensor | None:
         return x * 1.2 if site.key == "layers.1.mlp_output" else None
 
-    fault.stage = q.taps.BREAK  # type: ignore[attr-defined]
-    for name, planted in (("clean", ()), ("broken", (fault,))):
+    for name, planted in (("clean", ()), ("broken", (FunctionHandler(fault, q.taps.BREAK),))):
         q.trace(model, ids.to(GPU), taps=DUMPED, replay=planted, out=tmp_path / name)
     assert cli.main(["compare", str(tmp_path / "truth"), str(tmp_path / "clean")]) == 0
     assert cli.main(["compare", str(tmp_path / "truth"), str(tmp_path / "broken")]) == 1
@@ -254,22 +253,22 @@ def test_decoding_as_a_graph_has_the_bits_of_its_step(built: Built, monkeypatch:
 
 
 @pytest.mark.parametrize("name", test_grouped.TABLES)
-def test_grouped_products_against_the_loop(name: str) -> None:
+def test_grouped_products_against_the_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 sums in another order; wider dtypes take the same products."""
     table = arithmetic.get(name)
     dtype = table.weight_dtype("experts")
     T, E, D, F = test_grouped.T, test_grouped.E, test_grouped.D, test_grouped.F
     weights = (test_grouped.drawn(*shape, dtype=dtype).to(GPU) for shape in ((E, 2 * F, D), (E, D, F)))
-    experts = moe.Experts(*weights, quantised=True)
+    experts = ResidentExperts(*weights, quantised=True)
     ids, routing = (x.to(GPU) for x in test_grouped.routed(T))
     routing = routing.to(torch.promote_types(dtype, torch.float32))
     x = test_grouped.drawn(T, D, dtype=dtype).to(GPU)
     with arithmetic.using(table):
-        assert grouped.applies(experts, x)
-        together = moe.combine_experts(x, ids, routing, experts)
+        together, calls = experts.combine(x, ids, routing), []
+        monkeypatch.setattr(ResidentExperts, "combine_grouped", lambda *args: calls.append(args))
         with q.taps.attach(lambda site, x: None):
-            assert not grouped.applies(experts, x)
-            loop = moe.combine_experts(x, ids, routing, experts)
+            loop = experts.combine(x, ids, routing)
+        assert not calls and experts.combine(x, ids, routing) is None
     assert rel_l2(together, loop) <= (FLOAT64_REORDERED if dtype == torch.float64 else BF16_GROUPED)
 
 
@@ -283,7 +282,7 @@ def test_passes_over_memory_have_the_bits_of_plain_torch(
         ids = ids_of(shape[1], shape[0]).to(GPU)
         plain = q.trace(model, ids)
         with monkeypatch.context() as patch, compiling():
-            patch.setattr("qwen35_moe.run.gpu.fused.LARGE", 0)
+            patch.setattr("qwen35_moe.run.gpu.compiled.LARGE", 0)
             compiled = q.trace(model, ids)
         for key, x in plain.items():
             assert torch.equal(compiled[key], x), key

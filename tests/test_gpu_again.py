@@ -30,7 +30,7 @@ from test_model import (  # noqa: F401
     test_a_sequence_does_not_depend_on_its_neighbours,
     test_an_arithmetic_of_ones_own,
     test_blocks_of_queries,
-    test_cache_is_cloned_and_saved,
+    test_cache_is_cloned,
     test_cached_decode_equals_prefill,
     test_chunked_equals_recurrent,
     test_eps_of_the_l2_norm_shows,
@@ -55,7 +55,7 @@ import qwen35_moe as q
 GPU = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")]
 
-load, load_cache, golden = q.load, q.Cache.load, test_golden.golden
+load, golden = q.load, test_golden.golden
 
 
 def load_on_gpu(*args: Any, **options: Any) -> q.Model:
@@ -71,7 +71,6 @@ def read_on_gpu(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
 @pytest.fixture(autouse=True)
 def on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(q, "load", load_on_gpu)
-    monkeypatch.setattr(q.Cache, "load", lambda path: load_cache(path, GPU))
     monkeypatch.setattr(test_mtp, "read", read_on_gpu)
     monkeypatch.setattr(test_golden, "golden", lambda name: {k: x.to(GPU) for k, x in golden(name).items()})
     with torch.device(GPU):

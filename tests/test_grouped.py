@@ -19,8 +19,9 @@ from qwen35_moe.numerics.metrics import rel_l2
 from qwen35_moe.quant import mxfp4
 from qwen35_moe.quant.packed import concatenate
 from qwen35_moe.run.generate import generate
-from qwen35_moe.run.gpu import grouped
+from qwen35_moe.run.gpu import grouped, grouped_experts
 from qwen35_moe.run.gpu.graphs import DecodeGraph, PrefillGraph, can_capture
+from qwen35_moe.run.gpu.grouped_experts import ResidentExperts, stack_experts
 from qwen35_moe.run.gpu.passing import PassingExperts
 
 MODULE = import_module("qwen35_moe.run.generate")  # whose name in the package is the function
@@ -46,40 +47,42 @@ def test_grouped_is_the_loop(name: str, order: str) -> None:
     table = arithmetic.get(name)
     table = replace(table, switches={**table.switches, "moe_sum_order": order})
     dtype = table.weight_dtype("experts")
-    experts = moe.Experts(drawn(E, 2 * F, D, dtype=dtype), drawn(E, D, F, dtype=dtype, seed=1), quantised=True)
+    weights_of = drawn(E, 2 * F, D, dtype=dtype), drawn(E, D, F, dtype=dtype, seed=1)
+    plain, experts = (kind(*weights_of, quantised=True) for kind in (moe.DecodedExperts, ResidentExperts))
     ids, weights = routed(T)
     weights = weights.to(torch.promote_types(dtype, torch.float32))  # in bf16 a product with bf16 would be exact
     x = drawn(T, D, dtype=dtype, seed=2)
     with arithmetic.using(table):
-        loop = moe.combine_experts(x, ids, weights, experts)
-        assert torch.equal(grouped.combine(x, ids, weights, experts), loop)
+        loop = plain.combine(x, ids, weights)
+        assert torch.equal(experts.combine_grouped(x, ids, weights), loop)
+        assert torch.equal(experts.combine(x, ids, weights), loop)
 
 
 @pytest.mark.parametrize("tokens", [3, T])
 def test_packed_experts_pair_by_pair_and_in_batches(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped, "BATCH", 4)
-    monkeypatch.setattr(grouped, "FEW", 3 * A)
+    monkeypatch.setattr(grouped_experts, "EXPERTS_PER_BATCH", 4)
+    monkeypatch.setattr(grouped_experts, "FEW_PAIRS", 3 * A)
     gates, ups, downs = (
         [mxfp4.MXFP4(*mxfp4.encode(drawn(*shape, seed=10 * i + e))) for e in range(E)]
         for i, shape in enumerate([(F, D), (F, D), (D, F)])
     )
-    slots = [(concatenate(gate, up), down) for gate, up, down in zip(gates, ups, downs, strict=True)]
-    packed = grouped.stack_slots(slots, torch.float64, torch.device("cpu"), quantised=True)
+    stored = [(concatenate(gate, up), down) for gate, up, down in zip(gates, ups, downs, strict=True)]
+    packed = stack_experts(stored, torch.float64, torch.device("cpu"), quantised=True)
     assert packed is not None
-    decoded = moe.Experts(*packed.stack(slice(None)), quantised=True)
-    assert torch.equal(decoded.gate_up_proj[5], slots[5][0].decode(torch.float64))
+    decoded = moe.DecodedExperts(*packed.decoded(slice(None)), quantised=True)
+    assert torch.equal(decoded.gate_up_proj[5], stored[5][0].decode(torch.float64))
     ids, weights = routed(tokens)
     x = drawn(tokens, D, seed=2)
-    loop = moe.combine_experts(x, ids, weights, decoded)
-    assert rel_l2(grouped.combine(x, ids, weights, packed), loop) <= FLOAT64_REORDERED
-    passing = PassingExperts(E, F, slots.__getitem__, torch.float64, True, torch.device("cpu"), stored=lambda e: ())
-    assert torch.equal(grouped.combine(x, ids, weights, passing), loop)
-    assert torch.equal(moe.combine_experts(x, ids, weights, passing), loop)
+    loop = decoded.combine(x, ids, weights)
+    assert rel_l2(packed.combine_grouped(x, ids, weights), loop) <= FLOAT64_REORDERED
+    passing = PassingExperts(E, F, stored.__getitem__, torch.float64, True, torch.device("cpu"), stored=lambda e: ())
+    assert torch.equal(passing.combine_grouped(x, ids, weights), loop)
+    assert torch.equal(passing.combine(x, ids, weights), loop)
 
 
 def test_only_mxfp4_is_stacked() -> None:
     plain = q.quant.packed.Float(drawn(4, 4))
-    assert grouped.stack_slots([(plain, plain)], torch.float64, torch.device("cpu"), quantised=False) is None
+    assert stack_experts([(plain, plain)], torch.float64, torch.device("cpu"), quantised=False) is None
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qwen35_moe as q
-from qwen35_moe.model.moe import Experts
 from qwen35_moe.numerics.tables import TRANSFORMERS_BF16
 from qwen35_moe.quant.mxfp4 import decode
 from qwen35_moe.run.experts import PackedExperts, ViewedExperts
+from qwen35_moe.run.gpu.grouped_experts import ResidentExperts
 from qwen35_moe.run.load import MODES
+from qwen35_moe.run.origin import origin_of
 
 Build = Callable[[str], Path]
 RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "weights" / "recipes").glob("tiny*.toml"))
@@ -56,7 +57,7 @@ def test_modes_agree_fused_and_unfused(built: Build, shared_expert: str) -> None
 @pytest.mark.parametrize("mode", MODES)
 def test_a_parameter_has_the_dtype_of_its_row(built: Build, mode: str) -> None:
     model = q.load(built("tiny"), "sglang-bf16", mode=mode, text_only=True)
-    mixer, stored = model.layers[0].linear_attn, model.source.tensor("layers.0.linear_attn.A_log")
+    mixer, stored = model.layers[0].linear_attn, origin_of(model).source.tensor("layers.0.linear_attn.A_log")
     assert (mixer.A_log.dtype, mixer.dt_bias.dtype) == (torch.float32, torch.bfloat16)
     assert torch.equal(mixer.A_log, stored) and not torch.equal(stored.bfloat16().float(), stored)
 
@@ -73,7 +74,7 @@ def in_a_file(x: Tensor, files: list[str]) -> bool:
 @pytest.mark.parametrize(
     ("recipe", "shared_expert", "kind"),
     [
-        ("tiny", "unfused", Experts),  # fused 3-D tensors: one parameter, as it lies
+        ("tiny", "unfused", ResidentExperts),  # fused 3-D tensors: one parameter, as it lies
         ("tiny", "fused", ViewedExperts),  # slot E lies elsewhere
         ("tiny-per-expert", "unfused", ViewedExperts),
     ],
@@ -104,7 +105,7 @@ def test_nothing_else_is_mapped(built: Build) -> None:
     """What is decoded has memory of its own; a streamed run maps nothing, or its pages would count as resident."""
     model = q.load(built("tiny"), "float32", mode="stream")
     model(IDS)
-    assert not model.source.checkpoint.reader.mapped
+    assert not origin_of(model).checkpoint.reader.mapped
     assert isinstance(q.load(built("tiny-mxfp4"), mode="packed").layers[0].mlp.experts, PackedExperts)
 
 
@@ -123,26 +124,26 @@ def test_a_bf16_shared_expert_reaches_an_mxfp4_slot_by_conversion_only(built: Bu
     unfused = logits(path, "packed", shared_expert="unfused")
     assert not torch.equal(first, unfused)
     model = q.load(path, shared_expert="fused-online", text_only=True)
-    assert model.fused == [True] * 4 and set(model.conversion) == {f"layers.{i}.mlp" for i in range(4)}
+    assert model.fused == [True] * 4 and set(origin_of(model).conversion) == {f"layers.{i}.mlp" for i in range(4)}
     # Values of a normal distribution in MXFP4; scale rule even.
-    assert all(0.08 < cost < 0.2 for cost in model.conversion.values())
+    assert all(0.08 < cost < 0.2 for cost in origin_of(model).conversion.values())
 
 
 def test_conversion_changes_nothing_that_is_mxfp4_already(built: Build) -> None:
     path = built("tiny-moe-mxfp4")
     model = q.load(path, shared_expert="fused-online", text_only=True)
-    assert set(model.conversion.values()) == {0.0}
+    assert set(origin_of(model).conversion.values()) == {0.0}
     assert torch.equal(model(IDS), logits(path, "packed", shared_expert="fused"))
 
 
 def test_conversion_is_to_mxfp4_alone(built: Build) -> None:
     with pytest.raises(q.Qwen35Error, match="bf16 bytes would be read as fp8"):
         q.load(built("tiny-fp8-experts"), shared_expert="fused-online")
-    assert q.load(built("tiny"), shared_expert="fused-online").conversion == {}
+    assert origin_of(q.load(built("tiny"), shared_expert="fused-online")).conversion == {}
 
 
 def test_the_model_knows_its_checkpoint(built: Build) -> None:
-    a, b = (q.load(built(recipe), mode="stream").identity for recipe in ("tiny", "tiny-mxfp4"))
+    a, b = (origin_of(q.load(built(recipe), mode="stream")).identity for recipe in ("tiny", "tiny-mxfp4"))
     assert a and b and a["headers_sha256"] != b["headers_sha256"] and a["tensors"] == 112
 
 
@@ -189,7 +190,7 @@ def test_a_file_that_is_written_to_before_it_is_needed(built: Build, tmp_path: P
     """Its header was read when the checkpoint was opened; a streamed model reads the rest later."""
     path = shutil.copytree(built("tiny"), tmp_path / "checkpoint")
     model = q.load(path, "transformers-bf16", mode="stream", text_only=True)
-    last = model.source.checkpoint.stored("lm_head.weight").file
+    last = origin_of(model).checkpoint.stored("lm_head.weight").file
     with open(last, "r+b") as handle:
         handle.seek(last.stat().st_size - 100)
         handle.write(bytes(100))

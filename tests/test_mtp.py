@@ -18,7 +18,6 @@ from torch import Tensor
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.model.cache import Cache
 from qwen35_moe.model.config import Config
-from qwen35_moe.model.moe import fuse
 from qwen35_moe.model.mtp import MTP, accept, draft, draft_head, greedy, residual, with_hidden
 from qwen35_moe.model.text import Model
 from qwen35_moe.numerics import taps
@@ -158,8 +157,8 @@ def test_fused_equals_unfused(exact: Pair, ids: Tensor) -> None:
     state = dict(mtp.state_dict())
     stem = "layers.0.mlp."
     shared = [state.pop(f"{stem}shared_expert.{part}_proj.weight") for part in ("gate", "up", "down")]
-    both = fuse(state[f"{stem}experts.gate_up_proj"], state[f"{stem}experts.down_proj"], *shared)
-    state[f"{stem}experts.gate_up_proj"], state[f"{stem}experts.down_proj"] = both
+    for name, slot in (("gate_up_proj", torch.cat(shared[:2])), ("down_proj", shared[2])):
+        state[f"{stem}experts.{name}"] = torch.cat((state[f"{stem}experts.{name}"], slot[None]))
     fused.load_state_dict(state, strict=True, assign=True)
     assert apart(head((model, fused), ids), head(exact, ids)) < FLOAT64_REORDERED
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from qwen35_moe import Qwen35Error
 from qwen35_moe.cli import main as cli
 from qwen35_moe.numerics.arithmetics import get
-from qwen35_moe.numerics.taps import BREAK, Site
+from qwen35_moe.numerics.taps import BREAK, Handler, Site
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.faults import Place
@@ -231,7 +231,7 @@ def test_a_bug_of_the_last_layer_is_named_by_what_comes_after_it(
         assert found.verdict.endswith(f"made somewhere in layer 3, input_layernorm, to {block}")
 
 
-class Scaled:
+class Scaled(Handler):
     stage = BREAK
 
     def __init__(self, key: str, factor: float):

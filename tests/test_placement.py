@@ -18,6 +18,7 @@ import qwen35_moe as q
 from qwen35_moe.cli.main import main
 from qwen35_moe.numerics.metrics import rel_l2
 from qwen35_moe.run.files import Claim
+from qwen35_moe.run.origin import origin_of
 from qwen35_moe.trace.layers import trace_layers
 
 Build = Callable[[str], Path]
@@ -96,7 +97,7 @@ def test_auto_fills_the_memory_that_it_may_take(built: Build, tmp_path: Path, mo
     assert set(whole.hf_device_map.values()) == {"cpu"} and torch.equal(whole(IDS), plain(IDS))
     sizes = [sum(p.nbytes for p in part.parameters()) for part in (plain.embed_tokens, plain.layers)]
     if mode == "packed":
-        modules = plain.source.checkpoint.modules.items()
+        modules = origin_of(plain).checkpoint.modules.items()
         sizes.append(sum(x.nbytes for name, roles in modules if ".experts." in name for x in roles.values()))
     part = spread(path, tmp_path, "auto", mode=mode, max_memory={"cpu": sizes[0] + int(0.6 * sum(sizes[1:]))})
     places = [part.hf_device_map[f"layers.{i}"] for i in range(4)]

@@ -18,9 +18,10 @@ from torch import nn
 import qwen35_moe as q
 from qwen35_moe.checkpoint.reader import Reader, Rows
 from qwen35_moe.model.moe import MoE
-from qwen35_moe.run.gpu import grouped, passing, prefetch
+from qwen35_moe.run.gpu import passing, prefetch
 from qwen35_moe.run.gpu.passing import PassingExperts
 from qwen35_moe.run.gpu.prefetch import Fetch, Layout
+from qwen35_moe.run.origin import origin_of
 from qwen35_moe.run.source import Source
 from qwen35_moe.run.streamed import StreamedHead, StreamedLayers
 
@@ -41,7 +42,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def source(path: Path, online: bool = False) -> Source:
-    return q.load(path, mode="stream", text_only=True, shared_expert="fused-online" if online else "unfused").source
+    model = q.load(path, mode="stream", text_only=True, shared_expert="fused-online" if online else "unfused")
+    return origin_of(model).source
 
 
 def passing_experts(found: Source, mlp: str, count: int) -> PassingExperts:
@@ -85,8 +87,8 @@ def test_layers_and_head(built: Build, recipe: str, monkeypatch: pytest.MonkeyPa
     model = streamed(built(recipe))
     for _ in range(2):
         assert torch.equal(model(ids), plain(ids))
-    assert model.source.checkpoint.used == plain.source.checkpoint.used
-    assert model.source.checkpoint.reader.bytes_read > 0 and len(model.layers.dense) == len(model.layers)
+    assert origin_of(model).checkpoint.used == origin_of(plain).checkpoint.used
+    assert origin_of(model).checkpoint.reader.bytes_read > 0 and len(model.layers.dense) == len(model.layers)
     empty = model.layers.empty[0]
     assert all(not p.is_meta for p in model.layers[0].parameters()) and all(p.is_meta for p in empty.parameters())
 
@@ -171,7 +173,7 @@ def grouped_experts(monkeypatch: pytest.MonkeyPatch) -> None:
                 block.experts = passing_experts(found, path, found.config.num_experts)
 
     monkeypatch.setattr(import_module("qwen35_moe.run.streamed"), "fill_experts", fill_experts)
-    monkeypatch.setattr(grouped, "applies", lambda experts, x_TD: isinstance(experts, PassingExperts))
+    monkeypatch.setattr(PassingExperts, "combine", PassingExperts.combine_grouped)
 
 
 def test_experts_of_the_next_layer_are_read_ahead_if_nearly_all_are_hit(

@@ -26,6 +26,7 @@ from qwen35_moe.cli.main import main
 from qwen35_moe.oracle.judge.envelope import legal
 from qwen35_moe.oracle.judge.envelope_file import remaining, write_envelope
 from qwen35_moe.run.files import Claim
+from qwen35_moe.run.origin import origin_of
 from qwen35_moe.run.streamed import HEAD_ROWS, runs
 from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.layers import trace_layers
@@ -53,7 +54,7 @@ def test_layer_by_layer_is_what_one_forward_pass_computes(
     assert all(
         (found.sites[k].dims, found.sites[k].dtype) == (whole.sites[k].dims, whole.sites[k].dtype) for k in whole
     )
-    assert found.meta["steps"] == whole.meta["steps"] and found.meta["checkpoint"] == model.identity
+    assert found.meta["steps"] == whole.meta["steps"] and found.meta["checkpoint"] == origin_of(model).identity
 
 
 def test_the_streamed_head_is_one_tap_however_many_blocks_it_has(
@@ -394,7 +395,7 @@ def test_a_model_that_is_dropped_closes_its_files(built: Build, mode: str) -> No
     """At once, not when the garbage collector comes by."""
     model = q.load(built("tiny-mxfp4"), mode=mode)
     model(IDS)
-    checkpoint = weakref.ref(model.source.checkpoint)
+    checkpoint = weakref.ref(origin_of(model).checkpoint)
     gc.disable()
     try:
         del model

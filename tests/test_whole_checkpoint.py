@@ -17,6 +17,7 @@ from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.model.mtp import draft_head, with_hidden
 from qwen35_moe.numerics import arithmetics as arithmetic
 from qwen35_moe.run.load import MODES
+from qwen35_moe.run.origin import origin_of
 from qwen35_moe.run.streamed import StreamedPart
 
 Build = Callable[[str], Path]
@@ -86,13 +87,13 @@ def test_a_streamed_part_holds_nothing(built: Build) -> None:
 def test_text_only_says_what_it_leaves_out(built: Build) -> None:
     model = q.load(built("tiny"), text_only=True)
     assert model.mtp is None and model.visual is None
-    assert model.left_out == {"mtp": 19, "visual": 21}
-    assert q.load(built("tiny")).left_out == {}
+    assert origin_of(model).left_out == {"mtp": 19, "visual": 21}
+    assert origin_of(q.load(built("tiny"))).left_out == {}
 
 
 def test_a_checkpoint_without_them(built: Build) -> None:
     model = q.load(built("tiny-flat"))
-    assert (model.mtp, model.visual, model.left_out) == (None, None, {})
+    assert (model.mtp, model.visual, origin_of(model).left_out) == (None, None, {})
 
 
 def test_a_tower_without_its_configuration_is_an_error(built: Build, tmp_path: Path) -> None:
@@ -103,4 +104,4 @@ def test_a_tower_without_its_configuration_is_an_error(built: Build, tmp_path: P
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(q.Qwen35Error, match="vision tower without its configuration"):
         q.load(folder)
-    assert q.load(folder, text_only=True).left_out["visual"] == 21
+    assert origin_of(q.load(folder, text_only=True)).left_out["visual"] == 21

@@ -44,7 +44,7 @@ HOOKED = ",".join(name for name, tap in TAPS.items() if tap.sglang or name in DU
 REGIMES = ("gate 0.5", "gate 0.05", "outputs / 256")
 
 
-class Regime:
+class Regime(Handler):
     """Moves the model, truth and engine alike, to where faults of a kind are small."""
 
     stage = REPLAY

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..model.config import Config
 from ..quant.precision import ModuleSpec
-from ..run.validate import Report, check_complete, report
 from .checksums import Checksum, verify_files, verify_manifest
 from .folder import Folder, open_folder
 from .foreign import foreign_spec
@@ -25,6 +22,7 @@ from .reader import Reader, Rows
 from .recognise import recognise
 from .stored_experts import PROJECTIONS, Experts
 from .tensor_names import split_role
+from .usage import UsageReport, usage_report
 from .weight import Weight
 
 EXPERT = re.compile(
@@ -173,26 +171,9 @@ class Checkpoint:
         specs = {weight.spec for e in range(1 if experts.fused else experts.count) for weight in experts.weights(e)}
         return specs.pop() if len(specs) == 1 else None
 
-    def model_config(self, ignore: Iterable[str] = ()) -> Config:
-        """Its config.json, checked. ignore: further keys that mean nothing to the model. Error: there is no config."""
-        if not self.config:
-            root = self.path if self.path.is_dir() else self.path.parent
-            do = "copy the one that belongs to these tensors beside them"
-            raise Qwen35Error("no config.json", where=root / "config.json", found="absent or empty", do=do)
-        config = Config.from_dict(self.config, ignore)
-        # A head that is stored is the head, whatever is said about ties; so it is in transformers, if it is another.
-        return replace(config, tie_word_embeddings=config.tie_word_embeddings and "lm_head" not in self.modules)
-
-    def validate(self, config: Config | None = None) -> None:
-        """Error unless all tensors that the configuration implies are there, in their shapes, and no others.
-
-        Reads headers only. Vision tower and MTP may be left out as a whole.
-        """
-        check_complete(self, self.model_config() if config is None else config)
-
-    def report(self, aside: Iterable[str] = ("visual.*", "mtp.*")) -> Report:
+    def report(self, aside: Iterable[str] = ("visual.*", "mtp.*")) -> UsageReport:
         """What became of every tensor; `aside` are patterns of those that are left out on purpose."""
-        return report(self, aside)
+        return usage_report(self.folder, self.used, aside)
 
     def identity(self) -> dict[str, Any]:
         """What tells this checkpoint from another without reading it: sizes, hashes over its config.json, over all

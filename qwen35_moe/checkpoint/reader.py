@@ -75,7 +75,7 @@ class Reader:
         with self._lock:
             if stored.file not in self._descriptors:
                 try:
-                    descriptor = os.open(stored.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                    descriptor = os.open(stored.file, os.O_RDONLY | vars(os).get("O_CLOEXEC", 0))
                 except OSError as error:
                     raise _failed(stored, error.strerror or error) from error
                 self._descriptors[stored.file] = descriptor

@@ -19,7 +19,6 @@ import torch
 from ..checkpoint import Checkpoint
 from ..model.cache import LayerState
 from ..model.config import FULL, Config
-from ..model.moe import combine_experts
 from ..model.rope import rotary_angles
 from ..numerics import arithmetics
 from ..numerics.arithmetics import Arithmetic, get
@@ -140,7 +139,7 @@ def pace(checkpoint: Checkpoint, config: Config, table: Arithmetic, tokens: int)
             sampled = _best(lambda mixer=mixer: mixer(None, LayerState())) + _best(layer.mlp.shared_expert, x_BTD[0])
             parts["plain weights"] += count * _best(model.layers.__getitem__, i)
             parts["mixers"] += count * tokens / some * sampled
-            sampled = _best(combine_experts, x_TD, ids_T1, weights_T1, layer.mlp.experts)
+            sampled = _best(layer.mlp.experts.combine, x_TD, ids_T1, weights_T1)
             parts["experts"] += count * hit / few * max(1, each / ROWS) * sampled
         blocks: Any = model.lm_head.blocks
         block = _best(lambda: next(blocks("next_token_logits", long_BTD)))

@@ -16,6 +16,7 @@ from ..model.text import Model
 from ..numerics.arithmetics import ARITHMETICS
 from ..run.generate import Sampling, Step, generate, score
 from ..run.load import MODES, load
+from ..run.origin import origin_of
 from ..run.prompt import embed_prompt, load_images, load_tokenizer, place_images, placeholders, read_ids, stop_ids
 from .device_options import add_device_options, device_options
 
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     images = load_images(args.checkpoint, args.image) if args.image else None
     where = device_options(args)
     model = load(args.checkpoint, args.arithmetic, mode=args.mode, text_only=args.text_only, **where)
-    for part, count in model.left_out.items():
+    for part, count in origin_of(model).left_out.items():
         print(f"left out, as --text-only asks: {count} tensors of {part}", file=sys.stderr)
     prompt = prepare(model, ids, images)
     if forced is None:

@@ -14,6 +14,7 @@ from ..errors import Qwen35Error
 from ..gate.records import Model
 from ..model.config import FULL
 from ..oracle.judge.envelope import legal
+from ..run.validate import model_config, validate
 from .estimate import estimate
 from .gate import lines_of, result_of
 
@@ -46,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(checkpoint: Checkpoint, tokens: int, arithmetic: str) -> dict[str, Any]:
     """All that `info` prints, as plain data."""
-    config = checkpoint.model_config()
-    checkpoint.validate(config)
+    config = model_config(checkpoint)
+    validate(checkpoint, config)
     rows = modules(checkpoint)
     return {
         "path": str(checkpoint.path),

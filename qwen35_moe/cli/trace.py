@@ -21,6 +21,7 @@ from ..oracle.judge.envelope import legal
 from ..oracle.judge.envelope_file import ENVELOPE, remaining, with_ids, write_envelope
 from ..run.files import Claim
 from ..run.load import MODES, SHARED, load
+from ..run.origin import origin_of
 from ..run.prompt import padded, read_ids
 from ..trace.file import Trace, in_utf8
 from ..trace.layers import aside_of, check_request, complete_trace, meta_of, resumable, resumed_complete, trace_layers
@@ -92,7 +93,7 @@ def _trace(
     out, last, model = Path(args.out), _last_layer(args.layers), _load(args, args.arithmetic)
     path = str(Path(args.checkpoint).resolve())
     more = {
-        "checkpoint": {**(model.identity or {}), "path": path},
+        "checkpoint": {**origin_of(model).identity, "path": path},
         "shared_expert": args.shared_expert,
         "fused": model.fused,
     }
@@ -110,7 +111,7 @@ def _trace(
             raise Qwen35Error(
                 error.what, where=where, expected=error.expected, found=error.found, do=error.do
             ) from error
-    checkpoint = model.source.checkpoint
+    checkpoint = origin_of(model).checkpoint
     checkpoint.used.update(processes.gather(set(checkpoint.used)))
     if processes.rank == 0:
         layers = len(model.layers) if last is None else last + 1
@@ -118,7 +119,7 @@ def _trace(
             truth = join(parts, out, {**meta, "layers": layers}) if len(parts) > 1 else Trace.open(out)
         if len(parts) > 1 and layers == len(model.layers):
             remove_parts(out)
-        for mlp, cost in model.conversion.items():
+        for mlp, cost in origin_of(model).conversion.items():
             print(f"{mlp}: shared expert converted to MXFP4, relative error {cost:.4f}")
         print(checkpoint.report(aside))
         if not any(matching(args.asked, entry.name, entry.key) for entry in truth.sites.values()):

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
-from ..errors import Qwen35Error
-from ..model.config import MOST_LAYERS
+from ..errors import MOST_LAYERS, Qwen35Error
 from .declared import QuantConfig, quantization_of
 from .exclude import Hit
 from .module_names import shared_word

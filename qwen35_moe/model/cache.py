@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..run.files import save_whole
 
 
 @dataclass
@@ -29,9 +26,9 @@ class LayerState:
         return None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for f in fields(self):
-            if getattr(self, f.name) is not None:
-                yield f.name, getattr(self, f.name)
+        for name in ("k", "v", "conv", "state"):
+            if (x := vars(self)[name]) is not None:
+                yield name, x
 
     def append(self, k_BTGH: Tensor, v_BTGH: Tensor) -> tuple[Tensor, Tensor]:
         """Adds keys and values of new tokens; returns those of all tokens."""
@@ -56,37 +53,55 @@ class Cache:
     def layer(self, key: str | int) -> LayerState:
         return self.layers.setdefault(str(key), LayerState())
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {"length": torch.tensor(self.length), "mask": self.mask, "next_position": self.next_position}
-        tensors |= {f"{key}.{name}": x for key, layer in self.layers.items() for name, x in layer.tensors()}
-        return {name: x for name, x in tensors.items() if x is not None}
-
-    @classmethod
-    def _from_tensors(cls, tensors: dict[str, Tensor]) -> Cache:
-        length, mask, position = (tensors.pop(name, None) for name in ("length", "mask", "next_position"))
-        if length is None:
-            raise Qwen35Error("not a cache file", expected="a tensor named length", found=sorted(tensors)[:3])
-        cache = cls(length=int(length), mask=mask, next_position=position)
-        for full_name, x in tensors.items():
-            key, _, name = full_name.rpartition(".")
-            if name not in {f.name for f in fields(LayerState)}:
-                raise Qwen35Error("not a cache file", where=full_name, expected="a tensor of a layer's state")
-            setattr(cache.layer(key), name, x)
-        return cache
-
     def clone(self) -> Cache:
         """An independent copy, to branch a sequence."""
-        return self._from_tensors({name: x.clone() for name, x in self._tensors().items()})
+        layers = {
+            key: replace(layer, **{n: x.clone() for n, x in layer.tensors()}) for key, layer in self.layers.items()
+        }
+        mask, position = (None if x is None else x.clone() for x in (self.mask, self.next_position))
+        return Cache(layers, self.length, mask, position)
 
-    def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, complete or not at all."""
-        path = Path(path)
-        save_whole({name: x.contiguous() for name, x in self._tensors().items()}, path)
 
-    @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Cache:
-        try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                return cls._from_tensors({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise Qwen35Error("cannot read the cache", where=path, found=error) from error
+def extend(
+    cache: Cache, new: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """Enters the new tokens (`new` is [B, T, ...]) into the cache, once all that was given about them fits.
+
+    Returns which of all tokens so far are real [B, S] (None where there never was padding), and the positions of the
+    new ones, [B, T] or [3, B, T].
+    """
+    B, T = new.shape[:2]
+    if cache.next_position is not None and len(cache.next_position) != B:
+        do = "a new Cache() for other sequences"
+        raise Qwen35Error("cache is of another batch", expected=len(cache.next_position), found=B, do=do)
+    never = attention_mask is None and cache.mask is None
+    real_BS = None if never else _extended_mask(cache, new, attention_mask)
+    next_B = new.new_zeros(B, dtype=torch.long) if cache.next_position is None else cache.next_position
+    count_BT = next_B.new_ones(B, T) if real_BS is None else real_BS[:, -T:].long()
+    if position_ids is None:
+        position_ids = next_B[:, None] + (count_BT.cumsum(1) - 1).clamp_min(0)
+    if position_ids.shape not in ((B, T), (3, B, T)):
+        expected, found = f"[{B}, {T}] or [3, {B}, {T}]", list(position_ids.shape)
+        raise Qwen35Error("position_ids have the wrong shape", expected=expected, found=found)
+    last_BT = torch.where(count_BT > 0, position_ids.reshape(-1, B, T).amax(0), -1)
+    cache.next_position = torch.maximum(next_B, last_BT.amax(1) + 1)
+    cache.length, cache.mask = cache.length + T, real_BS
+    return real_BS, position_ids
+
+
+def _extended_mask(cache: Cache, new: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The cache's mask and that of the new tokens, side by side. A mask of the new tokens alone will do."""
+    (B, T), past = new.shape[:2], cache.length
+    seen = new.new_ones(B, past, dtype=torch.bool) if cache.mask is None else cache.mask
+    mask = new.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if mask.shape not in ((B, T), (B, past + T)):
+        expected = f"[{B}, {T}] (new tokens) or [{B}, {past + T}] (all tokens)"
+        raise Qwen35Error("attention_mask has the wrong shape", expected=expected, found=list(mask.shape))
+    if mask.shape[1] > T and not torch.equal(mask[:, :past], seen):
+        raise Qwen35Error("attention_mask contradicts the cache", expected="the mask of earlier calls, then new tokens")
+    real_BT = mask[:, -T:]
+    runs_B = (real_BT[:, 1:] & ~real_BT[:, :-1]).sum(1) + real_BT[:, 0]
+    if (runs_B > 1).any():
+        where = f"attention_mask[{int(runs_B.argmax())}]"
+        raise Qwen35Error("padding between real tokens", where=where, expected="padding on one side", found="a hole")
+    return torch.cat((seen, real_BT), 1)

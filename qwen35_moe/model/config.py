@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..errors import Qwen35Error
+from ..errors import MOST_LAYERS, Qwen35Error
 from .rope_scaling import RopeScaling
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -38,8 +38,6 @@ INERT_KEYS = frozenset(
 ONLY = {"hidden_act": "silu", "attention_bias": False, "attn_output_gate": True}
 ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "mrope_section")
 ONLY |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-# Far more than any model has: a wrong number must not take memory before it is found to be wrong.
-MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -114,13 +112,13 @@ class Config:
     def __post_init__(self) -> None:
         for key, right, expected in self._rules():
             if not right:
-                raise Qwen35Error("bad value", where=f"config.json: {key}", expected=expected, found=getattr(self, key))
+                raise Qwen35Error("bad value", where=f"config.json: {key}", expected=expected, found=vars(self)[key])
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
         """(key, whether its value is right, what would be); a rule relies on those before it."""
         for f in fields(self):
             if f.type == "int" and f.name != "mtp_num_hidden_layers":
-                yield f.name, getattr(self, f.name) > 0, "a positive integer"
+                yield f.name, vars(self)[f.name] > 0, "a positive integer"
         kinds, layers = self.layer_types, self.num_hidden_layers
         yield "layer_types", len(kinds) == layers, f"{layers} entries, as num_hidden_layers says"
         yield "layer_types", set(kinds) <= {LINEAR, FULL}, f"{LINEAR!r} or {FULL!r} each"

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..numerics import arithmetics as arithmetic
 from ..numerics.taps import scope, tap
-from ..run.gpu.fused import one_pass
 from .cache import LayerState
 from .config import Config
 from .norms import gated_rms_norm, l2_norm
@@ -74,7 +73,7 @@ def _chunked_span(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bet
     causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).tril()
     decay = (G - G.mT).masked_fill(~causal, -torch.inf).exp()
     last = G[..., -1:, :]
-    q, q_read, k, k_beta, k_write, right = _operands(q, k, v, beta, G.exp(), (last - G).exp())
+    q, q_read, k, k_beta, k_write, right = chunk_operands(q, k, v, beta, G.exp(), (last - G).exp())
     # The solver reads the strict lower triangle and takes the diagonal as 1.
     u = torch.linalg.solve_triangular((k_beta @ k.mT) * decay, right, upper=False, unitriangular=True)
     attention = (q @ k.mT) * decay
@@ -90,8 +89,7 @@ def _chunked_span(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bet
     return o.flatten(2, 3)[:, :, :T].transpose(1, 2), after.view_as(state)
 
 
-@one_pass
-def _operands(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, faded: Tensor, left: Tensor) -> tuple[Tensor, ...]:
+def chunk_operands(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, faded: Tensor, left: Tensor) -> tuple[Tensor, ...]:
     """By chunks: q, q exp(G), k, k beta, k exp(G_C - G); and both right sides, v beta and k beta exp(G)."""
     q, k, v = (_chunks(x) for x in (q, k, v))
     k_beta = k * beta
@@ -135,7 +133,7 @@ def _depthwise(x_BTC: Tensor, past_BWC: Tensor, weight_C1W: Tensor) -> Tensor:
     weight_WC, T = promote(weight_C1W[:, 0].T), x_BTC.shape[1]
     product_dtype = arithmetic.current().rounding("gdn_conv_product")
     if product_dtype is arithmetic.KEEP or product_dtype == promote(x_BTC[:0]).dtype:
-        return _weighted_sum(x_BTC, past_BWC, weight_WC, accumulation_dtype("gdn_conv", x_BTC, weight_C1W))
+        return weighted_sum(x_BTC, past_BWC, weight_WC, accumulation_dtype("gdn_conv", x_BTC, weight_C1W))
     x_BSC = torch.cat((past_BWC, x_BTC), 1)
     total_BTC = promote(torch.zeros_like(x_BSC[:, :T]))
     for w, weight_C in enumerate(weight_WC):
@@ -144,8 +142,7 @@ def _depthwise(x_BTC: Tensor, past_BWC: Tensor, weight_C1W: Tensor) -> Tensor:
     return total_BTC
 
 
-@one_pass
-def _weighted_sum(x_BTC: Tensor, past_BWC: Tensor, weight_WC: Tensor, dtype: torch.dtype) -> Tensor:
+def weighted_sum(x_BTC: Tensor, past_BWC: Tensor, weight_WC: Tensor, dtype: torch.dtype) -> Tensor:
     """One product after another, as a library's convolution adds them (on a CPU in an eighth of its time)."""
     T, x_BSC = x_BTC.shape[1], promote(torch.cat((past_BWC, x_BTC), 1))
     y_BTC = x_BSC[:, :T] * weight_WC[0]

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from ..errors import Qwen35Error
 from ..numerics import arithmetics
 from ..numerics.taps import Site, attach, scope, tap
-from .cache import Cache, LayerState
+from .cache import Cache, LayerState, extend
 from .config import FULL, Config
 from .norms import RMSNorm
 from .ops import Linear
 from .rope import rotary_angles
-from .text import Layer, Model, extend
+from .text import Layer, Model
 
 
 class MTP(nn.Module):

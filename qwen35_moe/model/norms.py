@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..numerics.taps import tap
-from ..run.gpu.fused import one_pass
 from .ops import accumulation_dtype, apply, multiply, promote
 
 
@@ -42,12 +41,10 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     return scaled(x, root, None, root.dtype)
 
 
-@one_pass
 def squares(x: Tensor) -> Tensor:
     return promote(x).square()
 
 
-@one_pass
 def scaled(x: Tensor, root: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
     y = promote(x) * root
     return (y if gain is None else y * gain).to(dtype)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..numerics import arithmetics as arithmetic
-from ..numerics.sums import triton_sum
 from ..numerics.taps import tap
 from .ops import linear, promote
 
@@ -33,17 +32,14 @@ def route(x_TD: Tensor, weight_ED: Tensor, top_k: int, renormalise: bool = True)
 def shared_gate(x_TD: Tensor, weight_1D: Tensor) -> Tensor:
     """sigmoid(w . x): how much of the shared expert a token gets.  -> [T, 1].
 
-    transformers rounds logit and sigmoid to bf16; SGLang's fused kernels keep both in fp32, summed in Triton's order.
+    transformers rounds logit and sigmoid to bf16; SGLang's fused kernels keep both in fp32.
     """
-    if arithmetic.current().switch("moe_shared_gate_sum") == "triton":
-        logit_T1 = tap("moe_shared_gate_logit", triton_sum(promote(x_TD) * promote(weight_1D))[:, None])
-    else:
-        logit_T1 = linear("moe_shared_gate_logit", _for_sums(x_TD), weight_1D)
+    logit_T1 = linear("moe_shared_gate_logit", _for_sums(x_TD), weight_1D)
     return tap("moe_shared_gate", _for_sums(promote(logit_T1)).sigmoid())
 
 
 def append_shared(
-    ids_TA: Tensor, weights_TA: Tensor, gate_T1: Tensor, slot: int, ep_scale: float
+    ids_TA: Tensor, weights_TA: Tensor, gate_T1: Tensor, slot: int, ep_scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The fused path's routing: one more column, last, with id `slot` (= E) and weight gate * ep_scale.  -> [T, A+1].
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from ..numerics import arithmetics
 from ..numerics.arithmetics import Arithmetic
 from ..numerics.taps import scope, tap
 from .attention import Attention
-from .cache import Cache, LayerState
+from .cache import Cache, LayerState, extend
 from .config import FULL, Config
 from .deltanet import GatedDeltaNet
 from .moe import MoE
@@ -74,10 +73,6 @@ class Model(nn.Module):
         # Beside the text model and not used by it: the draft head (mtp.py), the vision tower (vision.py).
         self.mtp: nn.Module | None = None
         self.visual: nn.Module | None = None
-        self.source: Any = None  # where `load` took the weights from; the checkpoint's identity; cost of conversion
-        self.identity: dict[str, Any] | None = None
-        self.conversion: dict[str, float] = {}
-        self.left_out: dict[str, int] = {}  # part -> tensors, where `load` was told to leave it out
 
     @torch.inference_mode()
     def forward(
@@ -113,10 +108,7 @@ class Model(nn.Module):
             return self.lm_head("next_token_logits", h_BTD[:, -(logits_to_keep or h_BTD.shape[1]) :])
 
     def checked(self, ids: Tensor | None, embeds: Tensor | None = None) -> Tensor:
-        """The ids, or the embeddings that stand in for them. Error: neither, wrong shape or dtype, no such id; files of
-        the checkpoint that were written to since they were opened."""
-        if self.source is not None:
-            self.source.checkpoint.reader.check()
+        """The ids, or the embeddings that stand in for them. Error: neither, wrong shape or dtype, no such id."""
         new, rank = (ids, 2) if embeds is None else (embeds, 3)
         if new is None or new.dim() != rank or 0 in new.shape:
             expected = "input_ids [B, T] (or inputs_embeds [B, T, D]), B and T at least 1"
@@ -134,48 +126,3 @@ class Model(nn.Module):
             where, expected = f"input_ids{bad[0]}", f"0 .. {self.config.vocab_size - 1}"
             raise Qwen35Error("not in the vocabulary", where=where, expected=expected, found=int(new[tuple(bad[0])]))
         return new
-
-
-def extend(
-    cache: Cache, new: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> tuple[Tensor | None, Tensor]:
-    """Enters the new tokens (`new` is [B, T, ...]) into the cache, once all that was given about them fits.
-
-    Returns which of all tokens so far are real [B, S] (None where there never was padding), and the positions of the
-    new ones, [B, T] or [3, B, T].
-    """
-    B, T = new.shape[:2]
-    if cache.next_position is not None and len(cache.next_position) != B:
-        do = "a new Cache() for other sequences"
-        raise Qwen35Error("cache is of another batch", expected=len(cache.next_position), found=B, do=do)
-    never = attention_mask is None and cache.mask is None
-    real_BS = None if never else _extended_mask(cache, new, attention_mask)
-    next_B = new.new_zeros(B, dtype=torch.long) if cache.next_position is None else cache.next_position
-    count_BT = next_B.new_ones(B, T) if real_BS is None else real_BS[:, -T:].long()
-    if position_ids is None:
-        position_ids = next_B[:, None] + (count_BT.cumsum(1) - 1).clamp_min(0)
-    if position_ids.shape not in ((B, T), (3, B, T)):
-        expected, found = f"[{B}, {T}] or [3, {B}, {T}]", list(position_ids.shape)
-        raise Qwen35Error("position_ids have the wrong shape", expected=expected, found=found)
-    last_BT = torch.where(count_BT > 0, position_ids.reshape(-1, B, T).amax(0), -1)
-    cache.next_position = torch.maximum(next_B, last_BT.amax(1) + 1)
-    cache.length, cache.mask = cache.length + T, real_BS
-    return real_BS, position_ids
-
-
-def _extended_mask(cache: Cache, new: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The cache's mask and that of the new tokens, side by side. A mask of the new tokens alone will do."""
-    (B, T), past = new.shape[:2], cache.length
-    seen = new.new_ones(B, past, dtype=torch.bool) if cache.mask is None else cache.mask
-    mask = new.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    if mask.shape not in ((B, T), (B, past + T)):
-        expected = f"[{B}, {T}] (new tokens) or [{B}, {past + T}] (all tokens)"
-        raise Qwen35Error("attention_mask has the wrong shape", expected=expected, found=list(mask.shape))
-    if mask.shape[1] > T and not torch.equal(mask[:, :past], seen):
-        raise Qwen35Error("attention_mask contradicts the cache", expected="the mask of earlier calls, then new tokens")
-    real_BT = mask[:, -T:]
-    runs_B = (real_BT[:, 1:] & ~real_BT[:, :-1]).sum(1) + real_BT[:, 0]
-    if (runs_B > 1).any():
-        where = f"attention_mask[{int(runs_B.argmax())}]"
-        raise Qwen35Error("padding between real tokens", where=where, expected="padding on one side", found="a hole")
-    return torch.cat((seen, real_BT), 1)

@@ -57,7 +57,6 @@ def with_fp8_inputs(base: Arithmetic, suffix: str = "+a8", scaled: str = "divide
         doc=f"{base.doc} But the inputs of {weights.upper()} linears are quantised to FP8.",
         rounds={**base.rounds, **dict.fromkeys(A8_INPUTS, quantise)},
         weights={**base.weights, **dict.fromkeys(("*_proj.weight", "*.in_proj_*.weight", "*.experts"), wide)},
-        for_experts=None,
         quantised=(weights,),
     )
 

@@ -38,11 +38,6 @@ AITER_SMALL_BATCH = replace(
 )
 
 
-def small_batch_kernel(tokens: int, hidden: int, intermediate: int) -> Arithmetic | None:
-    """SGLang 0.5.23 on gfx950 (397B at TP 4): the small-batch kernel, by shape; None: the usual one."""
-    return AITER_SMALL_BATCH if tokens <= 40 and hidden == 4096 and intermediate == 256 else None
-
-
 # The ten switches of the fused engine, each as data.
 AITER = replace(
     SGLANG_BF16,
@@ -75,7 +70,6 @@ AITER = replace(
         # 10. Everything outside of the MoE block: the rows of sglang-bf16.
     },
     switches={**SGLANG_BF16.switches, "moe_sum_order": "slot"},
-    for_experts=small_batch_kernel,
 )
 
 
@@ -88,7 +82,6 @@ def _variant(
         doc=doc,
         rounds={**AITER.rounds, **rounds},
         switches={**AITER.switches, **(switches or {})},
-        for_experts=None,
     )
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from ..errors import Qwen35Error
 from . import taps
-from .tap_table import check_patterns
+from .tap_table import NAMES, check_patterns, refuse
 
 KEEP = None
 Rounding = torch.dtype | Callable[[Tensor], Tensor] | None
@@ -50,8 +49,6 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
     # How the router's softmax and the shared gate's dot product are summed: in the library's order, in the dtype of the
     # table; or exactly, to be rounded once, which is the fair model of an fp32 kernel whose order is not known.
     "moe_router_sums": ("library", "exact"),
-    # Whether the shared gate's dot product is added as the last switch says, or in the order of Triton (`sums.py`).
-    "moe_shared_gate_sum": ("as router", "triton"),
     # Which rule DeltaNet uses. A single token that continues a sequence always takes the recurrent rule.
     "gdn_rule": ("chunked", "recurrent"),
     # How the recurrent rule scales q: times K^-0.5, as the chunked rule does, or divided by K^0.5.
@@ -74,15 +71,11 @@ class Arithmetic:
     rounds: Mapping[str, Rounding] = field(default_factory=dict)
     weights: Mapping[str, torch.dtype] = field(default_factory=dict)
     switches: Mapping[str, str] = field(default_factory=dict)
-    # An engine may pick another expert kernel by shape: (tokens, hidden, intermediate) -> arithmetic.
-    for_experts: Callable[[int, int, int], Arithmetic | None] | None = None
     # Whether the engine ever fuses the shared expert: what `load(shared_expert="auto")` goes by, besides the gate.
     fuses: bool = True
     # Formats of weights whose products take quantised inputs: there the taps attn_a1, gdn_a2, moe_a2, ... stand.
     quantised: tuple[str, ...] = ("mxfp4",)
     _found: dict[str, Rounding] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    stage = taps.ROUND
 
     def __post_init__(self) -> None:
         check_patterns(tuple(self.rounds))
@@ -94,6 +87,8 @@ class Arithmetic:
     def rounding(self, name: str) -> Rounding:
         """The row that decides for a tap name: the exact name, else the first matching glob, else `dtype`."""
         if name not in self._found:
+            if name not in NAMES:
+                refuse(name)
             self._found[name] = _first_match(name, self.rounds, self.dtype)
         return self._found[name]
 
@@ -115,9 +110,6 @@ class Arithmetic:
             return x
         return x.to(how) if isinstance(how, torch.dtype) else how(x)
 
-    def __call__(self, site: taps.Site, x: Tensor) -> Tensor:
-        return self.round(site.name, x)
-
 
 def _first_match(name: str, table: Mapping[str, Any], default: Any) -> Any:
     if name in table:
@@ -137,8 +129,6 @@ def register(*arithmetics: Arithmetic) -> None:
 # What functions of the model do when they are called on their own, outside of a model: nothing is rounded.
 AS_GIVEN = Arithmetic(name="as-given", dtype=torch.float64, rounds={"*": KEEP})
 
-_current: ContextVar[Arithmetic] = ContextVar("arithmetic", default=AS_GIVEN)
-
 
 def get(arithmetic: str | Arithmetic) -> Arithmetic:
     """An arithmetic by name (`exact`, `float32`, ...), or the given one."""
@@ -154,22 +144,18 @@ def get(arithmetic: str | Arithmetic) -> Arithmetic:
 
 def current() -> Arithmetic:
     """The arithmetic in use here and now."""
-    return _current.get()
+    found = taps.rounder()
+    return found if isinstance(found, Arithmetic) else AS_GIVEN
 
 
 @contextmanager
 def using(arithmetic: str | Arithmetic) -> Iterator[None]:
     """Compute in this arithmetic inside the `with` block. An autocast around it, which would round besides, is off."""
-    arithmetic, outer = get(arithmetic), _current.get()
-    token = _current.set(arithmetic)
-    try:
-        with ExitStack() as off:
-            for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
-                off.enter_context(torch.autocast(device, enabled=False))
-            off.enter_context(taps.attach(arithmetic, instead_of=outer))
-            yield
-    finally:
-        _current.reset(token)
+    with ExitStack() as off:
+        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            off.enter_context(torch.autocast(device, enabled=False))
+        off.enter_context(taps.rounding(get(arithmetic)))
+        yield
 
 
 @contextmanager

@@ -116,9 +116,8 @@ SGLANG_BF16 = Arithmetic(
         "moe_partial_sum": KEEP,
     },
     weights={"*.A_log": torch.float32},
-    # The kernel that appends the shared expert adds its gate with 8 warps (sglang 28666): bit for bit, or next to it,
-    # where a warp has 32 lanes. ROCm's have 64; no outputs of one are at hand.
-    switches={"moe_router_sums": "exact", "moe_shared_gate_sum": "triton"},
+    # In which order a kernel adds is its own affair: sums are exact, and rounded once.
+    switches={"moe_router_sums": "exact"},
 )
 
 VLLM_BF16 = Arithmetic(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from .activations import A8, EXACT_A4, EXACT_A4_HIP, FLOAT32_A4, function_of, with_activations, with_fp8_inputs
-from .aiter import AITER, AITER_SMALL_BATCH, AITER_VARIANTS, HIP, QUARK, TRITON, small_batch_kernel
+from .aiter import AITER, AITER_SMALL_BATCH, AITER_VARIANTS, HIP, QUARK, TRITON
 from .arithmetics import register
 from .plain import EXACT, FLOAT32, GROUPED_MM, SGLANG_BF16, TRANSFORMERS_BF16, VLLM_BF16
 
 __all__ = [
     "A8", "AITER", "AITER_SMALL_BATCH", "AITER_VARIANTS", "EXACT", "EXACT_A4", "EXACT_A4_HIP", "FLOAT32", "FLOAT32_A4",
     "GROUPED_MM", "HIP", "QUARK", "SGLANG_BF16", "TRANSFORMERS_BF16", "TRITON", "VLLM_BF16", "function_of",
-    "small_batch_kernel", "with_activations", "with_fp8_inputs",
+    "with_activations", "with_fp8_inputs",
 ]  # fmt: skip
 
 register(

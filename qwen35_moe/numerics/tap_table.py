@@ -26,6 +26,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import NoReturn
 
 from ..errors import Qwen35Error
 
@@ -204,6 +205,9 @@ TAPS: dict[str, TapName] = {
 }
 del _
 
+# All names that a tap may have. `<norm>.gain` is 1 + w of a norm.
+NAMES = frozenset(TAPS) | {f"{name}.gain" for name in TAPS}
+
 _PLACE = re.compile(r"^(?:(?:mtp|visual)\.)?(?:layers\.[^.]+\.)?")
 
 
@@ -232,7 +236,7 @@ def dims_of(name: str, rank: int) -> str:
     if len(dims.split()) != rank:
         raise Qwen35Error(
             f"tap {name} has the wrong rank",
-            where="qwen35_moe/tap_names.py",
+            where="qwen35_moe/numerics/tap_table.py",
             expected=dims,
             found=f"{rank} dimensions",
             do="tap the shape that the table names, or mend the table",
@@ -263,10 +267,15 @@ def check_patterns(patterns: tuple[str, ...]) -> None:
         if name.endswith(".gain") or re.match(r"^(mtp|visual)\.", pattern):
             continue
         if not any(fnmatch.fnmatchcase(known, name) for known in TAPS):
-            close = difflib.get_close_matches(name, TAPS, n=3, cutoff=0.5)
-            raise Qwen35Error(
-                "unknown tap name",
-                found=pattern,
-                expected=", ".join(close) or "a name in the tap table",
-                do="see qwen35_moe/tap_names.py, or list them with `qwen35-moe trace --list`",
-            )
+            refuse(pattern)
+
+
+def refuse(name: str) -> NoReturn:
+    """Error: no tap has this name, or matches this pattern."""
+    close = difflib.get_close_matches(base_name(name), TAPS, n=3, cutoff=0.5)
+    raise Qwen35Error(
+        "unknown tap name",
+        found=name,
+        expected=", ".join(close) or "a name in the tap table",
+        do="see qwen35_moe/numerics/tap_table.py, or list them with `qwen35-moe trace --list`",
+    )

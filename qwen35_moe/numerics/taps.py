@@ -1,15 +1,16 @@
 """Taps: the one mechanism for observing, rounding, replaying and breaking values.
 
-The model code hands every value worth naming to `tap(name, x)` and goes on with what comes back. What happens
-there is data: a list of handlers, each a callable `handler(site, x) -> x | None` (None: left as it is). They run in
-the order of their `stage`:
+The model code hands every value worth naming to `tap(name, x)` and goes on with what comes back. What happens there is
+data: handlers, each a callable `handler(site, x) -> x | None` (None: left as it is), and the rounding of the arithmetic
+in use. They run in the order of their `stage`:
 
     REPLAY   put a captured value there          (routing of an engine, the input of a block)
     BREAK    plant a bug                         (the fault catalogue)
-    ROUND    round as an engine rounds           (the arithmetics)
+    ROUND    round as an engine rounds           (the arithmetic, by `arithmetics.using`)
     OBSERVE  look at the result                  (the trace)
 
-With no handler attached, `tap` returns its argument: nothing is copied, nothing is kept.
+With no handler attached, `tap` returns its argument: nothing is copied, nothing is kept. A name that `tap_table` does
+not hold is an error everywhere.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor
+
+from .tap_table import NAMES, refuse
 
 REPLAY, BREAK, ROUND, OBSERVE = range(4)
 
@@ -51,46 +56,141 @@ class Site:
         return f"{self.part + '.' if self.part else ''}{layer}{name}{index}"
 
 
-Handler = Callable[[Site, Any], Any]
+class Handler(Protocol):
+    """What can be attached to taps; a class of handlers derives from this, a plain function needs nothing."""
 
-_handlers: ContextVar[tuple[Handler, ...]] = ContextVar("handlers", default=())
-_site: ContextVar[Site] = ContextVar("site", default=Site())  # noqa: B039 - frozen
+    @property
+    def stage(self) -> int:
+        """When it runs: REPLAY, BREAK or OBSERVE (or later)."""
+        return OBSERVE
+
+    @property
+    def sees_experts(self) -> bool:
+        """Whether it looks at values inside of single experts; these are then computed one by one."""
+        return True
+
+    def __call__(self, site: Site, x: Tensor, /) -> Tensor | None:
+        """The value to go on with; None: `x`."""
+        ...
+
+
+TapFunction = Callable[[Site, Tensor], Any]
+
+
+class FunctionHandler(Handler):
+    """A plain function as a handler."""
+
+    def __init__(self, function: TapFunction, stage: int = OBSERVE, sees_experts: bool = True):
+        self.function, self._stage, self._sees_experts = function, stage, sees_experts
+
+    @property
+    def stage(self) -> int:
+        return self._stage
+
+    @property
+    def sees_experts(self) -> bool:
+        return self._sees_experts
+
+    def __call__(self, site: Site, x: Tensor, /) -> Tensor | None:
+        return self.function(site, x)
+
+
+class Rounder(Protocol):
+    """What stands at stage ROUND: an arithmetic. It goes by the name alone, which saves making a thousand sites."""
+
+    def round(self, name: str, x: Tensor) -> Tensor: ...
+
+
+class _Context(NamedTuple):
+    """All that a tap depends on, here and now."""
+
+    site: Site = Site()
+    before: tuple[Handler, ...] = ()  # the rounding
+    rounder: Rounder | None = None
+    after: tuple[Handler, ...] = ()
+
+
+_context: ContextVar[_Context] = ContextVar("taps", default=_Context())  # noqa: B039 - immutable
 
 
 def tap(name: str, x: Tensor) -> Tensor:
-    """Name a value. Returns what the attached handlers make of it (`x` itself when there are none)."""
-    site = None
-    for handler in _handlers.get():
-        if hasattr(handler, "round"):  # an arithmetic goes by the name alone, which saves making a thousand sites
-            x = handler.round(name, x)
-            continue
-        site = replace(_site.get(), name=name) if site is None else site
+    """Name a value. Returns what the attached handlers make of it (`x` itself when there are none).
+
+    Error: a name that the tap table does not hold.
+    """
+    if name not in NAMES:
+        refuse(name)
+    context = _context.get()
+    if context.before:
+        x = _handled(context.before, context.site, name, x)
+    if context.rounder is not None:
+        x = context.rounder.round(name, x)
+    return _handled(context.after, context.site, name, x) if context.after else x
+
+
+def _handled(handlers: tuple[Handler, ...], site: Site, name: str, x: Tensor) -> Tensor:
+    site = replace(site, name=name)
+    for handler in handlers:
         changed = handler(site, x)
         x = x if changed is None else changed
     return x
 
 
 @contextmanager
-def attach(*handlers: Handler, instead_of: Handler | None = None) -> Iterator[None]:
-    """Attach handlers for the duration of a `with` block; within one stage, those attached first run first."""
-    before = tuple(h for h in _handlers.get() if h is not instead_of)
-    token = _handlers.set(tuple(sorted((*before, *handlers), key=lambda h: getattr(h, "stage", OBSERVE))))
+def _within(context: _Context) -> Iterator[None]:
+    token = _context.set(context)
     try:
         yield
     finally:
-        _handlers.reset(token)
+        _context.reset(token)
+
+
+@contextmanager
+def attach(*handlers: Handler | TapFunction, instead_of: Handler | None = None) -> Iterator[None]:
+    """Attach handlers for the duration of a `with` block; within one stage, those attached first run first.
+    instead_of: one that is attached, and shall not run inside the block."""
+    context = _context.get()
+    kept = [handler for handler in (*context.before, *context.after) if handler is not instead_of]
+    ordered = sorted((*kept, *map(_typed, handlers)), key=lambda h: h.stage)
+    before, after = tuple(h for h in ordered if h.stage < ROUND), tuple(h for h in ordered if h.stage >= ROUND)
+    with _within(context._replace(before=before, after=after)):
+        yield
+
+
+def _typed(handler: Handler | TapFunction) -> Handler:
+    if isinstance(handler, FunctionType | MethodType | BuiltinFunctionType | partial):
+        return FunctionHandler(handler)
+    return cast(Handler, handler)
 
 
 def attached() -> tuple[Handler, ...]:
     """The handlers that are attached here and now."""
-    return _handlers.get()
+    return _context.get().before + _context.get().after
+
+
+def experts_watched() -> bool:
+    """Whether a handler wants to see, or change, values inside of single experts."""
+    return any(handler.sees_experts for handler in attached())
+
+
+def rounder() -> Rounder | None:
+    """What rounds here and now; None: nothing."""
+    return _context.get().rounder
+
+
+@contextmanager
+def rounding(by: Rounder) -> Iterator[None]:
+    """Round by this inside the `with` block, and by nothing else."""
+    with _within(_context.get()._replace(rounder=by)):
+        yield
 
 
 @contextmanager
 def scope(**fields: Any) -> Iterator[None]:
     """Say where the taps inside stand: `with scope(layer=3): ...`, `with scope(expert=17): ...`."""
-    token = _site.set(replace(_site.get(), **fields))
+    context = _context.get()
+    token = _context.set(context._replace(site=replace(context.site, **fields)))
     try:
         yield
     finally:
-        _site.reset(token)
+        _context.reset(token)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..model.text import Model
 from ..run.load import load
+from ..run.origin import origin_of
 from ..run.prompt import padded
 from ..run.source import Source
 from ..trace.file import Trace
@@ -31,7 +32,7 @@ def open_checkpoint(
 ) -> tuple[Model, Loaded]:
     """A streamed model of a checkpoint, its weights, and which layers fuse the shared expert."""
     model = load(path, arithmetic, shared_expert, mode="stream", text_only=True)
-    return model, Loaded(model.source, [layer.mlp.fused for layer in model.layers.empty])  # type: ignore[union-attr]
+    return model, Loaded(origin_of(model).source, [layer.mlp.fused for layer in model.layers.empty])  # type: ignore[union-attr]
 
 
 def weights_of(truth: Trace, checkpoint: Source | str | Path | None) -> tuple[Source | None, list[bool]]:
@@ -45,7 +46,7 @@ def weights_of(truth: Trace, checkpoint: Source | str | Path | None) -> tuple[So
     if not path or (checkpoint is None and not Path(path).exists()):
         return None, flags
     model, loaded = open_checkpoint(path)
-    if not truth.is_of(model.identity):
+    if not truth.is_of(origin_of(model).identity):
         do = "trace this checkpoint, or give the other one as checkpoint"
         where = truth.path or "a truth in memory"
         raise Qwen35Error("truth is of another checkpoint", where=where, expected=known, found=path, do=do)
@@ -62,7 +63,7 @@ def write_truth(
     """
     ids, mask = padded([torch.as_tensor(row) for row in ids])
     model, loaded = open_checkpoint(checkpoint, shared_expert, arithmetic)
-    meta = {"checkpoint": {**(model.identity or {}), "path": str(Path(checkpoint).resolve())}, "fused": loaded.fused}
+    meta = {"checkpoint": {**origin_of(model).identity, "path": str(Path(checkpoint).resolve())}, "fused": loaded.fused}
     taps = with_ids(taps) if with_envelope else taps
     truth = trace(model, ids, taps=taps, attention_mask=mask, out=out, meta=meta)
     if with_envelope:

@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import local
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..model.moe import ExpertOutput, Experts, expert, hit_experts
+from ..numerics.taps import experts_watched, scope
 from ..quant.packed import Float, Packed, Stacked, adjoined
+from .side_by_side import side_by_side
 
 CPU = torch.device("cpu")
-Slot = tuple[Packed, Packed]  # gate_up [2F, D] (F rows of gate, then F of up), down [D, F]
+PackedExpert = tuple[Packed, Packed]  # gate_up [2F, D] (F rows of gate, then F of up), down [D, F]
 
 
-class ViewedExperts(nn.Module):
+class ThreadedExperts(Experts):
+    """On a CPU, hit experts are computed side by side by threads; one after the other where somebody watches them."""
+
+    def outputs(self, x_TD: Tensor, ids_TA: Tensor) -> Iterator[ExpertOutput]:
+        if x_TD.is_cuda:
+            yield from super().outputs(x_TD, ids_TA)
+            return
+
+        def compute(hit: tuple[int, Tensor, Tensor]) -> ExpertOutput:
+            e, token_N, slot_N = hit
+            with scope(expert=e):
+                return ExpertOutput(e, token_N, slot_N, expert(x_TD[token_N], *self.at(e), self.quantised))
+
+        yield from side_by_side(compute, hit_experts(ids_TA, self.count), one_by_one=experts_watched())
+
+
+class ViewedExperts(ThreadedExperts):
     """Experts whose bytes are what the model computes with: handed out where they lie, without a copy.
 
     Only where gate and up do not adjoin, they are put together when hit.
     """
 
-    def __init__(self, slots: Sequence[Slot], dtype: torch.dtype):
-        super().__init__()
-        self.slots, self.dtype, self.quantised = slots, dtype, False
-        self.count, self.intermediate = len(slots), slots[0][1].shape[1]
+    def __init__(self, packed: Sequence[PackedExpert], dtype: torch.dtype):
+        super().__init__(len(packed), packed[0][1].shape[1])
+        self.packed, self.dtype = packed, dtype
 
     def at(self, e: int) -> tuple[Tensor, Tensor]:
-        gate_up, down = self.slots[e]
+        gate_up, down = self.packed[e]
         return gate_up.decode(self.dtype), down.decode(self.dtype)
 
 
@@ -51,8 +69,8 @@ def moved(packed: Packed, device: torch.device) -> Packed:
     return type(packed)(**{name: x.to(device) for name, x in vars(packed).items()})
 
 
-class PackedExperts(nn.Module):
-    """Hands out experts as `Experts` does. `read(e)` gives a slot, from memory or from disk.
+class PackedExperts(ThreadedExperts):
+    """Experts that are decoded when they are hit. `read(e)` gives one as it is stored, from memory or from disk.
 
     On a CPU they are decoded into memory that a thread uses again and again; for a GPU they are decoded there.
     """
@@ -61,22 +79,21 @@ class PackedExperts(nn.Module):
         self,
         count: int,
         intermediate: int,
-        read: Callable[[int], Slot],
+        read: Callable[[int], PackedExpert],
         dtype: torch.dtype,
         quantised: bool,
         device: torch.device = CPU,
     ):
-        super().__init__()
-        self.count, self.intermediate, self.read = count, intermediate, read
-        self.dtype, self.quantised, self.device = dtype, quantised, device
+        super().__init__(count, intermediate, quantised)
+        self.read, self.dtype, self.device = read, dtype, device
 
     @torch.inference_mode()
     def at(self, e: int) -> tuple[Tensor, Tensor]:
-        slot = self.read(e)
+        stored = self.read(e)
         if self.device.type != "cpu":
-            gate_up, down = (moved(packed, self.device).decode(self.dtype) for packed in slot)
+            gate_up, down = (moved(packed, self.device).decode(self.dtype) for packed in stored)
         else:
-            gate_up, down = (p.decode(self.dtype, scratch(i, p.shape, self.dtype)) for i, p in enumerate(slot))
+            gate_up, down = (p.decode(self.dtype, scratch(i, p.shape, self.dtype)) for i, p in enumerate(stored))
         return gate_up, down
 
 

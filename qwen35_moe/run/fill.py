@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..model.moe import Experts, ExpertSource, MoE
+from ..model.moe import Experts, MoE
 from ..model.ops import Linear
 from ..numerics.arithmetics import Arithmetic
-from .experts import PackedExperts, Slot, ViewedExperts, as_one, is_plain, moved
-from .gpu.grouped import stack_slots
+from .experts import PackedExpert, PackedExperts, ViewedExperts, as_one, is_plain, moved
+from .gpu.grouped_experts import ResidentExperts, stack_experts
 from .gpu.passing import PassingExperts
 from .source import Source
 
@@ -52,30 +52,32 @@ def _fill_experts(moe: MoE, path: str, source: Source, table: Arithmetic, device
         source.guard_slot(path)
     else:
         moe.shared_expert.quantised = table.quantises(source.spec(f"{path}.shared_expert.gate_proj").kind)
-    read: Callable[[int], Slot] = partial(source.slot, path)
+    read: Callable[[int], PackedExpert] = partial(source.slot, path)
     if mode != "stream":
-        slots = [read(e) for e in range(count)]
+        stored = [read(e) for e in range(count)]
         if mode == "decoded":
-            moe.experts = decoded_experts(slots, dtype, device, quantised)
+            moe.experts = decoded_experts(stored, dtype, device, quantised)
             return
-        if device.type == "cuda" and (stacked := stack_slots(slots, dtype, device, quantised)) is not None:
+        if device.type == "cuda" and (stacked := stack_experts(stored, dtype, device, quantised)) is not None:
             moe.experts = stacked
             return
-        read = slots.__getitem__
+        read = stored.__getitem__
     if device.type == "cuda" and source.as_stored:
-        stored = partial(source.stored, path)
-        moe.experts = PassingExperts(count, F, partial(source.slot, path), dtype, quantised, device, stored=stored)
+        weights = partial(source.stored, path)
+        moe.experts = PassingExperts(count, F, partial(source.slot, path), dtype, quantised, device, stored=weights)
     else:
         moe.experts = PackedExperts(count, F, read, dtype, quantised, device)
 
 
-def decoded_experts(slots: list[Slot], dtype: torch.dtype, device: torch.device, quantised: bool) -> ExpertSource:
+def decoded_experts(stored: list[PackedExpert], dtype: torch.dtype, device: torch.device, quantised: bool) -> Experts:
     """Experts in memory. Those that are in this memory and of this dtype as they are stored are used where they lie."""
-    if device.type == "cpu" and all(is_plain(weight, dtype) for slot in slots for weight in slot):
-        gate_up, down = (as_one([slot[i] for slot in slots]) for i in (0, 1))
-        return ViewedExperts(slots, dtype) if gate_up is None or down is None else Experts(gate_up, down, quantised)
-    first = slots[0]
-    gate_up, down = (torch.empty(len(slots), *weight.shape, dtype=dtype, device=device) for weight in first)
-    for e, slot in enumerate(slots):
-        gate_up[e], down[e] = slot[0].decode(dtype), slot[1].decode(dtype)
-    return Experts(gate_up, down, quantised)
+    if device.type == "cpu" and all(is_plain(weight, dtype) for one in stored for weight in one):
+        gate_up, down = (as_one([one[i] for one in stored]) for i in (0, 1))
+        if gate_up is None or down is None:
+            return ViewedExperts(stored, dtype)
+        return ResidentExperts(gate_up, down, quantised)
+    first = stored[0]
+    gate_up, down = (torch.empty(len(stored), *weight.shape, dtype=dtype, device=device) for weight in first)
+    for e, one in enumerate(stored):
+        gate_up[e], down[e] = one[0].decode(dtype), one[1].decode(dtype)
+    return ResidentExperts(gate_up, down, quantised)

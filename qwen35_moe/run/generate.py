@@ -22,6 +22,7 @@ from ..model.mtp import draft, greedy, with_hidden
 from ..model.text import Model
 from ..numerics.taps import attached
 from .gpu.graphs import DecodeGraph, can_capture
+from .origin import was_left_out
 
 Prompt = Tensor | Sequence[int] | Mapping[str, Tensor]
 SCORED_AT_ONCE = 256  # tokens whose logits are held at a time
@@ -65,7 +66,7 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
         ):
             if not ok:
-                raise Qwen35Error("bad value", where=f"Sampling.{name}", expected=expected, found=getattr(self, name))
+                raise Qwen35Error("bad value", where=f"Sampling.{name}", expected=expected, found=vars(self)[name])
 
     def probabilities(self, logits_V: Tensor) -> Tensor:
         """The distribution [V] that a token is drawn from, for a temperature above 0."""
@@ -203,7 +204,7 @@ def _speculate(model: Model, prompt: Prompt, choose: Callable[[Tensor, int], int
     before it are fed again, to the original.
     """
     if (mtp := model.mtp) is None:
-        do = "load without text_only" if "mtp" in model.left_out else "generate without drafts"
+        do = "load without text_only" if was_left_out(model, "mtp") else "generate without drafts"
         raise Qwen35Error("the model has no draft head", where="model.mtp", found=None, do=do)
     cache, draft_cache, inputs = Cache(), Cache(), _inputs(model, prompt)
     logits_BTV, hidden_BTD = with_hidden(model, **inputs, cache=cache, logits_to_keep=1)

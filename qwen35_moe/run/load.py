@@ -25,10 +25,14 @@ from ..model.text import Model
 from ..model.vision.tower import VisionConfig, VisionTower
 from ..numerics import arithmetics
 from ..numerics.arithmetics import Arithmetic
+from .devices import usable
 from .fill import fill
 from .host import HostCheck, check_default_device
+from .origin import Origin, set_origin
+from .side_by_side import fix_threads
 from .source import Source
 from .streamed import PARTS, StreamedEmbedding, StreamedHead, StreamedPart, stream_layers
+from .validate import model_config, validate
 
 MODES = ("decoded", "packed", "stream")
 SHARED = ("auto", "unfused", "fused", "fused-online")
@@ -49,13 +53,16 @@ def load(
     """All of a checkpoint folder: the text model, and its draft head and vision tower as `model.mtp`, `model.visual`.
 
     shared_expert: "unfused"; "fused" (slot E of E+1); "fused-online", where a float shared expert is converted to the
-    MXFP4 of the routed ones (`model.conversion` says at what cost); or "auto": what the gate (`strict`) decides, layer
-    by layer, the draft's among them, unless the arithmetic is of an engine that never fuses.
+    MXFP4 of the routed ones (`origin_of(model).conversion` says at what cost); or "auto": what the gate (`strict`)
+    decides, layer by layer, the draft's among them, unless the arithmetic is of an engine that never fuses.
     mode: "decoded", "packed" or "stream", see above; all three compute the same bits.
-    text_only: without draft head and vision tower; `model.left_out` counts the tensors that this leaves unread.
+    text_only: without draft head and vision tower; `origin_of(model).left_out` counts the tensors left unread.
     device_map: spreads the model over GPUs, "cpu" and "disk" instead of `device`: "auto", or a dictionary of parts
     ("layers.3", "lm_head", "" for the rest) to devices; `max_memory` and `offload_folder` as in accelerate.
+
+    Fixes torch's number of threads at what it is (`fix_threads`), so that no bit depends on what ran before.
     """
+    fix_threads()
     for name, value, allowed in (("mode", mode, MODES), ("shared_expert", shared_expert, SHARED)):
         if value not in allowed:
             raise Qwen35Error(f"unknown {name}", where="load()", expected=" | ".join(allowed), found=repr(value))
@@ -67,8 +74,8 @@ def load(
     check_default_device()
     table = arithmetics.get(arithmetic)
     checkpoint = Checkpoint.open(path)
-    config = checkpoint.model_config(ignore_config_keys)
-    checkpoint.validate(config)
+    config = model_config(checkpoint, ignore_config_keys)
+    validate(checkpoint, config)
     checkpoint.reader.mapped = mode != "stream"
     if shared_expert == "auto" and table.fuses:
         decisions = decide_layers(checkpoint.config, stored=checkpoint.spec)
@@ -80,28 +87,16 @@ def load(
     device = torch.device("meta") if device_map is not None else device
     model = build(source, table, fused, device, mode)
     model.register_forward_pre_hook(HostCheck())
-    model.source, model.identity, model.conversion = source, checkpoint.identity(), source.conversion
     counts = {part: sum(name.startswith(f"{part}.") for name in checkpoint.names()) for part in PARTS}
-    for part in (part for part, count in counts.items() if count):
-        if text_only:
-            model.left_out[part] = counts[part]
-        else:
-            setattr(model, part, build_part(part, source, table, draft_fused, device, mode))
+    parts = {part: count for part, count in counts.items() if count}
+    set_origin(model, Origin(source, checkpoint.identity(), parts if text_only else {}))
+    for part in () if text_only else parts:
+        setattr(model, part, build_part(part, source, table, draft_fused, device, mode))
     if device_map is not None:
         from .placement import place  # here: accelerate takes its time
 
         place(model, source, table, mode, device_map, max_memory, offload_folder)
     return model
-
-
-def usable(device: str | torch.device, where: str) -> torch.device:
-    """The device, if tensors can be made on it."""
-    try:
-        if torch.device(device).type == "meta":
-            raise RuntimeError("nothing is computed there")
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # what torch raises without CUDA is an assertion
-        raise Qwen35Error("no such device here", where=where, found=str(error).splitlines()[0]) from error
 
 
 def build(source: Source, table: Arithmetic, fused: Sequence[bool], device: torch.device, mode: str) -> Model:

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Qwen35Error, extra
-from ..model.moe import Experts, MoE
+from ..model.moe import MoE
+from .devices import usable
 from .experts import PackedExperts, ViewedExperts
 from .files import Claim
-from .load import usable
+from .gpu.grouped_experts import ResidentExperts
 
 if TYPE_CHECKING:
     from ..model.text import Model
@@ -99,7 +100,7 @@ def place(
 
 def units(model: Model) -> list[str]:
     """What a map places, in the order of computing."""
-    ends = [name for name in ("mtp", "visual") if getattr(model, name) is not None]
+    ends = [name for name, part in (("mtp", model.mtp), ("visual", model.visual)) if part is not None]
     return ["embed_tokens", *(f"layers.{i}" for i in range(len(model.layers))), "norm", "lm_head", *ends]
 
 
@@ -192,7 +193,7 @@ def _reach(module: nn.Module, main: torch.device) -> None:
         elif isinstance(block.experts, ViewedExperts):
             pairs = [block.experts.at(e) for e in range(block.experts.count)]
             gate_up, down = (torch.stack(matrices) for matrices in zip(*pairs, strict=True))
-            block.experts = Experts(gate_up, down)
+            block.experts = ResidentExperts(gate_up, down)
 
 
 def _parameters(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, Tensor]]:

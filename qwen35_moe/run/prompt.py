@@ -21,6 +21,7 @@ from ..model.config import Config
 from ..model.text import Model
 from ..model.vision.positions import check_grids, embed_images, rope_positions, token_types
 from ..numerics import arithmetics
+from .origin import was_left_out
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -118,7 +119,7 @@ def embed_prompt(
     """
     tower: Any = model.visual
     if tower is None:
-        do = "load without text_only" if "visual" in model.left_out else "this checkpoint cannot see"
+        do = "load without text_only" if was_left_out(model, "visual") else "this checkpoint cannot see"
         raise Qwen35Error("the model has no vision tower", where="model.visual", found=None, do=do)
     types_BT = token_types(input_ids, special_id(model.config, "image"), special_id(model.config, "video"))
     pairs = ((pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw))

@@ -18,9 +18,12 @@ import torch
 WORKERS = 4  # each holds one decoded expert
 In = TypeVar("In")
 Out = TypeVar("Out")
-# The first call, even of what holds already, lets MKL no longer choose fewer threads for small products, and with them
-# other last bits. Made here, no product comes before it.
-torch.set_num_threads(torch.get_num_threads())
+
+
+def fix_threads() -> None:
+    """Sets torch's number of threads to what it is. From then on MKL never chooses fewer of them for small products,
+    and with them other last bits. `side_by_side` sets the number, too, so this must come before the first product."""
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def side_by_side(function: Callable[[In], Out], items: Iterable[In], one_by_one: bool = False) -> Iterator[Out]:

@@ -15,7 +15,7 @@ from ..model.config import Config
 from ..quant.mxfp4 import MXFP4, encode
 from ..quant.packed import Packed, concatenate
 from ..quant.precision import ModuleSpec
-from .experts import Slot
+from .experts import PackedExpert
 
 
 class Source:
@@ -70,7 +70,7 @@ class Source:
         convert = self.online and routed.kind == "mxfp4"
         slot_guard(f"{mlp}.experts[{self.config.num_experts}]", routed, stored, convert=convert)
 
-    def slot(self, mlp: str, e: int) -> Slot:
+    def slot(self, mlp: str, e: int) -> PackedExpert:
         """Expert e of the MoE block `mlp`; number E is the shared one."""
         if e < self.config.num_experts:
             return self.checkpoint.experts(f"{mlp}.experts").read(e)
@@ -80,7 +80,12 @@ class Source:
             if mlp not in self.conversion:  # a streamed model comes here at every pass
                 self.conversion[mlp] = _distance(converted, parts)
             parts = converted
-        return concatenate(*parts[:2]), parts[2]
+        return fuse(*parts)
+
+
+def fuse(gate_proj: Packed, up_proj: Packed, down_proj: Packed) -> PackedExpert:
+    """The shared expert as one more of the routed ones: rows of gate, then rows of up; down. Moves bits only."""
+    return concatenate(gate_proj, up_proj), down_proj
 
 
 def _convert(weight: Packed) -> Packed:

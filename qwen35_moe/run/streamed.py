@@ -160,7 +160,7 @@ def stream_layers(
     module: nn.Module, name: str, prefix: str, source: Source, table: Arithmetic, device: torch.device
 ) -> StreamedLayers:
     """Puts `StreamedLayers` in the place of the list of modules `name`."""
-    empty = list(getattr(module, name))
+    empty = list(module.get_submodule(name).children())
     delattr(module, name)  # modules; what takes their place is none
     layers = StreamedLayers(prefix, empty, source, table, device)
     setattr(module, name, layers)

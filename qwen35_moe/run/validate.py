@@ -4,32 +4,84 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
-from ..checkpoint.folder import few
-from ..checkpoint.recognise import BESIDE, CACHE_SCALES
+import torch
+from torch import nn
+
+from ..checkpoint import Checkpoint
+from ..checkpoint.recognise import CACHE_SCALES
 from ..checkpoint.tensor_names import split_role
 from ..errors import Qwen35Error
 from ..gate.declared import as_raw, method_of, quantization_of
-from ..model.config import Config
-from ..model.vision.tower import VisionConfig
-from .expected import expected_tensors
+from ..model.config import FULL, Config
+from ..model.mtp import MTP
+from ..model.text import Layer, Model
+from ..model.vision.tower import VisionConfig, VisionTower
 
-if TYPE_CHECKING:
-    from ..checkpoint.checkpoint import Checkpoint
-
+Shape = tuple[int, ...]
 SHOWN, ENOUGH = 6, 1000
 
 
-def check_complete(ck: Checkpoint, config: Config) -> None:
-    """One error about all tensors that are missing, misshapen, in a wrong or unknown format, or not expected.
+def model_config(ck: Checkpoint, ignore: Iterable[str] = ()) -> Config:
+    """Its config.json, checked. ignore: further keys that mean nothing to the model. Error: there is no config."""
+    if not ck.config:
+        root = ck.path if ck.path.is_dir() else ck.path.parent
+        do = "copy the one that belongs to these tensors beside them"
+        raise Qwen35Error("no config.json", where=root / "config.json", found="absent or empty", do=do)
+    config = Config.from_dict(ck.config, ignore)
+    # A head that is stored is the head, whatever is said about ties; so it is in transformers, if it is another.
+    return replace(config, tie_word_embeddings=config.tie_word_embeddings and "lm_head" not in ck.modules)
+
+
+def expected_tensors(
+    config: Config, mtp_layers: int = 0, vision: VisionConfig | None = None
+) -> Iterator[tuple[str, Shape]]:
+    """(name, shape) of every tensor, as the model on the meta device has them; `layers.N.mlp.experts` stands for all of
+    a layer's and has shape [E, F, D]."""
+    try:
+        with torch.device("meta"):
+            ends = Model(replace(config, num_hidden_layers=1, layer_types=config.layer_types[:1]))
+            layers = {kind: dict(_shapes(Layer(config, kind))) for kind in {*config.layer_types, FULL}}
+            draft = MTP(replace(config, raw={})) if mtp_layers else None
+            tower = VisionTower(replace(vision, depth=1)) if vision else None  # the depth may be any number
+    except RuntimeError as error:  # torch counts bytes in 64 bits
+        raise Qwen35Error("a size that no model has", where="config.json", found=str(error).splitlines()[0]) from error
+    yield from _shapes(ends.embed_tokens, "embed_tokens.")
+    for i, kind in enumerate(config.layer_types):
+        yield from ((f"layers.{i}.{name}", shape) for name, shape in layers[kind].items())
+    yield from _shapes(ends.norm, "norm.")
+    if not config.tie_word_embeddings:
+        yield from _shapes(ends.lm_head, "lm_head.")
+    if draft is not None:
+        yield from ((name, shape) for name, shape in _shapes(draft, "mtp.") if ".layers." not in name)
+        for i in range(mtp_layers):
+            yield from ((f"mtp.layers.{i}.{name}", shape) for name, shape in layers[FULL].items())
+    if vision is not None and tower is not None:
+        yield from ((name, shape) for name, shape in _shapes(tower, "visual.") if ".blocks." not in name)
+        for i in range(vision.depth):
+            yield from _shapes(tower.blocks[0], f"visual.blocks.{i}.")
+
+
+def _shapes(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Shape]]:
+    for name, x in module.named_parameters():
+        experts, _, projection = f"{prefix}{name}".rpartition(".")
+        if projection == "down_proj":  # [E, D, F]
+            yield experts, (x.shape[0], x.shape[2], x.shape[1])
+        elif projection != "gate_up_proj":
+            yield f"{prefix}{name}", tuple(x.shape)
+
+
+def validate(ck: Checkpoint, config: Config | None = None) -> None:
+    """Error unless all tensors that the configuration implies are there, in their shapes and in a known format, and no
+    others: one error about all of them. Reads headers only. Vision tower and MTP may be left out as a whole.
 
     A quantisation method that is not known is an error, too, though bytes alone say what is computed: what else such a
     method may mean by them is not known.
     """
+    config = model_config(ck) if config is None else config
     if quantised := as_raw(quantization_of(ck.config or config.raw)):
         method_of(quantised)
     mtp = max(config.mtp_num_hidden_layers, 1) if any(name.startswith("mtp.") for name in ck.names()) else 0
@@ -51,20 +103,22 @@ def check_complete(ck: Checkpoint, config: Config) -> None:
         if not any(fnmatchcase(name, pattern) for pattern in (*CACHE_SCALES, "" if vision else "visual.*")):
             where, found = ck.stored(name).where, ck.stored(name)
             problems.append(Qwen35Error("a tensor that is not expected", where=where, expected="none", found=found))
-    if len(problems) == 1:
-        raise problems[0]
     if problems:
-        lines = [f"{p.where}: {p.what} (expected {p.expected}, found {p.found})" for p in problems]
-        alike = Counter(re.sub(r"\d+", "#", line) for line in lines)  # hundreds of experts, in which all is the same
-        first = {re.sub(r"\d+", "#", line): line for line in reversed(lines)}
-        lines = [first[kind] + (f", and {n - 1} like it" if n > 1 else "") for kind, n in alike.items()]
-        more = f"\n    and {len(lines) - SHOWN} other things" if len(lines) > SHOWN else ""
-        raise Qwen35Error(
-            f"{len(problems)} things in the checkpoint do not fit its configuration",
-            where=ck.path,
-            expected="the tensors that config.json implies, and no others",
-            found="".join(f"\n    {line}" for line in lines[:SHOWN]) + more,
-        )
+        raise problems[0] if len(problems) == 1 else _as_one(ck, problems)
+
+
+def _as_one(ck: Checkpoint, problems: list[Qwen35Error]) -> Qwen35Error:
+    lines = [f"{p.where}: {p.what} (expected {p.expected}, found {p.found})" for p in problems]
+    alike = Counter(re.sub(r"\d+", "#", line) for line in lines)  # hundreds of experts, in which all is the same
+    first = {re.sub(r"\d+", "#", line): line for line in reversed(lines)}
+    lines = [first[kind] + (f", and {n - 1} like it" if n > 1 else "") for kind, n in alike.items()]
+    more = f"\n    and {len(lines) - SHOWN} other things" if len(lines) > SHOWN else ""
+    return Qwen35Error(
+        f"{len(problems)} things in the checkpoint do not fit its configuration",
+        where=ck.path,
+        expected="the tensors that config.json implies, and no others",
+        found="".join(f"\n    {line}" for line in lines[:SHOWN]) + more,
+    )
 
 
 def _vision_config(ck: Checkpoint, config: Config) -> VisionConfig | None:
@@ -110,44 +164,3 @@ def _check_experts(ck: Checkpoint, prefix: str, shape: tuple[int, ...]) -> Itera
 def _same(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if found != expected:
         raise Qwen35Error("wrong shape", where=where, expected=list(expected), found=list(found))
-
-
-@dataclass(frozen=True)
-class Report:
-    """What became of every tensor. `unused` should be empty; `aside` was left out on purpose."""
-
-    used: int
-    unused: list[str]
-    aside: list[str]
-    duplicated: list[str]
-    ignored: list[str]
-
-    @property
-    def complete(self) -> bool:
-        return not self.unused and not self.duplicated
-
-    def __str__(self) -> str:
-        lines = [f"{self.used} tensors used"]
-        for label, names in (
-            ("never used", self.unused),
-            ("left out on purpose", self.aside),
-            ("stored twice", self.duplicated),
-            ("files in no index", self.ignored),
-        ):
-            if names:
-                lines.append(f"{len(names)} {label}: {few(names)}")
-        return "\n".join(lines)
-
-
-def report(ck: Checkpoint, aside: Iterable[str] = ("visual.*", "mtp.*")) -> Report:
-    """aside: patterns of names that are left out on purpose."""
-    unused = sorted(ck.tensors.keys() - ck.used)
-    patterns = (*aside, *CACHE_SCALES, *(f"*{role}" for role in BESIDE if role != ".bias"))
-    apart = [name for name in unused if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    return Report(
-        used=len(ck.tensors) - len(unused),
-        unused=sorted(set(unused) - set(apart)),
-        aside=apart,
-        duplicated=[s.where for s in ck.folder.duplicated],
-        ignored=[file.name for file in ck.folder.ignored],
-    )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..numerics.taps import Site
+from ..numerics.taps import FunctionHandler, Site
 from ..oracle.judge.envelope import LIMIT, envelope, judge
 from ..oracle.judge.records import BF16_GRID
 from .case import Case, Outputs
@@ -178,7 +178,7 @@ def one_expert_missing(case: Case) -> Iterator[tuple[str, Outputs]]:
         if site.name == "moe_expert_weighted" and site.index is not None:
             shares.append((site.index, x))
 
-    case.exact(keep)
+    case.exact(FunctionHandler(keep))
     ids = case["ids"]
     for e, share in shares:
         y = case.truth["mlp_output"].clone()

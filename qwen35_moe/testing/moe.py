@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import Qwen35Error
 from ..model.config import Config
-from ..model.moe import combine_experts, expert
+from ..model.moe import Experts, expert
 from ..model.ops import add, multiply
 from ..model.router import append_shared, route, shared_gate
 from ..numerics.arithmetics import current, using
@@ -31,23 +29,13 @@ FUNCTIONS = {
 }  # fmt: skip
 
 
-@dataclass
-class GivenExperts:
-    """Experts for `combine_experts`, decoded when they are hit."""
+class GivenExperts(Experts):
+    """Experts that are decoded when they are hit."""
 
-    inputs: Inputs
-    quantised: bool
-
-    @property
-    def count(self) -> int:
-        return self._first("w2").shape[0]
-
-    @property
-    def intermediate(self) -> int:
-        return self._first("w13").shape[1] // 2
-
-    def _first(self, name: str) -> Tensor:
-        return self.inputs[name if name in self.inputs else f"{name}_codes"]
+    def __init__(self, inputs: Inputs, quantised: bool):
+        w13, w2 = (inputs[name if name in inputs else f"{name}_codes"] for name in ("w13", "w2"))
+        super().__init__(w2.shape[0], w13.shape[1] // 2, quantised)
+        self.inputs = inputs
 
     def at(self, e: int) -> tuple[Tensor, Tensor]:
         dtype = current().weight_dtype("layers.0.mlp.experts")
@@ -194,7 +182,7 @@ def moe_given(make: Make, name: str, activations: str = "none", config: Config |
 
 def block(i: Inputs, quantised: bool) -> Outputs:
     """The experts' weighted sum, and the shared expert beside them where it is unfused."""
-    routed = combine_experts(i["x"], i["ids"].long(), i["weights"], GivenExperts(i, quantised))
+    routed = GivenExperts(i, quantised).combine(i["x"], i["ids"].long(), i["weights"])
     if "shared_w13" not in i:
         return {OUT: tap(OUT, routed)}
     dtype = current().dtype

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..model.router import route
 from ..numerics.arithmetics import Arithmetic, get
-from ..numerics.taps import REPLAY, Site, attach
+from ..numerics.taps import REPLAY, FunctionHandler, Handler, Site, attach
 from ..oracle.judge.envelope import envelope
 from ..oracle.judge.routing import Flip, compare_ids
 from .case import Case, Compute, Inputs, Outputs, WrongKernel, narrowed, widened
@@ -19,7 +19,7 @@ from .judging import Check, announce, check_legal, require
 IDS, WEIGHTS, LOGITS = "moe_topk_ids", "moe_topk_weights", "moe_router_logits"
 
 
-class ReplayIds:
+class ReplayIds(Handler):
     """Puts given ids in the place of the router's own."""
 
     stage = REPLAY
@@ -86,7 +86,7 @@ def _logits(case: Case, table: Arithmetic, inputs: Inputs) -> Tensor:
         if site.name == LOGITS:
             kept.append(x)
 
-    case.run(table, inputs, lambda i: {WEIGHTS: route(i["x"], i["router"], case.top_k)[1]}, [keep])
+    case.run(table, inputs, lambda i: {WEIGHTS: route(i["x"], i["router"], case.top_k)[1]}, [FunctionHandler(keep)])
     return kept[0]
 
 

@@ -15,14 +15,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..checkpoint import Report
+from ..checkpoint import UsageReport
 from ..errors import Qwen35Error
-from ..model.cache import Cache, LayerState
+from ..model.cache import Cache, LayerState, extend
 from ..model.rope import rotary_angles
-from ..model.text import Model, extend
+from ..model.text import Model
 from ..numerics import arithmetics
 from ..numerics.tap_table import dims_of
 from ..numerics.taps import Handler, Site, attach, scope, tap
+from ..run.origin import origin_of
 from ..run.streamed import StreamedHead
 from .file import RESUME, Trace
 from .progress import Progress
@@ -47,7 +48,7 @@ def trace_layers(
     meta: dict[str, Any] | None = None,
     quiet: bool = False,
     label: str = "",
-) -> tuple[Trace, Report]:
+) -> tuple[Trace, UsageReport]:
     """As `trace`, for one forward pass over ids [B, T]: to a directory, and it can be resumed.
 
     last: the last layer to compute; without it, all, and norm and head. resume: go on after the last layer that an
@@ -70,9 +71,9 @@ def trace_layers(
         raise Qwen35Error(
             "more layers are done already", where=out, expected=f"--layers 0-{start - 1}", found=last, do=do
         )
-    used = model.source.checkpoint.used
+    used = origin_of(model).checkpoint.used
     before = set(used)
-    used.update(name for name in model.source.checkpoint.names() if _is_done(name, start))
+    used.update(name for name in origin_of(model).checkpoint.names() if _is_done(name, start))
     used.difference_update(state.unused)
     writer = TraceWriter(out, {**meta, "layers": stop}, keep=None if sum_BTD is None else state.files)
     recorder, progress = Recorder(taps, experts=experts, out=writer), Progress(model, range(start, stop), quiet, label)
@@ -85,7 +86,7 @@ def trace_layers(
                 with scope(layer=i):
                     h_BTD = model.layers[i](h_BTD, *given, LayerState())
                 writer.flush()
-                state.unused += sorted(n for n in model.source.checkpoint.names() if _is_left(n, i, used))
+                state.unused += sorted(n for n in origin_of(model).checkpoint.names() if _is_left(n, i, used))
                 state.next, state.files, state.nan = i + 1, writer.files, recorder.first_nan
                 state.write(out, h_BTD)
                 writer.keep_state()
@@ -100,12 +101,13 @@ def trace_layers(
         of = f" of {label}" if label else ""
         print(f"qwen35-moe: the trace{of} holds NaN or infinity, from {recorder.first_nan} on", file=sys.stderr)
     used |= before  # by prompts that the same model was run on
-    return Trace.open(out), model.source.checkpoint.report(aside)
+    return Trace.open(out), origin_of(model).checkpoint.report(aside)
 
 
 def check_request(model: Model, ids_BT: Tensor, taps: Patterns, last: int | None) -> None:
     """Error: ids, patterns or a layer that are none. To be found before anything is removed that a run has left."""
     model.checked(ids_BT)
+    origin_of(model).checkpoint.reader.check()
     Recorder(taps)
     if last is not None and not 0 <= last < len(model.layers):
         raise Qwen35Error("no such layer", where="--layers", expected=f"0 to {len(model.layers) - 1}", found=last)
@@ -117,7 +119,7 @@ def meta_of(
     """What a trace says of its run. What must be the same for the bytes to be is in it."""
     return {
         "arithmetic": model.arithmetic.name,
-        "checkpoint": model.identity,
+        "checkpoint": origin_of(model).identity,
         **(more or {}),
         "config": sizes_of(model.config),
         "steps": [step_record(ids_BT, mask, None, None)],
@@ -212,13 +214,13 @@ def complete_trace(out: Path, layers: int) -> Trace | None:
     return trace if trace.meta.get("layers", layers) == layers else None
 
 
-def resumed_complete(model: Model, trace: Trace, meta: dict[str, Any], aside: Sequence[str]) -> Report:
+def resumed_complete(model: Model, trace: Trace, meta: dict[str, Any], aside: Sequence[str]) -> UsageReport:
     """Of a trace whose run was killed when all was done. Error: it is of another run."""
     assert trace.path is not None
     what, do = "a complete trace of another run is here", "leave out --resume to write it anew"
     then = {key: value for key, value in trace.meta.items() if key != "layers"}
     check_same(trace.path, json.dumps(then), json.dumps(meta, default=str), what, do)
     sweep(trace.path)
-    checkpoint = model.source.checkpoint
+    checkpoint = origin_of(model).checkpoint
     checkpoint.used.update(n for n in checkpoint.names() if not any(fnmatchcase(n, pattern) for pattern in aside))
     return checkpoint.report(aside)

@@ -8,16 +8,17 @@ import time
 from torch import Tensor
 
 from ..model.text import Model
-from ..numerics.taps import OBSERVE, Site
+from ..numerics.taps import Handler, Site
+from ..run.origin import origin_of
 
 
-class Progress:
+class Progress(Handler):
     """A tap handler that says on stderr where a run is: layer, experts, GB read, time left."""
 
-    stage, wants_experts = OBSERVE, False
+    sees_experts = False
 
     def __init__(self, model: Model, layers: range, quiet: bool = False, label: str = ""):
-        self.reader, self.layers, self.quiet = model.source.checkpoint.reader, layers, quiet
+        self.reader, self.layers, self.quiet = origin_of(model).checkpoint.reader, layers, quiet
         self.label = f"{label}  " if label else ""
         self.begin, self.layer, self.hit, self.expert, self.said = time.monotonic(), layers.start, 0, 0, 0.0
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import Qwen35Error
 from ..numerics.tap_table import TAPS, check_patterns, dims_of, matching, split_patterns
-from ..numerics.taps import OBSERVE, Handler, Site, attach
+from ..numerics.taps import Handler, Site, attach
 from ..run.prompt import Images, embed_prompt
 from .file import Entry, Trace
 from .images import PIXELS, images_meta
@@ -29,7 +29,7 @@ def _last(pattern: str) -> str:
     return pattern.rpartition(".")[2]
 
 
-class Recorder:
+class Recorder(Handler):
     """A tap handler that copies every matching value into a Trace, or, with `out`, to a trace directory.
 
     `patterns` are globs over tap names ("gdn_*") or keys ("layers.3.*"), in a list or separated by commas. Values of
@@ -37,8 +37,6 @@ class Recorder:
     when a pattern names them in full ("moe_a2", "gdn_recall") or, for experts, in part ("moe_expert_*").
     The copies have the dtype that the run computed. Call `next_step()` between forward passes of one recording.
     """
-
-    stage = OBSERVE
 
     def __init__(
         self,
@@ -59,7 +57,7 @@ class Recorder:
         self._attached: Any = None
 
     @property
-    def wants_experts(self) -> bool:
+    def sees_experts(self) -> bool:
         """Whether values inside of single experts are asked for, which the grouped form does not show."""
         return self.experts or any("expert" in p or _last(p) in INSIDE for p in self.patterns)
 

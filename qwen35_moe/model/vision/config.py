@@ -53,7 +53,7 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
+            value = vars(self)[field.name]
             self._need(field.name, field.type != "int" or (type(value) is int and value > 0), "a positive integer")
         heads, square = 4 * self.num_heads, self.side**2 == self.num_position_embeddings
         self._need("hidden_size", self.hidden_size % heads == 0, f"a multiple of {heads}: heads of width 4, 8, ...")
@@ -65,7 +65,7 @@ class VisionConfig:
 
     def _need(self, key: str, ok: bool, expected: str) -> None:
         if not ok:
-            where, found = f"config.json: vision_config.{key}", repr(getattr(self, key))
+            where, found = f"config.json: vision_config.{key}", repr(vars(self)[key])
             raise Qwen35Error("bad value", where=where, expected=expected, found=found)
 
     @property

@@ -13,7 +13,7 @@ from ...quant.fp8 import FP8
 from ...quant.layouts import shuffle_scales
 from ...quant.mxfp4 import MXFP4, quantise_dequantise
 from ...quant.packed import Float, Packed, Stacked
-from ...run.experts import Slot
+from ...run.experts import PackedExpert
 from .faults import BrokenSource, Change, ExpertChange, Place
 
 
@@ -25,7 +25,7 @@ def on_packed(change: Callable[[MXFP4], MXFP4]) -> ExpertChange:
             return Stacked(tuple(leaf(part) for part in packed.parts))
         return change(packed) if isinstance(packed, MXFP4) else packed
 
-    def both(source: BrokenSource, mlp: str, e: int, slot: Slot) -> Slot:
+    def both(source: BrokenSource, mlp: str, e: int, slot: PackedExpert) -> PackedExpert:
         return (leaf(slot[0]), leaf(slot[1])) if e < source.config.num_experts else slot
 
     return both
@@ -50,7 +50,7 @@ def fp8_experts(change: Callable[[Tensor], Tensor]) -> ExpertChange:
             return Stacked(tuple(leaf(part) for part in packed.parts))
         return FP8(packed.values, change(packed.scale)) if isinstance(packed, FP8) else packed
 
-    def both(source: BrokenSource, mlp: str, e: int, slot: Slot) -> Slot:
+    def both(source: BrokenSource, mlp: str, e: int, slot: PackedExpert) -> PackedExpert:
         return (leaf(slot[0]), leaf(slot[1])) if e < source.config.num_experts else slot
 
     return both
@@ -81,7 +81,7 @@ def swap_b_and_a(source: BrokenSource, module: str, packed: Packed) -> Packed:
     return source.inner.weight(f"{module.rpartition('.')[0]}.{other}") if other else packed
 
 
-def neighbour(source: BrokenSource, mlp: str, e: int, slot: Slot) -> Slot:
+def neighbour(source: BrokenSource, mlp: str, e: int, slot: PackedExpert) -> PackedExpert:
     E = source.config.num_experts
     return source.inner.slot(mlp, (e + 1) % E) if e < E else slot
 

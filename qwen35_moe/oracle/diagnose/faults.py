@@ -17,7 +17,7 @@ from ...model.config import Config
 from ...numerics.arithmetics import Arithmetic
 from ...numerics.taps import BREAK, Handler, Site
 from ...quant.packed import Packed
-from ...run.experts import Slot
+from ...run.experts import PackedExpert
 from ...run.source import Source
 from ..judge.hand_over import HandOver
 
@@ -37,7 +37,7 @@ class Place:
 
 
 Change = Callable[[Tensor, dict[str, Tensor], Place], Tensor]
-ExpertChange = Callable[["BrokenSource", str, int, Slot], Slot]
+ExpertChange = Callable[["BrokenSource", str, int, PackedExpert], PackedExpert]
 WeightChange = Callable[["BrokenSource", str, Packed], Packed]
 
 
@@ -97,7 +97,7 @@ class Fault:
         return needs and (fits or not self.fused)
 
 
-class Break:
+class Break(Handler):
     """The handler of a fault's taps."""
 
     stage = BREAK
@@ -143,7 +143,7 @@ class BrokenSource(Source):
         packed = self.inner.weight(module, rows)
         return self.fault.weight(self, module, packed) if self.fault.weight and self._covers(module) else packed
 
-    def slot(self, mlp: str, e: int) -> Slot:
+    def slot(self, mlp: str, e: int) -> PackedExpert:
         slot = super().slot(mlp, e)
         single = self.fault.single and e != self.place.expert
         change = self.fault.slot

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .dump import Piece
+    from .pieces import Piece
 
 HEAD_ONLY = re.compile(r"(mtp\.)?(pre_fc_norm_embedding|pre_fc_norm_hidden|fc)\.")
 ATTENTION, LINEAR = ("qkv_proj.", "self_attn.", "attn.", "o_proj."), ("linear_attn.",)

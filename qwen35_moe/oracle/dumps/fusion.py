@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import Qwen35Error
 
 if TYPE_CHECKING:
-    from .dump import Piece
+    from .pieces import Piece
 
 LISTS = tuple(f"mlp.experts.inputs.{name}.{i}" for name in ("1", "topk_output") for i in (1, 0))
 CHOSEN = ("mlp.topk.output.1", "mlp.topk.output.0")

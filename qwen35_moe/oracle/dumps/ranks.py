@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,9 +11,7 @@ from torch import Tensor
 from ...errors import Qwen35Error
 from .engine_names import width
 from .join import by_row, declared, join_ranks
-
-if TYPE_CHECKING:
-    from .dump import Dump, Source
+from .pieces import Source
 
 RANK_FILES = {
     "sglang dumper": "step=*___rank={}___*.pt",
@@ -21,7 +20,19 @@ RANK_FILES = {
 }
 
 
-def check_ranks(dump: Dump, source: Source) -> None:
+class RankedDump(Protocol):
+    """What is needed here of a `Dump`."""
+
+    format: str
+    path: Path
+    world: int
+    sizes: dict[str, int]
+    sources: dict[str, dict[int, Source]]
+
+    def count(self, step: int) -> int | None: ...
+
+
+def check_ranks(dump: RankedDump, source: Source) -> None:
     """Raises Qwen35Error, the same one for all taps, if shares of a rank are not here."""
     first = source.pieces[0]
     stages = int(first.parallel.get("pp_size", 1))
@@ -37,7 +48,7 @@ def check_ranks(dump: Dump, source: Source) -> None:
     )  # fmt: skip
 
 
-def _world(dump: Dump) -> int:
+def _world(dump: RankedDump) -> int:
     """How many ranks there were, if only one is here and does not say: by the shares of fused columns it holds."""
     if dump.world == 0:
         found: dict[tuple[tuple[str, str], ...], int] = {}
@@ -58,7 +69,7 @@ def _world(dump: Dump) -> int:
     return dump.world
 
 
-def owners(dump: Dump, key: str) -> Tensor | None:
+def owners(dump: RankedDump, key: str) -> Tensor | None:
     """[features] the rank that each column of a tap came from; None where ranks hold no columns of it."""
     step, source = next(iter(dump.sources[key].items()))
     join, order = declared(source.pieces) or (source.rule.join, list(range(len(source.pieces))))

@@ -19,8 +19,9 @@ from ...model.text import Model
 from ...numerics import arithmetics
 from ...numerics.arithmetics import Arithmetic
 from ...numerics.tap_table import TAPS, base_name, matching, per_token, split_patterns
-from ...numerics.taps import OBSERVE, Site, attach, scope
+from ...numerics.taps import Handler, Site, attach, scope
 from ...run.files import save_whole
+from ...run.origin import origin_of
 from ...run.streamed import HEAD_ROWS, StreamedHead
 from ...trace.file import Trace
 from ...trace.layers import HEAD, begin, rounded_blocks
@@ -66,10 +67,8 @@ def as_rows(key: str, x: Tensor, tokens: int) -> Tensor:
     return x.reshape(tokens, -1)
 
 
-class _Errors:
+class _Errors(Handler):
     """Observes a run and keeps the norms of its errors against the truth, the largest of all runs."""
-
-    stage = OBSERVE
 
     def __init__(self, truth: Trace):
         self.truth, self.tokens = truth, truth.ids.numel()
@@ -144,7 +143,7 @@ def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, 
         check_threads(state, int(run.get("threads", threads)))
     for model in models:
         name = model.arithmetic.name
-        if not truth.is_of(model.identity):
+        if not truth.is_of(origin_of(model).identity):
             what, do = "the checkpoint is not the truth's any more", "write the trace again"
             raise Qwen35Error(what, where=truth.meta["checkpoint"].get("path", truth.path), do=do)
         if first and name != run["arithmetic"]:

@@ -20,7 +20,7 @@ from ...model.config import FULL, Config
 from ...model.rope import rotary_angles
 from ...model.text import Layer
 from ...numerics.tap_table import TAPS, base_name
-from ...numerics.taps import OBSERVE, Site, attach
+from ...numerics.taps import OBSERVE, Handler, Site, attach
 from .replay import Restart
 
 OF_SEQUENCES = ("gdn_state", "gdn_conv_state")  # taps with one row a sequence
@@ -76,7 +76,7 @@ class HandOver:
     padding: Mapping[int, int] = field(default_factory=dict)
 
 
-class _Collect:
+class _Collect(Handler):
     """Values of the pieces of one sequence, by key."""
 
     stage = OBSERVE + 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...numerics.arithmetics import current
-from ...numerics.taps import OBSERVE, REPLAY, Site
+from ...numerics.taps import OBSERVE, REPLAY, Handler, Site
 
 ROUTING = {
     "ids": ("moe_topk_ids",),  # which experts; the weights are our own at those ids
@@ -17,7 +17,7 @@ ROUTING = {
 }
 
 
-class ReplayRouting:
+class ReplayRouting(Handler):
     """Repeats a captured routing. `values` maps keys ("layers.3.moe_topk_ids") to tensors of the same shape as ours."""
 
     stage = REPLAY
@@ -62,7 +62,7 @@ class Captured:
         return flat.view(x.shape)
 
 
-class Restart:
+class Restart(Handler):
     """Records what the model computed, then lets it go on with what the engine had: so every block runs on the engine's
     own input, and an error is seen where it is made and not in all that follows.
     """

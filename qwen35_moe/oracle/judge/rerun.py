@@ -17,7 +17,7 @@ from ...model.cache import LayerState
 from ...model.rope import rotary_angles
 from ...model.text import Layer, Model
 from ...numerics.arithmetics import Arithmetic, using
-from ...numerics.taps import OBSERVE, Handler, Site, attach, scope, tap
+from ...numerics.taps import Handler, Site, attach, scope, tap
 from ...run.fill import fill
 from ...run.load import build, build_part
 from ...run.prompt import Images, embed_prompt
@@ -52,10 +52,8 @@ class Tokens:
         return None if bool(self.mask.all()) else self.mask.bool()
 
 
-class SharedPart:
+class SharedPart(Handler):
     """Sees what the shared expert adds to mlp_output, where it stands beside the others and where it is a slot."""
-
-    stage = OBSERVE
 
     def __init__(self, experts: int, table: Arithmetic):
         self.slot = experts if table.switch("moe_sum_order") == "expert" else None

@@ -21,7 +21,7 @@ from ...model.rope import rotary_angles
 from ...model.text import Layer, Model
 from ...numerics import arithmetics
 from ...numerics.arithmetics import Arithmetic, using
-from ...numerics.taps import OBSERVE, Handler, Site, attach, scope, tap
+from ...numerics.taps import Handler, Site, attach, scope, tap
 from ...run.fill import fill
 from ...run.load import build
 from ...run.source import Source
@@ -72,10 +72,8 @@ def hypotheses(source: Source, which: str = "each", a4: bool = False) -> list[Hy
     return found
 
 
-class _Watch:
+class _Watch(Handler):
     """Keeps what the router of the current layer said."""
-
-    stage = OBSERVE
 
     def __init__(self) -> None:
         self.logits: Tensor | None = None

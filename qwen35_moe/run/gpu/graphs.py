@@ -18,8 +18,9 @@ from ...model.moe import MoE
 from ...model.ops import accumulation_dtype
 from ...model.text import Model
 from ...numerics import arithmetics as arithmetic
-from .fused import compiling
+from .compiled import compiling
 from .grouped import has_grouped_mm
+from .grouped_experts import ResidentExperts, StackedExperts
 
 
 @dataclass
@@ -90,7 +91,7 @@ class DecodeGraph:
         logits_B1V = self.model(inputs_embeds=self.model.embed_tokens(self.ids_B1), cache=cache)
         for key, buffers in self.buffers.items():
             for name, buffer in buffers.items():
-                if (x := getattr(layers[key], name)) is not buffer:
+                if (x := vars(layers[key])[name]) is not buffer:
                     buffer.copy_(x)
         assert cache.next_position is not None
         self.position_B.copy_(cache.next_position)
@@ -131,16 +132,17 @@ def can_capture(model: Model) -> bool:
     products = (("moe_expert_gate_up", config.hidden_size), ("moe_expert_down", config.moe_intermediate_size))
     with arithmetic.using(model.arithmetic):
         grouped = all(has_grouped_mm(accumulation_dtype(name, weight), device, columns) for name, columns in products)
-    if not grouped or not isinstance(model.layers, nn.ModuleList) or hasattr(model, "hf_device_map"):
+    if not grouped or not isinstance(model.layers, nn.ModuleList) or "hf_device_map" in vars(model):
         return False
-    return all(hasattr(module.experts, "stack") for module in model.layers.modules() if isinstance(module, MoE))
+    experts = (module.experts for module in model.layers.modules() if isinstance(module, MoE))
+    return all(isinstance(found, ResidentExperts | StackedExperts) for found in experts)
 
 
 class PrefillGraph:
     """`model(ids)` of one shape [B, T], again and again. `cache` is that of the last call; clone it to go on.
 
-    Passes over memory are compiled for long inputs, which takes seconds for each shape (`fused.py`); the bits are those
-    of `model(ids)`.
+    Passes over memory are compiled for long inputs, which takes seconds for each shape (`compiled.py`); the bits are
+    those of `model(ids)`.
     """
 
     @torch.inference_mode()

@@ -1,6 +1,6 @@
-"""All experts of a layer in a few launches, for GPUs: what `moe.combine_experts` computes expert by expert.
+"""All experts of a layer in a few products, for GPUs: what `model.moe` computes expert by expert.
 
-Tokens are sorted by expert on the device, both products are grouped matrix products over contiguous rows, and each
+Rows are sorted by expert on the device, both products are grouped matrix products over contiguous rows, and each
 token's slots are added in the order that the table asks for. In bf16 nothing waits for the device, so that a forward
 pass can be captured as a graph.
 
@@ -13,114 +13,16 @@ of positions, each within one block, and no index occurs twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
-from typing import Any, Protocol, TypeGuard, cast
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...model.ops import accumulation_dtype, one_wide, promote
 from ...numerics import arithmetics as arithmetic
-from ...numerics.taps import attached, tap
-from ...quant import mxfp4
-from ...quant.packed import Packed, Stacked
-from .fused import one_pass
-
-# Up to FEW (token, slot) pairs, packed experts are decoded pair by pair; beyond, all of a layer (1.6 GB in the 35B, for
-# a moment), or BATCH at a time where their dtype has no grouped product (in float64 all are four times as much).
-FEW = 64
-BATCH = 32
 
 
-class Stackable(Protocol):
-    """Experts that can be had as two stacks."""
-
-    @property
-    def count(self) -> int: ...
-
-    @property
-    def quantised(self) -> bool: ...
-
-    def stack(self, which: Any) -> tuple[Tensor, Tensor]: ...
-
-
-class Batched(Protocol):
-    """Experts that can be had some at a time."""
-
-    @property
-    def count(self) -> int: ...
-
-    @property
-    def quantised(self) -> bool: ...
-
-    def batches(self, hit: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
-        """Experts in ascending order, their gate_up [n, 2F, D] and down [n, D, F]; until all that are hit, and maybe
-        others, have been had."""
-        ...
-
-
-class StackedExperts(nn.Module):
-    """MXFP4 experts that stay packed on the device, stacked: codes [E, 2F, Z], scales [E, 2F, Q], and so for down."""
-
-    def __init__(self, gate_up: mxfp4.MXFP4, down: mxfp4.MXFP4, dtype: torch.dtype, quantised: bool = True):
-        super().__init__()
-        self.gate_up, self.down, self.dtype, self.quantised = gate_up, down, dtype, quantised
-        self.count, self.intermediate = gate_up.shape[0], down.shape[-1]
-
-    def stack(self, which: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Some of the experts, decoded: gate_up [n, 2F, D], down [n, D, F]."""
-        gate_up, down = (
-            mxfp4.decode(packed.codes[which], packed.scales[which], self.dtype) for packed in (self.gate_up, self.down)
-        )
-        return gate_up, down
-
-    def batches(self, hit: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
-        for some in (hit[i : i + BATCH] for i in range(0, len(hit), BATCH)):
-            filled = [*some, *[some[-1]] * (BATCH - len(some))]  # each size of batch would be compiled
-            gate_up, down = self.stack(torch.tensor(filled, device=self.gate_up.codes.device))
-            yield some, gate_up[: len(some)], down[: len(some)]
-
-    def at(self, e: int) -> tuple[Tensor, Tensor]:
-        gate_up, down = self.stack(slice(e, e + 1))
-        return gate_up[0], down[0]
-
-
-def stack_slots(
-    slots: Sequence[tuple[Packed, Packed]], dtype: torch.dtype, device: torch.device, quantised: bool
-) -> StackedExperts | None:
-    """Slots (gate_up, down) as `StackedExperts` on the device; None unless all are MXFP4."""
-    gate_up, down = (as_one_mxfp4([slot[i] for slot in slots], device) for i in (0, 1))
-    return None if gate_up is None or down is None else StackedExperts(gate_up, down, dtype, quantised)
-
-
-def as_one_mxfp4(weights: Sequence[Packed], device: torch.device) -> mxfp4.MXFP4 | None:
-    """Weights [O, I] of equal shape as one [n, O, I] on the device; None unless all are MXFP4."""
-    parts = [part for weight in weights for part in (weight.parts if isinstance(weight, Stacked) else (weight,))]
-    stored = [part for part in parts if isinstance(part, mxfp4.MXFP4)]
-    if len(stored) < len(parts):
-        return None
-    codes, scales = ([x.to(device) for x in xs] for xs in zip(*((p.codes, p.scales) for p in stored), strict=True))
-    n = len(weights)
-    return mxfp4.MXFP4(*(torch.cat(xs).view(n, -1, xs[0].shape[-1]) for xs in (codes, scales)))
-
-
-def applies(experts: object, x_TD: Tensor) -> TypeGuard[Stackable | Batched]:
-    """Whether to take this form: on a GPU, with experts that can be had stacked, and nobody watching single experts."""
-    return x_TD.is_cuda and (hasattr(experts, "stack") or hasattr(experts, "batches")) and not watched()
-
-
-def watched() -> bool:
-    """Whether a handler other than the arithmetic may want to see, or change, values inside of single experts."""
-    table = arithmetic.current()
-    return any(handler is not table and getattr(handler, "wants_experts", True) for handler in attached())
-
-
-def combine(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: Stackable | Batched) -> Tensor:
-    """sum_a weights_a expert_{ids_a}(x), as `moe.combine_experts`. Rounds where the loop rounds.  -> [T, D]"""
-    x_TD = tap("moe_a1", x_TD) if experts.quantised else x_TD
-    y_ND, rows_TA = pair_outputs(x_TD, ids_TA, experts)
+def add_in_order(y_ND: Tensor, ids_TA: Tensor, rows_TA: Tensor, weights_TA: Tensor) -> Tensor:
+    """sum_a weights_a y[rows_a] in the order that the switch `moe_sum_order` says.  -> [T, D]"""
     order = arithmetic.current().switch("moe_sum_order")
     if order == "expert":
         by_id_TA = ids_TA.argsort(-1)
@@ -133,53 +35,12 @@ def combine(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, experts: Stackable
     return add_slots(y_ND, rows_TA, weights_TA)
 
 
-def pair_outputs(x_TD: Tensor, ids_TA: Tensor, experts: Stackable | Batched) -> tuple[Tensor, Tensor]:
-    """What each (token, slot) pair's expert makes of the token, unweighted, in some order, and the row of each pair.
-
-    -> y [T*A, D], rows [T, A]
-    """
-    (T, A), E = ids_TA.shape, experts.count
-    ids_N = ids_TA.flatten()
-    if isinstance(experts, StackedExperts) and T * A <= FEW:  # decode no more than what is hit
-        ends = torch.arange(1, T * A + 1, dtype=torch.int32, device=x_TD.device)
-        x_ND = x_TD.repeat_interleave(A, 0)
-        y_ND = run_experts(x_ND, *experts.stack(ids_N), ends, experts.quantised)
-        return y_ND, torch.arange(T * A, device=x_TD.device).view(T, A)
-    sorted_N, pairs_N = ids_N.to(torch.int16).sort(stable=True)  # narrow: a radix sort's time goes with the bits
-    ids_E = torch.arange(E, dtype=torch.int16, device=x_TD.device)
-    ends_E = torch.searchsorted(sorted_N, ids_E, right=True, out_int32=True)
-    x_ND = x_TD[pairs_N // A]
-    stack = getattr(experts, "stack", None)
-    if stack is None or (isinstance(experts, StackedExperts) and not has_grouped_mm(experts.dtype, x_TD.device)):
-        y_ND = _in_batches(x_ND, ends_E, cast(Batched, experts))
-    else:
-        gate_up, down = stack(slice(None))
-        y_ND = run_experts(x_ND, gate_up, down, ends_E, experts.quantised)
-    rows_N = torch.empty_like(pairs_N)
-    rows_N[pairs_N] = torch.arange(T * A, device=x_TD.device)
-    return y_ND, rows_N.view(T, A)
-
-
 def has_grouped_mm(dtype: torch.dtype, device: torch.device, columns: int = 8) -> bool:
     """PyTorch's grouped product has bf16 operands and result, fp32 sums, and rows of whole 16 bytes.
 
     On a CPU the loop is as fast.
     """
     return dtype == torch.bfloat16 and device.type == "cuda" and columns % 8 == 0
-
-
-def _in_batches(x_ND: Tensor, ends_E: Tensor, experts: Batched) -> Tensor:
-    """As `run_experts`, with some of the experts at a time."""
-    ends = [0, *ends_E.tolist()]
-    hit = [e for e, (start, stop) in enumerate(pairwise(ends)) if stop > start]
-    outputs = []
-    for some, gate_up, down in experts.batches(hit):
-        start, stop = ends[some[0]], ends[some[-1] + 1]
-        if stop > start:
-            in_a_row = some[-1] - some[0] + 1 == len(some)  # an index from the host would wait for the device
-            which = slice(some[0], some[-1] + 1) if in_a_row else torch.tensor(some, device=ends_E.device)
-            outputs.append(run_experts(x_ND[start:stop], gate_up, down, ends_E[which] - start, experts.quantised))
-    return torch.cat(outputs)
 
 
 def run_experts(x_ND: Tensor, gate_up: Tensor, down: Tensor, ends_E: Tensor, quantised: bool) -> Tensor:
@@ -196,7 +57,7 @@ def grouped_linear(name: str, x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) 
     """
     dtype = accumulation_dtype(name, x_NI, weight_EOI)
     if has_grouped_mm(dtype, x_NI.device, x_NI.shape[1]):
-        y_NO = _grouped_mm(x_NI, weight_EOI.mT, ends_E)
+        y_NO = _grouped_mm(x_NI, weight_EOI.mT, offs=ends_E)
     else:
         y_NO, start = x_NI.new_empty(len(x_NI), weight_EOI.shape[1], dtype=dtype), 0
         for end, weight_OI in zip(ends_E.tolist(), weight_EOI, strict=True):
@@ -207,20 +68,17 @@ def grouped_linear(name: str, x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) 
 
 
 # Public since torch 2.10, the same operation under a private name before.
-_grouped_mm = (
-    (lambda x, w, ends: F.grouped_mm(x, w, offs=ends))
-    if hasattr(F, "grouped_mm")
-    else (lambda x, w, ends: torch._grouped_mm(x, w, offs=ends))
-)
+_grouped_mm = vars(F).get("grouped_mm") or torch._grouped_mm
 
 
 def add_slots(y_ND: Tensor, rows_TA: Tensor, weights_TA: Tensor) -> Tensor:
     """The running sum over slots of weight * y, rounded at `moe_expert_weighted` and `moe_partial_sum`.  -> [T, D]"""
     table = arithmetic.current()
-    roundings = [table.rounding(name) for name in ("moe_expert_weighted", "moe_partial_sum")]
-    if table.switch("moe_weight") == "product" and not any(callable(r) for r in roundings):
-        product, total = (promote(y_ND[:0]).dtype if r is arithmetic.KEEP else r for r in roundings)
-        return promote(_sum_of_slots(y_ND, rows_TA, weights_TA, product, total))
+    wide = promote(y_ND[:0]).dtype
+    kept = (table.rounding(name) for name in ("moe_expert_weighted", "moe_partial_sum"))
+    dtypes = [wide if r is arithmetic.KEEP else r for r in kept if r is arithmetic.KEEP or isinstance(r, torch.dtype)]
+    if table.switch("moe_weight") == "product" and len(dtypes) == 2:
+        return promote(sum_of_slots(y_ND, rows_TA, weights_TA, *dtypes))
     total_TD = promote(y_ND.new_zeros(len(rows_TA), y_ND.shape[1]))
     for rows_T, weights_T in zip(rows_TA.T, weights_TA.T, strict=True):
         if table.switch("moe_weight") == "fma":  # the product of fp32 and bf16 is exact in float64
@@ -231,10 +89,7 @@ def add_slots(y_ND: Tensor, rows_TA: Tensor, weights_TA: Tensor) -> Tensor:
     return total_TD
 
 
-@one_pass
-def _sum_of_slots(
-    y_ND: Tensor, rows_TA: Tensor, weights_TA: Tensor, product: torch.dtype, total: torch.dtype
-) -> Tensor:
+def sum_of_slots(y_ND: Tensor, rows_TA: Tensor, weights_TA: Tensor, product: torch.dtype, total: torch.dtype) -> Tensor:
     """The same, where both roundings are dtypes: the products in one, the sums in the other."""
     sum_TD = y_ND.new_zeros(len(rows_TA), y_ND.shape[1], dtype=total)
     for a in range(rows_TA.shape[1]):

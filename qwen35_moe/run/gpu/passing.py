@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...checkpoint.weight import Weight
 from ..experts import PackedExperts
+from .grouped_experts import BatchedExperts
 from .prefetch import Fetch, Layout, PendingScaleCheck
 
 BATCH_BYTES = 2**31  # bytes of decoded experts that a GPU holds at a time
@@ -28,7 +29,7 @@ class Batch(NamedTuple):
     layout: Layout | None
 
 
-class PassingExperts(PackedExperts):
+class PassingExperts(BatchedExperts, PackedExperts):
     """Packed experts that do not stay on a GPU: the next ones are read while it decodes and multiplies others.
 
     Where nearly all experts of a layer are hit, all are read. `begin` has those of the next layer read before its

@@ -1,0 +1,99 @@
+"""What readers find in an engine's files: tensors as they were written, and the tokens of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import Qwen35Error
+from .engine_names import Rule, place
+
+
+@dataclass
+class Piece:
+    """One tensor as an engine wrote it. `path` is its name below the layer; `key` is set where the tap is known."""
+
+    raw: str
+    load: Callable[[], Tensor]
+    step: int = 0
+    rank: int = 0
+    layer: int | None = None
+    path: str = ""
+    part: str = ""
+    dims: str = ""
+    parallel: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+    rows: Tensor | None = None  # indices of the step's tokens, where the tensor does not hold all of them
+    key: str = ""
+
+    @classmethod
+    def named(cls, raw: str, load: Callable[[], Tensor], layer: int | None = None, **fields: Any) -> Piece:
+        """A piece under an engine's name: part, layer and path are taken from it."""
+        part, found, path = place(raw)
+        return cls(raw, load, layer=layer if found is None else found, path=path, part=part, **fields)
+
+
+def plain_values(x: Any, where: str) -> Tensor:
+    """A tensor of a stranger's file as plain values: no gradient, no float8. Error: what has no values here."""
+    if not isinstance(x, Tensor):
+        raise Qwen35Error("not a tensor", where=where, found=type(x).__name__)
+    odd = (
+        "sparse"
+        if x.layout != torch.strided
+        else "quantised"
+        if x.is_quantized
+        else "complex"
+        if x.is_complex()
+        else ""
+    )
+    if odd or x.is_meta:
+        do = "dump plain values of it"
+        raise Qwen35Error("a tensor without plain values", where=where, found=odd or "on the meta device", do=do)
+    x = x.detach()
+    return x.to(torch.float32) if x.is_floating_point() and x.element_size() == 1 else x
+
+
+def fenced_load(piece: Piece) -> Callable[[], Tensor]:
+    """The piece's `load`, whose every failure is an error about this piece, so that it costs its own tap."""
+    load, where = piece.load, piece.where or piece.raw
+
+    def fenced() -> Tensor:
+        try:
+            return plain_values(load(), where)
+        except Qwen35Error:
+            raise
+        except Exception as error:
+            do = "dump again, or delete the file to go on without it"
+            found = f"{type(error).__name__}: {error}"[:200]
+            raise Qwen35Error("tensor cannot be read", where=where, found=found, do=do) from error
+
+    return fenced
+
+
+@dataclass
+class Tokens:
+    """The tokens of one step, flat in the order of the rows. `batch` is (B, T) for padded batches, with `mask`."""
+
+    ids: Tensor | None = None
+    positions: Tensor | None = None
+    seq_lens: list[int] | None = None  # tokens of each sequence up to and including this step, cached ones too
+    requests: list[Any] | None = None
+    batch: tuple[int, int] | None = None
+    mask: Tensor | None = None
+
+    @property
+    def count(self) -> int | None:
+        return None if self.ids is None else self.ids.numel()
+
+
+@dataclass
+class Source:
+    """Where one tap of one step comes from: its pieces by rank, and the rule that reads them."""
+
+    pieces: list[Piece]
+    rule: Rule
+    preference: int
