@@ -15,6 +15,8 @@ likelihood  a hypothesis h predicts d = s, since it was replayed. With noise of 
             (at most CLIP either way), and c = max(1, the median of z_h over the legal one): an engine that is noisier
             than ours is granted its noise. It sees what is far below the noise of one position, given enough of them.
 
+A flip that rounding makes early in a prompt moves all positions after it, and may move them as a fault would: positions
+of one prompt are no independent witnesses. So what decides is the gain without the prompt that speaks loudest for h.
 Were the noise as modelled, a clean engine would exceed a gain of G with a chance of e^-G for each hypothesis. DECIDED
 is log(2,000 hypotheses / 1e-4); what the legal arithmetics reach themselves, twice over, is asked in addition.
 """
@@ -63,11 +65,13 @@ class Quantile:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What one hypothesis makes of the answers. `gain` in nats over "clean"; `left`: the median of z_h over the legal
-    one, 1 where nothing is left to explain; `visible`: a clean engine with this fault would have been found."""
+    """What one hypothesis makes of the answers. `gain` in nats over "clean", `sure` of them without the loudest prompt;
+    `left`: the median of z_h over the legal one, 1 where nothing is left to explain; `visible`: this fault would have
+    been found in an engine that has it."""
 
     name: str
     gain: float
+    sure: float
     left: float
     visible: bool
     layers: tuple[int, ...] = ()  # at which it strikes; none: at all
@@ -89,6 +93,8 @@ class Judge:
 
     def __init__(self, replay: Replay, branches: Sequence[Branch], members: int, at: Positions):
         self.at, self.known = at, at.known
+        which = at.sequence.unique(return_inverse=True)[1]
+        self.prompts = torch.nn.functional.one_hot(which).double()  # [R, prompts]
         self.config = replay.config
         self.truth, self.best, self.most, warm = self._truth(replay, branches[0])
         legal = branches[1 : members + 1]
@@ -125,20 +131,21 @@ class Judge:
         sigma = sizes.square().mean(0).sqrt()
         return sigma.clamp(min=float(sigma.median()) / 4 or 1e-12)
 
-    def gains(self, z0: Tensor, zh: Tensor) -> tuple[Tensor, Tensor]:
-        """gain [H] and what is left [H], of z [R] or [H, R] as it is and z_h [H, R] under each hypothesis."""
+    def gains(self, z0: Tensor, zh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """gain, the sure part of it, and what is left, [H] each, of z [R] or [H, R] as it is and z_h [H, R]."""
         left = zh.quantile(0.5, dim=-1) / self.level[0.5]
         c2 = 3 * left.clamp(min=1, max=WORST).square()[:, None]
         each = 2 * (torch.log1p(z0.square() / c2) - torch.log1p(zh.square() / c2))
-        return each.clamp(-CLIP, CLIP).sum(-1), left
+        prompts = each.clamp(-CLIP, CLIP) @ self.prompts
+        return prompts.sum(-1), prompts.sum(-1) - prompts.amax(-1).clamp(min=0), left
 
     def _power(self) -> tuple[Tensor, float]:
         """Which hypotheses [H] an engine that has them would be convicted of, in every legal arithmetic; and the gain
         that decides."""
         noise = torch.stack([z(self.size(d), self.sigma) for d in self.legal])
         planted = torch.stack([z(self.size(self.signals + d), self.sigma) for d in self.legal])  # [M, H, R]
-        gains = torch.stack([self.gains(p, n.expand_as(p))[0] for p, n in zip(planted, noise, strict=True)])
-        own = torch.stack([self.gains(n, z(self.size(d - self.signals), self.sigma))[0]
+        gains = torch.stack([self.gains(p, n.expand_as(p))[1] for p, n in zip(planted, noise, strict=True)])
+        own = torch.stack([self.gains(n, z(self.size(d - self.signals), self.sigma))[1]
                            for d, n in zip(self.legal, noise, strict=True)])  # fmt: skip
         listed = gains.amin(0) > 2 * DECIDED
         need = max(DECIDED, 2 * float(own[:, listed].max())) if listed.any() else DECIDED
@@ -150,11 +157,13 @@ class Judge:
         d = log_p - self.truth
         z0 = z(self.size(d), self.sigma)
         found = Look([self._quantile(z0, q) for q in QUANTILES], need=self.need)
-        gains, left = self.gains(z0, z(self.size(d - self.signals), self.sigma))
+        gains, sure, left = self.gains(z0, z(self.size(d - self.signals), self.sigma))
         for h in gains.argsort(descending=True).tolist():
             layers, block = self._where(h)
             found.explanations.append(
-                Explanation(self.names[h], float(gains[h]), float(left[h]), bool(self.seen[h]), layers, block)
+                Explanation(
+                    self.names[h], float(gains[h]), float(sure[h]), float(left[h]), bool(self.seen[h]), layers, block
+                )
             )
         return found
 

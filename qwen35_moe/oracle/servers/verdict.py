@@ -51,6 +51,7 @@ class Verdict:
     positions: int
     sequences: int
     quantiles: list[Quantile]
+    suspect: Explanation | None  # the best of those that would be seen here
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -128,7 +129,7 @@ def decide(judge: Judge, found: Told, routing: Sequence[str] = ()) -> Verdict:
     """The verdict on what was told. `routing`: what the experts of the answers say against the engine."""
     look = judge.look(found.log_p)
     positions, sequences = len(found.log_p), len(found.at.sequence.unique())
-    best = next((e for e in look.explanations if e.visible), None)
+    best = max((e for e in look.explanations if e.visible), key=lambda e: e.sure, default=None)
     listed = judge.seen[[i for i, b in enumerate(judge.branches) if b.hypothesis and b.hypothesis.layer is None]]
     blind = bool(len(listed)) and float(listed.double().mean()) < ENOUGH
     finding, why = _finding(look, best, routing, blind)
@@ -136,9 +137,9 @@ def decide(judge: Judge, found: Told, routing: Sequence[str] = ()) -> Verdict:
     if finding != "agrees" and _stranger(judge, found):
         notes.append("log p have little to do with the truth's: this looks like another model, or another prompt")
     group = _alike(look) if finding != "agrees" else []
-    evidence = [*_lines(look), *_top_k(judge, found), *routing]
+    evidence = [*_lines(look, best), *_top_k(judge, found), *routing]
     nearest = look.explanations[0] if look.explanations else None
-    return Verdict(finding, why, evidence, group, nearest, positions, sequences, look.quantiles, notes)
+    return Verdict(finding, why, evidence, group, nearest, positions, sequences, look.quantiles, best, notes)
 
 
 def _finding(look: Look, best: Explanation | None, routing: Sequence[str], blind: bool) -> tuple[Finding, str]:
@@ -147,12 +148,12 @@ def _finding(look: Look, best: Explanation | None, routing: Sequence[str], blind
             return "diverges", f"the {q.name} of the differences is {q.ratio:.3g} x the legal one"
     if routing:
         return "diverges", routing[0]
-    gain = best.gain if best is not None else 0.0
-    said = "" if best is None else f"{best.name}: {gain:.0f} nats likelier than rounding"
-    if gain > look.need:
-        return "diverges", said
-    if gain > look.need / 2:
-        return "cannot tell without a dump", f"a suspicion, {said}, where {look.need:.0f} decide"
+    if best is not None:
+        said = f"{best.name}: {best.sure:.0f} nats likelier than rounding, the loudest prompt left out"
+        if best.sure > look.need:
+            return "diverges", said
+        if best.sure > look.need / 2 or max(e.gain for e in look.explanations if e.visible) > look.need:
+            return "cannot tell without a dump", f"a suspicion, {said}, where {look.need:.0f} decide: ask more prompts"
     if look.quantiles[0].high > LIMIT:
         return "cannot tell without a dump", "the differences may be beyond the limit: ask more"
     if blind:
@@ -168,12 +169,12 @@ def _alike(look: Look) -> list[Explanation]:
     return [e for e in look.explanations if e.gain > best - ALIKE and e.left <= LIMIT]
 
 
-def _lines(look: Look) -> list[str]:
+def _lines(look: Look, best: Explanation | None) -> list[str]:
     lines = [f"{q.name} of |delta log p|: {q.ratio:.2f} x the legal one (surely {q.low:.2f} to {q.high:.2f}, limit "
              f"{LIMIT:g})" for q in look.quantiles]  # fmt: skip
-    best = next((e for e in look.explanations if e.visible), None)
     if best is not None:
-        lines.append(f"best listed fault: {best.name}, {best.gain:+.0f} nats ({look.need:.0f} decide)")
+        lines.append(f"best listed fault: {best.name}, {best.gain:+.0f} nats, {best.sure:+.0f} without the loudest "
+                     f"prompt ({look.need:.0f} decide)")  # fmt: skip
     return lines
 
 
