@@ -17,7 +17,7 @@ ROOT = Path(qwen35_moe.__file__).parent
 # `weights` leads to the recipes beside the package.
 FLOORS = (
     {"errors", "weights"}, {"quant"}, {"gate", "numerics"}, {"checkpoint", "model"}, {"run"}, {"trace"}, {"oracle"},
-    {"testing", "cli"},
+    {"testing", "cli"}, {"pytest_plugin"},
 )  # fmt: skip
 FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
 ABOVE_ALL = {"__init__", "__main__"}  # the package's face, and `python -m qwen35_moe`
