@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import struct
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from qwen35_moe import Qwen35Error
 from qwen35_moe.cli.dump_config import ENGINES, SGLANG_PATCHES, dump_config
 from qwen35_moe.oracle.dumps.align import align
 from qwen35_moe.oracle.dumps.readers import read_dump
+from qwen35_moe.oracle.dumps.readers.atom import CLASSES
 from qwen35_moe.oracle.dumps.writers import write_kl_base, write_sglang_dump
 
 SEQUENCES = [[5, 9, 200, 7, 31, 8, 77], [5, 9, 4, 250, 3]]
@@ -93,3 +96,20 @@ def test_dump_configs() -> None:
     assert SGLANG_PATCHES in dump_config("sglang") and "--disable-radix-cache" in dump_config("sglang")
     with pytest.raises(Qwen35Error, match="no dump settings(.|\n)*mlx"):
         dump_config("mlx")
+
+
+def test_recipes_say_what_the_engines_take() -> None:
+    """ATOM's classes as its model files define them, each with a rule of ours; vLLM's arguments, which its config check
+    takes together: no routed experts with prefix caching or chunked prefill off."""
+    text = dump_config("atom")
+    named = re.search(r"CLASSES=(\S+)", text)
+    assert named is not None and "Qwen3_5SparseMoeBlock" not in text
+    rules = [next(path for pattern, path in CLASSES if re.fullmatch(pattern, kind)) for kind in named[1].split(",")]
+    assert rules == ["output", "linear_attn.output", "o_proj.output", "mlp.output", "mlp.experts.output"]
+    scripts = re.findall(r"<<'PY'\n(.*?)\nPY\n", dump_config("vllm"), re.DOTALL)
+    assert len(scripts) == 2
+    for script in scripts:
+        calls = [n for n in ast.walk(ast.parse(script)) if isinstance(n, ast.Call)]
+        options = {k.arg for n in calls if isinstance(n.func, ast.Name) and n.func.id == "LLM" for k in n.keywords}
+        refused = {"enable_prefix_caching", "enable_chunked_prefill", "kv_transfer_config"}
+        assert "enable_return_routed_experts" not in options or not options & refused

@@ -48,12 +48,13 @@ qwen35-moe compare truth/ engine_dump/
 
 _VLLM = """\
 # vLLM 0.32: it has no dump of layers. The residual stream comes from a connector, the routing with the answer.
+# Two runs: routed experts are refused at start with prefix caching off or chunked prefill off, and hidden states of a
+# cached prefix are in no file. Prompts shorter than max_num_batched_tokens run in one piece.
 python - <<'PY'
 from vllm import LLM, SamplingParams
 layers = list(range(61))  # 0 .. number of layers: entry of each, and the end
 llm = LLM(
-    model="MODEL", enforce_eager=True, enable_prefix_caching=False, enable_chunked_prefill=False,
-    enable_return_routed_experts=True,
+    model="MODEL", enforce_eager=True, enable_prefix_caching=False,
     speculative_config={
         "method": "extract_hidden_states", "num_speculative_tokens": 1,
         "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": layers}},
@@ -63,11 +64,16 @@ llm = LLM(
         "kv_connector_extra_config": {"shared_storage_path": "engine_dump"},
     },
 )
-answer = llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=1, temperature=0))[0]
+llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=1, temperature=0))
+PY
+python - <<'PY'
 import numpy
+from vllm import LLM, SamplingParams
+llm = LLM(model="MODEL", enforce_eager=True, enable_return_routed_experts=True)
+answer = llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=1, temperature=0))[0]
 numpy.save("routed_experts.npy", answer.outputs[0].routed_experts)
 PY
-# Then, where fewer layers were asked for, with --layer-ids 2,18,33:
+# Then, where fewer layers were asked for, with --layer-ids 2,18,33 (in any order: vLLM writes them in the layers'):
 qwen35-moe compare truth/ engine_dump/
 qwen35-moe compare truth/ routed_experts.npy  # ids only, no weights
 """
@@ -98,7 +104,10 @@ _ATOM = """\
 export ATOM_FWD_DUMP_DIR=$PWD/engine_dump
 export ATOM_FWD_DUMP_ONE_SHOT=0
 export ATOM_FWD_DUMP_LAYERS=0,1,2,3
-export ATOM_FWD_DUMP_BLOCK_CLASS=Qwen3_5DecoderLayer,Qwen3_5GatedDeltaNet,Qwen3_5SparseMoeBlock,FusedMoE
+# The MoE block and full attention keep the names of Qwen3-Next. FusedMoE returns the block's output where the shared
+# expert is a slot; with both in the dump, the files say so.
+CLASSES=Qwen3_5DecoderLayer,Qwen3_5GatedDeltaNet,Qwen3NextAttention,Qwen3NextSparseMoeBlock,FusedMoE
+export ATOM_FWD_DUMP_BLOCK_CLASS=$CLASSES
 export ATOM_FWD_DUMP_LAYER_ATTR=layer_idx
 # Class and attribute names are those of the model file in use: print them with
 #   for name, module in model.named_modules(): print(name, type(module).__name__)
