@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import printable
+from ..errors import Qwen35Error, printable
 from ..numerics.choices import STATES
 from ..oracle.judge.envelope import LIMIT
 from ..oracle.judge.records import Comparison
+from ..oracle.judge.where import Where
 from ..oracle.report import report
 from ..oracle.report.text import write
-from ..run.load import SHARED
+from ..run.load import MODES, SHARED
 from ..run.prompt import read_ids
+from .device_options import add_device_options, device_options
 
 
 def add_shared(p: argparse.ArgumentParser) -> None:
@@ -34,6 +36,9 @@ def add_report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--partial", action="store_true", help="agree though tokens of the truth are not in the dump")
     p.add_argument("--kv-cache", metavar="fp8_e4m3[:SCALE]", help="in what the engine keeps keys and values")
     p.add_argument("--state", choices=STATES, help="in what the engine keeps DeltaNet's state")
+    add_device_options(p)
+    p.add_argument("--mode", choices=MODES, help="how weights of a layer that runs again are held (default: by size)")
+    p.add_argument("--quiet", action="store_true", help="no progress on stderr")
     p.add_argument("--limit", type=limit, default=LIMIT, help="default: %(default)s")
 
 
@@ -41,7 +46,15 @@ def chosen(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `compare` and `diagnose` that both commands have."""
     ids = None if args.ids is None else read_ids(args.ids, "--ids")
     return {"engine": args.engine, "limit": args.limit, "partial": args.partial, "ids": ids,
-            "kv_cache": args.kv_cache, "state": args.state}  # fmt: skip
+            "kv_cache": args.kv_cache, "state": args.state, "where": where(args)}  # fmt: skip
+
+
+def where(args: argparse.Namespace) -> Where:
+    """Where blocks run again. Error: what `trace` refuses, too; limits, which one layer at a time has no need of."""
+    options = device_options(args)
+    if options.get("max_memory") or options.get("offload_folder"):
+        raise Qwen35Error("one layer is held at a time", where="--max-memory, --offload-folder", do="leave them out")
+    return Where(args.device, options.get("device_map"), args.mode, args.quiet)
 
 
 def layer_ids(text: str) -> list[int]:

@@ -41,10 +41,11 @@ from .judge.log_p import LOG_P
 from .judge.logits import compare_logits
 from .judge.positions import POSITIONS, engine_positions, judge_positions
 from .judge.records import Comparison, Place, Record, block_of, layer_of
-from .judge.rerun import Rerun, Tokens
+from .judge.rerun import HERE, Rerun, Tokens
 from .judge.second_look import second_look
 from .judge.suspects import accuse, suspects
 from .judge.weights_check import check_weights
+from .judge.where import Where
 from .truth import open_checkpoint, weights_of, write_truth
 
 STORED = "the arithmetics that its envelope was made of"
@@ -68,6 +69,7 @@ class CompareOptions:
     partial    tokens of the truth that the dump does not hold are no reason against "agrees"
     ids        the sequences of a dump that does not hold its token ids, in the order of its rows
     kv_cache   in what the engine keeps keys and values, if not in its dtype: fp8_e4m3, or fp8_e4m3:SCALE
+    where      the device, device_map and mode with which blocks run again, and whether progress is told
     state      in what it keeps DeltaNet's state, if not in float32: bf16
     """
 
@@ -81,6 +83,7 @@ class CompareOptions:
     ids: Sequence[Sequence[int]] | None = None
     kv_cache: str | None = None
     state: str | None = None
+    where: Where = HERE
 
 
 def compare(
@@ -121,7 +124,13 @@ def diagnose(
     arithmetic = arithmetic or usual(loaded.source, "exact")
     with TemporaryDirectory() as folder:
         written = write_truth(
-            checkpoint, ids, truth or folder, arithmetic=arithmetic, shared_expert=shared_expert, with_envelope=False
+            checkpoint,
+            ids,
+            truth or folder,
+            arithmetic=arithmetic,
+            shared_expert=shared_expert,
+            with_envelope=False,
+            where=chosen.where,
         )
         return _compare(written, dump, loaded.source, replace(chosen, fused=loaded.fused))
 
@@ -158,7 +167,7 @@ def _compare(truth: Trace, dump: Dump, source: Source | None, options: CompareOp
             result.weights = check_weights(dump, source)
         tokens = Tokens(truth.ids, engine_positions(alignment), truth.mask, work.steps(), images)
         captured = work.captured(config.num_experts)
-        again = partial(Rerun, source, flags, tokens, captured, with_log_p=LOG_P in alignment.keys)
+        again = partial(Rerun, source, flags, tokens, captured, with_log_p=LOG_P in alignment.keys, where=options.where)
         function = computed(table, source, work, again) if members is None else table
         members = legal(function.name, options.engine) if members is None else members
         members = [*members, *declared(members, options.kv_cache, options.state)]

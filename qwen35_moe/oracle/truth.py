@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
 from ..model.text import Model
+from ..numerics.arithmetics import Arithmetic
 from ..run.load import load
 from ..run.origin import origin_of
 from ..run.prompt import padded
@@ -19,6 +21,8 @@ from ..trace.file import Trace
 from ..trace.recorder import trace
 from .judge.envelope import legal
 from .judge.envelope_file import with_ids, write_envelope
+from .judge.rerun import HERE
+from .judge.where import Where
 
 
 @dataclass
@@ -56,21 +60,25 @@ def weights_of(truth: Trace, checkpoint: Source | str | Path | None) -> tuple[So
 def write_truth(
     checkpoint: str | Path, ids: Tensor | Sequence[Tensor | Sequence[int]], out: str | Path, *,
     arithmetic: str = "exact", shared_expert: str = "unfused", taps: str = "*", with_envelope: bool = True,
+    where: Where = HERE,
 ) -> Trace:  # fmt: skip
     """Trace a checkpoint to the directory `out`, layer by layer, and beside it the envelope.
 
-    ids [B, T], or a list of sequences of token ids, of any lengths.
+    ids [B, T], or a list of sequences of token ids, of any lengths. where: the device and how weights are held there.
     """
     ids, mask = padded([torch.as_tensor(row) for row in ids])
-    model, loaded = open_checkpoint(checkpoint, shared_expert, arithmetic)
-    meta = {"checkpoint": {**origin_of(model).identity, "path": str(Path(checkpoint).resolve())}, "fused": loaded.fused}
+    model = _load(checkpoint, shared_expert, arithmetic, where)
+    meta = {"checkpoint": {**origin_of(model).identity, "path": str(Path(checkpoint).resolve())}, "fused": model.fused}
+    if where.device_map is None:
+        ids, mask = ids.to(where.device), None if mask is None else mask.to(where.device)
     taps = with_ids(taps) if with_envelope else taps
     truth = trace(model, ids, taps=taps, attention_mask=mask, out=out, meta=meta)
     if with_envelope:
-        write_envelope(truth, _legal_models(checkpoint, shared_expert, arithmetic))
+        write_envelope(truth, (_load(checkpoint, shared_expert, table, where) for table in legal(arithmetic)))
     return truth
 
 
-def _legal_models(path: str | Path, shared_expert: str, arithmetic: str) -> Iterator[Model]:
-    for table in legal(arithmetic):
-        yield load(path, table, shared_expert, mode="stream", text_only=True)
+def _load(path: str | Path, shared_expert: str, arithmetic: str | Arithmetic, where: Where) -> Model:
+    device: Any = {"device": where.device} if where.device_map is None else {"device_map": where.device_map}
+    mode = where.mode or ("stream" if where.device_map is None else "packed")
+    return load(path, arithmetic, shared_expert, mode=mode, text_only=True, **device)

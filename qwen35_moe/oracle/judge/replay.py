@@ -54,7 +54,7 @@ class Captured:
     def put(self, key: str, x: Tensor, tokens: int, keep_sums: bool = False) -> Tensor:
         """`x` with the engine's rows in the place of ours. keep_sums: only where ours does not round to theirs, so
         that a stream that was stored rounded keeps the digits that the engine's norm saw."""
-        rows, theirs = self.values[key]
+        rows, theirs = (value.to(x.device) for value in self.values[key])
         flat = x.reshape(tokens, -1).clone()
         ours = flat[rows]
         new = theirs.to(x.dtype)
@@ -76,7 +76,7 @@ class Restart(Handler):
     def __call__(self, site: Site, x: Tensor) -> Tensor | None:
         if site.expert is not None or site.index is not None:
             return None
-        self.seen.setdefault(site.key, x)
+        self.seen.setdefault(site.key, x.cpu())
         if site.name not in RESTARTS:
             return None
         stream = STREAMS.get(site.name)
@@ -85,5 +85,5 @@ class Restart(Handler):
             return None
         if stream is not None:
             dtype = current().rounding(stream)
-            self.seen.setdefault(key, x.to(dtype) if isinstance(dtype, torch.dtype) else x)
+            self.seen.setdefault(key, (x.to(dtype) if isinstance(dtype, torch.dtype) else x).cpu())
         return self.captured.put(key, x, self.tokens, keep_sums=stream is not None)

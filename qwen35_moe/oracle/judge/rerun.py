@@ -6,8 +6,9 @@ A layer is run under several arithmetics from the same values: the engine's, whe
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,9 +28,11 @@ from .hand_over import HandOver, stepped
 from .log_p import LOG_P, log_p
 from .replay import Captured, Restart
 from .split_k import splitting
+from .where import Where
 
 SMALL = 1 << 26
 CPU = torch.device("cpu")
+HERE = Where()
 
 
 @dataclass
@@ -42,6 +45,14 @@ class Tokens:
     mask: Tensor
     steps: Tensor | None = None
     images: Images | None = None
+
+    def on(self, device: torch.device) -> Tokens:
+        """The same on a device."""
+        if device.type == "cpu":
+            return self
+        steps = None if self.steps is None else self.steps.to(device)
+        ids, positions, mask = (x.to(device) for x in (self.ids, self.positions, self.mask))
+        return replace(self, ids=ids, positions=positions, mask=mask, steps=steps)
 
     @property
     def count(self) -> int:
@@ -69,14 +80,14 @@ class Rerun:
 
     def __init__(
         self, source: Source, fused: Sequence[bool], tokens: Tokens, captured: Captured, tables: Sequence[Arithmetic],
-        with_log_p: bool = False,
+        with_log_p: bool = False, where: Where = HERE,
     ):  # fmt: skip
         self.source, self.fused, self.tokens, self.captured = source, list(fused), tokens, captured
-        self.tables, self.with_log_p = list(tables), with_log_p
+        self.tables, self.with_log_p, self.where = list(tables), with_log_p, where
         self.config = source.config
         c = self.config
         size = 24 * c.num_experts * c.moe_intermediate_size * c.hidden_size  # of one layer's experts in float64
-        self.mode = "decoded" if size < SMALL else "stream"
+        self.mode = where.mode or ("decoded" if size < SMALL else "stream")
         self._layers: dict[Any, Layer] = {}
         self._index: int | None = None
         self.models: list[Model] = []  # one a table; their layers are not used
@@ -86,9 +97,13 @@ class Rerun:
         self.shared: Tensor | None = None  # what the shared expert adds to the first table's mlp_output [tokens, D]
 
     def place(self, layer: int | None, expert: int = 0) -> Place:
-        return Place(
-            self.config, self.tokens.positions, None if layer is None else frozenset({layer}), expert, self.tokens.steps
-        )
+        tokens = self.tokens.on(self.device("norm" if layer is None else f"layers.{layer}"))
+        layers = None if layer is None else frozenset({layer})
+        return Place(self.config, tokens.positions, layers, expert, tokens.steps)
+
+    def device(self, part: str) -> torch.device:
+        """Where a part of the model runs."""
+        return self.where.of(part, self.config.num_hidden_layers)
 
     def layer(self, i: int, table: Arithmetic, source: Source, fused: bool) -> Layer:
         """Layer i with the weights of a source, in a table's dtypes; kept while i is the current layer."""
@@ -98,7 +113,7 @@ class Rerun:
         if key not in self._layers:
             with torch.device("meta"):
                 layer = Layer(self.config, self.config.layer_types[i], fused)
-            fill(layer, f"layers.{i}", source, table, CPU, self.mode)
+            fill(layer, f"layers.{i}", source, table, self.device(f"layers.{i}"), self.mode)
             if source is not self.source:
                 return layer
             self._layers[key] = layer
@@ -118,11 +133,12 @@ class Rerun:
         """What the taps of layer i held, by key, what it hands on among them, and the stream after it."""
         layer = self.layer(i, table, source or self.source, self.fused[i] if fused is None else fused)
         restart = Restart(self.captured, self.tokens.count)
-        real = self.tokens.real
+        device = self.device(f"layers.{i}")
+        tokens, stream_BTD = self.tokens.on(device), stream_BTD.to(device)
         with using(table), splitting(table), attach(*handlers, restart):
-            angles = rotary_angles(self.config, self.tokens.positions, stream_BTD.dtype)
-            with scope(layer=i), stepped(layer, hand_over, restart, self.tokens, self.config):
-                out = layer(stream_BTD, angles, real, LayerState())
+            angles = rotary_angles(self.config, tokens.positions, stream_BTD.dtype)
+            with scope(layer=i), stepped(layer, hand_over, restart, tokens, self.config):
+                out = layer(stream_BTD, angles, tokens.real, LayerState())
             after = self._enter(i + 1, out)
         restart.seen.pop(f"layers.{i}.layer_input")  # an output of the layer before
         return restart.seen, after
@@ -141,7 +157,7 @@ class Rerun:
         place = self.place(i, expert)
         source, table = fault.source(self.source, place), fault.arithmetic(table)
         if i is None:
-            model = build(source, table, self.fused, CPU, "stream")
+            model = build(source, table, self.fused, self.device("norm"), "stream")
             return self.head(model, self.streams[like], fault.handlers(place))
         stream = (self.before if to_head else self.streams)[like]
         taps, after = self.run_layer(
@@ -156,26 +172,29 @@ class Rerun:
         What layer i hands on is among its own taps, under the names that the next layer gives to it.
         """
         tokens = self.tokens
-        self.models = [build(self.source, table, self.fused, CPU, "stream") for table in self.tables]
+        device, count = self.device("norm"), self.config.num_hidden_layers
+        self.models = [build(self.source, table, self.fused, device, "stream") for table in self.tables]
+        begin = said = time.monotonic()
         seen, self.streams = [], []
         for table, model in zip(self.tables, self.models, strict=True):
             restart = Restart(self.captured, tokens.count)
             with attach(restart):
                 embeds = self._images(model, table)
                 with using(table):
-                    embeds = model.embed_tokens(tokens.ids) if embeds is None else embeds
+                    embeds = model.embed_tokens(tokens.ids.to(device)) if embeds is None else embeds
                     self.streams.append(self._enter(0, tap("embed_tokens", embeds)))
             seen.append(restart.seen)
         yield None, seen
-        for i in range(self.config.num_hidden_layers):
+        for i in range(count):
             seen, after = [], []
             part = SharedPart(self.config.num_experts, self.tables[0])
             for table, stream in zip(self.tables, self.streams, strict=True):
                 taps, out = self.run_layer(i, table, stream, () if seen else (part,))
                 seen.append(taps)
                 after.append(out)
-            self.shared = part.value
+            self.shared = None if part.value is None else part.value.cpu()
             yield i, seen
+            said = self.where.progress(i + 1, count, len(self.tables), begin, said)
             self.before, self.streams, self.chosen = self.streams, after, seen[0][f"layers.{i}.moe_topk_ids"]
         yield None, [self.head(model, stream) for model, stream in zip(self.models, self.streams, strict=True)]
 
@@ -192,7 +211,8 @@ class Rerun:
         started, by index. With nothing captured, what comes after the last layer is what a whole run makes."""
         if i is None and not self.captured.values:
             more = [table for _, table in tables]
-            return list(Rerun(self.source, self.fused, self.tokens, self.captured, more, self.with_log_p))[-1][1]
+            whole = Rerun(self.source, self.fused, self.tokens, self.captured, more, self.with_log_p, self.where)
+            return list(whole)[-1][1]
         if i is None:
             return [self.head(self.models[like], self.streams[like], table=table) for like, table in tables]
         return [self.run_layer(i, table, self.streams[like])[0] for like, table in tables]
@@ -204,7 +224,7 @@ class Rerun:
         """What the taps after the last layer held."""
         restart, table = Restart(self.captured, self.tokens.count), table or model.arithmetic
         with using(table), splitting(table), attach(*handlers, restart):
-            model.lm_head("next_token_logits", model.norm(stream_BTD))
+            model.lm_head("next_token_logits", model.norm(stream_BTD.to(self.device("norm"))))
         if self.with_log_p:
             restart.seen[LOG_P] = log_p(restart.seen["next_token_logits"])
         return restart.seen

@@ -1,0 +1,51 @@
+"""Where blocks run again, and whether somebody is told how far they are."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...run.load import usable
+
+EVERY = 10.0  # seconds between two lines of progress in a file
+
+
+@dataclass(frozen=True)
+class Where:
+    """device, device_map and mode as of `load`: a map gives each layer's device, "auto" and its like spread the layers
+    evenly over all GPUs. One layer is held at a time, wherever it is. quiet: nothing on stderr."""
+
+    device: str = "cpu"
+    device_map: str | Mapping[str, Any] | None = None
+    mode: str | None = None
+    quiet: bool = True
+
+    def of(self, part: str, layers: int) -> torch.device:
+        """The device of "layers.3", "embed_tokens", "norm" or "lm_head"."""
+        if self.device_map is None:
+            return usable(self.device, f"device {self.device}")
+        if isinstance(self.device_map, Mapping):
+            found = [key for key in self.device_map if key in ("", part) or part.startswith(f"{key}.")]
+            name = self.device_map[max(found, key=len)] if found else "cpu"
+            name = f"cuda:{name}" if isinstance(name, int) else "cpu" if name == "disk" else str(name)
+            return usable(name, f"device_map {part}")
+        if not (count := torch.cuda.device_count()):
+            return torch.device("cpu")
+        layer = int(part.rpartition(".")[2]) if part.startswith("layers.") else layers - 1
+        return torch.device("cuda", layer * count // layers)
+
+    def progress(self, done: int, layers: int, arithmetics: int, begin: float, said: float) -> float:
+        """Says that `done` layers are done, unless it was said just now. Returns when something was said last."""
+        now, tty = time.monotonic(), sys.stderr.isatty()
+        if self.quiet or (not tty and now - said < EVERY):
+            return said
+        left = f"{(now - begin) / done * (layers - done):.0f} s left" if done else "time left not known yet"
+        start, end = ("\r\033[K", "" if done < layers else "\n") if tty else ("", "\n")
+        text = f"layer {done}/{layers}  run again under {arithmetics} arithmetics  {left}"
+        print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
+        return now
