@@ -202,9 +202,12 @@ class Rerun:
         """The prompt's embeddings with its images in them, by the tower under this table; None for text."""
         if self.tokens.images is None:
             return None
-        model.visual = build_part("visual", self.source, table, False, CPU, "stream")
-        real = None if self.tokens.real is None else self.tokens.mask
-        return embed_prompt(model, self.tokens.ids, attention_mask=real, **self.tokens.images.given())["inputs_embeds"]
+        device = self.device("norm")
+        model.visual = build_part("visual", self.source, table, False, device, "stream")
+        real = None if self.tokens.real is None else self.tokens.mask.to(device)
+        return embed_prompt(model, self.tokens.ids.to(device), attention_mask=real, **self.tokens.images.given())[
+            "inputs_embeds"
+        ]
 
     def taps(self, i: int | None, tables: Sequence[tuple[int, Arithmetic]]) -> list[dict[str, Tensor]]:
         """What the taps of layer i (None: after the last) held under more tables, each run from where one of ours
