@@ -214,7 +214,11 @@ class Checkpoint:
         return verify_manifest(self.folder, self.reader, Path(manifest))
 
     def _missing(self, name: str) -> Qwen35Error:
-        near = get_close_matches(name, self._siblings(name), n=1, cutoff=0.8)
+        words = name.split(".")  # what is like `….up_proj.weight` differs in one word, and little
+        others = [other for other in self._siblings(name) if other.count(".") == name.count(".")]
+        alike = {other: [w for w, own in zip(other.split("."), words, strict=True) if w != own] for other in others}
+        missed = {other: [own for w, own in zip(other.split("."), words, strict=True) if w != own] for other in others}
+        near = [o for o, odd in alike.items() if len(odd) == 1 and get_close_matches(odd[0], missed[o], 1, 0.7)]
         do = f"there is {near[0]}" if near else ""
         return Qwen35Error("a tensor is missing", where=self.path, expected=name, found="absent", do=do)
 

@@ -182,7 +182,10 @@ def stated_method(raw: Mapping[str, Any]) -> str:
     """The quant_method of a quantization_config, in the one spelling that is used here; "" where none is stated."""
     method = raw.get("quant_method") or ("modelopt" if "quantization" in raw or "quant_algo" in raw else "")
     method = method.value if isinstance(method, Enum) else method  # transformers' configs hold an enum
-    return ALIASES.get(method, method) if isinstance(method, str) else repr(method)
+    if not isinstance(method, str):
+        where, expected = "quantization_config.quant_method", "a word"
+        raise Qwen35Error("unknown quantisation method", where=where, expected=expected, found=repr(method)[:200])
+    return ALIASES.get(method, method)
 
 
 def method_of(raw: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MOST_LAYERS, Qwen35Error
+from .family import check_family
 from .rope_scaling import RopeScaling
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -33,6 +35,10 @@ INERT_KEYS = frozenset(
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     tie_encoder_decoder base_model_tp_plan base_model_pp_plan mtp deepstack_visual_indexes rope_parameters""".split()  # noqa: SIM905
 )
+
+# Notes of tools: they pass, and one line says so.
+HARMLESS = ("unsloth_", "num_nextn_predict_layers", "transformers_", "axolotl_", "llamafactory_", "quantization_")
+LOG = logging.getLogger("qwen35_moe")
 
 # No checkpoint of the family has any other value.
 ONLY = {"hidden_act": "silu", "attention_bias": False, "attn_output_gate": True}
@@ -90,6 +96,8 @@ class Config:
         text = raw.get("text_config", raw) if isinstance(raw, Mapping) else raw
         if not isinstance(text, Mapping):
             raise Qwen35Error("not an object", where="config.json", expected="{...}", found=type(text).__name__)
+        ignore = tuple(ignore)
+        check_family(raw, text, ignore)
         _check_keys(text, ignore)
         own = [f for f in fields(Config) if f.name not in ("raw", "rope_scaling")]
         rope = _rope(text)
@@ -167,14 +175,17 @@ def _rope(text: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _check_keys(text: Mapping[str, Any], ignore: Iterable[str]) -> None:
     known = {f.name for f in fields(Config)} | INERT_KEYS | ONLY.keys() | set(ignore)
-    if unknown := sorted(str(key) for key in text if key not in known and not str(key).startswith("_")):
+    unknown = sorted(str(key) for key in text if key not in known and not str(key).startswith("_"))
+    if passing := [key for key in unknown if key.startswith(HARMLESS)]:
+        LOG.warning("config.json: keys that change nothing here: %s", ", ".join(passing))
+    if unknown := [key for key in unknown if not key.startswith(HARMLESS)]:
         near = get_close_matches(unknown[0], known, n=1)
         raise Qwen35Error(
             "unknown keys, which might change what the model computes",
             where="config.json",
             expected=f"{near[0]!r}?" if near else "keys of the Qwen3.5 MoE family",
             found=", ".join(unknown),
-            do="if they are harmless, name them in load(..., ignore_config_keys=[...])",
+            do="if they are harmless, name them: load(..., ignore_config_keys=[...]), or --ignore-config-keys",
         )
     for key, only in ONLY.items():
         if (found := text.get(key, only)) != only:

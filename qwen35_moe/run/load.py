@@ -75,7 +75,7 @@ def load(
     table = arithmetics.get(arithmetic)
     checkpoint = Checkpoint.open(path)
     config = model_config(checkpoint, ignore_config_keys)
-    validate(checkpoint, config)
+    validate(checkpoint, config, text_only)
     checkpoint.reader.mapped = mode != "stream"
     if shared_expert == "auto" and table.fuses:
         decisions = decide_layers(checkpoint.config, stored=checkpoint.spec)

@@ -74,18 +74,21 @@ def _shapes(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Shape]]:
             yield f"{prefix}{name}", tuple(x.shape)
 
 
-def validate(ck: Checkpoint, config: Config | None = None) -> None:
+def validate(ck: Checkpoint, config: Config | None = None, text_only: bool = False) -> None:
     """Error unless all tensors that the configuration implies are there, in their shapes and in a known format, and no
     others: one error about all of them. Reads headers only. Vision tower and MTP may be left out as a whole.
 
     A quantisation method that is not known is an error, too, though bytes alone say what is computed: what else such a
-    method may mean by them is not known.
+    method may mean by them is not known. text_only: draft head and vision tower may be whatever they are.
     """
+    _check_prefix(ck)
     config = model_config(ck) if config is None else config
     if quantised := as_raw(quantization_of(ck.config or config.raw)):
         method_of(quantised)
-    mtp = max(config.mtp_num_hidden_layers, 1) if any(name.startswith("mtp.") for name in ck.names()) else 0
-    vision = _vision_config(ck, config)
+    drafts = not text_only and any(name.startswith("mtp.") for name in ck.names())
+    mtp = max(config.mtp_num_hidden_layers, 1) if drafts else 0
+    vision = None if text_only else _vision_config(ck, config)
+    aside = (*CACHE_SCALES, "" if vision else "visual.*", "mtp.*" if text_only else "")
     known: set[str] = set()
     problems: list[Qwen35Error] = []
     for name, shape in expected_tensors(config, mtp, vision):
@@ -100,11 +103,11 @@ def validate(ck: Checkpoint, config: Config | None = None) -> None:
                 break
             known.update(ck.expert_names(name), (s.name for s in ck.modules.get(split_role(name)[0], {}).values()))
     for name in () if len(problems) == ENOUGH else ck.tensors.keys() - known:
-        if not any(fnmatchcase(name, pattern) for pattern in (*CACHE_SCALES, "" if vision else "visual.*")):
+        if not any(fnmatchcase(name, pattern) for pattern in aside):
             where, found = ck.stored(name).where, ck.stored(name)
             problems.append(Qwen35Error("a tensor that is not expected", where=where, expected="none", found=found))
     if problems:
-        raise problems[0] if len(problems) == 1 else _as_one(ck, problems)
+        raise _advised(ck, problems[0]) if len(problems) == 1 else _as_one(ck, problems)
 
 
 def _as_one(ck: Checkpoint, problems: list[Qwen35Error]) -> Qwen35Error:
@@ -121,6 +124,21 @@ def _as_one(ck: Checkpoint, problems: list[Qwen35Error]) -> Qwen35Error:
     )
 
 
+def _check_prefix(ck: Checkpoint) -> None:
+    """Error, naming what is stored, if the whole model stands under a prefix that is not one of the family's."""
+    if "norm.weight" in ck or "embed_tokens.weight" in ck:
+        return
+    ending = "embed_tokens.weight"
+    if stored := next((s for name, s in ck.tensors.items() if name.endswith("." + ending)), None):
+        raise Qwen35Error(
+            "the tensors carry a prefix that is not known",
+            where=stored.where,
+            expected="model.language_model., model., language_model.model. or repetitions of these",
+            found=stored.raw_name[: -len(ending)],
+            do="rename the tensors; an adapter must be merged first",
+        )
+
+
 def _vision_config(ck: Checkpoint, config: Config) -> VisionConfig | None:
     raw = config.raw.get("vision_config")
     if raw is None or not any(name.startswith("visual.") for name in ck.names()):
@@ -128,6 +146,13 @@ def _vision_config(ck: Checkpoint, config: Config) -> VisionConfig | None:
     if not isinstance(raw, Mapping):
         raise Qwen35Error("bad value", where="config.json: vision_config", expected="an object", found=repr(raw)[:200])
     return VisionConfig.from_dict(raw, config.hidden_size)
+
+
+def _advised(ck: Checkpoint, error: Qwen35Error) -> Qwen35Error:
+    if str(error.expected) != "lm_head.weight" or "embed_tokens" not in ck.modules:
+        return error
+    do = 'if the head is the embedding, as in many small models, set "tie_word_embeddings": true in config.json'
+    return Qwen35Error(error.what, where=error.where, expected=error.expected, found=error.found, do=do)
 
 
 def _check_tensor(ck: Checkpoint, name: str, shape: tuple[int, ...]) -> Iterable[str]:

@@ -9,7 +9,7 @@ from math import isqrt
 from typing import Any
 
 from ...errors import Qwen35Error
-from ..config import INERT_KEYS
+from ..config import HARMLESS, INERT_KEYS
 
 ROPE_THETA = 10_000.0
 
@@ -39,7 +39,9 @@ class VisionConfig:
         if (rope := raw.get("rope_parameters") or only) != only:
             where, do = "config.json: vision_config.rope_parameters", "no checkpoint of the family has another value"
             raise Qwen35Error("bad value", where=where, expected=only, found=rope, do=do)
-        for key in raw.keys() - known - INERT_KEYS - {"rope_parameters"}:
+        for key in (
+            k for k in raw.keys() - known - INERT_KEYS - {"rope_parameters"} if not k.startswith(("_", *HARMLESS))
+        ):
             near = get_close_matches(key, known, n=1, cutoff=0.75)
             do = f"did you mean {near[0]!r}?" if near else "a field that changes the tower must be understood first"
             raise Qwen35Error("unknown key", where="config.json: vision_config", found=f"{key} = {raw[key]!r}", do=do)
