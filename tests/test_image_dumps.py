@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from fixture_models import FIXTURES
 from peers.transformers_model import load_transformers, quiet
+from safetensors.torch import save_file
 from torch import Tensor
 
 import qwen35_moe as q
+from qwen35_moe.cli import main as cli
 from qwen35_moe.model.vision.positions import token_types
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.diagnose.rope_faults import counted, counted_after, swapped, time_only
@@ -19,6 +22,7 @@ from qwen35_moe.oracle.dumps.readers.transformers import TransformersCapture
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.run.prompt import Images
 from qwen35_moe.trace.file import Trace
+from qwen35_moe.trace.images import axes_in
 
 CHECKPOINT = FIXTURES / "bf16-hub"
 IMAGE = 252
@@ -52,8 +56,9 @@ def transformers_dump(positions: Callable[[Tensor], Tensor] | None = None, image
 
 
 def test_positions_have_three_axes(truth: Trace) -> None:
-    assert truth.axes is not None and truth.axes.shape == (3, 1, IDS.shape[1])
-    assert torch.equal(truth.axes[0], truth.positions) and not torch.equal(truth.axes[0], truth.axes[2])
+    axes = axes_in(truth)
+    assert axes is not None and axes.shape == (3, 1, IDS.shape[1])
+    assert torch.equal(axes[0], truth.positions) and not torch.equal(axes[0], axes[2])
 
 
 def test_a_right_engine_agrees(truth: Trace, source) -> None:
@@ -75,3 +80,21 @@ def test_a_right_engine_agrees(truth: Trace, source) -> None:
 def test_wrong_positions_are_named(truth: Trace, source, positions: Callable[[Tensor], Tensor], name: str) -> None:
     found = compare(truth, transformers_dump(positions), source, diagnoses=1)
     assert found.exit_code == 1 and found.diagnoses[0].name == name, (found.verdict, str(found.diagnoses[0]))
+
+
+def test_trace_of_pixels_by_the_command(tmp_path: Path) -> None:
+    """The same tensors as in Python, an envelope that the images are in, and `compare` on its own."""
+    save_file({"pixel_values": PIXELS, "image_grid_thw": GRIDS}, tmp_path / "pixels.safetensors")
+    short = ",".join(map(str, [3, 17, 250, IMAGE, 251, 99, 250, IMAGE, *IDS[0, 16:].tolist()]))
+    out = str(tmp_path / "truth")
+    arguments = ["trace", str(CHECKPOINT), "--ids", short, "--out", out, "--quiet"]
+    assert cli.main([*arguments, "--pixel-values", str(tmp_path / "pixels.safetensors")]) == 0
+    written = Trace.open(out)
+    expected = q.trace(q.load(CHECKPOINT, shared_expert="unfused"), written.ids, images=Images(PIXELS, GRIDS))
+    assert written.ids.tolist() == IDS.tolist()
+    assert (
+        "visual.layers.0.vis_qkv" in written and [k for k in expected if not torch.equal(expected[k], written[k])] == []
+    )
+    alone = compare(Trace(written.sites, {**written.meta, "checkpoint": {}}, written.path), transformers_dump())
+    assert not alone.diverges and alone.compared > 40, alone.verdict
+    assert cli.main([*arguments, "--pixel-values", str(tmp_path / "nothing.safetensors")]) == 2

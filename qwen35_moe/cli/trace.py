@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint import Checkpoint
 from ..errors import Qwen35Error
 from ..model.text import Model
+from ..model.vision.config import VisionConfig
 from ..numerics.arithmetics import ARITHMETICS
 from ..numerics.tap_table import TAPS, matching, split_patterns
 from ..oracle.judge.envelope import legal
@@ -22,8 +24,9 @@ from ..oracle.judge.envelope_file import ENVELOPE, remaining, with_ids, write_en
 from ..run.files import Claim
 from ..run.load import MODES, SHARED, load
 from ..run.origin import origin_of
-from ..run.prompt import padded, read_ids
+from ..run.prompt import Images, load_images, load_tokenizer, padded, place_images, read_ids
 from ..trace.file import Trace, in_utf8
+from ..trace.images import read_images
 from ..trace.layers import aside_of, check_request, complete_trace, meta_of, resumable, resumed_complete, trace_layers
 from ..trace.resume import run_of
 from ..trace.writer import remove_parts
@@ -35,6 +38,10 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.description = "Computes layer by layer. What is done is on disk after each layer, and --resume goes on."
     p.add_argument("checkpoint", nargs="?")
     p.add_argument("--ids", help="1,2,3 or a file: a list of token ids, or a list of lists (padded on the right)")
+    p.add_argument("--prompt", help="text instead of --ids, by the tokenizer in the folder")
+    p.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
+    p.add_argument("--pixel-values", metavar="FILE", help="safetensors with pixel_values and image_grid_thw (or "
+                   "pixel_values_videos and video_grid_thw), as a processor gave them")  # fmt: skip
     p.add_argument("--out", help="directory to write")
     p.add_argument("--arithmetic", default="exact", help="default: %(default)s")
     p.add_argument("--taps", default="*", help="globs, separated by commas (default: all but --experts); "
@@ -62,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{name:<28}{tap.dims:<14}{tap.meaning}")
         print("\narithmetics: " + ", ".join(ARITHMETICS))
         return 0
-    if not (args.checkpoint and args.ids and args.out):
+    if not (args.checkpoint and (args.ids or args.prompt is not None) and args.out):
         raise Qwen35Error("nothing to trace", expected="trace CHECKPOINT --ids FILE --out DIRECTORY")
     if args.offload_folder is not None and Path(args.offload_folder).resolve().is_relative_to(Path(args.out).resolve()):
         where = f"--offload-folder {args.offload_folder}"
@@ -70,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
     in_utf8(args.out)
     args.asked = split_patterns(args.taps)
     args.taps = args.taps if args.no_envelope else with_ids(args.taps)
-    ids, mask = padded([torch.tensor(row) for row in read_ids(args.ids, "--ids")])
+    rows = read_ids(args.ids, "--ids") if args.prompt is None else [encode(args)]
+    args.images = pixels_of(args, rows)
+    ids, mask = padded([torch.tensor(row) for row in rows])
     processes = Processes(args.device)
     args.device = processes.device
     batch = args.batch or (len(ids) if processes.count == 1 else 1)
@@ -98,7 +107,8 @@ def _trace(
         "fused": model.fused,
     }
     check_request(model, ids, args.taps, last)
-    meta, aside = meta_of(model, ids, mask, args.taps, args.experts, more), aside_of(model, args.taps, last)
+    meta = meta_of(model, ids, mask, args.taps, args.experts, more, args.images)
+    aside = aside_of(model, args.taps, last, args.images)
     parts = _directories(args, model, len(groups), meta, aside, processes.rank == 0)
     for i in processes.own(len(parts)):
         rows = groups[i]
@@ -162,10 +172,33 @@ def _trace_group(
     truth, _ = trace_layers(
         model, ids.to(args.device), out, mask=mask, taps=args.taps, experts=args.experts, last=last,
         resume=args.resume, meta=more, quiet=args.quiet, label=label,
+        images=args.images,
     )  # fmt: skip
     if _wants_envelope(args, len(model.layers)):
         with resumable(out, len(model.layers)):
             write_envelope(truth, _legal_models(args, truth), resume=args.resume, quiet=args.quiet)
+
+
+def encode(args: argparse.Namespace) -> list[int]:
+    """Ids of --prompt. Special tokens in the text count as such; nothing is put in front."""
+    if args.ids:
+        raise Qwen35Error("two prompts", where="command line", expected="--ids or --prompt", found="both")
+    return load_tokenizer(args.checkpoint).encode(args.prompt, add_special_tokens=False)
+
+
+def pixels_of(args: argparse.Namespace, rows: list[list[int]]) -> Images | None:
+    """The images of the prompt; each gets its placeholders in `rows`."""
+    if not args.image and args.pixel_values is None:
+        return None
+    if len(rows) > 1 or (args.image and args.pixel_values):
+        expected = "one prompt, and --image or --pixel-values"
+        raise Qwen35Error("one prompt with images at a time", where="command line", expected=expected)
+    images = Images(*load_images(args.checkpoint, args.image)) if args.image else read_images(args.pixel_values)
+    config = Checkpoint.open(args.checkpoint).model_config(())
+    if images.image_grid_thw is not None:
+        vision = VisionConfig.from_dict(config.raw.get("vision_config") or {}, config.hidden_size)
+        rows[0] = place_images(config, rows[0], images.image_grid_thw, vision.spatial_merge_size)
+    return images
 
 
 def positive(text: str) -> int:
@@ -186,7 +219,14 @@ def _last_layer(text: str | None) -> int | None:
 
 def _load(args: argparse.Namespace, arithmetic: Any) -> Model:
     mode = args.mode or ("stream" if args.device_map is None else "packed")
-    return load(args.checkpoint, arithmetic, args.shared_expert, mode=mode, text_only=True, **device_options(args))
+    return load(
+        args.checkpoint,
+        arithmetic,
+        args.shared_expert,
+        mode=mode,
+        text_only=args.images is None,
+        **device_options(args),
+    )
 
 
 def _legal_models(args: argparse.Namespace, truth: Trace) -> Iterator[Model]:

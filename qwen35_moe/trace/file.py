@@ -9,16 +9,13 @@ trace.json is one JSON object:
 
     format    "qwen35-moe-trace"
     version   1
-    meta      arithmetic, checkpoint (identity), steps: one {ids, positions, mask} a forward pass, each [B][T], and
-              axes [3][B][T], the positions in time, height and width, of prompts with images
+    meta      arithmetic, checkpoint (identity), steps: {ids, positions, mask} [B][T], and with images axes [3][B][T]
     tensors   list, in order, of {key, name, layer, expert, part, step, dims, dtype, shape, file}
 
 `key` is the tensor's name in its file. `dims` names its dimensions (legend in tap_names.py): "b t d", "t e". `layer`
 and `expert` are null where they do not apply; `part` is "", "mtp" or "visual"; keys of step 1 and later start with
 "step.1.". `mask` is 1 for real tokens and 0 for padding. Each file carries its records a second time, as JSON in the
 safetensors header's `__metadata__["tensors"]`, so that the files of an interrupted run can be read (`partial=True`).
-
-`trace_writer.py` writes them.
 """
 
 from __future__ import annotations
@@ -134,14 +131,6 @@ class Trace(Mapping[str, Tensor]):
     @property
     def positions(self) -> Tensor:
         return self._per_token("positions")
-
-    @property
-    def axes(self) -> Tensor | None:
-        """[3, B, T] positions in time, height and width, where the prompt has images; else None."""
-        if not self.steps or "axes" not in self.steps[0]:
-            return None
-        one = [step["axes"] if "axes" in step else [step["positions"]] * 3 for step in self.steps]
-        return torch.cat([torch.tensor(axes, dtype=torch.int64) for axes in one], dim=2)
 
     @property
     def mask(self) -> Tensor:

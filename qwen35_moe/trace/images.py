@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..errors import Qwen35Error
 from ..model.config import Config
-from ..run.prompt import Images, special_id
+from ..model.vision.config import VisionConfig
+from ..model.vision.positions import rope_positions
+from ..run.prompt import Images, placeholders, special_id
 from .file import Trace
 
 PIXELS = "vis_pixels"
@@ -18,7 +24,39 @@ def images_meta(config: Config, images: Images) -> dict[str, Any]:
     """What trace.json says of images: their grids, and the ids that they take the place of."""
     grids = {"image": images.image_grid_thw, "video": images.video_grid_thw}
     kinds = {kind: grid.tolist() for kind, grid in grids.items() if grid is not None}
-    return {"grids": kinds, "placeholders": [special_id(config, kind) for kind in kinds]}
+    pixels = [x.float().cpu().contiguous() for x in (images.pixel_values, images.pixel_values_videos) if x is not None]
+    digest = sha256(b"".join(x.numpy().tobytes() for x in pixels)).hexdigest()
+    return {"grids": kinds, "placeholders": [special_id(config, kind) for kind in kinds], "sha256": digest}
+
+
+def read_images(path: str | Path) -> Images:
+    """A safetensors file with pixel_values and image_grid_thw, pixel_values_videos and video_grid_thw, or all four."""
+    names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise Qwen35Error("cannot read pixels", where=path, found=error) from error
+    pairs = [(names[i] in found, names[i + 1] in found) for i in (0, 2)]
+    if any(a != b for a, b in pairs) or not found:
+        expected = f"{names[0]} and {names[1]}, or {names[2]} and {names[3]}"
+        raise Qwen35Error("pixels and grids are not both there", where=path, expected=expected, found=sorted(found))
+    return Images(*(found.get(name) for name in names))
+
+
+def axes_of(config: Config, ids_BT: Tensor, mask: Tensor | None, images: Images) -> Tensor:
+    """[3, B, T] the positions of a prompt with images."""
+    vision = VisionConfig.from_dict(config.raw.get("vision_config") or {}, config.hidden_size)
+    types_BT, grids = placeholders(config, ids_BT), (images.image_grid_thw, images.video_grid_thw)
+    return rope_positions(types_BT, *grids, mask, vision.spatial_merge_size)[0]
+
+
+def axes_in(trace: Trace) -> Tensor | None:
+    """[3, B, T] positions in time, height and width, where the prompt has images; else None."""
+    if not trace.steps or "axes" not in trace.steps[0]:
+        return None
+    one = [step["axes"] if "axes" in step else [step["positions"]] * 3 for step in trace.steps]
+    return torch.cat([torch.tensor(axes, dtype=torch.int64) for axes in one], dim=2)
 
 
 def images_of(trace: Trace) -> Images | None:

@@ -21,11 +21,13 @@ from ..model.cache import Cache, LayerState, extend
 from ..model.rope import rotary_angles
 from ..model.text import Model
 from ..numerics import arithmetics
-from ..numerics.tap_table import dims_of
+from ..numerics.tap_table import dims_of, split_patterns
 from ..numerics.taps import Handler, Site, attach, scope, tap
 from ..run.origin import origin_of
+from ..run.prompt import Images, embed_prompt
 from ..run.streamed import StreamedHead
 from .file import RESUME, Trace
+from .images import PIXELS, axes_of, images_meta
 from .progress import Progress
 from .recorder import Patterns, Recorder, sizes_of, step_record
 from .resume import State, check_same, run_of
@@ -48,19 +50,21 @@ def trace_layers(
     meta: dict[str, Any] | None = None,
     quiet: bool = False,
     label: str = "",
+    images: Images | None = None,
 ) -> tuple[Trace, UsageReport]:
     """As `trace`, for one forward pass over ids [B, T]: to a directory, and it can be resumed.
 
     last: the last layer to compute; without it, all, and norm and head. resume: go on after the last layer that an
     earlier run completed, be it that it was killed or that it had a smaller `last`; the bytes of the trace are those
-    of an undisturbed run. label: begins each line of progress. Error: disk full, unreadable shard (what is done can be
-    resumed); another run's state.
+    of an undisturbed run. label: begins each line of progress. images: what takes the place of placeholders.
+    Error: disk full, unreadable shard (what is done can be resumed); another run's state.
     """
     out, count = Path(out), len(model.layers)
     stop = count if last is None else last + 1
     check_request(model, ids_BT, taps, last)
-    aside = aside_of(model, taps, last)
-    meta = meta_of(model, ids_BT, mask, taps, experts, meta)
+    aside = aside_of(model, taps, last, images)
+    meta = meta_of(model, ids_BT, mask, taps, experts, meta, images)
+    taps = taps if images is None else (*split_patterns(taps), PIXELS)
     if resume and (there := complete_trace(out, count)) is not None:
         return there, resumed_complete(model, there, meta, aside)
     now = State(run_of(meta, ids_BT.device.type))
@@ -79,7 +83,7 @@ def trace_layers(
     recorder, progress = Recorder(taps, experts=experts, out=writer), Progress(model, range(start, stop), quiet, label)
     recorder.first_nan = state.nan
     with resumable(out, start):
-        h_BTD, given = begin(model, ids_BT, mask, sum_BTD=sum_BTD, handlers=(recorder,))
+        h_BTD, given = begin(model, ids_BT, mask, sum_BTD=sum_BTD, handlers=(recorder,), images=images)
     with arithmetics.using(model.arithmetic), attach(recorder, progress):
         for i in range(start, stop):
             with resumable(out, i):
@@ -114,15 +118,18 @@ def check_request(model: Model, ids_BT: Tensor, taps: Patterns, last: int | None
 
 
 def meta_of(
-    model: Model, ids_BT: Tensor, mask: Tensor | None, taps: Patterns, experts: bool, more: dict[str, Any] | None
-) -> dict[str, Any]:
+    model: Model, ids_BT: Tensor, mask: Tensor | None, taps: Patterns, experts: bool, more: dict[str, Any] | None,
+    images: Images | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What a trace says of its run. What must be the same for the bytes to be is in it."""
+    axes = None if images is None else axes_of(model.config, ids_BT.cpu(), None if mask is None else mask.cpu(), images)
     return {
         "arithmetic": model.arithmetic.name,
         "checkpoint": origin_of(model).identity,
         **(more or {}),
         "config": sizes_of(model.config),
-        "steps": [step_record(ids_BT, mask, None, None)],
+        "steps": [step_record(ids_BT, mask, axes, None)],
+        **({} if images is None else {"images": images_meta(model.config, images)}),
         "taps": taps if isinstance(taps, str) else list(taps),
         "experts": experts,
     }
@@ -135,15 +142,24 @@ def begin(
     positions: Tensor | None = None,
     sum_BTD: Tensor | None = None,
     handlers: Iterable[Handler] = (),
+    images: Images | None = None,
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """What the first layer takes: the residual stream [B, T, D], and what all layers take beside it.
 
     sum_BTD: the stream after some layers that an earlier run has done; handlers: for taps that come before the layers,
-    which that run has met.
+    which that run has met. images: what takes the place of placeholders, by the model's own tower.
     """
+    handlers, embeds = handlers if sum_BTD is None else (), None
+    if images is not None:
+        with attach(*handlers):
+            prompt = embed_prompt(model, ids_BT, attention_mask=mask, **images.given())
+        embeds, positions = prompt["inputs_embeds"], prompt["position_ids"]
     real_BS, positions = extend(Cache(), model.checked(ids_BT), mask, positions)
-    with arithmetics.using(model.arithmetic), attach(*(handlers if sum_BTD is None else ())):
-        h_BTD = tap("embed_tokens", model.embed_tokens(ids_BT)) if sum_BTD is None else sum_BTD.to(ids_BT.device)
+    with arithmetics.using(model.arithmetic), attach(*handlers):
+        if sum_BTD is None:
+            h_BTD = tap("embed_tokens", model.embed_tokens(ids_BT) if embeds is None else embeds)
+        else:
+            h_BTD = sum_BTD.to(ids_BT.device)
         return h_BTD, (rotary_angles(model.config, positions, h_BTD.dtype), real_BS)
 
 
@@ -165,10 +181,10 @@ def _head(model: Model, h_BTD: Tensor, recorder: Recorder, writer: TraceWriter) 
     writer.add_blocks(site, dims_of(HEAD, 3), (*x_BTD.shape[:2], model.config.vocab_size), blocks())
 
 
-def aside_of(model: Model, taps: Patterns, last: int | None) -> list[str]:
+def aside_of(model: Model, taps: Patterns, last: int | None, images: Images | None = None) -> list[str]:
     """Patterns of the tensors that a run has no need of."""
     count, stop = len(model.layers), len(model.layers) if last is None else last + 1
-    aside = ["visual.*", "mtp.*", *(f"layers.{i}.*" for i in range(stop, count))]
+    aside = [*(["visual.*"] if images is None else []), "mtp.*", *(f"layers.{i}.*" for i in range(stop, count))]
     if stop < count:
         return [*aside, "norm.*", "lm_head.*"]
     return aside if Recorder(taps).wants(Site(HEAD)) else [*aside, "lm_head.*"]

@@ -24,6 +24,7 @@ from ...run.files import save_whole
 from ...run.origin import origin_of
 from ...run.streamed import HEAD_ROWS, StreamedHead
 from ...trace.file import Trace
+from ...trace.images import images_of
 from ...trace.layers import HEAD, begin, rounded_blocks
 from ...trace.progress import Progress
 from ...trace.resume import check_threads
@@ -185,7 +186,7 @@ def remaining(truth: Trace, tables: Iterable[Arithmetic]) -> list[Arithmetic]:
 def _begin(model: Model, truth: Trace, sum_BTD: Tensor | None) -> tuple[Tensor, tuple[Any, ...]]:
     device = model.norm.weight.device
     mask = None if bool(truth.mask.all()) else truth.mask.to(device)
-    return begin(model, truth.ids.to(device), mask, truth.positions.to(device), sum_BTD)
+    return begin(model, truth.ids.to(device), mask, truth.positions.to(device), sum_BTD, images=images_of(truth))
 
 
 def _head(model: Model, errors: _Errors, sum_BTD: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...trace.images import axes_in
 from ..dumps.align import Alignment
 from .records import POSITIONS, Record
 
@@ -13,8 +14,8 @@ __all__ = ["POSITIONS", "engine_positions", "judge_positions"]
 def engine_positions(alignment: Alignment) -> Tensor:
     """[B, T] the positions that the engine had, and the truth's where the dump does not say. Prompts with images:
     [3, B, T], the truth's, since what engines dump as positions counts tokens."""
-    if alignment.truth.axes is not None:
-        return alignment.truth.axes
+    if (axes := axes_in(alignment.truth)) is not None:
+        return axes
     found = alignment.truth.positions.clone()
     b, t, _, theirs = alignment.tokens_of.positions.unbind(1)
     found[b, t] = theirs.to(found)
@@ -26,7 +27,7 @@ def judge_positions(alignment: Alignment) -> Record | None:
 
     All positions of a sequence moved alike are wrong too, though RoPE is relative and no value need show it.
     """
-    if alignment.truth.axes is not None:
+    if axes_in(alignment.truth) is not None:
         return None
     rows = alignment.tokens_of.positions
     bad = rows[rows[:, 3] != rows[:, 2]]
