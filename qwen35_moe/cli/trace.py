@@ -25,6 +25,7 @@ from ..run.files import Claim
 from ..run.load import MODES, SHARED, load
 from ..run.origin import origin_of
 from ..run.prompt import Images, load_images, load_tokenizer, padded, place_images, read_ids
+from ..run.validate import model_config
 from ..trace.file import Trace, in_utf8
 from ..trace.images import read_images
 from ..trace.layers import aside_of, check_request, complete_trace, meta_of, resumable, resumed_complete, trace_layers
@@ -194,7 +195,7 @@ def pixels_of(args: argparse.Namespace, rows: list[list[int]]) -> Images | None:
         expected = "one prompt, and --image or --pixel-values"
         raise Qwen35Error("one prompt with images at a time", where="command line", expected=expected)
     images = Images(*load_images(args.checkpoint, args.image)) if args.image else read_images(args.pixel_values)
-    config = Checkpoint.open(args.checkpoint).model_config(())
+    config = model_config(Checkpoint.open(args.checkpoint))
     if images.image_grid_thw is not None:
         vision = VisionConfig.from_dict(config.raw.get("vision_config") or {}, config.hidden_size)
         rows[0] = place_images(config, rows[0], images.image_grid_thw, vision.spatial_merge_size)
