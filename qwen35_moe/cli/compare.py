@@ -11,6 +11,7 @@ from pathlib import Path
 from ..oracle.compare import compare
 from ..oracle.dumps.readers import read_dump
 from ..trace.file import Trace
+from .parsing import check_order
 from .report_options import add_report_options, chosen, show
 
 ANSWERS = (".json", ".jsonl")
@@ -25,6 +26,7 @@ def configure(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_order(args.truth, args.dump, "compare")
     truth = Trace.open(args.truth)
     if args.dump.endswith(ANSWERS) and Path(args.dump).is_file():
         from .probe import saved  # here: few comparisons are of answers

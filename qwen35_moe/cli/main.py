@@ -16,6 +16,7 @@ from typing import TextIO
 
 from .. import __version__
 from ..errors import Qwen35Error, printable
+from .parsing import Parser, ending
 
 # command -> its module, with `configure(parser)` that sets `run(args) -> int` as a default; and its help. A module is
 # imported only when its command is called: importing torch takes seconds.
@@ -36,14 +37,13 @@ COMMANDS = {
 
 def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser, with the arguments of the command that `argv` names."""
-    parser = argparse.ArgumentParser(
-        prog="qwen35-moe", description="A reference and an oracle for Qwen3.5 MoE.", allow_abbrev=False
-    )
+    codes = "example: qwen35-moe demo\nexit codes: 0 done or agree, 1 diverge, 2 could not be done"
+    parser = Parser(prog="qwen35-moe", description="A reference and an oracle for Qwen3.5 MoE.", epilog=codes)
     parser.add_argument("--version", action="version", version=f"qwen35-moe {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    named = next((word for word in argv if not word.startswith("-")), None)
+    named = next((word.lower() for word in argv if not word.startswith("-")), None)
     for name, (module, text) in COMMANDS.items():
-        command = subparsers.add_parser(name, help=text, allow_abbrev=False)
+        command = subparsers.add_parser(name, help=text, epilog=ending(name))
         if name == named:
             importlib.import_module(f"{__package__}.{module}").configure(command)
     return parser

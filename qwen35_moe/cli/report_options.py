@@ -18,6 +18,7 @@ from ..oracle.report.text import write
 from ..run.load import MODES, SHARED
 from ..run.prompt import read_ids
 from .device_options import add_device_options, device_options
+from .parsing import layers
 
 
 def add_shared(p: argparse.ArgumentParser) -> None:
@@ -29,7 +30,8 @@ def add_report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--json", type=new_file, help="write the records, one JSON object a line")
     p.add_argument("--width", type=width, default=80, help="of the text, 20 or more (default: %(default)s)")
     p.add_argument("--engine", help="the arithmetic that the engine has: joins the envelope (float32 replaces it)")
-    p.add_argument("--layer-ids", type=layer_ids, help="those that vLLM was asked for: 2,18,33")
+    p.add_argument("--layer", metavar="LAYERS", action="append", help="judge these layers only: 3, or 1,2, or 1-3")
+    p.add_argument("--layer-ids", type=layers, help="those that vLLM was asked for: 2,18,33")
     p.add_argument("--name-map", help="JSON file for plain tensors: the engine's name or regular expression -> key")
     p.add_argument("--ids", help="of a dump that holds none: 1,2,3 or a file with a list of ids, or of lists, one a "
                    "request, in the order of its rows")  # fmt: skip
@@ -45,7 +47,8 @@ def add_report_options(p: argparse.ArgumentParser) -> None:
 def chosen(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `compare` and `diagnose` that both commands have."""
     ids = None if args.ids is None else read_ids(args.ids, "--ids")
-    return {"engine": args.engine, "limit": args.limit, "partial": args.partial, "ids": ids,
+    some = None if args.layer is None else layers(",".join(args.layer))
+    return {"layers": some, "engine": args.engine, "limit": args.limit, "partial": args.partial, "ids": ids,
             "kv_cache": args.kv_cache, "state": args.state, "where": where(args)}  # fmt: skip
 
 
@@ -55,10 +58,6 @@ def where(args: argparse.Namespace) -> Where:
     if options.get("max_memory") or options.get("offload_folder"):
         raise Qwen35Error("one layer is held at a time", where="--max-memory, --offload-folder", do="leave them out")
     return Where(args.device, options.get("device_map"), args.mode, args.quiet)
-
-
-def layer_ids(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def new_file(text: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -32,6 +31,7 @@ from ..trace.layers import aside_of, check_request, complete_trace, meta_of, res
 from ..trace.resume import run_of
 from ..trace.writer import remove_parts
 from .device_options import add_device_options, device_options
+from .parsing import layers
 from .shares import Processes, begin_parts, check_one_pass, join, parts_of
 
 
@@ -209,13 +209,14 @@ def positive(text: str) -> int:
 
 
 def _last_layer(text: str | None) -> int | None:
-    """ "0-7" or "7" -> 7."""
+    """ "0-7" -> 7."""
     if text is None:
         return None
-    if not (match := re.fullmatch(r"(?:0-)?(\d{1,5})", text)):
-        expected = "0-7: a layer needs those before it"
+    some = layers(text, "--layers")
+    if some != list(range(len(some))):
+        expected = f"0-{max(some)}: a layer needs those before it"
         raise Qwen35Error("bad range of layers", where="--layers", expected=expected, found=text, do="--resume goes on")
-    return int(match[1])
+    return some[-1]
 
 
 def _load(args: argparse.Namespace, arithmetic: Any) -> Model:

@@ -134,6 +134,7 @@ def get(arithmetic: str | Arithmetic) -> Arithmetic:
     """An arithmetic by name (`exact`, `float32`, ...), or the given one."""
     if isinstance(arithmetic, Arithmetic):
         return arithmetic
+    arithmetic = str(arithmetic).lower() if str(arithmetic).lower() in ARITHMETICS else arithmetic
     if arithmetic not in ARITHMETICS:
         near = get_close_matches(str(arithmetic), ARITHMETICS, n=1)
         expected = f"one of {', '.join(ARITHMETICS)}, or an Arithmetic"

@@ -132,7 +132,10 @@ def diagnose(
             with_envelope=False,
             where=chosen.where,
         )
-        return _compare(written, dump, loaded.source, replace(chosen, fused=loaded.fused))
+        result = _compare(written, dump, loaded.source, replace(chosen, fused=loaded.fused))
+        if truth is None:
+            result.truth = f"{arithmetic}, computed for the tokens of the dump, and not kept"
+        return result
 
 
 def check_layers(layers: Sequence[int] | None, count: int) -> None:

@@ -65,7 +65,8 @@ def _is_ours(file: Path) -> bool:
 
 def _need(known: object, there: Path) -> None:
     if not known:
-        do = "choose an empty directory, or remove it"
+        is_checkpoint = (there.parent / "config.json").is_file()
+        do = "this is a checkpoint: choose another directory" if is_checkpoint else "choose an empty directory"
         raise Qwen35Error("directory is not a trace", where=there.parent, found=there.name, do=do)
 
 

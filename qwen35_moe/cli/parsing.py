@@ -1,0 +1,110 @@
+"""What all commands parse alike: layers, names in any case, "did you mean", and the ends of their help texts."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import Qwen35Error
+
+CHECKPOINT = (
+    "CHECKPOINT: a folder of safetensors with config.json (BF16, FP8, MXFP4 of Quark, compressed-tensors or gpt-oss)"
+)
+DUMP = ("DUMP: SGLang's dumper or Pass*.pt, vLLM's hidden states, ATOM's layer files, transformers' debug tree, "
+        "llama.cpp's logits and KL base files, safetensors, npz, npy, pt")  # fmt: skip
+VERDICT = "0 all of it agrees, 1 something diverges, 2 not compared, in part or at all (docs/exit-codes.md)"
+DONE = "0 done, 2 could not be done"
+# command -> an example, its exit codes, the formats that it takes.
+HELP: dict[str, tuple[str, str, str]] = {
+    "info": ("qwen35-moe info CHECKPOINT --tokens 4096", "0 done, 1 a checksum differs, 2 could not be read",
+             CHECKPOINT),
+    "gate": ("qwen35-moe gate CHECKPOINT --all-rules",
+             "0 decided, whatever the answer, 2 could not be read",
+             CHECKPOINT + "; or a config.json alone"),
+    "trace": ("qwen35-moe trace CHECKPOINT --ids ids.json --out truth", DONE,
+              CHECKPOINT + ". ids.json: [1, 2, 3] or [[1, 2], [3]]. The trace: docs/trace-format.md"),
+    "generate": ("qwen35-moe generate CHECKPOINT --ids 3,1,4 --top 3", DONE, CHECKPOINT),
+    "dump-config": ("qwen35-moe dump-config sglang", DONE, "prints text to paste; nothing is read"),
+    "compare": ("qwen35-moe compare truth DUMP --html report.html", VERDICT, "TRUTH: what `trace` wrote. " + DUMP),
+    "diagnose": ("qwen35-moe diagnose CHECKPOINT DUMP --out truth", VERDICT, CHECKPOINT + ". " + DUMP),
+    "probe": ("qwen35-moe probe CHECKPOINT http://127.0.0.1:30000", "0 agrees, 1 diverges, 2 cannot tell, or not asked",
+              CHECKPOINT + ". Servers: SGLang, vLLM, llama-server, OpenAI-like"),
+    "build": ("qwen35-moe build tiny-mxfp4 --out ckpt", "0 built, 1 not the pinned bytes, 2 could not be built",
+              "RECIPE: a name above, or a .toml file of the same form"),
+    "demo": ("qwen35-moe demo --out build/demo", "0 all that is claimed holds, 1 it does not, 2 could not be run",
+             "takes nothing but what it builds"),
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """No abbreviations; choices in any case; an unknown option or choice comes with the nearest known one."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"formatter_class": Formatter, "allow_abbrev": False, **kwargs})
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        value = super()._get_value(action, arg_string)
+        known = [choice for choice in action.choices or () if isinstance(choice, str)]
+        return next((choice for choice in known if choice.lower() == str(value).lower()), value)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            near = get_close_matches(str(value).lower(), [str(choice) for choice in action.choices], 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            message = f"invalid choice: {value!r} ({hint}choose from {', '.join(map(str, action.choices))})"
+            raise argparse.ArgumentError(action, message)
+
+    def error(self, message: str) -> NoReturn:
+        start = "unrecognized arguments: "
+        if message.startswith(start):
+            word = message.removeprefix(start).split()[0].partition("=")[0]
+            if near := get_close_matches(word, list(self.options()), 1):
+                message += f" (did you mean {near[0]}?)"
+        super().error(message)
+
+    def options(self) -> Iterator[str]:
+        """All option strings, those of subcommands too."""
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser.options()
+
+
+class Formatter(argparse.HelpFormatter):
+    """Wraps each paragraph of a text by itself."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(super(Formatter, self)._fill_text(line, width, indent) for line in text.splitlines())
+
+
+def ending(command: str) -> str:
+    """What stands below the options in `-h`."""
+    example, codes, formats = HELP[command]
+    return f"example: {example}\nexit codes: {codes}\nformats: {formats}"
+
+
+def layers(text: str, where: str = "--layer") -> list[int]:
+    """ "3" -> [3]; "1,2" -> [1, 2]; "1-3" -> [1, 2, 3]; and these joined by commas."""
+    found: list[int] = []
+    for part in text.replace(" ", "").split(","):
+        if (match := re.fullmatch(r"(-?\d{1,6})(?:-(\d{1,6}))?", part)) is None:
+            raise Qwen35Error("not a list of layers", where=where, expected="3, or 1,2, or 1-3", found=text)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise Qwen35Error("a range of layers that ends before it begins", where=where, found=part)
+        found += range(first, last + 1)
+    return list(dict.fromkeys(found))
+
+
+def check_order(first: str, second: str, command: str) -> None:
+    """Error: two arguments that were given in each other's place."""
+    marks = {"compare": "trace.json", "diagnose": "config.json"}
+    a, b = (Path(path) / marks[command] for path in (first, second))
+    if b.is_file() and not a.exists() and not first.endswith(".safetensors"):
+        do = f"qwen35-moe {command} {second} {first}"
+        raise Qwen35Error("the two arguments are swapped", where=f"{first} {second}", do=do)

@@ -1,0 +1,78 @@
+"""What a newcomer types: help texts, layers, swapped arguments, names in another case, misspelt options."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from qwen35_moe.cli.main import COMMANDS, main
+from qwen35_moe.cli.parsing import HELP, layers
+from qwen35_moe.errors import Qwen35Error
+from qwen35_moe.numerics.arithmetics import get
+
+
+def said(capsys, *argv: str) -> tuple[int, str]:
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    shown = capsys.readouterr()
+    return code, shown.out + shown.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_an_example_exit_codes_and_formats(command, capsys):
+    code, text = said(capsys, command, "-h")
+    assert code == 0 and command in HELP
+    assert re.search(rf"^example: qwen35-moe {command} ?.*^exit codes: 0 .*^formats: ", text, re.M | re.S)
+
+
+def test_layers():
+    assert (
+        layers("3") == [3] and layers("1,2") == [1, 2] and layers("1-3") == [1, 2, 3] and layers("0,2-3") == [0, 2, 3]
+    )
+    for text in ("", "a", "3-", "1 to 3", "3-1"):
+        with pytest.raises(Qwen35Error, match="layers"):
+            layers(text)
+
+
+def test_words_are_put_right(capsys):
+    assert said(capsys, "Dump-Config", "SGLang")[0] == 0
+    assert get("SGLang-BF16") is get("sglang-bf16")
+    for argv, words in (
+        (["dump-config", "sglan"], "did you mean 'sglang'?"),
+        (["compar"], "did you mean 'compare'?"),
+        (["compare", "a", "b", "--layr", "3"], "did you mean --layer?"),
+        (["compare", "a", "b", "--lay", "3"], "did you mean --layer?"),
+    ):
+        code, text = said(capsys, *argv)
+        assert code == 2 and words in text, text
+
+
+def test_swapped_arguments_and_a_checkpoint_as_output(built, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = str(built("tiny-mxfp4"))
+    (tmp_path / "truth").mkdir()
+    (tmp_path / "truth/trace.json").write_text("{}")
+    (tmp_path / "dump").mkdir()
+    code, text = said(capsys, "compare", "dump", "truth")
+    assert code == 2 and "the two arguments are swapped" in text and "qwen35-moe compare truth dump" in text
+    code, text = said(capsys, "diagnose", "dump", checkpoint)
+    assert code == 2 and f"qwen35-moe diagnose {checkpoint} dump" in text
+    code, text = said(capsys, "trace", checkpoint, "--ids", "1,2", "--out", checkpoint)
+    assert code == 2 and "this is a checkpoint: choose another directory" in text and "remove" not in text
+    code, text = said(capsys, "trace", checkpoint, "--ids", "1,2", "--out", "out", "--layers", "1")
+    assert code == 2 and "expected: 0-1: a layer needs those before it" in text
+
+
+def test_diagnose_keeps_its_truth(built, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = str(built("tiny-mxfp4"))
+    assert said(capsys, "trace", checkpoint, "--ids", "1,2,3", "--out", "mine", "--no-envelope", "--quiet")[0] == 0
+    code, text = said(capsys, "diagnose", checkpoint, "mine", "--layer", "0-1")
+    assert code == 0 and "computed for the tokens of the dump, and not kept" in text
+    code, text = said(capsys, "diagnose", checkpoint, "mine", "--out", "truth")
+    assert code == 0 and (tmp_path / "truth/trace.json").is_file() and "truth" in text
+    code, text = said(capsys, "compare", "truth", "mine", "--layer", "1,2")
+    assert code == 0 and "only layers 1, 2 were judged" in text
