@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..errors import Qwen35Error, printable
 from ..numerics.choices import STATES
 from ..oracle.judge.envelope import LIMIT
@@ -80,6 +83,12 @@ def limit(text: str) -> float:
     return number
 
 
+def how_made() -> dict[str, str]:
+    """Version, command and time, for the page."""
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return {"version": f"qwen35-moe {__version__}", "command": shlex.join(["qwen35-moe", *sys.argv[1:]]), "date": now}
+
+
 def show(result: Comparison, args: argparse.Namespace) -> int:
     print(report(result, width=args.width))
     code = result.exit_code
@@ -87,7 +96,7 @@ def show(result: Comparison, args: argparse.Namespace) -> int:
         if path is None:
             continue
         try:
-            write(path, report(result, form))
+            write(path, report(result, form, made=how_made()))
             if form == "html":
                 print(f"\n{path}")
         except Exception as error:  # the verdict stands

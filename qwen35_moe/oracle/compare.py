@@ -138,6 +138,12 @@ def diagnose(
         return result
 
 
+def known(identity: Mapping[str, Any]) -> str:
+    """The truth's checkpoint in words: where it was, and hashes of its headers and of samples of its bytes."""
+    hashes = [f"{key} {str(identity[key])[:16]}" for key in ("headers_sha256", "sample_sha256") if key in identity]
+    return ", ".join([str(identity.get("path") or "unknown"), *hashes])
+
+
 def check_layers(layers: Sequence[int] | None, count: int) -> None:
     if strange := [i for i in layers or () if not 0 <= i < count]:
         raise Qwen35Error("no such layer", where=f"--layer {strange[0]}", expected=f"0 to {count - 1}")
@@ -151,6 +157,7 @@ def _compare(truth: Trace, dump: Dump, source: Source | None, options: CompareOp
         extra=alignment.extra, unknown=list(dump.unknown), problems=list(alignment.problems),
         notes=list(alignment.notes), limit=limit, truth=f"{table.name}, {truth.path or 'in memory'}",
         engine=f"{dump.format}, {dump.path}", tokens=(alignment.matched, alignment.tokens),
+        checkpoint=known(truth.meta.get("checkpoint") or {}),
         absent=alignment.tokens_of.absent, partial=options.partial,
     )  # fmt: skip
     if all(key.startswith("next_token_") for key in alignment.keys):

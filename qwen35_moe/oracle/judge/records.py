@@ -179,6 +179,7 @@ class Comparison:
     tokens: tuple[int, int] = (0, 0)
     layers: tuple[str, ...] = ()  # kinds
     absent: list[str] = field(default_factory=list)  # parts of the truth that the dump does not hold, in words
+    checkpoint: str = ""  # what tells it from others
     partial: bool = False  # whether that is as it should be
 
     @property

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ...errors import Qwen35Error
 from ..judge.records import Comparison
 from . import html as page
 from . import text as lines
 
 
-def report(result: Comparison, form: str = "text", *, width: int = 80, title: str = "") -> str:
+def report(
+    result: Comparison, form: str = "text", *, width: int = 80, title: str = "", made: Mapping[str, str] | None = None
+) -> str:
     """A comparison in words: "text" for a terminal of `width` columns, "json" (one object a line) or "html" (one page,
-    under `title`)."""
+    under `title`; made: how it came about, shown among its facts)."""
     if form == "text":
         return lines.text(result, width)
     if form == "json":
         return lines.jsonl(result)
     if form == "html":
-        return page.html(result, title or "qwen35-moe compare")
+        return page.html(result, title or "qwen35-moe compare", made)
     raise Qwen35Error("no such form of a report", where="report(form)", expected="text, json or html", found=form)

@@ -3,56 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from ...numerics.tap_table import base_name
 from ..judge.records import Comparison, Record, show
+from .page_parts import ADDED, COLOURS, FITTED, INHERITED, LINES, ROUTED, STYLE, linked, say
 from .text import SYMBOLS, broken, fold, grid, short, weights_line, worst
 
-STYLE = """
-:root{--ink:#1b1f24;--soft:#5d6670;--line:#d8dde3;--paper:#fff;--wash:#f5f7f9;--bad:#b3261e;--good:#1a6b3c}
-*{box-sizing:border-box}
-body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:var(--ink);background:var(--wash);margin:0}
-main{max-width:1320px;margin:0 auto;padding:28px 24px 60px}
-h1{font-size:15px;font-weight:600;color:var(--soft);margin:0 0 10px}h2{font-size:17px;margin:34px 0 10px}
-section,.verdict{background:var(--paper);border:1px solid var(--line);border-radius:8px;padding:16px 20px}
-section{overflow-x:auto}
-.verdict{border-left:8px solid var(--good)}.verdict.bad{border-left-color:var(--bad)}
-.verdict b{font-size:21px;display:block;overflow-wrap:anywhere}
-.verdict p{margin:4px 0 0;color:var(--soft)}
-table{border-collapse:separate;border-spacing:2px;font-variant-numeric:tabular-nums}
-th{font-weight:500;color:var(--soft);text-align:right;padding:2px 8px;font-size:13px;white-space:nowrap}
-td.c{text-align:right;padding:2px 1px 2px 3px;border:2px solid transparent;border-radius:4px;white-space:nowrap}
-td.c,.heat th{font-size:12px}td.c i{font-style:normal;font-weight:700;display:inline-block;width:1em;text-align:center}
-.heat th{padding:2px 3px;vertical-align:bottom}.heat th:first-child{position:sticky;left:0;background:var(--paper)}
-td.suspicious{background-image:repeating-linear-gradient(45deg,#0000 0 12px,#0001 12px 14px)}
-td.wrong{background-image:repeating-linear-gradient(45deg,#0000 0 6px,#0001 6px 8px);font-weight:700}
-td.first{border-color:#000}
-.key span{display:inline-block;padding:2px 9px;margin:0 8px 6px 0;border-radius:4px;font-size:13px}
-.bar{height:14px;background:#456b9c;border-radius:3px;display:block;min-width:1px}
-.plain td{padding:3px 14px 3px 0;vertical-align:top}.num{text-align:right;white-space:nowrap}
-.plain th:first-child{text-align:left;padding-left:0}
-dl{display:grid;grid-template-columns:130px 1fr;gap:4px 12px;margin:0}
-dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-details{margin-top:8px}summary{cursor:pointer}code{font-size:13px;overflow-wrap:anywhere}
-svg text{font:12px system-ui,sans-serif;fill:#5d6670}
-"""
-# From bit-equal to wrong: light to dark in grey too.
-COLOURS = {"bit-equal": "#eef3f8", "within rounding": "#d5e5f2", "suspicious": "#f6d58b", "wrong": "#ee9a80",
-           "not comparable": "#e4e4e4"}  # fmt: skip
 
-
-def html(result: Comparison, title: str = "qwen35-moe compare") -> str:
-    """The page."""
+def html(result: Comparison, title: str = "qwen35-moe compare", made: Mapping[str, str] | None = None) -> str:
+    """The page. made: how it came about (command, date, ...), shown with the facts."""
     bad = result.exit_code != 0
     mark = "&#10007;" if bad else "&#10003;"
     where = worst(result.first) if result.first else ""
     parts = [f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
              f"<title>{escape(title)}</title><style>{STYLE}</style><main><h1>{escape(title)}</h1>",
              f'<div class="verdict{" bad" if bad else ""}"><b>{mark} {escape(result.verdict)}</b>',
-             *(f"<p>{escape(str(d))}</p>" for d in result.diagnoses[:1]), f"<p>{escape(where)}</p></div>"]  # fmt: skip
-    parts += [part(result) for part in (_diagnoses, _heat, _growth, _routing, _rest, _facts)]
+             *(f"<p>{linked(str(d))}</p>" for d in result.diagnoses[:1]), f"<p>{escape(where)}</p></div>"]  # fmt: skip
+    parts += [part(result) for part in (_diagnoses, _heat, _growth, _routing, _rest)]
+    parts.append(_facts(result, made or {}))
     return "".join(parts) + "</main></html>\n"
 
 
@@ -66,16 +36,16 @@ def _diagnoses(result: Comparison) -> str:
         rows = "".join(
             f'<tr><td>{escape(h.name)}</td><td class="num">{100 * max(h.explains, 0):.1f} %</td>'
             f"<td>{_bar(h.explains)}</td>"
-            f"<td>{escape(h.doc)}</td><td>{escape(h.seen)}</td></tr>"
+            f"<td>{escape(h.doc)}</td><td>{linked(h.seen)}</td></tr>"
             for h in d.hypotheses[:6]
         )
         fit = ""
         if d.fit:
             a, b, c = d.fit
             fit = (f"<p>Least squares: engine = {a:.3f} routed + {b:.3f} gated shared + {c:.3f} ungated shared, "
-                   f"{100 * d.fit_left:.2g} % of the error left.</p>")  # fmt: skip
+                   f"{100 * d.fit_left:.2g} % of the error left.</p>{say(FITTED)}")  # fmt: skip
         head = "<tr><th>hypothesis</th><th>explains</th><th></th><th></th><th>see</th></tr>"
-        out.append(f"<h2>Diagnosis</h2><section><p><b>{escape(str(d))}</b></p>"
+        out.append(f"<h2>Diagnosis</h2><section><p><b>{linked(str(d))}</b></p>"
                    f'<table class="plain">{head}{rows}</table>{fit}</section>')  # fmt: skip
     return "".join(out)
 
@@ -93,7 +63,7 @@ def _heat(result: Comparison) -> str:
         rows.append(f"<tr><th>{layer} {kind}</th>{row}</tr>")
     what = "added by each block on the engine's own input" if result.layers else "inherited from all layers before"
     return (f"<h2>Errors {what}, in units of the legal error (limit {result.limit:g})</h2><section>"
-            f'<div class="key">{key}<span>&#9655; first divergence</span></div>'
+            f'<div class="key">{key}<span>&#9655; first divergence</span></div>{say(ADDED)}{say(INHERITED)}'
             f'<table class="heat"><tr><th>layer</th>{head}</tr>{"".join(rows)}</table></section>')  # fmt: skip
 
 
@@ -137,11 +107,12 @@ def _growth(result: Comparison) -> str:
     svg = [f'<svg viewBox="0 0 {W} {H}" width="100%" role="img" aria-label="error by layer">']
     for p in range(low, high + 1):
         y = at(0, 10.0**p)[1]
-        svg.append(f'<line x1="{left}" x2="{W - 20}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d8dde3"/>'
+        svg.append(f'<line x1="{left}" x2="{W - 20}" y1="{y:.1f}" y2="{y:.1f}"/>'
                    f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">1e{p}</text>')  # fmt: skip
     for layer in range(0, last + 1, max(1, last // 12)):
         svg.append(f'<text x="{at(layer, 1)[0]:.1f}" y="{H - 8}" text-anchor="middle">{layer}</text>')
-    styles = (("#2b5c94", "", "circle"), ("#a8501f", "6 4", "rect"))
+    styles = [style for points, style in zip(lines.values(), LINES, strict=True) if points]
+    lines = {name: points for name, points in lines.items() if points}
     for (_, points), (colour, dash, shape) in zip(lines.items(), styles, strict=True):
         xy = [at(x, v) for x, v in points if math.isfinite(v)]
         svg.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}" '
@@ -167,7 +138,7 @@ def _routing(result: Comparison) -> str:
                     f'<td class="num">{legal}</td><td class="num">{len(r.illegal) + r.nonsense}</td>'
                     f"<td>{detail}</td></tr>")  # fmt: skip
     head = "<tr><th>layer</th><th>agree</th><th></th><th>legal flips</th><th>illegal</th><th></th></tr>"
-    return f'<h2>Routing</h2><section><table class="plain">{head}{"".join(rows)}</table></section>'
+    return f'<h2>Routing</h2><section>{say(ROUTED)}<table class="plain">{head}{"".join(rows)}</table></section>'
 
 
 def _rest(result: Comparison) -> str:
@@ -189,12 +160,13 @@ def _rest(result: Comparison) -> str:
     return out + "</section>"
 
 
-def _facts(result: Comparison) -> str:
+def _facts(result: Comparison, made: Mapping[str, str]) -> str:
     counts = result.summary
     taps = ", ".join(f"{n} {c}" for c, n in counts.items() if n and c != "total")
     facts = {"truth": result.truth, "engine": result.engine, "tokens": "{} of {}".format(*result.tokens),
              "envelope": ", ".join(result.members), "limit": f"{result.limit:g}",
              "taps": f"{taps}: {counts['total']} in all",
+             "checkpoint": result.checkpoint, **made,
              **{f"note {i + 1}": note for i, note in enumerate(result.notes)},
              **{f"problem {i + 1}": str(p) for i, p in enumerate(result.problems)}}  # fmt: skip
     out = "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"

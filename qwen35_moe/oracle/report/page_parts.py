@@ -1,0 +1,81 @@
+"""What the page looks like, the sentences that explain its figures, and links to the reports that it cites."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+
+STYLE = """
+:root{--ink:#1b1f24;--soft:#5d6670;--line:#d8dde3;--paper:#fff;--wash:#f5f7f9;--bad:#b3261e;--good:#1a6b3c}
+*{box-sizing:border-box}
+body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:var(--ink);background:var(--wash);margin:0}
+main{max-width:1320px;margin:0 auto;padding:28px 24px 60px}
+h1{font-size:15px;font-weight:600;color:var(--soft);margin:0 0 10px}h2{font-size:17px;margin:34px 0 10px}
+section,.verdict{background:var(--paper);border:1px solid var(--line);border-radius:8px;padding:16px 20px}
+section{overflow-x:auto}
+.verdict{border-left:8px solid var(--good)}.verdict.bad{border-left-color:var(--bad)}
+.verdict b{font-size:21px;display:block;overflow-wrap:anywhere}
+.verdict p{margin:4px 0 0;color:var(--soft)}
+table{border-collapse:separate;border-spacing:2px;font-variant-numeric:tabular-nums}
+th{font-weight:500;color:var(--soft);text-align:right;padding:2px 8px;font-size:13px;white-space:nowrap}
+td.c{text-align:right;padding:2px 1px 2px 3px;border:2px solid transparent;border-radius:4px;white-space:nowrap}
+td.c,.heat th{font-size:12px}td.c i{font-style:normal;font-weight:700;display:inline-block;width:1em;text-align:center}
+.heat th{padding:2px 3px;vertical-align:bottom}.heat th:first-child{position:sticky;left:0;background:var(--paper)}
+td.suspicious{background-image:repeating-linear-gradient(45deg,#0000 0 12px,#0001 12px 14px)}
+td.wrong{background-image:repeating-linear-gradient(45deg,#0000 0 6px,#0001 6px 8px);font-weight:700}
+td.first{border-color:#000}
+.key span{display:inline-block;padding:2px 9px;margin:0 8px 6px 0;border-radius:4px;font-size:13px}
+.bar{height:14px;background:#456b9c;border-radius:3px;display:block;min-width:1px}
+.plain td{padding:3px 14px 3px 0;vertical-align:top}.num{text-align:right;white-space:nowrap}
+.plain th:first-child{text-align:left;padding-left:0}
+dl{display:grid;grid-template-columns:130px 1fr;gap:4px 12px;margin:0}
+dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
+details{margin-top:8px}summary{cursor:pointer}code{font-size:13px;overflow-wrap:anywhere}
+svg text{font:12px system-ui,sans-serif;fill:var(--soft)}svg line{stroke:var(--line)}
+td.c,.key span[style]{color:#1b1f24}.say{color:var(--soft);margin:6px 0 10px}a{color:inherit}
+:root{color-scheme:light dark;--one:#2b5c94;--two:#a8501f}
+@media(prefers-color-scheme:dark){
+:root{--ink:#e6e8eb;--soft:#a3acb5;--line:#3a4149;--paper:#1d2126;--wash:#14171a;--bad:#ff8a7a;--good:#6fd39a}
+:root{--one:#8ab4e8;--two:#f0a878}td.first{border-color:#fff}}
+@media(max-width:700px){main{padding:12px 8px 30px}section,.verdict{padding:10px}.verdict b{font-size:17px}
+dl{grid-template-columns:1fr}dt{margin-top:6px}.plain td:nth-child(3),.plain th:nth-child(3){display:none}
+.plain td{overflow-wrap:anywhere;padding:3px 6px 3px 0;font-size:13px}}
+@media print{body{font-size:10px;background:#fff}main{padding:0;max-width:none}section,.verdict{padding:6px;border:0}
+h2{font-size:12px;margin:8px 0 2px}td.c,.heat th,.key span{font-size:8px;padding:0 1px}details{display:none}
+.plain td{padding:0 6px 0 0}svg{max-height:120px}*{print-color-adjust:exact}}
+"""
+# A report that a fault was seen in, "sglang 22948, 27936", and where it is kept.
+REPOSITORIES = {
+    "sglang": "sgl-project/sglang", "vllm": "vllm-project/vllm", "llama.cpp": "ggml-org/llama.cpp",
+    "ollama": "ollama/ollama", "flashinfer": "flashinfer-ai/flashinfer", "ATOM": "ROCm/ATOM", "aiter": "ROCm/aiter",
+    "TensorRT-LLM": "NVIDIA/TensorRT-LLM", "transformers": "huggingface/transformers",
+    "Automodel": "NVIDIA-NeMo/Automodel", "FlyDSL": "ROCm/FlyDSL",
+}  # fmt: skip
+# From bit-equal to wrong: light to dark in grey too.
+COLOURS = {"bit-equal": "#eef3f8", "within rounding": "#d5e5f2", "suspicious": "#f6d58b", "wrong": "#ee9a80",
+           "not comparable": "#e4e4e4"}  # fmt: skip
+
+ADDED = ("Added: the error that a block makes by itself. It is computed anew in float64 from the engine's own input to "
+         "it, so that errors of earlier layers do not count.")  # fmt: skip
+INHERITED = "Inherited: the distance from the truth's own run, in which errors of all earlier layers are included."
+ROUTED = ("A set agrees if it holds the experts that float64 chooses on the engine's own input to that layer; the "
+          "truth's own run, on other inputs, may have chosen others. A flip is legal where the margin is within the "
+          "logits' noise.")  # fmt: skip
+FITTED = "The factors of the block's parts that come closest to the engine's output; 1, 1 and 0 are right."
+LINES = (("var(--one)", "", "circle"), ("var(--two)", "6 4", "rect"))
+
+
+def say(text: str) -> str:
+    return f'<p class="say">{escape(text)}</p>'
+
+
+def linked(text: str) -> str:
+    """The text, with a link at each number of a report in a repository that is known."""
+    names = "|".join(map(re.escape, REPOSITORIES))
+    owners = {name.lower(): path for name, path in REPOSITORIES.items()}
+
+    def links(match: re.Match[str]) -> str:
+        where = f"https://github.com/{owners[match[1].lower()]}/issues/"
+        return match[1] + re.sub(r"\d+", lambda n: f'<a href="{where}{n[0]}">{n[0]}</a>', match[2])
+
+    return re.sub(rf"\b({names})((?:,? #?\d{{2,6}}\b)+)", links, escape(text), flags=re.I)
