@@ -589,14 +589,25 @@ def test_reports_are_views_of_the_same_records(truth: Trace, engine: Trace, sour
     page = Page()
     page.feed(report_html.html(found))
     assert page.open == [] or page.open == ["html"] or not page.open
-    assert page.links == []
+    assert all(link.startswith("https://github.com/") for link in page.links), "links to reports; nothing is loaded"
 
 
 def test_reports_of_60_layers() -> None:
     names = [n for n in DUMPED.split(",") if n not in ("embed_tokens", "final_norm", "next_token_logits")] * 4
     records = [
         Record(
-            f"layers.{i}.{n}_{k}", "within rounding", "mlp", i, 1 + i / 100, 1.2, 1e-3, 1.0, 1.0, 1e-3, (0, 511), 512
+            f"layers.{i}.{n}_{k}",
+            "within rounding",
+            "mlp",
+            i,
+            1 + i / 100,
+            1.2,
+            1e-3,
+            1.0,
+            1.0,
+            1e-3,
+            (0, 511),
+            rows=512,
         )
         for i in range(60)
         for k, n in enumerate(names)

@@ -30,6 +30,7 @@ HELP: dict[str, tuple[str, str, str]] = {
     "generate": ("qwen35-moe generate CHECKPOINT --ids 3,1,4 --top 3", DONE, CHECKPOINT),
     "dump-config": ("qwen35-moe dump-config sglang", DONE, "prints text to paste; nothing is read"),
     "compare": ("qwen35-moe compare truth DUMP --html report.html", VERDICT, "TRUTH: what `trace` wrote. " + DUMP),
+    "compare-dumps": ("qwen35-moe compare-dumps before after", VERDICT, DUMP),
     "diagnose": ("qwen35-moe diagnose CHECKPOINT DUMP --out truth", VERDICT, CHECKPOINT + ". " + DUMP),
     "probe": ("qwen35-moe probe CHECKPOINT http://127.0.0.1:30000", "0 agrees, 1 diverges, 2 cannot tell, or not asked",
               CHECKPOINT + ". Servers: SGLang, vLLM, llama-server, OpenAI-like"),
@@ -84,7 +85,7 @@ class Formatter(argparse.HelpFormatter):
 
 def ending(command: str) -> str:
     """What stands below the options in `-h`."""
-    example, codes, formats = HELP[command]
+    example, codes, formats = HELP.get(command, (f"qwen35-moe {command}", DONE, ""))
     return f"example: {example}\nexit codes: {codes}\nformats: {formats}"
 
 
