@@ -36,6 +36,7 @@ from .judge.added import Work
 from .judge.envelope import LIMIT, Class, declared, legal
 from .judge.envelope_file import Stored, stored_envelope
 from .judge.function import computed, usual
+from .judge.growth import growth
 from .judge.inherited import inherited
 from .judge.log_p import LOG_P
 from .judge.logits import compare_logits
@@ -262,6 +263,8 @@ def _finish(work: Work, stored: Mapping[str, Tensor], layers: Sequence[int] | No
             f"up to {most.excluded} of {most.excluded + most.rows} rows of {len(some)} taps were not judged, where "
             "experts may legally be others; with moe_topk_ids in the dump, and the checkpoint, all are"
         )
+    with noted(work.result, "the error along the sequence could not be said", counts=False):
+        work.result.notes += growth(work.alignment)
     logits = next((k for k in work.alignment.keys if k.startswith("next_token_log")), None)
     with noted(work.result, "what the logits mean could not be said", counts=False):
         _judge_logits(work, stored, logits)

@@ -1,0 +1,39 @@
+"""How an error grows along the sequence: long contexts go wrong slowly."""
+
+from __future__ import annotations
+
+import torch
+
+from ...numerics.tap_table import base_name, per_token
+from ..dumps.align import Alignment
+
+SHORTEST, PARTS = 256, 6  # tokens of a sequence that it is told for; equal parts of it
+SHOWN = ("final_norm", "layer_input", "layer_output_sum", "next_token_logits", "mlp_output")
+
+
+def growth(alignment: Alignment) -> list[str]:
+    """The median relative error of tokens, part by part, in the last tap that shows the stream; nothing for
+    short sequences.
+
+    It is the error against the truth, inherited from all layers before. A median, since a token whose experts are
+    others has another computation behind it.
+    """
+    T = alignment.truth.ids.shape[1]
+    keys = [
+        k for k in alignment.keys if per_token(k) and base_name(k) in SHOWN and not k.startswith(("mtp.", "visual."))
+    ]
+    if T < SHORTEST or not keys:
+        return []
+    pair = alignment.pair(min(keys, key=lambda k: (SHOWN.index(base_name(k)), -alignment.keys.index(k))))
+    if pair.engine is None:
+        return []
+    truth, engine = pair.truth.double(), pair.engine.double()
+    relative = (engine - truth).norm(dim=1) / truth.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    index = pair.rows[:, 1].long()
+    bounds = [T * i // PARTS for i in range(PARTS + 1)]
+    said = []
+    for low, high in zip(bounds, bounds[1:], strict=False):
+        some = relative[(index >= low) & (index < high)]
+        if len(some):
+            said.append(f"{low}-{high - 1}: {float(some.median()):.2g}")
+    return [f"median relative error of {pair.key} along the sequence: {', '.join(said)}"]
