@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+
+from torch import nn
 
 from ..checkpoint import Checkpoint
 from ..errors import Qwen35Error
@@ -15,7 +16,10 @@ from .source import Source
 @dataclass(frozen=True)
 class Origin:
     """source: the weights by name. identity: what tells the checkpoint from another (`Checkpoint.identity`). left_out:
-    part ("mtp", "visual") -> number of its tensors, where `load` was told to leave it unread."""
+    part ("mtp", "visual") -> number of its tensors, where `load` was told to leave it unread.
+
+    As a forward pre-hook it checks the files before each call of the model.
+    """
 
     source: Source
     identity: dict[str, Any]
@@ -30,24 +34,25 @@ class Origin:
         """MoE block -> |converted - stored| / |stored| of a shared expert that was converted to MXFP4."""
         return self.source.conversion
 
-
-_origins: WeakKeyDictionary[Model, Origin] = WeakKeyDictionary()
+    def __call__(self, model: nn.Module, arguments: Any) -> None:
+        """Error: a file of the checkpoint was written to since it was opened."""
+        self.checkpoint.reader.check()
 
 
 def set_origin(model: Model, origin: Origin) -> None:
-    """Keeps the record as long as the model lives. Each call of the model first checks that no file was written to."""
-    _origins[model] = origin
-    check = origin.checkpoint.reader.check
-    model.register_forward_pre_hook(lambda *_: check())
+    """Keeps the record as a forward pre-hook, which goes with each copy of the model."""
+    model.register_forward_pre_hook(origin)
 
 
 def origin_of(model: Model) -> Origin:
     """The record that `load` made. Error: the model was not loaded from a checkpoint."""
-    if model not in _origins:
-        raise Qwen35Error("the model was not loaded from a checkpoint", expected="a model that `load` returned")
-    return _origins[model]
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(hook, Origin):
+            return hook
+    raise Qwen35Error("the model was not loaded from a checkpoint", expected="a model that `load` returned")
 
 
 def was_left_out(model: Model, part: str) -> bool:
     """Whether the checkpoint holds this part, but `load` was told to leave it unread."""
-    return model in _origins and part in _origins[model].left_out
+    hooks = model._forward_pre_hooks.values()
+    return any(isinstance(hook, Origin) and part in hook.left_out for hook in hooks)
