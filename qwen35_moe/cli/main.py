@@ -31,6 +31,7 @@ COMMANDS = {
     "probe": ("probe", "ask a running server for log p: does it compute what its checkpoint holds"),
     "build": ("build", "build a checkpoint with the real structure from a recipe"),
     "compare-dumps": ("compare_dumps", "two dumps and no truth: bit-equal, legally different, or where they differ"),
+    "verify": ("verify", "are the bytes of a truth those that were written"),
     "demo": ("demo", "build tiny checkpoints, plant a known failure in an engine, and find it"),
 }
 

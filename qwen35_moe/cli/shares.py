@@ -27,7 +27,7 @@ from torch import Tensor
 from ..errors import Qwen35Error, extra
 from ..numerics.taps import Site
 from ..oracle.judge.envelope_file import ENVELOPE, stored_envelope
-from ..run.files import save_whole, whole
+from ..run.files import save_whole, tensors_sha256, whole
 from ..run.streamed import HEAD_ROWS
 from ..trace.file import RESUME, Entry, Trace
 from ..trace.layers import complete_trace
@@ -142,7 +142,7 @@ def join(parts: Sequence[Path], out: Path, meta: dict[str, Any]) -> Trace:
         sites = {key: e for t in traces for key, e in t.sites.items()}
         keys = {key: None for envelope in envelopes for key in envelope}
         rows = {key: _joined(key, sites[key], [e[key] for e in envelopes if key in e]) for key in keys}
-        save_whole(rows, out / ENVELOPE)
+        save_whole(rows, out / ENVELOPE, {"sha256": tensors_sha256(rows)})
     return Trace.open(out)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -95,6 +97,33 @@ def whole(path: Path) -> Iterator[Path]:
     except Exception:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def file_sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sha256(path: Path, known: str, do: str) -> None:
+    """Error if the bytes of a file are no longer those that were written."""
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise Qwen35Error("cannot read the file", where=path, found=error.strerror or error, do=do) from error
+    if found != known:
+        what = "the file is damaged: its checksum is another"
+        raise Qwen35Error(what, where=path, expected=f"sha256 {known}", found=found, do=do)
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """The checksum of tensors by name: of their names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {x.dtype} {list(x.shape)} ".encode())
+        digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -10,6 +10,7 @@ trace.json is one JSON object:
     format    "qwen35-moe-trace"
     version   1
     meta      arithmetic, checkpoint (identity), steps: {ids, positions, mask} [B][T], and with images axes [3][B][T]
+    files     name of each file -> the sha256 of its bytes (`qwen35-moe verify` compares)
     tensors   list, in order, of {key, name, layer, expert, part, step, dims, dtype, shape, file}
 
 `key` is the tensor's name in its file. `dims` names its dimensions (legend in tap_names.py): "b t d", "t e". `layer`
@@ -34,6 +35,7 @@ from torch import Tensor
 from ..checkpoint.untrusted import parse_json, read_json
 from ..errors import Qwen35Error
 from ..numerics.taps import Site
+from ..run.files import check_sha256
 
 FORMAT, VERSION = "qwen35-moe-trace", 1
 RESUME = "resume.safetensors"  # what long_run.py needs to go on; no part of the trace
@@ -74,6 +76,7 @@ class Trace(Mapping[str, Tensor]):
     meta: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # file -> sha256, where it is on disk
 
     def __getitem__(self, key: str) -> Tensor:
         if key in self.memory:
@@ -149,7 +152,19 @@ class Trace(Mapping[str, Tensor]):
         lost = sorted({e.file for e in entries} - {p.name for p in path.iterdir()})
         if lost:
             raise Qwen35Error("trace has lost files", where=path, found=", ".join(lost), do="write the trace again")
-        return cls({entry.key: entry for entry in entries}, head["meta"], path)
+        files = head.get("files") or {}
+        if not isinstance(files, dict) or not all(_CHUNK.fullmatch(k) and isinstance(v, str) for k, v in files.items()):
+            raise _bad(path / "trace.json", "files", "name of a file -> its sha256", files)
+        return cls({entry.key: entry for entry in entries}, head["meta"], path, files=files)
+
+    def verify(self) -> None:
+        """Reads all files. Error: the bytes of one are not those that were written, or no checksum is known."""
+        assert self.path is not None
+        do = "write the trace again"
+        for name in sorted({entry.file for entry in self.sites.values()}):
+            if name not in self.files:
+                raise Qwen35Error("no checksum is known of this file", where=self.path / name, do=do)
+            check_sha256(self.path / name, self.files[name], do)
 
 
 def in_utf8(path: str | Path) -> Path:

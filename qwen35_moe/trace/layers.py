@@ -91,7 +91,7 @@ def trace_layers(
                     h_BTD = model.layers[i](h_BTD, *given, LayerState())
                 writer.flush()
                 state.unused += sorted(n for n in origin_of(model).checkpoint.names() if _is_left(n, i, used))
-                state.next, state.files, state.nan = i + 1, writer.files, recorder.first_nan
+                state.next, state.files, state.nan = i + 1, dict(writer.sums), recorder.first_nan
                 state.write(out, h_BTD)
                 writer.keep_state()
             progress.done(i)

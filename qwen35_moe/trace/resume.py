@@ -4,7 +4,8 @@ Beside the trace's files (`oracle/trace_file.py`) lies `resume.safetensors` unti
 
     sum [B, T, D]     the residual stream after the last layer that is done, as the next one takes it (not yet rounded)
     __metadata__      `State` as JSON: run: what must be the same for the bytes to be (`run_of`); next: the layer to go
-                      on with; files: how many of the trace are done; unused: tensors of those layers that were never
+                      on with; files: those of the trace that are done, with their
+                      sha256; sum_sha256: of the stream; unused: tensors of those layers that were never
                       read; nan: the first tap that held one
 """
 
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..run.files import save_whole
+from ..run.files import save_whole, tensors_sha256
 from .file import RESUME
 
 
@@ -62,12 +63,15 @@ class State:
 
     run: str
     next: int = 0
-    files: int = 0
+    files: dict[str, str] = field(default_factory=dict)
+    sum_sha256: str = ""
     nan: str = ""
     unused: list[str] = field(default_factory=list)
 
     def write(self, out: Path, sum_BTD: Tensor) -> None:
-        save_whole({"sum": sum_BTD.cpu().contiguous()}, out / RESUME, {"state": json.dumps(asdict(self))})
+        held = {"sum": sum_BTD.cpu().contiguous()}
+        self.sum_sha256 = tensors_sha256(held)
+        save_whole(held, out / RESUME, {"state": json.dumps(asdict(self))})
 
     def resumed(self, out: Path) -> tuple[State, Tensor | None]:
         """That of an earlier run, which must be the same as this is to be, and its residual stream."""
@@ -78,6 +82,8 @@ class State:
                 then, sum_BTD = State(**json.loads((file.metadata() or {})["state"])), file.get_tensor("sum")
             if any(type(value) is not type(getattr(self, name)) for name, value in asdict(then).items()):
                 raise ValueError("values of wrong types")
+            if tensors_sha256({"sum": sum_BTD}) != then.sum_sha256:
+                raise ValueError("the residual stream is damaged: its checksum is another")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             do = "start without --resume"
             raise Qwen35Error("cannot read the state", where=out / RESUME, found=error, do=do) from error

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import Qwen35Error
 from ..numerics.taps import Site
-from ..run.files import check_claim, save, whole
+from ..run.files import check_claim, check_sha256, file_sha256, save, whole
 from .file import CHUNK_BYTES, FORMAT, RESUME, VERSION, Entry, Trace, entries_of, in_utf8, records_of
 
 _OURS = re.compile(r"(\d{5}|envelope|envelope-state|resume)\.safetensors")  # envelope: envelope_file.py
@@ -132,23 +132,34 @@ class TraceWriter:
     """
 
     def __init__(
-        self, path: str | Path, meta: dict[str, Any] | None = None, keep: int | None = None, joins: bool = False
+        self,
+        path: str | Path,
+        meta: dict[str, Any] | None = None,
+        keep: dict[str, str] | None = None,
+        joins: bool = False,
     ):
-        """keep: how many files of an unfinished trace there are kept, and its state, to be continued; joins: and parts
-        of a trace, which become this one."""
+        """keep: the files of an unfinished trace there that are kept, with their checksums, and its state, to be
+        continued; joins: and parts of a trace, which become this one. Error: a kept file is damaged."""
         self.path, self.meta = in_utf8(path), dict(meta or {})
         self.entries: list[Entry] = []
         self._keys: set[str] = set()
         self._open: dict[str, tuple[Entry, Tensor]] = {}
         self._ready: list[dict[str, tuple[Entry, Tensor]]] = []  # files, but for writing
-        self.files, self._joins = keep or 0, joins
+        self.sums: dict[str, str] = dict(keep or {})  # file -> sha256
+        self._joins = joins
         self.path.mkdir(parents=True, exist_ok=True)
         check_ours(self.path)
-        for name in map(_name, range(self.files)):
+        for name, known in self.sums.items():
+            check_sha256(self.path / name, known, "leave out --resume to start anew")
             self.entries += entries_of(records_of(self.path / name), self.path / name)
-        self._kept = {*map(_name, range(self.files)), *([RESUME] if keep is not None else [])}
+        self._kept = {*self.sums, *([RESUME] if keep is not None else [])}
         self._begun = all(there.is_dir() or there.name in self._kept for there in self.path.iterdir())
         self._keys.update(entry.key for entry in self.entries)
+
+    @property
+    def files(self) -> int:
+        """How many are written."""
+        return len(self.sums)
 
     def add(self, entry: Entry, x: Tensor) -> None:
         """Append one tensor. It must not change until the layer is written."""
@@ -182,7 +193,8 @@ class TraceWriter:
             if self._ready:
                 self._begin()
         if self._ready:
-            self.files += len(self._ready)
+            for name in map(_name, range(self.files, self.files + len(self._ready))):
+                self.sums[name] = file_sha256(self.path / name)
             self._ready = []
             self._clear()
 
@@ -202,7 +214,7 @@ class TraceWriter:
         """Removes what an older trace has left, now that files of this one are in their places; more: of them."""
         if self._begun:
             return
-        kept = {*self._kept, *more, *map(_name, range(self.files))}
+        kept = {*self._kept, *more, *self.sums}
         for old in list(self.path.iterdir()):
             if not old.is_dir() and old.name not in kept:
                 old.unlink()
@@ -225,13 +237,14 @@ class TraceWriter:
                     file.write(values.data)
             self._begin()
         self.entries.append(done)
-        self.files += 1
+        self.sums[name] = file_sha256(self.path / name)
         self._clear()
 
     def close(self) -> None:
         """Write the rest, and trace.json last. Parts of older runs are gone with it."""
         self.flush()
-        head = {"format": FORMAT, "version": VERSION, "meta": self.meta, "tensors": [asdict(e) for e in self.entries]}
+        head = {"format": FORMAT, "version": VERSION, "meta": self.meta, "files": self.sums,
+                "tensors": [asdict(e) for e in self.entries]}  # fmt: skip
         with whole(self.path / "trace.json") as temporary:
             temporary.write_text(json.dumps(head))
             self._begin()

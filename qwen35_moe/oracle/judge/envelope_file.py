@@ -20,7 +20,7 @@ from ...numerics import arithmetics
 from ...numerics.arithmetics import Arithmetic
 from ...numerics.tap_table import TAPS, base_name, matching, per_token, split_patterns
 from ...numerics.taps import Handler, Site, attach, scope
-from ...run.files import save_whole
+from ...run.files import save_whole, tensors_sha256
 from ...run.origin import origin_of
 from ...run.streamed import HEAD_ROWS, StreamedHead
 from ...trace.file import Trace
@@ -58,6 +58,24 @@ def stored_envelope(truth: Trace) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         do = "remove it, or write the trace again"
         raise Qwen35Error("cannot read the envelope", where=path, found=error, do=do) from error
+
+
+def check_envelope(truth: Trace) -> bool:
+    """Whether there is an envelope beside a truth. Error: its checksum is another than it says."""
+    path = None if truth.path is None else truth.path / ENVELOPE
+    if path is None or not path.is_file():
+        return False
+    known, do = header_of(path).get("sha256"), "remove it, and run `qwen35-moe trace --resume` with the same options"
+    if (found := tensors_sha256(stored_envelope(truth))) != known:
+        raise Qwen35Error("the envelope is damaged: its checksum is another", where=path, expected=known, found=found,
+                          do=do)  # fmt: skip
+    return True
+
+
+def header_of(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def as_rows(key: str, x: Tensor, tokens: int) -> Tensor:
@@ -101,7 +119,7 @@ class _Errors(Handler):
         tensors = {f"error.{key}": torch.stack((n.l2, n.max)) for key, n in self.norms.items()}
         if sum_BTD is not None:
             tensors["sum"] = sum_BTD.cpu().contiguous()
-        save_whole(tensors, path, run)
+        save_whole(tensors, path, {**run, "sha256": tensors_sha256(tensors)})
 
     def read(self, path: Path) -> tuple[dict[str, str], Tensor | None]:
         try:
@@ -109,6 +127,8 @@ class _Errors(Handler):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 run = file.metadata() or {}
             json.loads(run["done"])
+            if tensors_sha256(tensors) != run.pop("sha256", None):
+                raise ValueError("damaged: its checksum is another")
             sum_BTD = tensors.pop("sum", None)
             for name, x in tensors.items():
                 self.add(name.removeprefix("error."), Norms(*x.unbind()))
@@ -171,7 +191,7 @@ def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, 
     if truth.path is None or state is None:
         truth.meta["_envelope"] = out
         return
-    save_whole(out, truth.path / ENVELOPE)
+    save_whole(out, truth.path / ENVELOPE, {"sha256": tensors_sha256(out)})
     state.unlink()
 
 
