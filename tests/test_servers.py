@@ -172,7 +172,6 @@ def npy(x: np.ndarray) -> str:
         ({"meta_info": {"input_token_logprobs": [[-1, "x", None]]}}, "not a token id"),
         ({"meta_info": {"input_token_logprobs": [[-1, -4, None]]}}, "not a token id"),
         ({"meta_info": {"input_token_logprobs": [["-1", 4, None]]}}, "not a log-probability"),
-        ({"meta_info": {"input_token_logprobs": [[float("nan"), 4, None]]}}, "not a log-probability"),
         ({"meta_info": {"input_token_logprobs": [[0.4, 4, None]]}}, "log-probability above 0"),
         (sglang([1, 2], routed_experts="%%"), "routed_experts are no base64"),
         (sglang([1, 2], routed_experts="AAA="), "routed_experts are cut off"),
@@ -282,6 +281,33 @@ def test_experts_are_judged_with_the_log_p(loaded: Loaded, known: Prepared) -> N
         answer.routed = (ids + torch.tensor([0, 1])[:, None]).remainder(6).flatten()
     verdict = known.judge(answers)
     assert verdict.finding == "diverges" and verdict.why.startswith("layer 1: ")
+
+
+def test_nan_is_a_verdict(loaded: Loaded, known: Prepared) -> None:
+    log_p, vocab = engine(loaded), loaded.source.config.vocab_size
+    with serving(Dialects(log_p, "sglang", vocab)) as url:
+        answers = [*Asker(Server(url), "sglang", 8, vocab).ask(known.ids)]
+    answers[1].rows[5].log_p[known.ids[1][5]] = float("nan")
+    verdict = known.judge(answers)
+    assert (verdict.finding, verdict.why) == ("diverges", "log p at 1 of 36 positions are NaN")
+
+
+def test_a_fault_of_decode_alone_is_found(loaded: Loaded, known: Prepared) -> None:
+    """Prompts are right, and so is what follows one token; the cached state is wrong from the second on."""
+    right, wrong, vocab = engine(loaded), engine(loaded, fault="gate and up swapped"), loaded.source.config.vocab_size
+    for broken, finding in ((False, "agrees"), (True, "diverges")):
+        answers = []
+        for ids in known.ids * 2:
+            with serving(Dialects(right, "vllm", vocab)) as url:
+                (answer,) = Asker(Server(url), "vllm", 8, vocab).together([ids], 12)
+            for row in answer.rows:
+                if row.place > len(ids):
+                    log_p = (wrong if broken else right)(answer.ids)[row.place - 1]
+                    row.log_p.update({i: float(log_p[i]) for i in row.log_p})
+            answers.append(answer)
+        verdict = known.judge(answers)
+        assert verdict.finding == finding, verdict
+        assert verdict.why.startswith("in decode: ") == broken
 
 
 def test_another_model_is_called_another_model(loaded: Loaded, known: Prepared) -> None:

@@ -70,8 +70,8 @@ def token(found: Any, where: str) -> int:
 
 
 def number(found: Any, where: str) -> float | None:
-    """A log p; None for log 0, which engines write for tokens that a filter took away."""
-    if type(found) not in (int, float) or math.isnan(found):
+    """A log p; None for log 0, which engines write for tokens that a filter took away. NaN is kept: it is a verdict."""
+    if type(found) not in (int, float):
         raise bad("not a log-probability", where, found, "a number, 0 or less")
     if found > MOST:
         do = "ask for log p, not probabilities (llama.cpp: without post_sampling_probs)"
@@ -100,7 +100,8 @@ def mapping(found: Any, where: str) -> dict[str, Any]:
 def row(place: int, pairs: Sequence[tuple[int, float | None]], has_top: bool) -> Row:
     """A row of (id, log p). Two values for one token are kept once; the likeliest is named where K were asked for."""
     log_p = {i: x for i, x in pairs if x is not None}
-    return Row(place, log_p, max(log_p, key=lambda i: (log_p[i], -i)) if has_top and log_p else None)
+    likely = [i for i, x in log_p.items() if not math.isnan(x)] if has_top else []
+    return Row(place, log_p, max(likely, key=lambda i: (log_p[i], -i), default=None))
 
 
 def prompt_of(request: Mapping[str, Any], where: str, *keys: str) -> list[int] | None:

@@ -15,6 +15,7 @@ from .readers import from_json
 
 APIS = ("sglang", "vllm", "llama.cpp", "openai")
 ALL = -1  # of `top`: the whole vocabulary
+NEW = 8  # tokens generated after each prompt, by engines that tell a prompt's log p in one request
 ASCII = 65  # ids of llama-server's texts are not known; this one is a letter in byte-level vocabularies
 
 Ids = Sequence[int]
@@ -34,7 +35,7 @@ class Asker:
         """Answers for each prompt, one request each, or one request a token."""
         for ids in prompts:
             if self.api in ("sglang", "vllm"):
-                yield from self.together([ids])
+                yield from self.together([ids], NEW)
             else:
                 yield from self._one_by_one(ids)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,11 +14,12 @@ from ..judge.envelope import legal
 from ..judge.split_k import samples
 from .answer import Answer
 from .judge import Judge, Positions
-from .replay import Branch, Replay, hypotheses
+from .replay import Branch, Hypothesis, Replay, hypotheses
 from .routing import judge_routing
 from .verdict import Verdict, decide, told
 
 MORE = 4  # legal arithmetics besides those of the envelope: their products in other orders
+FEWEST = 16  # positions of generated tokens that are worth a truth of their own
 GIVEN = 20  # likeliest tokens that a server is asked for
 
 
@@ -57,6 +58,26 @@ class Prepared:
             verdict.evidence.append(
                 f"all {len(off)} log p told: |delta| median {float(off.median()):.2g}, largest {float(off.max()):.2g}"
             )
+        return self._with_decode(verdict, answers)
+
+    def _with_decode(self, verdict: Verdict, answers: Sequence[Answer]) -> Verdict:
+        """The verdict, and what the generated tokens say, which come from other kernels and from cached states. Their
+        truth is computed now: they were not known before. No fault is replayed on them."""
+        longer = list[Answer]()
+        for answer in answers:
+            n = next((len(p) for p in self.ids if answer.ids[: len(p)] == p), len(answer.ids))
+            if rows := [r for r in answer.rows if r.place > n and r.log_p]:
+                longer.append(replace(answer, rows=rows))
+        if sum(len(a.rows) for a in longer) < FEWEST:
+            return verdict
+        r, tables = self.replay, [b.table for b in self.branches[1 : self.members + 1]]
+        known = _replayed(r.source, r.fused, [a.ids for a in longer], self.branches[0].table, tables, [])
+        found = told(longer, known.ids, r.config.vocab_size)
+        wrong, _ = judge_routing(longer, known.ids, known.replay.ids.shape[1], known.branches, known.members)
+        decode = decide(Judge(known.replay, known.branches, known.members, found.at), found, wrong)
+        verdict.evidence += [f"generated tokens, {decode.positions}: {line}" for line in decode.evidence]
+        if decode.finding == "diverges" and verdict.finding != "diverges":
+            verdict.finding, verdict.why = "diverges", f"in decode: {decode.why}"
         return verdict
 
 
@@ -66,10 +87,17 @@ def prepare(
 ) -> Prepared:  # fmt: skip
     """faults: hypotheses in `all` layers at once, `each` layer too, or `none`. engine: the arithmetic that the server
     says it has ("float32": the legal ones are then those of float32, and nearly everything is visible)."""
-    rows, mask = padded([torch.tensor(list(one)) for one in ids])
     tables = list(legal(arithmetic, engine))
     tables += samples(tables, more) if tables[0].name != "float32" else []
-    replay = Replay(source, fused, rows, mask)
     listed = hypotheses(source, faults, a4=arithmetic.startswith("exact+a4"))
-    branches = replay.run(arithmetic, tables, listed, routing=True)
+    return _replayed(source, fused, ids, arithmetic, tables, listed)
+
+
+def _replayed(
+    source: Source, fused: Sequence[bool], ids: Sequence[Sequence[int]], truth: str | Arithmetic,
+    tables: Sequence[Arithmetic], listed: Sequence[Hypothesis],
+) -> Prepared:  # fmt: skip
+    rows, mask = padded([torch.tensor(list(one)) for one in ids])
+    replay = Replay(source, fused, rows, mask)
+    branches = replay.run(truth, tables, listed, routing=True)
     return Prepared([list(one) for one in ids], replay, branches, len(tables))

@@ -56,10 +56,11 @@ class Hypothesis:
 
 def hypotheses(source: Source, which: str = "each", a4: bool = False) -> list[Hypothesis]:
     """What the catalogue can say of this checkpoint: `all` (layers at once), `each` (also layer by layer), or `none`.
-    A fault of the draft head shows in no log p, one of one expert in one layer only."""
+    A fault of the draft head shows in no log p, one of the hand-over between steps in none of a prompt; one of one
+    expert is in one layer only."""
     kinds, found = source.config.layer_types, list[Hypothesis]()
     for fault in () if which == "none" else FAULTS:
-        if fault.block == "mtp":
+        if fault.block == "mtp" or fault.hand_over is not None:
             continue
         layers = [i for i, kind in enumerate(kinds) if KINDS.get(fault.block, kind) == kind]
         layers = [i for i in layers if fault.applies(source, i, a4)]

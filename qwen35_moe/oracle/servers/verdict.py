@@ -7,6 +7,7 @@ cannot tell   neither: too few positions, or a suspicion. A dump decides, and th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -59,13 +60,16 @@ class Verdict:
         return EXIT[self.finding]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        records = asdict(self)
+        for q in records["quantiles"]:  # JSON has no infinity
+            q["high"] = q["high"] if math.isfinite(q["high"]) else None
+        return records
 
 
 def told(answers: Sequence[Answer], ids: Sequence[Sequence[int]], vocab: int) -> Told:
     """Rows of answers whose tokens before them are those of a prompt. Errors: there are none; an id of no token."""
     rows: dict[tuple[int, int], tuple[dict[int, float], int]] = {}
-    notes, elsewhere = list[str](), 0
+    notes, elsewhere, empty = list[str](), 0, 0
     for answer in answers:
         notes += answer.notes
         if wrong := [i for i in answer.clamped if i < vocab - 1]:
@@ -75,6 +79,7 @@ def told(answers: Sequence[Answer], ids: Sequence[Sequence[int]], vocab: int) ->
                               expected=f"ids below {vocab}", found=large[0])  # fmt: skip
         for row in answer.rows:
             if not row.log_p or row.place < 1:
+                empty += row.place > 0
                 continue
             b = next((b for b, known in enumerate(ids) if _same(answer.ids, known, row.place)), None)
             if b is None:
@@ -87,6 +92,8 @@ def told(answers: Sequence[Answer], ids: Sequence[Sequence[int]], vocab: int) ->
                           found=f"{first}, {elsewhere} positions", do="ask for the tokens of the truth")  # fmt: skip
     if elsewhere:
         notes.append(f"{elsewhere} positions are not judged: they follow other tokens than the prompts'")
+    if empty:
+        notes.append(f"{empty} positions are told without any log p")
     keys, tables = [*rows], [log_p for log_p, _ in rows.values()]
     best = torch.tensor([b for _, b in rows.values()])
     found = Told(*_table(keys, [_few(t, _next(ids[b], p)) for t, (b, p) in zip(tables, keys, strict=True)]), best,
@@ -132,6 +139,8 @@ def decide(judge: Judge, found: Told, routing: Sequence[str] = ()) -> Verdict:
     best = max((e for e in look.explanations if e.visible), key=lambda e: e.sure, default=None)
     listed = judge.seen[[i for i, b in enumerate(judge.branches) if b.hypothesis and b.hypothesis.layer is None]]
     blind = bool(len(listed)) and float(listed.double().mean()) < ENOUGH
+    nan = int((found.log_p.isnan() & judge.known).any(1).sum())
+    routing = [f"log p at {nan} of {positions} positions are NaN", *routing] if nan else routing
     finding, why = _finding(look, best, routing, blind)
     notes = list(found.notes)
     if finding != "agrees" and _stranger(judge, found):

@@ -1,0 +1,161 @@
+"""A real llama-server, run here on the CPU and probed: clean, in bf16, and serving checkpoints that were broken.
+
+    python -m venv build/llama && build/llama/bin/pip install xllamacpp     # llama.cpp's own server, prebuilt
+    pip download llama-cpp-python==0.3.36 --no-deps --no-binary :all:       # its sdist holds convert_hf_to_gguf.py
+    python -m benchmarks.real_server --python build/llama/bin/python --llama-cpp DIR/vendor/llama.cpp [--out build/real]
+
+Each checkpoint is `tiny` with tensors changed as a loader with a bug would hold them, converted to GGUF by llama.cpp's
+own script (its pre-tokenizer's name is given, since it knows trained tokenizers only), served with flash attention off
+and an F32 cache, and judged against the checkpoint as it was. Printed: verdict, median and maximum over what was told.
+
+Another engine is probed with the same command that users have: start it, then `qwen35-moe probe CHECKPOINT URL`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.request import urlopen
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from weights.build import build
+
+SERVE = """
+import sys, time
+import xllamacpp as x
+p = x.CommonParams()
+p.model.path, p.port, p.n_ctx, p.n_parallel, p.warmup = sys.argv[1], int(sys.argv[2]), 1024, 1, False
+p.cpuparams.n_threads = 1
+p.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+p.cache_type_k = p.cache_type_v = x.ggml_type.GGML_TYPE_F32
+server = x.Server(p)
+time.sleep(3600)
+"""
+CONVERT = """
+import sys
+sys.path[:0] = [sys.argv[1] + "/gguf-py", sys.argv[1]]
+import conversion.base
+conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
+import convert_hf_to_gguf
+sys.argv = ["convert", sys.argv[2], "--outfile", sys.argv[3], "--outtype", sys.argv[4]]
+convert_hf_to_gguf.main()
+"""
+Change = Callable[[str, Tensor], Tensor]
+
+
+def _zero(name: str, x: Tensor) -> Tensor:
+    return x * 0 if ".mlp.shared_expert." in name else x
+
+
+def _swap(name: str, x: Tensor) -> Tensor:
+    return torch.cat(x.chunk(2, 1)[::-1], 1) if name.endswith("experts.gate_up_proj") else x
+
+
+def _exchange(name: str, x: Tensor) -> Tensor:
+    return x[[1, 0, *range(2, len(x))]] if ".mlp.experts." in name else x
+
+
+def _minus_one(name: str, x: Tensor) -> Tensor:
+    return x - 1 if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")) else x
+
+
+def _bf16(name: str, x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).to(x.dtype) if name.endswith("A_log") else x
+
+
+def _one_layer(change: Change, layer: int) -> Change:
+    return lambda name, x: change(name, x) if f".layers.{layer}." in name else x
+
+
+# name -> what is changed, the GGUF's type, and the arithmetic that `probe` is told
+CASES: dict[str, tuple[Change | None, str, str | None]] = {
+    "clean, F32": (None, "f32", "float32"),
+    "clean, F32, judged as bf16": (None, "f32", None),
+    "clean, BF16": (None, "bf16", None),
+    "shared expert zeroed, all layers": (_zero, "f32", None),
+    "shared expert zeroed, layer 2": (_one_layer(_zero, 2), "f32", None),
+    "gate and up swapped, all layers": (_swap, "f32", None),
+    "gate and up swapped, layer 2": (_one_layer(_swap, 2), "f32", None),
+    "experts 0 and 1 exchanged, all layers": (_exchange, "f32", None),
+    "experts 0 and 1 exchanged, layer 2": (_one_layer(_exchange, 2), "f32", None),
+    "norms off by one, all layers": (_minus_one, "f32", None),
+    "norms off by one, layer 2": (_one_layer(_minus_one, 2), "f32", None),
+    "A_log in bf16": (_bf16, "f32", None),
+    "A_log in bf16, judged as float32": (_bf16, "f32", "float32"),
+}
+
+
+def changed(source: Path, out: Path, change: Change | None) -> Path:
+    """A copy of a checkpoint with a tokenizer and with tensors changed; the draft head stays as it is."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from text_files import write_tokenizer
+
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(source, out)
+    write_tokenizer(out)
+    for file in out.glob("*.safetensors") if change else []:
+        tensors = {k: x if k.startswith("mtp.") else change(k, x).contiguous() for k, x in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    return out
+
+
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def probed(gguf: Path, checkpoint: Path, python: str, engine: str | None, options: argparse.Namespace) -> str:
+    """Serves a GGUF, probes it, ends the server; the lines that count."""
+    number = port()
+    server = subprocess.Popen([python, "-c", SERVE, str(gguf), str(number)], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL)  # fmt: skip
+    url = f"http://127.0.0.1:{number}"
+    try:
+        for _ in range(100):
+            time.sleep(0.3)
+            try:
+                with urlopen(f"{url}/health", timeout=2):
+                    break
+            except OSError:
+                continue
+        more = [] if engine is None else ["--engine", engine]
+        size = ["--prompts", str(options.prompts), "--tokens", str(options.tokens), "--top", "all"]
+        command = [sys.executable, "-m", "qwen35_moe", "probe", str(checkpoint), url, *size, *more]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        server.terminate()
+        server.wait()
+    wanted = ("evidence median", "evidence all", "AGREES", "DIVERGES", "CANNOT", "it looks", "no less")
+    kept = [line for line in ran.stdout.splitlines() if line.startswith(wanted)]
+    return "\n".join([f"  exit {ran.returncode}", *(f"  {line}" for line in kept or [ran.stderr])])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--python", required=True, help="of the environment that has xllamacpp")
+    parser.add_argument("--llama-cpp", required=True, help="folder with convert_hf_to_gguf.py and gguf-py")
+    parser.add_argument("--out", type=Path, default=Path("build/real"))
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=25)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = build("tiny", options.out / "tiny")
+    for n, (name, (change, kind, engine)) in enumerate(CASES.items()):
+        folder = changed(checkpoint, options.out / f"case{n}", change)
+        gguf = options.out / f"case{n}.gguf"
+        convert = [sys.executable, "-c", CONVERT, options.llama_cpp, str(folder), str(gguf), kind]
+        subprocess.run(convert, check=True, capture_output=True)
+        print(f"{name}\n{probed(gguf, checkpoint, options.python, engine, options)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
