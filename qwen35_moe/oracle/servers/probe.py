@@ -47,7 +47,8 @@ class Prepared:
 
     def judge(self, answers: Sequence[Answer]) -> Verdict:
         """The verdict. Raises Qwen35Error where the answers are of other tokens, or of another model."""
-        found = told(answers, self.ids, self.replay.config.vocab_size)
+        asked, longer = self._parts(answers)
+        found = told(asked, self.ids, self.replay.config.vocab_size)
         width = self.replay.ids.shape[1]
         wrong, said = judge_routing(answers, self.ids, width, self.branches, self.members)
         verdict = decide(Judge(self.replay, self.branches, self.members, found.at), found, wrong)
@@ -58,17 +59,23 @@ class Prepared:
             verdict.evidence.append(
                 f"all {len(off)} log p told: |delta| median {float(off.median()):.2g}, largest {float(off.max()):.2g}"
             )
-        return self._with_decode(verdict, answers)
+        return self._with_decode(verdict, longer)
 
-    def _with_decode(self, verdict: Verdict, answers: Sequence[Answer]) -> Verdict:
-        """The verdict, and what the generated tokens say, which come from other kernels and from cached states. Their
-        truth is computed now: they were not known before. No fault is replayed on them."""
-        longer = list[Answer]()
+    def _parts(self, answers: Sequence[Answer]) -> tuple[list[Answer], list[Answer]]:
+        """Answers up to the end of their prompt, and what comes after the first generated token."""
+        asked, longer = list[Answer](), list[Answer]()
         for answer in answers:
             n = next((len(p) for p in self.ids if answer.ids[: len(p)] == p), len(answer.ids))
+            asked.append(replace(answer, rows=[r for r in answer.rows if r.place <= n]))
             if rows := [r for r in answer.rows if r.place > n and r.log_p]:
                 longer.append(replace(answer, rows=rows))
-        if sum(len(a.rows) for a in longer) < FEWEST:
+        return asked, longer
+
+    def _with_decode(self, verdict: Verdict, longer: Sequence[Answer]) -> Verdict:
+        """The verdict, and what the generated tokens say, which come from other kernels and from cached states. Their
+        truth is computed now: they were not known before. No fault is replayed on them."""
+        if (count := sum(len(a.rows) for a in longer)) < FEWEST:
+            verdict.notes += [f"{count} generated tokens are not judged: {FEWEST} are worth it"] if count else []
             return verdict
         r, tables = self.replay, [b.table for b in self.branches[1 : self.members + 1]]
         known = _replayed(r.source, r.fused, [a.ids for a in longer], self.branches[0].table, tables, [])
