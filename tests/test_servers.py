@@ -33,7 +33,6 @@ from qwen35_moe.oracle.servers.prompts import drawn, ordinary
 from qwen35_moe.oracle.servers.readers import from_bytes, from_json, read_answers
 from qwen35_moe.oracle.truth import Loaded, open_checkpoint, write_truth
 from qwen35_moe.run.load import build as build_model
-from qwen35_moe.run.origin import origin_of
 from weights.build import build
 
 DATA = Path(__file__).parent / "data" / "servers"
@@ -205,11 +204,9 @@ def test_real_engines_agree_with_the_truth(tmp_path: Path) -> None:
     """SGLang 0.5.17 on an H200 in bf16, and llama-server, each on the checkpoint that it served."""
     path = build(DATA / "engine-size.toml", tmp_path / "size", flat=True, mtp=False)
     for folder, name in ((path, "sglang_bf16"), (FIXTURE, "llamacpp_completion_n_predict0")):
-        model = open_checkpoint(folder)[1]
+        opened = open_checkpoint(folder)[1]
         answers = read_answers(DATA / f"{name}.json")
-        verdict = prepare(origin_of(model).source, model.fused, [a.ids for a in answers], faults="none", more=0).judge(
-            answers
-        )
+        verdict = prepare(opened.source, opened.fused, [a.ids for a in answers], faults="none", more=0).judge(answers)
         assert verdict.positions == sum(bool(r.log_p) for a in answers for r in a.rows)
         assert all(q.ratio < 1.5 for q in verdict.quantiles), verdict.evidence
         if name == "sglang_bf16":
