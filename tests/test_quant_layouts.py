@@ -5,18 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.quant.layouts import (
     deinterleave_gate_up,
     from_compressed_tensors,
-    from_gpt_oss,
     interleave_gate_up,
     shuffle_scales,
     shuffle_weight,
     to_compressed_tensors,
-    to_gpt_oss,
     unshuffle_scales,
     unshuffle_weight,
 )
@@ -24,19 +21,6 @@ from qwen35_moe.quant.layouts import (
 
 def random_bytes(*shape: int) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def test_gpt_oss_blocks() -> None:
-    blocks, scales = random_bytes(2, 6, 3, 16), random_bytes(2, 6, 3) % 254 + 1
-    weight = from_gpt_oss(blocks, scales)
-    assert weight.shape == (2, 6, 96)
-    theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)  # [E, I, O]
-    assert torch.equal(weight.decode(torch.float32), theirs.transpose(1, 2))
-    again = to_gpt_oss(weight)
-    assert torch.equal(again[0], blocks)
-    assert torch.equal(again[1], scales)
-    with pytest.raises(Qwen35Error, match="16"):
-        from_gpt_oss(blocks.flatten(-2), scales)
 
 
 def test_compressed_tensors_are_the_plain_layout_under_other_names() -> None:

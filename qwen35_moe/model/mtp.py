@@ -1,4 +1,4 @@
-"""Multi-token prediction: the draft head of the checkpoint, chained drafts, and which drafts a target would accept.
+"""Multi-token prediction: the draft head of the checkpoint, and chained drafts.
 
     h'_t = norm(layer(fc([norm_e(embedding of token t+1) ; norm_h(h_t)])))      logits of token t+2 = lm_head(h'_t)
 
@@ -9,8 +9,7 @@ part `mtp`: `mtp_embedding`, `mtp_hidden`, `mtp_fc`, those of a layer, `final_no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -148,102 +147,3 @@ def draft(
             logits, hidden = draft_head(model, mtp, ids[-1][:, None], hidden[rows, last][:, None], cache=chain)
             last = torch.zeros_like(rows)
     return torch.stack(ids, 1), torch.stack(seen, 1)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What becomes of one draft. `log_p` is the target's, given that all drafts before it are right."""
-
-    id: int
-    accepted: bool
-    probability: float  # of being accepted
-    log_p: float
-    reason: str
-
-
-@dataclass(frozen=True)
-class Acceptance:
-    """Verdicts in order, how many drafts were accepted, and the token after them with the distribution it came from."""
-
-    verdicts: tuple[Verdict, ...]
-    accepted: int
-    next_id: int
-    next_probs_V: Tensor
-
-
-def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
-    """What a rejected draft is replaced from: max(p - q, 0), normalised (p itself where nothing is left of it)."""
-    rest_V = (p_V - q_V).clamp(min=0)
-    return rest_V / rest_V.sum() if rest_V.sum() > 0 else p_V
-
-
-def accept(
-    draft_ids: Sequence[int] | Tensor,
-    target_logits: Tensor,
-    draft_logits: Tensor | None = None,
-    temperature: float = 0.0,
-    uniforms: Sequence[float] | Tensor | None = None,
-) -> Acceptance:
-    """Which of K drafts of one sequence the target accepts, and why.
-
-    target_logits [K+1, V]: row i is the target's after the prompt and the first i drafts. Accepting stops at the first
-    rejection; the token after the accepted ones then comes from the target's row at that place.
-
-    temperature 0: a draft is accepted if it is the target's likeliest token (of equals, the lowest id).
-    temperature > 0: speculative sampling (Leviathan et al. 2023, algorithm 1; Chen et al. 2023): with p and q the
-    target's and the draft's probabilities, draft x is accepted if u < p(x) / q(x); else a token is drawn from
-    `residual(p, q)`, and after K accepted drafts from p. Tokens are then distributed as the target's own.
-    draft_logits [K, V] give q; without them drafts count as chosen for certain (q = 1), as greedy drafts are.
-    uniforms [K+1], in [0, 1): a u for each draft, and one for the token drawn (the first id whose cumulated probability
-    exceeds it); give those of an engine to repeat what it did.
-    """
-    ids = [int(i) for i in draft_ids]
-    K, V = len(ids), target_logits.shape[-1]
-    sampled = temperature > 0
-    for what, x, shape in (("target_logits", target_logits, (K + 1, V)), ("draft_logits", draft_logits, (K, V))):
-        if x is not None and x.shape != shape:
-            raise Qwen35Error("logits of the wrong shape", where=what, expected=list(shape), found=list(x.shape))
-    coins = [0.0] * (K + 1) if not sampled else [] if uniforms is None else [float(u) for u in uniforms]
-    if len(coins) != K + 1 or not all(0 <= u < 1 for u in coins):
-        expected, found = f"{K + 1}, one for each draft and one for the token after them, from 0 to below 1", coins
-        raise Qwen35Error("sampling needs its random numbers", where="uniforms", expected=expected, found=found)
-    if bad := [i for i in ids if not 0 <= i < V]:
-        raise Qwen35Error("not in the vocabulary", where="draft_ids", expected=f"0 .. {V - 1}", found=bad[0])
-    scale = temperature if sampled else 1.0
-    log_p = (target_logits.to(torch.float64) / scale).log_softmax(-1)
-    one_hot = nn.functional.one_hot(torch.tensor(ids, device=log_p.device).long(), V).to(log_p)
-    q = one_hot if draft_logits is None else (draft_logits.to(log_p) / scale).softmax(-1)
-    for what, x in (("target_logits", log_p), ("draft_logits", q)):
-        if x.isnan().any():
-            raise Qwen35Error("logits hold NaN, or infinity", where=what)
-
-    verdicts: list[Verdict] = []
-    accepted = 0
-    for i, drafted in enumerate(ids):
-        best = int(greedy(log_p[i]))
-        p_x, q_x = log_p[i, drafted].exp().item(), q[i, drafted].item()
-        chance = (min(1.0, p_x / q_x) if q_x else 1.0) if sampled else float(drafted == best)
-        ok = accepted == i and coins[i] < chance
-        if accepted < i:
-            reason = f"not reached: draft {accepted} was rejected"
-        elif sampled:
-            reason = (
-                f"u = {coins[i]:.6g} {'<' if ok else '>='} min(1, p/q) = {chance:.6g}, p = {p_x:.6g}, q = {q_x:.6g}"
-            )
-        elif ok:
-            reason = "the target's likeliest token"
-        else:
-            gap = (log_p[i, best] - log_p[i, drafted]).item()
-            reason = f"the target prefers {best}, by {gap:.6g} in log p"
-        verdicts.append(Verdict(drafted, ok, chance, log_p[i, drafted].item(), reason))
-        accepted += ok
-
-    if not sampled:
-        next_id = int(greedy(log_p[accepted]))
-        next_probs_V = nn.functional.one_hot(torch.tensor(next_id), V).to(log_p)
-    else:
-        p_V = log_p[accepted].exp()
-        next_probs_V = p_V if accepted == K else residual(p_V, q[accepted])
-        below_V = next_probs_V.cumsum(-1)
-        next_id = int((below_V / below_V[-1] > coins[K]).to(torch.uint8).argmax())
-    return Acceptance(tuple(verdicts), accepted, next_id, next_probs_V)

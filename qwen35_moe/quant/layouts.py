@@ -16,20 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from .mxfp4 import BLOCK, MXFP4
-
-
-def from_gpt_oss(blocks: Tensor, scales: Tensor) -> MXFP4:
-    """`*_blocks` [..., O, Q, 16] and `*_scales` [..., O, Q]. The rows of a gate_up projection alternate still:
-    see `deinterleave_gate_up`."""
-    if blocks.dim() < 3 or blocks.shape[-1] != BLOCK // 2:
-        raise Qwen35Error("not gpt-oss blocks", expected="[..., O, Q, 16]", found=list(blocks.shape))
-    return MXFP4(blocks.flatten(-2), scales)
-
-
-def to_gpt_oss(weight: MXFP4) -> tuple[Tensor, Tensor]:
-    """The inverse of `from_gpt_oss`."""
-    return weight.codes.unflatten(-1, (-1, BLOCK // 2)), weight.scales
+from .mxfp4 import MXFP4
 
 
 def from_compressed_tensors(weight_packed: Tensor, weight_scale: Tensor) -> MXFP4:

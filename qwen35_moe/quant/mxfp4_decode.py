@@ -20,27 +20,15 @@ from ..errors import Qwen35Error
 BLOCK = 32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
-# What decoders make of the two bytes at the ends: "ocp" is the standard (also SGLang's and Aiter's Python code), "zero"
-# and "inf" are kernels that shift the byte into a float's exponent (SGLang's and Aiter's HIP code; gpt-oss and
-# compressed-tensors have "inf" too), nan="zero" is SGLang's dequantisation in torch.
-E8M0_ZERO = {"ocp": 2.0**-127, "zero": 0.0}
-E8M0_NAN = {"ocp": math.nan, "inf": math.inf, "zero": 0.0}
-
 
 @cache
-def products(dtype: torch.dtype, device: torch.device, e8m0_zero: str = "ocp", e8m0_nan: str = "ocp") -> Tensor:
+def products(dtype: torch.dtype, device: torch.device) -> Tensor:
     """All that a code and a scale can make: [256 scale bytes, 16 codes] of `dtype`, rounded to nearest even where
     `dtype` cannot hold the value (nothing is rounded in bfloat16 and wider).
 
     A subnormal is put together from its bits, so that a CPU that flushes them (`torch.set_flush_denormal`) has no say.
     """
-    if e8m0_zero not in E8M0_ZERO or e8m0_nan not in E8M0_NAN:
-        raise Qwen35Error(
-            "unknown convention for a scale byte",
-            expected=f"e8m0_zero: {', '.join(E8M0_ZERO)}; e8m0_nan: {', '.join(E8M0_NAN)}",
-            found=f"{e8m0_zero}, {e8m0_nan}",
-        )
-    scales = [E8M0_ZERO[e8m0_zero], *(2.0 ** (byte - 127) for byte in range(1, 255)), E8M0_NAN[e8m0_nan]]
+    scales = [*(2.0 ** (byte - 127) for byte in range(255)), math.nan]
     wide = torch.tensor(scales, dtype=torch.float64)[:, None] * torch.tensor(E2M1, dtype=torch.float64)
     if dtype == torch.float64:
         return wide.to(device)
@@ -53,13 +41,11 @@ def products(dtype: torch.dtype, device: torch.device, e8m0_zero: str = "ocp", e
     return bits.view(dtype).to(device)
 
 
-def decode_plain(
-    codes: Tensor, scales: Tensor, dtype: torch.dtype, e8m0_zero: str = "ocp", e8m0_nan: str = "ocp"
-) -> Tensor:
+def decode_plain(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The formula as it stands, one look-up for each value: what `decode` is tested against."""
     codes_I = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).long()
     scales_I = scales.repeat_interleave(BLOCK, dim=-1).long()
-    return products(dtype, codes.device, e8m0_zero, e8m0_nan)[scales_I, codes_I]
+    return products(dtype, codes.device)[scales_I, codes_I]
 
 
 def decode(
@@ -67,15 +53,12 @@ def decode(
     scales: Tensor,
     dtype: torch.dtype,
     out: Tensor | None = None,
-    e8m0_zero: str = "ocp",
-    e8m0_nan: str = "ocp",
     compiled: bool | None = None,
 ) -> Tensor:
     """Codes [..., Z] and scales [..., Q] (both uint8) to values [..., I] of `dtype`; into `out` (contiguous) if given.
 
     Exact in bfloat16, float32 and float64, but for what is beyond their range (infinity: scale byte 253 times 4 and 6,
-    254 times 2 to 6); float16 rounds to nearest even. `e8m0_zero` ("ocp", "zero") and `e8m0_nan` ("ocp", "inf", "zero")
-    say what the scale bytes 0 and 255 are worth; a NaN scale makes NaN of every code.
+    254 times 2 to 6); float16 rounds to nearest even. A NaN scale makes NaN of every code.
 
     `compiled` uses `torch.compile`, which takes seconds at the first call and needs a C++ compiler on a CPU. None is
     yes on a GPU and no on a CPU, where it gains a factor of two for bfloat16 and changes nothing for other dtypes.
@@ -94,11 +77,11 @@ def decode(
         )
     if codes.is_cuda and compiled is not False:
         wide = torch.promote_types(dtype, torch.float32)
-        worth = products(wide, codes.device, e8m0_zero, e8m0_nan)[:, E2M1.index(1.0)].contiguous()
+        worth = products(wide, codes.device)[:, E2M1.index(1.0)].contiguous()
         values = products(wide, codes.device)[127]
         _compiled(decode_flat)(codes.reshape(-1), scales.reshape(-1), values, worth, out.view(-1))
         return out
-    return decode_in_pieces(codes, scales, dtype, out, e8m0_zero, e8m0_nan, bool(compiled))
+    return decode_in_pieces(codes, scales, dtype, out, bool(compiled))
 
 
 @cache
@@ -124,8 +107,6 @@ def decode_in_pieces(
     scales: Tensor,
     dtype: torch.dtype,
     out: Tensor,
-    e8m0_zero: str = "ocp",
-    e8m0_nan: str = "ocp",
     compiled: bool = False,
 ) -> Tensor:
     """`decode` with vector instructions and nothing wider than the result, in pieces that stay in a core's cache.
@@ -134,9 +115,9 @@ def decode_in_pieces(
     scale goes in by a multiplication (float32, float64) or an addition to the exponent (bfloat16). Blocks whose scale
     is at an end of the range, where that would leave the normal numbers, are looked up afterwards.
     """
-    table = products(dtype, codes.device, e8m0_zero, e8m0_nan)
+    table = products(dtype, codes.device)
     if dtype not in (torch.bfloat16, torch.float32, torch.float64) or out.storage_offset() % 2:  # it writes pairs
-        return out.copy_(decode_plain(codes, scales, dtype, e8m0_zero, e8m0_nan))
+        return out.copy_(decode_plain(codes, scales, dtype))
     blocks, scale_bytes, out_blocks = codes.reshape(-1, BLOCK // 2), scales.reshape(-1, 1), out.view(-1, BLOCK)
     decode_piece = _decode_float
     if dtype == torch.bfloat16:
