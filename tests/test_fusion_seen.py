@@ -147,3 +147,5 @@ def test_the_first_layer_has_no_residual(model, truth: Trace, tmp_path: Path) ->
 
     assert not list(_holes(read(tmp_path / "whole", write(None), truth)[1]))
     assert list(_holes(read(tmp_path / "lost", write(2), truth)[1])) == ["layers.2.layer_input"]
+    never = (v for v in write(None) if not v.name.endswith("input_layernorm.output.1"))
+    assert not list(_holes(read(tmp_path / "never", never, truth)[1]))  # what no layer has is no hole

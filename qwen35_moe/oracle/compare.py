@@ -273,7 +273,7 @@ def _finish(work: Work, stored: Mapping[str, Tensor], layers: Sequence[int] | No
 def _judge_logits(work: Work, stored: Mapping[str, Tensor], logits: str | None) -> None:
     if logits is not None:
         pair = work.alignment.pair(logits)
-        if pair.engine is not None:
+        if pair.engine is not None and pair.chosen is None:
             known = stored.get("next_token_logits")
             noise = None if known is None else Stored.of(known, work.index(pair)).error.max
             work.result.logits = compare_logits(pair, noise, work.alignment.truth.ids)
@@ -283,9 +283,10 @@ def _holes(alignment: Alignment) -> Iterator[str]:
     """Taps that the dump has in some layers, and not in another of which it has something, or there not in all steps:
     files that were lost. What a layer hands on may stand under the next one's name, and the first layer reads the
     embeddings."""
-    have = {(0, "layer_input")} | {(layer_of(k), base_name(k)) for k in alignment.keys}
+    have = {(layer_of(k), base_name(k)) for k in alignment.keys}
     names, layers = {n for _, n in have}, {i for i, _ in have}
     have |= {(layer - 1, "layer_output_sum") for layer, name in have if layer and name == "layer_input"}
+    have |= {(0, "layer_input")}
     for key in alignment.missing:
         tap = layer_of(key), base_name(key)
         if tap[0] is not None and tap[1] in names and tap[0] in layers and tap not in have:

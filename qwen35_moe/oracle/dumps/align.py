@@ -46,7 +46,7 @@ class Pair:
     truth, engine   [rows, features of the truth]; engine is None where `problem` says why
     rows            [rows, 2]: sequence b and index t of each row in the truth; t is -1 for values not of one token
     dtype           what the engine wrote (partial sums come as float64)
-    as_log_p        the engine's logits are log p, and so is the truth here
+    as_log_p        the engine's logits are log p, and so is the truth here; chosen [rows, K]: of these tokens only
     broken          [rows] which of the engine's hold NaN or infinity where the truth does not; None: none
     """
 
@@ -59,6 +59,12 @@ class Pair:
     broken: Tensor | None = None
     notes: tuple[str, ...] = ()
     as_log_p: bool = False
+    chosen: Tensor | None = None
+
+    def ours(self, x: Tensor) -> Tensor:
+        """The truth's rows of this tap, as the engine gives them."""
+        x = x.to(torch.float64).log_softmax(-1) if self.as_log_p else x
+        return x if self.chosen is None else x.gather(1, self.chosen)
 
     @property
     def nan(self) -> int:
@@ -118,6 +124,7 @@ class Alignment:
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
         rows: list[Tensor] = []
+        some: list[Tensor] = []
         for step in sorted(set(self.dump.sources[source]) & set(self.tokens_of.where)):
             if dims == "b n t s" and self.dump.tokens[step].batch is not None:
                 x = scores(self.dump, self.tokens_of.where, source, step, truth)
@@ -130,24 +137,22 @@ class Alignment:
                 table = table[~stands_for_images(self.truth)[table[:, 1], table[:, 2]]]
             ours.append(_take(truth.reshape(B * T, -1), table[:, 1] * T + table[:, 2]))
             theirs.append(_take(x, table[:, 0]))
+            if (tokens := self.dump.sources[source][step].pieces[0].chosen) is not None:
+                some.append(tokens[table[:, 0]])
             rows.append(table[:, 1:])
         if not theirs:
             raise Qwen35Error("none of its steps belongs to the truth", where=key)
         left, right = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (ours, theirs))
-        as_log_p = key == LOGITS and _is_log_p(right) and not _is_log_p(left)
-        right, notes = _fit(key, left, right)
+        chosen = torch.cat(some) if some else None
+        as_log_p = key == LOGITS and (chosen is not None or (_is_log_p(right) and not _is_log_p(left)))
+        right, notes = (right, ()) if chosen is not None else _fit(key, left, right)
+        pair = Pair(key, left, right, torch.cat(rows), self.dump.dtype(source), notes=notes, as_log_p=as_log_p,
+                    chosen=chosen)  # fmt: skip
+        pair.truth = pair.ours(left)
+        pair.broken = _broken(pair.truth, right)
         if as_log_p:
-            left, notes = left.to(torch.float64).log_softmax(-1), (*notes, "log p: compared with the truth's log p")
-        return Pair(
-            key,
-            left,
-            right,
-            torch.cat(rows),
-            self.dump.dtype(source),
-            broken=_broken(left, right),
-            notes=notes,
-            as_log_p=as_log_p,
-        )
+            pair.notes = (*notes, "log p: compared with the truth's log p")
+        return pair
 
     def table(self, x: Tensor, source: str, step: int) -> Tensor:
         """[n, 3] row of x, b, t. A dump may hold fewer rows than tokens: of the last ones, or of those it says."""

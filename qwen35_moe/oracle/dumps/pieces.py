@@ -29,6 +29,7 @@ class Piece:
     where: str = ""
     rows: Tensor | None = None  # indices of the step's tokens, where the tensor does not hold all of them
     key: str = ""
+    chosen: Tensor | None = None  # [rows, K] of log p: the tokens that the columns are of
 
     @classmethod
     def named(cls, raw: str, load: Callable[[], Tensor], layer: int | None = None, **fields: Any) -> Piece:

@@ -57,7 +57,7 @@ class Work:
 
     def rows(self, x: Tensor, pair: Pair) -> Tensor:
         """Our value at the rows of a pair."""
-        return as_rows(pair.key, x, self.alignment.truth.ids.numel())[self.index(pair)]
+        return pair.ours(as_rows(pair.key, x, self.alignment.truth.ids.numel())[self.index(pair)])
 
     def captured(self, experts: int) -> Captured:
         """What a rerun goes on with. It cannot go on with ids that no expert has."""
@@ -132,8 +132,6 @@ class Work:
             record.note = pair.problem
             return
         x, keep = pair.engine, torch.ones(len(pair.rows), dtype=torch.bool)
-        if pair.as_log_p:
-            truth, *members = (y.to(torch.float64).log_softmax(-1) for y in (truth, *members))
         if exclude is not None:
             keep = pair.judged(~exclude[self.index(pair)])
             record.excluded = int((~keep).sum())

@@ -70,7 +70,6 @@ class Record:
     ratio_max: float = 0.0
     rel: float = 0.0
     worst: tuple[int, int] | None = None
-    starts: list[tuple[int, int, str]] = field(default_factory=list)
     rows: int = 0
     bad_rows: int = 0
     excluded: int = 0
@@ -79,6 +78,7 @@ class Record:
     equal_to: str = ""
     note: str = ""
     suspects: list[Place] = field(default_factory=list)
+    starts: list[tuple[int, int, str]] = field(default_factory=list)
 
     @property
     def bad(self) -> bool:

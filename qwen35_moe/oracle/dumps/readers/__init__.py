@@ -15,12 +15,12 @@ from typing import Any
 from ....errors import Qwen35Error
 from ..dump import Dump, Piece, Tokens
 from ..steps import check_steps
-from . import atom, llama_cpp, own, plain, sglang, sglang_passes, transformers, vllm
+from . import answers, atom, llama_cpp, own, plain, sglang, sglang_passes, transformers, vllm
 
 # The first that recognises a path reads it; `plain` takes what is left.
 TORCH = (".pt", ".pth", ".pkl", ".bin")
 TENSORS = (*TORCH, ".npy", ".npz", ".safetensors")
-READERS = (own, sglang, sglang_passes, atom, transformers, llama_cpp, vllm, plain)
+READERS = (own, sglang, sglang_passes, atom, transformers, llama_cpp, answers, vllm, plain)
 
 __all__ = ["Dump", "Piece", "Tokens", "read_dump", "transformers"]
 
