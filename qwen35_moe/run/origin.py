@@ -56,3 +56,9 @@ def was_left_out(model: Model, part: str) -> bool:
     """Whether the checkpoint holds this part, but `load` was told to leave it unread."""
     hooks = model._forward_pre_hooks.values()
     return any(isinstance(hook, Origin) and part in hook.left_out for hook in hooks)
+
+
+def identity_of(model: Model) -> dict[str, Any] | None:
+    """What tells its checkpoint from another; None for a model that was not loaded from one."""
+    hooks = model._forward_pre_hooks.values()
+    return next((hook.identity for hook in hooks if isinstance(hook, Origin)), None)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..numerics.tap_table import TAPS, check_patterns, dims_of, matching, split_patterns
 from ..numerics.taps import Handler, Site, attach
+from ..run.origin import identity_of
 from ..run.prompt import Images, embed_prompt
 from .file import Entry, Trace
 from .images import PIXELS, images_meta
@@ -145,7 +146,7 @@ def trace(
     handlers = (replay,) if callable(replay) else tuple(replay)
     known = {
         "arithmetic": _name(getattr(model, "arithmetic", "")),
-        "checkpoint": getattr(model, "identity", None),
+        "checkpoint": identity_of(model),
         "config": sizes_of(getattr(model, "config", None)),
     }
     taps = taps if images is None else (*split_patterns(taps), PIXELS)

@@ -21,7 +21,7 @@ from ...numerics.arithmetics import Arithmetic
 from ...numerics.tap_table import TAPS, base_name, matching, per_token, split_patterns
 from ...numerics.taps import Handler, Site, attach, scope
 from ...run.files import save_whole, tensors_sha256
-from ...run.origin import origin_of
+from ...run.origin import identity_of
 from ...run.streamed import HEAD_ROWS, StreamedHead
 from ...trace.file import Trace
 from ...trace.images import images_of
@@ -164,7 +164,7 @@ def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, 
         check_threads(state, int(run.get("threads", threads)))
     for model in models:
         name = model.arithmetic.name
-        if not truth.is_of(origin_of(model).identity):
+        if not truth.is_of(identity_of(model)):
             what, do = "the checkpoint is not the truth's any more", "write the trace again"
             raise Qwen35Error(what, where=truth.meta["checkpoint"].get("path", truth.path), do=do)
         if first and name != run["arithmetic"]:

@@ -109,7 +109,9 @@ class _Stepped(nn.Module):
                 if key not in seen or name not in TAPS:
                     continue
                 if name in OF_SEQUENCES:
-                    seen[key] = seen[key].index_copy(0, torch.tensor([b]), parts[-1].to(seen[key].dtype))
+                    seen[key] = seen[key].index_copy(
+                        0, torch.tensor([b], device=seen[key].device), parts[-1].to(seen[key].dtype)
+                    )
                 elif TAPS[name].dims.startswith("b t "):
                     seen[key] = seen[key].clone()
                     seen[key][b, columns] = torch.cat(parts, 1)[0]
