@@ -23,6 +23,7 @@ from .parsing import Parser, ending
 COMMANDS = {
     "info": ("info", "sizes, formats, the gate's decision, and memory and time that a run will need"),
     "gate": ("gate", "whether the shared expert may be fused, layer by layer"),
+    "check": ("check", "what is wrong with a checkpoint before it is served, engine by engine"),
     "trace": ("trace", "write the truth: what every tap holds, and how far legal roundings stray"),
     "generate": ("generate", "continue a prompt, or score an engine's tokens"),
     "dump-config": ("dump_config", "what to set in an engine to get a good dump, ready to paste"),

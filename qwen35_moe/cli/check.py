@@ -1,0 +1,71 @@
+"""`qwen35-moe check`: what is wrong with a checkpoint before it is served."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..gate.engines import NEWEST
+
+SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Looks for what would crash, load garbage or be dropped, engine by engine, without computing anything. "
+        "Exit code 0: no errors, 1: errors, 2: the checkpoint cannot be read."
+    )
+    parser.epilog = "example: qwen35-moe check Qwen3.5-397B-A17B-MXFP4 --engine sglang --sarif check.sarif"
+    parser.add_argument("checkpoint", help="checkpoint folder or .safetensors file")
+    parser.add_argument("--engine", choices=(*NEWEST, "all"), default="all", help="whose loader (default: %(default)s)")
+    parser.add_argument("--bytes", action="store_true", help="read every value too: NaN, infinity, zero scales")
+    parser.add_argument("--sarif", metavar="FILE", help="write the findings as SARIF 2.1.0")
+    parser.add_argument("--json", metavar="FILE", help="write the findings as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the findings, the worst first; 1 if there are errors. Error: a checkpoint that cannot be read."""
+    from ..checkpoint import Checkpoint
+    from ..run.lint import lint
+    from ..run.lint_files import check_bytes
+
+    engines = tuple(NEWEST) if args.engine == "all" else (args.engine,)
+    with Checkpoint.open(args.checkpoint) as checkpoint:
+        found = lint(checkpoint, engines)
+        found += check_bytes(checkpoint) if args.bytes else []
+    records = [vars(finding) for finding in found]
+    if args.json:
+        document = {"checkpoint": args.checkpoint, "version": __version__, "findings": records}
+        Path(args.json).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if args.sarif:
+        Path(args.sarif).write_text(json.dumps(sarif(args.checkpoint, records), indent=1) + "\n", encoding="utf-8")
+    for finding in found:
+        print(finding)
+    errors = sum(finding.level == "error" for finding in found)
+    print(f"{args.checkpoint}: {errors} errors, {sum(f.level == 'warning' for f in found)} warnings")
+    return 1 if errors else 0
+
+
+def sarif(path: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The findings as SARIF 2.1.0: the required fields, and the module as a logical location."""
+    results = [
+        {
+            "ruleId": record["rule"],
+            "level": record["level"],
+            "message": {"text": record["text"] + (f" [{record['engine']}]" if record["engine"] else "")},
+            "locations": [
+                {
+                    "physicalLocation": {"artifactLocation": {"uri": Path(path).as_posix()}},
+                    "logicalLocations": [{"fullyQualifiedName": record["where"]}],
+                }
+            ],
+        }
+        for record in records
+    ]
+    rules = [{"id": rule} for rule in sorted({record["rule"] for record in records})]
+    driver = {"name": "qwen35-moe check", "version": __version__, "rules": rules}
+    return {"$schema": SCHEMA, "version": "2.1.0", "runs": [{"tool": {"driver": driver}, "results": results}]}

@@ -1,0 +1,172 @@
+"""What is wrong with a checkpoint before anyone serves it: headers and configuration, and with `bytes` every value.
+
+Nothing is computed. Each finding names a module, what is wrong, and which engines it concerns: the newest rule of each,
+as it comes and with the switches that its users turn (`gate.decide.VARIANTS`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ..checkpoint import Checkpoint
+from ..checkpoint.foreign import foreign_spec
+from ..errors import Qwen35Error
+from ..gate.decide import NEWEST, VARIANTS, decide_layers, hazards
+from ..gate.declared import ModuleSpec, QuantConfig
+from ..gate.engines import ENGINE_RULES
+from ..gate.records import Model
+from ..model.config import Config
+from ..quant.precision import UNSTATED
+from .lint_files import check_files, check_ids
+from .validate import model_config, validate
+
+# Linear modules of the target that engines build quantised where the configuration says so. The draft's are judged by
+# the gate, and routers, norms and convolutions are never quantised.
+LINEAR = re.compile(
+    r"layers\.\d+\.(self_attn\.[qkvo]_proj|linear_attn\.(in_proj_qkv|in_proj_z|out_proj)"
+    r"|mlp\.shared_expert\.(gate|up|down)_proj)"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong. level: "error" (it breaks), "warning" (it may), or "note"."""
+
+    level: str
+    rule: str
+    where: str
+    text: str
+    engine: str = ""  # "" where every reader is concerned
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.where}: {self.text}" + (f" [{self.engine}]" if self.engine else "")
+
+
+def lint(checkpoint: Checkpoint, engines: tuple[str, ...] = tuple(NEWEST)) -> list[Finding]:
+    """All findings that headers, configuration and the files beside them give, the worst first."""
+    broken = list(_formats(checkpoint))
+    found = [*broken]
+    foreign = any(foreign_spec(roles) for roles in checkpoint.modules.values())
+    try:
+        config: Config | None = model_config(checkpoint)
+    except Qwen35Error as error:
+        found.append(_as_finding("config", error))
+        config = None
+    if config is not None:
+        found += [] if foreign or found else _complete(checkpoint, config)
+        found += check_ids(checkpoint, config)
+    found += _names(checkpoint)
+    try:
+        found += [] if broken else _gate(checkpoint, engines)
+    except Qwen35Error as error:
+        found.append(_as_finding("quantization", error))
+    found += check_files(checkpoint.path)
+    return sorted(dict.fromkeys(found), key=lambda f: ("error", "warning", "note").index(f.level))
+
+
+def _as_finding(rule: str, error: Qwen35Error, level: str = "error") -> Finding:
+    text = error.what + (f" (expected {error.expected}, found {error.found})" if str(error.found) else "")
+    return Finding(level, rule, str(error.where), text + (f"; {error.do}" if error.do else ""))
+
+
+def _formats(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Modules whose tensors do not fit together: a scale that is missing, of another shape, or beside a float."""
+    for module, roles in checkpoint.modules.items():
+        if foreign_spec(roles) is None:
+            try:
+                checkpoint.find(module)
+            except Qwen35Error as error:
+                yield _as_finding("format", error)
+
+
+def _complete(checkpoint: Checkpoint, config: Config) -> Iterator[Finding]:
+    try:
+        validate(checkpoint, config, text_only=True)
+    except Qwen35Error as error:
+        yield _as_finding("tensors", error)
+        return
+    try:
+        validate(checkpoint, config)
+    except Qwen35Error as error:
+        yield _as_finding("draft-head" if "mtp." in str(error) else "tensors", error)
+    stored = any(name.startswith("mtp.") for name in checkpoint.tensors)
+    if stored != (config.mtp_num_hidden_layers > 0):
+        text = "a draft head is stored, and config.json announces none" if stored else "no draft head is stored"
+        yield Finding("warning", "draft-head", "config.json: mtp_num_hidden_layers", text)
+
+
+def _names(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Prefixes that are read here and by no engine (transformers 45216)."""
+    repeated = re.compile(r"(model\.)?language_model\.(language_model|model\.language_model)\.")
+    odd = next((stored for stored in checkpoint.tensors.values() if repeated.match(stored.raw_name)), None)
+    if odd is not None:
+        yield Finding(
+            "error", "prefix", odd.where, "the prefix is repeated; loaders of engines drop such tensors", "all"
+        )
+
+
+def _gate(checkpoint: Checkpoint, engines: tuple[str, ...]) -> Iterator[Finding]:
+    model, stored = Model.from_config(checkpoint.config), cache(checkpoint.spec)
+    labels: dict[tuple[str, str, str], list[str]] = {}  # (rule, layer, text) -> the variants of engines that do so
+    for label, rule, options in VARIANTS:
+        if rule in {NEWEST[engine] for engine in engines}:
+            for found in _variant(model, stored, rule, options):
+                labels.setdefault(found, []).append(label)
+    for (what, layer, text), names in labels.items():
+        level = "error" if any(name in ENGINE_RULES for name in names) else "warning"  # with a switch only
+        yield Finding(level, what, layer, text, ", ".join(names))
+    for engine in engines:
+        yield from _linear(checkpoint, model, stored, engine)
+    yield from _input_scales(checkpoint, model.quant)
+
+
+def _variant(
+    model: Model, stored: Callable[[str], ModuleSpec | None], rule: str, options: dict[str, Any]
+) -> Iterator[tuple[str, str, str]]:
+    """(rule of the lint, layer, text): why an engine would not start, or what its loader would spoil."""
+    decisions = decide_layers(model, rule=rule, stored=stored, **options)
+    if (stop := next((d for d in decisions if not d.starts), None)) is not None:
+        yield "start", stop.layer, f"does not start: {stop.reason} ({'; '.join(map(str, stop.evidence[:1]))})"
+        return
+    broken = hazards(model, None, decisions, stored)
+    for part in ("layers.", "mtp."):
+        if hit := [name for name in broken if name.startswith(part)]:
+            more = f" (and {len(hit) - 1} layers like it)" if len(hit) > 1 else ""
+            yield "experts", hit[0], broken[hit[0]] + more
+
+
+def _linear(
+    checkpoint: Checkpoint, model: Model, stored: Callable[[str], ModuleSpec | None], engine: str
+) -> Iterator[Finding]:
+    """Linear modules that an engine's loader takes for something else, once for each kind of module and of mistake."""
+    rule, seen = ENGINE_RULES[NEWEST[engine]], dict[tuple[str, str, str], list[str]]()
+    quant = (
+        model.quant.read_as(rule.semantics, rule.names, model.nested) if model.quant.method == "quark" else model.quant
+    )
+    for module in checkpoint.modules:
+        if LINEAR.fullmatch(module) and (spec := stored(module)) is not None:
+            believed = quant.spec_of(module).spec
+            if believed != UNSTATED and not (spec.is_float and believed.is_float or spec.same_bytes(believed)):
+                kind = re.sub(r"\d+", "*", module)
+                seen.setdefault((kind, spec.kind, believed.kind), []).append(module)
+    for (_, real, believed_kind), modules in seen.items():
+        loads = "crashes" if "mxfp4" in (real, believed_kind) else "loads garbage, or crashes"
+        text = f"is {real}, and its loader takes it for {believed_kind} ({len(modules)} such modules): {loads}"
+        yield Finding("error", "declared", modules[0], text, NEWEST[engine])
+
+
+def _input_scales(checkpoint: Checkpoint, quant: QuantConfig) -> Iterator[Finding]:
+    """Modules declared to have static inputs without the scale that such inputs need."""
+    missing: dict[str, str] = {}
+    for module, roles in checkpoint.modules.items():
+        quantised = roles.keys() & {".weight_scale", ".weight_scale_inv"}
+        if quantised and not roles.keys() & {".input_scale", ".input_global_scale"}:
+            activation = quant.spec_of(module).spec.activation
+            if activation is not None and not activation.dynamic:
+                missing.setdefault(re.sub(r"\d+", "*", module), module)
+    for module in missing.values():
+        yield Finding("error", "input-scale", module, "inputs are declared static, and no input_scale is stored")
