@@ -145,9 +145,13 @@ class Case:
         return positions if positions.dim() == 2 else positions[0]
 
 
+# Gigabytes at real sizes: decoded expert by expert, when they are hit.
+KEPT = ("w13", "w2")
+
+
 def widened(inputs: Mapping[str, Tensor]) -> Inputs:
-    """All floating-point inputs as float64; packed ones are left."""
-    return {name: x.to(torch.float64) if _is_plain(x) else x for name, x in inputs.items()}
+    """All floating-point inputs as float64, but for packed ones and experts, which are when they are used."""
+    return {n: x.to(torch.float64) if _is_plain(x) and n not in KEPT else x for n, x in inputs.items()}
 
 
 def narrowed(inputs: Mapping[str, Tensor]) -> Inputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from math import sqrt
+from math import frexp, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import weights
 from ..errors import Qwen35Error
 from ..model.config import Config
-from ..weights.draw import Values, draw
+from ..weights.draw import Values, draw, hash_bits, key
 
 CONFIGS = Path(weights.__path__[0]) / "configs"
 OUTLIER = 30.0  # the loudest channel of a hidden state, in units of the others
@@ -61,3 +61,12 @@ def heads(seed: int, name: str, *shape: int) -> Tensor:
     if shape[-2] > 1:
         x[..., 1, :] *= 2.0**SHORT
     return x
+
+
+def packed_bytes(seed: int, name: str, rows: int, columns: int, spread: float) -> tuple[Tensor, Tensor]:
+    """MXFP4 codes [O, I/2] and scales [O, I/32] of a matrix as large as `matrix` makes it: all codes equally often (a
+    root mean square of 2.93), scales of four neighbouring powers of two."""
+    middle = 126 + frexp(spread / sqrt(columns) / 2.93 * 1.41)[1]
+    codes = hash_bits(key(seed, f"{name}#codes"), 0, rows * columns // 2, "u1").copy()
+    scales = (hash_bits(key(seed, f"{name}#scales"), 0, rows * columns // 32, "u1") & 3) + np.uint8(middle - 2)
+    return torch.from_numpy(codes).view(rows, -1), torch.from_numpy(scales).view(rows, -1)

@@ -15,9 +15,9 @@ from ..numerics.arithmetics import current, using
 from ..numerics.tables import SGLANG_BF16
 from ..numerics.taps import tap
 from ..quant.fp8 import BLOCK as FP8_BLOCK
-from ..quant.mxfp4 import MXFP4, encode
+from ..quant.mxfp4 import MXFP4
 from .case import Case, Inputs, Make, Outputs, WrongKernel, known_faults
-from .drawn import config_of, hidden, matrix
+from .drawn import config_of, hidden, matrix, packed_bytes
 from .moe_faults import wrong_experts
 
 OUT, SLOT_IDS, SLOT_WEIGHTS = "mlp_output", "moe_slot_ids", "moe_slot_weights"
@@ -55,19 +55,28 @@ def decoded(i: Inputs, name: str, dtype: torch.dtype, e: int | None = None) -> T
     return codes.to(dtype) * spread[..., : codes.shape[-2], : codes.shape[-1]]
 
 
-def packed(name: str, weight: Tensor, layout: str) -> Inputs:
-    """A weight [..., O, I] as a kernel gets it: `name`, or `name_codes` and `name_scales`."""
-    if layout == "bf16":
-        return {name: weight}
-    if layout == "mxfp4":
-        codes, scales = encode(weight, "even")
-        return {f"{name}_codes": codes, f"{name}_scales": scales}
-    O, I = weight.shape[-2:]  # noqa: E741
+def packed(seed: int, name: str, shape: tuple[int, int, int], spread: float, layout: str) -> Inputs:
+    """Weights [X, O, I] as a kernel gets them, `name`, or `name_codes` and `name_scales`: slot by slot, since those of
+    a real model are gigabytes. MXFP4 is drawn as it is stored."""
+    slots = []
+    for e in range(shape[0]):
+        if layout == "mxfp4":
+            slots.append(packed_bytes(seed, f"{name}.{e}", *shape[1:], spread=spread))
+        else:
+            weight = matrix(seed, f"{name}.{e}", *shape[1:], spread=spread, mixed=True)
+            slots.append((weight,) if layout == "bf16" else _blocks(weight))
+    names = (name,) if layout == "bf16" else (f"{name}_codes", f"{name}_scales")
+    return {n: torch.stack(parts) for n, parts in zip(names, zip(*slots, strict=True), strict=True)}
+
+
+def _blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """FP8 codes [O, I] and their multipliers: amax / 448 of each block of 128 x 128, in bf16."""
+    O, I = weight.shape  # noqa: E741
     blocks = F.pad(weight.float(), (0, -I % FP8_BLOCK, 0, -O % FP8_BLOCK))
-    blocks = blocks.unflatten(-1, (-1, FP8_BLOCK)).unflatten(-3, (-1, FP8_BLOCK))
-    scales = (blocks.abs().amax((-3, -1)) / 448).to(torch.bfloat16)
-    spread = scales.float().repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)[..., :O, :I]
-    return {f"{name}_codes": (weight.float() / spread).to(torch.float8_e4m3fn), f"{name}_scales": scales}
+    blocks = blocks.unflatten(-1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
+    scales = (blocks.abs().amax((1, 3)) / 448).to(torch.bfloat16)
+    spread = scales.float().repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)[:O, :I]
+    return (weight.float() / spread).to(torch.float8_e4m3fn), scales
 
 
 def router_case(model: str = "tiny", tokens: int = 41, seed: int = 0, ties: bool = True) -> Case:
@@ -159,9 +168,9 @@ def moe_case(
             with torch.inference_mode(), using(SGLANG_BF16):
                 ids, weights = append_shared(ids, weights, shared_gate(inputs["x"], inputs["shared_gate"]), E, 1.0)
         slots = E + 1 if fused else E
-        gate_up = matrix(seed, "w13", slots, 2 * N, D, spread=0.87, mixed=True)
-        down = matrix(seed, "w2", slots, D, N, spread=1.25, mixed=True)
-        inputs |= {"ids": ids, "weights": weights} | packed("w13", gate_up, layout) | packed("w2", down, layout)
+        inputs |= {"ids": ids, "weights": weights}
+        inputs |= packed(seed, "w13", (slots, 2 * N, D), 0.87, layout)
+        inputs |= packed(seed, "w2", (slots, D, N), 1.25, layout)
         if not fused:
             inputs["shared_w13"] = matrix(seed, "shared_w13", 2 * N, D, spread=0.87)
             inputs["shared_w2"] = matrix(seed, "shared_w2", D, N)
