@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,10 @@ from qwen35_moe.cli.main import COMMANDS, main
 from qwen35_moe.cli.parsing import HELP, layers
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.numerics.arithmetics import get
+from qwen35_moe.oracle.judge.records import Record
+from qwen35_moe.oracle.report.text import _parts
+
+ROOT = Path(__file__).parent.parent
 
 
 def said(capsys, *argv: str) -> tuple[int, str]:
@@ -35,6 +40,20 @@ def test_layers():
     for text in ("", "a", "3-", "1 to 3", "3-1"):
         with pytest.raises(Qwen35Error, match="layers"):
             layers(text)
+
+
+def test_every_type_of_json_is_documented():
+    page = (ROOT / "docs/json.md").read_text(encoding="utf-8")
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "qwen35_moe").rglob("*.py")]
+    types = {name for text in sources for name in re.findall(r'\{"type": "([a-z ]+)", (?!"text": text)', text)}
+    assert len(types - {"image"}) > 10 and all(f"`{name}`" in page for name in types - {"image"})
+
+
+def test_the_guilty_column_stands_in_the_first_table():
+    taps = [f"tap{i}" for i in range(12)]
+    first = Record("layers.1.tap9", "wrong", "mlp", 1)
+    assert _parts(taps, 4, first) == [taps[6:10], taps[:4], [*taps[4:6], *taps[10:]]]
+    assert _parts(taps, 8, None) == [taps[:8], taps[8:]] == _parts(taps, 8, Record("layers.0.tap3", "wrong", "mlp", 0))
 
 
 def test_words_are_put_right(capsys):

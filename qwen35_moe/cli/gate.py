@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     model = Model.from_config(config)
     results = [result_of(model, stored, variant, options) for variant in chosen]
     if args.json:
-        print(json.dumps({"path": args.path, "decided_by": source, "rules": results}, indent=1))
+        print(json.dumps({"type": "gate", "path": args.path, "decided_by": source, "rules": results}))
     else:
         print(f"{args.path}: decided by {source}")
         for result in results:

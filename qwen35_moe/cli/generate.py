@@ -135,7 +135,7 @@ def show(steps: Iterable[Step], tokenizer: Any, args: argparse.Namespace) -> Non
         ids.append(step.id)
         if args.json:
             text = {} if tokenizer is None else {"text": tokenizer.decode([step.id])}
-            print(json.dumps({"step": place, **step.to_dict(), **text}), flush=True)
+            print(json.dumps({"type": "token", "step": place, **step.to_dict(), **text}), flush=True)
         elif table:
             others = "  ".join(f"{i} {word(i)} {log_p:.4f}".replace("  ", " ") for i, log_p in step.top)
             mark = "*" if step.drafted else " "

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
             sums = list(checkpoint.verify(args.manifest))
             failed = sum(not c.ok for c in sums)
             found["checksums"] = [vars(c) | {"ok": c.ok} for c in sums]
-        print(json.dumps(found, indent=1) if args.json else "\n".join(text(found)))
+        print(json.dumps({"type": "checkpoint", **found}) if args.json else "\n".join(text(found)))
     return 1 if failed else 0
 
 

@@ -147,7 +147,7 @@ def report(verdict: Verdict, args: argparse.Namespace, found: Sequence[Bucket] =
         print("\n".join(f"  {line}" for line in layer_lines(layers or [0, 1])))
     records = {**verdict.to_dict(), "buckets": [{"name": b.name, "rows": b.rows, "ratio": b.ratio} for b in found]}
     if args.json:
-        args.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps({"type": "probe", **records}) + "\n", encoding="utf-8")
     if args.html:
         args.html.write_text(pages.html(verdict, [str(b) for b in found]), encoding="utf-8")
         print(f"\n{args.html}")

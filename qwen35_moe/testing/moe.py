@@ -58,7 +58,7 @@ def decoded(i: Inputs, name: str, dtype: torch.dtype, e: int | None = None) -> T
 def packed(seed: int, name: str, shape: tuple[int, int, int], spread: float, layout: str) -> Inputs:
     """Weights [X, O, I] as a kernel gets them, `name`, or `name_codes` and `name_scales`: slot by slot, since those of
     a real model are gigabytes. MXFP4 is drawn as it is stored."""
-    slots = []
+    slots: list[tuple[Tensor, ...]] = []
     for e in range(shape[0]):
         if layout == "mxfp4":
             slots.append(packed_bytes(seed, f"{name}.{e}", *shape[1:], spread=spread))

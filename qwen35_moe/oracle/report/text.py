@@ -159,9 +159,7 @@ def _heat(result: Comparison, width: int) -> list[str]:
     rows = _quiet_as_one(layers, cells)
     if len(rows) < len(layers):
         lines += ["a range of layers with nothing to see: the largest ratio in it"]
-    room = max(1, (width - 9) // 8)
-    for start in range(0, len(taps), room):
-        part = taps[start : start + room]
+    for part in _parts(taps, max(1, (width - 9) // 8), result.first):
         lines += ["", *_head([short(t).split("_") for t in part])]
         for row in rows:
             kind = result.layers[row[0]] if row[0] < len(result.layers) else ""
@@ -169,6 +167,14 @@ def _heat(result: Comparison, width: int) -> list[str]:
             line = "".join(_cell(_largest(cells, row, tap), result.first) for tap in part)
             lines.append(f"{label:<9}{line}".rstrip())
     return [*lines, ""]
+
+
+def _parts(taps: list[str], room: int, first: Record | None) -> list[list[str]]:
+    """The columns in tables of at most `room`: the first table holds the first divergence, and what runs before it."""
+    names = [base_name(first.key)] if first and first.key.startswith("layers.") else []
+    end = max([taps.index(name) + 1 for name in names if name in taps] + [room])
+    shown, rest = taps[max(0, end - room) : end], taps[: max(0, end - room)] + taps[end:]
+    return [shown, *(rest[i : i + room] for i in range(0, len(rest), room))]
 
 
 def _quiet_as_one(layers: Sequence[int], cells: Mapping[tuple[int, str], Record]) -> list[list[int]]:
