@@ -202,7 +202,7 @@ def test_text_that_is_no_json_is_an_error(text: str) -> None:
 
 def test_real_engines_agree_with_the_truth(tmp_path: Path) -> None:
     """SGLang 0.5.17 on an H200 in bf16, and llama-server, each on the checkpoint that it served."""
-    path = build(DATA / "engine-size.toml", tmp_path / "size", flat=True, mtp=False)
+    path = build(DATA.parent / "real" / "engine-size.toml", tmp_path / "size", flat=True, mtp=False)
     for folder, name in ((path, "sglang_bf16"), (FIXTURE, "llamacpp_completion_n_predict0")):
         opened = open_checkpoint(folder)[1]
         answers = read_answers(DATA / f"{name}.json")

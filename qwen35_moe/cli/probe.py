@@ -51,7 +51,7 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--api", default="auto", choices=("auto", *APIS), help="default: %(default)s")
     p.add_argument("--model", default="", help="the served model's name, where there are several")
     p.add_argument("--engine", help="the server's arithmetic, if it is none of the legal ones (float32, ...)")
-    p.add_argument("--arithmetic", default="exact", help="of the truth: exact+a4-round-up for W4A4")
+    p.add_argument("--arithmetic", default="exact", help="of the truth: exact+a8 for W8A8, exact+a4-round-up for W4A4")
     p.add_argument("--shared-expert", default="unfused", choices=SHARED, help="default: %(default)s")
     p.add_argument("--faults", choices=("each", "all", "none"), help="replay known faults in each layer, in all layers "
                    f"at once, or not (default: each up to {MOST_LAYERS} layers, else all)")  # fmt: skip
