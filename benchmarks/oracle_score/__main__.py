@@ -1,6 +1,6 @@
 """The oracle's score on checkpoints that nothing was chosen by: other widths, seeds, patterns of layers and layouts.
 
-    python -m benchmarks.oracle_score [a b c d] [--regime "gate 0.05"] [--folder DIR]
+    python -m benchmarks.oracle_score [a b c d] [--regime "gate 0.05"] [--function +a8] [--folder DIR]
 
 Each is built; then every fault of the catalogue, faults that it lacks and clean variants are planted.
 One regime of one checkpoint takes about a minute of one core (31 s to 61 s measured).
@@ -9,12 +9,15 @@ One regime of one checkpoint takes about a minute of one core (31 s to 61 s meas
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from benchmarks.oracle_score import mutants, score
+from qwen35_moe.numerics.tables import A8
 from qwen35_moe.oracle.truth import open_checkpoint
 from weights.build import build
 
@@ -46,6 +49,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", choices=[*CHECKPOINTS, []], default=[])
     parser.add_argument("--regime", action="append", choices=mutants.REGIMES, help="default: all")
+    parser.add_argument("--function", default="", choices=["", *A8], help="what the engine does to activations")
+    parser.add_argument(
+        "--save", type=Path, help="append what became of each fault and variant, one JSON object a line"
+    )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "oracle-score")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +60,15 @@ def main() -> None:
         tokens, recipe, seed, sizes = CHECKPOINTS[name]
         path = build(recipe, options.folder / name, jobs=1, seed=seed, text_config=sizes)
         ids = (torch.arange(tokens) * 7919 % 251)[None]
-        out = mutants.run(open_checkpoint(path)[1].source, ids, options.regime or mutants.REGIMES)
+        source = open_checkpoint(path)[1].source
+        out = mutants.run(source, ids, options.regime or mutants.REGIMES, function=options.function)
+        if options.save is not None:
+            with options.save.open("a", encoding="utf-8") as file:
+                for kind, outcomes in zip(("planted", "foreign", "clean"), out, strict=True):
+                    file.writelines(
+                        json.dumps({"checkpoint": name, "function": options.function, "kind": kind, **asdict(o)}) + "\n"
+                        for o in outcomes
+                    )
         print(f"{name}: {recipe}, width {sizes['hidden_size']}\n\n{score.table(*out)}\n")
 
 

@@ -27,6 +27,7 @@ from ..run.prompt import placeholders
 from ..run.source import Source
 from ..trace.file import Trace
 from ..trace.images import images_of
+from .diagnose.at_sight import ask_for_checkpoint, spare_victims
 from .diagnose.diagnose import explain
 from .dumps.align import Alignment, align
 from .dumps.dump import Dump
@@ -184,7 +185,7 @@ def _compare(truth: Trace, dump: Dump, source: Source | None, options: CompareOp
         members = [*members, *declared(members, options.kv_cache, options.state)]
         result.members = tuple(m.name for m in members)
         rerun = again([function, *members])
-        places, cleared = suspects(captured, result.layers), set[Place]()
+        places, cleared, nan = suspects(captured, result.layers), set[Place](), False
         with noted(result, "the layers that follow were not rerun"):
             for layer, seen in rerun:
                 if layers is None or layer is None or layer in layers:
@@ -192,7 +193,9 @@ def _compare(truth: Trace, dump: Dump, source: Source | None, options: CompareOp
                     work.added(layer, seen)
                     seen = second_look(rerun, layer, work, seen)
                     accuse([r for r in work.records.values() if r.layer == layer], places, cleared)
-                    if len(result.diagnoses) < options.diagnoses and (bad := work.guilty(layer, seen)):
+                    bad = spare_victims(guilty := work.guilty(layer, seen), nan)
+                    nan = nan or any(r.nan for r in guilty)
+                    if len(result.diagnoses) < options.diagnoses and bad:
                         with noted(result, "the diagnosis failed; the verdict stands", counts=False):
                             result.diagnoses.append(explain(rerun, layer, bad, work, seen))
     else:
@@ -206,6 +209,7 @@ def _compare(truth: Trace, dump: Dump, source: Source | None, options: CompareOp
         stored = {}
     inherited(work, stored)
     _finish(work, stored, layers)
+    ask_for_checkpoint(result)
     return result
 
 

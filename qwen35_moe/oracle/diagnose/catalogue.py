@@ -20,6 +20,7 @@ from .fault_parts import (
     neighbour,
     on_fp8,
     on_packed,
+    one_more,
     ones,
     other_head_order,
     rolled,
@@ -33,6 +34,7 @@ from .fault_parts import (
     without_one,
 )
 from .faults import Fault
+from .rank_faults import RANKS
 from .rope_faults import ROTARY
 
 SHARED = (
@@ -118,11 +120,19 @@ NORMS = (
     Fault("post-attention norm without 1 +", "post_attention_layernorm", "w for 1 + w", "",
           {"pre_mlp_layernorm_output.gain": without_one}),
     Fault("final norm without 1 +", "final_norm", "w for 1 + w", "", {"final_norm.gain": without_one}),
+    Fault("input norm with 1 + twice", "input_layernorm", "1 was added at conversion, and again", "mlx-lm 1442, 1320",
+          {"input_layernorm.gain": one_more}),
+    Fault("post-attention norm with 1 + twice", "post_attention_layernorm", "1 was added at conversion, and again",
+          "mlx-lm 1442, 1320", {"pre_mlp_layernorm_output.gain": one_more}),
+    Fault("final norm with 1 + twice", "final_norm", "1 was added at conversion, and again", "mlx-lm 1442, 1320",
+          {"final_norm.gain": one_more}),
 )  # fmt: skip
 
 ATTENTION = (
     Fault("q and k norms without 1 +", "attn", "w for 1 + w", "",
           {"attn_q_norm.gain": without_one, "attn_k_norm.gain": without_one}),
+    Fault("q and k norms with 1 + twice", "attn", "1 was added at conversion, and again", "mlx-vlm 1548",
+          {"attn_q_norm.gain": one_more, "attn_k_norm.gain": one_more}),
     Fault("rotary over the whole head", "attn", "partial_rotary_factor ignored", "", rotary(full=True), QK_NORMS),
     Fault("rotary pairs interleaved", "attn", "(2i, 2i + 1) for (i, i + R/2)", "", rotary(interleaved=True), QK_NORMS),
     Fault("rotary theta 10000", "attn", "rope_theta ignored", "", rotary(theta=10000.0), QK_NORMS),
@@ -182,4 +192,4 @@ DRAFT = (
           else w, weights=True),
 )  # fmt: skip
 
-FAULTS: tuple[Fault, ...] = (*SHARED, *ROUTED, *ONE_EXPERT, *NORMS, *ATTENTION, *ROTARY, *DELTANET, *DRAFT)
+FAULTS: tuple[Fault, ...] = (*SHARED, *ROUTED, *ONE_EXPERT, *NORMS, *ATTENTION, *ROTARY, *DELTANET, *RANKS, *DRAFT)

@@ -25,6 +25,7 @@ from ..judge.envelope import envelope, judge
 from ..judge.records import BF16_GRID, Diagnosis, Hypothesis, Place, Record, span
 from ..judge.rerun import Rerun
 from ..judge.second_look import AGAIN, Taps, batches
+from .at_sight import known_at_sight
 from .catalogue import FAULTS
 from .faults import Fault
 from .steps import hypotheses
@@ -101,6 +102,8 @@ def explain(
     order = {key: i for i, key in enumerate(seen[0])}
     bad = sorted(bad, key=lambda r: order.get(r.key, len(order)))
     first = bad[0]
+    if (known := known_at_sight(layer, first)) is not None:
+        return known
     output = f"layers.{layer}.{OUTPUT.get(first.block, '')}"
     key = next((r.key for r in bad if r.key == output), first.key)
     if base_name(key) == "moe_topk_ids":

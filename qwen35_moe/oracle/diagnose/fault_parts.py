@@ -171,6 +171,10 @@ def without_one(x: Tensor, _: Any, __: Any) -> Tensor:
     return x - 1
 
 
+def one_more(x: Tensor, _: Any, __: Any) -> Tensor:
+    return x + 1
+
+
 def sqrt_width(x: Tensor, _: Any, __: Any) -> Tensor:
     return x * x.shape[-1] ** 0.5
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import Qwen35Error
 from ...numerics.tap_table import base_name
+from ..diagnose.at_sight import OWN_LOGITS, against_own_logits
 from ..dumps.align import Alignment, Pair
 from ..dumps.ranks import owners
 from . import log_p as kl_base
@@ -198,12 +199,22 @@ class Work:
         width = max(logits_TE.shape[1], int(seen[0][ids_key].max()) + 1)  # a fused slot has an id, and no logit
         logits = torch.nn.functional.pad(logits_TE, (0, width - logits_TE.shape[1]), value=torch.inf)
         routing = compare_ids(seen[0][ids_key][index], pair.engine, logits[index], delta_T[index], layer)
-        self.record_routing(ids_key, layer, pair, routing)
+        self.record_routing(ids_key, layer, pair, routing, self._against_own(logits_key, pair))
         return None
 
-    def record_routing(self, key: str, layer: int | None, pair: Pair, routing: Routing) -> None:
+    def _against_own(self, logits_key: str, pair: Pair) -> int:
+        """How many of the engine's rows of ids its own logits contradict, where the dump has both."""
+        if logits_key not in self.alignment.keys:
+            return 0
+        logits = self.alignment.pair(logits_key)
+        if logits.engine is None or pair.engine is None or not torch.equal(logits.rows, pair.rows):
+            return 0
+        ids = pair.engine[:, : pair.truth.shape[1]]
+        return int(against_own_logits(ids, logits.engine).sum())
+
+    def record_routing(self, key: str, layer: int | None, pair: Pair, routing: Routing, own: int = 0) -> None:
         self.result.routing.append(routing)
-        bad = len(routing.illegal) + routing.nonsense
+        bad = max(len(routing.illegal) + routing.nonsense, own)
         cls: Class = "wrong" if bad else "within rounding" if routing.flips else "bit-equal"
         worst = max(routing.flips, key=lambda f: f.margin - f.noise, default=None)
         ratio = max((f.margin / f.noise if f.noise else float("inf") for f in routing.flips), default=0.0)
@@ -212,7 +223,8 @@ class Work:
         note = (
             f"{routing.agree} of {routing.tokens} sets agree, {len(routing.flips) - len(routing.illegal)} legal flips"
         )
-        ratio = float("inf") if routing.nonsense else ratio
+        note += f"; in {own} rows {OWN_LOGITS}" if own else ""
+        ratio = float("inf") if routing.nonsense or own else ratio
         record = Record(key, cls, "mlp", layer, ratio, rows=routing.tokens, bad_rows=bad, worst=where, note=note)
         strange = [flip.row for flip in routing.illegal] + ([] if routing.senseless is None else [routing.senseless])
         record.starts = self.alignment.tokens_of.starts(pair.rows[strange])

@@ -1,0 +1,77 @@
+"""What is named without a fault of the catalogue, and the catalogue's faults of ranks, views and norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.oracle_score.mutants import Bench
+from qwen35_moe.oracle.diagnose.at_sight import OTHER_CHECKPOINT, OWN_LOGITS, VICTIM, against_own_logits
+from qwen35_moe.oracle.diagnose.catalogue import FAULTS
+from qwen35_moe.oracle.diagnose.fault_parts import on_packed
+from qwen35_moe.oracle.diagnose.faults import BrokenSource, Fault, Place
+from qwen35_moe.oracle.dumps.readers.own import from_trace
+from qwen35_moe.oracle.truth import open_checkpoint
+from qwen35_moe.quant.mxfp4 import MXFP4
+from qwen35_moe.run.load import build
+from qwen35_moe.trace.recorder import trace
+
+IDS = (torch.arange(32) * 7919 % 251)[None]
+NEW = (
+    "input norm with 1 + twice", "post-attention norm with 1 + twice", "final norm with 1 + twice",
+    "q and k norms with 1 + twice", "shared expert sharded on 2 ranks and never reduced",
+    "shared expert sharded on 4 ranks and never reduced", "output gates of another rank", "keys of another rank",
+    "values of another rank", "gates of another rank in DeltaNet", "b, a strided view, read as contiguous",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench(built: Callable[[str], Path]) -> Bench:
+    return Bench(open_checkpoint(built("tiny-mxfp4"))[1].source, "gate 0.5", IDS)
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f.name in NEW], ids=lambda f: f.name)
+def test_new_faults_are_found_and_named(bench: Bench, fault: Fault) -> None:
+    found = bench.planted(fault)
+    assert found.found and found.named_right, found
+
+
+def _last_is_another(ids: Tensor, _: dict[str, Tensor], place: Place) -> Tensor:
+    others = torch.ones(len(ids), place.config.num_experts).scatter(1, ids, 0)
+    return torch.cat((ids[:, :-1], others.argmax(1, keepdim=True)), 1)
+
+
+def test_ids_that_the_engines_own_logits_contradict_need_no_truth(bench: Bench) -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0, 2.0]] * 4)
+    ids = torch.tensor([[0, 1], [3, 0], [0, 2], [0, 9]])  # right, a tie, wrong, no expert
+    assert against_own_logits(ids, logits).tolist() == [False, False, True, False]
+    result = bench.compare(bench.engine(Fault("foreign", "mlp", taps={"moe_topk_ids": _last_is_another})), diagnoses=1)
+    assert result.exit_code == 1 and result.diagnoses[0].name == OWN_LOGITS, result.verdict
+    assert result.diagnoses[0].layer == 1
+
+
+def test_a_block_whose_input_is_nan_is_a_victim(bench: Bench) -> None:
+    def nan_from(x: Tensor, _: dict[str, Tensor], __: Place) -> Tensor:
+        return torch.cat((x[:20], x[20:] * torch.nan))
+
+    result = bench.compare(bench.engine(Fault("NaN", "mlp", taps={"mlp_output": nan_from})))
+    assert [d.layer for d in result.diagnoses] == [1]
+    assert result.first is not None and result.first.key == "layers.1.mlp_output"
+    later = [r for r in result.records if r.bad and (r.layer or 0) > 1]
+    assert later and all(r.note == VICTIM for r in later)
+
+
+def test_another_checkpoint_is_asked_about(bench: Bench) -> None:
+    """All experts with other codes: no bug of a kernel, but another member of the family."""
+    change = on_packed(lambda w: MXFP4(w.codes ^ 1, w.scales))
+    everywhere = Place(bench.source.config, bench.truth.positions)
+    source = BrokenSource(bench.source, Fault("other", "mlp", slot=change), everywhere)
+    model = build(source, bench.table, bench.unfused, torch.device("cpu"), "decoded")
+    result = bench.compare(from_trace(trace(model, IDS, taps=bench.taps)), diagnoses=1)
+    assert not result.diagnoses[0].named and any(OTHER_CHECKPOINT in note for note in result.notes)
+    one = bench.compare(bench.engine(Fault("one", "mlp", slot=change)), diagnoses=1)
+    assert not any(OTHER_CHECKPOINT in note for note in one.notes)
