@@ -26,7 +26,7 @@ from torch import Tensor
 
 import qwen35_moe as q
 from qwen35_moe.checkpoint import Checkpoint
-from qwen35_moe.checkpoint.header import Stored
+from qwen35_moe.checkpoint.header import TensorEntry
 from qwen35_moe.checkpoint.reader import Rows
 from qwen35_moe.run.gpu.prefetch import Fetch, Layout, one_ahead
 from qwen35_moe.run.origin import origin_of
@@ -49,7 +49,7 @@ def rounds(run: Callable[[], object], count: int = 3) -> list[float]:
     return times[1:]
 
 
-def pieces(stored: list[Stored]) -> list[tuple[Path, int, int]]:
+def pieces(stored: list[TensorEntry]) -> list[tuple[Path, int, int]]:
     """(file, first byte, bytes): all of them in the order of the files, as many at a time as a thread streams."""
     runs: list[list[int]] = []
     files: list[Path] = []
@@ -134,9 +134,9 @@ def bench(layout: str, model: str, layers: int, tokens: int, folder: Path, profi
         show(lambda: streamed(ids))
 
 
-def parcels(stored: list[Stored]) -> list[list[Stored]]:
+def parcels(stored: list[TensorEntry]) -> list[list[TensorEntry]]:
     """Some tensors at a time, of 128 MiB or more together."""
-    found: list[list[Stored]] = [[]]
+    found: list[list[TensorEntry]] = [[]]
     for s in sorted(stored, key=lambda s: (s.file, s.begin)):
         if sum(other.nbytes for other in found[-1]) >= 2**27:
             found.append([])

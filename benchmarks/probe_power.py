@@ -35,7 +35,7 @@ from qwen35_moe.oracle.servers.replay import CPU, Hypothesis, hypotheses
 from qwen35_moe.oracle.servers.verdict import Verdict
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.run.load import build as build_model
-from qwen35_moe.run.source import Source
+from qwen35_moe.run.source import WeightSource
 from weights.build import build
 
 PROMPTS = {40: (4, 10), 400: (10, 40), 4000: (50, 80)}  # tokens in all: prompts, and tokens of each
@@ -60,7 +60,7 @@ def answers(ids: list[list[int]], log_p: Tensor, top: int) -> list[Answer]:
 
 
 @torch.inference_mode()
-def engine(source: Source, ids: list[list[int]], table: Arithmetic, h: Hypothesis | None = None) -> Tensor:
+def engine(source: WeightSource, ids: list[list[int]], table: Arithmetic, h: Hypothesis | None = None) -> Tensor:
     """log p [B, T, V] of an engine in this arithmetic, with a fault or none."""
     rows, unfused = torch.tensor(ids), [False] * source.config.num_hidden_layers
     if h is None:
@@ -76,7 +76,7 @@ def engine(source: Source, ids: list[list[int]], table: Arithmetic, h: Hypothesi
 
 
 @torch.inference_mode()
-def variant(source: Source, ids: list[list[int]], v: Variant) -> Tensor:
+def variant(source: WeightSource, ids: list[list[int]], v: Variant) -> Tensor:
     """log p of a clean variant."""
     rows, fused = torch.tensor(ids), [v.fused] * source.config.num_hidden_layers
     with v.products():
@@ -91,7 +91,7 @@ def named(verdict: Verdict, h: Hypothesis) -> bool:
     return any(e.name.split(" (")[0].split(",")[0] == h.fault.name for e in verdict.alike)
 
 
-def power(source: Source, tokens: int, top: int, table: Arithmetic) -> Iterator[tuple[Hypothesis, bool, Verdict]]:
+def power(source: WeightSource, tokens: int, top: int, table: Arithmetic) -> Iterator[tuple[Hypothesis, bool, Verdict]]:
     """Each hypothesis planted; whether it had been promised; and what came out."""
     ids = drawn(source.config, *PROMPTS[tokens], seed=77)
     known = prepare(source, [False] * source.config.num_hidden_layers, ids)
@@ -103,7 +103,7 @@ def power(source: Source, tokens: int, top: int, table: Arithmetic) -> Iterator[
         yield h, str(h) in promised, known.judge(answers(ids, engine(source, ids, table, h), top))
 
 
-def clean(source: Source, tokens: int, top: int, runs: int) -> Iterator[tuple[str, Verdict]]:
+def clean(source: WeightSource, tokens: int, top: int, runs: int) -> Iterator[tuple[str, Verdict]]:
     """Clean engines: `runs` verdicts, on new prompts for each round of all engines."""
     done, seed = 0, 1000
     unfused = [False] * source.config.num_hidden_layers
@@ -118,7 +118,7 @@ def clean(source: Source, tokens: int, top: int, runs: int) -> Iterator[tuple[st
         done, seed = done + len(each), seed + 1
 
 
-def show_power(source: Source, tokens: int, top: int) -> None:
+def show_power(source: WeightSource, tokens: int, top: int) -> None:
     lines: dict[str, list[tuple[str, bool, bool, bool]]] = {"all layers": [], "one layer": []}
     for h, promised, verdict in power(source, tokens, top, ENGINES[1]):
         found = verdict.finding == "diverges"

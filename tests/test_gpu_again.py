@@ -35,7 +35,6 @@ from test_model import (  # noqa: F401
     test_chunked_equals_recurrent,
     test_eps_of_the_l2_norm_shows,
     test_float64_at_every_tap,
-    test_fuse_and_unfuse_are_inverse,
     test_padding_changes_nothing,
     test_spans_of_the_chunked_rule_carry_the_state,
     test_unfused_equals_fused,

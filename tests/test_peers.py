@@ -18,7 +18,7 @@ from tolerances import FLOAT32_ANOTHER_MACHINE, FLOAT64_REORDERED, VISION_FLOAT3
 from torch import Tensor
 
 from qwen35_moe.errors import Qwen35Error
-from qwen35_moe.numerics.metrics import compare, compare_traces, ordinal, rel_l2, table, ulp_distance
+from qwen35_moe.numerics.metrics import compare_traces, distance, distance_table, ordinal, rel_l2, ulp_distance
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 HUB = FIXTURES / "bf16-hub"
@@ -181,8 +181,8 @@ def test_rel_l2_by_hand() -> None:
 def test_the_comparison_passes_what_is_equal() -> None:
     x = torch.tensor([[1.0, torch.nan, -0.0, torch.inf]]).bfloat16()
     same = torch.tensor([1.0, torch.nan, 0.0, torch.inf]).bfloat16()
-    assert compare("x", x, same).equal
-    assert compare("ids", torch.tensor([1, 2], dtype=torch.int32), torch.tensor([1, 2])).equal
+    assert distance("x", x, same).equal
+    assert distance("ids", torch.tensor([1, 2], dtype=torch.int32), torch.tensor([1, 2])).equal
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_the_comparison_passes_what_is_equal() -> None:
     ],
 )
 def test_the_comparison_catches(theirs: Tensor, share: float, max_ulp: int | None) -> None:
-    row = compare("x", torch.tensor([1.0, 2.0, 3.0, 4.0]).bfloat16(), theirs.bfloat16())
+    row = distance("x", torch.tensor([1.0, 2.0, 3.0, 4.0]).bfloat16(), theirs.bfloat16())
     assert not row.equal and row.equal_share == share
     assert max_ulp is None or row.max_ulp == max_ulp
 
@@ -203,4 +203,4 @@ def test_what_is_missing_is_a_difference() -> None:
     x = torch.ones(2)
     rows = compare_traces({"a": x, "extra": x}, {"a": x, "b": x})
     assert [(row.key, row.equal) for row in rows] == [("a", True), ("b", False)]
-    assert table(rows).splitlines()[-1].split() == ["b", "0.000000", "-", "inf", "missing", "in", "ours"]
+    assert distance_table(rows).splitlines()[-1].split() == ["b", "0.000000", "-", "inf", "missing", "in", "ours"]

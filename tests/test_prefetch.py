@@ -22,7 +22,7 @@ from qwen35_moe.run.gpu import passing, prefetch
 from qwen35_moe.run.gpu.passing import PassingExperts
 from qwen35_moe.run.gpu.prefetch import Fetch, Layout
 from qwen35_moe.run.origin import origin_of
-from qwen35_moe.run.source import Source
+from qwen35_moe.run.source import WeightSource
 from qwen35_moe.run.streamed import StreamedHead, StreamedLayers
 
 Build = Callable[[str], Path]
@@ -33,20 +33,20 @@ CPU, CHUNK = torch.device("cpu"), 3000
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two threads with small buffers, so that all is cut."""
-    monkeypatch.setattr(prefetch, "READERS", 2)
-    monkeypatch.setattr(prefetch, "CHUNK", CHUNK)
+    monkeypatch.setattr(prefetch, "READER_THREADS", 2)
+    monkeypatch.setattr(prefetch, "READ_AT_ONCE", CHUNK)
     prefetch.readers.cache_clear()
     yield
     prefetch.readers(CPU).pool.shutdown()
     prefetch.readers.cache_clear()
 
 
-def source(path: Path, online: bool = False) -> Source:
+def source(path: Path, online: bool = False) -> WeightSource:
     model = q.load(path, mode="stream", text_only=True, shared_expert="fused-online" if online else "unfused")
     return origin_of(model).source
 
 
-def passing_experts(found: Source, mlp: str, count: int) -> PassingExperts:
+def passing_experts(found: WeightSource, mlp: str, count: int) -> PassingExperts:
     read, stored = partial(found.slot, mlp), partial(found.stored, mlp)
     return PassingExperts(count, 0, read, torch.float32, False, CPU, stored=stored)
 
@@ -167,7 +167,7 @@ def test_what_cannot_be_read_is_an_error_and_the_next_can(
 def grouped_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts are read ahead and multiplied in groups, as on a GPU."""
 
-    def fill_experts(module: nn.Module, prefix: str, found: Source, *_: Any) -> None:
+    def fill_experts(module: nn.Module, prefix: str, found: WeightSource, *_: Any) -> None:
         for path, block in module.named_modules(prefix=prefix):
             if isinstance(block, MoE):
                 block.experts = passing_experts(found, path, found.config.num_experts)

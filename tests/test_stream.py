@@ -27,7 +27,7 @@ from qwen35_moe.oracle.judge.envelope import legal
 from qwen35_moe.oracle.judge.envelope_file import remaining, write_envelope
 from qwen35_moe.run.files import Claim
 from qwen35_moe.run.origin import origin_of
-from qwen35_moe.run.streamed import HEAD_ROWS, runs
+from qwen35_moe.run.streamed import HEAD_ROWS, consecutive
 from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.layers import trace_layers
 from qwen35_moe.trace.writer import TraceWriter
@@ -70,8 +70,8 @@ def test_the_streamed_head_is_one_tap_however_many_blocks_it_has(
 
 
 def test_runs() -> None:
-    assert list(runs([3, 4, 5, 9, 11, 12])) == [slice(3, 6), slice(9, 10), slice(11, 13)]
-    assert list(runs([])) == []
+    assert list(consecutive([3, 4, 5, 9, 11, 12])) == [slice(3, 6), slice(9, 10), slice(11, 13)]
+    assert list(consecutive([])) == []
 
 
 class Stop(BaseException):

@@ -198,7 +198,7 @@ BROKEN = {
     "exact gelu in the blocks": {"gelu_tanh": vision.gelu_exact},
     "the text model's theta": {"ROPE_THETA": 1e7},
     "row and column of the rotary embedding swapped": {
-        "rotary_angles": lambda row, column, *rest, right=vision.rotary_angles: right(column, row, *rest)
+        "rotary_angles": lambda row, column, *rest, right=vision.patch_angles: right(column, row, *rest)
     },
     "row-major order instead of merge blocks": {
         "patch_places": lambda grids, m, right=vision.patch_places: right(grids, 1),

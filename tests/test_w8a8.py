@@ -20,7 +20,7 @@ from qwen35_moe.oracle.judge.function import SAYS
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.quant.fp8 import mx_quantise_dequantise, quantise_dequantise, round_to_e4m3
 from qwen35_moe.run.load import load
-from qwen35_moe.run.source import Source
+from qwen35_moe.run.source import WeightSource
 from qwen35_moe.trace.recorder import trace
 from weights.build import build
 
@@ -74,7 +74,7 @@ def test_mxfp8_never_saturates_and_scales_are_powers_of_two() -> None:
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, WeightSource]:
     root = tmp_path_factory.mktemp("fp8")
     recipes = {"block": "tiny-drawn-fp8", "channel": "tiny-mxfp4-attnfp8"}
     return {
@@ -83,7 +83,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
     }
 
 
-def test_exactly_the_linears_with_fp8_weights_take_quantised_inputs(sources: dict[str, Source]) -> None:
+def test_exactly_the_linears_with_fp8_weights_take_quantised_inputs(sources: dict[str, WeightSource]) -> None:
     source = sources["block"]
     run = trace(load(source.checkpoint.path, "exact+a8", "unfused", text_only=True), IDS, experts=True)
 
@@ -112,7 +112,7 @@ def test_exactly_the_linears_with_fp8_weights_take_quantised_inputs(sources: dic
     assert torch.equal(run[f"layers.1.moe_expert_{e}_down"], F.linear(quantise_dequantise(act), down))
 
 
-def test_other_arithmetics_and_checkpoints_have_no_such_taps(sources: dict[str, Source]) -> None:
+def test_other_arithmetics_and_checkpoints_have_no_such_taps(sources: dict[str, WeightSource]) -> None:
     for name in ("exact", "sglang-bf16", "exact+w4a8"):
         run = trace(load(sources["block"].checkpoint.path, name, "unfused", text_only=True), IDS[:, :3])
         assert not [key for key in run if key.endswith(("_a1", "_a2"))]
@@ -129,7 +129,7 @@ def test_other_arithmetics_and_checkpoints_have_no_such_taps(sources: dict[str, 
     ],
 )
 def test_the_function_is_the_one_that_the_dump_shows(
-    sources: dict[str, Source], kind: str, engine: str, agrees: bool
+    sources: dict[str, WeightSource], kind: str, engine: str, agrees: bool
 ) -> None:
     path, source = sources[kind].checkpoint.path, sources[kind]
     truth = trace(load(path, "exact", "unfused", text_only=True), IDS, taps=DUMPED)
@@ -147,7 +147,7 @@ PLANTED = ("shared expert dropped", "FP8 scales of the experts rotated", "FP8 sc
 
 
 @pytest.fixture(scope="module")
-def bench(sources: dict[str, Source]) -> Bench:
+def bench(sources: dict[str, WeightSource]) -> Bench:
     return Bench(sources["block"], "gate 0.5", IDS, "+a8")
 
 

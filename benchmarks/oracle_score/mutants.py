@@ -35,7 +35,7 @@ from qwen35_moe.oracle.judge.envelope_file import write_envelope
 from qwen35_moe.oracle.judge.records import Comparison
 from qwen35_moe.oracle.judge.rerun import CPU
 from qwen35_moe.run.load import build
-from qwen35_moe.run.source import Source
+from qwen35_moe.run.source import WeightSource
 from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.recorder import trace
 
@@ -63,7 +63,7 @@ class Regime(Handler):
 class Bench:
     """One checkpoint in one regime: the truth, once, and engines to compare with it."""
 
-    def __init__(self, source: Source, regime: str, ids: Tensor, function: str = ""):
+    def __init__(self, source: WeightSource, regime: str, ids: Tensor, function: str = ""):
         self.source, self.regime, self.ids, self.function = source, regime, ids, function
         self.handler: Handler = Regime(regime)
         self.exact = arithmetics.get("exact" + function)
@@ -148,7 +148,7 @@ class Bench:
                        worst.key, "")  # fmt: skip
 
 
-def _fusable(source: Source) -> bool:
+def _fusable(source: WeightSource) -> bool:
     """Whether the shared expert is stored as the routed ones are, and may be a slot among them."""
     c, mlps = source.config, [f"layers.{i}.mlp" for i in range(source.config.num_hidden_layers)]
     alike = (source.spec(f"{m}.experts").kind == source.spec(f"{m}.shared_expert.gate_proj").kind for m in mlps)
@@ -159,7 +159,7 @@ def _largest(result: Comparison) -> float:
     return max((r.added for r in result.records if r.added is not None), default=0.0)
 
 
-def _parameters(source: Source, fault: Fault, layer: int | None) -> dict[str, Piece]:
+def _parameters(source: WeightSource, fault: Fault, layer: int | None) -> dict[str, Piece]:
     """The parameters of the struck module as the engine holds them."""
     if fault.block == "mtp":
         names = [f"mtp.layers.0.mlp.shared_expert.{p}_proj" for p in ("gate", "up", "down")]
@@ -171,7 +171,7 @@ def _parameters(source: Source, fault: Fault, layer: int | None) -> dict[str, Pi
 
 
 def run(
-    source: Source,
+    source: WeightSource,
     ids: Tensor,
     regimes: Iterable[str] = REGIMES,
     faults: Sequence[Fault] = (*FAULTS, *SMALL),

@@ -17,19 +17,19 @@ from ..quant.precision import ModuleSpec
 from .checksums import Checksum, verify_files, verify_manifest
 from .folder import Folder, open_folder
 from .foreign import foreign_spec
-from .header import Stored
+from .header import TensorEntry
 from .reader import Reader, Rows
 from .recognise import recognise
-from .stored_experts import PROJECTIONS, Experts
+from .stored_experts import EXPERT_PROJECTIONS, StoredExperts
 from .tensor_names import split_role
 from .usage import UsageReport, usage_report
-from .weight import Weight
+from .weight import StoredWeight
 
-EXPERT = re.compile(
+EXPERT_MODULE = re.compile(
     r"(?P<prefix>.+\.mlp\.experts)\.((?P<expert>\d{1,6})\.)?(?P<projection>gate_proj|up_proj|gate_up_proj|down_proj)"
 )
 
-SAMPLES, PIECE = 16, 4096  # of each file, evenly spaced; bytes of each
+SAMPLES_PER_FILE, PIECE = 16, 4096  # of each file, evenly spaced; bytes of each
 
 
 class Checkpoint:
@@ -43,8 +43,10 @@ class Checkpoint:
 
     def __init__(self, folder: Folder):
         self.path, self.config, self.folder = folder.path, folder.config, folder
-        self.tensors: Mapping[str, Stored] = folder.tensors
-        self.modules: dict[str, dict[str, Stored]] = {}  # module -> role (".weight", ".weight_scale", ...) -> tensor
+        self.tensors: Mapping[str, TensorEntry] = folder.tensors
+        self.modules: dict[
+            str, dict[str, TensorEntry]
+        ] = {}  # module -> role (".weight", ".weight_scale", ...) -> tensor
         self.used: set[str] = set()
         self.reader = Reader({header.file: header.state for header in folder.headers})
         self._experts: dict[str, tuple[int, bool]] = {}  # count, and whether fused; `Experts` would hold this one
@@ -53,7 +55,7 @@ class Checkpoint:
         for name, stored in self.tensors.items():
             module, role = split_role(name)
             self.modules.setdefault(module, {})[role] = stored
-            if match := EXPERT.fullmatch(module):
+            if match := EXPERT_MODULE.fullmatch(module):
                 self._expert_names.setdefault(match["prefix"], []).append(name)
                 if match["expert"]:
                     self._expert_ids.setdefault(match["prefix"], set()).add(int(match["expert"]))
@@ -81,7 +83,7 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
 
-    def stored(self, name: str) -> Stored:
+    def stored(self, name: str) -> TensorEntry:
         """Where the tensor of this canonical name lies."""
         if name not in self.tensors:
             raise self._missing(name)
@@ -94,7 +96,7 @@ class Checkpoint:
         found = Rows.of(stored).rows(rows).read(self.reader)
         return found if stored.shape else found.view(())
 
-    def weight(self, module: str) -> Weight:
+    def weight(self, module: str) -> StoredWeight:
         """The weight of a module, such as `layers.0.self_attn.q_proj` or `layers.0.mlp.experts.3.gate_proj`.
 
         One expert's matrix is found in a fused tensor as well.
@@ -103,28 +105,28 @@ class Checkpoint:
         self.used.update(stored.name for stored in weight.tensors)
         return weight
 
-    def find(self, module: str) -> Weight:
+    def find(self, module: str) -> StoredWeight:
         """As `weight`, without counting it as used."""
         if module in self.modules:
             return recognise(module, self.modules[module], self.reader)
-        if (match := EXPERT.fullmatch(module)) and match["expert"]:
+        if (match := EXPERT_MODULE.fullmatch(module)) and match["expert"]:
             whole = "down_proj" if match["projection"] == "down_proj" else "gate_up_proj"
             if f"{match['prefix']}.{whole}" in self.modules:
                 weight = self.find(f"{match['prefix']}.{whole}").expert(int(match["expert"]))
                 return weight if match["projection"] == whole else weight.half(int(match["projection"] == "up_proj"))
         raise self._missing(f"{module}.weight")
 
-    def experts(self, prefix: str) -> Experts:
+    def experts(self, prefix: str) -> StoredExperts:
         """The routed experts `layers.N.mlp.experts`; all of them count as used, whether a token hits them or not."""
         found = self.find_experts(prefix)
         self.used.update(self._expert_names[prefix])
         return found
 
-    def find_experts(self, prefix: str) -> Experts:
+    def find_experts(self, prefix: str) -> StoredExperts:
         """As `experts`, without counting them as used."""
         if prefix not in self._experts:
             self._experts[prefix] = self._open_experts(prefix)
-        return Experts(prefix, *self._experts[prefix], self.find)
+        return StoredExperts(prefix, *self._experts[prefix], self.find)
 
     def expert_names(self, prefix: str) -> list[str]:
         """The tensors of a layer's experts."""
@@ -146,7 +148,7 @@ class Checkpoint:
             return gate_up.shape[0], True
         count = max(own, default=0) + 1
         for e in range(count if len(own) == count else min(count, len(own) + 1)):
-            for name in PROJECTIONS:
+            for name in EXPERT_PROJECTIONS:
                 if f"{prefix}.{e}.{name}" not in self.modules:
                     raise self._missing(f"{prefix}.{e}.{name}.weight")
         return count, False
@@ -158,7 +160,7 @@ class Checkpoint:
         """
         if module in self.modules:
             return foreign_spec(self.modules[module]) or self.find(module).spec
-        match = EXPERT.fullmatch(module)
+        match = EXPERT_MODULE.fullmatch(module)
         if match and match["expert"] and match["prefix"] in self._expert_names:
             whole = "down_proj" if match["projection"] == "down_proj" else "gate_up_proj"
             return foreign_spec(self.modules.get(f"{match['prefix']}.{whole}", {})) or self.find(module).spec
@@ -197,7 +199,7 @@ class Checkpoint:
         for header in sorted(self.folder.headers, key=lambda header: (header.sha256, header.size)):
             try:
                 with open(header.file, "rb") as file:
-                    for at in range(0, header.size, max(PIECE, header.size // SAMPLES)):
+                    for at in range(0, header.size, max(PIECE, header.size // SAMPLES_PER_FILE)):
                         file.seek(at)
                         digest.update(file.read(PIECE))
             except OSError as error:

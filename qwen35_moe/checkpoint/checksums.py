@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ..errors import Qwen35Error
 from .folder import Folder
-from .header import Stored
+from .header import TensorEntry
 from .reader import Reader
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-CHUNK = 8 << 20
+HASHED_AT_ONCE = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ def verify_manifest(folder: Folder, reader: Reader, manifest: Path) -> Iterator[
         yield Checksum(name, found, expected, str(manifest))
 
 
-def tensor_digest(reader: Reader, stored: Stored) -> str:
+def tensor_digest(reader: Reader, stored: TensorEntry) -> str:
     """sha256 of a tensor's bytes, read in pieces."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(CHUNK, stored.nbytes)))
-    for begin in range(0, stored.nbytes, CHUNK):
-        piece = buffer[: min(CHUNK, stored.nbytes - begin)]
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(HASHED_AT_ONCE, stored.nbytes)))
+    for begin in range(0, stored.nbytes, HASHED_AT_ONCE):
+        piece = buffer[: min(HASHED_AT_ONCE, stored.nbytes - begin)]
         reader.read(stored, begin, piece)
         digest.update(piece)
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import Qwen35Error
 from ..gate.declared import with_hf_quant_config
-from .header import Header, Stored, read_header
+from .header import Header, TensorEntry, read_header
 from .tensor_names import canonical
 from .untrusted import read_json
 
@@ -28,8 +28,8 @@ class Folder:
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
     headers: list[Header] = field(default_factory=list)
-    tensors: dict[str, Stored] = field(default_factory=dict)
-    duplicated: list[Stored] = field(default_factory=list)
+    tensors: dict[str, TensorEntry] = field(default_factory=dict)
+    duplicated: list[TensorEntry] = field(default_factory=list)
     ignored: list[Path] = field(default_factory=list)
 
 
@@ -54,12 +54,12 @@ def open_folder(path: Path) -> Folder:
         if not files:
             raise Qwen35Error("no *.safetensors in this folder", where=path, do="give the folder of a checkpoint")
         _check_numbering(files)
-    copies: dict[str, list[Stored]] = {}  # of names that are stored more than once
+    copies: dict[str, list[TensorEntry]] = {}  # of names that are stored more than once
     for file in files:
         header = read_header(file)
         folder.headers.append(header)
         for raw, entry in header.entries.items():
-            stored = Stored(canonical(raw), file, raw, *entry)
+            stored = TensorEntry(canonical(raw), file, raw, *entry)
             first = folder.tensors.setdefault(stored.name, stored)
             if first is not stored:
                 copies.setdefault(stored.name, [first]).append(stored)
@@ -81,7 +81,7 @@ def open_folder(path: Path) -> Folder:
     return folder
 
 
-def _obey_index(folder: Folder, copies: dict[str, list[Stored]], weight_map: dict[str, str], index: Path) -> None:
+def _obey_index(folder: Folder, copies: dict[str, list[TensorEntry]], weight_map: dict[str, str], index: Path) -> None:
     """Of several copies keeps the one that the index points at. Error: index and files do not hold the same tensors."""
     files = {header.file.name: header.file for header in folder.headers}
     known: set[str] = set()

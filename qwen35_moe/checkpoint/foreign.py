@@ -18,10 +18,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..quant.precision import ModuleSpec
-from .header import Stored
+from .header import TensorEntry
 
 
-def foreign_spec(found: Mapping[str, Stored]) -> ModuleSpec | None:
+def foreign_spec(found: Mapping[str, TensorEntry]) -> ModuleSpec | None:
     """The spec of a module in a format that is not decoded; None for every other one. found: role -> tensor."""
     if "qweight" in {role.rpartition(".")[2] for role in found}:
         return _gptq_or_awq(found[".qweight"], found.get(".scales"))
@@ -46,7 +46,7 @@ def foreign_spec(found: Mapping[str, Stored]) -> ModuleSpec | None:
     return None
 
 
-def _gptq_or_awq(codes: Stored, scales: Stored | None) -> ModuleSpec:
+def _gptq_or_awq(codes: TensorEntry, scales: TensorEntry | None) -> ModuleSpec:
     """GPTQ packs along the input, AWQ along the output: `qweight` then has O columns, or fewer."""
     if len(codes.shape) != 2 or scales is None or len(scales.shape) != 2 or not all(scales.shape):
         return ModuleSpec("int")

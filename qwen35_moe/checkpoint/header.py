@@ -22,9 +22,9 @@ from ..errors import Qwen35Error
 from .untrusted import check_regular, parse_json, refuse_pointer
 
 # The format's own limit. The header of a whole 397B checkpoint in one file would have 25 MB.
-LIMIT = 100_000_000
+LONGEST_HEADER = 100_000_000
 MAX_DIMENSIONS = 8
-KEYS = frozenset(("dtype", "shape", "data_offsets"))
+HEADER_KEYS = frozenset(("dtype", "shape", "data_offsets"))
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
@@ -33,7 +33,7 @@ BITS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class TensorEntry:
     """Where one tensor lies: bytes begin..end of `file`. `name` is canonical, `raw_name` as the file has it."""
 
     name: str
@@ -75,12 +75,12 @@ def read_header(file: Path) -> Header:
             size, _ = state = file_state(handle.fileno())
             first = handle.read(8)
             length = int.from_bytes(first, "little")
-            if size < 8 or length > min(size - 8, LIMIT):
+            if size < 8 or length > min(size - 8, LONGEST_HEADER):
                 refuse_pointer(first + handle.read(64), file)
                 raise Qwen35Error(
                     "not a safetensors file, or cut off within its header",
                     where=file,
-                    expected=f"a header of at most {max(min(size - 8, LIMIT), 0)} bytes",
+                    expected=f"a header of at most {max(min(size - 8, LONGEST_HEADER), 0)} bytes",
                     found=f"{length} announced, file of {size} bytes" if size >= 8 else f"a file of {size} bytes",
                     do="download the file again",
                 )
@@ -111,8 +111,8 @@ def _entry(entry: Any, file: Path, name: str, start: int) -> tuple[str, tuple[in
 
     if not name.isprintable() or not name:
         raise bad("name of a tensor", "printable text", name)
-    if not isinstance(entry, dict) or not entry.keys() >= KEYS:
-        raise bad("a tensor's entry", ", ".join(sorted(KEYS)), entry)
+    if not isinstance(entry, dict) or not entry.keys() >= HEADER_KEYS:
+        raise bad("a tensor's entry", ", ".join(sorted(HEADER_KEYS)), entry)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         raise bad("dtype", ", ".join(BITS), dtype)

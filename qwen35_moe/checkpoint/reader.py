@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from .header import Stored, file_state
+from .header import TensorEntry, file_state
 
-DTYPES = {
+STORED_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "I16": torch.int16, "F16": torch.float16,
     "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32, "I64": torch.int64, "F64": torch.float64,
@@ -42,7 +42,7 @@ class Reader:
         self.mapped = False
         self._maps: dict[Path, Tensor] = {}
 
-    def map(self, stored: Stored, begin: int, nbytes: int) -> Tensor:
+    def map(self, stored: TensorEntry, begin: int, nbytes: int) -> Tensor:
         """A view (uint8) of these bytes of the tensor in its file. Writing to it changes memory, never the file.
 
         Where the file is cut off later, touching it ends the process (SIGBUS): see `check`.
@@ -70,7 +70,7 @@ class Reader:
         self._lock = Lock()
         self.close = weakref.finalize(self, _close_all, self._descriptors)
 
-    def descriptor(self, stored: Stored) -> int:
+    def descriptor(self, stored: TensorEntry) -> int:
         """Of the tensor's file, which stays open."""
         with self._lock:
             if stored.file not in self._descriptors:
@@ -101,7 +101,7 @@ class Reader:
                 do="load the checkpoint again; write new files under another name and rename them",
             )
 
-    def read(self, stored: Stored, begin: int, into: memoryview) -> None:
+    def read(self, stored: TensorEntry, begin: int, into: memoryview) -> None:
         """Fills `into` with the bytes that begin at `begin` of the tensor. Other threads run meanwhile."""
         descriptor, at, rest = self.descriptor(stored), stored.begin + begin, into
         while len(rest):
@@ -125,7 +125,7 @@ def _close_all(descriptors: dict[Path, int]) -> None:
         os.close(descriptors.popitem()[1])
 
 
-def _failed(stored: Stored, found: object) -> Qwen35Error:
+def _failed(stored: TensorEntry, found: object) -> Qwen35Error:
     return Qwen35Error("cannot read a tensor", where=f"{stored.file}: {stored.raw_name}", expected=stored, found=found)
 
 
@@ -137,14 +137,14 @@ class Rows:
     gpt-oss's gate are every second one.
     """
 
-    stored: Stored
+    stored: TensorEntry
     first: int
     count: int
     size: tuple[int, ...]
     step: int = 1
 
     @classmethod
-    def of(cls, stored: Stored, leading: int = 1) -> Rows:
+    def of(cls, stored: TensorEntry, leading: int = 1) -> Rows:
         """All rows, with so many dimensions flattened."""
         return cls(stored, 0, prod(stored.shape[:leading]), stored.shape[leading:])
 
@@ -174,20 +174,27 @@ class Rows:
 
     def read(self, reader: Reader) -> Tensor:
         """A tensor [count, *size] of the stored dtype: memory of its own, or, where the reader maps, the file's."""
-        if self.stored.dtype not in DTYPES:
+        if self.stored.dtype not in STORED_DTYPES:
             raise Qwen35Error(
-                "torch has no such dtype", where=self.stored.where, expected=", ".join(DTYPES), found=self.stored.dtype
+                "torch has no such dtype",
+                where=self.stored.where,
+                expected=", ".join(STORED_DTYPES),
+                found=self.stored.dtype,
             )
         begin, nbytes = self.span()
-        aligned = (self.stored.begin + begin) % DTYPES[self.stored.dtype].itemsize == 0
+        aligned = (self.stored.begin + begin) % STORED_DTYPES[self.stored.dtype].itemsize == 0
         if reader.mapped and self.step == 1 and nbytes and aligned:
-            return reader.map(self.stored, begin, nbytes).view(DTYPES[self.stored.dtype]).view(self.count, *self.size)
+            return (
+                reader.map(self.stored, begin, nbytes)
+                .view(STORED_DTYPES[self.stored.dtype])
+                .view(self.count, *self.size)
+            )
         buffer = torch.empty(nbytes, dtype=torch.uint8)
         reader.read(self.stored, begin, buffer.numpy().data)
         if self.step > 1:
             padded = torch.nn.functional.pad(buffer, (0, self.count * self.step * self.row_bytes - nbytes))
             buffer = padded.view(self.count, self.step, self.row_bytes)[:, 0].contiguous().view(-1)
-        return buffer.view(DTYPES[self.stored.dtype]).view(self.count, *self.size)
+        return buffer.view(STORED_DTYPES[self.stored.dtype]).view(self.count, *self.size)
 
     def gather(self, reader: Reader, runs: Sequence[slice]) -> Tensor:
         """Some runs of these rows, one after another: as `rows` and `read` of each, in a fraction of the time."""
@@ -206,7 +213,7 @@ class Rows:
             else:
                 reader.read(self.stored, (self.first + run.start) * size, memory[begin:end])  # which says what is wrong
             begin = end
-        return found.view(DTYPES[self.stored.dtype]).view(count, *self.size)
+        return found.view(STORED_DTYPES[self.stored.dtype]).view(count, *self.size)
 
 
 def read_together(reader: Reader, wanted: Sequence[Rows]) -> list[Tensor]:
@@ -230,7 +237,7 @@ def _adjoins(wanted: Sequence[Rows], at: Sequence[int], run: Sequence[int], i: i
         rows.stored.file == last.stored.file
         and at[i] == at[run[-1]] + last.span()[1]
         and rows.step == last.step == 1
-        and (at[i] - at[run[0]]) % DTYPES[rows.stored.dtype].itemsize == 0
+        and (at[i] - at[run[0]]) % STORED_DTYPES[rows.stored.dtype].itemsize == 0
     )
 
 
@@ -242,6 +249,8 @@ def _read_run(reader: Reader, wanted: Sequence[Rows], run: Sequence[int]) -> dic
     reader.read(first.stored, first.span()[0], buffer.numpy().data)
     found = {}
     for i, part in zip(run, buffer.split(sizes), strict=True):
-        dtype = DTYPES[wanted[i].stored.dtype]  # a view less for bytes: readers wait for each other at each operation
+        dtype = STORED_DTYPES[
+            wanted[i].stored.dtype
+        ]  # a view less for bytes: readers wait for each other at each operation
         found[i] = (part if dtype == torch.uint8 else part.view(dtype)).view(wanted[i].count, *wanted[i].size)
     return found

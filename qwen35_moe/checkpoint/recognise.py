@@ -20,15 +20,23 @@ from collections.abc import Mapping
 
 from ..errors import Qwen35Error
 from ..quant import fp8, mxfp4
-from .header import Stored
+from .header import TensorEntry
 from .reader import Reader, Rows
-from .weight import Weight
+from .weight import StoredWeight
 
-FLOATS = ("BF16", "F16", "F32", "F64")
-SCALES = (".weight_scale", ".weight_scale_inv", "_scales", "_scale", "_scale_inv", "_weight_scale", "_weight_scale_inv")
+FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+SCALE_ROLES = (
+    ".weight_scale",
+    ".weight_scale_inv",
+    "_scales",
+    "_scale",
+    "_scale_inv",
+    "_weight_scale",
+    "_weight_scale_inv",
+)
 MAIN = ("", ".weight", ".weight_packed", "_packed", "_blocks")
 # What may stand beside a weight without changing what it is: activations' scales, and what compressed-tensors adds.
-BESIDE = (".bias", ".input_scale", ".output_scale", ".weight_shape", "_input_scale", "_output_scale")
+ROLES_BESIDE = (".bias", ".input_scale", ".output_scale", ".weight_shape", "_input_scale", "_output_scale")
 # Scales of an engine's FP8 key-value cache, as compressed-tensors and as ModelOpt name them: no weight's.
 CACHE_SCALES = ("*.self_attn.[kqv]_scale", "*.self_attn.[kv]_proj.[kv]_scale")
 FOREIGN = {
@@ -41,7 +49,7 @@ FOREIGN = {
 KNOWN = "BF16, F16, F32 or F64; MXFP4 (U8 with U8 scales, block 32); FP8 (F8_E4M3 with block, channel or tensor scales)"
 
 
-def recognise(module: str, found: Mapping[str, Stored], reader: Reader) -> Weight:
+def recognise(module: str, found: Mapping[str, TensorEntry], reader: Reader) -> StoredWeight:
     """The weight that these tensors (role -> tensor) of one module are.
 
     Error: a format that is not supported, or tensors that do not fit together.
@@ -51,8 +59,8 @@ def recognise(module: str, found: Mapping[str, Stored], reader: Reader) -> Weigh
         if role in FOREIGN:
             raise _unknown(stored, f"{FOREIGN[role]} (has {stored.raw_name})")
     mains = [found[role] for role in MAIN if role in found]
-    scales = [found[role] for role in SCALES if role in found]
-    others = [s for role, s in found.items() if role not in (*MAIN, *SCALES, *BESIDE)]
+    scales = [found[role] for role in SCALE_ROLES if role in found]
+    others = [s for role, s in found.items() if role not in (*MAIN, *SCALE_ROLES, *ROLES_BESIDE)]
     if others:
         raise _unknown(others[0], str(others[0]))
     if len(mains) != 1 or len(scales) > 1:
@@ -63,12 +71,12 @@ def recognise(module: str, found: Mapping[str, Stored], reader: Reader) -> Weigh
             found=", ".join(s.where for s in found.values()),
         )
     main, scale = mains[0], scales[0] if scales else None
-    if main.dtype in FLOATS:
+    if main.dtype in FLOAT_DTYPES:
         if scale is not None:
             raise Qwen35Error(
                 "a float weight has a scale", where=scale.where, expected=f"none beside {main}", found=scale
             )
-        return Weight(module, "float", main.shape, Rows.of(main), None, (), reader)
+        return StoredWeight(module, "float", main.shape, Rows.of(main), None, (), reader)
     if scale is not None and main.dtype == "U8" and scale.dtype.startswith("F8_E4M3"):
         raise _unknown(scale, f"NVFP4 (U8 codes with {scale} scales)")
     if main.dtype == "U8" and (scale is not None or not found.keys() & {"", ".weight"}):
@@ -80,7 +88,7 @@ def recognise(module: str, found: Mapping[str, Stored], reader: Reader) -> Weigh
     raise _unknown(main, f"{main}, scale: {scale or 'none'}")
 
 
-def _mxfp4(module: str, codes: Stored, scales: Stored, reader: Reader) -> Weight:
+def _mxfp4(module: str, codes: TensorEntry, scales: TensorEntry, reader: Reader) -> StoredWeight:
     if scales.dtype not in ("U8", "F8_E8M0"):
         raise Qwen35Error("wrong dtype for an MXFP4 scale", where=scales.where, expected="U8", found=scales)
     shape = codes.shape
@@ -103,10 +111,10 @@ def _mxfp4(module: str, codes: Stored, scales: Stored, reader: Reader) -> Weight
             "MXFP4 scales of the wrong shape", where=scales.where, expected=f"U8 {list(expected)}", found=scales
         )
     shape = (*shape[:-1], 2 * shape[-1])
-    return Weight(module, "mxfp4", shape, Rows.of(codes), Rows.of(scales, 1), (mxfp4.BLOCK,), reader)
+    return StoredWeight(module, "mxfp4", shape, Rows.of(codes), Rows.of(scales, 1), (mxfp4.BLOCK,), reader)
 
 
-def _fp8(module: str, values: Stored, scale: Stored, reader: Reader) -> Weight:
+def _fp8(module: str, values: TensorEntry, scale: TensorEntry, reader: Reader) -> StoredWeight:
     if scale.dtype not in ("BF16", "F32"):
         raise Qwen35Error("wrong dtype for an FP8 scale", where=scale.where, expected="BF16 or F32", found=scale)
     if len(values.shape) not in (2, 3):
@@ -114,7 +122,7 @@ def _fp8(module: str, values: Stored, scale: Stored, reader: Reader) -> Weight:
             "wrong shape of an FP8 weight", where=values.where, expected="[O, I] or [E, O, I]", found=values
         )
     *lead, O, I = values.shape  # noqa: E741
-    blocks = (-(-O // fp8.BLOCK), -(-I // fp8.BLOCK))
+    blocks = (-(-O // fp8.FP8_BLOCK), -(-I // fp8.FP8_BLOCK))
     shapes = {
         "fp8-block": [(*lead, *blocks)],
         "fp8-channel": [(*lead, O), (*lead, O, 1)],
@@ -122,13 +130,13 @@ def _fp8(module: str, values: Stored, scale: Stored, reader: Reader) -> Weight:
     }
     for kind in shapes:
         if scale.shape in shapes[kind]:
-            return Weight(
+            return StoredWeight(
                 module,
                 kind,
                 values.shape,
                 Rows.of(values),
                 Rows.of(scale),
-                (fp8.BLOCK, fp8.BLOCK) if kind == "fp8-block" else (),
+                (fp8.FP8_BLOCK, fp8.FP8_BLOCK) if kind == "fp8-block" else (),
                 reader,
             )
     listed = " or ".join(str(list(shape)) for group in shapes.values() for shape in group)
@@ -137,7 +145,7 @@ def _fp8(module: str, values: Stored, scale: Stored, reader: Reader) -> Weight:
     )
 
 
-def _present(scale: Stored | None, main: Stored, expected: str) -> Stored:
+def _present(scale: TensorEntry | None, main: TensorEntry, expected: str) -> TensorEntry:
     if scale is None:
         raise Qwen35Error(
             "a quantised weight has no scale", where=main.where, expected=expected, found=f"{main}, scale: none"
@@ -145,5 +153,5 @@ def _present(scale: Stored | None, main: Stored, expected: str) -> Stored:
     return scale
 
 
-def _unknown(stored: Stored, found: str) -> Qwen35Error:
+def _unknown(stored: TensorEntry, found: str) -> Qwen35Error:
     return Qwen35Error("a format that is not supported", where=stored.where, expected=KNOWN, found=found)

@@ -9,14 +9,14 @@ from itertools import islice
 from ..errors import Qwen35Error
 from ..quant.packed import Packed, concatenate
 from .reader import read_together
-from .weight import Weight
+from .weight import StoredWeight
 
-GATE_UP = ("gate_proj", "up_proj")
-PROJECTIONS = (*GATE_UP, "down_proj")
+GATE_AND_UP = ("gate_proj", "up_proj")
+EXPERT_PROJECTIONS = (*GATE_AND_UP, "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
+class StoredExperts:
     """`count` experts of `layers.N.mlp.experts`. gate_up [2F, D] has F rows of gate, then F of up; down is [D, F].
 
     Found in storage as gate_up_proj and down_proj [E, ..] ("fused"), or as gate_proj, up_proj, down_proj of each.
@@ -25,14 +25,14 @@ class Experts:
     prefix: str
     count: int
     fused: bool
-    find: Callable[[str], Weight]  # by module name
+    find: Callable[[str], StoredWeight]  # by module name
 
-    def weights(self, e: int) -> tuple[Weight, ...]:
+    def weights(self, e: int) -> tuple[StoredWeight, ...]:
         """What expert e is stored as: (gate, up, down), or (gate_up, down)."""
         if not 0 <= e < self.count:
             raise Qwen35Error("no such expert", where=self.prefix, expected=f"0 to {self.count - 1}", found=e)
         if not self.fused:
-            return tuple(self.find(f"{self.prefix}.{e}.{name}") for name in PROJECTIONS)
+            return tuple(self.find(f"{self.prefix}.{e}.{name}") for name in EXPERT_PROJECTIONS)
         return tuple(self.find(f"{self.prefix}.{name}").expert(e) for name in ("gate_up_proj", "down_proj"))
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from .folder import Folder, few
-from .recognise import BESIDE, CACHE_SCALES
+from .recognise import CACHE_SCALES, ROLES_BESIDE
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class UsageReport:
 def usage_report(folder: Folder, used: Set[str], aside: Iterable[str]) -> UsageReport:
     """aside: patterns of names that are left out on purpose."""
     unused = sorted(folder.tensors.keys() - used)
-    patterns = (*aside, *CACHE_SCALES, *(f"*{role}" for role in BESIDE if role != ".bias"))
+    patterns = (*aside, *CACHE_SCALES, *(f"*{role}" for role in ROLES_BESIDE if role != ".bias"))
     apart = [name for name in unused if any(fnmatchcase(name, pattern) for pattern in patterns)]
     return UsageReport(
         used=len(folder.tensors) - len(unused),

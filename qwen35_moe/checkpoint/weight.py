@@ -14,12 +14,12 @@ from ..quant import fp8, mxfp4
 from ..quant.layouts import deinterleave_gate_up
 from ..quant.packed import Float, Packed
 from ..quant.precision import ModuleSpec, float_spec
-from .header import Stored
-from .reader import DTYPES, Reader, Rows
+from .header import TensorEntry
+from .reader import STORED_DTYPES, Reader, Rows
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class StoredWeight:
     """A weight in storage. shape: of its values, [O, I], [E, O, I] for all experts of a layer, or any for floats."""
 
     module: str
@@ -33,10 +33,10 @@ class Weight:
     @property
     def dtype(self) -> torch.dtype:
         """Of what is stored: torch.uint8 for MXFP4."""
-        return DTYPES[self.values.stored.dtype]
+        return STORED_DTYPES[self.values.stored.dtype]
 
     @property
-    def tensors(self) -> tuple[Stored, ...]:
+    def tensors(self) -> tuple[TensorEntry, ...]:
         return (self.values.stored,) if self.scale is None else (self.values.stored, self.scale.stored)
 
     @property
@@ -58,7 +58,7 @@ class Weight:
         parts = tuple((rows.stored.dtype, rows.count, rows.size, rows.step) for rows in self.parts)
         return self.kind, self.shape, self.block, self.interleaved, parts
 
-    def expert(self, e: int) -> Weight:
+    def expert(self, e: int) -> StoredWeight:
         """[O, I] of expert e, of [E, O, I]."""
         count = self.shape[0]
         if len(self.shape) != 3 or not 0 <= e < count:
@@ -69,7 +69,7 @@ class Weight:
 
         return replace(self, shape=self.shape[1:], values=own(self.values), scale=self.scale and own(self.scale))
 
-    def half(self, i: int) -> Weight:
+    def half(self, i: int) -> StoredWeight:
         """Gate (0) or up (1) of a gate_up weight [2F, I]. In gpt-oss's layout their rows take turns."""
         O, I = self.shape  # noqa: E741
         cut = Rows.turn if self.interleaved else Rows.part
@@ -94,7 +94,7 @@ class Weight:
         stored = self if whole or rows is None else self.some(rows)
         return self.assemble(*(part.read(self.reader) for part in stored.parts), rows=rows if whole else None)
 
-    def some(self, rows: slice) -> Weight:
+    def some(self, rows: slice) -> StoredWeight:
         """Rows of a matrix [O, I], as a weight. Of FP8 blocks, they must begin with a block."""
         start, stop, _ = rows.indices(self.shape[0])
         scale = None if self.scale is None else self._scale_rows(rows)
@@ -156,7 +156,7 @@ def _not_finite(scale: Tensor) -> Tensor:
     return scale.view(torch.uint8) == 255 if scale.element_size() == 1 else ~scale.isfinite()
 
 
-def _check_finite(scale: Tensor, stored: Stored) -> None:
+def _check_finite(scale: Tensor, stored: TensorEntry) -> None:
     if scale.element_size() == 1:  # E8M0. A search of bytes is done before a comparison of tensors has begun.
         what, expected = "a scale is NaN", "scale bytes 0 to 254 (255 is NaN)"
         fine = b"\xff" not in (scale if scale.dtype == torch.uint8 else scale.view(torch.uint8)).numpy().tobytes()

@@ -15,7 +15,7 @@ from torch import Tensor
 import qwen35_moe as q
 
 from ..errors import Qwen35Error, extra
-from ..numerics.metrics import Row, compare, compare_traces
+from ..numerics.metrics import TapDistance, compare_traces, distance
 from ..oracle.dumps.align import align
 from ..weights.build import build
 
@@ -23,15 +23,15 @@ FAILURE = "BF16 shared expert read as FP4"
 EXACT_BOUND = 1e-12  # relative L2 of two orders of the same float64 sums; measured 1e-15 on this checkpoint
 
 
-def by_name(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def by_name(rows: Iterable[TapDistance]) -> dict[str, list[TapDistance]]:
     """The rows of all layers under the tap's name."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[TapDistance]] = {}
     for row in rows:
         groups.setdefault(row.key.rpartition(".")[2], []).append(row)
     return groups
 
 
-def table(rows: Iterable[Row]) -> str:
+def table(rows: Iterable[TapDistance]) -> str:
     """One line a tap: in how many layers, the smallest share of equal elements, the worst distances."""
     lines = [f"  {'tap':<26} {'layers':>6} {'equal':>8} {'max ulp':>8} {'rel. L2':>9}"]
     for name, group in by_name(rows).items():
@@ -67,7 +67,7 @@ def against_transformers(checkpoint: Path, ids: Tensor) -> bool:
     ).eval()
     ours = q.trace(q.load(checkpoint, "transformers-bf16", "unfused", text_only=True), ids)
     pairs = align(q.capture_transformers(peer, input_ids=ids), ours)
-    rows = [compare(pair.key, pair.truth, pair.engine) for pair in pairs if pair.engine is not None]
+    rows = [distance(pair.key, pair.truth, pair.engine) for pair in pairs if pair.engine is not None]
     equal = sum(row.equal for row in rows)
     print(f"\ntransformers {__version__}, bf16 eager, against arithmetic transformers-bf16:")
     print(table(rows))

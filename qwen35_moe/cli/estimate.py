@@ -24,7 +24,7 @@ from ..numerics import arithmetics
 from ..numerics.arithmetics import Arithmetic, get
 from ..numerics.tap_table import TAPS
 from ..run.load import build
-from ..run.source import Source
+from ..run.source import WeightSource
 from ..run.streamed import HEAD_ROWS
 from ..trace.file import CHUNK_BYTES
 
@@ -122,7 +122,9 @@ def pace(checkpoint: Checkpoint, config: Config, table: Arithmetic, tokens: int)
     page cache, and attention's share that grows with the square of the tokens, as linear.
     """
     D, E, A, V = config.hidden_size, config.num_experts, config.num_experts_per_tok, config.vocab_size
-    model = build(Source(checkpoint, config), table, [False] * config.num_hidden_layers, torch.device("cpu"), "stream")
+    model = build(
+        WeightSource(checkpoint, config), table, [False] * config.num_hidden_layers, torch.device("cpu"), "stream"
+    )
     some, few, hit = min(tokens, SAMPLE), min(E, EXPERTS), E * (1 - (1 - A / E) ** tokens)
     long_BTD = torch.linspace(-1, 1, min(tokens, HEAD_SAMPLE) * D, dtype=table.dtype).view(1, -1, D)
     x_BTD = long_BTD[:, :some]

@@ -23,7 +23,7 @@ from ..oracle.servers.prompts import drawn
 from ..oracle.servers.readers import read_answers
 from ..oracle.servers.verdict import Verdict
 from ..oracle.truth import open_checkpoint, weights_of
-from ..run.load import SHARED
+from ..run.load import SHARED_EXPERT_MODES
 from ..run.prompt import load_tokenizer, read_ids
 from ..trace.file import Trace
 from .dump_config import layer_lines
@@ -52,7 +52,7 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", default="", help="the served model's name, where there are several")
     p.add_argument("--engine", help="the server's arithmetic, if it is none of the legal ones (float32, ...)")
     p.add_argument("--arithmetic", default="exact", help="of the truth: exact+a8 for W8A8, exact+a4-round-up for W4A4")
-    p.add_argument("--shared-expert", default="unfused", choices=SHARED, help="default: %(default)s")
+    p.add_argument("--shared-expert", default="unfused", choices=SHARED_EXPERT_MODES, help="default: %(default)s")
     p.add_argument("--faults", choices=("each", "all", "none"), help="replay known faults in each layer, in all layers "
                    f"at once, or not (default: each up to {MOST_LAYERS} layers, else all)")  # fmt: skip
     p.add_argument(

@@ -18,14 +18,14 @@ from ..oracle.judge.records import Comparison
 from ..oracle.judge.where import Where
 from ..oracle.report import report
 from ..oracle.report.text import write
-from ..run.load import MODES, SHARED
+from ..run.load import MODES, SHARED_EXPERT_MODES
 from ..run.prompt import read_ids
 from .device_options import add_device_options, device_options
 from .parsing import layers
 
 
 def add_shared(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--shared-expert", default="unfused", choices=SHARED, help="default: %(default)s")
+    p.add_argument("--shared-expert", default="unfused", choices=SHARED_EXPERT_MODES, help="default: %(default)s")
 
 
 def add_report_options(p: argparse.ArgumentParser) -> None:

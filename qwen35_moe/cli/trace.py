@@ -21,7 +21,7 @@ from ..numerics.tap_table import TAPS, matching, split_patterns
 from ..oracle.judge.envelope import legal
 from ..oracle.judge.envelope_file import ENVELOPE, remaining, with_ids, write_envelope
 from ..run.files import Claim
-from ..run.load import MODES, SHARED, load
+from ..run.load import MODES, SHARED_EXPERT_MODES, load
 from ..run.origin import origin_of
 from ..run.prompt import Images, load_images, load_tokenizer, padded, place_images, read_ids
 from ..run.validate import model_config
@@ -57,7 +57,7 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--mode", choices=MODES, help="what is held in memory (default: stream; packed with --device-map)")
     p.add_argument("--stream", dest="mode", action="store_const", const="stream", help="the same as --mode stream")
     add_device_options(p)
-    p.add_argument("--shared-expert", default="unfused", choices=SHARED, help="default: %(default)s")
+    p.add_argument("--shared-expert", default="unfused", choices=SHARED_EXPERT_MODES, help="default: %(default)s")
     p.add_argument("--no-envelope", action="store_true", help="the trace alone, not how far legal roundings stray")
     p.add_argument("--quiet", action="store_true", help="no progress on stderr")
     p.add_argument("--list", action="store_true", help="name all taps and arithmetics, and stop")

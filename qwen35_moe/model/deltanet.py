@@ -21,7 +21,7 @@ from .config import Config
 from .norms import gated_rms_norm, l2_norm
 from .ops import Linear, accumulation_dtype, apply, as_read_by, promote
 
-CHUNK = 64
+CHUNK_TOKENS = 64
 # The chunked rule prepares this many tokens at once; more would only cost memory.
 SPAN = 2048
 
@@ -70,7 +70,7 @@ def _chunked_span(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bet
     B, T, J = beta.shape
     g, beta = (_chunks(x[..., None]) for x in (g, beta))  # [B, J, n, 64, 1]; padding: g = beta = 0
     G = g.squeeze(-1).cumsum(-1)[..., None]
-    causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).tril()
+    causal = torch.ones(CHUNK_TOKENS, CHUNK_TOKENS, dtype=torch.bool, device=q.device).tril()
     decay = (G - G.mT).masked_fill(~causal, -torch.inf).exp()
     last = G[..., -1:, :]
     q, q_read, k, k_beta, k_write, right = chunk_operands(q, k, v, beta, G.exp(), (last - G).exp())
@@ -99,8 +99,8 @@ def chunk_operands(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, faded: Tensor,
 def _chunks(x_BTJH: Tensor) -> Tensor:
     """[B, T, J, H] -> [B, J, n, 64, H], promoted, zeros at the end."""
     x = promote(x_BTJH.transpose(1, 2).contiguous())
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % CHUNK)) if x.shape[2] % CHUNK else x
-    return x.unflatten(2, (-1, CHUNK))
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % CHUNK_TOKENS)) if x.shape[2] % CHUNK_TOKENS else x
+    return x.unflatten(2, (-1, CHUNK_TOKENS))
 
 
 def causal_conv(x_BTC: Tensor, weight_C1W: Tensor, state_BCW: Tensor, real_BT: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ def rms_norm(name: str, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     gain = promote(tap(f"{name}.gain", 1 + promote(weight)))
     root = torch.rsqrt(squares(x).mean(-1, keepdim=True) + eps)
-    return tap(name, scaled(x, root, gain, accumulation_dtype(name, x)))
+    return tap(name, normalised(x, root, gain, accumulation_dtype(name, x)))
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, gate_type: str = "silu") -> Tensor:
@@ -29,7 +29,7 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, gate_type: 
     silu (also called swish), or sigmoid.
     """
     root = torch.rsqrt(squares(x).mean(-1, keepdim=True) + eps)
-    x = tap("gdn_norm_normed", scaled(x, root, None, accumulation_dtype("gdn_norm_normed", x)))
+    x = tap("gdn_norm_normed", normalised(x, root, None, accumulation_dtype("gdn_norm_normed", x)))
     x = multiply("gdn_norm_weighted", weight, x)
     gate = apply("gdn_z_gate", torch.sigmoid if gate_type == "sigmoid" else F.silu, z)
     return multiply("gdn_norm_out", x, gate)
@@ -38,14 +38,14 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, gate_type: 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum(x^2) + eps), not x / max(|x|, eps): with heads of norm 1e-3 the two differ by a lot."""
     root = torch.rsqrt(squares(x).sum(-1, keepdim=True) + eps)
-    return scaled(x, root, None, root.dtype)
+    return normalised(x, root, None, root.dtype)
 
 
 def squares(x: Tensor) -> Tensor:
     return promote(x).square()
 
 
-def scaled(x: Tensor, root: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
+def normalised(x: Tensor, root: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
     y = promote(x) * root
     return (y if gain is None else y * gain).to(dtype)
 

@@ -29,7 +29,7 @@ WHERE = "config.json: rope_parameters"
 MAX_POSITION = 32768  # `max_position_embeddings` of the family in transformers, where a file has none
 
 # Type -> keys that it needs, keys that it may have.
-KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+KEYS_OF_TYPE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
     "yarn": ((), ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")),
@@ -68,12 +68,12 @@ class RopeScaling:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind in PLAIN:
             return None
-        if not isinstance(kind, str) or kind not in KEYS:
-            expected = ", ".join((*PLAIN, *KEYS))
+        if not isinstance(kind, str) or kind not in KEYS_OF_TYPE:
+            expected = ", ".join((*PLAIN, *KEYS_OF_TYPE))
             raise Qwen35Error(
                 "unsupported rotary embedding", where=WHERE, expected=expected, found=f"rope_type {kind!r}"
             )
-        needed, optional = KEYS[kind]
+        needed, optional = KEYS_OF_TYPE[kind]
         given = {key: value for key, value in rope.items() if key not in COMMON and value is not None}
         if missing := [key for key in needed if key not in given]:
             raise Qwen35Error("keys are missing", where=f"{WHERE}, rope_type {kind}", expected=", ".join(missing))

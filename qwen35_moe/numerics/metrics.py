@@ -53,7 +53,7 @@ def rel_l2(a: Tensor, b: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Row:
+class TapDistance:
     """One tap of two traces. `equal_share` 1.0 means the same values everywhere (NaN equals NaN, -0 equals +0)."""
 
     key: str
@@ -67,11 +67,11 @@ class Row:
         return self.equal_share == 1.0
 
 
-def compare(key: str, ours: Tensor, theirs: Tensor) -> Row:
+def distance(key: str, ours: Tensor, theirs: Tensor) -> TapDistance:
     """Compare one tensor. Equal numbers of elements are laid over each other in order ([B, T, D] on [B*T, D])."""
     note = ""
     if ours.numel() != theirs.numel():
-        return Row(key, 0.0, None, float("inf"), f"shapes {list(ours.shape)} and {list(theirs.shape)}")
+        return TapDistance(key, 0.0, None, float("inf"), f"shapes {list(ours.shape)} and {list(theirs.shape)}")
     ours, theirs = ours.detach().reshape(-1), theirs.detach().reshape(-1)
     if ours.dtype != theirs.dtype and (ours.is_floating_point() or theirs.is_floating_point()):
         note = f"{ours.dtype} and {theirs.dtype}".replace("torch.", "")
@@ -82,21 +82,21 @@ def compare(key: str, ours: Tensor, theirs: Tensor) -> Row:
     max_ulp = None
     if wide.is_floating_point and not note:
         max_ulp = int(ulp_distance(a, b).max()) if share < 1.0 else 0
-    return Row(key, share, max_ulp, 0.0 if share == 1.0 else rel_l2(a, b), note)
+    return TapDistance(key, share, max_ulp, 0.0 if share == 1.0 else rel_l2(a, b), note)
 
 
-def compare_traces(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[Row]:
+def compare_traces(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[TapDistance]:
     """One row per key of `theirs`, in its order. A key that `ours` lacks is a row that is not equal, never left out."""
     rows = []
     for key, tensor in theirs.items():
         if key in ours:
-            rows.append(compare(key, ours[key], tensor))
+            rows.append(distance(key, ours[key], tensor))
         else:
-            rows.append(Row(key, 0.0, None, float("inf"), "missing in ours"))
+            rows.append(TapDistance(key, 0.0, None, float("inf"), "missing in ours"))
     return rows
 
 
-def table(rows: Iterable[Row]) -> str:
+def distance_table(rows: Iterable[TapDistance]) -> str:
     """The rows as text: tap, share of equal elements, largest distance in ulp, relative L2, note."""
     rows = list(rows)
     width = max([len(row.key) for row in rows] + [3])

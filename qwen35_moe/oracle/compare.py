@@ -24,7 +24,7 @@ from ..numerics import arithmetics
 from ..numerics.arithmetics import Arithmetic
 from ..numerics.tap_table import base_name, per_token
 from ..run.prompt import placeholders
-from ..run.source import Source
+from ..run.source import WeightSource
 from ..trace.file import Trace
 from ..trace.images import images_of
 from .diagnose.at_sight import ask_for_checkpoint, spare_victims
@@ -89,7 +89,10 @@ class CompareOptions:
 
 
 def compare(
-    truth: Trace | str | Path, dump: Dump | str | Path, checkpoint: Source | str | Path | None = None, **options: Any
+    truth: Trace | str | Path,
+    dump: Dump | str | Path,
+    checkpoint: WeightSource | str | Path | None = None,
+    **options: Any,
 ) -> Comparison:
     """Compare an engine's dump with the truth.
 
@@ -151,7 +154,7 @@ def check_layers(layers: Sequence[int] | None, count: int) -> None:
         raise Qwen35Error("no such layer", where=f"--layer {strange[0]}", expected=f"0 to {count - 1}")
 
 
-def _compare(truth: Trace, dump: Dump, source: Source | None, options: CompareOptions) -> Comparison:
+def _compare(truth: Trace, dump: Dump, source: WeightSource | None, options: CompareOptions) -> Comparison:
     limit, layers, members = options.limit, options.layers, options.members
     alignment = align(dump, truth, None if options.ids is None else sequences_in(truth, options.ids))
     table = arithmetics.get(truth.meta.get("arithmetic") or "exact")

@@ -16,7 +16,7 @@ from ..numerics.arithmetics import Arithmetic
 from ..run.load import load
 from ..run.origin import origin_of
 from ..run.prompt import padded
-from ..run.source import Source
+from ..run.source import WeightSource
 from ..trace.file import Trace
 from ..trace.recorder import trace
 from .judge.envelope import legal
@@ -27,7 +27,7 @@ from .judge.where import Where
 
 @dataclass
 class Loaded:
-    source: Source
+    source: WeightSource
     fused: list[bool]
 
 
@@ -39,11 +39,11 @@ def open_checkpoint(
     return model, Loaded(origin_of(model).source, [layer.mlp.fused for layer in model.layers.empty])  # type: ignore[union-attr]
 
 
-def weights_of(truth: Trace, checkpoint: Source | str | Path | None) -> tuple[Source | None, list[bool]]:
+def weights_of(truth: Trace, checkpoint: WeightSource | str | Path | None) -> tuple[WeightSource | None, list[bool]]:
     """The weights that a truth was computed from, where they are known or were given, and which layers were fused.
     Error: the checkpoint is another one."""
     flags = list(truth.meta.get("fused") or [])
-    if isinstance(checkpoint, Source):
+    if isinstance(checkpoint, WeightSource):
         return checkpoint, flags
     known = (truth.meta.get("checkpoint") or {}).get("path")
     path = checkpoint or known

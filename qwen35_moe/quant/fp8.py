@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..errors import Qwen35Error
 
-BLOCK = 128
-LARGEST, LEAST_AMAX = 448.0, 1e-10
+FP8_BLOCK = 128
+LARGEST_E4M3, LEAST_AMAX = 448.0, 1e-10
 SCALED = {"divide": 0.0, "multiply": 1.0, "multiply-up": 1 + 2.0**-23, "multiply-down": 1 - 2.0**-23}
 EXPONENT_BITS = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF << 52)}
 
@@ -60,7 +60,7 @@ class FP8:
     @property
     def _blocks(self) -> tuple[int, int]:
         rows, columns = self.values.shape
-        return -(-rows // BLOCK), -(-columns // BLOCK)
+        return -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
 
     @property
     def shape(self) -> torch.Size:
@@ -75,8 +75,8 @@ class FP8:
         once, to `dtype`; with a bfloat16 scale it has 12 significant bits and is exact in float32.
         """
         out = torch.empty(self.shape, dtype=dtype, device=self.values.device) if out is None else out
-        for start in range(0, self.shape[0], BLOCK):  # what is wider than the result stays small
-            rows = slice(start, start + BLOCK)
+        for start in range(0, self.shape[0], FP8_BLOCK):  # what is wider than the result stays small
+            rows = slice(start, start + FP8_BLOCK)
             weight = widen(self.values[rows], torch.promote_types(dtype, torch.float32))
             weight *= self._scale(rows).to(weight.dtype)
             out[rows] = weight
@@ -85,7 +85,7 @@ class FP8:
     def _scale(self, rows: slice) -> Tensor:
         """The scales of one row of blocks, ready to be multiplied with its values."""
         if self.kind == "fp8-block":
-            return self.scale[rows.start // BLOCK].repeat_interleave(BLOCK)[: self.shape[1]]
+            return self.scale[rows.start // FP8_BLOCK].repeat_interleave(FP8_BLOCK)[: self.shape[1]]
         return self.scale.reshape(-1, 1)[rows] if self.kind == "fp8-channel" else self.scale
 
 
@@ -110,10 +110,10 @@ def round_to_e4m3(x: Tensor) -> Tensor:
     bits, exponent = EXPONENT_BITS[x.dtype]
     step = (x.view(bits) & exponent).view(x.dtype)  # 2^floor(log2 |x|), exactly
     step = step.clamp_(min=2.0**-6).mul_(2.0**-3)  # 3 bits after the leading one
-    return (x / step).round_().mul_(step).clamp_(-LARGEST, LARGEST)
+    return (x / step).round_().mul_(step).clamp_(-LARGEST_E4M3, LARGEST_E4M3)
 
 
-def quantise_dequantise(x: Tensor, columns: int | None = BLOCK, scaled: str = "divide") -> Tensor:
+def quantise_dequantise(x: Tensor, columns: int | None = FP8_BLOCK, scaled: str = "divide") -> Tensor:
     """What is left of a product's input [..., I] in an FP8 engine, at least float32:  E4M3(x / s) * s.
 
     s = max(amax, 1e-10) / 448, with amax the largest magnitude of a token's `columns` neighbouring columns (None: of
@@ -128,8 +128,8 @@ def quantise_dequantise(x: Tensor, columns: int | None = BLOCK, scaled: str = "d
     columns = width if columns is None else columns
     blocks = torch.nn.functional.pad(x, (0, -width % columns)).unflatten(-1, (-1, columns))
     amax = blocks.abs().amax(-1, keepdim=True).clamp_(min=LEAST_AMAX)
-    scale = amax / LARGEST
-    codes = round_to_e4m3(blocks / scale if scaled == "divide" else blocks * (LARGEST / amax * SCALED[scaled]))
+    scale = amax / LARGEST_E4M3
+    codes = round_to_e4m3(blocks / scale if scaled == "divide" else blocks * (LARGEST_E4M3 / amax * SCALED[scaled]))
     return codes.mul_(scale).flatten(-2)[..., :width]
 
 

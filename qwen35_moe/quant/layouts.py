@@ -59,7 +59,7 @@ def _pair(x: Tensor, dim: int) -> tuple[int, int]:
 
 # A tile of Aiter's (16, 16) weight layout: 16 rows x 32 columns, cut into chunks of 16 bytes. In memory the chunks of
 # one column position follow each other row by row, so that one load of a wave gets the same columns of 16 rows.
-TILE_ROWS, TILE_COLUMNS, CHUNK_BYTES = 16, 32, 16
+TILE_ROWS, TILE_COLUMNS, LAYOUT_CHUNK = 16, 32, 16
 
 
 def shuffle_weight(x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def _tiles(x: Tensor, rows_first: bool) -> Tensor:
             expected=f"[..., {TILE_ROWS} n, {TILE_COLUMNS} m]",
             found=list(x.shape),
         )
-    chunk = CHUNK_BYTES // x.element_size()
+    chunk = LAYOUT_CHUNK // x.element_size()
     rows, columns = x.shape[-2] // TILE_ROWS, x.shape[-1] // TILE_COLUMNS
     chunks = TILE_COLUMNS // chunk
     order = (TILE_ROWS, columns, chunks, chunk) if rows_first else (columns, chunks, TILE_ROWS, chunk)

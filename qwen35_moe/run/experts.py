@@ -13,7 +13,7 @@ from ..numerics.taps import experts_watched, scope
 from ..quant.packed import Float, Packed, Stacked, adjoined
 from .side_by_side import side_by_side
 
-CPU = torch.device("cpu")
+HOST = torch.device("cpu")
 PackedExpert = tuple[Packed, Packed]  # gate_up [2F, D] (F rows of gate, then F of up), down [D, F]
 
 
@@ -54,7 +54,7 @@ def as_one(weights: Sequence[Packed]) -> Tensor | None:
     return None if view is None else view.view(len(weights), -1, view.shape[-1])
 
 
-def is_plain(weight: Packed, dtype: torch.dtype) -> bool:
+def is_stored_as(weight: Packed, dtype: torch.dtype) -> bool:
     """Whether a weight is stored as values of this dtype."""
     parts = weight.parts if isinstance(weight, Stacked) else (weight,)
     return all(isinstance(part, Float) and part.values.dtype == dtype for part in parts)
@@ -82,7 +82,7 @@ class PackedExperts(ThreadedExperts):
         read: Callable[[int], PackedExpert],
         dtype: torch.dtype,
         quantised: bool,
-        device: torch.device = CPU,
+        device: torch.device = HOST,
     ):
         super().__init__(count, intermediate, quantised)
         self.read, self.dtype, self.device = read, dtype, device

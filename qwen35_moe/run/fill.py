@@ -11,14 +11,14 @@ from torch import nn
 from ..model.moe import Experts, MoE
 from ..model.ops import Linear
 from ..numerics.arithmetics import Arithmetic
-from .experts import PackedExpert, PackedExperts, ViewedExperts, as_one, is_plain, moved
+from .experts import PackedExpert, PackedExperts, ViewedExperts, as_one, is_stored_as, moved
 from .gpu.grouped_experts import ResidentExperts, stack_experts
 from .gpu.passing import PassingExperts
-from .source import Source
+from .source import WeightSource
 
 
 def fill(
-    module: nn.Module, prefix: str, source: Source, table: Arithmetic, device: torch.device, mode: str = "decoded"
+    module: nn.Module, prefix: str, source: WeightSource, table: Arithmetic, device: torch.device, mode: str = "decoded"
 ) -> None:
     """Puts the checkpoint's weights in the place of the meta parameters of `module`, in the table's dtypes."""
     fill_experts(module, prefix, source, table, device, mode)
@@ -34,7 +34,7 @@ def fill(
 
 
 def fill_experts(
-    module: nn.Module, prefix: str, source: Source, table: Arithmetic, device: torch.device, mode: str
+    module: nn.Module, prefix: str, source: WeightSource, table: Arithmetic, device: torch.device, mode: str
 ) -> None:
     """Puts experts in the place of empty ones, and notes which projections take FP8 inputs."""
     for path, owner in list(module.named_modules(prefix=prefix)):
@@ -44,7 +44,9 @@ def fill_experts(
             owner.quantised = source.spec(path).kind.startswith("fp8")
 
 
-def _fill_experts(moe: MoE, path: str, source: Source, table: Arithmetic, device: torch.device, mode: str) -> None:
+def _fill_experts(
+    moe: MoE, path: str, source: WeightSource, table: Arithmetic, device: torch.device, mode: str
+) -> None:
     """Experts of one block, decoded or packed; a BF16 shared expert never reaches a slot of packed ones."""
     count, F, dtype = moe.experts.count, moe.experts.intermediate, table.weight_dtype(f"{path}.experts")
     quantised = table.quantises(source.spec(f"{path}.experts").kind)
@@ -71,7 +73,7 @@ def _fill_experts(moe: MoE, path: str, source: Source, table: Arithmetic, device
 
 def decoded_experts(stored: list[PackedExpert], dtype: torch.dtype, device: torch.device, quantised: bool) -> Experts:
     """Experts in memory. Those that are in this memory and of this dtype as they are stored are used where they lie."""
-    if device.type == "cpu" and all(is_plain(weight, dtype) for one in stored for weight in one):
+    if device.type == "cpu" and all(is_stored_as(weight, dtype) for one in stored for weight in one):
         gate_up, down = (as_one([one[i] for one in stored]) for i in (0, 1))
         if gate_up is None or down is None:
             return ViewedExperts(stored, dtype)

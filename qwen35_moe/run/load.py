@@ -30,12 +30,12 @@ from .fill import fill
 from .host import HostCheck, check_default_device
 from .origin import Origin, set_origin
 from .side_by_side import fix_threads
-from .source import Source
-from .streamed import PARTS, StreamedEmbedding, StreamedHead, StreamedPart, stream_layers
+from .source import WeightSource
+from .streamed import LAYERS_OF_PART, StreamedEmbedding, StreamedHead, StreamedPart, stream_layers
 from .validate import model_config, validate
 
 MODES = ("decoded", "packed", "stream")
-SHARED = ("auto", "unfused", "fused", "fused-online")
+SHARED_EXPERT_MODES = ("auto", "unfused", "fused", "fused-online")
 
 
 def load(
@@ -63,7 +63,7 @@ def load(
     Fixes torch's number of threads at what it is (`fix_threads`), so that no bit depends on what ran before.
     """
     fix_threads()
-    for name, value, allowed in (("mode", mode, MODES), ("shared_expert", shared_expert, SHARED)):
+    for name, value, allowed in (("mode", mode, MODES), ("shared_expert", shared_expert, SHARED_EXPERT_MODES)):
         if value not in allowed:
             raise Qwen35Error(f"unknown {name}", where="load()", expected=" | ".join(allowed), found=repr(value))
     if not isinstance(path, str | PathLike):
@@ -83,23 +83,23 @@ def load(
     else:
         draft_fused = shared_expert.startswith("fused")
         fused = [draft_fused] * config.num_hidden_layers
-    source = Source(checkpoint, config, online=shared_expert == "fused-online")
+    source = WeightSource(checkpoint, config, online=shared_expert == "fused-online")
     device = torch.device("meta") if device_map is not None else device
     model = build(source, table, fused, device, mode)
     model.register_forward_pre_hook(HostCheck())
-    counts = {part: sum(name.startswith(f"{part}.") for name in checkpoint.names()) for part in PARTS}
+    counts = {part: sum(name.startswith(f"{part}.") for name in checkpoint.names()) for part in LAYERS_OF_PART}
     parts = {part: count for part, count in counts.items() if count}
     set_origin(model, Origin(source, checkpoint.identity(), parts if text_only else {}))
     for part in () if text_only else parts:
         setattr(model, part, build_part(part, source, table, draft_fused, device, mode))
     if device_map is not None:
-        from .placement import place  # here: accelerate takes its time
+        from .placement import place_model  # here: accelerate takes its time
 
-        place(model, source, table, mode, device_map, max_memory, offload_folder)
+        place_model(model, source, table, mode, device_map, max_memory, offload_folder)
     return model
 
 
-def build(source: Source, table: Arithmetic, fused: Sequence[bool], device: torch.device, mode: str) -> Model:
+def build(source: WeightSource, table: Arithmetic, fused: Sequence[bool], device: torch.device, mode: str) -> Model:
     """A text model whose weights come from `source`; on the meta device, one without."""
     config = source.config
     with torch.device("meta"):
@@ -123,7 +123,7 @@ def build(source: Source, table: Arithmetic, fused: Sequence[bool], device: torc
 
 
 def build_part(
-    name: str, source: Source, table: Arithmetic, fused: bool, device: torch.device, mode: str
+    name: str, source: WeightSource, table: Arithmetic, fused: bool, device: torch.device, mode: str
 ) -> MTP | VisionTower | StreamedPart:
     """The draft head ("mtp"; `fused` is its own) or the vision tower ("visual"), with weights from `source`."""
     config, vision = source.config, source.config.raw.get("vision_config")

@@ -10,7 +10,7 @@ from torch import nn
 from ..checkpoint import Checkpoint
 from ..errors import Qwen35Error
 from ..model.text import Model
-from .source import Source
+from .source import WeightSource
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Origin:
     As a forward pre-hook it checks the files before each call of the model.
     """
 
-    source: Source
+    source: WeightSource
     identity: dict[str, Any]
     left_out: dict[str, int] = field(default_factory=dict)
 

@@ -33,21 +33,21 @@ from .gpu.grouped_experts import ResidentExperts
 if TYPE_CHECKING:
     from ..model.text import Model
     from ..numerics.arithmetics import Arithmetic
-    from .source import Source
+    from .source import WeightSource
 
-Place = int | str | torch.device
+DeviceName = int | str | torch.device
 UNITS = ["Layer", "MTP", "VisionTower"]  # classes that are never split: each is loaded as a whole
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's words
 OFFLOADED = ("cpu", "disk")
 OFFLOAD, MARK = "qwen35-moe-", ".qwen35-moe"  # how names of folders with offloaded weights begin; a file in them
 
 
-def place(
+def place_model(
     model: Model,
-    source: Source,
+    source: WeightSource,
     table: Arithmetic,
     mode: str,
-    device_map: str | Mapping[str, Place],
+    device_map: str | Mapping[str, DeviceName],
     max_memory: Mapping[int | str, int | str] | None = None,
     offload_folder: str | Path | None = None,
 ) -> Model:
@@ -104,7 +104,7 @@ def units(model: Model) -> list[str]:
     return ["embed_tokens", *(f"layers.{i}" for i in range(len(model.layers))), "norm", "lm_head", *ends]
 
 
-def _by_unit(model: Model, device_map: str | Mapping[str, Place]) -> dict[str, str]:
+def _by_unit(model: Model, device_map: str | Mapping[str, DeviceName]) -> dict[str, str]:
     """The map with an entry for each unit: that of the longest name which the unit lies in."""
     known = units(model)
     if not isinstance(device_map, Mapping):
@@ -127,7 +127,7 @@ def _holds(name: str, unit: str) -> bool:
     return name in ("", unit) or unit.startswith(f"{name}.")
 
 
-def _name(where: Place) -> str:
+def _name(where: DeviceName) -> str:
     """As torch spells it; "disk" is accelerate's word."""
     if where == "disk":
         return "disk"
@@ -143,7 +143,7 @@ def _name(where: Place) -> str:
 
 
 def _automatic(
-    model: Model, source: Source, mode: str, how: str, max_memory: Mapping[int | str, int | str] | None
+    model: Model, source: WeightSource, mode: str, how: str, max_memory: Mapping[int | str, int | str] | None
 ) -> dict[str, str]:
     """accelerate's map, from the sizes that the weights will have."""
     with extra("placement"):
@@ -165,7 +165,7 @@ def _automatic(
 
 
 @contextmanager
-def _packed_sizes(model: Model, source: Source, mode: str) -> Iterator[None]:
+def _packed_sizes(model: Model, source: WeightSource, mode: str) -> Iterator[None]:
     """Puts, for a while, as many bytes as are stored into the place of experts that stay packed."""
     blocks = {path: m for path, m in model.named_modules() if isinstance(m, MoE)} if mode == "packed" else {}
     experts = {path: block.experts for path, block in blocks.items()}

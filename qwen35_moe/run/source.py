@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..checkpoint.weight import Weight
+from ..checkpoint.weight import StoredWeight
 from ..errors import Qwen35Error
 from ..gate.decide import slot_guard
 from ..model.config import Config
@@ -18,7 +18,7 @@ from ..quant.precision import ModuleSpec
 from .experts import PackedExpert
 
 
-class Source:
+class WeightSource:
     """Weights by name, as a checkpoint stores them. A fault wraps one and changes what it gives (no more `as_stored`).
 
     online: a float shared expert is converted to MXFP4 where it becomes a slot of MXFP4 experts; `conversion` then has
@@ -39,7 +39,7 @@ class Source:
         """The weight of a linear module, packed or not."""
         return self.checkpoint.weight(module).read(rows)
 
-    def stored(self, mlp: str, e: int) -> tuple[Weight, ...]:
+    def stored(self, mlp: str, e: int) -> tuple[StoredWeight, ...]:
         """Where the bytes of `slot` are; nowhere if they are not as stored."""
         if e < self.config.num_experts:
             return self.checkpoint.experts(f"{mlp}.experts").weights(e)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.tensor_names import split_role
-from ..checkpoint.weight import Weight
+from ..checkpoint.weight import StoredWeight
 from ..model.moe import MoE
 from ..model.mtp import MTP
 from ..model.ops import accumulation_dtype
@@ -24,9 +24,9 @@ from .experts import moved
 from .fill import fill, fill_experts
 from .gpu.passing import PassingExperts
 from .gpu.prefetch import Fetch, Layout, PendingScaleCheck, one_ahead
-from .source import Source
+from .source import WeightSource
 
-PARTS = {"mtp": "layers", "visual": "blocks"}  # what is not the text model, and what its layers are called
+LAYERS_OF_PART = {"mtp": "layers", "visual": "blocks"}  # what is not the text model, and what its layers are called
 HEAD_ROWS = 4096  # rows of the head that a streamed model holds at a time
 HEAD_ROWS_GPU = 16384  # the same on a GPU, whose host has more to do the more there are of them
 
@@ -39,7 +39,7 @@ class StreamedLayers(Sequence[nn.Module]):
     """
 
     def __init__(
-        self, prefix: str, empty: Sequence[nn.Module], source: Source, table: Arithmetic, device: torch.device
+        self, prefix: str, empty: Sequence[nn.Module], source: WeightSource, table: Arithmetic, device: torch.device
     ):
         self.prefix, self.empty, self.source, self.table, self.device = prefix, empty, source, table, device
         self.ahead = reads_ahead(source, device)
@@ -107,7 +107,7 @@ class StreamedLayers(Sequence[nn.Module]):
                 experts.begin()
 
 
-def reads_ahead(source: Source, device: torch.device) -> bool:
+def reads_ahead(source: WeightSource, device: torch.device) -> bool:
     """Whether the next weights are read while the present ones are computed with: for a GPU, unless a fault changes
     what the source gives. On a CPU reading would take the cores that compute."""
     return device.type == "cuda" and source.as_stored
@@ -131,7 +131,7 @@ class Dense:
 
     def __init__(self, module: nn.Module, prefix: str, checkpoint: Checkpoint, table: Arithmetic):
         self.checkpoint = checkpoint
-        self.wanted: list[tuple[str, str, Weight, torch.dtype]] = []
+        self.wanted: list[tuple[str, str, StoredWeight, torch.dtype]] = []
         for path, owner in module.named_modules():
             for name, _ in owner.named_parameters(recurse=False):
                 full = ".".join(part for part in (prefix, path, name) if part)
@@ -157,7 +157,7 @@ class Dense:
 
 
 def stream_layers(
-    module: nn.Module, name: str, prefix: str, source: Source, table: Arithmetic, device: torch.device
+    module: nn.Module, name: str, prefix: str, source: WeightSource, table: Arithmetic, device: torch.device
 ) -> StreamedLayers:
     """Puts `StreamedLayers` in the place of the list of modules `name`."""
     empty = list(module.get_submodule(name).children())
@@ -170,14 +170,16 @@ def stream_layers(
 class StreamedPart(nn.Module):
     """The draft head or the vision tower: read when it is called, layer by layer, and dropped after it."""
 
-    def __init__(self, name: str, empty: MTP | VisionTower, source: Source, table: Arithmetic, device: torch.device):
+    def __init__(
+        self, name: str, empty: MTP | VisionTower, source: WeightSource, table: Arithmetic, device: torch.device
+    ):
         super().__init__()
         self.name, self.config, self.read_from = name, empty.config, (source, table, device)
         self.empty = (empty,)  # in a tuple: its parameters, which are none, are not this module's
 
     def forward(self, *args: Any) -> Tensor:
         part = deepcopy(self.empty[0])
-        stream_layers(part, PARTS[self.name], f"{self.name}.{PARTS[self.name]}", *self.read_from)
+        stream_layers(part, LAYERS_OF_PART[self.name], f"{self.name}.{LAYERS_OF_PART[self.name]}", *self.read_from)
         fill(part, self.name, *self.read_from, mode="stream")
         return part(*args)
 
@@ -185,13 +187,13 @@ class StreamedPart(nn.Module):
 class StreamedEmbedding(nn.Module):
     """Reads the rows of the tokens that occur."""
 
-    def __init__(self, source: Source, table: Arithmetic):
+    def __init__(self, source: WeightSource, table: Arithmetic):
         super().__init__()
         self.source, self.dtype = source, table.weight_dtype("embed_tokens.weight")
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         unique, inverse = ids_BT.unique(return_inverse=True)
-        weight, wanted = self.source.checkpoint.weight("embed_tokens"), list(runs(unique.tolist()))
+        weight, wanted = self.source.checkpoint.weight("embed_tokens"), list(consecutive(unique.tolist()))
         if weight.kind == "float" and self.source.as_stored:
             rows = weight.values.gather(weight.reader, wanted).to(self.dtype)
         else:
@@ -199,7 +201,7 @@ class StreamedEmbedding(nn.Module):
         return rows.to(ids_BT.device)[inverse]
 
 
-def runs(ascending: Iterable[int]) -> Iterator[slice]:
+def consecutive(ascending: Iterable[int]) -> Iterator[slice]:
     """Slices of consecutive numbers: 3, 4, 5, 9 are 3:6 and 9:10."""
     for _, group in groupby(enumerate(ascending), key=lambda pair: pair[1] - pair[0]):
         numbers = [number for _, number in group]
@@ -209,12 +211,12 @@ def runs(ascending: Iterable[int]) -> Iterator[slice]:
 class StreamedHead(nn.Module):
     """Multiplies with some rows of the head at a time. With `ahead` (for a GPU) the next rows are read meanwhile."""
 
-    def __init__(self, source: Source, table: Arithmetic, device: torch.device):
+    def __init__(self, source: WeightSource, table: Arithmetic, device: torch.device):
         super().__init__()
         tied = source.config.tie_word_embeddings
         self.source, self.module, self.device = source, "embed_tokens" if tied else "lm_head", device
         self.dtype, self.ahead = table.weight_dtype("lm_head.weight"), reads_ahead(source, device)
-        self.layouts: list[tuple[Weight, Layout]] = []
+        self.layouts: list[tuple[StoredWeight, Layout]] = []
 
     def blocks(self, name: str, x_BTD: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(which of the vocabulary, their logits [B, T, v] untapped), one block after another."""

@@ -22,7 +22,7 @@ from ..model.text import Layer, Model
 from ..model.vision.tower import VisionConfig, VisionTower
 
 Shape = tuple[int, ...]
-SHOWN, ENOUGH = 6, 1000
+SHOWN_PROBLEMS, ENOUGH_PROBLEMS = 6, 1000
 
 
 def model_config(ck: Checkpoint, ignore: Iterable[str] = ()) -> Config:
@@ -99,10 +99,10 @@ def validate(ck: Checkpoint, config: Config | None = None, text_only: bool = Fal
                 known.update(_check_tensor(ck, name, shape))
         except Qwen35Error as error:
             problems.append(error)
-            if len(problems) == ENOUGH:
+            if len(problems) == ENOUGH_PROBLEMS:
                 break
             known.update(ck.expert_names(name), (s.name for s in ck.modules.get(split_role(name)[0], {}).values()))
-    for name in () if len(problems) == ENOUGH else ck.tensors.keys() - known:
+    for name in () if len(problems) == ENOUGH_PROBLEMS else ck.tensors.keys() - known:
         if not any(fnmatchcase(name, pattern) for pattern in aside):
             where, found = ck.stored(name).where, ck.stored(name)
             problems.append(Qwen35Error("a tensor that is not expected", where=where, expected="none", found=found))
@@ -115,12 +115,12 @@ def _as_one(ck: Checkpoint, problems: list[Qwen35Error]) -> Qwen35Error:
     alike = Counter(re.sub(r"\d+", "#", line) for line in lines)  # hundreds of experts, in which all is the same
     first = {re.sub(r"\d+", "#", line): line for line in reversed(lines)}
     lines = [first[kind] + (f", and {n - 1} like it" if n > 1 else "") for kind, n in alike.items()]
-    more = f"\n    and {len(lines) - SHOWN} other things" if len(lines) > SHOWN else ""
+    more = f"\n    and {len(lines) - SHOWN_PROBLEMS} other things" if len(lines) > SHOWN_PROBLEMS else ""
     return Qwen35Error(
         f"{len(problems)} things in the checkpoint do not fit its configuration",
         where=ck.path,
         expected="the tensors that config.json implies, and no others",
-        found="".join(f"\n    {line}" for line in lines[:SHOWN]) + more,
+        found="".join(f"\n    {line}" for line in lines[:SHOWN_PROBLEMS]) + more,
     )
 
 

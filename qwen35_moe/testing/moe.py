@@ -14,7 +14,7 @@ from ..model.router import append_shared, route, shared_gate
 from ..numerics.arithmetics import current, using
 from ..numerics.tables import SGLANG_BF16
 from ..numerics.taps import tap
-from ..quant.fp8 import BLOCK as FP8_BLOCK
+from ..quant.fp8 import FP8_BLOCK
 from ..quant.mxfp4 import MXFP4
 from .case import Case, Inputs, Make, Outputs, WrongKernel, known_faults
 from .drawn import config_of, hidden, matrix, packed_bytes

@@ -56,14 +56,14 @@ def interpolate(table: Tensor, row: Tensor, column: Tensor, rows: Tensor, column
     return upper + table[bottom * side + left] * (y * (1 - x)) + table[bottom * side + right] * (y * x)
 
 
-def rotary_angles(row: Tensor, column: Tensor, head_width: int, dtype: torch.dtype) -> Tensor:
+def patch_angles(row: Tensor, column: Tensor, head_width: int, dtype: torch.dtype) -> Tensor:
     """Angles [L, H/2]: the first H/4 turn with the row, the others with the column; j-th frequency theta^(-4j/H)."""
     j = torch.arange(head_width // 4, device=row.device).to(dtype)
     frequency = ROPE_THETA ** (-4 * j / head_width)
     return torch.cat((row[:, None] * frequency, column[:, None] * frequency), dim=-1)
 
 
-def rotate(name: str, x_LNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_patches(name: str, x_LNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (a, b) = (x_i, x_{i + H/2}) into (a cos - b sin, b cos + a sin). Rounds once, at the end."""
     a, b = promote(x_LNH).chunk(2, dim=-1)
     cos, sin = promote(cos)[:, None], promote(sin)[:, None]
@@ -129,7 +129,7 @@ class Affine(nn.Module):
         return linear(name, x, self.weight.flatten(1), self.bias)
 
 
-class Attention(nn.Module):
+class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.heads = config.num_heads
@@ -138,11 +138,11 @@ class Attention(nn.Module):
 
     def forward(self, x_LD: Tensor, cos: Tensor, sin: Tensor, grids: Sequence[Grid]) -> Tensor:
         q_LNH, k_LNH, v_LNH = self.qkv("vis_qkv", x_LD).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        q_LNH, k_LNH = rotate("vis_q", q_LNH, cos, sin), rotate("vis_k", k_LNH, cos, sin)
+        q_LNH, k_LNH = rotate_patches("vis_q", q_LNH, cos, sin), rotate_patches("vis_k", k_LNH, cos, sin)
         return self.proj("vis_attn_output", attention(q_LNH, k_LNH, tap("vis_v", v_LNH), grids).flatten(1))
 
 
-class MLP(nn.Module):
+class VisionMLP(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.linear_fc1 = Affine(config.intermediate_size, config.hidden_size)
@@ -158,7 +158,7 @@ class Block(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.norm1, self.norm2 = Affine(config.hidden_size), Affine(config.hidden_size)
-        self.attn, self.mlp = Attention(config), MLP(config)
+        self.attn, self.mlp = VisionAttention(config), VisionMLP(config)
 
     def forward(self, x_LD: Tensor, cos: Tensor, sin: Tensor, grids: Sequence[Grid]) -> Tensor:
         x_LD = tap("vis_layer_input", x_LD)
@@ -226,7 +226,7 @@ class VisionTower(nn.Module):
             row, column, rows, columns = patch_places(grids, config.spatial_merge_size).to(x_LD.device)
             position_LD = tap("vis_pos_embed", interpolate(self.pos_embed["weight"], row, column, rows, columns))
             x_LD = tap("vis_embed", promote(x_LD) + promote(position_LD))
-            angles = rotary_angles(row, column, config.hidden_size // config.num_heads, promote(x_LD).dtype)
+            angles = patch_angles(row, column, config.hidden_size // config.num_heads, promote(x_LD).dtype)
             cos, sin = tap("vis_rope_cos", angles.cos()), tap("vis_rope_sin", angles.sin())
             for layer, block in enumerate(self.blocks):
                 with scope(layer=layer):

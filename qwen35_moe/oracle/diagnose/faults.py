@@ -18,7 +18,7 @@ from ...numerics.arithmetics import Arithmetic
 from ...numerics.taps import BREAK, Handler, Site
 from ...quant.packed import Packed
 from ...run.experts import PackedExpert
-from ...run.source import Source
+from ...run.source import WeightSource
 from ..judge.hand_over import HandOver
 
 
@@ -78,14 +78,14 @@ class Fault:
         """Fresh handlers; each run needs its own, since they remember."""
         return [Break(self, place)] if self.taps else []
 
-    def source(self, source: Source, place: Place) -> Source:
+    def source(self, source: WeightSource, place: Place) -> WeightSource:
         broken = self.slot or self.weight or self.tensor or self.fused
         return BrokenSource(source, self, place) if broken else source
 
     def arithmetic(self, table: Arithmetic) -> Arithmetic:
         return replace(table, switches={**table.switches, **self.switches}) if self.switches else table
 
-    def applies(self, source: Source, layer: int, a4: bool, images: bool = False) -> bool:
+    def applies(self, source: WeightSource, layer: int, a4: bool, images: bool = False) -> bool:
         """Whether this layer can have it. A slot that holds what does not belong there takes a shared expert of the
         routed ones' width, stored in another format."""
         c, mlp = source.config, f"layers.{layer}.mlp"
@@ -120,12 +120,12 @@ class Break(Handler):
         return self.fault.taps[site.name](x, self.remembered, self.place).to(x.dtype)
 
 
-class BrokenSource(Source):
+class BrokenSource(WeightSource):
     """Weights as an engine with this fault reads them. No guard keeps a foreign format out of a slot."""
 
     as_stored = False
 
-    def __init__(self, inner: Source, fault: Fault, place: Place):
+    def __init__(self, inner: WeightSource, fault: Fault, place: Place):
         super().__init__(inner.checkpoint, inner.config, inner.online)
         self.inner, self.fault, self.place = inner, fault, place
 

@@ -16,7 +16,7 @@ from ...numerics import arithmetics
 from ...numerics.arithmetics import Arithmetic
 from ...numerics.tables import function_of
 from ...numerics.tap_table import base_name
-from ...run.source import Source
+from ...run.source import WeightSource
 from .added import IDS, Work
 from .envelope import Norms
 from .envelope_file import WEIGHTS
@@ -27,7 +27,7 @@ SAME = 1e-6  # relative: functions that are no further apart do not differ at a 
 SAYS = {"": "as they are", "+a8": "in FP8 by 128 columns", "+a8-token": "in FP8 by token"}
 
 
-def functions(source: Source) -> tuple[str, ...]:
+def functions(source: WeightSource) -> tuple[str, ...]:
     """What engines may do to the inputs of this checkpoint's products, most usual first: keys of SAYS."""
     for i, kind in enumerate(source.config.layer_types):
         mixer = "linear_attn.in_proj_qkv" if kind == "linear_attention" else "self_attn.q_proj"
@@ -37,13 +37,13 @@ def functions(source: Source) -> tuple[str, ...]:
     return ("",)
 
 
-def usual(source: Source, arithmetic: str) -> str:
+def usual(source: WeightSource, arithmetic: str) -> str:
     """The truth's arithmetic for this checkpoint, where nothing says which function an engine computes."""
     return arithmetic + functions(source)[0] if arithmetic == "exact" else arithmetic
 
 
 def computed(
-    table: Arithmetic, source: Source, work: Work, rerun: Callable[[Sequence[Arithmetic]], Rerun]
+    table: Arithmetic, source: WeightSource, work: Work, rerun: Callable[[Sequence[Arithmetic]], Rerun]
 ) -> Arithmetic:
     """The truth's arithmetic, or the one of its family whose function the engine computes. Says so in the notes."""
     family, choices = table.name.partition("+")[0], functions(source)

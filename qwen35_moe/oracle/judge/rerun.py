@@ -22,7 +22,7 @@ from ...numerics.taps import Handler, Site, attach, scope, tap
 from ...run.fill import fill
 from ...run.load import build, build_part
 from ...run.prompt import Images, embed_prompt
-from ...run.source import Source
+from ...run.source import WeightSource
 from ..diagnose.faults import Fault, Place
 from .hand_over import HandOver, stepped
 from .log_p import LOG_P, log_p
@@ -79,8 +79,8 @@ class Rerun:
     """Reruns the parts of a checkpoint's model on captured values. `tables`: the truth's arithmetic first."""
 
     def __init__(
-        self, source: Source, fused: Sequence[bool], tokens: Tokens, captured: Captured, tables: Sequence[Arithmetic],
-        with_log_p: bool = False, where: Where = HERE,
+        self, source: WeightSource, fused: Sequence[bool], tokens: Tokens, captured: Captured,
+        tables: Sequence[Arithmetic], with_log_p: bool = False, where: Where = HERE,
     ):  # fmt: skip
         self.source, self.fused, self.tokens, self.captured = source, list(fused), tokens, captured
         self.tables, self.with_log_p, self.where = list(tables), with_log_p, where
@@ -105,7 +105,7 @@ class Rerun:
         """Where a part of the model runs."""
         return self.where.of(part, self.config.num_hidden_layers)
 
-    def layer(self, i: int, table: Arithmetic, source: Source, fused: bool) -> Layer:
+    def layer(self, i: int, table: Arithmetic, source: WeightSource, fused: bool) -> Layer:
         """Layer i with the weights of a source, in a table's dtypes; kept while i is the current layer."""
         if self._index != i:
             self._index, self._layers = i, {}
@@ -126,7 +126,7 @@ class Rerun:
         table: Arithmetic,
         stream_BTD: Tensor,
         handlers: Sequence[Handler] = (),
-        source: Source | None = None,
+        source: WeightSource | None = None,
         fused: bool | None = None,
         hand_over: HandOver | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:

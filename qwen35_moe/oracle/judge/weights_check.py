@@ -19,7 +19,7 @@ from ...quant.fp8 import FP8
 from ...quant.layouts import interleave_gate_up, unshuffle_scales, unshuffle_weight
 from ...quant.mxfp4 import MXFP4
 from ...quant.packed import Float, Packed, Stacked
-from ...run.source import Source
+from ...run.source import WeightSource
 from ..dumps.dump import Dump
 from .records import Weight
 
@@ -34,7 +34,7 @@ ANEW = "weights with one scale each are quantised anew where an engine joins the
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")  # engines append rows of zeros, then split them
 
 
-def check_weights(dump: Dump, source: Source) -> list[Weight]:
+def check_weights(dump: Dump, source: WeightSource) -> list[Weight]:
     """One record a parameter, one a slot of experts."""
     found: list[Weight] = []
     for full, piece in dump.weights.items():
@@ -47,7 +47,7 @@ def check_weights(dump: Dump, source: Source) -> list[Weight]:
     return found
 
 
-def _check(name: str, x: Tensor, source: Source, parallel: Mapping[str, Any]) -> Iterator[Weight]:
+def _check(name: str, x: Tensor, source: WeightSource, parallel: Mapping[str, Any]) -> Iterator[Weight]:
     if found := re.fullmatch(r"(layers\.\d+\.mlp)\.experts\.(w13|w2)_weight(_scale)?", name):
         yield from _experts(name, found[1], found[2] == "w13", bool(found[3]), x, source, parallel)
         return
@@ -114,7 +114,7 @@ def _plain(name: str, x: Tensor, truth: Tensor, scales: bool) -> Weight:
 
 
 def _experts(
-    name: str, mlp: str, gate_up: bool, scales: bool, x: Tensor, source: Source, parallel: Mapping[str, Any]
+    name: str, mlp: str, gate_up: bool, scales: bool, x: Tensor, source: WeightSource, parallel: Mapping[str, Any]
 ) -> Iterator[Weight]:
     """Each slot of w13 [X, 2F, Z] or w2 [X, D, Z], or of their scales, which Aiter may hand over flat."""
     E = source.config.num_experts

@@ -9,7 +9,7 @@ import torch
 
 from ...numerics.arithmetics import Arithmetic
 from ...run.prompt import padded
-from ...run.source import Source
+from ...run.source import WeightSource
 from ..judge.envelope import legal
 from ..judge.split_k import samples
 from .answer import Answer
@@ -89,7 +89,7 @@ class Prepared:
 
 
 def prepare(
-    source: Source, fused: Sequence[bool], ids: Sequence[Sequence[int]], arithmetic: str = "exact",
+    source: WeightSource, fused: Sequence[bool], ids: Sequence[Sequence[int]], arithmetic: str = "exact",
     engine: str | Arithmetic | None = None, faults: str = "each", more: int = MORE,
 ) -> Prepared:  # fmt: skip
     """faults: hypotheses in `all` layers at once, `each` layer too, or `none`. engine: the arithmetic that the server
@@ -101,7 +101,7 @@ def prepare(
 
 
 def _replayed(
-    source: Source, fused: Sequence[bool], ids: Sequence[Sequence[int]], truth: str | Arithmetic,
+    source: WeightSource, fused: Sequence[bool], ids: Sequence[Sequence[int]], truth: str | Arithmetic,
     tables: Sequence[Arithmetic], listed: Sequence[Hypothesis],
 ) -> Prepared:  # fmt: skip
     rows, mask = padded([torch.tensor(list(one)) for one in ids])

@@ -24,7 +24,7 @@ from ...numerics.arithmetics import Arithmetic, using
 from ...numerics.taps import Handler, Site, attach, scope, tap
 from ...run.fill import fill
 from ...run.load import build
-from ...run.source import Source
+from ...run.source import WeightSource
 from ..diagnose.catalogue import FAULTS
 from ..diagnose.faults import Fault, Place
 from ..judge.rerun import SMALL
@@ -54,7 +54,7 @@ class Hypothesis:
         return hash((self.fault.name, self.layer))
 
 
-def hypotheses(source: Source, which: str = "each", a4: bool = False) -> list[Hypothesis]:
+def hypotheses(source: WeightSource, which: str = "each", a4: bool = False) -> list[Hypothesis]:
     """What the catalogue can say of this checkpoint: `all` (layers at once), `each` (also layer by layer), or `none`.
     A fault of the draft head shows in no log p, one of the hand-over between steps in none of a prompt; one of one
     expert is in one layer only."""
@@ -95,7 +95,7 @@ class Branch:
     table: Arithmetic
     stream: Tensor
     hypothesis: Hypothesis | None = None
-    source: Source | None = None
+    source: WeightSource | None = None
     handlers: list[Handler] = field(default_factory=list)
     place: Place | None = None
     watch: _Watch | None = None
@@ -109,7 +109,7 @@ class Branch:
 class Replay:
     """ids, mask [B, T] (mask None: no padding). `fused`: in which layers the shared expert is a slot."""
 
-    def __init__(self, source: Source, fused: Sequence[bool], ids: Tensor, mask: Tensor | None = None):
+    def __init__(self, source: WeightSource, fused: Sequence[bool], ids: Tensor, mask: Tensor | None = None):
         self.source, self.fused, self.config = source, list(fused), source.config
         self.ids, self.real = ids, None if mask is None else mask.bool()
         ones = torch.ones_like(ids) if mask is None else mask.long()
@@ -127,7 +127,7 @@ class Replay:
             self._ends[key] = build(self.source, table, self.fused, CPU, "stream")
         return self._ends[key]
 
-    def _layer(self, i: int, table: Arithmetic, source: Source | None, fused: bool) -> Layer:
+    def _layer(self, i: int, table: Arithmetic, source: WeightSource | None, fused: bool) -> Layer:
         key = (i, table.dtype, tuple(sorted(table.weights.items())), fused)
         if source is None and key in self._layers:
             return self._layers[key]

@@ -25,7 +25,7 @@ LARGE = 2**20
 # exp, is its own affair. And no taps, which a compiled function would not call.
 ONE_PASS: tuple[tuple[ModuleType, str], ...] = (
     (norms, "squares"),
-    (norms, "scaled"),
+    (norms, "normalised"),
     (deltanet, "chunk_operands"),
     (deltanet, "weighted_sum"),
     (grouped, "sum_of_slots"),

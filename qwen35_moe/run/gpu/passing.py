@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...checkpoint.weight import Weight
+from ...checkpoint.weight import StoredWeight
 from ..experts import PackedExperts
 from .grouped_experts import BatchedExperts
 from .prefetch import Fetch, Layout, PendingScaleCheck
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     for an expert that is not as it is stored."""
 
     experts: Sequence[int]
-    weights: tuple[Weight, ...]
+    weights: tuple[StoredWeight, ...]
     layout: Layout | None
 
 
@@ -36,7 +36,7 @@ class PassingExperts(BatchedExperts, PackedExperts):
     router has chosen.
     """
 
-    def __init__(self, *packed: Any, stored: Callable[[int], tuple[Weight, ...]]):
+    def __init__(self, *packed: Any, stored: Callable[[int], tuple[StoredWeight, ...]]):
         """As `PackedExperts`. stored: the weights of an expert, (gate_up, down) or (gate, up, down); none where `read`
         changes them."""
         super().__init__(*packed)

@@ -17,20 +17,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...checkpoint.header import Stored
-from ...checkpoint.reader import DTYPES, Reader, Rows
-from ...checkpoint.weight import Weight
+from ...checkpoint.header import TensorEntry
+from ...checkpoint.reader import STORED_DTYPES, Reader, Rows
+from ...checkpoint.weight import StoredWeight
 from ...errors import Qwen35Error
 
-CHUNK = 8 * 2**20  # bytes that a thread reads, and copies, at a time; it has two buffers of this size
-READERS = max(1, min(12, (os.cpu_count() or 1) * 3 // 4))  # threads; the other cores are left to what computes
+READ_AT_ONCE = 8 * 2**20  # bytes that a thread reads, and copies, at a time; it has two buffers of this size
+READER_THREADS = max(1, min(12, (os.cpu_count() or 1) * 3 // 4))  # threads; the other cores are left to what computes
 ALIGN = 256  # bytes; each part begins at a multiple, as memory that torch allocates: kernels choose by it
 
 
 class Extent(NamedTuple):
     """Bytes of a stored tensor, from `at` on, that go to begin .. end of the buffer."""
 
-    stored: Stored
+    stored: TensorEntry
     at: int
     begin: int
     end: int
@@ -73,7 +73,7 @@ class Layout:
         found = []
         for rows, size, (first, step) in zip(self.parts, self.sizes, self.strided, strict=True):
             part = buffer.as_strided((self.room, size), (step, 1), first).contiguous()
-            found.append(part.view(DTYPES[rows.stored.dtype]).view(self.room, rows.count, *rows.size))
+            found.append(part.view(STORED_DTYPES[rows.stored.dtype]).view(self.room, rows.count, *rows.size))
         return found
 
 
@@ -83,10 +83,10 @@ def _chunks(extents: Iterable[Extent]) -> Iterator[list[Extent]]:
     chunk = list[Extent]()
     for stored, at, begin, end in extents:
         while begin < end:
-            if chunk and begin >= chunk[0].begin + CHUNK:
+            if chunk and begin >= chunk[0].begin + READ_AT_ONCE:
                 yield chunk
                 chunk = []
-            stop = min(end, (chunk[0].begin if chunk else begin) + CHUNK)
+            stop = min(end, (chunk[0].begin if chunk else begin) + READ_AT_ONCE)
             last = chunk[-1] if chunk else None
             if last and last.end == begin and _adjoins(last, stored, at):
                 chunk[-1] = last._replace(end=stop)
@@ -97,7 +97,7 @@ def _chunks(extents: Iterable[Extent]) -> Iterator[list[Extent]]:
         yield chunk
 
 
-def _adjoins(last: Extent, stored: Stored, at: int) -> bool:
+def _adjoins(last: Extent, stored: TensorEntry, at: int) -> bool:
     ends = last.stored.begin + last.at + last.end - last.begin
     return last.stored.file == stored.file and ends == stored.begin + at
 
@@ -108,7 +108,7 @@ class Readers:
     def __init__(self, device: torch.device):
         self.device, self.own = device, local()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.pool = ThreadPoolExecutor(READERS, thread_name_prefix="qwen35-moe-reader")
+        self.pool = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="qwen35-moe-reader")
 
     def load(self, reader: Reader, chunk: Sequence[Extent], target: Tensor) -> torch.cuda.Event | None:
         """Reads a chunk and starts its copy into the target. -> the event that it is there; None on a CPU."""
@@ -131,7 +131,7 @@ class Readers:
         own = self.own
         if "buffers" not in own.__dict__:
             pinned = self.stream is not None
-            own.buffers = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+            own.buffers = [torch.empty(READ_AT_ONCE, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
             own.copied, own.turn = [None, None], 0
         own.turn = 1 - own.turn
         if own.copied[own.turn] is not None:
@@ -178,7 +178,7 @@ class PendingScaleCheck:
     doubts: what `Weight.of` added for these weights.
     """
 
-    def __init__(self, doubts: Sequence[Tensor], weights: Iterable[Weight]):
+    def __init__(self, doubts: Sequence[Tensor], weights: Iterable[StoredWeight]):
         self.weights, self.broken, self.known = weights, None, None
         if doubts:
             broken = torch.stack(list(doubts)).any()
