@@ -1,0 +1,57 @@
+"""Dumps that real engines wrote on a GPU: clean ones agree; bugs that were planted in the running engine are named."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.real_engine import judge
+from benchmarks.real_engine.bugs import BUGS
+from benchmarks.real_engine.prompts import VOCABULARY, prompts
+from benchmarks.real_engine.sglang_bugs import PLANT as SGLANG
+from benchmarks.real_engine.transformers_bugs import PLANT as TRANSFORMERS
+from benchmarks.real_engine.vllm_bugs import PLANT as VLLM
+from qwen35_moe.oracle.compare import diagnose
+from qwen35_moe.oracle.dumps.readers import read_dump
+
+Built = Callable[[str], Path]
+DUMPS = Path(__file__).parent / "data" / "real_gpu" / "dumps.tar.xz"
+
+
+@pytest.fixture(scope="module")
+def dumps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("real_gpu")
+    with tarfile.open(DUMPS) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.mark.parametrize("bug", ["shared-dropped", "no-renormalisation", "gdn-state-zeroed", "full-rotary"])
+def test_a_bug_planted_in_a_running_sglang_is_found_and_named(built: Built, dumps: Path, bug: str) -> None:
+    layer = BUGS[bug].layer
+    assert layer is not None
+    result = diagnose(built("engine-size"), read_dump(dumps / f"bf16.{bug}"), layers=[layer])
+    assert judge.said(result, f"bf16.{bug}").right, result.verdict
+
+
+def test_a_clean_sglang_on_a_gpu_agrees(built: Built, dumps: Path) -> None:
+    """Parts of its dump: so the verdict is that some taps were dumped for other layers only, and the rest agrees."""
+    result = diagnose(built("engine-size"), read_dump(dumps / "bf16.clean"), layers=[1, 3])
+    assert not result.diverges and result.exit_code == 2, result.verdict
+    assert result.compared == 26 and result.tokens == (55, 55)
+
+
+@pytest.mark.parametrize("name", ["vllm.clean", "vllm.shared-twice"])
+def test_hidden_states_of_a_real_vllm(built: Built, dumps: Path, name: str) -> None:
+    result = diagnose(built("engine-size"), read_dump(dumps / name, layers=[0, 1, 2, 3, 4]))
+    assert judge.said(result, name).right, result.verdict
+
+
+def test_every_bug_of_an_engine_says_where_it_is_found() -> None:
+    assert {*SGLANG, *TRANSFORMERS, *VLLM} == set(BUGS)
+    rows = prompts((5, 9, 1))
+    assert [len(row) for row in rows] == [5, 9, 1] and all(0 <= x < VOCABULARY for row in rows for x in row)
+    assert len({row[0] for row in rows}) == 3
