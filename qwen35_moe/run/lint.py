@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..gate.engines import ENGINE_RULES
 from ..gate.records import Model
 from ..model.config import Config
 from ..quant.precision import UNSTATED
-from .lint_files import check_files, check_ids
+from .lint_files import Finding, check_files, check_ids
 from .validate import model_config, validate
 
 # Linear modules of the target that engines build quantised where the configuration says so. The draft's are judged by
@@ -30,20 +29,6 @@ LINEAR = re.compile(
     r"layers\.\d+\.(self_attn\.[qkvo]_proj|linear_attn\.(in_proj_qkv|in_proj_z|out_proj)"
     r"|mlp\.shared_expert\.(gate|up|down)_proj)"
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong. level: "error" (it breaks), "warning" (it may), or "note"."""
-
-    level: str
-    rule: str
-    where: str
-    text: str
-    engine: str = ""  # "" where every reader is concerned
-
-    def __str__(self) -> str:
-        return f"{self.level}: {self.where}: {self.text}" + (f" [{self.engine}]" if self.engine else "")
 
 
 def lint(checkpoint: Checkpoint, engines: tuple[str, ...] = tuple(NEWEST)) -> list[Finding]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,18 +15,27 @@ from ..checkpoint.untrusted import read_json
 from ..errors import Qwen35Error
 from ..model.config import Config
 
-if TYPE_CHECKING:
-    from .lint import Finding
-
 BYTES_AT_ONCE = 1 << 26
 SPECIAL = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "eos_token_id",
            "bos_token_id", "pad_token_id")  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong. level: "error" (it breaks), "warning" (it may), or "note"."""
+
+    level: str
+    rule: str
+    where: str
+    text: str
+    engine: str = ""  # "" where every reader is concerned
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.where}: {self.text}" + (f" [{self.engine}]" if self.engine else "")
+
+
 def check_ids(checkpoint: Checkpoint, config: Config) -> Iterator[Finding]:
     """Ids of special tokens, which must have a row of the embedding, and rotary settings that are not stated."""
-    from .lint import Finding
-
     text = config.raw.get("text_config")
     for place in (config.raw, text if isinstance(text, Mapping) else {}):
         for key in SPECIAL:
@@ -42,8 +52,6 @@ def check_ids(checkpoint: Checkpoint, config: Config) -> Iterator[Finding]:
 
 def check_files(path: Path) -> Iterator[Finding]:
     """Tokenizer and chat template, without which a server starts and answers nothing, or in another format."""
-    from .lint import Finding
-
     root = path if path.is_dir() else path.parent
     if not any((root / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         yield Finding("note", "tokenizer", str(root), "no tokenizer.json: a server needs one, or ids only")
@@ -62,8 +70,6 @@ def _has_template(root: Path) -> bool:
 
 def check_bytes(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Reads every tensor, in the order of the files: NaN and infinite values, scales that are zero."""
-    from .lint import Finding
-
     for name, stored in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].file, item[1].begin)):
         scale = "scale" in name.rpartition(".")[2]
         if stored.dtype not in ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E8M0") and not (
