@@ -129,6 +129,7 @@ def probed(gguf: Path, checkpoint: Path, python: str, engine: str | None, option
                 continue
         more = [] if engine is None else ["--engine", engine]
         size = ["--prompts", str(options.prompts), "--tokens", str(options.tokens), "--top", "all"]
+        more += ["--faults", options.faults]
         command = [sys.executable, "-m", "qwen35_moe", "probe", str(checkpoint), url, *size, *more]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
     finally:
@@ -144,12 +145,16 @@ def main() -> None:
     parser.add_argument("--python", required=True, help="of the environment that has xllamacpp")
     parser.add_argument("--llama-cpp", required=True, help="folder with convert_hf_to_gguf.py and gguf-py")
     parser.add_argument("--out", type=Path, default=Path("build/real"))
+    parser.add_argument("--cases", default="", help="only those whose name holds this")
+    parser.add_argument("--faults", default="each", help="replayed in `each` layer, in `all` at once, or `none`")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=25)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     checkpoint = build("tiny", options.out / "tiny")
     for n, (name, (change, kind, engine)) in enumerate(CASES.items()):
+        if options.cases not in name:
+            continue
         folder = changed(checkpoint, options.out / f"case{n}", change)
         gguf = options.out / f"case{n}.gguf"
         convert = [sys.executable, "-c", CONVERT, options.llama_cpp, str(folder), str(gguf), kind]
