@@ -102,13 +102,7 @@ def decode_flat(codes: Tensor, scales: Tensor, values: Tensor, worth: Tensor, ou
     out.copy_(values[codes_I.int()] * worth_I)
 
 
-def decode_in_pieces(
-    codes: Tensor,
-    scales: Tensor,
-    dtype: torch.dtype,
-    out: Tensor,
-    compiled: bool = False,
-) -> Tensor:
+def decode_in_pieces(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor, compiled: bool = False) -> Tensor:
     """`decode` with vector instructions and nothing wider than the result, in pieces that stay in a core's cache.
 
     The nibbles are spread to 16-bit lanes, where sign, exponent and mantissa already stand as in a float; then the
