@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tarfile
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.oracle_score.mutants import Bench
 from benchmarks.oracle_score.variants import variants
-from qwen35_moe.oracle.compare import compare
+from qwen35_moe.oracle.compare import compare, diagnose
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.faults import Fault
 from qwen35_moe.oracle.dumps.readers.own import from_trace
@@ -24,6 +27,7 @@ from qwen35_moe.run.source import WeightSource
 from qwen35_moe.trace.recorder import trace
 from weights.build import build
 
+REAL = Path(__file__).parent / "data" / "real"
 IDS = (torch.arange(32) * 7919 % 251)[None]
 SIZES = {
     "hidden_size": 192, "moe_intermediate_size": 160, "shared_expert_intermediate_size": 64, "num_experts": 8,
@@ -160,3 +164,16 @@ def test_a_fault_of_a_w8a8_engine_is_found_and_named(bench: Bench, fault: Fault)
 def test_clean_w8a8_engines_pass_without_their_own_arithmetic(bench: Bench) -> None:
     for variant in variants("+a8", IDS.shape[1])[:6:2]:
         assert bench.clean(variant).found, variant.name
+
+
+def test_a_real_w8a8_engine_agrees(tmp_path: Path) -> None:
+    """SGLang 0.5.17 on an H200. Of its products with FP8 weights nothing is left but one rounding to bf16."""
+    with tarfile.open(REAL / "fp8-layer-0.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    path = build(REAL / "engine-size.toml", tmp_path / "checkpoint", layout="fp8")
+    result = diagnose(path, tmp_path / "fp8")
+    assert result.exit_code == 0, result.verdict
+    assert any("are read in FP8 by 128 columns" in note for note in result.notes)
+    found = {r.key: r.added or 0.0 for r in result.records}
+    assert max(found.values()) < 2.5
+    assert all(found[f"layers.0.{n}"] < 1.1 for n in ("gdn_qkv", "gdn_z", "moe_shared_gate_proj", "moe_shared_up_proj"))
