@@ -25,6 +25,14 @@ READERS = (own, sglang, sglang_passes, atom, transformers, llama_cpp, answers, v
 __all__ = ["Dump", "Piece", "Tokens", "read_dump", "transformers"]
 
 
+def _sniffs(reader: Any, path: Path) -> bool:
+    """Whether a format recognises a path as its own; what it cannot even look at is not."""
+    try:
+        return bool(reader.sniff(path))
+    except Exception:  # files of strangers may raise anything
+        return False
+
+
 def read_dump(
     path: str | Path,
     *,
@@ -44,7 +52,7 @@ def read_dump(
     path = Path(path)
     if not path.exists():
         raise Qwen35Error("no such dump", where=path, do="check the path")
-    reader = next((r for r in READERS if r.sniff(path)), None)
+    reader = next((r for r in READERS if _sniffs(r, path)), None)
     if reader is None:
         inside = sorted(p.name for p in path.iterdir())[:3] if path.is_dir() else [path.name]
         raise Qwen35Error(
@@ -61,7 +69,13 @@ def read_dump(
     if layers is not None and reader is not vllm:
         what, do = "layer ids are for vLLM's files", "leave them out: this format names its layers"
         raise Qwen35Error(what, where=path, found=reader.__name__.rpartition(".")[2], do=do)
-    dump = reader.read(path, config=config, name_map=name_map, layers=layers)
+    try:
+        dump = reader.read(path, config=config, name_map=name_map, layers=layers)
+    except Qwen35Error:
+        raise
+    except Exception as error:  # files of strangers may raise anything
+        found, do = f"{type(error).__name__}: {error}"[:200], "dump again, or keep the files that can be read"
+        raise Qwen35Error("dump cannot be read", where=path, found=found, do=do) from error
     if not dump.sources:
         if dump.problems:
             raise dump.problems[0]

@@ -5,19 +5,22 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ....checkpoint.untrusted import check_regular
 from ....errors import Qwen35Error
 
 
 def load_pt(path: str | Path) -> Any:
     """A torch file: tensors stay on disk until they are used. Pickles that hold more than data are refused."""
     path = Path(path)
+    check_regular(path)
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -27,7 +30,7 @@ def load_pt(path: str | Path) -> Any:
             with warnings.catch_warnings():  # about pickle protocols that it may refuse: then it does
                 warnings.simplefilter("ignore")
                 return torch.load(path, map_location="cpu", weights_only=True)  # as written before torch 1.6
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a broken pickle may raise anything
         if isinstance(error, pickle.UnpicklingError) and _first_byte(path) in (b"\x80", b"P"):  # a pickle, or a zip
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
             raise Qwen35Error(
@@ -44,6 +47,24 @@ def load_pt(path: str | Path) -> Any:
             found=f"{size} bytes; {first}",
             do="dump again, or delete the file to go on without it",
         ) from error
+
+
+@contextmanager
+def costs_itself(problems: list[Qwen35Error], where: object) -> Iterator[None]:
+    """Whatever fails inside is a problem of this file, and of no other."""
+    try:
+        yield
+    except Qwen35Error as error:
+        problems.append(error)
+    except Exception as error:  # files of strangers may raise anything
+        found = f"{type(error).__name__}: {error}"[:200]
+        do = "dump again, or delete the file to go on without it"
+        problems.append(Qwen35Error("file cannot be read", where=where, found=found, do=do))
+
+
+def a_dict(found: Any) -> dict[Any, Any]:
+    """A dictionary of a stranger's file; {} where it is none."""
+    return found if isinstance(found, dict) else {}
 
 
 def _first_byte(path: Path) -> bytes:

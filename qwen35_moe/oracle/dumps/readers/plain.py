@@ -20,14 +20,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ....checkpoint.untrusted import read_json
+from ....checkpoint.untrusted import check_regular, read_json
 from ....errors import Qwen35Error
 from ....gate.patterns import MAX_NAME, bounded_pattern
 from ....numerics.tap_table import TAPS, base_name
 from ..dump import Dump, Piece, Tokens
 from ..engine_names import family_of, rule_for
+from ..pieces import plain_values
 from . import saved
-from .common import whole_numbers
+from .common import costs_itself, whole_numbers
 
 TORCH = (".pt", ".pth", ".bin", ".pkl")
 SUFFIXES = (".safetensors", ".npz", ".npy", *TORCH)
@@ -48,15 +49,11 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, name_map: Any =
     problems: list[Qwen35Error] = []
     entries: list[tuple[int | None, str, Any, str]] = []  # step, name, how to load it, file
     for file in files:
-        try:
+        with costs_itself(problems, file):
+            check_regular(file)
             step = saved.step_of(file.stem)[0] if len(files) > 1 else None
             for raw, load in _tensors(file):
                 entries.append((step, _mapped(raw, names), load, str(file)))
-        except Qwen35Error as error:
-            problems.append(error)
-        except (OSError, ValueError, EOFError, SafetensorError, zipfile.BadZipFile) as error:
-            do = "dump again; object arrays and pickles are not read"
-            problems.append(Qwen35Error("file cannot be read", where=file, found=str(error)[:120], do=do))
     text = (config or {}).get("text_config", config or {})
     last = text.get("num_hidden_layers") or saved.layers_in([name for _, name, *_ in entries])
     pieces: list[Piece] = []
@@ -65,7 +62,8 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, name_map: Any =
         own, name = saved.step_of(name)
         at = step if own is None else own
         if name.rpartition(".")[2] in CORE and "layers." not in name:
-            core.setdefault(at or 0, {})[name.rpartition(".")[2]] = load()
+            with costs_itself(problems, where):
+                core.setdefault(at or 0, {})[name.rpartition(".")[2]] = plain_values(load(), where)
         else:
             pieces.append(_piece(name, load, at, where, last, text.get("vocab_size")))
     family = family_of(piece.path for piece in pieces)
@@ -129,7 +127,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         for name, x in saved.tensors(saved.load(file), file.stem):
             yield name, partial(_same, x)
     elif file.suffix == ".npy":
-        yield file.stem, partial(lambda f: torch.from_numpy(np.load(f, allow_pickle=False)), file)
+        yield file.stem, partial(_from_npy, file)
     elif file.suffix == ".npz":
         with file.open("rb") as data, np.load(data, allow_pickle=False) as archive:  # numpy leaves bad files open
             for name in archive.files:
@@ -144,7 +142,23 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
+def _from_npy(file: Path) -> Tensor:
+    """Mapped first, which fails where the file is shorter than its header says, before anything is allocated."""
+    return torch.from_numpy(np.array(np.load(file, allow_pickle=False, mmap_mode="r")))
+
+
+MOST_RATIO, FREE_BYTES = 64, 1 << 26  # an array of an .npz that is packed better than that is a bomb, or all alike
+
+
 def _from_npz(file: Path, name: str) -> Tensor:
+    with zipfile.ZipFile(file) as packed:
+        for entry in packed.infolist():
+            if entry.filename.removesuffix(".npy") == name and entry.file_size > max(
+                FREE_BYTES, MOST_RATIO * entry.compress_size
+            ):
+                expected = f"at most {MOST_RATIO} times its {entry.compress_size} bytes"
+                raise Qwen35Error("an array would expand too far", where=file, expected=expected,
+                                  found=f"{name}: {entry.file_size} bytes", do="save it as .npy")  # fmt: skip
     with np.load(file, allow_pickle=False) as archive:
         return torch.from_numpy(archive[name])
 

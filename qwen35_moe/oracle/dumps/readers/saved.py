@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....checkpoint.untrusted import check_regular
 from .common import load_pt
 
 LIST = re.compile(r"(?:.*[./])?(hidden_states|router_logits|scores|logits)[._](\d+)(?:[._](\d+))?")
@@ -43,9 +44,10 @@ def _record(*_: Any) -> OrderedDict[str, Any]:
 
 def load(path: Path) -> Any:
     """What a torch file holds, with `weights_only=True`. Objects of transformers come as dicts, or as nothing."""
+    check_regular(path)
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError, OSError, AttributeError, KeyError, EOFError):
+    except Exception:  # what the file is, `load_pt` says
         names = []
     allowed: list[Any] = [
         (_record if name.rpartition(".")[2].endswith(("Output", "OutputWithPast")) else _Inert, name)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ....errors import Qwen35Error
 from ..dump import Dump, Piece, Tokens
 from ..engine_names import family_of
-from .common import load_pt, load_tensor, once, whole_numbers
+from .common import a_dict, costs_itself, load_pt, load_tensor, once, whole_numbers
 
 HELD = 1 << 13  # files that stay mapped until they are used; a process may have 65,530 mappings
 CORE = ("input_ids", "positions", "seq_lens", "req_pool_indices", "rids")
@@ -41,37 +41,34 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
     problems: list[Qwen35Error] = []
     core: dict[tuple[int, int], dict[str, Any]] = {}
     for tags, file in sorted(((_tags(f), f) for f in _files(path)), key=lambda pair: int(pair[0]["dump_index"])):
-        try:
+        with costs_itself(problems, file):
             loaded = load_pt(file)
-        except Qwen35Error as error:
-            problems.append(error)
-            continue
-        wrapped = isinstance(loaded, dict) and set(loaded) == {"value", "meta"}
-        value, meta = (loaded["value"], loaded["meta"]) if wrapped else (loaded, {})
-        name, step, rank = tags["name"], int(tags["step"]), int(tags["rank"])
-        if name in CORE:
-            core.setdefault((step, rank), {}).setdefault(name, value)  # again for every layer: the first counts
-            continue
-        if not isinstance(value, Tensor):
-            continue
-        parallel = {**meta.get("megatron_parallel_info", {}), **meta.get("sglang_parallel_info", {})}
-        parallel = {"world_size": meta.get("world_size", 1), **parallel}
-        layer = tags.get("layer_id", meta.get("layer_id"))
-        load = partial(load_tensor, file, *(["value"] if wrapped else []))
-        piece = Piece.named(
-            name,
-            once(value, load) if len(pieces) < HELD else load,
-            None if layer in (None, "None") else int(layer),
-            step=step,
-            rank=rank,
-            dims=meta.get("dims", ""),
-            parallel=parallel,
-            where=str(file),
-        )
-        if name.startswith("param__"):
-            weights[f"{name.removeprefix('param__')}@{rank}"] = piece
-        elif not name.startswith("grad__"):
-            pieces.append(piece)
+            wrapped = isinstance(loaded, dict) and set(loaded) == {"value", "meta"}
+            value, meta = (loaded["value"], a_dict(loaded["meta"])) if wrapped else (loaded, {})
+            name, step, rank = tags["name"], int(tags["step"]), int(tags["rank"])
+            if name in CORE:
+                core.setdefault((step, rank), {}).setdefault(name, value)  # again for every layer: the first counts
+                continue
+            if not isinstance(value, Tensor):
+                continue
+            parallel = {**a_dict(meta.get("megatron_parallel_info")), **a_dict(meta.get("sglang_parallel_info"))}
+            parallel = {"world_size": meta.get("world_size", 1), **parallel}
+            layer = tags.get("layer_id", meta.get("layer_id"))
+            load = partial(load_tensor, file, *(["value"] if wrapped else []))
+            piece = Piece.named(
+                name,
+                once(value, load) if len(pieces) < HELD else load,
+                None if layer in (None, "None") else int(layer),
+                step=step,
+                rank=rank,
+                dims=str(meta.get("dims") or ""),
+                parallel=parallel,
+                where=str(file),
+            )
+            if name.startswith("param__"):
+                weights[f"{name.removeprefix('param__')}@{rank}"] = piece
+            elif not name.startswith("grad__"):
+                pieces.append(piece)
     problems += _unsupported(path, pieces)
     # The same on all ranks: the last of these to be set is the first rank's.
     known = sorted((k for k, found in core.items() if isinstance(found.get("input_ids"), Tensor)), reverse=True)

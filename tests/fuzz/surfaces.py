@@ -1,0 +1,295 @@
+"""What is fuzzed: each surface takes a source of chance and a folder, and breaks one thing that a stranger wrote.
+
+A case is right if it raises nothing but Qwen35Error, and a command ends with 0, 1 or 2 and calls nothing a bug.
+By hand:
+
+    python -m tests.fuzz.surfaces --cases 10000 [--seed 0] [--surface header]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+import qwen35_moe as q
+from qwen35_moe.checkpoint import Checkpoint
+from qwen35_moe.cli.main import main
+from qwen35_moe.gate.decide import VARIANTS, decide_layers
+from qwen35_moe.oracle.servers.readers import from_bytes
+from qwen35_moe.run.prompt import read_ids
+from qwen35_moe.trace.file import RESUME, Trace
+from qwen35_moe.trace.resume import State
+from weights import gate_recipes
+from weights.build import build
+
+Chance = random.Random
+IDS = (torch.arange(6) * 7919 % 251)[None]
+ODD: list[Any] = [None, True, 0, -1, 2**63, 1e308, float("nan"), "", "x", "\x00\x1b[2J", "../../etc", "*", "re:(",
+                  "re:(a|a)+b", "re:.*", [], {}, [[]], [None], {"a": 1},
+                  "layers.0", "layers.999999999", "bf16", "mxfp4", 3.5]  # fmt: skip
+
+
+def broken_json(chance: Chance, value: Any) -> Any:
+    """The value with one to three places in it replaced, dropped, doubled or renamed."""
+    value = json.loads(json.dumps(value))
+    for _ in range(chance.randint(1, 3)):
+        place = value
+        while isinstance(place, dict | list) and place:
+            keys = list(place) if isinstance(place, dict) else range(len(place))
+            key = chance.choice(list(keys))
+            inner = place[key]
+            if not (isinstance(inner, dict | list) and inner) or chance.random() < 0.25:
+                _change(chance, place, key)
+                break
+            place = inner
+    return value
+
+
+def _change(chance: Chance, place: Any, key: Any) -> None:
+    kind = chance.randrange(4)
+    if kind == 0:
+        del place[key]
+    elif kind == 1 and isinstance(place, list):
+        place.insert(key, place[key])
+    elif kind == 1:
+        place[str(chance.choice(ODD))] = place.pop(key)
+    else:
+        place[key] = chance.choice(ODD)
+
+
+def broken_bytes(chance: Chance, held: bytes) -> bytes:
+    """The bytes cut, flipped, doubled or with some put in."""
+    held = bytearray(held)
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(held) + 1) if chance.random() < 0.5 else chance.randrange(min(len(held), 200) + 1)
+        kind = chance.randrange(4)
+        if kind == 0:
+            del held[at:]
+        elif kind == 1 and at < len(held):
+            held[at] ^= 1 << chance.randrange(8)
+        elif kind == 2:
+            held[at:at] = chance.randbytes(chance.randrange(1, 9))
+        else:
+            held[at : at + 8] = chance.choice([b"", b"\xff" * 8, b"\x00" * 8, b"[" * 8])
+    return bytes(held)
+
+
+def command(*arguments: str) -> None:
+    """Error unless a command ends as a command may."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 1
+    if code not in (0, 1, 2) or "a bug in qwen35-moe" in err.getvalue() or "\x1b" in out.getvalue() + err.getvalue():
+        raise AssertionError(f"{arguments}: {code}\n{err.getvalue()[-2000:]}")
+
+
+class Surfaces:
+    """The surfaces, over files that are written once."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.work = folder, folder / "case"
+        self.tiny = build("tiny", folder / "tiny")
+        self.config = json.loads((self.tiny / "config.json").read_text())
+        self.configs = [
+            dict(gate_recipes.load(r.stem).config) for r in sorted((gate_recipes.HERE / "recipes/gate").iterdir())
+        ]
+        q.write_truth(self.tiny, IDS, folder / "truth", with_envelope=False)
+        q.play_engine(self.tiny, IDS, folder / "sglang")
+        with contextlib.redirect_stdout(io.StringIO()):
+            main(
+                ["trace", str(self.tiny), "--ids", "1,2,3", "--out", str(folder / "begun"), "--layers", "0", "--quiet"]
+            )
+        truth = Trace.open(folder / "truth")
+        some = {k: truth[k].float() for k in ("layers.0.mlp_output", "layers.1.moe_router_logits", "next_token_logits")}
+        (folder / "plain").mkdir()
+        save_file({**some, "input_ids": IDS}, folder / "plain" / "a.safetensors")
+        np.savez(folder / "plain" / "b.npz", **{k: v.numpy() for k, v in some.items()})
+        np.save(folder / "plain" / "c.npy", some["next_token_logits"].numpy())
+        torch.save(some, folder / "plain" / "d.pt")
+        servers = Path(__file__).parents[1] / "data/servers"
+        self.answers = [file.read_bytes() for file in sorted(servers.glob("*.json"))]
+
+    def all(self) -> dict[str, Callable[[Chance], None]]:
+        return {name: getattr(self, name) for name in NAMES}
+
+    def fresh(self, source: Path) -> Path:
+        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.copytree(source, self.work, copy_function=shutil.copy)
+        return self.work
+
+    def header(self, chance: Chance) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        save_file(
+            {"model.norm.weight": torch.zeros(4), "lm_head.weight": torch.zeros(2, 4)}, self.work / "model.safetensors"
+        )
+        file = self.work / "model.safetensors"
+        file.write_bytes(broken_bytes(chance, file.read_bytes()))
+        (self.work / "config.json").write_text("{}")
+        Checkpoint.open(self.work)
+
+    def index(self, chance: Chance) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        save_file({"model.norm.weight": torch.zeros(4)}, self.work / "model-00001-of-00001.safetensors")
+        index = {
+            "metadata": {"total_size": 16},
+            "weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"},
+        }
+        (self.work / "config.json").write_text("{}")
+        (self.work / "model.safetensors.index.json").write_text(json.dumps(broken_json(chance, index)))
+        Checkpoint.open(self.work)
+
+    def quantisation(self, chance: Chance) -> None:
+        config = broken_json(chance, chance.choice(self.configs))
+        _, rule, switches = chance.choice(VARIANTS)
+        decide_layers(config, rule=rule, **switches)
+
+    def configuration(self, chance: Chance) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        text = json.dumps(broken_json(chance, self.config)).encode()
+        (self.work / "config.json").write_bytes(broken_bytes(chance, text) if chance.random() < 0.3 else text)
+        command("gate", str(self.work), "--config-only", "--all-rules")
+        q.Config.from_pretrained(self.work)
+
+    def sglang_dump(self, chance: Chance) -> None:
+        folder = self.fresh(self.folder / "sglang")
+        for file in chance.sample(sorted(folder.iterdir()), 3):
+            if chance.random() < 0.5:
+                file.write_bytes(broken_bytes(chance, file.read_bytes()))
+            else:
+                held = torch.load(file, weights_only=True)
+                torch.save(
+                    {**held, chance.choice(["value", "meta"]): chance.choice([*ODD, torch.zeros(0), torch.ones(3)])},
+                    file,
+                )
+        self._read(folder)
+
+    def plain_dump(self, chance: Chance) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        source = chance.choice(sorted((self.folder / "plain").iterdir()))
+        (self.work / source.name).write_bytes(broken_bytes(chance, source.read_bytes()))
+        self._read(self.work / source.name)
+
+    def _read(self, path: Path, **options: Any) -> None:
+        dump = q.read_dump(path, config=self.config["text_config"], **options)
+        for key in dump:
+            with contextlib.suppress(q.Qwen35Error):
+                dump[key]
+        q.compare(self.folder / "truth", dump, diagnoses=0)
+
+    def name_map(self, chance: Chance) -> None:
+        names = broken_json(
+            chance, {r"layers\.(\d+)\.mlp_output": r"layers.\1.mlp_output", "next_token_logits": "next_token_logits"}
+        )
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        text = json.dumps(names).encode()
+        (self.work / "names.json").write_bytes(broken_bytes(chance, text) if chance.random() < 0.5 else text)
+        self._read(self.folder / "plain" / "a.safetensors", name_map=self.work / "names.json")
+
+    def truth_by_hand(self, chance: Chance) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        for file in (self.folder / "truth").glob("*.safetensors"):
+            (self.work / file.name).symlink_to(file)
+        head = json.loads((self.folder / "truth" / "trace.json").read_text())
+        text = json.dumps(broken_json(chance, head)).encode()
+        (self.work / "trace.json").write_bytes(broken_bytes(chance, text) if chance.random() < 0.2 else text)
+        truth = Trace.open(self.work)
+        q.compare(
+            truth, q.read_dump(self.folder / "plain" / "a.safetensors", config=self.config["text_config"]), diagnoses=0
+        )
+
+    def resume_state(self, chance: Chance) -> None:
+        folder = self.fresh(self.folder / "begun")
+        (folder / RESUME).write_bytes(broken_bytes(chance, (folder / RESUME).read_bytes()))
+        State("{}").resumed(folder)
+
+    def ids_file(self, chance: Chance) -> None:
+        self.work.mkdir(exist_ok=True)
+        text = json.dumps(
+            broken_json(chance, {"input_ids": [[1, 2, 3], [4, 5]], "attention_mask": [[1, 1, 1], [1, 1]]})
+        )
+        (self.work / "ids.json").write_bytes(
+            broken_bytes(chance, text.encode()) if chance.random() < 0.5 else text.encode()
+        )
+        read_ids(str(self.work / "ids.json"), "--ids")
+
+    def server_answer(self, chance: Chance) -> None:
+        held = chance.choice(self.answers)
+        if chance.random() < 0.6:
+            held = json.dumps(broken_json(chance, json.loads(held))).encode()
+        else:
+            held = broken_bytes(chance, held)
+        from_bytes(held, "answer")
+
+    def arguments(self, chance: Chance) -> None:
+        names = "info gate compare diagnose verify dump-config trace --ids 1,2 --out -h --json --html --layer 1-3"
+        more = "--limit nan --width 5 --engine x -- --quiet --partial /dev/null sglang --config-only --layers 0-99"
+        odd = ["\x1b", "", "a\0b", "9" * 30, "--tokens", "-3", "--checkpoint"]
+        paths = [str(self.folder / "truth"), str(self.folder / "nowhere")]
+        words = [*names.split(), *more.split(), *odd, *paths]
+        command(*chance.choices(words, k=chance.randint(0, 6)))
+
+
+NAMES = ("header", "index", "quantisation", "configuration", "sglang_dump", "plain_dump", "name_map", "truth_by_hand",
+         "resume_state", "ids_file", "server_answer", "arguments")  # fmt: skip
+
+
+def run(surface: Callable[[Chance], None], seed: int) -> float:
+    """One case: seconds that it took. Raises what is no Qwen35Error."""
+    start = time.monotonic()
+    with contextlib.suppress(q.Qwen35Error):
+        surface(Chance(seed))
+    return time.monotonic() - start
+
+
+def cli() -> int:
+    parser = argparse.ArgumentParser(description="Fuzz everything that strangers write.")
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--surface", choices=NAMES, action="append")
+    options = parser.parse_args()
+    failed: Counter[str] = Counter()
+    slowest: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        surfaces = Surfaces(Path(folder)).all()
+        names = options.surface or list(surfaces)
+        for i in range(options.cases):
+            name = names[i % len(names)]
+            try:
+                took = run(surfaces[name], options.seed + i)
+                slowest[name] = max(slowest.get(name, 0.0), took)
+            except Exception as error:
+                failed[name] += 1
+                print(f"{name} seed {options.seed + i}: {type(error).__name__}: {error}"[:600], file=sys.stderr)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(f"{options.cases} cases, {sum(failed.values())} failed {dict(failed)}, peak memory {memory} MiB")
+    print("slowest: " + ", ".join(f"{name} {took:.1f} s" for name, took in slowest.items()))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
