@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import Qwen35Error
+from ..errors import Qwen35Error, printable
 
 CHECKPOINT = (
     "CHECKPOINT: a folder of safetensors with config.json (BF16, FP8, MXFP4 of Quark, compressed-tensors or gpt-oss)"
@@ -49,6 +49,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"formatter_class": Formatter, "allow_abbrev": False, **kwargs})
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Messages quote the arguments, which must not command the terminal."""
+        super()._print_message(printable(message), file)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         value = super()._get_value(action, arg_string)

@@ -70,7 +70,7 @@ def _change(chance: Chance, place: Any, key: Any) -> None:
     elif kind == 1:
         place[str(chance.choice(ODD))] = place.pop(key)
     else:
-        place[key] = chance.choice(ODD)
+        place[key] = json.loads(json.dumps(chance.choice(ODD)))
 
 
 def broken_bytes(chance: Chance, held: bytes) -> bytes:
