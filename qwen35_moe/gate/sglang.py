@@ -9,6 +9,7 @@ from ..errors import Qwen35Error
 from .common import first_entry, no, refuse_platform, refuse_sizes, sglang_layer_config, stops, yes
 from .declared import QuantConfig
 from .module_names import is_draft_entry, mentions_shared_body
+from .namespaces import SGLANG
 from .records import PER_RANK_SLOT_BACKENDS, PROJECTIONS, Decision, Evidence, Layer, Model, Options
 
 
@@ -39,7 +40,10 @@ def sglang_0_5_23(model: Model, layer: Layer, options: Options) -> Decision:
     if (trouble := _cannot_start(model)) is not None:
         return trouble
     decision = _sglang_draft(model) if layer.draft else None
-    decision = decision or _sglang_quant(model, options)
+    plain = decision is not None  # the draft is built without a quantisation
+    decision = decision if decision is not None else _sglang_quant(model, options)
+    if not plain and (trouble := _cannot_build(model, layer, decision)) is not None:
+        return trouble
     if decision and options.a2a_backend in PER_RANK_SLOT_BACKENDS and options.moe_ep_size > 1:
         ranks = Evidence(f"a2a_backend = {options.a2a_backend}, moe_ep_size = {options.moe_ep_size}")
         return no("the backend keeps a shared slot per rank, and Qwen has one slot in all", ranks)
@@ -66,6 +70,26 @@ def _cannot_start(model: Model) -> Decision | None:
     for name, spec in specs.items():
         if isinstance(spec, Mapping) and any(isinstance(spec.get(key), list) for key in ("weight", "input_tensors")):
             return stops("a weight in two steps has no scheme in SGLang", Evidence(f"{name}: a list of specs"))
+    return None
+
+
+def _cannot_build(model: Model, layer: Layer, decision: Decision) -> Decision | None:
+    """Modules of Quark's without one spec: a pair of which one part is excluded, entries for single experts with gaps.
+
+    The shared expert is a module of its own only where it is not fused.
+    """
+    if model.quant.method != "quark":
+        return None
+    quant = model.quant.read_as("sglang", SGLANG, model.nested)
+    for at in model.drafts if layer.draft else model.layers:
+        bodies = [] if decision else [f"{at.name}.mlp.shared_expert.gate_up_proj"]
+        for module in (at.experts, *bodies):
+            names = quant.names(module)
+            try:
+                if quant.exclude.hit(names) is None:
+                    sglang_layer_config(quant, *names)
+            except Qwen35Error as error:
+                return stops(f"a module has no single spec: {error.what}", Evidence(str(error.where)))
     return None
 
 

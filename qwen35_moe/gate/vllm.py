@@ -136,7 +136,10 @@ def _fp8_ignored(quant: QuantConfig, module: str) -> Hit | None:
 
 def _mxfp8(quant: QuantConfig, layer: Layer) -> Decision:
     routed = _modelopt_excluded(quant, layer.experts)
-    shared = [_modelopt_excluded(quant, f"{layer.name}.mlp.shared_expert.{part}") for part in SHARED]
+    try:
+        shared = [_modelopt_excluded(quant, f"{layer.name}.mlp.shared_expert.{part}") for part in SHARED]
+    except Qwen35Error as error:
+        return stops("only one of a fused pair is excluded", Evidence(f"{error.where}: {error.found}"))
     if any((hit is None) != (routed is None) for hit in shared):
         named = (Evidence.of(hit) for hit in (*shared, routed) if hit)
         return no("routed and shared experts are not excluded alike", *named)

@@ -70,13 +70,13 @@ def _formats(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 def _complete(checkpoint: Checkpoint, config: Config) -> Iterator[Finding]:
     try:
-        validate(checkpoint, config, text_only=True)
-    except Qwen35Error as error:
-        yield _as_finding("tensors", error)
-        return
-    try:
         validate(checkpoint, config)
     except Qwen35Error as error:
+        try:
+            validate(checkpoint, config, text_only=True)
+        except Qwen35Error as trunk:
+            yield _as_finding("tensors", trunk)
+            return
         yield _as_finding("draft-head" if "mtp." in str(error) else "tensors", error)
     stored = any(name.startswith("mtp.") for name in checkpoint.tensors)
     if stored != (config.mtp_num_hidden_layers > 0):
