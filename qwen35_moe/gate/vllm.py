@@ -65,7 +65,7 @@ def _cannot_start(quant: QuantConfig, layer: Layer) -> Decision | None:
     if quant.raw.get("exclude", ()) is None:
         return stops("exclude is null, and vLLM iterates over it", Evidence("exclude = null"))
     try:
-        if any(_shared_hit(quant, layer, part) for part in SHARED):
+        if _shared_hit(quant, layer, "gate_up_proj"):
             return None
     except Qwen35Error as error:
         return stops("only one of a fused pair is excluded", Evidence(f"{error.where}: {error.found}"))
