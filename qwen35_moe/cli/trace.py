@@ -43,6 +43,7 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
     p.add_argument("--pixel-values", metavar="FILE", help="safetensors with pixel_values and image_grid_thw (or "
                    "pixel_values_videos and video_grid_thw), as a processor gave them")  # fmt: skip
+    p.add_argument("--drafts", action="store_true", help="the draft head, too: row t from token t and token t + 1")
     p.add_argument("--out", help="directory to write")
     p.add_argument("--arithmetic", default="exact", help="default: %(default)s")
     p.add_argument("--taps", default="*", help="globs, separated by commas (default: all but --experts); "
@@ -106,7 +107,10 @@ def _trace(
         "checkpoint": {**origin_of(model).identity, "path": path},
         "shared_expert": args.shared_expert,
         "fused": model.fused,
+        **({"drafts": True} if args.drafts else {}),
     }
+    if args.drafts and (args.images or last is not None):
+        raise Qwen35Error("drafts need all layers, and a text", where="--drafts", do="leave it out")
     check_request(model, ids, args.taps, last)
     meta = meta_of(model, ids, mask, args.taps, args.experts, more, args.images)
     aside = aside_of(model, args.taps, last, args.images)
@@ -173,7 +177,7 @@ def _trace_group(
     truth, _ = trace_layers(
         model, ids.to(args.device), out, mask=mask, taps=args.taps, experts=args.experts, last=last,
         resume=args.resume, meta=more, quiet=args.quiet, label=label,
-        images=args.images,
+        images=args.images, drafts=args.drafts,
     )  # fmt: skip
     if _wants_envelope(args, len(model.layers)):
         with resumable(out, len(model.layers)):
@@ -226,7 +230,7 @@ def _load(args: argparse.Namespace, arithmetic: Any) -> Model:
         arithmetic,
         args.shared_expert,
         mode=mode,
-        text_only=args.images is None,
+        text_only=args.images is None and not args.drafts,
         **device_options(args),
     )
 

@@ -25,6 +25,7 @@ from ..numerics.arithmetics import Arithmetic
 from ..numerics.tap_table import base_name, per_token
 from ..run.prompt import placeholders
 from ..run.source import WeightSource
+from ..trace.drafts import draft_ids_of
 from ..trace.file import Trace
 from ..trace.images import images_of
 from .diagnose.at_sight import ask_for_checkpoint, spare_victims
@@ -180,7 +181,7 @@ def _compare(truth: Trace, dump: Dump, source: WeightSource | None, options: Com
         flags = [fused] * config.num_hidden_layers if isinstance(fused, bool) else list(fused)
         if dump.weights:
             result.weights = check_weights(dump, source)
-        tokens = Tokens(truth.ids, engine_positions(alignment), truth.mask, work.steps(), images)
+        tokens = Tokens(truth.ids, engine_positions(alignment), truth.mask, work.steps(), images, draft_ids_of(truth))
         captured = work.captured(config.num_experts)
         again = partial(Rerun, source, flags, tokens, captured, with_log_p=LOG_P in alignment.keys, where=options.where)
         function = computed(table, source, work, again) if members is None else table

@@ -26,6 +26,7 @@ from ..numerics.taps import Handler, Site, attach, scope, tap
 from ..run.origin import origin_of
 from ..run.prompt import Images, embed_prompt
 from ..run.streamed import StreamedHead
+from .drafts import trace_drafts
 from .file import RESUME, Trace
 from .images import PIXELS, axes_of, images_meta
 from .progress import Progress
@@ -51,18 +52,20 @@ def trace_layers(
     quiet: bool = False,
     label: str = "",
     images: Images | None = None,
+    drafts: bool = False,
 ) -> tuple[Trace, UsageReport]:
     """As `trace`, for one forward pass over ids [B, T]: to a directory, and it can be resumed.
 
     last: the last layer to compute; without it, all, and norm and head. resume: go on after the last layer that an
     earlier run completed, be it that it was killed or that it had a smaller `last`; the bytes of the trace are those
     of an undisturbed run. label: begins each line of progress. images: what takes the place of placeholders.
+    drafts: the draft head, too, on all tokens.
     Error: disk full, unreadable shard (what is done can be resumed); another run's state.
     """
     out, count = Path(out), len(model.layers)
     stop = count if last is None else last + 1
     check_request(model, ids_BT, taps, last)
-    aside = aside_of(model, taps, last, images)
+    aside = [x for x in aside_of(model, taps, last, images) if not (drafts and x == "mtp.*")]
     meta = meta_of(model, ids_BT, mask, taps, experts, meta, images)
     taps = taps if images is None else (*split_patterns(taps), PIXELS)
     if resume and (there := complete_trace(out, count)) is not None:
@@ -97,7 +100,9 @@ def trace_layers(
             progress.done(i)
         with resumable(out, stop):
             if stop == count:
-                _head(model, h_BTD, recorder, writer)
+                hidden_BTD = _head(model, h_BTD, recorder, writer)
+                if drafts:
+                    writer.meta["next_ids"] = trace_drafts(model, ids_BT, mask, hidden_BTD, recorder).tolist()
             writer.close()
     if stop == count:
         (out / RESUME).unlink(missing_ok=True)
@@ -163,15 +168,15 @@ def begin(
         return h_BTD, (rotary_angles(model.config, positions, h_BTD.dtype), real_BS)
 
 
-def _head(model: Model, h_BTD: Tensor, recorder: Recorder, writer: TraceWriter) -> None:
-    """Norm and head, if asked for; a streamed head goes to disk block by block."""
+def _head(model: Model, h_BTD: Tensor, recorder: Recorder, writer: TraceWriter) -> Tensor:
+    """Norm (which is returned) and head, if asked for; a streamed head goes to disk block by block."""
     x_BTD = model.norm(h_BTD)
     site = Site(HEAD)
     if not recorder.wants(site):
-        return
+        return x_BTD
     if not isinstance(model.lm_head, StreamedHead):
         model.lm_head(HEAD, x_BTD)
-        return
+        return x_BTD
 
     def blocks() -> Iterator[tuple[slice, Tensor]]:
         for which, part in rounded_blocks(model, x_BTD):
@@ -179,6 +184,7 @@ def _head(model: Model, h_BTD: Tensor, recorder: Recorder, writer: TraceWriter) 
             yield which, part
 
     writer.add_blocks(site, dims_of(HEAD, 3), (*x_BTD.shape[:2], model.config.vocab_size), blocks())
+    return x_BTD
 
 
 def aside_of(model: Model, taps: Patterns, last: int | None, images: Images | None = None) -> list[str]:
@@ -234,7 +240,7 @@ def resumed_complete(model: Model, trace: Trace, meta: dict[str, Any], aside: Se
     """Of a trace whose run was killed when all was done. Error: it is of another run."""
     assert trace.path is not None
     what, do = "a complete trace of another run is here", "leave out --resume to write it anew"
-    then = {key: value for key, value in trace.meta.items() if key != "layers"}
+    then = {key: value for key, value in trace.meta.items() if key not in ("layers", "next_ids")}
     check_same(trace.path, json.dumps(then), json.dumps(meta, default=str), what, do)
     sweep(trace.path)
     checkpoint = origin_of(model).checkpoint

@@ -17,6 +17,7 @@ from .fault_parts import (
     gate_logit,
     ggml,
     half,
+    halves_swapped,
     neighbour,
     on_fp8,
     on_packed,
@@ -190,6 +191,12 @@ DRAFT = (
     Fault("MTP shared expert dropped", "mtp", "the draft's loader lacks the remap", "sglang 35719", scaled(0),
           weight=lambda _, module, w: Float(torch.zeros(w.shape, dtype=torch.bfloat16)) if ".shared_expert." in module
           else w, weights=True),
+    Fault("draft from hidden states before the final norm", "mtp", "the target hands on its stream", "",
+          draft="pre-norm", needs="drafts"),
+    Fault("draft with the embedding of the same token", "mtp", "of token t, not t + 1", "", draft="same token",
+          needs="drafts"),
+    Fault("halves of the draft's input swapped", "mtp", "hidden state first, embedding second", "",
+          weight=halves_swapped, needs="drafts"),
 )  # fmt: skip
 
 FAULTS: tuple[Fault, ...] = (*SHARED, *ROUTED, *ONE_EXPERT, *NORMS, *ATTENTION, *ROTARY, *DELTANET, *RANKS, *DRAFT)

@@ -32,7 +32,7 @@ from .steps import hypotheses
 
 WORTH, TRIES = 0.5, 3  # hypotheses that explain less are not looked at closely, nor more than so many
 OUTPUT = {"mlp": "mlp_output", "gdn": "attn_output", "attn": "attn_output"}
-DIAGNOSED = (*OUTPUT, "input_layernorm", "post_attention_layernorm", "final_norm", "stream")
+DIAGNOSED = (*OUTPUT, "input_layernorm", "post_attention_layernorm", "final_norm", "stream", "mtp")
 PARTS = ("moe_routed_output", "moe_shared_gated", "moe_shared_output")
 HOLD_MLP = ("mlp_output", "layer_input", "layer_output_sum")
 

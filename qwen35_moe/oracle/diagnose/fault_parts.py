@@ -81,6 +81,12 @@ def swap_b_and_a(source: BrokenSource, module: str, packed: Packed) -> Packed:
     return source.inner.weight(f"{module.rpartition('.')[0]}.{other}") if other else packed
 
 
+def halves_swapped(_: BrokenSource, module: str, packed: Packed) -> Packed:
+    """The draft head's `fc`, with the columns of the hidden state first."""
+    values = packed.decode(torch.float64)
+    return Float(values.roll(values.shape[1] // 2, 1)) if module == "mtp.fc" else packed
+
+
 def neighbour(source: BrokenSource, mlp: str, e: int, slot: PackedExpert) -> PackedExpert:
     E = source.config.num_experts
     return source.inner.slot(mlp, (e + 1) % E) if e < E else slot

@@ -50,11 +50,13 @@ class Fault:
     slot      change of an expert's packed weights;  weight, of a linear module's;  tensor, of a plain tensor (by name)
     switches  of the arithmetic, where the fault can be expressed in one form of a rule only
     needs     "mxfp4" or "fp8" (packed experts), "a4" (quantised activations) or "a16" (not quantised), "images" in the
-              prompt, a "scaled" rotary embedding, several "kv heads", if it does
+              prompt, a "scaled" rotary embedding, several "kv heads",
+              "drafts" in the dump, if it does
     fused     the shared expert is a slot when this happens
     single    the fault of one expert (`Place.expert`)
     weights   found by comparing weights: activations differ by no more than roundings
     hand_over what a step gets from the one before, where that is the fault (`steps.py`);  where: its first token
+    draft     what the draft head starts from, where that is the fault (`drafted.py`)
     """
 
     name: str
@@ -73,6 +75,7 @@ class Fault:
     weights: bool = False
     hand_over: HandOver | None = None
     where: str = ""
+    draft: str = ""
 
     def handlers(self, place: Place) -> list[Handler]:
         """Fresh handlers; each run needs its own, since they remember."""
@@ -93,7 +96,7 @@ class Fault:
         fits = c.shared_expert_intermediate_size == c.moe_intermediate_size and routed != shared
         mxfp4, fp8 = routed == "mxfp4", routed.startswith("fp8")
         needs = {"": True, "mxfp4": mxfp4, "a4": a4, "a16": mxfp4 and not a4, "fp8": fp8,
-                 "images": images, "kv heads": c.num_key_value_heads > 1,
+                 "images": images, "kv heads": c.num_key_value_heads > 1, "drafts": False,
                  "scaled": c.rope_scaling is not None}[self.needs]  # fmt: skip
         return needs and (fits or not self.fused)
 

@@ -183,15 +183,16 @@ class Work:
 
     def _routing(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> Tensor | None:
         """Compare a layer's ids. Returns, where the dump has none, the tokens at which they might differ."""
-        logits_key = f"layers.{layer}.moe_router_logits"
+        at = "mtp.layers.0." if any(key.startswith("mtp.") for key in seen[0]) else f"layers.{layer}."
+        logits_key = f"{at}moe_router_logits"
         if logits_key not in seen[0]:
             return None
         logits_TE, *members = (s[logits_key] for s in seen)
-        ids_key = next((k for n in IDS if (k := f"layers.{layer}.{n}") in self.alignment.keys and k in seen[0]), "")
+        ids_key = next((k for n in IDS if (k := f"{at}{n}") in self.alignment.keys and k in seen[0]), "")
         delta_T = envelope(logits_TE, members, torch.bfloat16).max
         pair = self.alignment.pair(ids_key) if ids_key else None
         if pair is None or pair.engine is None:
-            A = seen[0][f"layers.{layer}.moe_topk_ids"].shape[1]
+            A = seen[0][f"{at}moe_topk_ids"].shape[1]
             return could_flip(logits_TE, delta_T, A)
         if ids_key in self.records:
             return None

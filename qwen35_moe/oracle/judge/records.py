@@ -36,6 +36,8 @@ BF16_GRID = "all its values are bf16, where every legal arithmetic keeps more di
 
 def block_of(key: str, kind: str = "") -> str:
     """The block that computes a tap. `kind` ("gdn" or "attn") tells whose attn_output it is."""
+    if key.startswith("mtp."):
+        return "mtp"
     name = base_name(key)
     block = next((b for pattern, b in _BLOCKS if re.match(pattern, name)), "other")
     return kind if name == "attn_output" and kind else block

@@ -24,6 +24,7 @@ from ...run.load import build, build_part
 from ...run.prompt import Images, embed_prompt
 from ...run.source import WeightSource
 from ..diagnose.faults import Fault, Place
+from .drafted import Drafting, drafted
 from .hand_over import HandOver, stepped
 from .log_p import LOG_P, log_p
 from .replay import Captured, Restart
@@ -45,6 +46,7 @@ class Tokens:
     mask: Tensor
     steps: Tensor | None = None
     images: Images | None = None
+    next_ids: Tensor | None = None  # [B, T], where the draft head was traced
 
     def on(self, device: torch.device) -> Tokens:
         """The same on a device."""
@@ -156,6 +158,11 @@ class Rerun:
         to_head: what those after the last layer would hold, which may be layer i."""
         place = self.place(i, expert)
         source, table = fault.source(self.source, place), fault.arithmetic(table)
+        if fault.block == "mtp":
+            given, handlers = self._drafting(source), fault.handlers(place)
+            return {} if given is None else drafted(
+                given, self.models[like], self.streams[like], table, handlers, fault.draft
+            )  # fmt: skip
         if i is None:
             model = build(source, table, self.fused, self.device("norm"), "stream")
             return self.head(model, self.streams[like], fault.handlers(place))
@@ -197,6 +204,16 @@ class Rerun:
             said = self.where.progress(i + 1, count, len(self.tables), begin, said)
             self.before, self.streams, self.chosen = self.streams, after, seen[0][f"layers.{i}.moe_topk_ids"]
         yield None, [self.head(model, stream) for model, stream in zip(self.models, self.streams, strict=True)]
+        if (given := self._drafting(self.source)) is not None:
+            runs = zip(self.models, self.streams, self.tables, strict=True)
+            yield None, [drafted(given, model, stream, table) for model, stream, table in runs]
+
+    def _drafting(self, source: WeightSource) -> Drafting | None:
+        """What the draft head starts from; None where the truth has none."""
+        t, mask = self.tokens, None if self.tokens.real is None else self.tokens.mask
+        if t.next_ids is None:
+            return None
+        return Drafting(t.ids, t.next_ids, mask, self.captured, source, self.device("norm"))
 
     def _images(self, model: Model, table: Arithmetic) -> Tensor | None:
         """The prompt's embeddings with its images in them, by the tower under this table; None for text."""
@@ -205,9 +222,8 @@ class Rerun:
         device = self.device("norm")
         model.visual = build_part("visual", self.source, table, False, device, "stream")
         real = None if self.tokens.real is None else self.tokens.mask.to(device)
-        return embed_prompt(model, self.tokens.ids.to(device), attention_mask=real, **self.tokens.images.given())[
-            "inputs_embeds"
-        ]
+        images, ids = self.tokens.images.given(), self.tokens.ids.to(device)
+        return embed_prompt(model, ids, attention_mask=real, **images)["inputs_embeds"]
 
     def taps(self, i: int | None, tables: Sequence[tuple[int, Arithmetic]]) -> list[dict[str, Tensor]]:
         """What the taps of layer i (None: after the last) held under more tables, each run from where one of ours

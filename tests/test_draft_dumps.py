@@ -1,0 +1,72 @@
+"""The draft head through the oracle: its truth for the tokens of a run, right engines agree, faults are named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import qwen35_moe as q
+from qwen35_moe.cli import main as cli
+from qwen35_moe.model.mtp import draft_head, with_hidden
+from qwen35_moe.numerics.taps import Site, attach
+from qwen35_moe.oracle.compare import compare
+from qwen35_moe.oracle.dumps.dump import Dump
+from qwen35_moe.oracle.dumps.readers.own import from_trace
+from qwen35_moe.trace.drafts import draft_ids_of
+from qwen35_moe.trace.file import Trace
+from qwen35_moe.trace.recorder import record, step_record
+
+IDS = torch.arange(20)[None] * 7919 % 251
+
+
+@pytest.fixture(scope="module")
+def truth(built: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    out = str(tmp_path_factory.mktemp("truth") / "trace")
+    ids = ",".join(map(str, IDS[0].tolist()))
+    assert (
+        cli.main(["trace", str(built("tiny")), "--ids", ids, "--drafts", "--no-envelope", "--quiet", "--out", out]) == 0
+    )
+    return Trace.open(out)
+
+
+def engine(path: Path, truth: Trace, how: str = "") -> Dump:
+    """sglang-bf16, drafting from the truth's ids, right or not."""
+    model, next_ids, stream = q.load(path, "sglang-bf16", "unfused"), draft_ids_of(truth), list[Tensor]()
+    assert model.mtp is not None and next_ids is not None
+
+    def keep(site: Site, x: Tensor) -> None:
+        if site.key == "layers.3.layer_output_sum":
+            stream.append(x)
+
+    if how == "halves":
+        weight = model.mtp.fc.weight
+        weight.data = weight.data.roll(weight.shape[1] // 2, 1)
+    with record("*", meta={"steps": [step_record(IDS, None, None, None)]}) as recorder, attach(keep):
+        _, hidden = with_hidden(model, IDS)
+        hidden = stream[0].to(hidden.dtype) if how == "pre-norm" else hidden
+        draft_head(model, model.mtp, IDS if how == "same token" else next_ids, hidden)
+    return from_trace(recorder.trace)
+
+
+def test_a_right_draft_head_agrees(built: Callable[[str], Path], truth: Trace) -> None:
+    found = compare(truth, engine(built("tiny"), truth))
+    assert found.exit_code == 0, found.verdict
+    assert sum(r.key.startswith("mtp.") and r.added is not None for r in found.records) > 30
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        ("pre-norm", "draft from hidden states before the final norm"),
+        ("same token", "draft with the embedding of the same token"),
+        ("halves", "halves of the draft's input swapped"),
+    ],
+)
+def test_faults_of_the_draft_head_are_named(built: Callable[[str], Path], truth: Trace, how: str, name: str) -> None:
+    found = compare(truth, engine(built("tiny"), truth, how), diagnoses=1)
+    assert found.exit_code == 1 and found.first is not None and found.first.block == "mtp", found.verdict
+    assert found.diagnoses[0].name == name, str(found.diagnoses[0])
