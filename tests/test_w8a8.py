@@ -177,3 +177,17 @@ def test_a_real_w8a8_engine_agrees(tmp_path: Path) -> None:
     found = {r.key: r.added or 0.0 for r in result.records}
     assert max(found.values()) < 2.5
     assert all(found[f"layers.0.{n}"] < 1.1 for n in ("gdn_qkv", "gdn_z", "moe_shared_gate_proj", "moe_shared_up_proj"))
+
+
+def test_mxfp4_weights_with_mxfp8_inputs(tmp_path: Path) -> None:
+    """W4A8: its own arithmetic passes, a dropped shared expert is named."""
+    source = open_checkpoint(build("tiny-mxfp4", tmp_path / "mxfp4"))[1].source
+    bench = Bench(source, "gate 0.5", IDS[:, :16], "+w4a8")
+    clean = next(v for v in variants("+w4a8", 16) if v.name == "sglang-bf16")
+    assert bench.clean(clean).found
+    fault = next(f for f in FAULTS if f.name == "shared expert dropped")
+    found = bench.planted(fault)
+    assert found.found and found.named_right, found
+    run = trace(load(source.checkpoint.path, "exact+w4a8", "unfused", text_only=True), IDS[:, :4])
+    x = run["layers.0.pre_mlp_layernorm_output"].flatten(0, 1)
+    assert torch.equal(run["layers.0.moe_a1"], mx_quantise_dequantise(x))
