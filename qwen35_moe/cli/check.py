@@ -18,7 +18,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Looks for what would crash, load garbage or be dropped, engine by engine, without computing anything. "
         "Exit code 0: no errors, 1: errors, 2: the checkpoint cannot be read."
     )
-    parser.epilog = "example: qwen35-moe check Qwen3.5-397B-A17B-MXFP4 --engine sglang --sarif check.sarif"
     parser.add_argument("checkpoint", help="checkpoint folder or .safetensors file")
     parser.add_argument("--engine", choices=(*NEWEST, "all"), default="all", help="whose loader (default: %(default)s)")
     parser.add_argument("--bytes", action="store_true", help="read every value too: NaN, infinity, zero scales")

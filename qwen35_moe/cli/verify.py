@@ -10,7 +10,6 @@ from ..trace.file import Trace
 
 def configure(p: argparse.ArgumentParser) -> None:
     p.description = "Reads all files of a trace and its envelope, and compares their checksums with those it holds."
-    p.epilog = "Exit codes: 0 the bytes are those that were written, 2 they are not. Example: qwen35-moe verify truth/"
     p.add_argument("truth", help="directory that `trace` wrote")
     p.set_defaults(run=run)
 
