@@ -134,7 +134,8 @@ LONG_FILES = frozenset(
         "oracle.compare",
         "oracle.dumps.align",
         "oracle.judge.envelope_file",
-        "oracle.judge.records oracle.judge.rerun",
+        "oracle.judge.records",
+        "oracle.judge.rerun",
         "trace.file",
         "trace.writer",
     ]
