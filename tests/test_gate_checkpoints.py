@@ -241,5 +241,5 @@ def test_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(str(tmp_path), "--config-only") == 0
     capsys.readouterr()
     assert cli(str(tmp_path / "absent.json")) == 2
-    assert "cannot read the configuration" in capsys.readouterr().err
+    assert "cannot read the file" in capsys.readouterr().err
     assert cli(str(path), "--option", "nonsense=1") == 2

@@ -107,7 +107,7 @@ def test_modes_and_drafts_write_the_same(
 
 def test_json_and_table_are_the_same_records(capsys: pytest.CaptureFixture[str], plain: list[int]) -> None:
     records = lines(call(capsys, BARE, "--ids", "1,2,3", *SIX, "--top", 2, "--json")[1])
-    assert list(records[0]) == ["step", "id", "log_p", "rank", "top", "drafted"]
+    assert list(records[0]) == ["type", "step", "id", "log_p", "rank", "top", "drafted"]
     table = call(capsys, BARE, "--ids", "1,2,3", *SIX, "--top", 2)[1].splitlines()
     for record, line in zip(records, table, strict=True):
         others = "  ".join(f"{i} {log_p:.4f}" for i, log_p in record["top"])

@@ -11,6 +11,7 @@ from tolerances import FLOAT64_REORDERED
 
 import qwen35_moe as q
 from qwen35_moe.model import attention, deltanet, moe, norms, ops, router
+from qwen35_moe.numerics.choices import with_choices
 from qwen35_moe.numerics.metrics import rel_l2
 from qwen35_moe.numerics.taps import attach
 from qwen35_moe.run.gpu import grouped
@@ -333,7 +334,12 @@ def test_every_tap_is_in_the_table(built):
     def observe(site, x):
         names.add(site.name)
 
-    for recipe, table in (("tiny", "sglang-bf16"), ("tiny-moe-mxfp4", "sglang-aiter-mxfp4")):
+    for recipe, table in (
+        ("tiny", "sglang-bf16"),
+        ("tiny-moe-mxfp4", "sglang-aiter-mxfp4"),
+        ("tiny-fp8", "sglang-bf16+a8"),
+        ("tiny", with_choices(q.arithmetic.get("sglang-bf16"), kv_cache="fp8_e4m3")),
+    ):
         model, cache = q.load(built(recipe), table, "unfused", text_only=True), q.Cache()
         with attach(observe):
             model(ids_of(5), cache=cache)

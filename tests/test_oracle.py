@@ -694,7 +694,8 @@ def test_catalogue_is_data_with_names_of_taps() -> None:
     for fault in FAULTS:
         for name in (*fault.taps, *fault.remembers):
             assert name in TAPS or name.endswith(".gain"), (fault.name, name)
-        assert fault.taps or fault.slot or fault.weight or fault.tensor, fault.name
+        how = (fault.taps, fault.slot, fault.weight, fault.tensor, fault.draft, fault.hand_over, fault.switches)
+        assert any(how), fault.name
 
 
 def test_envelope_of_a_declared_arithmetic() -> None:

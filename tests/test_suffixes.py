@@ -105,6 +105,7 @@ def test_every_suffix_tells_the_truth(built):
 
 def test_the_audit_sees_a_lie(built, monkeypatch):
     from qwen35_moe.model import moe
+    from qwen35_moe.run import experts
 
     def lie(x_ND, gate_up_2FD, down_DF, quantised=False):
         y_FD = moe.linear("moe_expert_down", x_ND[:, : down_DF.shape[1]], down_DF)
@@ -112,5 +113,6 @@ def test_the_audit_sees_a_lie(built, monkeypatch):
 
     lie.__code__ = lie.__code__.replace(co_filename=str(CORE / "model" / "moe.py"))
     monkeypatch.setattr(moe, "expert", lie)
+    monkeypatch.setattr(experts, "expert", lie)
     lie.__globals__["moe"] = moe
     assert any("y_FD" in line for line in watch(q.load(built("tiny"))).wrong)

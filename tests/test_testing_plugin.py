@@ -52,6 +52,7 @@ def test_examples_of_the_readme(tmp_path):
         (tmp_path / f"test_example_{n}.py").write_text(example)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", tmp_path)))}
     env |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    env.pop("PYTEST_XDIST_WORKER", None)  # under which each process writes a report of its own
     command = [sys.executable, "-m", "pytest", "-q", "-p", "qwen35_moe.pytest_plugin", "--rootdir", str(tmp_path)]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", "--qwen35-report", "checks.json"],
