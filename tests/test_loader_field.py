@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import qwen35_moe as q
 from qwen35_moe.checkpoint import Checkpoint
+from qwen35_moe.cli.main import main
 from weights.build import build
 
 Tensors = dict[str, torch.Tensor]
@@ -133,3 +134,11 @@ def test_packed_experts_under_modelopts_names(tmp_path: Path) -> None:
     for e, scale in enumerate((2.0, 3.0)):
         for part in checkpoint.experts("layers.0.mlp.experts").read(e):
             assert torch.equal(part.decode(torch.float64), torch.full((8, 4), scale, dtype=torch.float64))
+
+
+def test_keys_that_are_known_to_be_harmless_pass(tiny: Path, tmp_path: Path) -> None:
+    """A truth of a checkpoint whose config.json has a key that nobody here knows."""
+    folder = changed(tiny, tmp_path / "c", config=lambda c: c["text_config"].update(attention_sinks=4))
+    command = ["trace", str(folder), "--ids", "1,2,3", "--no-envelope", "--quiet", "--out", str(tmp_path / "t")]
+    assert main(command) == 2
+    assert main([*command, "--ignore-config-keys", "attention_sinks"]) == 0

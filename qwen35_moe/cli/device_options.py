@@ -22,6 +22,13 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offload-folder", metavar="DIR", help="where --device-map puts what goes to disk")
 
 
+def add_ignored_keys(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-config-keys", type=lambda text: tuple(text.split(",")), default=(), metavar="KEY,...",
+        help="keys of config.json that are not known here, and that you know to be harmless",
+    )  # fmt: skip
+
+
 def device_options(args: argparse.Namespace) -> dict[str, Any]:
     """These options as arguments of `load`."""
     if args.device_map is None:

@@ -18,7 +18,7 @@ from ..run.generate import Sampling, Step, generate, score
 from ..run.load import MODES, load
 from ..run.origin import origin_of
 from ..run.prompt import embed_prompt, load_images, load_tokenizer, place_images, placeholders, read_ids, stop_ids
-from .device_options import add_device_options, device_options
+from .device_options import add_device_options, add_ignored_keys, device_options
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mode", default="packed", choices=MODES, help="default: %(default)s")
     add_device_options(parser)
+    add_ignored_keys(parser)
     parser.add_argument("--text-only", action="store_true", help="load neither draft head nor vision tower")
     parser.set_defaults(run=run)
 
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.checkpoint) if args.prompt is not None or has_tokenizer(args.checkpoint) else None
     ids = one(read_ids(args.ids, "--ids"), "--ids") if args.prompt is None else encode(tokenizer, args)
     images = load_images(args.checkpoint, args.image) if args.image else None
-    where = device_options(args)
+    where = {**device_options(args), "ignore_config_keys": args.ignore_config_keys}
     model = load(args.checkpoint, args.arithmetic, mode=args.mode, text_only=args.text_only, **where)
     for part, count in origin_of(model).left_out.items():
         print(f"left out, as --text-only asks: {count} tensors of {part}", file=sys.stderr)

@@ -30,7 +30,7 @@ from ..trace.images import read_images
 from ..trace.layers import aside_of, check_request, complete_trace, meta_of, resumable, resumed_complete, trace_layers
 from ..trace.resume import run_of
 from ..trace.writer import remove_parts
-from .device_options import add_device_options, device_options
+from .device_options import add_device_options, add_ignored_keys, device_options
 from .parsing import layers
 from .shares import Processes, begin_parts, check_one_pass, join, parts_of
 
@@ -58,6 +58,7 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--mode", choices=MODES, help="what is held in memory (default: stream; packed with --device-map)")
     p.add_argument("--stream", dest="mode", action="store_const", const="stream", help="the same as --mode stream")
     add_device_options(p)
+    add_ignored_keys(p)
     p.add_argument("--shared-expert", default="unfused", choices=SHARED_EXPERT_MODES, help="default: %(default)s")
     p.add_argument("--no-envelope", action="store_true", help="the trace alone, not how far legal roundings stray")
     p.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -231,6 +232,7 @@ def _load(args: argparse.Namespace, arithmetic: Any) -> Model:
         args.shared_expert,
         mode=mode,
         text_only=args.images is None and not args.drafts,
+        ignore_config_keys=args.ignore_config_keys,
         **device_options(args),
     )
 
