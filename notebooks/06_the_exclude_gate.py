@@ -183,9 +183,7 @@ for row in range(len(recipes)):
     for column in range(len(labels)):
         word = WORDS[table[row, column]]
         ax.text(column, row, word.replace(", ", ",\n"), ha="center", va="center", fontsize=7)
-ax.set_xticks(
-    range(len(labels)), [label.replace(" ", "\n", 1).replace("-first", "\nfirst") for label in labels], fontsize=7
-)
+ax.set_xticks(range(len(labels)), [label.replace(" ", "\n", 1).replace("-", "\n", 1) for label in labels], fontsize=7)
 ax.set_yticks(range(len(recipes)), [r.name for r in recipes])
 ax.set(xlabel="rule", ylabel="checkpoint", title="May the shared expert of the target's layers be fused?")
 ax.grid(False)
