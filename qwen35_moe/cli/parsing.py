@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         start = "unrecognized arguments: "
         if message.startswith(start):
-            word = message.removeprefix(start).split()[0].partition("=")[0]
+            word = next(iter(message.removeprefix(start).split()), "").partition("=")[0]
             if near := get_close_matches(word, list(self.options()), 1):
                 message += f" (did you mean {near[0]}?)"
         super().error(message)
