@@ -83,6 +83,8 @@ class Config:
         """Reads config.json from a folder, or the given JSON file."""
         path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
         try:
+            if path.exists() and not path.is_file():  # a FIFO would hang the reader
+                raise OSError(0, "not a regular file")
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), ignore)
         except OSError as error:
             do = "name a checkpoint folder or its config.json"
