@@ -29,12 +29,12 @@ from qwen35_moe.trace.file import Trace
 
 # What the innermost functions of the main thread say of what it was doing; the first that matches.
 DOING = (
-    ("saving a state", r"run_state.py.* in write$|envelope_file.py.* in write$|in resumed$"),
-    ("writing values", r"trace_writer.py.* in (flush|add_blocks|close|add|_begin|__init__)"),
+    ("saving a state", r"trace/resume.py.* in write$|envelope_file.py.* in write$|in resumed$"),
+    ("writing values", r"trace/writer.py.* in (flush|add_blocks|close|add|_begin|__init__)"),
     ("writing the envelope", r"envelope_file.py.* in _of_truth"),
     ("decoding", r"quant/|in decode"),
     ("reading", r"checkpoint/"),
-    ("computing", r"model.py|moe.py|long_run.py|envelope_file.py|ops.py"),
+    ("computing", r"model/|trace/layers.py|envelope_file.py"),
 )
 
 
