@@ -71,7 +71,7 @@ def abort(process: subprocess.Popen[str], out: Path) -> str | None:
     if process.returncode != -signal.SIGABRT:
         assert process.returncode == 0, stderr
         return None
-    main_thread = [part for part in re.split(r"\n(?=Thread |Current thread )", stderr) if "cli.py" in part]
+    main_thread = [part for part in re.split(r"\n(?=Thread |Current thread )", stderr) if "cli/main.py" in part]
     if not main_thread:
         return "all done: leaving"
     doing = next((name for name, pattern in DOING if re.search(pattern, main_thread[0], re.MULTILINE)), main_thread[0])
