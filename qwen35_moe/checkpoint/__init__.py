@@ -1,4 +1,4 @@
-"""Real checkpoints, read tensor by tensor: every layout in the wild, nothing believed that headers can refute."""
+"""Real checkpoints, read tensor by tensor, in every public layout. Headers are checked before anything is read."""
 
 from .checkpoint import Checkpoint
 from .header import TensorEntry

@@ -33,7 +33,7 @@ SAMPLES_PER_FILE, PIECE = 16, 4096  # of each file, evenly spaced; bytes of each
 
 
 class Checkpoint:
-    """Opened from headers alone; what is asked for is read, from any thread, or mapped (`reader.mapped`).
+    """Opened from headers alone. Tensors are read on demand, from any thread, or mapped (`reader.mapped`).
 
     with Checkpoint.open(path) as ck:
         ck.read("norm.weight")
@@ -64,7 +64,7 @@ class Checkpoint:
     def open(cls, path: str | Path) -> Checkpoint:
         """From a folder (with or without an index) or one .safetensors file.
 
-        Error: whatever headers, index and file sizes can tell to be wrong.
+        Error: headers, index and file sizes contradict each other.
         """
         return cls(open_folder(Path(path)))
 
@@ -90,7 +90,7 @@ class Checkpoint:
         return self.tensors[name]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """The tensor in the dtype in which it is stored, or a run of its rows; mapped, it is the file's memory."""
+        """The tensor in its stored dtype, or a run of its rows. If mapped, it is a view of the file."""
         stored = self.stored(name)
         self.used.add(name)
         found = Rows.of(stored).rows(rows).read(self.reader)
@@ -117,7 +117,7 @@ class Checkpoint:
         raise self._missing(f"{module}.weight")
 
     def experts(self, prefix: str) -> StoredExperts:
-        """The routed experts `layers.N.mlp.experts`; all of them count as used, whether a token hits them or not."""
+        """The routed experts `layers.N.mlp.experts`. All of them count as used, chosen or not."""
         found = self.find_experts(prefix)
         self.used.update(self._expert_names[prefix])
         return found
@@ -154,9 +154,9 @@ class Checkpoint:
         return count, False
 
     def spec(self, module: str) -> ModuleSpec | None:
-        """What a module's bytes are; None for one that is not there, and for experts (`….mlp.experts`) that differ.
+        """The precision of a module's bytes. None if it is absent, or if its experts (`….mlp.experts`) differ.
 
-        Also of formats that are not decoded here, see `foreign_spec`.
+        Formats that cannot be decoded here are named as well, see `foreign_spec`.
         """
         if module in self.modules:
             return foreign_spec(self.modules[module]) or self.find(module).spec
@@ -178,11 +178,11 @@ class Checkpoint:
         return usage_report(self.folder, self.used, aside)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from another without reading it: sizes, hashes over its config.json, over all
-        headers, and over SAMPLES pieces of each file.
+        """A fingerprint that needs no full read: sizes, and hashes of config.json, of all headers, and of SAMPLES
+        pieces of each file.
 
-        File names do not matter, nor does the folder. Two checkpoints of equal headers that differ in a few weights may
-        look alike; `verify` tells those apart.
+        Names of files and folder do not matter. Two checkpoints with equal headers that differ in a few weights may
+        have one fingerprint; `verify` tells them apart.
         """
         parts = sorted(f"{header.size} {header.sha256}" for header in self.folder.headers)
         return {

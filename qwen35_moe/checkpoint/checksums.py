@@ -1,4 +1,4 @@
-"""Checksums of what is on disk, held against whatever is known of it."""
+"""Checksums of files and tensors on disk, compared with the expected ones."""
 
 from __future__ import annotations
 

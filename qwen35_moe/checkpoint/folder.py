@@ -82,7 +82,7 @@ def open_folder(path: Path) -> Folder:
 
 
 def _obey_index(folder: Folder, copies: dict[str, list[TensorEntry]], weight_map: dict[str, str], index: Path) -> None:
-    """Of several copies keeps the one that the index points at. Error: index and files do not hold the same tensors."""
+    """Keeps the copy that the index names, if there are several. Error: index and files hold different tensors."""
     files = {header.file.name: header.file for header in folder.headers}
     known: set[str] = set()
     absent = []
@@ -150,7 +150,7 @@ def _plain(name: str) -> bool:
 
 
 def read_config(root: Path) -> dict[str, Any]:
-    """config.json as it is, with ModelOpt's hf_quant_config.json where that is beside it; {} where there is none."""
+    """config.json, joined with ModelOpt's hf_quant_config.json if that file is there; {} if there is no config.json."""
     file = root / "config.json"
     if not file.is_file():
         return {}
@@ -162,7 +162,7 @@ def read_config(root: Path) -> dict[str, Any]:
 
 
 def _check_numbering(files: list[Path]) -> None:
-    """model-00002-of-00004: without an index, the numbers are what tells that a shard is missing."""
+    """model-00002-of-00004: without an index, only the numbers show that a shard is missing."""
     groups: dict[tuple[str, int], set[int]] = {}
     for file in files:
         if match := NUMBERED.fullmatch(file.name):

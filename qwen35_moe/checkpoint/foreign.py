@@ -1,4 +1,4 @@
-"""Formats that are not decoded here, told apart by their headers: the gate and `check` must know what they are.
+"""Formats that are not decoded here, recognised by their headers: the gate and `check` need their names.
 
 | kind  | tensors of module m                                                                | written by             |
 |-------|------------------------------------------------------------------------------------|------------------------|

@@ -1,11 +1,11 @@
-"""The header of a safetensors file: read within bounds, and believed only once it is consistent with the file.
+"""The header of a safetensors file: read within bounds, and checked against the file before it is used.
 
     8 bytes      length N of the header, little endian
     N bytes      JSON: {name: {"dtype": ..., "shape": [...], "data_offsets": [begin, end]}, "__metadata__": {...}}
     the rest     the tensors' bytes; offsets count from here, cover all of it, and do not overlap
 
-Source: the format's README (github.com/huggingface/safetensors). A run that reads for hours must not find in its last
-layer what the header could have told in the first second.
+Source: the format's README (github.com/huggingface/safetensors). What a header can tell is checked in the first second,
+not in the last layer of a long run.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself: its size, the sha256 of its header (length and JSON), and the entries."""
+    """A file's size, the sha256 of its header (length and JSON), and its entries."""
 
     file: Path
     size: int

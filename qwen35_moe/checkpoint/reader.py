@@ -1,8 +1,8 @@
 """Bytes from files into tensors: pread into memory of our own, or a view of the mapped file (`Reader.mapped`).
 
-Both are as fast (measured: 13 to 21 GB/s of warm page cache for 1 to 6 MB). What a streamed run reads once and drops is
-read by pread: mapped pages count as resident until the system takes them back, so that such a run would seem to hold
-all that it has read. What stays for the whole run is mapped: it costs no memory of the process's own, nor a copy.
+Both are equally fast (13 to 21 GB/s from a warm page cache, 1 to 6 MB a read). A streamed run uses pread for weights
+that it drops after use: mapped pages count as resident until the system reclaims them. Weights that stay for the whole
+run are mapped: that needs no copy and no memory of the process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STORED_DTYPES = {
 
 
 class Reader:
-    """Reads from any number of files and threads; a position belongs to a read, not to a file."""
+    """Reads from many files in many threads. Each read has its own position."""
 
     def __init__(self, known: Mapping[Path, tuple[int, int]]) -> None:
         """known: size and time of the last change of each file, as its header was read."""
@@ -45,7 +45,7 @@ class Reader:
     def map(self, stored: TensorEntry, begin: int, nbytes: int) -> Tensor:
         """A view (uint8) of these bytes of the tensor in its file. Writing to it changes memory, never the file.
 
-        Where the file is cut off later, touching it ends the process (SIGBUS): see `check`.
+        If the file is truncated later, touching the view ends the process (SIGBUS): see `check`.
         """
         self.descriptor(stored)
         with self._lock:
@@ -71,7 +71,7 @@ class Reader:
         self.close = weakref.finalize(self, _close_all, self._descriptors)
 
     def descriptor(self, stored: TensorEntry) -> int:
-        """Of the tensor's file, which stays open."""
+        """File descriptor of the tensor's file, which stays open."""
         with self._lock:
             if stored.file not in self._descriptors:
                 try:
@@ -83,9 +83,9 @@ class Reader:
             return self._descriptors[stored.file]
 
     def check(self) -> None:
-        """Error where a file was written to since its header was read: it may be cut off, or hold other weights.
+        """Error if a file was written to after its header was read: it may be truncated, or hold other weights.
 
-        A file that is open stays readable, and is fine, where it was removed, or replaced by another of its name.
+        A removed or replaced file is no error: the open one stays readable.
         """
         for file in list(self._descriptors):
             self._check(file)
@@ -158,7 +158,7 @@ class Rows:
         return replace(self, first=self.first + self.step * i * (self.count // n), count=self.count // n)
 
     def turn(self, i: int, n: int) -> Rows:
-        """Of rows in which n matrices take turns, those of matrix i."""
+        """The rows of matrix i, if the rows of n matrices alternate."""
         return replace(self, first=self.first + i, count=self.count // n, step=n)
 
     def rows(self, rows: slice | None) -> Rows:
@@ -168,12 +168,12 @@ class Rows:
         return replace(self, first=self.first + self.step * start, count=max(stop - start, 0))
 
     def span(self) -> tuple[int, int]:
-        """(first byte, bytes) within the tensor of what must be read."""
+        """(first byte, number of bytes) to read, counted from the tensor's begin."""
         rows = (self.count - 1) * self.step + 1 if self.count else 0
         return self.first * self.row_bytes, rows * self.row_bytes
 
     def read(self, reader: Reader) -> Tensor:
-        """A tensor [count, *size] of the stored dtype: memory of its own, or, where the reader maps, the file's."""
+        """A tensor [count, *size] of the stored dtype: a copy, or a view of the file if the reader maps."""
         if self.stored.dtype not in STORED_DTYPES:
             raise Qwen35Error(
                 "torch has no such dtype",
@@ -197,7 +197,7 @@ class Rows:
         return buffer.view(STORED_DTYPES[self.stored.dtype]).view(self.count, *self.size)
 
     def gather(self, reader: Reader, runs: Sequence[slice]) -> Tensor:
-        """Some runs of these rows, one after another: as `rows` and `read` of each, in a fraction of the time."""
+        """Several runs of these rows, one after another: as `rows` and `read` of each, but much faster."""
         count, size = sum(run.stop - run.start for run in runs), self.row_bytes
         found = torch.empty(count * size, dtype=torch.uint8)
         memory, begin, first = found.numpy().data, 0, self.stored.begin + self.first * size
@@ -217,7 +217,7 @@ class Rows:
 
 
 def read_together(reader: Reader, wanted: Sequence[Rows]) -> list[Tensor]:
-    """`Rows.read` of each. What lies side by side in one file is read at once, into one piece of memory."""
+    """`Rows.read` of each. Neighbours in one file are read at once, into one piece of memory."""
     found: dict[int, Tensor] = {}
     at = [rows.stored.begin + rows.span()[0] for rows in wanted]
     run: list[int] = []

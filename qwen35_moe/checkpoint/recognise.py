@@ -1,4 +1,4 @@
-"""What a module's tensors are: decided from their names, dtypes and shapes alone, before any of them is read.
+"""The format of a module's tensors, decided from their names, dtypes and shapes before any of them is read.
 
 | kind        | tensors of module m                                                     | value                      |
 |-------------|-------------------------------------------------------------------------|----------------------------|
@@ -10,8 +10,8 @@
 | fp8-channel | the same, scale [O] or [O, 1]                                           | in spite of `_inv`         |
 | fp8-tensor  | the same, one scale                                                     |                            |
 
-An exclude list says what was meant to be. It is wrong often enough (sglang issues 36158, 38870, 39064) to be left out
-of this.
+An exclude list says what was intended. It is wrong so often (sglang issues 36158, 38870, 39064) that it has no say
+here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The experts of one layer, whatever their layout: fused in 3-D tensors or one by one, even of mixed formats."""
+"""The experts of one layer in any layout: in 3-D tensors or one by one, also with mixed formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of tensors: from what a file has to the one spelling that this package uses."""
+"""Names of tensors: from a file's spelling to the one that this package uses."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROLE = re.compile(
 
 
 def split_role(name: str) -> tuple[str, str]:
-    """(module, role): what belongs to one weight has one module.
+    """(module, role): all tensors of one weight have one module.
 
     >>> split_role("layers.0.mlp.experts.3.up_proj.weight_scale"), split_role("layers.0.linear_attn.A_log")
     (('layers.0.mlp.experts.3.up_proj', '.weight_scale'), ('layers.0.linear_attn.A_log', ''))

@@ -1,7 +1,7 @@
-"""Reading what strangers wrote: regular files within a size, and JSON within a depth, with every key once.
+"""Reading untrusted files: regular files of limited size, and JSON of limited depth, with every key once.
 
-A FIFO or a device would hang a reader, a repeated key holds two truths of which readers pick different ones, and JSON
-nested a hundred thousand deep exhausts a stack. Each is one clear error here.
+A FIFO or a device would hang the reader. Of a repeated key, programs take different values. Deeply nested JSON exhausts
+the stack. Each is one clear error here.
 """
 
 from __future__ import annotations

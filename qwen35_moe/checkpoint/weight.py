@@ -32,7 +32,7 @@ class StoredWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is stored: torch.uint8 for MXFP4."""
+        """The stored dtype: torch.uint8 for MXFP4."""
         return STORED_DTYPES[self.values.stored.dtype]
 
     @property
@@ -49,12 +49,12 @@ class StoredWeight:
 
     @property
     def interleaved(self) -> bool:
-        """Rows of gate and up take turns (gpt-oss)."""
+        """Rows of gate and up alternate (gpt-oss)."""
         return self.values.stored.name.endswith("gate_up_proj_blocks")
 
     @property
     def form(self) -> tuple[Any, ...]:
-        """What weights that are stored alike have in common."""
+        """Equal for weights that are stored in the same way."""
         parts = tuple((rows.stored.dtype, rows.count, rows.size, rows.step) for rows in self.parts)
         return self.kind, self.shape, self.block, self.interleaved, parts
 
@@ -70,7 +70,7 @@ class StoredWeight:
         return replace(self, shape=self.shape[1:], values=own(self.values), scale=self.scale and own(self.scale))
 
     def half(self, i: int) -> StoredWeight:
-        """Gate (0) or up (1) of a gate_up weight [2F, I]. In gpt-oss's layout their rows take turns."""
+        """Gate (0) or up (1) of a gate_up weight [2F, I]. In gpt-oss's layout their rows alternate."""
         O, I = self.shape  # noqa: E741
         cut = Rows.turn if self.interleaved else Rows.part
         scale = self.scale
@@ -86,36 +86,36 @@ class StoredWeight:
         return replace(self, shape=(O // 2, I), values=cut(self.values, i, 2), scale=scale)
 
     def read(self, rows: slice | None = None) -> Packed:
-        """The weight as it is stored, or some of its rows. Of FP8 blocks, `rows` must begin with a block.
+        """The weight as it is stored, or some of its rows. For FP8 blocks, `rows` must start at a block boundary.
 
-        Error: a scale that is NaN or infinite; it would turn whatever it touches into NaN.
+        Error: a scale is NaN or infinite.
         """
         whole = self.interleaved and self.values.step == 1  # gate and up still take turns
         stored = self if whole or rows is None else self.some(rows)
         return self.assemble(*(part.read(self.reader) for part in stored.parts), rows=rows if whole else None)
 
     def some(self, rows: slice) -> StoredWeight:
-        """Rows of a matrix [O, I], as a weight. Of FP8 blocks, they must begin with a block."""
+        """Rows of a matrix [O, I], as a weight. For FP8 blocks, they must start at a block boundary."""
         start, stop, _ = rows.indices(self.shape[0])
         scale = None if self.scale is None else self._scale_rows(rows)
         return replace(self, shape=(stop - start, *self.shape[1:]), values=self.values.rows(rows), scale=scale)
 
     @property
     def parts(self) -> tuple[Rows, ...]:
-        """What `assemble` takes, once it is read."""
+        """The rows to read for `assemble`."""
         return (self.values,) if self.scale is None else (self.values, self.scale)
 
     def assemble(self, values: Tensor, scale: Tensor | None = None, *, rows: slice | None = None) -> Packed:
-        """The weight of what was read. rows: which of them to keep, where gate and up took turns."""
+        """The weight, from the tensors that were read. rows: the ones to keep, if gate and up alternate."""
         if scale is None or self.scale is None:
             return Float(values)
         _check_finite(scale, self.scale.stored)
         return self._packed(values, scale, rows=rows)
 
     def of(self, parts: Iterable[Tensor], doubts: list[Tensor], count: int | None = None) -> Packed:
-        """As `assemble`, on any device; nothing waits for it. Whether a scale is NaN or infinite is added to `doubts`.
+        """As `assemble`, on any device, without waiting for it. Adds a check for NaN and infinite scales to `doubts`.
 
-        Of a float or an MXFP4 weight, the parts may be stacks of many, of which the first `count` matter.
+        For float and MXFP4 weights, the parts may be stacks of many, of which the first `count` are used.
         """
         values, *scales = parts
         doubts += [_not_finite(scale[:count]).any() for scale in scales]

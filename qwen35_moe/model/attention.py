@@ -13,8 +13,8 @@ from .norms import RMSNorm
 from .ops import Linear, accumulation_dtype, apply, as_read_by, matmul, multiply
 from .rope import rotate
 
-# Queries are handled in blocks of at most this many rows, and of fewer where there are more than LONG tokens to score:
-# the scores that stand in memory at once do not grow with the sequence.
+# Queries are processed in blocks of at most this many rows, and of fewer if there are more than LONG keys. So the
+# scores in memory do not grow with the sequence.
 QUERY_BLOCK, LONG = 1024, 4096
 
 
@@ -24,7 +24,7 @@ def attend(
     """softmax(q k^T / sqrt(H)) v with a causal mask.  -> [B, T, N, H].
 
     The T queries are the last of the S tokens, or stand at `at_T` among them. Query head n reads key head n // (N/G).
-    `real_BS` marks the tokens that are no padding; a padded query sees itself, so that its row is defined. transformers
+    `real_BS` is False for padding. A padded query sees itself, so that its row is defined. transformers
     rounds q k^T, then the scaled scores, then the probabilities; flash attention keeps all but those in fp32.
     """
     T, N, H = q_BTNH.shape[1:]

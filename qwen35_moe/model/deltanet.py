@@ -48,7 +48,7 @@ def recurrent_delta_rule(
 def chunked_delta_rule(
     q_BTJK: Tensor, k_BTJK: Tensor, v_BTJP: Tensor, g_BTJ: Tensor, beta_BTJ: Tensor, state_BJKP: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same by chunks of 64 tokens: matrix products instead of a loop. Same signature, equal in exact arithmetic.
+    """The same in chunks of 64 tokens, by matrix products instead of a loop. Same signature; equal in exact arithmetic.
 
     Within a chunk that starts with state S, let G_i = g_1 + ... + g_i and D_ij = exp(G_i - G_j) for i >= j, else 0.
     Unrolling the definition gives a unit lower triangular system for the u_i:
@@ -57,7 +57,7 @@ def chunked_delta_rule(
         o_i = exp(G_i) S^T q_i + sum_{j<=i} D_ij (q_i . k_j) u_j
         S'  = exp(G_C) S + sum_j exp(G_C - G_j) k_j u_j^T
 
-    Both halves of the right side are solved for at once for all chunks; only S runs through them in order.
+    All chunks are solved at once, for both halves of the right side. Only S passes from chunk to chunk in order.
     """
     outputs = []
     for span in zip(*(x.split(SPAN, 1) for x in (q_BTJK, k_BTJK, v_BTJP, g_BTJ, beta_BTJ)), strict=True):
@@ -106,8 +106,8 @@ def _chunks(x_BTJH: Tensor) -> Tensor:
 def causal_conv(x_BTC: Tensor, weight_C1W: Tensor, state_BCW: Tensor, real_BT: Tensor | None) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution, then SiLU.  y_t = silu(sum_w weight_w x_{t-W+1+w}); the last tap is the present.
 
-    `state_BCW` holds the W-1 inputs before the first token; returns y [B, T, C] and the last W-1 inputs. Where
-    `real_BT` marks padding, the state stands right before the first real token, and is taken right after the last.
+    `state_BCW` holds the W-1 inputs before the first token. Returns y [B, T, C] and the last W-1 inputs. With padding
+    (`real_BT`), the state lies right before the first real token, and the new one ends at the last real token.
     """
     T, C = x_BTC.shape[1:]
     memory = weight_C1W.shape[-1] - 1
@@ -143,7 +143,7 @@ def _depthwise(x_BTC: Tensor, past_BWC: Tensor, weight_C1W: Tensor) -> Tensor:
 
 
 def weighted_sum(x_BTC: Tensor, past_BWC: Tensor, weight_WC: Tensor, dtype: torch.dtype) -> Tensor:
-    """One product after another, as a library's convolution adds them (on a CPU in an eighth of its time)."""
+    """One product after another, in the order of a library's convolution (on a CPU in an eighth of its time)."""
     T, x_BSC = x_BTC.shape[1], promote(torch.cat((past_BWC, x_BTC), 1))
     y_BTC = x_BSC[:, :T] * weight_WC[0]
     for w in range(1, len(weight_WC)):

@@ -22,7 +22,7 @@ from .router import append_shared, route, shared_gate
 
 
 class ExpertOutput(NamedTuple):
-    """What one expert makes of its tokens: row n is that of token token[n], of whose list the expert is at slot[n]."""
+    """The output of one expert. Row n belongs to token token_N[n], whose list has the expert at slot slot_N[n]."""
 
     expert: int
     token_N: Tensor
@@ -33,8 +33,8 @@ class ExpertOutput(NamedTuple):
 class Experts(nn.Module):
     """The experts of a layer. A subclass says where their weights are.
 
-    count: experts, the shared one included where it is fused. intermediate: F, the width of an expert. quantised:
-    whether engines quantise the inputs of these experts, too; then the taps `moe_a1` and `moe_a2` exist.
+    count: the number of experts, including a fused shared expert. intermediate: F, the width of an expert.
+    quantised: engines quantise the inputs of these experts as well; then the taps `moe_a1` and `moe_a2` exist.
     """
 
     def __init__(self, count: int, intermediate: int, quantised: bool = False):
@@ -42,17 +42,17 @@ class Experts(nn.Module):
         self.count, self.intermediate, self.quantised = count, intermediate, quantised
 
     def at(self, e: int) -> tuple[Tensor, Tensor]:
-        """(gate_up [2F, D], down [D, F]) of an expert, until the same thread asks for the next. Rows of gate_up: F of
-        gate, then F of up."""
+        """(gate_up [2F, D], down [D, F]) of expert e. They are valid until the same thread asks for the next expert.
+        gate_up has F rows of gate, then F rows of up."""
         raise NotImplementedError
 
     def combine(self, x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
-        """sum_a weights_a expert_{ids_a}(x), each hit expert once.  -> [T, D]"""
+        """sum_a weights_a expert_{ids_a}(x).  -> [T, D]. Each chosen expert runs once, on all its tokens."""
         x_TD = tap("moe_a1", x_TD) if self.quantised else x_TD
         return add_up(self.outputs(x_TD, ids_TA), x_TD, weights_TA)
 
     def outputs(self, x_TD: Tensor, ids_TA: Tensor) -> Iterator[ExpertOutput]:
-        """The outputs of the hit experts, in ascending order of their ids."""
+        """The outputs of all chosen experts, in ascending order of their ids."""
         for e, token_N, slot_N in hit_experts(ids_TA, self.count):
             with scope(expert=e):
                 y_ND = expert(x_TD[token_N], *self.at(e), self.quantised)
@@ -142,7 +142,7 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """`mlp`. `fused` says whether the shared expert is slot E of `experts` or stands beside them."""
+    """`mlp`. fused: the shared expert is slot E of `experts`. Otherwise it stands beside them."""
 
     def __init__(self, config: Config, fused: bool = False):
         super().__init__()

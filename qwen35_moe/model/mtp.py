@@ -127,9 +127,9 @@ def draft(
 ) -> tuple[Tensor, Tensor]:
     """A chain of `steps` drafts: ids [B, steps] and the logits they were chosen from [B, steps, V].
 
-    The first draft comes from the last (real) row of `draft_head(...)`, each further one from the head's own hidden
-    state and the token just drafted, one position on. Only the first pass stays in `cache`: what a chain leaves
-    there is computed from guesses, and engines overwrite it with rows of the target's hidden states.
+    The first draft comes from the last real row of `draft_head(...)`. Each further one comes from the head's own
+    hidden state and the token just drafted, one position later. Only the first pass stays in `cache`: later rows
+    are computed from guesses, and engines overwrite them with rows of the target's hidden states.
     """
     cache = Cache() if cache is None else cache
     keep = 1 if attention_mask is None and cache.mask is None else None  # else the last real row may be any

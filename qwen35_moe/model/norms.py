@@ -1,4 +1,4 @@
-"""The three normalisations of the model. They look alike and differ in the last bit and in the sign of a weight."""
+"""The three normalisations of the model. They look alike: one multiplies by 1 + w, one by w, one by nothing."""
 
 from __future__ import annotations
 

@@ -18,16 +18,16 @@ def promote(x: Tensor) -> Tensor:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype), without a call where it has it: threads that compute side by side wait for each other at each."""
+    """x.to(dtype), or x itself if it has that dtype: parallel threads wait for each other at every call into torch."""
     return x if x.dtype is dtype else x.to(dtype)
 
 
 def accumulation_dtype(name: str, *operands: Tensor) -> torch.dtype:
-    """The dtype in which a product is formed whose result is tapped as `name`.
+    """The dtype in which to compute a product whose result is tapped as `name`.
 
-    Matrix products accumulate wide and round once. Where the table wants the result in the operands' own dtype, the
-    library's product does just that; where it wants it wider (or rounds it by a function), the operands are widened
-    first, which changes no value.
+    Matrix products accumulate wide and round once. If the arithmetic rounds the result to the operands' own dtype, the
+    library's product does that. If it keeps the result wider, or rounds it by a function, the operands are widened
+    first. That changes no value.
     """
     dtype = operands[0].dtype
     for x in operands[1:]:
@@ -49,7 +49,7 @@ def matmul(name: str, a: Tensor, b: Tensor) -> Tensor:
 
 
 def add(name: str, a: Tensor, b: Tensor) -> Tensor:
-    """a + b, tapped as `name`. Formed like a product: one operation rounds once, whatever dtype it is written in."""
+    """a + b, tapped as `name`. As for a product, one operation rounds once, in whichever dtype it is stored."""
     return tap(name, one_wide(name, a, b) + b)
 
 
@@ -64,7 +64,7 @@ def apply(name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def one_wide(name: str, a: Tensor, b: Tensor) -> Tensor:
-    """`a`, widened where neither operand has the dtype to compute in: it is enough that one has."""
+    """`a`, widened if neither operand has the dtype to compute in. It is enough that one of them has it."""
     dtype = accumulation_dtype(name, a, b)
     return a if dtype in (a.dtype, b.dtype) else a.to(dtype)
 
@@ -80,14 +80,14 @@ class Linear(nn.Module):
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs), requires_grad=False)
-        self.quantised = False  # whether engines quantise its input, too
+        self.quantised = False  # engines quantise its input as well
 
     def forward(self, name: str, x: Tensor) -> Tensor:
         return linear(name, x, self.weight)
 
 
 def as_read_by(name: str, x: Tensor, *linears: Linear) -> list[Tensor]:
-    """`x` as each of the projections reads it: for those that are quantised, what the tap `name` makes of it."""
+    """The input of each projection: a quantised one reads `x` after the tap `name`, the others read `x` itself."""
     if not any(linear.quantised for linear in linears):
         return [x] * len(linears)
     quantised = tap(name, x)

@@ -13,8 +13,8 @@ from .ops import linear, promote
 def route(x_TD: Tensor, weight_ED: Tensor, top_k: int, renormalise: bool = True) -> tuple[Tensor, Tensor]:
     """p = softmax(W x) over all experts; the top_k of them, their p divided by its sum.  -> ids, weights [T, A].
 
-    Ids come in descending order of the logit. Ties are real, since engines rank logits rounded to bf16: the lowest
-    id wins, as in SGLang and vLLM. Weights are read from p at the ids, so that replayed ids get this model's weights.
+    Ids come in descending order of the logits. Ties happen, because engines rank logits rounded to bf16: the lowest
+    id wins, as in SGLang and vLLM. Weights are p at the ids, so that replayed ids get this model's weights.
     """
     logits_TE = linear("moe_router_logits", x_TD, weight_ED)
     p_TE = promote(tap("moe_router_probs", promote(_for_sums(logits_TE)).softmax(-1)))
@@ -52,5 +52,5 @@ def append_shared(
 
 
 def _for_sums(x: Tensor) -> Tensor:
-    """x as the router's softmax and dot products add it up: the library's way, or exactly."""
+    """x in the dtype in which softmax and dot products are summed: float64 for the switch value "exact"."""
     return x.double() if arithmetic.current().switch("moe_router_sums") == "exact" else x

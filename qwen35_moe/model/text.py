@@ -24,8 +24,8 @@ from .rope import rotary_angles
 class Layer(nn.Module):
     """h += mixer(norm(h)); h += moe(norm(h)).
 
-    The stream is handed on as the sum, before it is stored: SGLang's norm sees the unrounded sum, transformers' the
-    stored value. `layer_input` and `pre_mlp_residual` are what is stored.
+    The residual stream passes from layer to layer as the sum, before it is stored: SGLang's norm reads the unrounded
+    sum, transformers' norm reads the stored value. The taps `layer_input` and `pre_mlp_residual` are the stored values.
     """
 
     def __init__(self, config: Config, kind: str, fused: bool = False):
@@ -86,8 +86,8 @@ class Model(nn.Module):
     ) -> Tensor:
         """Logits of the next token after each of the new tokens.  input_ids [B, T] int -> [B, T, V].
 
-        attention_mask [B, T] or [B, S]: 1 for real tokens, 0 for padding on either side; what stands at padded
-        positions of the result is undefined. cache: carries the sequences on, and is updated in place.
+        attention_mask [B, T] or [B, S]: 1 for real tokens, 0 for padding on either side; the result is undefined
+        at padded positions. cache: carries the sequences on, and is updated in place.
         position_ids [B, T] or [3, B, T]: counted from the real tokens when absent. inputs_embeds [B, T, D] stands in
         for input_ids. logits_to_keep: only for the last so many positions.
         """

@@ -1,4 +1,4 @@
-"""Functions with quantised activations: W4A4, W8A8, W4A8. They are other functions, not other roundings."""
+"""Quantised activations: W4A4, W8A8, W4A8. These compute other functions of the weights, not other roundings of one."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ A8: Mapping[str, tuple[str, Callable[..., Tensor]]] = {
 def with_fp8_inputs(base: Arithmetic, suffix: str = "+a8", scaled: str = "divide") -> Arithmetic:
     """`base`, with the inputs of FP8 linears quantised to FP8 (W8A8), or of MXFP4 ones to MXFP8 (W4A8).
 
-    Each is quantised from what the kernel before it stored, and multiplied with the weights as they are stored: no
-    kernel rounds a decoded FP8 weight to bf16, so that projections are held in at least float32. scaled: a key of
+    Each input is quantised from the value that the kernel before it stored, and multiplied with the stored weights.
+    No kernel rounds a decoded FP8 weight to bf16, so projections are held in at least float32. scaled: a key of
     `fp8.SCALED`.
     """
     weights, quantise = A8[suffix]

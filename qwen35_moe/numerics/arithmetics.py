@@ -1,15 +1,15 @@
 """Arithmetics: tables that say who rounds where.
 
 An arithmetic is a table from tap names to roundings. Model code computes on promoted values (bf16 becomes fp32,
-float64 stays float64) and hands every result to `tap`; the table then says what becomes of it:
+float64 stays float64) and passes every result to `tap`; the table says how that is rounded:
 
     torch.bfloat16      round to this dtype, nearest even
     KEEP                do not round: the value stays as wide as it was computed
     a callable          x -> x, any other rounding (an MXFP4 quantiser, say)
 
 Names without a row get the table's `dtype`. Matrix products accumulate wide and round once, to the row of their tap.
-`weights` does the same for parameters by name, when they are loaded. `switches` holds what is no rounding but an
-order or a choice, with the alternatives listed in `SWITCHES`.
+`weights` does the same for parameters by name, when they are loaded. `switches` holds orders and choices that are no
+roundings; `SWITCHES` lists the alternatives.
 
 A table of one's own:
 
@@ -151,7 +151,7 @@ def current() -> Arithmetic:
 
 @contextmanager
 def using(arithmetic: str | Arithmetic) -> Iterator[None]:
-    """Compute in this arithmetic inside the `with` block. An autocast around it, which would round besides, is off."""
+    """Compute in this arithmetic inside the `with` block. An enclosing autocast, which would round as well, is off."""
     with ExitStack() as off:
         for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
             off.enter_context(torch.autocast(device, enabled=False))
@@ -168,5 +168,5 @@ def keeping(name: str) -> Iterator[None]:
 
 
 def stored(name: str, x: Tensor) -> Tensor:
-    """`x` as a cache keeps it: tapped as `name` where the arithmetic has a row for that, and as it is elsewhere."""
+    """`x` as a cache keeps it: tapped as `name` if the arithmetic has a row for that name, otherwise unchanged."""
     return taps.tap(name, x) if name in current().rounds else x

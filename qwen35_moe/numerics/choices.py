@@ -1,4 +1,4 @@
-"""Choices that an engine's operator declares: what its caches are kept in. Any arithmetic can be had with them."""
+"""Choices that an engine's operator declares: the dtypes of its caches. They combine with any arithmetic."""
 
 from __future__ import annotations
 

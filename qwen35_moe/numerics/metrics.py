@@ -1,4 +1,4 @@
-"""How far two tensors are apart, and one table of it per tap. Measures only: what is too far is decided elsewhere."""
+"""The distance of two tensors, and a table of distances with one row a tap. Limits are set elsewhere."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Taps: the one mechanism for observing, rounding, replaying and breaking values.
 
-The model code hands every value worth naming to `tap(name, x)` and goes on with what comes back. What happens there is
-data: handlers, each a callable `handler(site, x) -> x | None` (None: left as it is), and the rounding of the arithmetic
-in use. They run in the order of their `stage`:
+The model code passes every value worth naming to `tap(name, x)` and continues with the result. What happens there is
+data: handlers, each a callable `handler(site, x) -> x | None` (None: unchanged), and the rounding of the current
+arithmetic. They run in the order of their `stage`:
 
     REPLAY   put a captured value there          (routing of an engine, the input of a block)
     BREAK    plant a bug                         (the fault catalogue)
@@ -35,7 +35,7 @@ class Site:
     """Where a tap stands.
 
     `part` is "" for the text model, "mtp" for the draft head, "visual" for the vision tower. `expert` is set inside
-    of one expert, `index` where one name is met again and again: a token of the recurrent rule, a step of a running
+    one expert, `index` where a name repeats: a token of the recurrent rule, a step of a running
     sum, a block of queries.
     """
 
@@ -57,7 +57,7 @@ class Site:
 
 
 class Handler(Protocol):
-    """What can be attached to taps; a class of handlers derives from this, a plain function needs nothing."""
+    """Base class of handlers. A plain function can be attached as it is."""
 
     @property
     def stage(self) -> int:
@@ -66,11 +66,11 @@ class Handler(Protocol):
 
     @property
     def sees_experts(self) -> bool:
-        """Whether it looks at values inside of single experts; these are then computed one by one."""
+        """Whether it observes values inside single experts; these are then computed one by one."""
         return True
 
     def __call__(self, site: Site, x: Tensor, /) -> Tensor | None:
-        """The value to go on with; None: `x`."""
+        """The value to continue with; None: `x`."""
         ...
 
 
@@ -96,13 +96,13 @@ class FunctionHandler(Handler):
 
 
 class Rounder(Protocol):
-    """What stands at stage ROUND: an arithmetic. It goes by the name alone, which saves making a thousand sites."""
+    """The rounding at stage ROUND: an arithmetic. It needs the name alone, so that no `Site` has to be made."""
 
     def round(self, name: str, x: Tensor) -> Tensor: ...
 
 
 class _Context(NamedTuple):
-    """All that a tap depends on, here and now."""
+    """Everything that a tap depends on: handlers, rounding, place."""
 
     site: Site = Site()
     before: tuple[Handler, ...] = ()  # the rounding
@@ -148,7 +148,7 @@ def _within(context: _Context) -> Iterator[None]:
 @contextmanager
 def attach(*handlers: Handler | TapFunction, instead_of: Handler | None = None) -> Iterator[None]:
     """Attach handlers for the duration of a `with` block; within one stage, those attached first run first.
-    instead_of: one that is attached, and shall not run inside the block."""
+    instead_of: an attached handler that does not run inside the block."""
     context = _context.get()
     kept = [handler for handler in (*context.before, *context.after) if handler is not instead_of]
     ordered = sorted((*kept, *map(_typed, handlers)), key=lambda h: h.stage)
@@ -169,25 +169,25 @@ def attached() -> tuple[Handler, ...]:
 
 
 def experts_watched() -> bool:
-    """Whether a handler wants to see, or change, values inside of single experts."""
+    """Whether a handler observes or changes values inside single experts."""
     return any(handler.sees_experts for handler in attached())
 
 
 def rounder() -> Rounder | None:
-    """What rounds here and now; None: nothing."""
+    """The current rounding; None if nothing rounds."""
     return _context.get().rounder
 
 
 @contextmanager
 def rounding(by: Rounder) -> Iterator[None]:
-    """Round by this inside the `with` block, and by nothing else."""
+    """Inside the `with` block, round with this alone."""
     with _within(_context.get()._replace(rounder=by)):
         yield
 
 
 @contextmanager
 def scope(**fields: Any) -> Iterator[None]:
-    """Say where the taps inside stand: `with scope(layer=3): ...`, `with scope(expert=17): ...`."""
+    """Set the place of the taps inside: `with scope(layer=3): ...`, `with scope(expert=17): ...`."""
     context = _context.get()
     token = _context.set(context._replace(site=replace(context.site, **fields)))
     try:

@@ -8,7 +8,7 @@
 
 Scales are stored as bfloat16 or float32. E4M3 is the "fn" kind: no infinity, largest value 448, 0x7f and 0xff are NaN.
 
-Engines quantise the other operand, too (W8A8): `quantise_dequantise` is what they make of a product's input.
+W8A8 engines quantise the other operand as well: `quantise_dequantise` gives the quantised input of a product.
 """
 
 from __future__ import annotations
@@ -114,12 +114,12 @@ def round_to_e4m3(x: Tensor) -> Tensor:
 
 
 def quantise_dequantise(x: Tensor, columns: int | None = FP8_BLOCK, scaled: str = "divide") -> Tensor:
-    """What is left of a product's input [..., I] in an FP8 engine, at least float32:  E4M3(x / s) * s.
+    """The input [..., I] of a product as an FP8 engine quantises it, in at least float32:  E4M3(x / s) * s.
 
     s = max(amax, 1e-10) / 448, with amax the largest magnitude of a token's `columns` neighbouring columns (None: of
-    all its columns). 128 beside block-scaled weights, all beside weights with a scale a channel.
+    all its columns). Engines take 128 with block-scaled weights, all columns with channel-scaled ones.
 
-    scaled: how x is divided by s, a key of SCALED. It matters for ties alone, of which inputs in bf16 have many:
+    scaled: how x is divided by s, a key of SCALED. It matters for ties alone, but bf16 inputs have many of them:
     0.4 % of a real engine's codes. SGLang's kernels multiply by 448 / amax, whose last bit is the GPU's (of 63 rows, 61
     as "multiply", 2 as "multiply-up"; the products are then ours but for one rounding).
     """
@@ -134,8 +134,8 @@ def quantise_dequantise(x: Tensor, columns: int | None = FP8_BLOCK, scaled: str 
 
 
 def mx_quantise_dequantise(x: Tensor) -> Tensor:
-    """What is left of `x` after MXFP8, at least float32: E4M3 times a power of two for each 32 columns, the least one
-    that does not saturate, 2^ceil(log2(amax / 448)) (Aiter's "round up"; a block of zeros stays zero)."""
+    """`x` quantised to MXFP8, in at least float32: E4M3 times a power of two for each 32 columns, the least that does
+    not saturate, 2^ceil(log2(amax / 448)) (Aiter's "round up"). A block of zeros stays zero."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     blocks = x.unflatten(-1, (-1, 32))
     fraction, exponent = torch.frexp(blocks.abs().amax(-1, keepdim=True))  # 448 = 0.875 * 2^9

@@ -1,10 +1,9 @@
-"""The layouts that packed weights come in, beside the plain one of `MXFP4`: pure rearrangements of bytes, each with its
-exact inverse.
+"""Layouts of packed weights other than the plain one of `MXFP4`: rearrangements of bytes, each with an exact inverse.
 
     gpt-oss             codes [E, O, Q, 16], scales [E, O, Q], rows of gate and up alternating
     compressed-tensors  `weight_packed` [O, Z], `weight_scale` [O, Q]: the plain layout under other names
-    Aiter, in memory    codes in tiles of 16 rows x 32 bytes, scales in tiles of 32 rows x 8 blocks: what a dump of an
-                        engine's loaded weights holds
+    Aiter, in memory    codes in tiles of 16 rows x 32 bytes, scales in tiles of 32 rows x 8 blocks; dumps of loaded
+                        weights have this layout
 
 NVFP4 looks like MXFP4 (nibbles in bytes) and is another format: blocks of 16, E4M3 scales, and a scale of the tensor.
 `checkpoint/recognise.py` refuses it by its scales.
@@ -30,7 +29,7 @@ def to_compressed_tensors(weight: MXFP4) -> dict[str, Tensor]:
 
 
 def as_bytes(x: Tensor) -> Tensor:
-    """A tensor of float4_e2m1fn_x2 or float8_e8m0fnu as the uint8 that it is; any other is left alone."""
+    """The bytes (uint8) of a float4_e2m1fn_x2 or float8_e8m0fnu tensor; any other tensor is returned unchanged."""
     return x.view(torch.uint8) if x.dtype in (torch.float4_e2m1fn_x2, torch.float8_e8m0fnu) else x
 
 

@@ -1,4 +1,4 @@
-"""What a weight is stored as: the record that quantisation configs declare and checkpoints reveal."""
+"""The precision of a stored weight: the record that a quantisation config declares and that the bytes show."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ModuleSpec:
 
     kind: a float ("bf16", "f32", ...), or "mxfp4", "nvfp4", "fp8-block", "fp8-channel", "fp8-tensor", "int4", ...
     block: elements that share a scale, (32,) along a row for MXFP4, (128, 128) for FP8 blocks. scale: its dtype.
-    activation: None if inputs stay as they are, or if the source cannot tell (bytes never can).
+    activation: None if inputs are not quantised, or if the source cannot tell (bytes never can).
     """
 
     kind: str

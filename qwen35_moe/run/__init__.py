@@ -1,1 +1,1 @@
-"""Holding a model and driving it: load, place, stream, prompt, generate."""
+"""Load, place, stream, prompt and generate."""

@@ -1,4 +1,4 @@
-"""Experts that are not one decoded tensor: packed ones, decoded when a token hits them, and views of a mapped file."""
+"""Experts that are not one decoded tensor: packed ones, decoded when they are chosen, and views of mapped files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PackedExpert = tuple[Packed, Packed]  # gate_up [2F, D] (F rows of gate, then F 
 
 
 class ThreadedExperts(Experts):
-    """On a CPU, hit experts are computed side by side by threads; one after the other where somebody watches them."""
+    """On a CPU, threads compute the chosen experts in parallel; one after the other while a handler observes them."""
 
     def outputs(self, x_TD: Tensor, ids_TA: Tensor) -> Iterator[ExpertOutput]:
         if x_TD.is_cuda:
@@ -34,9 +34,9 @@ class ThreadedExperts(Experts):
 
 
 class ViewedExperts(ThreadedExperts):
-    """Experts whose bytes are what the model computes with: handed out where they lie, without a copy.
+    """Experts whose stored bytes are already in the dtype of the computation: views, without a copy.
 
-    Only where gate and up do not adjoin, they are put together when hit.
+    If gate and up are not adjacent, they are joined when the expert is chosen.
     """
 
     def __init__(self, packed: Sequence[PackedExpert], dtype: torch.dtype):
@@ -70,9 +70,9 @@ def moved(packed: Packed, device: torch.device) -> Packed:
 
 
 class PackedExperts(ThreadedExperts):
-    """Experts that are decoded when they are hit. `read(e)` gives one as it is stored, from memory or from disk.
+    """Experts that are decoded when a token chooses them. `read(e)` returns the stored expert, from memory or disk.
 
-    On a CPU they are decoded into memory that a thread uses again and again; for a GPU they are decoded there.
+    On a CPU, each thread decodes into one buffer of its own. For a GPU, they are decoded there.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ _own = local()
 
 
 def scratch(which: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Memory of this thread, the same at each call that has the same arguments as the one before."""
+    """A buffer of this thread: the same one at each call with the same arguments."""
     kept: dict[int, Tensor] = _own.__dict__.setdefault("kept", {})
     if which not in kept or (kept[which].shape, kept[which].dtype) != (shape, dtype):
         kept[which] = torch.empty(shape, dtype=dtype)

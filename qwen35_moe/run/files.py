@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and directories that one process writes to."""
+"""Files that are written whole or not at all, and directories with a single writer."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _claimed: dict[Path, int] = {}  # directories, and their descriptors
 
 
 class Claim:
-    """A directory, made if it is not there, that no other process can claim until this is released, or its process has
-    ended in whichever way. Nothing is written to it; what was made and stays empty is removed, parents, too.
-    Error: claimed by another, or nobody may write there.
+    """A directory that no other process can claim until this one releases it or ends. It is made if it is not there.
+    A directory that was made and stays empty is removed again, with its parents.
+    Error: another process has claimed it, or it cannot be written to.
 
-    Where a file system knows no locks, nobody is kept out, and `locked` says so.
+    On a file system without locks nobody is kept out; `locked` is then False.
     """
 
     def __init__(self, path: Path):
@@ -72,7 +72,7 @@ class Claim:
 
 
 def check_claim(directory: Path) -> None:
-    """Error if a directory that this process has claimed was deleted: the one of its name may be another process's."""
+    """Error if a claimed directory was deleted: a new one of that name may belong to another process."""
     descriptor = _claimed.get(directory.resolve())
     if descriptor is None or (directory.exists() and os.path.samestat(os.fstat(descriptor), directory.stat())):
         return
@@ -81,9 +81,9 @@ def check_claim(directory: Path) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Another name to write to, which becomes `path` once all of it is there. After an error nothing is left of it.
+    """A temporary name, renamed to `path` when all is written. After an error nothing is left of it.
 
-    What is no file (/dev/stdout) is written to as it is; of a link, what it points to is replaced.
+    A device (/dev/stdout) is written to directly. For a link, the file that it points to is replaced.
     """
     if path.exists() and (not path.is_file() or path.is_relative_to("/dev")):
         yield path
@@ -133,7 +133,7 @@ def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file. Who may read other new files may read it, too: safetensors alone leaves it to its owner."""
+    """A safetensors file, with the permissions of other new files (safetensors alone makes it private to its owner)."""
     path.touch()
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)

@@ -1,4 +1,4 @@
-"""Weights from a checkpoint into modules that are made without any, in the dtypes of an arithmetic."""
+"""Fills modules on the meta device with a checkpoint's weights, in the dtypes of an arithmetic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .source import WeightSource
 def fill(
     module: nn.Module, prefix: str, source: WeightSource, table: Arithmetic, device: torch.device, mode: str = "decoded"
 ) -> None:
-    """Puts the checkpoint's weights in the place of the meta parameters of `module`, in the table's dtypes."""
+    """Replaces the meta parameters of `module` by the checkpoint's weights, in the arithmetic's dtypes."""
     fill_experts(module, prefix, source, table, device, mode)
     for path, owner in module.named_modules(prefix=prefix):
         for name, parameter in owner.named_parameters(recurse=False):
@@ -36,7 +36,7 @@ def fill(
 def fill_experts(
     module: nn.Module, prefix: str, source: WeightSource, table: Arithmetic, device: torch.device, mode: str
 ) -> None:
-    """Puts experts in the place of empty ones, and notes which projections take FP8 inputs."""
+    """Replaces empty experts by real ones, and marks projections that take FP8 inputs."""
     for path, owner in list(module.named_modules(prefix=prefix)):
         if isinstance(owner, MoE):
             _fill_experts(owner, path, source, table, device, mode)
@@ -72,7 +72,7 @@ def _fill_experts(
 
 
 def decoded_experts(stored: list[PackedExpert], dtype: torch.dtype, device: torch.device, quantised: bool) -> Experts:
-    """Experts in memory. Those that are in this memory and of this dtype as they are stored are used where they lie."""
+    """Experts in memory. Stored experts of this dtype and device are used without a copy."""
     if device.type == "cpu" and all(is_stored_as(weight, dtype) for one in stored for weight in one):
         gate_up, down = (as_one([one[i] for one in stored]) for i in (0, 1))
         if gate_up is None or down is None:

@@ -1,9 +1,9 @@
-"""Text out: greedy or sampled continuations, what the model thinks of an engine's tokens, and speculative decoding.
+"""Greedy and sampled continuations, log-probabilities of an engine's tokens, and speculative decoding.
 
 Probabilities are a float64 softmax of the logits that the model's arithmetic gives. The token at place n of a
-continuation depends on the logits before it, on the settings and on one number u(seed, n) of an integer hash: on no
-library's random generator, and not on whether a draft was right. So a continuation can be repeated anywhere, and
-speculation changes its speed alone.
+continuation depends on the logits before it, on the settings and on one number u(seed, n) of an integer hash, neither
+on a library's random generator nor on whether a draft was right. So a continuation can be repeated anywhere, and
+speculation changes only its speed.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Sampling:
     """How a token is chosen. temperature 0: the likeliest (of equals, the lowest id).
 
     Otherwise from softmax(logits / temperature), cut to the `top_k` likeliest (0: all), and then, normalised again, to
-    the likeliest that together reach `top_p` (at least one). Of the tokens that are left, in order of their ids, the
-    first whose cumulated probability exceeds u(seed, n). Order of the cuts as in transformers and vLLM.
+    the likeliest that together reach `top_p` (at least one). The remaining tokens are sorted by id, and the first whose
+    cumulated probability exceeds u(seed, n) is taken. Order of the cuts as in transformers and vLLM.
     """
 
     temperature: float = 0.0
@@ -125,7 +125,7 @@ def generate(
     top: int = 0,
     drafts: int = 0,
 ) -> Iterator[Step]:
-    """Continues one sequence, token by token, each handed out as soon as it is known.
+    """Continues one sequence and yields each token as soon as it is known.
 
     prompt: ids, or what `embed_prompt` gives. stop: ids after which to end (the stop token is handed out too).
     top: how many alternatives to record. drafts: let the model's own draft head guess so many tokens ahead and verify
@@ -149,7 +149,7 @@ def generate(
 def score(
     model: Model, prompt: Prompt, forced: Sequence[int], top: int = 0, temperature: float = 0.0
 ) -> Iterator[Step]:
-    """What the model thinks of an engine's tokens: each with the log p that the truth gives it after those before.
+    """The log p of an engine's tokens, each given those before it.
 
     temperature: above 0, log p are those of softmax(logits / temperature), as engines write them after sampling.
     """
@@ -198,7 +198,7 @@ def _one_by_one(model: Model, prompt: Prompt, choose: Callable[[Tensor, int], in
 
 
 def _speculate(model: Model, prompt: Prompt, choose: Callable[[Tensor, int], int], drafts: int) -> Chosen:
-    """Each round feeds the last token and its drafts; what was fed for wrong drafts is forgotten.
+    """Each round feeds the last token and its drafts. The states of wrong drafts are dropped.
 
     A state of DeltaNet cannot be cut back, so the pass runs on a copy of the cache. If a draft was wrong, the tokens
     before it are fed again, to the original.

@@ -1,4 +1,4 @@
-"""What the process that uses a model may have set, and the model cannot compute under: one clear error for each."""
+"""Settings of the host process under which the model cannot compute: one clear error for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint before anyone serves it: headers and configuration, and with `bytes` every value.
+"""Defects of a checkpoint, found before anyone serves it: in headers, in config.json, and with `bytes` in every value.
 
 Nothing is computed. Each finding names a module, what is wrong, and which engines it concerns: the newest rule of each,
 as it comes and with the switches that its users turn (`gate.decide.VARIANTS`).

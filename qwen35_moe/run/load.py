@@ -1,11 +1,11 @@
-"""From a checkpoint to a model: `load(path)`, and beside its text model the draft head and the vision tower.
+"""From a checkpoint to a model: `load(path)` returns the text model, with draft head and vision tower.
 
 A mode says how much of it is held decoded:
 
-    decoded   everything, in the arithmetic's dtype: fastest, largest. What is stored in that dtype stays in its file,
-              mapped to memory: it costs no copy, and the system may take its pages back
-    packed    experts as they are stored (mapped), decoded when hit; the rest decoded
-    stream    nothing: a layer is read from disk when it is its turn, an expert when it is hit
+    decoded   everything, in the arithmetic's dtype: fastest, largest. Weights stored in that dtype are mapped, not
+              copied, and the system may reclaim their pages
+    packed    experts stay as they are stored (mapped) and are decoded when a token chooses them; the rest is decoded
+    stream    nothing: a layer is read from disk at its turn, an expert when a token chooses it
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def load(
     device_map: spreads the model over GPUs, "cpu" and "disk" instead of `device`: "auto", or a dictionary of parts
     ("layers.3", "lm_head", "" for the rest) to devices; `max_memory` and `offload_folder` as in accelerate.
 
-    Fixes torch's number of threads at what it is (`fix_threads`), so that no bit depends on what ran before.
+    Fixes torch's current number of threads (`fix_threads`), so that no bit depends on what ran before.
     """
     fix_threads()
     for name, value, allowed in (("mode", mode, MODES), ("shared_expert", shared_expert, SHARED_EXPERT_MODES)):

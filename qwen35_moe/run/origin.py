@@ -1,4 +1,4 @@
-"""Where the weights of a loaded model come from: one record beside the model, which itself knows nothing of files."""
+"""Where the weights of a loaded model come from: a record beside the model. The model itself knows nothing of files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Origin:
 
 
 def set_origin(model: Model, origin: Origin) -> None:
-    """Keeps the record as a forward pre-hook, which goes with each copy of the model."""
+    """Keeps the record as a forward pre-hook, so that copies of the model have it as well."""
     model.register_forward_pre_hook(origin)
 
 

@@ -1,4 +1,4 @@
-"""Prompts: text and images to what the model takes, with the tokenizer and the processor of the checkpoint's folder.
+"""Prompts: from text and images to the model's inputs, by the tokenizer and processor of the checkpoint's folder.
 
 Ids need none of it. transformers is imported where it is used, and never asks the network.
 """
@@ -54,7 +54,7 @@ def read_ids(text: str, option: str) -> list[list[int]]:
 
 
 def _rows(source: str) -> list[list[Any]]:
-    """What looks like lists of ids; empty for all that does not."""
+    """Lists of ids; empty if the value is not one."""
     if re.fullmatch(r"\d{1,10}([\s,]+\d{1,10})*", source):
         return [[int(word) for word in re.findall(r"\d+", source)]]
     try:

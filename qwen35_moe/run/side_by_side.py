@@ -1,4 +1,4 @@
-"""Many small pieces of work, several at once, each by few threads: the experts of a layer on a CPU.
+"""Many small pieces of work in parallel, each on few threads: the experts of a layer on a CPU.
 
 A product with a few rows does not occupy two threads of torch, and between operations they wait for each other. So each
 piece has threads of its own, the same number whether one runs at a time or several do: in float32 a product's last bit
@@ -21,8 +21,9 @@ Out = TypeVar("Out")
 
 
 def fix_threads() -> None:
-    """Sets torch's number of threads to what it is. From then on MKL never chooses fewer of them for small products,
-    and with them other last bits. `side_by_side` sets the number, too, so this must come before the first product."""
+    """Sets torch's number of threads to its present value. After that MKL never chooses fewer threads, and so
+    other last bits, for small products. `side_by_side` also sets the number, so this must come before the first
+    product."""
     torch.set_num_threads(torch.get_num_threads())
 
 

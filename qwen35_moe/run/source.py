@@ -19,7 +19,8 @@ from .experts import PackedExpert
 
 
 class WeightSource:
-    """Weights by name, as a checkpoint stores them. A fault wraps one and changes what it gives (no more `as_stored`).
+    """Weights by name, as a checkpoint stores them. A fault wraps a source and changes its weights, so that they
+    are not `as_stored`.
 
     online: a float shared expert is converted to MXFP4 where it becomes a slot of MXFP4 experts; `conversion` then has
     what this costs, MoE block -> |converted - stored| / |stored|.
@@ -84,7 +85,7 @@ class WeightSource:
 
 
 def fuse(gate_proj: Packed, up_proj: Packed, down_proj: Packed) -> PackedExpert:
-    """The shared expert as one more of the routed ones: rows of gate, then rows of up; down. Moves bits only."""
+    """The shared expert as one more routed expert: (rows of gate, then rows of up; down). Moves bits only."""
     return concatenate(gate_proj, up_proj), down_proj
 
 

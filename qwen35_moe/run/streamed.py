@@ -1,4 +1,4 @@
-"""What a streamed model has in the place of its layers, embedding, head and other parts: they read when called."""
+"""Stand-ins for the layers, embedding, head and other parts of a streamed model. They read when they are called."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEAD_ROWS_GPU = 16384  # the same on a GPU, whose host has more to do the more t
 
 
 class StreamedLayers(Sequence[nn.Module]):
-    """Layers that are read when it is their turn, and dropped after it. `empty`: the same on the meta device.
+    """Layers that are read at their turn and dropped after it. `empty`: the same layers on the meta device.
 
     With `ahead` (for a GPU) the next layer's dense weights are read while a layer computes, and its experts, too, if
     the layer before was hit in nearly all of its own.

@@ -57,7 +57,7 @@ def trace_layers(
     """As `trace`, for one forward pass over ids [B, T]: to a directory, and it can be resumed.
 
     last: the last layer to compute; without it, all, and norm and head. resume: go on after the last layer that an
-    earlier run completed, be it that it was killed or that it had a smaller `last`; the bytes of the trace are those
+    earlier run completed, whether it was killed or had a smaller `last`; the bytes of the trace are those
     of an undisturbed run. label: begins each line of progress. images: what takes the place of placeholders.
     drafts: the draft head, too, on all tokens.
     Error: disk full, unreadable shard (what is done can be resumed); another run's state.
@@ -237,7 +237,7 @@ def complete_trace(out: Path, layers: int) -> Trace | None:
 
 
 def resumed_complete(model: Model, trace: Trace, meta: dict[str, Any], aside: Sequence[str]) -> UsageReport:
-    """Of a trace whose run was killed when all was done. Error: it is of another run."""
+    """A trace whose run was killed after its last layer. Error: it belongs to another run."""
     assert trace.path is not None
     what, do = "a complete trace of another run is here", "leave out --resume to write it anew"
     then = {key: value for key, value in trace.meta.items() if key not in ("layers", "next_ids")}

@@ -203,7 +203,7 @@ class TraceWriter:
         self._kept.add(RESUME)
 
     def _begin(self) -> None:
-        """An older trace is none any more, now that what takes its place is there under temporary names."""
+        """Makes the older trace invalid, now that the new files are complete under temporary names."""
         if self._begun:
             return
         check_claim(self.path)

@@ -4,8 +4,8 @@ Letters in this file: L patches (all images and frames one after the other), and
 H head width, F MLP width. Patches come in merge-block order: the m x m patches of a block are neighbours, blocks go row
 by row, frames one after the other. Taps stand under part `visual` and are called `vis_*`, the last one `image_embeds`.
 
-Attention is formed for blocks of queries of one frame, so that its memory stays flat whatever the number of frames;
-the taps of such a block carry its number as their `index`.
+Attention is computed for blocks of queries of one frame, so that its memory does not grow with the number of frames.
+The taps of a block carry its number as their `index`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Chains of elementwise operations as one pass over memory: plain functions, which a graph of a GPU holds compiled.
 
-Compiling takes seconds for each shape, so that it is left to what runs again and again: `graphs.PrefillGraph`.
+Compiling takes seconds for each shape, so only `graphs.PrefillGraph`, which runs many times, uses it.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ pass can be captured as a graph.
 Two runs on one GPU give the same bits: there are no atomics, every element is written once, and sorts are stable. What
 may change bits is what chooses among a library's kernels: another card, driver or torch; other lengths, batch sizes or
 capacities of a cache; several streams at once, which share cuBLAS's workspace unless CUBLAS_WORKSPACE_CONFIG says so.
-Of the operations used here torch lists `cumsum` and `index_put` as not deterministic: the sums are over rows of 64 and
-of positions, each within one block, and no index occurs twice.
+torch lists two of the operations used here, `cumsum` and `index_put`, as not deterministic. Here the sums stay within
+one block, and no index occurs twice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Experts of a streamed model on a GPU: read when they are hit, or ahead of that, and decoded a batch at a time."""
+"""Experts of a streamed model on a GPU: read on demand or ahead, and decoded a batch at a time."""
 
 from __future__ import annotations
 
