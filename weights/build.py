@@ -209,11 +209,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `run`."""
     parser.add_argument("recipe", help="one of " + ", ".join(recipes()) + ", or a .toml file")
     parser.add_argument("--out", required=True, type=Path, help="the folder to create")
-    parser.add_argument("--layers", type=int, help="only the first so many layers")
-    parser.add_argument("--layout", choices=LAYOUTS, help="another layout than the recipe's")
-    parser.add_argument("--text-only", action="store_true", help="no vision tower, no MTP, flat config")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="tensors drawn at a time")
-    parser.add_argument("--write-manifest", action="store_true", help="pin these bytes in manifests/")
+    parser.add_argument("--layers", type=int, help="build only the first layers")
+    parser.add_argument("--layout", choices=LAYOUTS, help="use this layout instead of the recipe's")
+    parser.add_argument("--text-only", action="store_true", help="build no vision tower and no MTP; flat config")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of tensors drawn at a time")
+    parser.add_argument("--write-manifest", action="store_true", help="write the checksums to manifests/")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -19,8 +19,8 @@ ANSWERS = (".json", ".jsonl")
 
 def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("truth", help="directory that `trace` wrote")
-    p.add_argument("dump", help="directory or file of an engine; answers of a server (JSON, JSONL)")
-    p.add_argument("--checkpoint", help="where the truth's checkpoint is now (default: where it was)")
+    p.add_argument("dump", help="dump of an engine: a directory or a file; or answers of a server (JSON, JSONL)")
+    p.add_argument("--checkpoint", help="the truth's checkpoint, if it was moved")
     add_report_options(p)
     p.set_defaults(run=run)
 

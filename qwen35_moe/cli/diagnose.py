@@ -12,9 +12,9 @@ from .report_options import add_report_options, add_shared, chosen, show
 
 
 def configure(p: argparse.ArgumentParser) -> None:
-    p.add_argument("checkpoint")
-    p.add_argument("dump")
-    p.add_argument("--arithmetic", help="of the truth (default: exact; exact+a8 of an FP8 checkpoint)")
+    p.add_argument("checkpoint", help="checkpoint folder or .safetensors file")
+    p.add_argument("dump", help="dump of an engine: a directory or a file")
+    p.add_argument("--arithmetic", help="arithmetic of the truth (default: exact; exact+a8 for an FP8 checkpoint)")
     p.add_argument("--out", metavar="TRUTH", help="keep the truth in this directory, for `compare`")
     add_shared(p)
     add_report_options(p)

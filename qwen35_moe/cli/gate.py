@@ -28,17 +28,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Reads a checkpoint folder (and then judges by what its tensors are) or a config.json alone."
     )
     parser.add_argument("path", help="checkpoint folder, .safetensors file or config.json")
-    parser.add_argument("--rule", default="strict", help=f"whose rule to apply: {RULE_NAMES} (default: %(default)s)")
-    parser.add_argument("--all-rules", action="store_true", help="every engine's rule side by side, and what breaks")
-    parser.add_argument("--json", action="store_true", help="the same records as JSON")
+    parser.add_argument(
+        "--rule", default="strict", help=f"apply this engine's rule: {RULE_NAMES} (default: %(default)s)"
+    )
+    parser.add_argument("--all-rules", action="store_true", help="show every engine's rule, and what breaks")
+    parser.add_argument("--json", action="store_true", help="print the records as JSON")
     parser.add_argument(
         "--option",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="what the engine runs with, e.g. a2a_backend=mori; known: " + ", ".join(f.name for f in fields(Options)),
+        help="a setting of the engine, for example a2a_backend=mori; one of "
+        + ", ".join(f.name for f in fields(Options)),
     )
-    parser.add_argument("--config-only", action="store_true", help="do not look at tensors")
+    parser.add_argument("--config-only", action="store_true", help="read config.json alone, no tensors")
     parser.set_defaults(run=run)
 
 

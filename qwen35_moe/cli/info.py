@@ -22,11 +22,11 @@ from .gate import lines_of, result_of
 def configure(p: argparse.ArgumentParser) -> None:
     p.description = "Reads headers, and runs a small part of one layer of each kind to see how long that takes here."
     p.add_argument("checkpoint", help="checkpoint folder or .safetensors file")
-    p.add_argument("--tokens", type=int, default=512, help="of the run to estimate (default: %(default)s)")
-    p.add_argument("--arithmetic", default="exact", help="default: %(default)s")
-    p.add_argument("--json", action="store_true", help="the same as JSON")
-    p.add_argument("--verify", action="store_true", help="read everything and compare checksums, where any are known")
-    p.add_argument("--manifest", help="a file of lines `sha256 ... name` to verify by; implies --verify")
+    p.add_argument("--tokens", type=int, default=512, help="estimate a run of so many tokens (default: %(default)s)")
+    p.add_argument("--arithmetic", default="exact", help="estimate a run in it (default: %(default)s)")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    p.add_argument("--verify", action="store_true", help="read everything and compare all known checksums")
+    p.add_argument("--manifest", help="file of expected checksums, lines `sha256 ... name`; implies --verify")
     p.set_defaults(run=run)
 
 

@@ -21,18 +21,18 @@ from .parsing import Parser, ending
 # command -> its module, with `configure(parser)` that sets `run(args) -> int` as a default; and its help. A module is
 # imported only when its command is called: importing torch takes seconds.
 COMMANDS = {
-    "info": ("info", "sizes, formats, the gate's decision, and memory and time that a run will need"),
-    "gate": ("gate", "whether the shared expert may be fused, layer by layer"),
-    "check": ("check", "what is wrong with a checkpoint before it is served, engine by engine"),
-    "trace": ("trace", "write the truth: what every tap holds, and how far legal roundings stray"),
+    "info": ("info", "sizes, formats, the gate's decision, and the memory and time of a run"),
+    "gate": ("gate", "may the shared expert be fused? layer by layer"),
+    "check": ("check", "find defects of a checkpoint before it is served, engine by engine"),
+    "trace": ("trace", "write the truth: the value of every tap, and the errors of legal rounding"),
     "generate": ("generate", "continue a prompt, or score an engine's tokens"),
-    "dump-config": ("dump_config", "what to set in an engine to get a good dump, ready to paste"),
-    "compare": ("compare", "an engine's dump against the truth: is it wrong, where first, and why"),
-    "diagnose": ("diagnose", "the same without a truth: it is computed for the tokens of the dump"),
-    "probe": ("probe", "ask a running server for log p: does it compute what its checkpoint holds"),
-    "build": ("build", "build a checkpoint with the real structure from a recipe"),
-    "compare-dumps": ("compare_dumps", "two dumps and no truth: bit-equal, legally different, or where they differ"),
-    "verify": ("verify", "are the bytes of a truth those that were written"),
+    "dump-config": ("dump_config", "print the settings that make an engine dump its values"),
+    "compare": ("compare", "compare an engine's dump with the truth: wrong or not, where first, and why"),
+    "diagnose": ("diagnose", "the same, but compute the truth for the tokens of the dump"),
+    "probe": ("probe", "ask a running server for log p, and compare with its checkpoint"),
+    "build": ("build", "build a checkpoint of the real structure from a recipe"),
+    "compare-dumps": ("compare_dumps", "compare two dumps of the same tokens, without a truth"),
+    "verify": ("verify", "check the checksums of a truth"),
     "demo": ("demo", "build tiny checkpoints, plant a known failure in an engine, and find it"),
 }
 

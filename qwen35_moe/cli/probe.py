@@ -37,32 +37,53 @@ def configure(p: argparse.ArgumentParser) -> None:
         "Asks a server for log-probabilities of tokens, computes them from the checkpoint, and says whether they "
         f"agree, diverge, or cannot tell. An API key is taken from {API_KEY}. Only URL is contacted."
     )
-    p.add_argument("checkpoint")
+    p.add_argument("checkpoint", help="checkpoint folder or .safetensors file")
     p.add_argument("url", help="http://HOST:PORT of the server")
     which = p.add_mutually_exclusive_group()
     which.add_argument("--ids", help='prompts as ids: "1,2,3", or a file with lists')
-    which.add_argument("--prompt", help="a prompt as text, by the tokenizer in the folder")
-    which.add_argument("--prompts", type=int, default=8, metavar="N", help="draw N prompts (default: %(default)s)")
-    p.add_argument("--tokens", type=int, default=50, metavar="T", help="of a drawn prompt (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="of drawn prompts")
-    p.add_argument(
-        "--top", type=top, default=GIVEN, metavar="K", help="likeliest tokens to ask for, or all (%(default)s)"
+    which.add_argument("--prompt", help="a prompt as text; needs the folder's tokenizer")
+    which.add_argument(
+        "--prompts", type=int, default=8, metavar="N", help="draw N random prompts (default: %(default)s)"
     )
-    p.add_argument("--api", default="auto", choices=("auto", *APIS), help="default: %(default)s")
-    p.add_argument("--model", default="", help="the served model's name, where there are several")
-    p.add_argument("--engine", help="the server's arithmetic, if it is none of the legal ones (float32, ...)")
-    p.add_argument("--arithmetic", default="exact", help="of the truth: exact+a8 for W8A8, exact+a4-round-up for W4A4")
-    p.add_argument("--shared-expert", default="unfused", choices=SHARED_EXPERT_MODES, help="default: %(default)s")
+    p.add_argument(
+        "--tokens", type=int, default=50, metavar="T", help="length of a drawn prompt (default: %(default)s)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="seed of the drawn prompts")
+    p.add_argument(
+        "--top",
+        type=top,
+        default=GIVEN,
+        metavar="K",
+        help="ask for the K likeliest tokens, or all (default: %(default)s)",
+    )
+    p.add_argument("--api", default="auto", choices=("auto", *APIS), help="the server's API (default: %(default)s)")
+    p.add_argument("--model", default="", help="the model to ask, if the server has several")
+    p.add_argument("--engine", help="the server's arithmetic, if it is no usual one (float32, ...)")
+    p.add_argument(
+        "--arithmetic", default="exact", help="arithmetic of the truth: exact+a8 for W8A8, exact+a4-round-up for W4A4"
+    )
+    p.add_argument(
+        "--shared-expert",
+        default="unfused",
+        choices=SHARED_EXPERT_MODES,
+        help="how to compute it (default: %(default)s)",
+    )
     p.add_argument("--faults", choices=("each", "all", "none"), help="replay known faults in each layer, in all layers "
                    f"at once, or not (default: each up to {MOST_LAYERS} layers, else all)")  # fmt: skip
     p.add_argument(
-        "--batch", type=sizes, default=[], metavar="1,2,4", help="ask in batches, and cut to so many tokens, too"
+        "--batch",
+        type=sizes,
+        default=[],
+        metavar="1,2,4",
+        help="also ask in batches of these sizes, and with prompts of these lengths",
     )
-    p.add_argument("--timeout", type=float, default=120.0, metavar="S", help="of one request (default: %(default)g s)")
-    p.add_argument("--retries", type=int, default=RETRIES, help="of a request that failed (default: %(default)s)")
+    p.add_argument(
+        "--timeout", type=float, default=120.0, metavar="S", help="timeout of one request (default: %(default)g s)"
+    )
+    p.add_argument("--retries", type=int, default=RETRIES, help="retries of a failed request (default: %(default)s)")
     p.add_argument("--save", type=new_file, help="write the answers, one JSON object a line")
-    p.add_argument("--json", type=new_file, help="write the verdict")
-    p.add_argument("--html", type=new_file, help="write one self-contained page")
+    p.add_argument("--json", type=new_file, help="write the verdict as JSON")
+    p.add_argument("--html", type=new_file, help="write the report as one self-contained page")
     p.set_defaults(run=run)
 
 

@@ -25,26 +25,35 @@ from .parsing import layers
 
 
 def add_shared(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--shared-expert", default="unfused", choices=SHARED_EXPERT_MODES, help="default: %(default)s")
+    p.add_argument(
+        "--shared-expert",
+        default="unfused",
+        choices=SHARED_EXPERT_MODES,
+        help="how to compute it (default: %(default)s)",
+    )
 
 
 def add_report_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--html", type=new_file, help="write one self-contained page")
+    p.add_argument("--html", type=new_file, help="write the report as one self-contained page")
     p.add_argument("--json", type=new_file, help="write the records, one JSON object a line")
-    p.add_argument("--width", type=width, default=80, help="of the text, 20 or more (default: %(default)s)")
-    p.add_argument("--engine", help="the arithmetic that the engine has: joins the envelope (float32 replaces it)")
-    p.add_argument("--layer", metavar="LAYERS", action="append", help="judge these layers only: 3, or 1,2, or 1-3")
-    p.add_argument("--layer-ids", type=layers, help="those that vLLM was asked for: 2,18,33")
+    p.add_argument(
+        "--width", type=width, default=80, help="width of the text in columns, 20 or more (default: %(default)s)"
+    )
+    p.add_argument("--engine", help="the engine's arithmetic: joins the envelope (float32 replaces it)")
+    p.add_argument("--layer", metavar="LAYERS", action="append", help="judge only these layers: 3, or 1,2, or 1-3")
+    p.add_argument("--layer-ids", type=layers, help="the layer ids that you gave to vLLM: 2,18,33")
     p.add_argument("--name-map", help="JSON file for plain tensors: the engine's name or regular expression -> key")
-    p.add_argument("--ids", help="of a dump that holds none: 1,2,3 or a file with a list of ids, or of lists, one a "
-                   "request, in the order of its rows")  # fmt: skip
-    p.add_argument("--partial", action="store_true", help="agree though tokens of the truth are not in the dump")
-    p.add_argument("--kv-cache", metavar="fp8_e4m3[:SCALE]", help="in what the engine keeps keys and values")
-    p.add_argument("--state", choices=STATES, help="in what the engine keeps DeltaNet's state")
+    p.add_argument("--ids", help="token ids, if the dump holds none: 1,2,3, or a file with a list of ids, or with "
+                   "one list a request, in the order of the dump's rows")  # fmt: skip
+    p.add_argument("--partial", action="store_true", help="exit with 0 although the dump lacks tokens of the truth")
+    p.add_argument("--kv-cache", metavar="fp8_e4m3[:SCALE]", help="the engine's dtype for keys and values")
+    p.add_argument("--state", choices=STATES, help="the engine's dtype for DeltaNet's state")
     add_device_options(p)
-    p.add_argument("--mode", choices=MODES, help="how weights of a layer that runs again are held (default: by size)")
-    p.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    p.add_argument("--limit", type=limit, default=LIMIT, help="default: %(default)s")
+    p.add_argument(
+        "--mode", choices=MODES, help="how weights are held while a layer is computed anew (default: by size)"
+    )
+    p.add_argument("--quiet", action="store_true", help="print no progress to stderr")
+    p.add_argument("--limit", type=limit, default=LIMIT, help="largest legal ratio of errors (default: %(default)s)")
 
 
 def chosen(args: argparse.Namespace) -> dict[str, Any]:

@@ -37,32 +37,41 @@ from .shares import Processes, begin_parts, check_one_pass, join, parts_of
 
 def configure(p: argparse.ArgumentParser) -> None:
     p.description = "Computes layer by layer. What is done is on disk after each layer, and --resume goes on."
-    p.add_argument("checkpoint", nargs="?")
+    p.add_argument("checkpoint", nargs="?", help="checkpoint folder or .safetensors file")
     p.add_argument("--ids", help="1,2,3 or a file: a list of token ids, or a list of lists (padded on the right)")
-    p.add_argument("--prompt", help="text instead of --ids, by the tokenizer in the folder")
+    p.add_argument("--prompt", help="a prompt as text; needs the folder's tokenizer")
     p.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
     p.add_argument("--pixel-values", metavar="FILE", help="safetensors with pixel_values and image_grid_thw (or "
                    "pixel_values_videos and video_grid_thw), as a processor gave them")  # fmt: skip
-    p.add_argument("--drafts", action="store_true", help="the draft head, too: row t from token t and token t + 1")
-    p.add_argument("--out", help="directory to write")
-    p.add_argument("--arithmetic", default="exact", help="default: %(default)s")
+    p.add_argument(
+        "--drafts", action="store_true", help="trace the draft head as well: row t is computed from tokens t and t + 1"
+    )
+    p.add_argument("--out", help="directory to write the trace to")
+    p.add_argument("--arithmetic", default="exact", help="who rounds where; --list names all (default: %(default)s)")
     p.add_argument("--taps", default="*", help="globs, separated by commas (default: all but --experts); "
                    "an envelope adds moe_topk_ids, which it needs")  # fmt: skip
-    p.add_argument("--experts", action="store_true", help="values of every single expert and turn of a loop, too")
-    p.add_argument("--layers", metavar="0-N", help="only the first layers; --resume with a larger N goes on")
+    p.add_argument("--experts", action="store_true", help="also trace each expert and each turn of a loop")
+    p.add_argument("--layers", metavar="0-N", help="trace only the first layers; --resume with a larger N continues")
     p.add_argument(
         "--batch", type=positive, metavar="N", help="prompts in one forward pass (default: all; under `accelerate "
         "launch`, where each process takes prompts of its own, 1)",
     )  # fmt: skip
-    p.add_argument("--resume", action="store_true", help="go on where an earlier run was stopped")
-    p.add_argument("--mode", choices=MODES, help="what is held in memory (default: stream; packed with --device-map)")
+    p.add_argument("--resume", action="store_true", help="continue an earlier run that was stopped")
+    p.add_argument(
+        "--mode", choices=MODES, help="how weights are held in memory (default: stream; packed with --device-map)"
+    )
     p.add_argument("--stream", dest="mode", action="store_const", const="stream", help="the same as --mode stream")
     add_device_options(p)
     add_ignored_keys(p)
-    p.add_argument("--shared-expert", default="unfused", choices=SHARED_EXPERT_MODES, help="default: %(default)s")
-    p.add_argument("--no-envelope", action="store_true", help="the trace alone, not how far legal roundings stray")
-    p.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    p.add_argument("--list", action="store_true", help="name all taps and arithmetics, and stop")
+    p.add_argument(
+        "--shared-expert",
+        default="unfused",
+        choices=SHARED_EXPERT_MODES,
+        help="how to compute it (default: %(default)s)",
+    )
+    p.add_argument("--no-envelope", action="store_true", help="do not compute the errors of legal rounding")
+    p.add_argument("--quiet", action="store_true", help="print no progress to stderr")
+    p.add_argument("--list", action="store_true", help="list all taps and arithmetics, and exit")
     p.set_defaults(run=run)
 
 
