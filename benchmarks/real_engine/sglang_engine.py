@@ -22,6 +22,8 @@ ARGUMENTS: dict[str, Any] = {
     "enable_return_routed_experts": True, "skip_server_warmup": True,
 }  # fmt: skip
 
+PLAIN_SUMS = {"disable_custom_all_reduce": True, "enforce_disable_flashinfer_allreduce_fusion": True}
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -45,8 +47,8 @@ SETUPS = {
     "fp8-kv": Setup({"kv_cache_dtype": "fp8_e4m3"}, declared={"kv_cache": "fp8_e4m3"}),
     "state-bf16": Setup({"mamba_ssm_dtype": "bfloat16"}, declared={"state": "bf16"}),
     "pass": Setup({"debug_tensor_dump_output_folder": "pass"}),
-    "tp2": Setup({"tp_size": 2}),
-    "ep2": Setup({"tp_size": 2, "ep_size": 2}),
+    "tp2": Setup({"tp_size": 2, **PLAIN_SUMS}),
+    "ep2": Setup({"tp_size": 2, "ep_size": 2, **PLAIN_SUMS}),
 }  # fmt: skip
 
 

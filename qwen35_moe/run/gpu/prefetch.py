@@ -1,13 +1,15 @@
 """Reading from disk to a device ahead of use: threads read into pinned buffers, and copy to the device from there.
 
 A `Layout` says where the bytes of many rows lie in files, and where they go in one buffer on the device. A `Fetch` is
-the future of such a buffer. `pread` and the wait for a copy let other threads of Python run; all other work of a reader
-is a few calls for each READ_AT_ONCE bytes. On a CPU the same code runs without streams and without pinned memory.
+the future of such a buffer: threads take chunk after chunk from one queue. Their buffers are small enough to stay in
+the processor's cache, so that memory carries the bytes once. `preadv` and the wait for a copy let other threads of
+Python run; the rest of a chunk is a few calls. On a CPU the same code runs without streams and without pinned memory.
 """
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -22,10 +24,8 @@ from ...checkpoint.reader import STORED_DTYPES, Reader, Rows
 from ...checkpoint.weight import StoredWeight
 from ...errors import Qwen35Error
 
-# Bytes that a thread reads, and copies, at a time; it has two buffers of this size. Reading and copying 9.4 GB on an
-# H200 took 1.7 s with 2 MiB, 0.45 s with 8, 0.32 s with 16, 0.35 s with 32 and 0.50 s with 64: each piece costs 0.4 ms
-# of Python, and large ones wait for each other.
-READ_AT_ONCE = 16 * 2**20
+READ_AT_ONCE = 4 * 2**20  # bytes that a thread reads, and copies, at a time
+BUFFERS = 2  # of this size that it has
 READER_THREADS = max(1, min(12, (os.cpu_count() or 1) * 3 // 4))  # threads; the other cores are left to what computes
 ALIGN = 256  # bytes; each part begins at a multiple, as memory that torch allocates: kernels choose by it
 
@@ -105,41 +105,48 @@ def _adjoins(last: Extent, stored: TensorEntry, at: int) -> bool:
     return last.stored.file == stored.file and ends == stored.begin + at
 
 
+class Buffer:
+    """Host memory of one reader thread. It may be written to again once its last copy is done."""
+
+    def __init__(self, pinned: bool):
+        self.memory = torch.empty(READ_AT_ONCE, dtype=torch.uint8, pin_memory=pinned)
+        self.values = self.memory.numpy().data
+        self.copied = torch.cuda.Event(blocking=True) if pinned else None  # who waits leaves its core to others
+
+
 class Readers:
-    """The reader threads of a device. Each has two buffers: it reads into one while the other is copied."""
+    """The reader threads of a device. Each has some buffers: it reads into one while the others are copied."""
 
     def __init__(self, device: torch.device):
         self.device, self.own = device, local()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.pool = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="qwen35-moe-reader")
 
-    def load(self, reader: Reader, chunk: Sequence[Extent], target: Tensor) -> torch.cuda.Event | None:
-        """Reads a chunk and starts its copy into the target. -> the event that it is there; None on a CPU."""
-        begin, end = chunk[0].begin, chunk[-1].end
-        memory = self._free_buffer()[: end - begin]
-        values = memory.numpy().data
-        for extent in chunk:
-            reader.read(extent.stored, extent.at, values[extent.begin - begin : extent.end - begin])
-        with torch.cuda.stream(self.stream):
-            target[begin:end].copy_(memory, non_blocking=True)
-        copied = None
-        if self.stream is not None:
-            copied = torch.cuda.Event(blocking=True)  # who waits for it leaves its core to others
-            copied.record(self.stream)
-        self.own.copied[self.own.turn] = copied
-        return copied
-
-    def _free_buffer(self) -> Tensor:
-        """The buffer of this thread that was used less recently, once its last copy is done."""
+    def load(self, reader: Reader, chunks: deque[Sequence[Extent]], target: Tensor) -> torch.cuda.Event | None:
+        """Takes chunks from the queue until there is none: reads each and starts its copy into the target.
+        -> the event that they are there; None on a CPU."""
         own = self.own
         if "buffers" not in own.__dict__:
-            pinned = self.stream is not None
-            own.buffers = [torch.empty(READ_AT_ONCE, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
-            own.copied, own.turn = [None, None], 0
-        own.turn = 1 - own.turn
-        if own.copied[own.turn] is not None:
-            own.copied[own.turn].synchronize()
-        return own.buffers[own.turn]
+            own.buffers = deque(Buffer(self.stream is not None) for _ in range(BUFFERS))
+        with torch.cuda.stream(self.stream):
+            while chunks:
+                try:
+                    chunk = chunks.popleft()
+                except IndexError:  # another thread was quicker
+                    break
+                own.buffers.rotate(-1)
+                self._load(reader, chunk, target, own.buffers[0])
+            return None if self.stream is None else self.stream.record_event()
+
+    def _load(self, reader: Reader, chunk: Sequence[Extent], target: Tensor, buffer: Buffer) -> None:
+        begin, end = chunk[0].begin, chunk[-1].end
+        if buffer.copied is not None:
+            buffer.copied.synchronize()
+        for extent in chunk:
+            reader.read(extent.stored, extent.at, buffer.values[extent.begin - begin : extent.end - begin])
+        target[begin:end].copy_(buffer.memory[: end - begin], non_blocking=True)
+        if buffer.copied is not None:
+            buffer.copied.record(self.stream)
 
 
 readers = cache(Readers)  # device -> its threads, which stay, as does their pinned memory
@@ -152,7 +159,9 @@ class Fetch:
         self.layout, self.device, own = layout, device, readers(device)
         with torch.inference_mode(False), torch.cuda.stream(own.stream):  # readers write to it outside of that mode
             self.target = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
-        self.copies = [own.pool.submit(own.load, layout.reader, chunk, self.target) for chunk in layout.chunks]
+        chunks: deque[Sequence[Extent]] = deque(layout.chunks)
+        count = min(READER_THREADS, len(chunks))
+        self.copies = [own.pool.submit(own.load, layout.reader, chunks, self.target) for _ in range(count)]
 
     def result(self) -> list[Tensor]:
         """`Layout.views`, for use on the present stream. Error: what cannot be read."""
