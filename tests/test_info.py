@@ -47,7 +47,7 @@ def test_gate_and_estimate(built: Build, capsys: pytest.CaptureFixture[str]) -> 
     found = info(capsys, built("tiny-mxfp4"), "--arithmetic", "float32", "--tokens", "7")
     assert not found["gate"]["model"]["fused"]
     memory = found["estimate"]["memory"]
-    assert found["estimate"]["seconds"] > 0 and memory["packed"] < memory["decoded"]
+    assert memory["packed"] < memory["decoded"]
     assert main(["info", str(built("tiny-mxfp4"))]) == 0
     printed = capsys.readouterr().out
     assert "layers.0-3     unfused" in printed and "peak memory: stream" in printed

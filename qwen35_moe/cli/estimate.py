@@ -1,4 +1,4 @@
-"""What a run will take: memory and disk, counted; time, from parts of it that are run here."""
+"""The memory and disk that a run will need."""
 
 from __future__ import annotations
 
@@ -6,43 +6,32 @@ import os
 import re
 import resource
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial
-from math import ceil, prod
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoint import Checkpoint
-from ..model.cache import LayerState
 from ..model.config import FULL, Config
-from ..model.rope import rotary_angles
-from ..numerics import arithmetics
-from ..numerics.arithmetics import Arithmetic, get
+from ..numerics.arithmetics import get
 from ..numerics.tap_table import TAPS
-from ..run.load import build
-from ..run.source import WeightSource
 from ..run.streamed import HEAD_ROWS
 from ..trace.file import CHUNK_BYTES
 
 SLACK = 64 << 20  # what the libraries take once they compute more than `warm_up`
-SAMPLE, HEAD_SAMPLE = 128, 512  # tokens that are run, and what they take is multiplied
-EXPERTS, ROWS = 16, 512  # that are run, with as many rows as each will have, or with so many
 
 
 def estimate(
     checkpoint: Checkpoint, config: Config, rows: Sequence[dict[str, Any]], tokens: int, arithmetic: str
 ) -> dict[str, Any]:
-    """Peak memory, time and disk of a streamed run over so many tokens. rows: what `info` tells of the modules.
+    """Peak memory and disk of a run over so many tokens. rows: the modules, as `info` lists them.
 
-    Time of one forward pass: see `pace`. Writing a trace comes on top.
-
-    Memory, an upper bound for `qwen35-moe trace` with all taps when it streams: the process; the weights of one layer;
-    an expert a thread; what taps hold until they are written, and once more while they are. For the other modes: one
-    forward pass, whose logits are held.
+    Memory is an upper bound. When `qwen35-moe trace` streams with all taps, it holds the process, the weights of one
+    layer, an expert a thread, and the values of taps until they are written, twice while they are. The other modes:
+    one forward pass with its logits.
     """
     table = get(arithmetic)
     width, D, F = table.dtype.itemsize, config.hidden_size, config.moe_intermediate_size
@@ -56,7 +45,6 @@ def estimate(
     layers, largest = _layers(checkpoint)
     warm_up(table.dtype, D, F)
     process = resident() + SLACK  # as much as this one, which has just multiplied
-    parts = pace(checkpoint, config, table, tokens)
     taps = [tap_bytes(config, kind, tokens, width) for kind in config.layer_types]
     held = max(min(sum(sizes), CHUNK_BYTES + max(sizes)) for sizes in taps)
     logits, stream = tokens * V * width, tokens * D * width * 8
@@ -66,8 +54,6 @@ def estimate(
     return {
         "tokens": tokens,
         "arithmetic": arithmetic,
-        "seconds": sum(parts.values()),
-        "parts": parts,
         "trace_bytes": sum(map(sum, taps)) + logits,
         "memory": {
             "stream": int(process + max(layers * width + largest + some + 2 * held, head) + stream),
@@ -110,55 +96,6 @@ def tap_bytes(config: Config, kind: str, tokens: int, width: int) -> list[int]:
 def warm_up(dtype: torch.dtype, D: int, F: int) -> None:
     """One product, for which the libraries take their memory."""
     torch.nn.functional.linear(torch.ones(16, D, dtype=dtype), torch.ones(2 * F, D, dtype=dtype))
-
-
-@torch.inference_mode()
-def pace(checkpoint: Checkpoint, config: Config, table: Arithmetic, tokens: int) -> dict[str, float]:
-    """Seconds of one streamed pass over so many tokens, by part of the model.
-
-    Run here, with this checkpoint's weights: the plain weights of the first layer of each kind are read; its mixer and
-    its shared expert see up to SAMPLE tokens; EXPERTS experts see as many rows each as they will have, up to ROWS; a
-    block of the head sees up to HEAD_SAMPLE tokens. Each counts as often as it will be. Files are taken to be in the
-    page cache, and attention's share that grows with the square of the tokens, as linear.
-    """
-    D, E, A, V = config.hidden_size, config.num_experts, config.num_experts_per_tok, config.vocab_size
-    model = build(
-        WeightSource(checkpoint, config), table, [False] * config.num_hidden_layers, torch.device("cpu"), "stream"
-    )
-    some, few, hit = min(tokens, SAMPLE), min(E, EXPERTS), E * (1 - (1 - A / E) ** tokens)
-    long_BTD = torch.linspace(-1, 1, min(tokens, HEAD_SAMPLE) * D, dtype=table.dtype).view(1, -1, D)
-    x_BTD = long_BTD[:, :some]
-    each = ceil(tokens * A / hit)  # rows of an expert
-    ids_T1 = torch.arange(few).repeat(min(each, ROWS))[:, None]
-    x_TD, weights_T1 = x_BTD[0, torch.arange(len(ids_T1)) % some], torch.ones(ids_T1.shape, dtype=table.dtype)
-    parts, used = dict.fromkeys(("plain weights", "mixers", "experts", "head"), 0.0), set(checkpoint.used)
-    with arithmetics.using(table):
-        angles = rotary_angles(config, torch.arange(some)[None], table.dtype)
-        for kind in set(config.layer_types):
-            i, count = config.layer_types.index(kind), config.layer_types.count(kind)
-            layer: Any = model.layers[i]
-            mixer = partial(layer.self_attn, x_BTD, *angles) if kind == FULL else partial(layer.linear_attn, x_BTD)
-            sampled = _best(lambda mixer=mixer: mixer(None, LayerState())) + _best(layer.mlp.shared_expert, x_BTD[0])
-            parts["plain weights"] += count * _best(model.layers.__getitem__, i)
-            parts["mixers"] += count * tokens / some * sampled
-            sampled = _best(layer.mlp.experts.combine, x_TD, ids_T1, weights_T1)
-            parts["experts"] += count * hit / few * max(1, each / ROWS) * sampled
-        blocks: Any = model.lm_head.blocks
-        block = _best(lambda: next(blocks("next_token_logits", long_BTD)))
-    parts["head"] = tokens / long_BTD.shape[1] * V / min(V, HEAD_ROWS) * block
-    checkpoint.used.intersection_update(used)
-    return parts
-
-
-def _best(step: Callable[..., object], *arguments: Any, seconds: float = 0.1) -> float:
-    """Of at least two; the first, which sets things up, does not count."""
-    step(*arguments)
-    times: list[float] = []
-    while len(times) < 2 or sum(times) < seconds:
-        start = time.perf_counter()
-        step(*arguments)
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def resident() -> int:

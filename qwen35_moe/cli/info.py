@@ -1,4 +1,4 @@
-"""`qwen35-moe info`: what a checkpoint holds, and what a run of it will take."""
+"""`qwen35-moe info`: the contents of a checkpoint, and the memory and disk of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .gate import lines_of, result_of
 
 
 def configure(p: argparse.ArgumentParser) -> None:
-    p.description = "Reads headers, and runs a small part of one layer of each kind to see how long that takes here."
+    p.description = "Reads headers: sizes, formats, the gate's decision, and the memory and disk that a run needs."
     p.add_argument("checkpoint", help="checkpoint folder or .safetensors file")
     p.add_argument("--tokens", type=int, default=512, help="estimate a run of so many tokens (default: %(default)s)")
     p.add_argument("--arithmetic", default="exact", help="estimate a run in it (default: %(default)s)")
@@ -99,10 +99,8 @@ def text(found: dict[str, Any]) -> list[str]:
     e = found["estimate"]
     lines += [
         "",
-        f"  one forward pass over {e['tokens']} tokens, {e['arithmetic']}: about {_time(e['seconds'])} on this machine "
-        "(" + ", ".join(f"{part} {_time(seconds)}" for part, seconds in e["parts"].items()) + ")",
-        f"  a trace of all taps takes {_size(e['trace_bytes'])} on disk; its envelope takes "
-        f"{len(legal(e['arithmetic']))} passes more",
+        f"  {e['tokens']} tokens, {e['arithmetic']}: a trace of all taps takes {_size(e['trace_bytes'])} on disk; its "
+        f"envelope takes {len(legal(e['arithmetic']))} passes more",
         "  peak memory: " + ", ".join(f"{mode} {_size(size)}" for mode, size in e["memory"].items()),
     ]
     for c in found.get("checksums", []):
@@ -117,13 +115,3 @@ def _size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1024
     raise AssertionError("the loop returns")
-
-
-def _time(seconds: float) -> str:
-    return (
-        f"{seconds:.1f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )

@@ -21,7 +21,7 @@ from .parsing import Parser, ending
 # command -> its module, with `configure(parser)` that sets `run(args) -> int` as a default; and its help. A module is
 # imported only when its command is called: importing torch takes seconds.
 COMMANDS = {
-    "info": ("info", "sizes, formats, the gate's decision, and the memory and time of a run"),
+    "info": ("info", "sizes, formats, the gate's decision, and the memory of a run"),
     "gate": ("gate", "may the shared expert be fused? layer by layer"),
     "check": ("check", "find defects of a checkpoint before it is served, engine by engine"),
     "trace": ("trace", "write the truth: the value of every tap, and the errors of legal rounding"),
