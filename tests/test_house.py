@@ -17,8 +17,8 @@ ROOT = Path(qwen35_moe.__file__).parent
 # From the ground up; folders on one floor do not import each other.
 # `weights` leads to the recipes beside the package.
 FLOORS = (
-    {"errors", "weights"}, {"quant"}, {"gate", "numerics"}, {"checkpoint", "model"}, {"run"}, {"trace"}, {"oracle"},
-    {"testing", "cli"}, {"pytest_plugin"},
+    {"errors", "weights"}, {"untrusted"}, {"quant"}, {"gate", "numerics"}, {"checkpoint", "model"}, {"run"},
+    {"trace"}, {"oracle"}, {"testing", "cli"}, {"pytest_plugin"},
 )  # fmt: skip
 FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
 ABOVE_ALL = {
@@ -99,7 +99,7 @@ def test_no_circle() -> None:
 def test_the_model_needs_numerics_errors_and_torch(name: str) -> None:
     inside = {target.partition(".")[0] for target, _ in inner(name)}
     outside = {target.partition(".")[0] for target, own, _ in imports(name) if not own}
-    assert inside <= {"model", "numerics", "errors"}
+    assert inside <= {"model", "numerics", "untrusted", "errors"}
     assert outside <= {"torch"} | sys.stdlib_module_names
 
 
@@ -123,6 +123,53 @@ def test_nothing_is_chosen_by_what_an_object_has(name: str) -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     }
     assert not called & {"hasattr", "getattr"}
+
+
+# What opens a file or parses JSON past `untrusted`, and why it may: the file was found regular before, its bytes are
+# ours, or the library takes a path only.
+OPENERS = {"open", "load", "loads", "load_file", "safe_open", "read_text", "read_bytes", "fromfile", "memmap"}
+OURS = ("Trace", "Checkpoint", "Folder", "cls")  # whose `open` is not the library's
+OPEN_HERE = {
+    "untrusted": "the one reader",
+    "checkpoint.checksums": "hashes files whose header was read by the one reader",
+    "checkpoint.checkpoint": "hashes files whose header was read by the one reader",
+    "checkpoint.header": "calls check_regular, then reads a header of bounded size",
+    "checkpoint.reader": "maps files whose header was read by the one reader",
+    "cli.estimate": "reads /proc of this process",
+    "oracle.dumps.readers.common": "torch.load of weights only, after check_regular",
+    "oracle.dumps.readers.llama_cpp": "float32 of a size that is checked, after check_regular",
+    "oracle.dumps.readers.plain": "numpy maps the file, after check_regular",
+    "oracle.dumps.readers.vllm": "numpy maps the file, after check_regular",
+    "oracle.dumps.writers": "writes",
+    "oracle.servers.dialects": "writes",
+    "run.files": "hashes and locks its own files",
+    "run.prompt": "Pillow reads a picture, after check_regular",
+    "testing.drawn": "the package's own configurations",
+    "testing.gate": "the package's own configurations",
+    "oracle.judge.envelope_file": "parses what its checksum covers",
+    "trace.resume": "parses what this process has written",
+    "trace.writer": "writes",
+}
+
+
+def test_strangers_files_are_read_in_one_place() -> None:
+    found = {
+        name: [ast.unparse(node)[:60] for node in ast.walk(tree) if _opens(node)] for name, tree in modules().items()
+    }
+    found = {name: calls for name, calls in found.items() if calls}
+    assert found.keys() == OPEN_HERE.keys(), {k: found.get(k) for k in found.keys() ^ OPEN_HERE.keys()}
+
+
+def _opens(node: ast.AST) -> bool:
+    """Whether this is a call of a function that reads a file or parses JSON, but those of `untrusted` and of ours."""
+    if not isinstance(node, ast.Call):
+        return False
+    if isinstance(node.func, ast.Name):
+        return node.func.id in OPENERS - {"load", "read_bytes"}
+    if not isinstance(node.func, ast.Attribute) or node.func.attr not in OPENERS:
+        return False
+    of = ast.unparse(node.func.value)
+    return of in ("torch", "np", "pickle", "json") if node.func.attr == "load" else of not in OURS
 
 
 # What is still too long, to be emptied: files, functions, functions of too many parameters.

@@ -175,7 +175,7 @@ def npy(x: np.ndarray) -> str:
         (sglang([1, 2], routed_experts="%%"), "routed_experts are no base64"),
         (sglang([1, 2], routed_experts="AAA="), "routed_experts are cut off"),
         ({"choices": [{"prompt_logprobs": [None, {"1": {"logprob": -1}}], "routed_experts": npy(np.array([{}]))}]},
-         "routed_experts are no .npy file"),
+         "no whole .npy file"),
         ({"choices": [{"prompt_logprobs": [None, {"1": {"logprob": -1}}], "routed_experts": npy(np.zeros(3))}]},
          "routed_experts have the wrong shape"),
         ({"request": {"prompt": [1, 2, 3]}, "response": {"choices": [{"prompt_logprobs": [None, {"9": {"logprob": -1}},

@@ -3,18 +3,20 @@ command a terminal; and exit code 1 for a verdict only."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from qwen35_moe import Qwen35Error
-from qwen35_moe.checkpoint.untrusted import MAX_DEPTH, check_regular, parse_json, read_bytes, read_json
+from qwen35_moe import Config, Qwen35Error, read_dump
 from qwen35_moe.cli.main import main
 from qwen35_moe.errors import printable
 from qwen35_moe.gate.patterns import bounded_pattern
+from qwen35_moe.untrusted import MAX_DEPTH, check_regular, parse_json, parse_npy, read_bytes, read_json
 
 SLOW = ["(a|a)+b", "(a+)+b", "(a*)*b", "(?:a|aa)+b", "(.*)*x", "(a|ab|b)*c", "([a-z]+)*1", "(x+x+)+y", r"(a)\1+",
         ".*" * 7 + "x", "(?:(?:a+)?b?)+c"]  # fmt: skip
@@ -79,6 +81,39 @@ def test_repeated_keys_are_an_error_everywhere(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "config.json").write_text('{"model_type": "a", "model_type": "b"}')
     assert main(["gate", str(tmp_path), "--config-only"]) == 2
     assert "a key is repeated" in capsys.readouterr().err
+    with pytest.raises(Qwen35Error, match="a key is repeated"):
+        Config.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"num_experts": 4, "num_experts": 8}'])
+def test_a_configuration_is_read_as_all_json(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    for path in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(Qwen35Error):
+            Config.from_pretrained(path)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(Qwen35Error, match="not a regular file"):
+        Config.from_pretrained(tmp_path / "fifo")
+
+
+def test_an_array_is_as_long_as_its_header_says() -> None:
+    held = io.BytesIO()
+    np.save(held, np.arange(6).reshape(2, 3))
+    assert parse_npy(held.getvalue(), "here").tolist() == [[0, 1, 2], [3, 4, 5]]
+    for bad in (held.getvalue()[:-1], held.getvalue() + b"x", held.getvalue().replace(b"(2, 3)", b"(2, 9**9)"),
+                held.getvalue().replace(b"(2, 3), ", b"(9999,)*"), b"", b"\x93NUMPY" + b"\xff" * 20,
+                held.getvalue().replace(b"(2, 3), }  ", b"(99999, 99999999)")):  # fmt: skip
+        with pytest.raises(Qwen35Error):
+            parse_npy(bad, "here")
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.pt", "x.safetensors", "llamacpp-x.bin", "x.json", "trace.json",
+                                  "layer0.pt"])  # fmt: skip
+def test_a_fifo_in_a_dump_hangs_nothing(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(Qwen35Error):
+            read_dump(path)
 
 
 def test_control_characters_do_not_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

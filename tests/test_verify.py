@@ -34,7 +34,7 @@ def test_what_was_written_verifies(whole: Path, capsys: pytest.CaptureFixture[st
     assert "as they were written" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["00000.safetensors", "00003.safetensors", ENVELOPE])
+@pytest.mark.parametrize("name", ["00000.safetensors", "00003.safetensors", ENVELOPE, "trace.json"])
 @pytest.mark.parametrize("at", [0.5, 0.99])
 def test_a_flipped_bit_is_found(
     name: str, at: float, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -65,6 +65,22 @@ def test_resume_does_not_go_on_from_a_flipped_bit(
     said = capsys.readouterr().err
     assert name in said and "checksum" in said
     assert main(arguments) == 0 and main(["verify", str(tmp_path / "t")]) == 0
+
+
+@pytest.mark.parametrize("said", [b'"next\\": 2', b'"ids\\\\\\": [[1', b"unused", b"sha256"])
+def test_every_byte_of_a_state_is_under_its_checksum(
+    said: bytes, built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The header says which layer comes next: a flipped bit there would go on with other layers."""
+    arguments = ["trace", str(built("tiny")), "--ids", "1,2,3,4", "--out", str(tmp_path / "t"), "--quiet"]
+    assert main([*arguments, "--layers", "0-1"]) == 0
+    held = bytearray((tmp_path / "t" / RESUME).read_bytes())
+    at = held.index(said) + len(said) - 1
+    held[at] ^= 1
+    (tmp_path / "t" / RESUME).write_bytes(held)
+    assert main([*arguments, "--resume"]) == 2
+    said_then = capsys.readouterr().err
+    assert RESUME in said_then and "Traceback" not in said_then
 
 
 def test_resume_does_not_go_on_from_a_damaged_envelope(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import Qwen35Error
+from ..untrusted import read_bytes
 from .folder import Folder
 from .header import TensorEntry
 from .reader import Reader
@@ -45,7 +46,7 @@ def _hub_checksum(file: Path) -> tuple[str, str]:
     if SHA256.fullmatch(target):
         return target, "name in the hub's cache"
     note = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
-    lines = note.read_text(encoding="utf-8").split() if note.is_file() else []
+    lines = read_bytes(note).decode("utf-8", "replace").split() if note.is_file() else []
     etag = next((line for line in lines if SHA256.fullmatch(line)), "")
     return etag, str(note) if etag else "nothing known"
 
@@ -54,8 +55,8 @@ def verify_manifest(folder: Folder, reader: Reader, manifest: Path) -> Iterator[
     """Against lines `sha256 ... name`, where a name is a tensor's (as its file has it) or a file's. As sha256sum writes
     them, with two characters after the sum, a name may hold spaces. Lines that begin with # say nothing."""
     try:
-        lines = [line.strip() for line in manifest.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in read_bytes(manifest).decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
         raise Qwen35Error("cannot read the manifest", where=manifest, found=error) from error
     said = [(number, line) for number, line in enumerate(lines, 1) if line and not line.startswith("#")]
     if not said:

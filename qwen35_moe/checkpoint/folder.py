@@ -10,9 +10,9 @@ from typing import Any
 
 from ..errors import Qwen35Error
 from ..gate.declared import with_hf_quant_config
+from ..untrusted import read_json
 from .header import Header, TensorEntry, read_header
 from .tensor_names import canonical
-from .untrusted import read_json
 
 INDEX = "model.safetensors.index.json"
 NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+)\.safetensors")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Qwen35Error
-from .untrusted import check_regular, parse_json, refuse_pointer
+from ..untrusted import check_regular, parse_json, refuse_pointer
 
 # The format's own limit. The header of a whole 397B checkpoint in one file would have 25 MB.
 LONGEST_HEADER = 100_000_000

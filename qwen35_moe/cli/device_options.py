@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.untrusted import read_json
 from ..errors import Qwen35Error
 from ..run.load import usable
 from ..run.placement import AUTOMATIC
+from ..untrusted import read_json
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:

@@ -11,11 +11,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.untrusted import read_json
 from ..errors import Qwen35Error
 from ..gate.decide import NEWEST, RULES, VARIANTS, Options, decide_layers, hazards, rule_named, summarise
 from ..gate.declared import ModuleSpec, with_hf_quant_config
 from ..gate.records import Model
+from ..untrusted import read_json
 
 Lookup = Callable[[str], ModuleSpec | None]
 Variant = tuple[str, str, dict[str, Any]]  # label, rule, the options that make it

@@ -21,18 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import Qwen35Error, extra
 from ..numerics.taps import Site
 from ..oracle.judge.envelope_file import ENVELOPE, stored_envelope
-from ..run.files import save_whole, tensors_sha256, whole
+from ..run.files import save_checked, whole
 from ..run.streamed import HEAD_ROWS
 from ..trace.file import RESUME, Entry, Trace
 from ..trace.layers import complete_trace
 from ..trace.resume import check_same
 from ..trace.writer import JOINED, PARTS, PARTS_RUN, TraceWriter, check_ours
+from ..untrusted import read_bytes, tensor_file
 
 MOST_GROUPS = 99_999  # five digits
 # What torchrun (`accelerate launch` with GPUs) and MPI (on CPUs) say of how many processes there are.
@@ -94,7 +94,7 @@ def begin_parts(out: Path, groups: int, run: str, resume: bool, first: bool) -> 
         if (out / RESUME).is_file():
             raise _other_way(out, "groups of prompts", "all prompts in one pass")
         for other in begun(out):
-            check_same(out, other.read_text(encoding="utf-8", errors="replace"), run)
+            check_same(out, read_bytes(other).decode("utf-8", "replace"), run)
     if first and not (folder / PARTS_RUN).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with whole(folder / PARTS_RUN) as temporary:
@@ -142,7 +142,7 @@ def join(parts: Sequence[Path], out: Path, meta: dict[str, Any]) -> Trace:
         sites = {key: e for t in traces for key, e in t.sites.items()}
         keys = {key: None for envelope in envelopes for key in envelope}
         rows = {key: _joined(key, sites[key], [e[key] for e in envelopes if key in e]) for key in keys}
-        save_whole(rows, out / ENVELOPE, {"sha256": tensors_sha256(rows)})
+        save_checked(rows, out / ENVELOPE)
     return Trace.open(out)
 
 
@@ -188,6 +188,6 @@ def _blocks(traces: Sequence[Trace], key: str, columns: int) -> Iterator[tuple[s
         which, parts = slice(first, min(first + HEAD_ROWS, columns)), []
         for trace in traces:
             assert trace.path is not None
-            with safe_open(trace.path / trace.sites[key].file, framework="pt") as file:
+            with tensor_file(trace.path / trace.sites[key].file) as file:
                 parts.append(file.get_slice(key)[:, :, which])
         yield which, torch.cat(parts)

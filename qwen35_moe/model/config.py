@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MOST_LAYERS, Qwen35Error
+from ..untrusted import read_json
 from .family import check_family
 from .rope_scaling import RopeScaling
 
@@ -82,15 +82,7 @@ class Config:
     def from_pretrained(cls, path: str | Path, ignore: Iterable[str] = ()) -> Config:
         """Reads config.json from a folder, or the given JSON file."""
         path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
-        try:
-            if path.exists() and not path.is_file():  # a FIFO would hang the reader
-                raise OSError(0, "not a regular file")
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), ignore)
-        except OSError as error:
-            do = "name a checkpoint folder or its config.json"
-            raise Qwen35Error("cannot read the configuration", where=path, found=error.strerror, do=do) from error
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise Qwen35Error("not valid JSON", where=path, found=error) from error
+        return cls.from_dict(read_json(path), ignore)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], ignore: Iterable[str] = ()) -> Config:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import Qwen35Error
+from ..untrusted import tensor_file
 
 try:
     import fcntl
@@ -116,9 +117,26 @@ def check_sha256(path: Path, known: str, do: str) -> None:
         raise Qwen35Error(what, where=path, expected=f"sha256 {known}", found=found, do=do)
 
 
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """The checksum of tensors by name: of their names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
+def save_checked(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, whole or not at all, whose metadata holds the checksum of all else that is in it."""
+    known = dict(metadata or {})
+    save_whole(tensors, path, {**known, "sha256": tensors_sha256(tensors, known)})
+
+
+def read_checked(path: Path, do: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of such a file. Error: it cannot be read, or its checksum is another."""
+    with tensor_file(path, do) as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    known = metadata.pop("sha256", "none")
+    if (found := tensors_sha256(tensors, metadata)) != known:
+        what = "the file is damaged: its checksum is another"
+        raise Qwen35Error(what, where=path, expected=f"sha256 {known}", found=found, do=do)
+    return metadata, tensors
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """The checksum of tensors by name: of their names, dtypes, shapes and bytes, and of metadata."""
+    digest = hashlib.sha256("".join(f"{key}={value}\n" for key, value in sorted((metadata or {}).items())).encode())
     for name in sorted(tensors):
         x = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {x.dtype} {list(x.shape)} ".encode())

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ..checkpoint import Checkpoint
-from ..checkpoint.untrusted import read_json
 from ..errors import Qwen35Error
 from ..model.config import Config
+from ..untrusted import read_json
 
 BYTES_AT_ONCE = 1 << 26
 SPECIAL = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "eos_token_id",

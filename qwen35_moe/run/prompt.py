@@ -5,7 +5,6 @@ Ids need none of it. transformers is imported where it is used, and never asks t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.untrusted import read_bytes, read_json
 from ..errors import Qwen35Error, extra
 from ..model.config import Config
 from ..model.text import Model
 from ..model.vision.positions import check_grids, embed_images, rope_positions, token_types
 from ..numerics import arithmetics
+from ..untrusted import check_regular, parse_json, read_bytes, read_json
 from .origin import was_left_out
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -58,13 +57,11 @@ def _rows(source: str) -> list[list[Any]]:
     if re.fullmatch(r"\d{1,10}([\s,]+\d{1,10})*", source):
         return [[int(word) for word in re.findall(r"\d+", source)]]
     try:
-        found = json.loads(source)
-    except RecursionError:
-        return []
+        found = parse_json(source.encode(), "token ids")
     except ValueError:
         try:  # generate --json: one object a token
-            return [[json.loads(line)["id"] for line in source.splitlines()]]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            return [[parse_json(line.encode(), "token ids")["id"] for line in source.splitlines()]]
+        except (ValueError, KeyError, TypeError):
             return []
     if not isinstance(found, dict):
         return _listed(found)
@@ -212,6 +209,7 @@ def load_images(folder: str | Path, images: Sequence[str | Path]) -> tuple[Tenso
 
     opened = []
     for path in images:
+        check_regular(Path(path))
         try:
             opened.append(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -11,6 +11,7 @@ trace.json is one JSON object:
     version   1
     meta      arithmetic, checkpoint (identity), steps: {ids, positions, mask} [B][T], and with images axes [3][B][T]
     files     name of each file -> the sha256 of its bytes (`qwen35-moe verify` compares)
+    sha256    of the bytes of trace.json before `, "sha256"`
     tensors   list, in order, of {key, name, layer, expert, part, step, dims, dtype, shape, file}
 
 `key` is the tensor's name in its file. `dims` names its dimensions (legend in tap_names.py): "b t d", "t e". `layer`
@@ -25,20 +26,21 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checkpoint.untrusted import parse_json, read_json
 from ..errors import Qwen35Error
 from ..numerics.taps import Site
 from ..run.files import check_sha256
+from ..untrusted import parse_json, read_bytes, read_json, tensor_file
 
 FORMAT, VERSION = "qwen35-moe-trace", 1
 RESUME = "resume.safetensors"  # what long_run.py needs to go on; no part of the trace
+SUM_BEGINS = ', "sha256": '  # the checksum of all before it in trace.json
 TURN = re.compile(r"\.\d+$")  # how the key of a turn of a loop ends
 CHUNK_BYTES = 1 << 28  # a chunk is closed at a new layer, or here: bounds memory for the logits and for 397B layers
 
@@ -84,13 +86,8 @@ class Trace(Mapping[str, Tensor]):
         if self.path is None or key not in self.sites:
             raise KeyError(key)
         where = self.path / self.sites[key].file
-        try:
-            with safe_open(where, framework="pt") as file:
-                return file.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise Qwen35Error(
-                "trace file cannot be read", where=where, found=error, do="write the trace again"
-            ) from error
+        with tensor_file(where, "write the trace again") as file:
+            return file.get_tensor(key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sites)
@@ -165,6 +162,11 @@ class Trace(Mapping[str, Tensor]):
             if name not in self.files:
                 raise Qwen35Error("no checksum is known of this file", where=self.path / name, do=do)
             check_sha256(self.path / name, self.files[name], do)
+        head, _, known = read_bytes(self.path / "trace.json").rpartition(SUM_BEGINS.encode())
+        if (found := f'"{sha256(head).hexdigest()}"}}').encode() != known:
+            what = "the file is damaged: its checksum is another"
+            raise Qwen35Error(what, where=self.path / "trace.json", expected=known[1:65].decode("ascii", "replace"),
+                              found=found[1:-2], do=do)  # fmt: skip
 
 
 def in_utf8(path: str | Path) -> Path:
@@ -254,11 +256,8 @@ def entries_of(records: Any, where: Path) -> list[Entry]:
 
 def records_of(chunk: Path) -> Any:
     """What a file says of its tensors."""
-    try:
-        with safe_open(chunk, framework="pt") as file:
-            return parse_json((file.metadata() or {})["tensors"].encode(), chunk)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise Qwen35Error("trace file cannot be read", where=chunk, found=error, do="write the trace again") from error
+    with tensor_file(chunk, "write the trace again") as file:
+        return parse_json((file.metadata() or {}).get("tensors", "").encode(), chunk)
 
 
 _CHUNK = re.compile(r"\d{5}\.safetensors")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import Qwen35Error
@@ -15,6 +14,7 @@ from ..model.config import Config
 from ..model.vision.config import VisionConfig
 from ..model.vision.positions import rope_positions
 from ..run.prompt import Images, placeholders, special_id
+from ..untrusted import tensor_file
 from .file import Trace
 
 PIXELS = "vis_pixels"
@@ -32,11 +32,8 @@ def images_meta(config: Config, images: Images) -> dict[str, Any]:
 def read_images(path: str | Path) -> Images:
     """A safetensors file with pixel_values and image_grid_thw, pixel_values_videos and video_grid_thw, or all four."""
     names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-    try:
-        with safe_open(path, "pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise Qwen35Error("cannot read pixels", where=path, found=error) from error
+    with tensor_file(path) as file:
+        found = {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118
     pairs = [(names[i] in found, names[i + 1] in found) for i in (0, 2)]
     if any(a != b for a, b in pairs) or not found:
         expected = f"{names[0]} and {names[1]}, or {names[2]} and {names[3]}"

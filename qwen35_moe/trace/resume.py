@@ -5,8 +5,9 @@ Beside the trace's files (`oracle/trace_file.py`) lies `resume.safetensors` unti
     sum [B, T, D]     the residual stream after the last layer that is done, as the next one takes it (not yet rounded)
     __metadata__      `State` as JSON: run: what must be the same for the bytes to be (`run_of`); next: the layer to go
                       on with; files: those of the trace that are done, with their
-                      sha256; sum_sha256: of the stream; unused: tensors of those layers that were never
-                      read; nan: the first tap that held one
+                      sha256; unused: tensors of those layers that were never read; nan: the first tap
+                      that held one
+                      sha256: of all else that is in the file
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..run.files import save_whole, tensors_sha256
+from ..run.files import read_checked, save_checked
+from ..untrusted import parse_json
 from .file import RESUME
 
 
@@ -35,7 +36,7 @@ def check_same(out: Path, then: str, now: str, what: str = "another run was begu
     if then == now:
         return
     try:
-        old, new = dict(json.loads(then)), json.loads(now)
+        old, new = dict(parse_json(then.encode(), out)), json.loads(now)
     except (ValueError, TypeError) as error:
         raise Qwen35Error("cannot read the state", where=out, found=error, do="start without --resume") from error
     differing = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
@@ -64,28 +65,23 @@ class State:
     run: str
     next: int = 0
     files: dict[str, str] = field(default_factory=dict)
-    sum_sha256: str = ""
     nan: str = ""
     unused: list[str] = field(default_factory=list)
 
     def write(self, out: Path, sum_BTD: Tensor) -> None:
-        held = {"sum": sum_BTD.cpu().contiguous()}
-        self.sum_sha256 = tensors_sha256(held)
-        save_whole(held, out / RESUME, {"state": json.dumps(asdict(self))})
+        save_checked({"sum": sum_BTD.cpu().contiguous()}, out / RESUME, {"state": json.dumps(asdict(self))})
 
     def resumed(self, out: Path) -> tuple[State, Tensor | None]:
         """That of an earlier run, which must be the same as this is to be, and its residual stream."""
         if not (out / RESUME).is_file():
             return self, None  # killed before the first layer was done, or never begun
+        do = "start without --resume"
         try:
-            with safe_open(out / RESUME, framework="pt") as file:
-                then, sum_BTD = State(**json.loads((file.metadata() or {})["state"])), file.get_tensor("sum")
+            metadata, tensors = read_checked(out / RESUME, do)
+            then, sum_BTD = State(**parse_json(metadata["state"].encode(), out / RESUME)), tensors["sum"]
             if any(type(value) is not type(getattr(self, name)) for name, value in asdict(then).items()):
-                raise ValueError("values of wrong types")
-            if tensors_sha256({"sum": sum_BTD}) != then.sum_sha256:
-                raise ValueError("the residual stream is damaged: its checksum is another")
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            do = "start without --resume"
+                raise TypeError("values of wrong types")
+        except (KeyError, TypeError) as error:
             raise Qwen35Error("cannot read the state", where=out / RESUME, found=error, do=do) from error
         check_same(out, then.run, self.run)
         return then, sum_BTD

@@ -8,18 +8,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
+from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import Qwen35Error
 from ..numerics.taps import Site
 from ..run.files import check_claim, check_sha256, file_sha256, save, whole
-from .file import CHUNK_BYTES, FORMAT, RESUME, VERSION, Entry, Trace, entries_of, in_utf8, records_of
+from ..untrusted import tensor_file
+from .file import CHUNK_BYTES, FORMAT, RESUME, SUM_BEGINS, VERSION, Entry, Trace, entries_of, in_utf8, records_of
 
 _OURS = re.compile(r"(\d{5}|envelope|envelope-state|resume)\.safetensors")  # envelope: envelope_file.py
 # What a kill leaves of a file that was being written: ours, and those that safetensors writes first, with random names.
@@ -54,12 +55,12 @@ def check_ours(path: Path) -> None:
 def _is_ours(file: Path) -> bool:
     """Whether a file of one of our names holds what that says: of an envelope, six numbers for each row."""
     try:
-        with safe_open(file, framework="pt") as opened:
+        with tensor_file(file) as opened:
             if file.stem != "envelope":
                 return bool({"tensors", "state", "done", "run"} & (opened.metadata() or {}).keys())
             first = next(iter(opened.keys()), None)
             return first is not None and opened.get_slice(first).get_shape()[-1:] == [6]
-    except (OSError, SafetensorError):
+    except Qwen35Error:
         return False
 
 
@@ -245,8 +246,9 @@ class TraceWriter:
         self.flush()
         head = {"format": FORMAT, "version": VERSION, "meta": self.meta, "files": self.sums,
                 "tensors": [asdict(e) for e in self.entries]}  # fmt: skip
+        text = json.dumps(head)[:-1]
         with whole(self.path / "trace.json") as temporary:
-            temporary.write_text(json.dumps(head))
+            temporary.write_text(f'{text}{SUM_BEGINS}"{sha256(text.encode()).hexdigest()}"}}')
             self._begin()
         self._clear("trace.json")
         if not self._joins:

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import Qwen35Error
@@ -20,7 +18,7 @@ from ...numerics import arithmetics
 from ...numerics.arithmetics import Arithmetic
 from ...numerics.tap_table import TAPS, base_name, matching, per_token, split_patterns
 from ...numerics.taps import Handler, Site, attach, scope
-from ...run.files import save_whole, tensors_sha256
+from ...run.files import read_checked, save_checked
 from ...run.origin import identity_of
 from ...run.streamed import HEAD_ROWS, StreamedHead
 from ...trace.file import Trace
@@ -28,6 +26,7 @@ from ...trace.images import images_of
 from ...trace.layers import HEAD, begin, rounded_blocks
 from ...trace.progress import Progress
 from ...trace.resume import check_threads
+from ...untrusted import tensor_file
 from .envelope import Norms, one_rounding
 from .replay import ReplayRouting
 from .split_k import splitting
@@ -53,11 +52,10 @@ class Stored(NamedTuple):
 def stored_envelope(truth: Trace) -> dict[str, Tensor]:
     """Key -> [rows, 6], the columns of `Stored`."""
     path = None if truth.path is None else truth.path / ENVELOPE
-    try:
-        return load_file(path) if path is not None and path.is_file() else truth.meta.get("_envelope", {})
-    except (OSError, SafetensorError) as error:
-        do = "remove it, or write the trace again"
-        raise Qwen35Error("cannot read the envelope", where=path, found=error, do=do) from error
+    if path is None or not path.is_file():
+        return truth.meta.get("_envelope", {})
+    with tensor_file(path, "remove it, or write the trace again") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def check_envelope(truth: Trace) -> bool:
@@ -65,17 +63,8 @@ def check_envelope(truth: Trace) -> bool:
     path = None if truth.path is None else truth.path / ENVELOPE
     if path is None or not path.is_file():
         return False
-    known, do = header_of(path).get("sha256"), "remove it, and run `qwen35-moe trace --resume` with the same options"
-    if (found := tensors_sha256(stored_envelope(truth))) != known:
-        raise Qwen35Error("the envelope is damaged: its checksum is another", where=path, expected=known, found=found,
-                          do=do)  # fmt: skip
+    read_checked(path, "remove it, and run `qwen35-moe trace --resume` with the same options")
     return True
-
-
-def header_of(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
 
 
 def as_rows(key: str, x: Tensor, tokens: int) -> Tensor:
@@ -119,22 +108,13 @@ class _Errors(Handler):
         tensors = {f"error.{key}": torch.stack((n.l2, n.max)) for key, n in self.norms.items()}
         if sum_BTD is not None:
             tensors["sum"] = sum_BTD.cpu().contiguous()
-        save_whole(tensors, path, {**run, "sha256": tensors_sha256(tensors)})
+        save_checked(tensors, path, run)
 
     def read(self, path: Path) -> tuple[dict[str, str], Tensor | None]:
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                run = file.metadata() or {}
-            json.loads(run["done"])
-            if tensors_sha256(tensors) != run.pop("sha256", None):
-                raise ValueError("damaged: its checksum is another")
-            sum_BTD = tensors.pop("sum", None)
-            for name, x in tensors.items():
-                self.add(name.removeprefix("error."), Norms(*x.unbind()))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            do = "remove it: the envelope begins anew, the trace stays"
-            raise Qwen35Error("cannot read the envelope's state", where=path, found=error, do=do) from error
+        run, tensors = read_checked(path, "remove it: the envelope begins anew, the trace stays")
+        sum_BTD = tensors.pop("sum", None)
+        for name, x in tensors.items():
+            self.add(name.removeprefix("error."), Norms(*x.unbind()))
         return run, sum_BTD
 
 
@@ -191,7 +171,7 @@ def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, 
     if truth.path is None or state is None:
         truth.meta["_envelope"] = out
         return
-    save_whole(out, truth.path / ENVELOPE, {"sha256": tensors_sha256(out)})
+    save_checked(out, truth.path / ENVELOPE)
     state.unlink()
 
 
@@ -241,7 +221,7 @@ def _slice(truth: Trace, which: slice) -> Tensor:
     """Some of the truth's logits."""
     if truth.path is None:
         return truth[HEAD][..., which]
-    with safe_open(truth.path / truth.sites[HEAD].file, framework="pt") as file:
+    with tensor_file(truth.path / truth.sites[HEAD].file) as file:
         return file.get_slice(HEAD)[:, :, which]
 
 

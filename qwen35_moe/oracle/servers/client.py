@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from ...checkpoint.untrusted import parse_json
 from ...errors import Qwen35Error
+from ...untrusted import parse_json
 from .answer import clean
 
 API_KEY = "QWEN35_MOE_API_KEY"

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.untrusted import parse_json, read_bytes
 from ...errors import Qwen35Error
+from ...untrusted import parse_json, read_bytes
 from .answer import NO_LOG_P, UNKNOWN, Answer, Row, agreed, bad, ids_in, listed, mapping, number, prompt_of, row, token
 from .routed import from_npy
 from .sglang import sglang

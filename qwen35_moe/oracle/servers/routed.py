@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...untrusted import parse_npy
 from .answer import bad
 
 
@@ -30,12 +30,9 @@ def from_base64(text: object, where: str) -> Tensor:
 
 def from_npy(text: object, where: str) -> Tensor:
     """vLLM: a .npy file [tokens, layers, A]; nothing is unpickled."""
-    try:
-        found = np.load(io.BytesIO(decoded(text, where)), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise bad("routed_experts are no .npy file", where, error) from error
-    if not isinstance(found, np.ndarray) or found.ndim != 3 or found.dtype.kind not in "iu":
-        raise bad("routed_experts have the wrong shape", where, getattr(found, "shape", found), "[tokens, layers, A]")
+    found = parse_npy(decoded(text, where), f"{where}: routed_experts")
+    if found.ndim != 3 or found.dtype.kind not in "iu":
+        raise bad("routed_experts have the wrong shape", where, found.shape, "[tokens, layers, A]")
     return torch.from_numpy(found.astype(np.int64))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import Qwen35Error
+from ....untrusted import check_regular
 from ..dump import Dump, Piece, Tokens
 from ..steps import check_steps
 from . import answers, atom, llama_cpp, own, plain, sglang, sglang_passes, transformers, vllm
@@ -52,6 +53,8 @@ def read_dump(
     path = Path(path)
     if not path.exists():
         raise Qwen35Error("no such dump", where=path, do="check the path")
+    if not path.is_dir():
+        check_regular(path)
     reader = next((r for r in READERS if _sniffs(r, path)), None)
     if reader is None:
         inside = sorted(p.name for p in path.iterdir())[:3] if path.is_dir() else [path.name]

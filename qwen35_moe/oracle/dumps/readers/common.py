@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....checkpoint.untrusted import check_regular
 from ....errors import Qwen35Error
+from ....untrusted import check_regular
 
 
 def load_pt(path: str | Path) -> Any:

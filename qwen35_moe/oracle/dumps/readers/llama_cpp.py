@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ....errors import Qwen35Error
+from ....untrusted import check_regular
 from ..dump import Dump, Piece, Tokens
 
 MAGIC = b"_logits_"
@@ -43,10 +44,10 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
         if len(files) > 1:
             raise Qwen35Error("several logits files lie here", where=path, found=", ".join(f.name for f in files[:3]))
         path = files[0]
+    size = check_regular(path)
     with path.open("rb") as file:
         if file.read(8) == MAGIC:
             return _read_base(path, config)
-    size = path.stat().st_size
     if size == 0 or size % 4:
         raise Qwen35Error("file is truncated", where=path, expected="float32 logits", found=f"{size} bytes")
     tokens_file = path.with_name(path.stem + "-tokens.bin")

@@ -17,13 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ....checkpoint.untrusted import check_regular, read_json
 from ....errors import Qwen35Error
 from ....gate.patterns import MAX_NAME, bounded_pattern
 from ....numerics.tap_table import TAPS, base_name
+from ....untrusted import check_regular, parse_npy, read_json, tensor_file
 from ..dump import Dump, Piece, Tokens
 from ..engine_names import family_of, rule_for
 from ..pieces import plain_values
@@ -88,7 +87,7 @@ def _is_wide(load: Any, vocabulary: int | None) -> bool:
     """Whether a tensor without a known name has as many columns as there are tokens to choose from."""
     try:
         x = load() if vocabulary else None
-    except (OSError, ValueError, Qwen35Error, SafetensorError):
+    except (OSError, ValueError):
         return False
     return x is not None and x.dim() > 1 and x.is_floating_point() and x.shape[-1] == vocabulary
 
@@ -129,11 +128,11 @@ def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     elif file.suffix == ".npy":
         yield file.stem, partial(_from_npy, file)
     elif file.suffix == ".npz":
-        with file.open("rb") as data, np.load(data, allow_pickle=False) as archive:  # numpy leaves bad files open
-            for name in archive.files:
-                yield name, partial(_from_npz, file, name)
+        with zipfile.ZipFile(file) as packed:
+            for name in packed.namelist():
+                yield name.removesuffix(".npy"), partial(_from_npz, file, name)
     else:
-        with safe_open(file, framework="pt") as opened:
+        with tensor_file(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - not a mapping
                 yield name, partial(_from_safetensors, file, name)
 
@@ -152,19 +151,17 @@ MOST_RATIO, FREE_BYTES = 64, 1 << 26  # an array of an .npz that is packed bette
 
 def _from_npz(file: Path, name: str) -> Tensor:
     with zipfile.ZipFile(file) as packed:
-        for entry in packed.infolist():
-            if entry.filename.removesuffix(".npy") == name and entry.file_size > max(
-                FREE_BYTES, MOST_RATIO * entry.compress_size
-            ):
-                expected = f"at most {MOST_RATIO} times its {entry.compress_size} bytes"
-                raise Qwen35Error("an array would expand too far", where=file, expected=expected,
-                                  found=f"{name}: {entry.file_size} bytes", do="save it as .npy")  # fmt: skip
-    with np.load(file, allow_pickle=False) as archive:
-        return torch.from_numpy(archive[name])
+        entry = packed.getinfo(name)
+        if entry.file_size > max(FREE_BYTES, MOST_RATIO * entry.compress_size):
+            expected = f"at most {MOST_RATIO} times its {entry.compress_size} bytes"
+            raise Qwen35Error("an array would expand too far", where=file, expected=expected,
+                              found=f"{name}: {entry.file_size} bytes", do="save it as .npy")  # fmt: skip
+        with packed.open(entry) as held:
+            return torch.from_numpy(parse_npy(held.read(entry.file_size), f"{file}: {name}"))
 
 
 def _from_safetensors(file: Path, name: str) -> Tensor:
-    with safe_open(file, framework="pt") as opened:
+    with tensor_file(file) as opened:
         return opened.get_tensor(name)
 
 

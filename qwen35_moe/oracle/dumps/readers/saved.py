@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....checkpoint.untrusted import check_regular
+from ....untrusted import check_regular
 from .common import load_pt
 
 LIST = re.compile(r"(?:.*[./])?(hidden_states|router_logits|scores|logits)[._](\d+)(?:[._](\d+))?")

@@ -14,11 +14,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ....checkpoint.untrusted import read_json
 from ....errors import Qwen35Error
+from ....untrusted import read_json, tensor_file
 from ..dump import Dump, Piece, Tokens
 
 TREE = "_debug_tree_FULL_TENSORS.json"
@@ -152,11 +151,8 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _load(file: Path) -> Tensor:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor("data")
-    except (OSError, SafetensorError) as error:
-        raise Qwen35Error("file is truncated", where=file, found=error, do="make the debug tree again") from error
+    with tensor_file(file, "make the debug tree again") as opened:
+        return opened.get_tensor("data")
 
 
 def _batch_tokens(ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tokens:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -19,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ....checkpoint.untrusted import parse_json, read_bytes
 from ....errors import Qwen35Error
+from ....untrusted import check_regular, parse_json, parse_npy, read_bytes, tensor_file
 from ..dump import Dump, Piece, Tokens
 
 
@@ -59,7 +57,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, layers: list[in
 def _read_hidden(path: Path, files: list[Path], config: Any, layers: list[int] | None) -> Dump:
     pieces, tokens = [], {}
     for step, file in enumerate(files):
-        with safe_open(file, framework="pt") as opened:
+        with tensor_file(file) as opened:
             hidden = opened.get_tensor("hidden_states")
             ids = opened.get_tensor("token_ids")
         count, last = hidden.shape[1], (config or {}).get("text_config", config or {}).get("num_hidden_layers")
@@ -90,9 +88,9 @@ def _hidden_files(path: Path) -> list[Path]:
 
 def _keys(file: Path) -> set[str]:
     try:
-        with safe_open(file, framework="pt") as opened:
+        with tensor_file(file) as opened:
             return set(opened.keys())
-    except (OSError, SafetensorError):
+    except Qwen35Error:
         return set()
 
 
@@ -101,7 +99,8 @@ def _routed(path: Path) -> Tensor | None:
     told; None for other files."""
     try:
         if path.suffix == ".npy":
-            x = np.load(path, allow_pickle=False)
+            check_regular(path)
+            x = np.load(path, allow_pickle=False, mmap_mode="r")
             found = torch.from_numpy(x.astype(np.int64)) if x.ndim == 3 and x.dtype.kind in "iu" else None
         elif path.suffix in (".json", ".b64", ".txt") and path.stat().st_size < 1 << 28:
             raw_text = read_bytes(path)
@@ -111,7 +110,7 @@ def _routed(path: Path) -> Tensor | None:
                 text, shape = _find(answer, "routed_experts"), _find(answer, "routed_experts_shape")
             raw = base64.b64decode(text or "", validate=True)
             if raw[:6] == b"\x93NUMPY":
-                x = np.load(io.BytesIO(raw), allow_pickle=False)
+                x = parse_npy(raw, path)
                 found = torch.from_numpy(x.astype(np.int64)) if x.ndim == 3 else None
             else:  # SGLang: bare int32, and no shape
                 found = torch.frombuffer(bytearray(raw), dtype=torch.int32).long() if raw else None

@@ -6,13 +6,20 @@ the stack. Each is one clear error here.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..errors import Qwen35Error
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from .errors import Qwen35Error
 
 JSON_LIMIT = 500_000_000  # bytes; the index of a 397B checkpoint stored expert by expert has 20 MB
 MAX_DEPTH = 200  # of lists and objects in JSON; a config.json of the hub has 6, a debug tree of transformers 4 a layer
@@ -43,6 +50,33 @@ def read_bytes(file: Path, limit: int = JSON_LIMIT) -> bytes:
             return handle.read(limit)
     except OSError as error:
         raise Qwen35Error("cannot read the file", where=file, found=error.strerror or error) from error
+
+
+def parse_npy(held: bytes, where: object) -> np.ndarray:
+    """The array of a .npy file's bytes. Error: an array of objects, or not as many bytes as the header says, which is
+    found before anything is allocated."""
+    stream = io.BytesIO(held)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+        if dtype.hasobject or (size := prod(shape) * dtype.itemsize) != len(held) - stream.tell():
+            raise ValueError("an array of objects" if dtype.hasobject else f"{size} bytes announced, others are there")
+        return np.frombuffer(held, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran else "C").copy()
+    except Exception as error:  # a header is a literal of Python: a broken one may raise anything
+        found = f"{len(held)} bytes; {error}"[:200]
+        raise Qwen35Error("no whole .npy file", where=where, found=found) from error
+
+
+@contextmanager
+def tensor_file(file: str | Path, do: str = "", what: str = "cannot read the file") -> Iterator[Any]:
+    """An open safetensors file. Error: not a regular file, cut off, or without the tensor that is asked for."""
+    check_regular(Path(file))
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (OSError, SafetensorError) as error:
+        raise Qwen35Error(what, where=file, found=error, do=do) from error
 
 
 def read_json(file: Path, limit: int = JSON_LIMIT) -> Any:
