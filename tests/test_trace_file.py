@@ -144,7 +144,7 @@ def test_bad_traces(model, tmp_path: Path) -> None:
     truth = trace(model, torch.tensor(SEQUENCES[:1]), taps="layer_input", out=tmp_path / "t")
     victim = tmp_path / "t/00001.safetensors"
     victim.write_bytes(victim.read_bytes()[:100])
-    with pytest.raises(Qwen35Error, match="cannot be read(.|\n)*00001"):
+    with pytest.raises(Qwen35Error, match="cannot read(.|\n)*00001"):
         truth["layers.1.layer_input"]
     victim.unlink()
     with pytest.raises(Qwen35Error, match="lost files(.|\n)*00001"):
