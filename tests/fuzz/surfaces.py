@@ -12,10 +12,12 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import random
 import resource
 import shutil
 import sys
+import tarfile
 import tempfile
 import time
 from collections import Counter
@@ -90,8 +92,8 @@ def broken_bytes(chance: Chance, held: bytes) -> bytes:
     return bytes(held)
 
 
-def command(*arguments: str) -> None:
-    """Error unless a command ends as a command may."""
+def command(*arguments: str) -> int:
+    """The exit code of a command. Error unless it ends as a command may."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -100,6 +102,7 @@ def command(*arguments: str) -> None:
             code = ended.code if isinstance(ended.code, int) else 1
     if code not in (0, 1, 2) or "a bug in qwen35-moe" in err.getvalue() or "\x1b" in out.getvalue() + err.getvalue():
         raise AssertionError(f"{arguments}: {code}\n{err.getvalue()[-2000:]}")
+    return code
 
 
 class Surfaces:
@@ -112,7 +115,7 @@ class Surfaces:
         self.configs = [
             dict(gate_recipes.load(r.stem).config) for r in sorted((gate_recipes.HERE / "recipes/gate").iterdir())
         ]
-        q.write_truth(self.tiny, IDS, folder / "truth", with_envelope=False)
+        q.write_truth(self.tiny, IDS, folder / "truth")
         q.play_engine(self.tiny, IDS, folder / "sglang")
         with contextlib.redirect_stdout(io.StringIO()):
             main(
@@ -125,8 +128,28 @@ class Surfaces:
         np.savez(folder / "plain" / "b.npz", **{k: v.numpy() for k, v in some.items()})
         np.save(folder / "plain" / "c.npy", some["next_token_logits"].numpy())
         torch.save(some, folder / "plain" / "d.pt")
-        servers = Path(__file__).parents[1] / "data/servers"
+        data = Path(__file__).parents[1] / "data"
+        self._engine_dumps(data / "dumps", truth, folder / "dumps")
+        servers = data / "servers"
         self.answers = [file.read_bytes() for file in sorted(servers.glob("*.json"))]
+
+    def _engine_dumps(self, real: Path, truth: Trace, out: Path) -> None:
+        """A dump of each format in a folder of its own: those that engines wrote, and small ones after their forms."""
+        with tarfile.open(real / "dumps.tar.xz") as archive:
+            archive.extractall(out, filter="data")
+        for name in ("kl_base", "logits", "hidden", "routed", "atom"):
+            (out / name).mkdir()
+        shutil.copy(real / "llama_cpp.kld", out / "kl_base")
+        truth["next_token_logits"][0, -1].float().numpy().tofile(out / "logits/llamacpp-tiny.bin")
+        IDS[0].int().numpy().tofile(out / "logits/llamacpp-tiny-tokens.bin")
+        layers = len(self.config["text_config"]["layer_types"])
+        states = torch.stack([truth[f"layers.{i}.layer_input"][0].bfloat16() for i in range(layers)], 1)
+        save_file({"hidden_states": states, "token_ids": IDS[0]}, out / "hidden/request.safetensors")
+        routed = torch.stack([truth[f"layers.{i}.moe_topk_ids"] for i in range(layers)], 1)
+        np.save(out / "routed/routed.npy", routed.numpy().astype(np.uint8))
+        for name, tap in (("Qwen3_5DecoderLayer", "mlp_output"), ("Qwen3_5GatedDeltaNet", "attn_output")):
+            x = truth[f"layers.0.{tap}"].reshape(IDS.numel(), -1)
+            torch.save({"hidden": x, "shape": tuple(x.shape)}, out / f"atom/layer00_{name}_rank0_call000.pt")
 
     def all(self) -> dict[str, Callable[[Chance], None]]:
         return {name: getattr(self, name) for name in NAMES}
@@ -185,6 +208,22 @@ class Surfaces:
                 )
         self._read(folder)
 
+    def engine_dump(self, chance: Chance) -> None:
+        folder = self.fresh(chance.choice(sorted((self.folder / "dumps").iterdir())))
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        for file in chance.sample(files, min(3, len(files))):
+            held, kind = file.read_bytes(), chance.randrange(8)
+            file.unlink()
+            if kind == 0:
+                os.mkfifo(file)
+            elif kind == 1:
+                file.symlink_to(chance.choice(["/dev/zero", "/nowhere", file.name, "."]))
+            elif kind == 2:
+                file.mkdir()
+            elif kind > 3:
+                file.write_bytes(broken_bytes(chance, held))
+        self._read(folder)
+
     def plain_dump(self, chance: Chance) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
@@ -208,6 +247,15 @@ class Surfaces:
         text = json.dumps(names).encode()
         (self.work / "names.json").write_bytes(broken_bytes(chance, text) if chance.random() < 0.5 else text)
         self._read(self.folder / "plain" / "a.safetensors", name_map=self.work / "names.json")
+
+    def truth_files(self, chance: Chance) -> None:
+        folder = self.fresh(self.folder / "truth")
+        file = chance.choice([*folder.iterdir(), folder / "envelope.safetensors"])
+        before = file.read_bytes()
+        file.write_bytes(broken_bytes(chance, before))
+        found = command("verify", str(folder))
+        assert found == (0 if file.read_bytes() == before else 2), f"verify: {found} of a changed {file.name}"
+        command("compare", str(folder), str(self.folder / "plain/a.safetensors"))
 
     def truth_by_hand(self, chance: Chance) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
@@ -254,8 +302,8 @@ class Surfaces:
         command(*chance.choices(words, k=chance.randint(0, 6)))
 
 
-NAMES = ("header", "index", "quantisation", "configuration", "sglang_dump", "plain_dump", "name_map", "truth_by_hand",
-         "resume_state", "ids_file", "server_answer", "arguments")  # fmt: skip
+NAMES = ("header", "index", "quantisation", "configuration", "sglang_dump", "plain_dump", "engine_dump", "name_map",
+         "truth_by_hand", "truth_files", "resume_state", "ids_file", "server_answer", "arguments")  # fmt: skip
 
 
 def run(surface: Callable[[Chance], None], seed: int) -> float:
@@ -270,14 +318,19 @@ def cli() -> int:
     parser = argparse.ArgumentParser(description="Fuzz everything that strangers write.")
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--surface", choices=NAMES, action="append")
     options = parser.parse_args()
     failed: Counter[str] = Counter()
     slowest: dict[str, float] = {}
+    done, end = 0, time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory() as folder:
         surfaces = Surfaces(Path(folder)).all()
         names = options.surface or list(surfaces)
         for i in range(options.cases):
+            if time.monotonic() > end:
+                break
+            done += 1
             name = names[i % len(names)]
             try:
                 took = run(surfaces[name], options.seed + i)
@@ -286,7 +339,7 @@ def cli() -> int:
                 failed[name] += 1
                 print(f"{name} seed {options.seed + i}: {type(error).__name__}: {error}"[:600], file=sys.stderr)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    print(f"{options.cases} cases, {sum(failed.values())} failed {dict(failed)}, peak memory {memory} MiB")
+    print(f"{done} cases, {sum(failed.values())} failed {dict(failed)}, peak memory {memory} MiB")
     print("slowest: " + ", ".join(f"{name} {took:.1f} s" for name, took in slowest.items()))
     return 1 if failed else 0
 
