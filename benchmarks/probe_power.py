@@ -1,20 +1,27 @@
 """What `probe` can see: each fault of the catalogue, in all layers and in one, at 40, 400 and 4,000 prompt tokens.
 
-    python -m benchmarks.probe_power [a b c] [--tokens 40 400] [--clean 500] [--top 0 20] [--folder DIR]
+    python -m benchmarks.probe_power a b c --tokens 40 400 --clean 500 --save power.jsonl [--processes 12] [--drawn 3]
+    python -m benchmarks.probe_power --table power.jsonl ...
 
 An engine is a run in an arithmetic that is left out of the judge's own (transformers-bf16 with its products split in
 another order), with a fault or none, on prompts that the judge is given. `found`: share of (fault, layer) that diverge;
 `named`: among those found, the planted hypothesis is best, or cannot be told from the best. Clean runs are every legal
 arithmetic and the clean variants of the oracle's own benchmark, each on prompts of its own; none may diverge.
+--drawn draws the weights of a checkpoint anew. --again plants only what a file of records says was not found at fewer
+tokens, and one in ten of what was.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +29,7 @@ from torch import Tensor
 from benchmarks.oracle_score.__main__ import CHECKPOINTS
 from benchmarks.oracle_score.variants import Variant, variants
 from qwen35_moe.model.cache import Cache
-from qwen35_moe.numerics.arithmetics import Arithmetic
+from qwen35_moe.numerics.arithmetics import Arithmetic, get
 from qwen35_moe.numerics.tables import SGLANG_BF16, TRANSFORMERS_BF16
 from qwen35_moe.numerics.taps import attach
 from qwen35_moe.oracle.diagnose.faults import Place
@@ -31,10 +38,11 @@ from qwen35_moe.oracle.judge.split_k import split, splitting
 from qwen35_moe.oracle.servers.answer import Answer, row
 from qwen35_moe.oracle.servers.probe import Prepared, prepare
 from qwen35_moe.oracle.servers.prompts import drawn
-from qwen35_moe.oracle.servers.replay import CPU, Hypothesis, hypotheses
+from qwen35_moe.oracle.servers.replay import CPU, Branch, Hypothesis, Replay, hypotheses
 from qwen35_moe.oracle.servers.verdict import Verdict
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.run.load import build as build_model
+from qwen35_moe.run.prompt import padded
 from qwen35_moe.run.source import WeightSource
 from weights.build import build
 
@@ -62,14 +70,14 @@ def answers(ids: list[list[int]], log_p: Tensor, top: int) -> list[Answer]:
 @torch.inference_mode()
 def engine(source: WeightSource, ids: list[list[int]], table: Arithmetic, h: Hypothesis | None = None) -> Tensor:
     """log p [B, T, V] of an engine in this arithmetic, with a fault or none."""
-    rows, unfused = torch.tensor(ids), [False] * source.config.num_hidden_layers
+    rows = torch.tensor(ids)
     if h is None:
-        model = build_model(source, table, unfused, CPU, "decoded")
+        model = build_model(source, table, unfused(source), CPU, "decoded")
         with splitting(table):
             return model(rows).double().log_softmax(-1)
     positions = torch.arange(rows.shape[1]).expand_as(rows)
     place = Place(source.config, positions, None if h.layer is None else frozenset({h.layer}), h.expert)
-    fused = [h.fault.fused and place.covers(i) for i in range(len(unfused))]
+    fused = [h.fault.fused and place.covers(i) for i in range(source.config.num_hidden_layers)]
     model = build_model(h.fault.source(source, place), h.fault.arithmetic(table), fused, CPU, "decoded")
     with splitting(table), attach(*h.fault.handlers(place)):
         return model(rows).double().log_softmax(-1)
@@ -87,76 +95,173 @@ def variant(source: WeightSource, ids: list[list[int]], v: Variant) -> Tensor:
     return torch.cat(parts, 1).double().log_softmax(-1)
 
 
+@dataclass
+class Setting:
+    """A checkpoint and its prompts. Set before processes are forked: they find it here."""
+
+    name: str
+    source: WeightSource
+    ids: list[list[int]]
+    tops: list[int]
+    known: Prepared | None = None
+    listed: list[Hypothesis] = field(default_factory=list)
+
+
+HERE: Setting
+
+
+def unfused(source: WeightSource) -> list[bool]:
+    return [False] * source.config.num_hidden_layers
+
+
+def streams(listed: list[int]) -> list[tuple[int, int, Tensor]]:
+    """What some hypotheses make of the last stream: (number, expert, stream) of each."""
+    all_of = hypotheses(HERE.source)
+    rows, mask = padded([torch.tensor(one) for one in HERE.ids])
+    found = Replay(HERE.source, unfused(HERE.source), rows, mask).run("exact", [], [all_of[n] for n in listed])[1:]
+    by_name = {(b.hypothesis.fault.name, b.hypothesis.layer): b for b in found if b.hypothesis}
+    made = [(n, by_name[all_of[n].fault.name, all_of[n].layer]) for n in listed]
+    return [(n, b.hypothesis.expert if b.hypothesis else 0, b.stream) for n, b in made]
+
+
+def prepared(processes: int) -> Prepared:
+    """`prepare`, its hypotheses shared among processes."""
+    listed = hypotheses(HERE.source)
+    known = prepare(HERE.source, unfused(HERE.source), HERE.ids, faults="none")
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        parts = pool.map(streams, [list(range(n, len(listed), processes)) for n in range(processes)], chunksize=1)
+    for n, expert, stream in sorted((one for part in parts for one in part), key=lambda one: one[0]):
+        h = Hypothesis(listed[n].fault, listed[n].layer, expert)
+        place = Place(HERE.source.config, known.replay.positions)
+        branch = Branch(str(h), h.fault.arithmetic(get("float32")), stream, h, handlers=h.fault.handlers(place))
+        known.branches.append(branch)
+    return known
+
+
+def planted(n: int) -> list[dict[str, Any]]:
+    """One hypothesis planted: what came out with each number of likeliest tokens."""
+    assert HERE.known is not None
+    h = HERE.listed[n]
+    log_p, tokens = engine(HERE.source, HERE.ids, ENGINES[1], h), sum(map(len, HERE.ids))
+    found = []
+    for top in HERE.tops:
+        verdict = HERE.known.judge(answers(HERE.ids, log_p, top))
+        found.append({"kind": "planted", "checkpoint": HERE.name, "tokens": tokens, "top": top, "name": str(h),
+                      "layer": h.layer, "fault": h.fault.name, "named": named(verdict, h),
+                      **seen(verdict)})  # fmt: skip
+    return found
+
+
 def named(verdict: Verdict, h: Hypothesis) -> bool:
-    return any(e.name.split(" (")[0].split(",")[0] == h.fault.name for e in verdict.alike)
+    return any(e.name.split(" (")[0].split(",")[0] == h.fault.name.split(",")[0] for e in verdict.alike)
 
 
-def power(source: WeightSource, tokens: int, top: int, table: Arithmetic) -> Iterator[tuple[Hypothesis, bool, Verdict]]:
-    """Each hypothesis planted; whether it had been promised; and what came out."""
-    ids = drawn(source.config, *PROMPTS[tokens], seed=77)
-    known = prepare(source, [False] * source.config.num_hidden_layers, ids)
-    promised, _ = known.expect(max(top, 1)).power()
-    busy = {b.hypothesis.layer: b.hypothesis for b in known.branches if b.hypothesis and b.hypothesis.fault.single}
-    for h in hypotheses(source):
-        if h.fault.single:
-            h = Hypothesis(h.fault, h.layer, busy[h.layer].expert)
-        yield h, str(h) in promised, known.judge(answers(ids, engine(source, ids, table, h), top))
+def seen(verdict: Verdict) -> dict[str, Any]:
+    return {"finding": verdict.finding, "median": verdict.quantiles[0].ratio, "why": verdict.why,
+            "nats": verdict.suspect.sure if verdict.suspect else None}  # fmt: skip
 
 
-def clean(source: WeightSource, tokens: int, top: int, runs: int) -> Iterator[tuple[str, Verdict]]:
-    """Clean engines: `runs` verdicts, on new prompts for each round of all engines."""
-    done, seed = 0, 1000
-    unfused = [False] * source.config.num_hidden_layers
-    while done < runs:
-        ids = drawn(source.config, *PROMPTS[tokens], seed=seed)
-        known: Prepared = prepare(source, unfused, ids)
-        tables = [*legal("exact"), *ENGINES]
-        each = [(t.name, engine(source, ids, t)) for t in tables]
-        each += [(v.name, variant(source, ids, v)) for v in variants(False, len(ids[0])) if not v.batch]
-        for name, log_p in each[: runs - done]:
-            yield name, known.judge(answers(ids, log_p, top))
-        done, seed = done + len(each), seed + 1
+def round_of(seed: int) -> list[dict[str, Any]]:
+    """Every clean engine on the prompts of one seed."""
+    source, size = HERE.source, (len(HERE.ids), len(HERE.ids[0]))
+    ids = drawn(source.config, *size, seed=seed)
+    known = prepare(source, unfused(source), ids)
+    made = [(t.name, engine(source, ids, t)) for t in (*legal("exact"), *ENGINES)]
+    made += [(v.name, variant(source, ids, v)) for v in variants("", size[1]) if not v.batch]
+    found = []
+    for name, log_p in made:
+        for top in HERE.tops:
+            verdict = known.judge(answers(ids, log_p, top))
+            found.append({"kind": "clean", "checkpoint": HERE.name, "tokens": size[0] * size[1], "top": top,
+                          "name": name, "seed": seed, **seen(verdict)})  # fmt: skip
+    return found
 
 
-def show_power(source: WeightSource, tokens: int, top: int) -> None:
-    lines: dict[str, list[tuple[str, bool, bool, bool]]] = {"all layers": [], "one layer": []}
-    for h, promised, verdict in power(source, tokens, top, ENGINES[1]):
-        found = verdict.finding == "diverges"
-        lines["all layers" if h.layer is None else "one layer"].append((str(h), promised, found, named(verdict, h)))
-    for kind, rows in lines.items():
-        found = [r for r in rows if r[2]]
-        kept = sum(r[2] for r in rows if r[1])
-        print(f"  {tokens} tokens, top {top}, {kind}: found {len(found)} of {len(rows)}; of {sum(r[1] for r in rows)} "
-              f"promised {kept}; named {sum(r[3] for r in found)} of {len(found)}")  # fmt: skip
-        missed = [name for name, _, found_, _ in rows if not found_]
-        print(f"    not found: {'; '.join(missed) or 'none'}", flush=True)
+def some(listed: list[Hypothesis], records: list[dict[str, Any]], checkpoint: str) -> list[Hypothesis]:
+    """What was not found before, and one in ten of what was."""
+    mine = [r for r in records if r["kind"] == "planted" and r["checkpoint"] == checkpoint and r["top"]]
+    done = {(r["fault"], r["layer"]) for r in mine if r["finding"] == "diverges"}
+    return [h for n, h in enumerate(listed) if (h.fault.name, h.layer) not in done or n % 10 == 0]
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    global HERE
+    torch.set_num_threads(1)
+    fork = multiprocessing.get_context("fork")
+    for name in options.names:
+        _, recipe, seed, sizes = CHECKPOINTS[name]
+        folder = options.folder / f"{name}-{options.drawn}"
+        path = build(recipe, folder, jobs=1, seed=seed + 1000 * options.drawn, text_config=sizes)
+        source, label = open_checkpoint(path)[1].source, f"{name}-{options.drawn}"
+        for tokens in options.tokens:
+            HERE = Setting(label, source, drawn(source.config, *PROMPTS[tokens], seed=77 + options.drawn), options.top)
+            start = time.time()
+            HERE.known = prepared(options.processes)
+            planted_too = {b.hypothesis.layer: b.hypothesis for b in HERE.known.branches
+                           if b.hypothesis and b.hypothesis.fault.single}  # fmt: skip
+            listed = [planted_too[h.layer] if h.fault.single else h for h in hypotheses(source)]
+            HERE.listed = some(listed, read(options.again), label) if options.again else listed
+            print(f"{label}, {tokens} tokens: {len(HERE.listed)} to plant, prepared in {time.time() - start:.0f} s")
+            with fork.Pool(options.processes) as pool:
+                for records in pool.imap_unordered(planted, range(len(HERE.listed)), chunksize=1):
+                    yield from records
+        HERE = Setting(label, source, drawn(source.config, *PROMPTS[options.clean_tokens]), options.top)
+        rounds = -(-options.clean // (len(ENGINES) + len(list(legal("exact"))) + len(variants("", 40)) - 1))
+        with fork.Pool(options.processes) as pool:
+            seeds = range(10_000 * (1 + options.drawn), 10_000 * (1 + options.drawn) + rounds)
+            for records in pool.imap_unordered(round_of, seeds, chunksize=1):
+                yield from records
+
+
+def read(paths: list[Path]) -> list[dict[str, Any]]:
+    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Shares found, and what was not; clean runs and the worst of them."""
+    lines = []
+    keys = sorted({(r["checkpoint"], r["tokens"], r["top"]) for r in records})
+    for key in keys:
+        mine = [r for r in records if (r["checkpoint"], r["tokens"], r["top"]) == key]
+        label = f"{key[0]:8} {key[1]:5} tokens, top {key[2]:2}"
+        for kind in ("all layers", "one layer"):
+            rows = [r for r in mine if r["kind"] == "planted" and (r["layer"] is None) == (kind == "all layers")]
+            found = [r for r in rows if r["finding"] == "diverges"]
+            if rows:
+                missed = [f"{r['name']} ({r['finding'][:6]})" for r in rows if r["finding"] != "diverges"]
+                lines.append(f"{label}, {kind}: found {len(found)} of {len(rows)}, named "
+                             f"{sum(r['named'] for r in found)}; not found: {'; '.join(missed) or 'none'}")  # fmt: skip
+        if clean := [r for r in mine if r["kind"] == "clean"]:
+            count = {f: sum(r["finding"] == f for r in clean) for f in ("agrees", "diverges")}
+            worst, loud = (max(clean, key=lambda r: r[k] or 0) for k in ("median", "nats"))
+            lines.append(f"{label}, clean: {len(clean)} runs of {len({r['name'] for r in clean})} engines, "
+                         f"{count['diverges']} diverge, {count['agrees']} agree; largest median {worst['median']:.2f} "
+                         f"({worst['name']}), gain {loud['nats'] or 0:.1f} nats ({loud['name']})")  # fmt: skip
+            lines += [f"  ACCUSED {r['name']}, seed {r['seed']}: {r['why']}" for r in clean
+                      if r["finding"] == "diverges"]  # fmt: skip
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("names", nargs="*", choices=["a", "b", "c", []], default=[])
+    parser.add_argument("names", nargs="*", help="checkpoints of benchmarks.oracle_score: a b c d")
     parser.add_argument("--tokens", type=int, nargs="*", default=[40, 400], choices=PROMPTS)
     parser.add_argument("--top", type=int, nargs="*", default=[0, 20])
     parser.add_argument("--clean", type=int, default=500, help="clean runs (default: %(default)s)")
+    parser.add_argument("--clean-tokens", type=int, default=400, choices=PROMPTS)
+    parser.add_argument("--drawn", type=int, default=0, help="which draw of the weights and prompts")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--again", type=Path, nargs="*", default=[], help="records of fewer tokens")
+    parser.add_argument("--save", type=Path, default=Path("probe_power.jsonl"))
+    parser.add_argument("--table", type=Path, nargs="*", default=[], help="print records, measure nothing")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "oracle-score")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    for name in options.names or ["a", "b", "c"]:
-        _, recipe, seed, sizes = CHECKPOINTS[name]
-        path = build(recipe, options.folder / name, jobs=1, seed=seed, text_config=sizes)
-        source, start = open_checkpoint(path)[1].source, time.time()
-        print(f"{name}: {recipe}, {sizes['layer_types']}", flush=True)
-        for tokens in options.tokens:
-            for top in options.top:
-                show_power(source, tokens, top)
-        for top in options.top if options.clean else []:
-            seen = list(clean(source, options.tokens[-1], top, options.clean))
-            findings = [v.finding for _, v in seen]
-            worst = max(seen, key=lambda x: x[1].quantiles[0].ratio)
-            gain = max(v.suspect.sure for _, v in seen if v.suspect)
-            print(f"  clean, {options.tokens[-1]} tokens, top {top}: {len(seen)} runs, {findings.count('diverges')} "
-                  f"diverge, {findings.count('agrees')} agree; largest median {worst[1].quantiles[0].ratio:.2f} "
-                  f"({worst[0]}), gain {gain:.1f} nats; {time.time() - start:.0f} s", flush=True)  # fmt: skip
+    with options.save.open("a", encoding="utf-8") if options.names else open("/dev/null", "w") as file:
+        for record in measure(options):
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+    print(table(read(options.table or [options.save])))
 
 
 if __name__ == "__main__":

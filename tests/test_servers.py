@@ -24,6 +24,7 @@ from qwen35_moe.numerics import arithmetics
 from qwen35_moe.numerics.taps import attach
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.faults import Place
+from qwen35_moe.oracle.judge.envelope import LIMIT
 from qwen35_moe.oracle.servers import client
 from qwen35_moe.oracle.servers.buckets import buckets
 from qwen35_moe.oracle.servers.client import API_KEY, Server
@@ -38,6 +39,7 @@ from weights.build import build
 DATA = Path(__file__).parent / "data" / "servers"
 FIXTURE = DATA.parent / "fixtures" / "bf16-hub"
 CPU = torch.device("cpu")
+ASKED = 4, 24  # prompts, and tokens of each: enough for every fault in all layers
 ENGINES = ("sglang", "vllm", "llama.cpp", "openai")
 
 
@@ -55,7 +57,7 @@ def loaded(checkpoint: Path) -> Loaded:
 
 @pytest.fixture(scope="module")
 def known(loaded: Loaded) -> Prepared:
-    return prepare(loaded.source, loaded.fused, drawn(loaded.source.config, 2, 18))
+    return prepare(loaded.source, loaded.fused, drawn(loaded.source.config, *ASKED))
 
 
 def engine(loaded: Loaded, arithmetic: str = "sglang-bf16", fault: str = "", layer: int | None = None) -> LogP:
@@ -73,7 +75,7 @@ def engine(loaded: Loaded, arithmetic: str = "sglang-bf16", fault: str = "", lay
             return build_model(weights, how, loaded.fused, CPU, "decoded")(row)[0].double().log_softmax(-1)
 
     found = cached(log_p)
-    for ids in drawn(source.config, 2, 18):
+    for ids in drawn(source.config, *ASKED):
         found(ids)  # so that what a request a token asks for is a beginning of something known
     return found
 
@@ -200,7 +202,7 @@ def test_text_that_is_no_json_is_an_error(text: str) -> None:
 # ---- real answers, judged
 
 
-def test_real_engines_agree_with_the_truth(tmp_path: Path) -> None:
+def test_real_engines_differ_by_no_more_than_rounding(tmp_path: Path) -> None:
     """SGLang 0.5.17 on an H200 in bf16, and llama-server, each on the checkpoint that it served."""
     path = build(DATA.parent / "real" / "engine-size.toml", tmp_path / "size", flat=True, mtp=False)
     for folder, name in ((path, "sglang_bf16"), (FIXTURE, "llamacpp_completion_n_predict0")):
@@ -209,11 +211,9 @@ def test_real_engines_agree_with_the_truth(tmp_path: Path) -> None:
         verdict = prepare(opened.source, opened.fused, [a.ids for a in answers], faults="none", more=0).judge(answers)
         assert verdict.positions == sum(bool(r.log_p) for a in answers for r in a.rows)
         assert all(q.ratio < 1.5 for q in verdict.quantiles), verdict.evidence
+        assert verdict.finding == "cannot tell without a dump"  # no fault was replayed: who knows what would be seen
         if name == "sglang_bf16":
-            assert verdict.finding == "agrees"
             assert "experts: 264 of 276 sets as the truth's" in verdict.evidence
-        else:  # one position of a whole vocabulary
-            assert verdict.finding == "cannot tell without a dump"
 
 
 # ---- a server, asked
@@ -240,12 +240,12 @@ def test_other_arithmetics_agree(arithmetic: str, loaded: Loaded, known: Prepare
 
 
 def test_a_fault_below_the_noise_of_one_position_is_found_by_all_of_them(loaded: Loaded, known: Prepared) -> None:
-    """The median is far below the limit: the direction of the differences tells."""
+    """No quantile is surely beyond the limit: the direction of the differences tells."""
     vocab = loaded.source.config.vocab_size
     log_p = engine(loaded, fault="last chosen expert dropped", layer=1)
     with serving(Dialects(log_p, "vllm", vocab)) as url:
-        verdict = known.judge([*Asker(Server(url), "vllm", 20, vocab).ask(known.ids)])
-    assert verdict.finding == "diverges" and verdict.quantiles[0].ratio < 3.5
+        verdict = known.judge([*Asker(Server(url), "vllm", 20, vocab).ask(known.ids[:2])])
+    assert verdict.finding == "diverges" and all(q.low < LIMIT for q in verdict.quantiles)
     assert verdict.alike[0].name == "last chosen expert dropped, layer 1"
 
 
@@ -253,8 +253,10 @@ def test_few_positions_cannot_tell(loaded: Loaded, known: Prepared) -> None:
     vocab = loaded.source.config.vocab_size
     with serving(Dialects(engine(loaded), "vllm", vocab)) as url:
         answers = [*Asker(Server(url), "vllm", 1, vocab).ask(known.ids)]
-    answers[0].rows, answers[1].rows = answers[0].rows[:4], []
-    assert known.judge(answers).finding == "cannot tell without a dump"
+    answers[0].rows = answers[0].rows[:4]
+    verdict = known.judge(answers[:1])
+    assert verdict.finding == "cannot tell without a dump"
+    assert "rotary theta 10000, all layers" in verdict.unseen
 
 
 def test_all_of_the_vocabulary(loaded: Loaded, known: Prepared) -> None:
@@ -262,12 +264,12 @@ def test_all_of_the_vocabulary(loaded: Loaded, known: Prepared) -> None:
     with serving(Dialects(engine(loaded, "exact"), "llama.cpp", vocab)) as url:
         verdict = known.judge([*Asker(Server(url), "llama.cpp", -1, vocab).ask(known.ids[:1])])
     said = re.fullmatch(r"all (\d+) log p told: \|delta\| median (\S+), largest (\S+)", verdict.evidence[-1])
-    assert said is not None and int(said[1]) == 17 * vocab and float(said[3]) < FLOAT64_REORDERED
+    assert said is not None and int(said[1]) == (ASKED[1] - 1) * vocab and float(said[3]) < FLOAT64_REORDERED
 
 
 def test_experts_are_judged_with_the_log_p(loaded: Loaded, known: Prepared) -> None:
     truth = known.branches[0].routing
-    right = torch.stack([ids.view(2, 18, -1) for _, ids in truth], 2)  # [B, T, layers, A]
+    right = torch.stack([ids.view(*ASKED, -1) for _, ids in truth], 2)  # [B, T, layers, A]
     log_p, vocab = engine(loaded), loaded.source.config.vocab_size
     with serving(Dialects(log_p, "sglang", vocab)) as url:
         answers = [*Asker(Server(url), "sglang", 8, vocab).ask(known.ids)]
@@ -286,7 +288,7 @@ def test_nan_is_a_verdict(loaded: Loaded, known: Prepared) -> None:
         answers = [*Asker(Server(url), "sglang", 8, vocab).ask(known.ids)]
     answers[1].rows[5].log_p[known.ids[1][5]] = float("nan")
     verdict = known.judge(answers)
-    assert (verdict.finding, verdict.why) == ("diverges", "log p at 1 of 36 positions are NaN")
+    assert (verdict.finding, verdict.why) == ("diverges", "log p at 1 of 96 positions are NaN")
 
 
 def test_a_fault_of_decode_alone_is_found(loaded: Loaded, known: Prepared) -> None:
@@ -456,7 +458,7 @@ def test_the_command_and_answers_that_it_saved(
     vocab = loaded.source.config.vocab_size
     write_truth(checkpoint, known.ids, tmp_path / "truth", taps="next_token_logits", with_envelope=False)
     monkeypatch.setattr("qwen35_moe.cli.probe.prepare", lambda *_, **__: known)
-    options = ["--prompts", "2", "--tokens", "18", "--top", "8"]
+    options = ["--prompts", str(ASKED[0]), "--tokens", str(ASKED[1]), "--top", "8"]
     files = {name: tmp_path / f"answers.{name}" for name in ("jsonl", "json", "html")}
     for fault, code, word in (("", 0, "AGREES"), ("shared expert dropped", 1, "DIVERGES")):
         with serving(Dialects(engine(loaded, fault=fault), "sglang", vocab)) as url:

@@ -147,10 +147,10 @@ ATTENTION = (
     Fault("FP8 scales of attention rotated", "attn", "scales of joined projections laid out as another's", "",
           weight=on_fp8("self_attn", rolled), needs="fp8"),
     Fault("this is what an FP8 KV cache makes of it", "attn", "declare it with --kv-cache fp8_e4m3",
-          "sgl-cookbook 237", {"attn_context": fp8_keys_and_values(own_step=False)}, QKV),
+          "sgl-cookbook 237", {"attn_context": fp8_keys_and_values(own_step=False)}, QKV, rounds=True),
     Fault("this is what an FP8 KV cache makes of it, read in its own step, too", "attn",
           "declare it with --kv-cache fp8_e4m3", "InferenceX 1776",
-          {"attn_context": fp8_keys_and_values(own_step=True)}, QKV),
+          {"attn_context": fp8_keys_and_values(own_step=True)}, QKV, rounds=True),
     Fault("scores not scaled", "attn", "H^-0.5 missing", "",
           {"attn_scores": lambda x, _, place: x * place.config.head_dim**0.5}),
 )  # fmt: skip
@@ -170,7 +170,8 @@ DELTANET = (
     Fault("mean for sum in the L2 norm", "gdn", "q and k K^0.5 too long", "1bit-MONSTER 2134",
           {"gdn_q": sqrt_width, "gdn_k": sqrt_width}),
     Fault("state in bf16", "gdn", "rounded after every token", "ollama 15865, TensorRT Model Connector 725",
-          {"gdn_state": lambda x, _, __: x.to(torch.bfloat16).to(x.dtype)}, switches={"gdn_rule": "recurrent"}),
+          {"gdn_state": lambda x, _, __: x.to(torch.bfloat16).to(x.dtype)}, switches={"gdn_rule": "recurrent"},
+          rounds=True),
     Fault("value heads in another order", "gdn", "tiled for grouped", "llama.cpp 19324, weicj 107",
           {"gdn_v": other_head_order}),
     Fault("convolution reversed", "gdn", "taps in the order of another library", "",
@@ -184,7 +185,7 @@ DELTANET = (
     Fault("sigmoid for silu in the gated norm", "gdn", "output_gate_type ignored", "",
           {"gdn_z_gate": lambda x, kept, _: kept["gdn_z"].view_as(x).sigmoid()}, ("gdn_z",)),
     Fault("A_log in bf16", "gdn", "inherits the model's dtype", "sglang 20741, Automodel 2484",
-          tensor={"linear_attn.A_log": lambda x: x.to(torch.bfloat16).to(x.dtype)}, weights=True),
+          tensor={"linear_attn.A_log": lambda x: x.to(torch.bfloat16).to(x.dtype)}, weights=True, rounds=True),
 )  # fmt: skip
 
 DRAFT = (

@@ -55,6 +55,7 @@ class Fault:
     fused     the shared expert is a slot when this happens
     single    the fault of one expert (`Place.expert`)
     weights   found by comparing weights: activations differ by no more than roundings
+    rounds    it is a coarser format, and changes no more than roundings do
     hand_over what a step gets from the one before, where that is the fault (`steps.py`);  where: its first token
     draft     what the draft head starts from, where that is the fault (`drafted.py`)
     """
@@ -73,6 +74,7 @@ class Fault:
     fused: bool = False
     single: bool = False
     weights: bool = False
+    rounds: bool = False
     hand_over: HandOver | None = None
     where: str = ""
     draft: str = ""

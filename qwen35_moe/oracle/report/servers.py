@@ -23,6 +23,7 @@ def text(v: Verdict) -> str:
     lines = [f"judged   {v.positions} positions of {v.sequences} prompts"]
     lines += [textwrap.fill(f"evidence {line}", WIDTH, subsequent_indent=" " * 9) for line in v.evidence]
     lines += [textwrap.fill(f"note     {line}", WIDTH, subsequent_indent=" " * 9) for line in v.notes]
+    lines += [listed("blind to", v.unseen)] if v.unseen else []
     lines += ["", textwrap.fill(f"{v.finding.upper()}: {v.why}", WIDTH)]
     if looks := _looks(v):
         lines += ["", textwrap.fill(looks, WIDTH)]
@@ -52,7 +53,8 @@ def html(v: Verdict, buckets: Sequence[str] = ()) -> str:
     )
     head = "<tr><th>fault</th><th>nats over clean</th><th>left, x legal</th></tr>"
     found = f'<h2>What explains it</h2><section><table class="plain">{head}{rows}</table></section>' if rows else ""
-    lines = "".join(f"<p>{escape(line)}</p>" for line in (*v.evidence, *v.notes, *buckets))
+    unseen = [listed("blind to", v.unseen)] if v.unseen else []
+    lines = "".join(f"<p>{escape(line)}</p>" for line in (*v.evidence, *v.notes, *unseen, *buckets))
     title = '<!doctype html><html lang="en"><meta charset="utf-8"><title>qwen35-moe probe</title>'
     return (f'{title}<style>{STYLE}</style><main>'
             f'<h1>qwen35-moe probe</h1><div class="verdict{bad}"><b>{escape(v.finding)}</b><p>{escape(v.why)}</p>'

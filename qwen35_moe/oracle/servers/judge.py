@@ -23,6 +23,7 @@ is log(2,000 hypotheses / 1e-4); what the legal arithmetics reach themselves, tw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +35,7 @@ from .replay import Branch, Replay
 
 QUANTILES = (0.5, 0.75, 0.9)
 DECIDED, CLIP = 17.0, 2.0
+FAINT = 0.05  # of the gain that decides: less is no ground for a forecast
 SURE = 3.3  # standard deviations on either side: 1 in 1,000
 WORST = 1e3  # z of what is not finite, and of what is further away
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.5, 2.0)
@@ -108,7 +110,7 @@ class Judge:
         others = [self._sigma(torch.cat((sizes[:m], sizes[m + 1 :]))) for m in range(len(sizes))]
         self.clean = torch.stack([z(s, o) for s, o in zip(sizes, others, strict=True)])  # [M, R]
         self.level = {q: max(float(x.quantile(q)) for x in self.clean) for q in QUANTILES}
-        self.seen, self.need = self._power()
+        self.seen, self.need, self.reach = self._power()
 
     def _truth(self, replay: Replay, branch: Branch) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """log p [R, K], the likeliest token and its log p [R], and what each temperature would add [R, K]."""
@@ -139,9 +141,9 @@ class Judge:
         prompts = each.clamp(-CLIP, CLIP) @ self.prompts
         return prompts.sum(-1), prompts.sum(-1) - prompts.amax(-1).clamp(min=0), left
 
-    def _power(self) -> tuple[Tensor, float]:
-        """Which hypotheses [H] an engine that has them would be convicted of, in every legal arithmetic; and the gain
-        that decides."""
+    def _power(self) -> tuple[Tensor, float, Tensor]:
+        """Which hypotheses [H] an engine that has them would be convicted of, in every legal arithmetic; the gain that
+        decides; and how much of it each would reach [H], which grows with the number of positions."""
         noise = torch.stack([z(self.size(d), self.sigma) for d in self.legal])
         planted = torch.stack([z(self.size(self.signals + d), self.sigma) for d in self.legal])  # [M, H, R]
         gains = torch.stack([self.gains(p, n.expand_as(p))[1] for p, n in zip(planted, noise, strict=True)])
@@ -150,7 +152,8 @@ class Judge:
         listed = gains.amin(0) > 2 * DECIDED
         need = max(DECIDED, 2 * float(own[:, listed].max())) if listed.any() else DECIDED
         loud = torch.stack([planted.quantile(q, dim=-1).amin(0) / self.level[q] > LIMIT for q in QUANTILES]).any(0)
-        return (gains.amin(0) > need) | loud, need
+        least = gains.amin(0)
+        return (least > need) | loud, need, least / need
 
     def look(self, log_p: Tensor) -> Look:
         """An engine's log p [R, K] at these positions."""
@@ -188,6 +191,30 @@ class Judge:
         """Names of the hypotheses that would be found here, and of those that would not."""
         named = list(zip(self.names, self.seen.tolist(), strict=True))[: len(self.branches)]
         return [n for n, seen in named if seen], [n for n, seen in named if not seen]
+
+    def blind(self) -> str:
+        """Why nothing found here would mean little: faults in all layers that would not be seen, and about how many
+        positions would show them. Empty where all would be seen but those that only round."""
+        every = [(h, b.hypothesis) for h, b in enumerate(self.branches) if b.hypothesis and b.hypothesis.layer is None]
+        if not every:
+            return "no fault was replayed, so what would be seen here is not known"
+        hidden = [(h, x.fault.name) for h, x in every if not (x.fault.rounds or bool(self.seen[h]))]
+        if not hidden:
+            return ""
+        reach = float(min(self.reach[h] for h, _ in hidden))
+        more = f"about {ceil_2(len(self.sigma) / reach)} positions may show them" if reach > FAINT else "ask far more"
+        names = [name for _, name in hidden]
+        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return (
+            f"{len(names)} of {len(every)} faults in all layers would not be seen in {len(self.sigma)} positions: "
+            + (f"{'; '.join(names[:3])}{rest}; {more}")
+        )
+
+
+def ceil_2(x: float) -> int:
+    """Rounded up to two digits."""
+    step = 10 ** max(0, math.floor(math.log10(x)) - 1)
+    return math.ceil(x / step) * step
 
 
 def z(size: Tensor, sigma: Tensor) -> Tensor:

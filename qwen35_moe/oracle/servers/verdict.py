@@ -1,6 +1,7 @@
 """Answers and truth, put together: which positions they share, and a verdict of three values.
 
-agrees        no test speaks against it, and the tests would have spoken: most faults of all layers would be seen here
+agrees        no test speaks against it, and the tests would have spoken: every listed fault in all layers would be seen
+              here, but those that only round (a format of the cache or of the state)
 diverges      a quantile of z is surely beyond the limit, or a fault explains the answers far better than rounding does
 cannot tell   neither: too few positions, or a suspicion. A dump decides, and the layers to dump are named
 """
@@ -24,7 +25,6 @@ Finding = Literal["agrees", "diverges", "cannot tell without a dump"]
 EXIT: dict[Finding, int] = {"agrees": 0, "diverges": 1, "cannot tell without a dump": 2}
 ALIKE = 5.0  # nats: hypotheses that are no further apart are not told apart
 MOST = 64  # tokens of one position that the tests look at
-ENOUGH = 0.8  # of the faults of all layers must be visible before a server "agrees"
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Verdict:
     quantiles: list[Quantile]
     suspect: Explanation | None  # the best of those that would be seen here
     notes: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)  # listed faults that would not be seen in these answers
 
     @property
     def exit_code(self) -> int:
@@ -137,21 +138,20 @@ def decide(judge: Judge, found: Told, routing: Sequence[str] = ()) -> Verdict:
     look = judge.look(found.log_p)
     positions, sequences = len(found.log_p), len(found.at.sequence.unique())
     best = max((e for e in look.explanations if e.visible), key=lambda e: e.sure, default=None)
-    listed = judge.seen[[i for i, b in enumerate(judge.branches) if b.hypothesis and b.hypothesis.layer is None]]
-    blind = bool(len(listed)) and float(listed.double().mean()) < ENOUGH
     nan = int((found.log_p.isnan() & judge.known).any(1).sum())
     routing = [f"log p at {nan} of {positions} positions are NaN", *routing] if nan else routing
-    finding, why = _finding(look, best, routing, blind)
+    finding, why = _finding(look, best, routing, judge.blind())
     notes = list(found.notes)
     if finding != "agrees" and _stranger(judge, found):
         notes.append("log p have little to do with the truth's: this looks like another model, or another prompt")
     group = _alike(look) if finding != "agrees" else []
     evidence = [*_lines(look, best), *_top_k(judge, found), *routing]
     nearest = look.explanations[0] if look.explanations else None
-    return Verdict(finding, why, evidence, group, nearest, positions, sequences, look.quantiles, best, notes)
+    unseen = judge.power()[1] if finding != "diverges" else []
+    return Verdict(finding, why, evidence, group, nearest, positions, sequences, look.quantiles, best, notes, unseen)
 
 
-def _finding(look: Look, best: Explanation | None, routing: Sequence[str], blind: bool) -> tuple[Finding, str]:
+def _finding(look: Look, best: Explanation | None, routing: Sequence[str], blind: str) -> tuple[Finding, str]:
     for q in look.quantiles:
         if q.low > LIMIT:
             return "diverges", f"the {q.name} of the differences is {q.ratio:.3g} x the legal one"
@@ -166,7 +166,7 @@ def _finding(look: Look, best: Explanation | None, routing: Sequence[str], blind
     if look.quantiles[0].high > LIMIT:
         return "cannot tell without a dump", "the differences may be beyond the limit: ask more"
     if blind:
-        return "cannot tell without a dump", "most faults would not be seen in so few positions"
+        return "cannot tell without a dump", blind
     return "agrees", "within what legal roundings make, and no listed fault explains it better"
 
 
