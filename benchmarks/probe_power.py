@@ -47,6 +47,7 @@ from qwen35_moe.run.source import WeightSource
 from weights.build import build
 
 PROMPTS = {40: (4, 10), 400: (10, 40), 4000: (50, 80)}  # tokens in all: prompts, and tokens of each
+PARTS = 3  # of the clean engines, among processes
 ENGINES: tuple[Arithmetic, ...] = tuple(
     split(table, parts, order)
     for parts, order in ((8, 901), (4, 902), (2, 903), (16, 904))
@@ -161,15 +162,18 @@ def seen(verdict: Verdict) -> dict[str, Any]:
             "nats": verdict.suspect.sure if verdict.suspect else None}  # fmt: skip
 
 
-def round_of(seed: int) -> list[dict[str, Any]]:
-    """Every clean engine on the prompts of one seed."""
-    source, size = HERE.source, (len(HERE.ids), len(HERE.ids[0]))
+def engines(tokens: int) -> list[Arithmetic | Variant]:
+    return [*legal("exact"), *ENGINES, *(v for v in variants("", tokens) if not v.batch)]
+
+
+def round_of(which: tuple[int, int]) -> list[dict[str, Any]]:
+    """A part of the clean engines on the prompts of one seed."""
+    source, size, (seed, part) = HERE.source, (len(HERE.ids), len(HERE.ids[0])), which
     ids = drawn(source.config, *size, seed=seed)
     known = prepare(source, unfused(source), ids)
-    made = [(t.name, engine(source, ids, t)) for t in (*legal("exact"), *ENGINES)]
-    made += [(v.name, variant(source, ids, v)) for v in variants("", size[1]) if not v.batch]
     found = []
-    for name, log_p in made:
+    for e in engines(size[1])[part::PARTS]:
+        log_p, name = variant(source, ids, e) if isinstance(e, Variant) else engine(source, ids, e), e.name
         for top in HERE.tops:
             verdict = known.judge(answers(ids, log_p, top))
             found.append({"kind": "clean", "checkpoint": HERE.name, "tokens": size[0] * size[1], "top": top,
@@ -206,10 +210,10 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 for records in pool.imap_unordered(planted, range(len(HERE.listed)), chunksize=1):
                     yield from records
         HERE = Setting(label, source, drawn(source.config, *PROMPTS[options.clean_tokens]), options.top)
-        rounds = -(-options.clean // (len(ENGINES) + len(list(legal("exact"))) + len(variants("", 40)) - 1))
+        rounds, first = -(-options.clean // len(engines(40))), 10_000 * (1 + options.drawn)
+        parts = [(first + n, part) for n in range(rounds) for part in range(PARTS)]
         with fork.Pool(options.processes) as pool:
-            seeds = range(10_000 * (1 + options.drawn), 10_000 * (1 + options.drawn) + rounds)
-            for records in pool.imap_unordered(round_of, seeds, chunksize=1):
+            for records in pool.imap_unordered(round_of, parts, chunksize=1):
                 yield from records
 
 
