@@ -90,6 +90,17 @@ def test_copies_compute_the_same(mode: str, copied: Callable[[q.Model], q.Model]
     assert torch.equal(copied(model)(IDS), model(IDS))
 
 
+def test_compiled_models_compute_the_same(built: Build) -> None:
+    """Nothing is traced, so that the back end says nothing about values; `eager` needs no C++ compiler."""
+    for arithmetic, mode in (("sglang-bf16", "decoded"), ("float32", "stream")):
+        model = q.load(built("tiny-mxfp4"), arithmetic, mode=mode, text_only=True)
+        alone = model(IDS)
+        assert torch.equal(torch.compile(model, backend="eager")(IDS), alone)
+        assert torch.equal(torch.compile(lambda ids, m=model: m(ids) + 1, backend="eager")(IDS), alone + 1)
+        model.compile()
+        assert torch.equal(model(IDS), alone)
+
+
 def test_threads_do_not_disturb_each_other(built: Build) -> None:
     models = [q.load(built("tiny-mxfp4"), name, text_only=True) for name in ("exact", "sglang-bf16", "float32")]
     alone, found = [m(IDS) for m in models], [torch.empty(0)] * 6

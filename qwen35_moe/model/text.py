@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,14 @@ class Model(nn.Module):
         # Beside the text model and not used by it: the draft head (mtp.py), the vision tower (vision.py).
         self.mtp: nn.Module | None = None
         self.visual: nn.Module | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Within `torch.compile` the model runs as it is: taps are Python, and a compiler would move roundings."""
+        call = super().__call__
+        return (torch.compiler.disable(call) if torch.compiler.is_compiling() else call)(*args, **kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Leaves the model as it is, for the same reason."""
 
     @torch.inference_mode()
     def forward(
