@@ -235,15 +235,9 @@ def _last_layer(text: str | None) -> int | None:
 
 def _load(args: argparse.Namespace, arithmetic: Any) -> Model:
     mode = args.mode or ("stream" if args.device_map is None else "packed")
-    return load(
-        args.checkpoint,
-        arithmetic,
-        args.shared_expert,
-        mode=mode,
-        text_only=args.images is None and not args.drafts,
-        ignore_config_keys=args.ignore_config_keys,
-        **device_options(args),
-    )
+    text_only = args.images is None and not args.drafts
+    return load(args.checkpoint, arithmetic, args.shared_expert, mode=mode, text_only=text_only,
+                ignore_config_keys=args.ignore_config_keys, **device_options(args))  # fmt: skip
 
 
 def _legal_models(args: argparse.Namespace, truth: Trace) -> Iterator[Model]:
