@@ -11,7 +11,8 @@ from torch import Tensor
 
 import qwen35_moe as q
 from qwen35_moe.cli import main as cli
-from qwen35_moe.model.mtp import draft_head, with_hidden
+from qwen35_moe.model.mtp import draft_chains, with_hidden
+from qwen35_moe.numerics.tap_table import part_of
 from qwen35_moe.numerics.taps import Site, attach
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.dumps.dump import Dump
@@ -28,15 +29,16 @@ def truth(built: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
     out = str(tmp_path_factory.mktemp("truth") / "trace")
     ids = ",".join(map(str, IDS[0].tolist()))
     assert (
-        cli.main(["trace", str(built("tiny")), "--ids", ids, "--drafts", "--no-envelope", "--quiet", "--out", out]) == 0
+        cli.main(["trace", str(built("tiny")), "--ids", ids, "--drafts", "3", "--no-envelope", "--quiet", "--out", out])
+        == 0
     )
     return Trace.open(out)
 
 
 def engine(path: Path, truth: Trace, how: str = "") -> Dump:
     """sglang-bf16, drafting from the truth's ids, right or not."""
-    model, next_ids, stream = q.load(path, "sglang-bf16", "unfused"), draft_ids_of(truth), list[Tensor]()
-    assert model.mtp is not None and next_ids is not None
+    model, (next_ids, *more), stream = q.load(path, "sglang-bf16", "unfused"), draft_ids_of(truth), list[Tensor]()
+    assert model.mtp is not None and len(more) == 2
 
     def keep(site: Site, x: Tensor) -> None:
         if site.key == "layers.3.layer_output_sum":
@@ -48,14 +50,15 @@ def engine(path: Path, truth: Trace, how: str = "") -> Dump:
     with record("*", meta={"steps": [step_record(IDS, None, None, None)]}) as recorder, attach(keep):
         _, hidden = with_hidden(model, IDS)
         hidden = stream[0].to(hidden.dtype) if how == "pre-norm" else hidden
-        draft_head(model, model.mtp, IDS if how == "same token" else next_ids, hidden)
+        draft_chains(model, model.mtp, [IDS if how == "same token" else next_ids, *more], hidden)
     return from_trace(recorder.trace)
 
 
 def test_a_right_draft_head_agrees(built: Callable[[str], Path], truth: Trace) -> None:
     found = compare(truth, engine(built("tiny"), truth))
     assert found.exit_code == 0, found.verdict
-    assert sum(r.key.startswith("mtp.") and r.added is not None for r in found.records) > 30
+    for part in ("mtp", "mtp.2", "mtp.3"):
+        assert sum(part_of(r.key) == part and r.added is not None for r in found.records) > 30
 
 
 @pytest.mark.parametrize(

@@ -48,11 +48,11 @@ def flat(*runs: tuple[int, list[int]], **fields: object) -> Tokens:
 
 
 def matched(truth: Trace, *steps: Tokens):
-    matching = Matching(dump_of(list(steps)), truth)
+    matching = Matching(dump_of(list(steps)), truth.mask, truth.ids)
     for run in runs(matching.dump):
         matching.place(run)
     matching.second_chance()
-    return matching.result()
+    return matching.result(truth.positions)
 
 
 def test_decode_positions_that_are_one_too_high(truth: Trace) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.model.cache import Cache
 from qwen35_moe.model.config import Config
-from qwen35_moe.model.mtp import MTP, draft, draft_head, greedy, with_hidden
+from qwen35_moe.model.mtp import MTP, draft, draft_chains, draft_head, greedy, with_hidden
 from qwen35_moe.model.text import Model
 from qwen35_moe.numerics import taps
+from qwen35_moe.trace.recorder import record
 
 Pair = tuple[Model, MTP]
 
@@ -175,6 +176,23 @@ def test_a_chain_is_the_head_fed_with_itself(exact: Pair, ids: Tensor) -> None:
         assert apart(logits[:, step], again[:, -1]) < FLOAT64_REORDERED
         assert torch.equal(drafts[:, step], greedy(again[:, -1]))
         rows, tokens = torch.cat((rows, own[:, -1:]), 1), torch.cat((tokens, drafts[:, step : step + 1]), 1)
+
+
+def test_chains_at_every_token_are_the_chain_from_there(exact: Pair, ids: Tensor) -> None:
+    """Sequences of different lengths, padded on the right; ids that are given are drafted on."""
+    model, mtp = exact
+    mask = torch.tensor([[1] * 20, [1] * 13 + [0] * 7])
+    _, hidden = with_hidden(model, ids[:, :20], attention_mask=mask)
+    unknown = torch.full_like(mask, -1)
+    given = torch.where(torch.arange(20) == 5, 7, unknown)
+    with record("next_token_logits") as recorder:
+        used = draft_chains(model, mtp, [ids[:, 1:21], unknown, given], hidden, mask)
+    for b, t in ((0, 0), (0, 19), (1, 12), (1, 3)):
+        chain, logits = draft(model, mtp, ids[b : b + 1, 1 : t + 2], hidden[b : b + 1, : t + 1], 3)
+        assert [int(x[b, t]) for x in used[1:]] == chain[0, :2].tolist()
+        for k, part in enumerate(("mtp", "mtp.2", "mtp.3")):
+            assert apart(recorder.trace[f"{part}.next_token_logits"][b, t], logits[0, k]) < FLOAT64_REORDERED
+    assert used[2][0, 5] == 7 != used[1][0, 5]
 
 
 def test_taps_stand_under_mtp(exact: Pair, ids: Tensor) -> None:

@@ -14,18 +14,20 @@ from benchmarks.real_engine.prompts import VOCABULARY, prompts
 from benchmarks.real_engine.sglang_bugs import PLANT as SGLANG
 from benchmarks.real_engine.transformers_bugs import PLANT as TRANSFORMERS
 from benchmarks.real_engine.vllm_bugs import PLANT as VLLM
+from qwen35_moe.numerics.tap_table import part_of
 from qwen35_moe.oracle.compare import diagnose
 from qwen35_moe.oracle.dumps.readers import read_dump
 
 Built = Callable[[str], Path]
-DUMPS = Path(__file__).parent / "data" / "real_gpu" / "dumps.tar.xz"
+DUMPS = [Path(__file__).parent / "data" / "real_gpu" / f"{name}.tar.xz" for name in ("dumps", "spec")]
 
 
 @pytest.fixture(scope="module")
 def dumps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real_gpu")
-    with tarfile.open(DUMPS) as archive:
-        archive.extractall(folder, filter="data")
+    for file in DUMPS:
+        with tarfile.open(file) as archive:
+            archive.extractall(folder, filter="data")
     return folder
 
 
@@ -42,6 +44,17 @@ def test_a_clean_sglang_on_a_gpu_agrees(built: Built, dumps: Path) -> None:
     result = diagnose(built("engine-size"), read_dump(dumps / "bf16.clean"), layers=[1, 3])
     assert not result.diverges and result.exit_code == 2, result.verdict
     assert result.compared == 26 and result.tokens == (55, 55)
+
+
+def test_the_drafts_of_a_sglang_with_a_bug_in_its_target_are_right(built: Built, dumps: Path) -> None:
+    """Two steps of its draft head start from the target's hidden states, two go on from its own."""
+    result = diagnose(built("engine-size"), dumps / "spec.no-decay", diagnoses=1)
+    assert judge.said(result, "spec.no-decay").right, result.verdict
+    drafts = {part: [r for r in result.records if part_of(r.key) == part and r.added is not None]
+              for part in ("mtp", "mtp.2")}  # fmt: skip
+    assert [len(rows) for rows in drafts.values()] == [16, 16]
+    assert not [r for rows in drafts.values() for r in rows if r.bad]
+    assert {r.rows for r in drafts["mtp.2"]} == {4}
 
 
 @pytest.mark.parametrize("name", ["vllm.clean", "vllm.shared-twice"])

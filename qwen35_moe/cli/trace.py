@@ -25,6 +25,7 @@ from ..run.load import MODES, SHARED_EXPERT_MODES, load
 from ..run.origin import origin_of
 from ..run.prompt import Images, load_images, load_tokenizer, padded, place_images, read_ids
 from ..run.validate import model_config
+from ..trace.drafts import unknown_drafts
 from ..trace.file import Trace, in_utf8
 from ..trace.images import read_images
 from ..trace.layers import aside_of, check_request, complete_trace, meta_of, resumable, resumed_complete, trace_layers
@@ -43,9 +44,8 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
     p.add_argument("--pixel-values", metavar="FILE", help="safetensors with pixel_values and image_grid_thw (or "
                    "pixel_values_videos and video_grid_thw), as a processor gave them")  # fmt: skip
-    p.add_argument(
-        "--drafts", action="store_true", help="trace the draft head as well: row t is computed from tokens t and t + 1"
-    )
+    p.add_argument("--drafts", type=positive, nargs="?", const=1, default=0, metavar="N", help="trace the draft head "
+                   "as well: at each token a chain of N drafts (default: 1)")  # fmt: skip
     p.add_argument("--out", help="directory to write the trace to")
     p.add_argument("--arithmetic", default="exact", help="who rounds where; --list names all (default: %(default)s)")
     p.add_argument("--taps", default="*", help="globs, separated by commas (default: all but --experts); "
@@ -117,7 +117,7 @@ def _trace(
         "checkpoint": {**origin_of(model).identity, "path": path},
         "shared_expert": args.shared_expert,
         "fused": model.fused,
-        **({"drafts": True} if args.drafts else {}),
+        **({"drafts": args.drafts} if args.drafts else {}),
     }
     if args.drafts and (args.images or last is not None):
         raise Qwen35Error("drafts need all layers, and a text", where="--drafts", do="leave it out")
@@ -187,7 +187,7 @@ def _trace_group(
     truth, _ = trace_layers(
         model, ids.to(args.device), out, mask=mask, taps=args.taps, experts=args.experts, last=last,
         resume=args.resume, meta=more, quiet=args.quiet, label=label,
-        images=args.images, drafts=args.drafts,
+        images=args.images, drafts=unknown_drafts(ids, args.drafts),
     )  # fmt: skip
     if _wants_envelope(args, len(model.layers)):
         with resumable(out, len(model.layers)):

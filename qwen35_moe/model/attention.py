@@ -24,8 +24,9 @@ def attend(
     """softmax(q k^T / sqrt(H)) v with a causal mask.  -> [B, T, N, H].
 
     The T queries are the last of the S tokens, or stand at `at_T` among them. Query head n reads key head n // (N/G).
-    `real_BS` is False for padding. A padded query sees itself, so that its row is defined. transformers
-    rounds q k^T, then the scaled scores, then the probabilities; flash attention keeps all but those in fp32.
+    `real_BS` is False for padding. A padded query sees itself, so that its row is defined. Where it is [B, T, S], it
+    says of each query which tokens it may see. transformers rounds q k^T, then the scaled scores, then the
+    probabilities; flash attention keeps all but those in fp32.
     """
     T, N, H = q_BTNH.shape[1:]
     S, G = k_BSGH.shape[1:3]
@@ -40,7 +41,8 @@ def attend(
         t = at_T[block * rows :][: q_BNtH.shape[2], None]
         visible_Bts = (s <= t)[None]
         if real_BS is not None:
-            visible_Bts = (visible_Bts & real_BS[:, None]) | (s == t)
+            may = real_BS[:, None] if real_BS.dim() == 2 else real_BS[:, block * rows :][:, : q_BNtH.shape[2]]
+            visible_Bts = (visible_Bts & may) | (s == t)
         with scope(index=block if rows < T else None):
             scores_BNts = apply("attn_scores", lambda x: x * H**-0.5, matmul("attn_qk", q_BNtH, k_BNSH.mT))
             scores_BNts = scores_BNts.masked_fill(~visible_Bts[:, None], -torch.inf)

@@ -9,7 +9,7 @@ part `mtp`: `mtp_embedding`, `mtp_hidden`, `mtp_fc`, those of a layer, `final_no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -107,6 +107,39 @@ def draft_head(
         hidden_BTD = mtp(embeds_BTD, hidden_BTD, angles, real_BS, cache.layer(0))
         kept_BTD = hidden_BTD[:, -(logits_to_keep or hidden_BTD.shape[1]) :]
         return model.lm_head("next_token_logits", kept_BTD), hidden_BTD
+
+
+@torch.inference_mode()
+def draft_chains(
+    model: Model,
+    mtp: nn.Module,
+    ids: Sequence[Tensor],
+    hidden_BTD: Tensor,
+    attention_mask: Tensor | None = None,
+) -> list[Tensor]:
+    """At every token of whole sequences, a chain of `len(ids)` drafts. Returns the ids that they started from.
+
+    ids[k] [B, T]: what draft k+1 of row t starts from, beside a hidden state: token t+1; then what was drafted before
+    it. -1: the likeliest by the draft before. hidden_BTD are the model's, final-normed. The first drafts are those of
+    `draft_head`. Draft k+1 starts from the hidden state of draft k, stands k positions on, and sees the first drafts'
+    keys up to row t, and those of its own chain: what `draft` computes from row t. Its taps are under part `mtp.K`,
+    K = 2, 3, ...
+    """
+    cache, used = Cache(), [ids[0]]
+    real_BT, position_ids = extend(Cache(), hidden_BTD, attention_mask, None)
+    own_TT = torch.eye(hidden_BTD.shape[1], dtype=torch.bool, device=hidden_BTD.device)
+    may_BTS = torch.ones_like(own_TT).tril().expand(len(hidden_BTD), -1, -1)
+    may_BTS = may_BTS if real_BT is None else may_BTS & real_BT[:, None]
+    logits_BTV, hidden_BTD = draft_head(model, mtp, ids[0], hidden_BTD, attention_mask, cache)
+    for k, given_BT in enumerate(ids[1:], 1):
+        used.append(torch.where(given_BT < 0, greedy(logits_BTV), given_BT))
+        may_BTS = torch.cat((may_BTS, own_TT.expand(len(hidden_BTD), -1, -1)), 2)
+        with arithmetics.using(model.arithmetic), scope(part=f"mtp.{k + 1}"):
+            embeds_BTD = tap("embed_tokens", model.embed_tokens(used[k]))
+            angles = rotary_angles(model.config, position_ids + k, hidden_BTD.dtype)
+            hidden_BTD = mtp(embeds_BTD, hidden_BTD, angles, may_BTS, cache.layer(0))
+            logits_BTV = model.lm_head("next_token_logits", hidden_BTD)
+    return used
 
 
 def greedy(logits_BV: Tensor) -> Tensor:

@@ -208,7 +208,14 @@ del _
 # All names that a tap may have. `<norm>.gain` is 1 + w of a norm.
 NAMES = frozenset(TAPS) | {f"{name}.gain" for name in TAPS}
 
-_PLACE = re.compile(r"^(?:(?:mtp|visual)\.)?(?:layers\.[^.]+\.)?")
+_PART = re.compile(r"^(?:step\.\d+\.)?(mtp(?:\.\d+)?|visual)\.")
+_PLACE = re.compile(r"^(?:(?:mtp(?:\.\d+)?|visual)\.)?(?:layers\.[^.]+\.)?")
+
+
+def part_of(key: str) -> str:
+    """ "mtp" of `mtp.layers.0.mlp_output`, "mtp.2" of `mtp.2.final_norm`, "visual", or "" for the text model."""
+    found = _PART.match(key)
+    return found[1] if found else ""
 
 
 @cache

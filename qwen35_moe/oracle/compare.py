@@ -31,6 +31,7 @@ from ..trace.images import images_of
 from .diagnose.at_sight import ask_for_checkpoint, spare_victims
 from .diagnose.diagnose import explain
 from .dumps.align import Alignment, align
+from .dumps.draft_rows import drafts_of
 from .dumps.dump import Dump
 from .dumps.readers import read_dump
 from .dumps.sequences import sequences_of
@@ -127,6 +128,7 @@ def diagnose(
     chosen = CompareOptions(**options)
     check_layers(chosen.layers, model.config.num_hidden_layers)
     ids = sequences_of(dump) if chosen.ids is None else [torch.as_tensor(row) for row in chosen.ids]
+    has_head = any(name.startswith("mtp.") for name in loaded.source.checkpoint.names())
     arithmetic = arithmetic or usual(loaded.source, "exact")
     with TemporaryDirectory() as folder:
         written = write_truth(
@@ -137,6 +139,7 @@ def diagnose(
             shared_expert=shared_expert,
             with_envelope=False,
             where=chosen.where,
+            drafts=drafts_of(dump, ids) if has_head else (),
         )
         result = _compare(written, dump, loaded.source, replace(chosen, fused=loaded.fused))
         if truth is None:

@@ -18,7 +18,7 @@ from ..run.origin import origin_of
 from ..run.prompt import padded
 from ..run.source import WeightSource
 from ..trace.file import Trace
-from ..trace.recorder import trace
+from ..trace.layers import trace_layers
 from .judge.envelope import legal
 from .judge.envelope_file import with_ids, write_envelope
 from .judge.rerun import HERE
@@ -60,25 +60,28 @@ def weights_of(truth: Trace, checkpoint: WeightSource | str | Path | None) -> tu
 def write_truth(
     checkpoint: str | Path, ids: Tensor | Sequence[Tensor | Sequence[int]], out: str | Path, *,
     arithmetic: str = "exact", shared_expert: str = "unfused", taps: str = "*", with_envelope: bool = True,
-    where: Where = HERE,
+    where: Where = HERE, drafts: Sequence[Tensor] = (),
 ) -> Trace:  # fmt: skip
     """Trace a checkpoint to the directory `out`, layer by layer, and beside it the envelope.
 
     ids [B, T], or a list of sequences of token ids, of any lengths. where: the device and how weights are held there.
+    drafts: the draft head, too: see `trace_drafts`.
     """
     ids, mask = padded([torch.as_tensor(row) for row in ids])
-    model = _load(checkpoint, shared_expert, arithmetic, where)
+    model = _load(checkpoint, shared_expert, arithmetic, where, text_only=not drafts)
     meta = {"checkpoint": {**origin_of(model).identity, "path": str(Path(checkpoint).resolve())}, "fused": model.fused}
     if where.device_map is None:
         ids, mask = ids.to(where.device), None if mask is None else mask.to(where.device)
     taps = with_ids(taps) if with_envelope else taps
-    truth = trace(model, ids, taps=taps, attention_mask=mask, out=out, meta=meta)
+    truth, _ = trace_layers(model, ids, out, mask=mask, taps=taps, meta=meta, quiet=True, drafts=drafts)
     if with_envelope:
         write_envelope(truth, (_load(checkpoint, shared_expert, table, where) for table in legal(arithmetic)))
     return truth
 
 
-def _load(path: str | Path, shared_expert: str, arithmetic: str | Arithmetic, where: Where) -> Model:
+def _load(
+    path: str | Path, shared_expert: str, arithmetic: str | Arithmetic, where: Where, text_only: bool = True
+) -> Model:
     device: Any = {"device": where.device} if where.device_map is None else {"device_map": where.device_map}
     mode = where.mode or ("stream" if where.device_map is None else "packed")
-    return load(path, arithmetic, shared_expert, mode=mode, text_only=True, **device)
+    return load(path, arithmetic, shared_expert, mode=mode, text_only=text_only, **device)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..model.mtp import draft_head, greedy
+from ..model.mtp import draft_chains, greedy
 from ..model.text import Model
 from ..numerics.taps import Handler, attach
 from .file import Trace
 
 
-def trace_drafts(model: Model, ids_BT: Tensor, mask: Tensor | None, hidden_BTD: Tensor, watch: Handler) -> Tensor:
-    """Run the draft head on all tokens, so that its taps are met; returns the ids [B, T] that it started from: each
-    token's next one, and after the last the likeliest. hidden_BTD are final-normed; `watch` sees the draft head alone.
+def trace_drafts(
+    model: Model, ids_BT: Tensor, mask: Tensor | None, hidden_BTD: Tensor, watch: Handler, drafts: Sequence[Tensor]
+) -> list[Tensor]:
+    """Run the draft head on all tokens, so that its taps are met; returns the ids [B, T] that each draft started from.
 
+    hidden_BTD are final-normed; `watch` sees the draft head alone. drafts: one [B, T] for each draft of a chain, the
+    ids that an engine started from, -1 where that is not known: then the first draft starts from the token that
+    follows, after the last one from the likeliest, and each further draft from what the one before makes likeliest.
     Error: the model has no draft head.
     """
     if model.mtp is None:
@@ -27,11 +33,16 @@ def trace_drafts(model: Model, ids_BT: Tensor, mask: Tensor | None, hidden_BTD: 
         logits_B1V = model.lm_head("next_token_logits", hidden_BTD[rows, last][:, None])
     next_BT = ids_BT.roll(-1, 1)
     next_BT[rows, last] = greedy(logits_B1V[:, 0])
-    draft_head(model, model.mtp, next_BT, hidden_BTD, attention_mask=mask)
-    return next_BT
+    first, *more = (x.to(ids_BT.device) for x in drafts)
+    first = torch.where(first < 0, next_BT, first)
+    return draft_chains(model, model.mtp, [first, *more], hidden_BTD, mask)
 
 
-def draft_ids_of(trace: Trace) -> Tensor | None:
-    """[B, T] the ids that the draft head of a trace started from; None where it was not traced."""
-    found = trace.meta.get("next_ids")
-    return None if found is None else torch.tensor(found)
+def unknown_drafts(ids_BT: Tensor, count: int) -> list[Tensor]:
+    """What `trace_drafts` takes of `count` drafts of which no engine's ids are known."""
+    return [torch.full_like(ids_BT, -1) for _ in range(count)]
+
+
+def draft_ids_of(trace: Trace) -> list[Tensor]:
+    """[B, T] the ids that each draft of a chain started from; empty where the draft head was not traced."""
+    return [torch.tensor(ids) for ids in trace.meta.get("draft_ids") or []]

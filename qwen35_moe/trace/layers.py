@@ -52,14 +52,14 @@ def trace_layers(
     quiet: bool = False,
     label: str = "",
     images: Images | None = None,
-    drafts: bool = False,
+    drafts: Sequence[Tensor] = (),
 ) -> tuple[Trace, UsageReport]:
     """As `trace`, for one forward pass over ids [B, T]: to a directory, and it can be resumed.
 
     last: the last layer to compute; without it, all, and norm and head. resume: go on after the last layer that an
     earlier run completed, whether it was killed or had a smaller `last`; the bytes of the trace are those
     of an undisturbed run. label: begins each line of progress. images: what takes the place of placeholders.
-    drafts: the draft head, too, on all tokens.
+    drafts: the draft head, too, on all tokens: see `trace_drafts`.
     Error: disk full, unreadable shard (what is done can be resumed); another run's state.
     """
     out, count = Path(out), len(model.layers)
@@ -102,7 +102,8 @@ def trace_layers(
             if stop == count:
                 hidden_BTD = _head(model, h_BTD, recorder, writer)
                 if drafts:
-                    writer.meta["next_ids"] = trace_drafts(model, ids_BT, mask, hidden_BTD, recorder).tolist()
+                    found = trace_drafts(model, ids_BT, mask, hidden_BTD, recorder, drafts)
+                    writer.meta["draft_ids"] = [x.tolist() for x in found]
             writer.close()
     if stop == count:
         (out / RESUME).unlink(missing_ok=True)
@@ -240,7 +241,7 @@ def resumed_complete(model: Model, trace: Trace, meta: dict[str, Any], aside: Se
     """A trace whose run was killed after its last layer. Error: it belongs to another run."""
     assert trace.path is not None
     what, do = "a complete trace of another run is here", "leave out --resume to write it anew"
-    then = {key: value for key, value in trace.meta.items() if key not in ("layers", "next_ids")}
+    then = {key: value for key, value in trace.meta.items() if key not in ("layers", "draft_ids")}
     check_same(trace.path, json.dumps(then), json.dumps(meta, default=str), what, do)
     sweep(trace.path)
     checkpoint = origin_of(model).checkpoint

@@ -116,7 +116,7 @@ class Break(Handler):
         whole_model = site.layer is None and self.fault.block == "final_norm"
         whole_model = whole_model or site.name in ("rope_cos", "rope_sin")
         elsewhere = not whole_model and (site.layer is None or not self.place.covers(site.layer))
-        if elsewhere or (site.part == "mtp") != (self.fault.block == "mtp"):
+        if elsewhere or site.part.startswith("mtp") != (self.fault.block == "mtp"):
             return None
         if site.name in self.fault.remembers:
             self.remembered[site.name] = x

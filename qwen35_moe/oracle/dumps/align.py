@@ -18,6 +18,7 @@ from ...numerics.tap_table import TAPS, base_name, per_token
 from ...trace.file import TURN, Trace
 from ...trace.images import stands_for_images
 from ..judge.log_p import LOG_P, log_p
+from .draft_rows import match_drafts
 from .dump import Dump
 from .match import Matched, match
 from .scores import scores
@@ -125,7 +126,7 @@ class Alignment:
         theirs: list[Tensor] = []
         rows: list[Tensor] = []
         some: list[Tensor] = []
-        for step in sorted(set(self.dump.sources[source]) & set(self.tokens_of.where)):
+        for step in sorted(set(self.dump.sources[source]) & {*self.tokens_of.where, *self.tokens_of.drafts}):
             if dims == "b n t s" and self.dump.tokens[step].batch is not None:
                 x = scores(self.dump, self.tokens_of.where, source, step, truth)
             else:
@@ -156,7 +157,7 @@ class Alignment:
 
     def table(self, x: Tensor, source: str, step: int) -> Tensor:
         """[n, 3] row of x, b, t. A dump may hold fewer rows than tokens: of the last ones, or of those it says."""
-        table, count = self.tokens_of.where[step], self.dump.count(step)
+        table, count = self.tokens_of.table(step), self.dump.count(step)
         held = self.dump.sources[source][step].pieces[0].rows
         if held is not None:
             at = {int(row): i for i, row in enumerate(held)}
@@ -184,6 +185,7 @@ def align(dump: Dump, truth: Trace, only: list[int] | None = None) -> Alignment:
     Raises Qwen35Error if no token of the dump is one of the truth's, or nothing has a common name.
     """
     matched = match(dump, truth, only)
+    match_drafts(dump, truth, matched)
     where, notes = matched.where, matched.notes + _settle_fusion(dump, truth, matched.where)
     names = truth.comparable
     held = {key: _source(dump, truth, key)[0] for key in names}

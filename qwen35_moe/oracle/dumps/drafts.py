@@ -37,10 +37,16 @@ def _kind(paths: set[str]) -> str:
     return "linear" if linear else "full" if full else ""
 
 
-def mark(pieces: Sequence[Piece], config: Mapping[str, Any] | None) -> set[int]:
-    """Give the draft head's pieces its part; returns its steps."""
-    steps = draft_steps(pieces, config)
-    for piece in pieces if steps else ():
-        if piece.step in steps and not piece.key:
-            piece.part = piece.part or "mtp"
-    return steps
+def mark(pieces: Sequence[Piece], config: Mapping[str, Any] | None) -> dict[int, int]:
+    """Give the draft head's pieces its part: `mtp` after a step of the target, which it starts from, then `mtp.2`,
+    `mtp.3`, ..., each from the step before. Returns its steps, with the number of the draft."""
+    steps, found = draft_steps(pieces, config), dict[int, int]()
+    number = 0
+    for step in sorted({piece.step for piece in pieces}) if steps else ():
+        number = number + 1 if step in steps else 0
+        if number:
+            found[step] = number
+    for piece in pieces:
+        if piece.step in found and not piece.key:
+            piece.part = piece.part or (f"mtp.{found[piece.step]}" if found[piece.step] > 1 else "mtp")
+    return found

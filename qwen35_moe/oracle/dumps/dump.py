@@ -41,7 +41,7 @@ class Dump(Mapping[str, Tensor]):
     notes            what was assumed or repaired
     unknown          names of tensors that have no meaning here
     weights          name -> piece, for parameters that were dumped
-    drafts           steps of a draft head (its taps are under `mtp.`)
+    drafts           steps of a draft head -> number of the draft (taps of the first are under `mtp`, then `mtp.2`, ...)
     fused            (part, layer) -> whether `mlp.experts.output` is the block's output; None: the files do not say
     """
 

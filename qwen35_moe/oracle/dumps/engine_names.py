@@ -26,6 +26,9 @@ from ...numerics.tap_table import TAPS
 # their ranks being equal bit by bit.
 SGLANG = {
     "embed_tokens.output": "same embed_tokens",
+    "pre_fc_norm_embedding.output": "same mtp_embedding",
+    "pre_fc_norm_hidden.output": "same mtp_hidden",
+    "fc.output": "same mtp_fc",
     "norm.output": "same final_norm",
     "norm.output.0": "same final_norm",
     "model.output": "same final_norm",

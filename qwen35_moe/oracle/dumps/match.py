@@ -25,6 +25,7 @@ NO_TOKENS = torch.empty(0, 4, dtype=torch.long)
 class Matched:
     """where      step -> [n, 3]: row in the dump, b, t
     ends       step -> [runs, 3]: run, and b, t of its last token, or -1 where that is none of the truth's
+    drafts     step of a draft head -> [n, 3]: row in the dump, b, t
     positions  [n, 4]: b, t, the truth's position, the dump's
     absent     parts of the truth that the dump does not hold, in words
     firsts     (b, t) of the first token of each run -> what it is the first of, in words
@@ -36,6 +37,11 @@ class Matched:
     positions: Tensor = field(default_factory=lambda: NO_TOKENS)
     absent: list[str] = field(default_factory=list)
     firsts: dict[tuple[int, int], str] = field(default_factory=dict)
+    drafts: dict[int, Tensor] = field(default_factory=dict)
+
+    def table(self, step: int) -> Tensor:
+        """Rows of a step, the target's or a draft head's."""
+        return self.where[step] if step in self.where else self.drafts[step]
 
     def starts(self, rows: Tensor) -> list[tuple[int, int, str]]:
         """(b, t, what that token is the first of) where each sequence of rows [n, 2] begins."""
@@ -54,11 +60,11 @@ def match(dump: Dump, truth: Trace, only: list[int] | None = None) -> Matched:
             where, ends, notes = by_count(dump, truth, only)
             return Matched(where, ends, notes)
         dump.tokens, told = {**dump.tokens, **found}, ["the dump has no token ids: its embeddings tell them"]
-    matching = Matching(dump, truth)
+    matching = Matching(dump, truth.mask, truth.ids)
     for run in runs(dump):
         matching.place(run)
     matching.second_chance()
-    result = matching.result()
+    result = matching.result(truth.positions)
     result.notes = [*told, *result.notes]
     if told:  # a request's last token was sampled, and never run
         result.absent = [words for words in result.absent if not words.startswith("the last 1 tokens")]
@@ -68,26 +74,27 @@ def match(dump: Dump, truth: Trace, only: list[int] | None = None) -> Matched:
 class Matching:
     """The truth's sequences, and how far each was seen."""
 
-    def __init__(self, dump: Dump, truth: Trace):
-        self.dump, self.truth = dump, truth
-        self.real = [row.nonzero().flatten() for row in truth.mask.bool()]  # columns of the real tokens, in order
-        self.ids = [row[columns] for row, columns in zip(truth.ids, self.real, strict=True)]
+    def __init__(self, dump: Dump, mask_BT: Tensor, ids_BT: Tensor):
+        """ids_BT: -1 fits any."""
+        self.dump = dump
+        self.real = [row.nonzero().flatten() for row in mask_BT.bool()]  # columns of the real tokens, in order
+        self.ids = [row[columns] for row, columns in zip(ids_BT, self.real, strict=True)]
         self.filled = [0] * len(self.ids)
         self.cached = [0] * len(self.ids)  # tokens before the first run, which the engine had already
         self.seen = [torch.zeros(len(row), dtype=torch.bool) for row in self.ids]
         self.owner: dict[object, int] = {}
         self.tables: dict[int, list[Tensor]] = {}
         self.last: dict[int, list[list[int]]] = {}
-        self.compared: list[Tensor] = [NO_TOKENS]
+        self.compared: list[Tensor] = [NO_TOKENS[:, :3]]
         self.strange: list[Run] = []
         self.firsts: dict[tuple[int, int], str] = {}
         self.drafted: set[int] = set()  # sequences whose last run ended in rejected tokens
         self.beyond = self.rejected = 0
 
-    def place(self, run: Run) -> None:
-        """Find the sequence that a run goes on with, and take note of its rows. A run that nothing divides may be of
-        several sequences, one after another."""
-        ends, left = self.last.setdefault(run.step, []), run
+    def place(self, run: Run) -> int | None:
+        """Find the sequence that a run goes on with, take note of its rows, and return it; None: there is none. A run
+        that nothing divides may be of several sequences, one after another: the last one is returned."""
+        ends, left, found = self.last.setdefault(run.step, []), run, None
         while len(left):
             b, at, n = self._find(left)
             ends.append([len(ends), -1, -1])
@@ -97,7 +104,7 @@ class Matching:
                 self.cached[b] = at
             self._name_first(left, b, at)
             self._take(left, b, at, n)
-            self.filled[b] = at + n
+            self.filled[b], found = at + n, b
             self.drafted.discard(b)
             if run.request is not None:
                 self.owner[run.request] = b
@@ -107,7 +114,7 @@ class Matching:
             if not run.undivided:
                 break
         if not len(left):
-            return
+            return found
         known = self.owner.get(run.request)
         full = [self.filled[b] == len(ids) for b, ids in enumerate(self.ids)]
         if full[known] if known is not None else all(full):
@@ -118,6 +125,7 @@ class Matching:
             self.rejected += len(left)
             if not run.undivided:
                 self.drafted.add(b)
+        return found
 
     def _name_first(self, run: Run, b: int, at: int) -> None:
         """What the first token of a run is the first of."""
@@ -146,7 +154,8 @@ class Matching:
         n = min(len(run), len(self.ids[b]) - at)
         if n <= 0 or at < 0:
             return 0
-        differ = (self.ids[b][at : at + n] != run.ids[:n]).nonzero()
+        ours = self.ids[b][at : at + n]
+        differ = ((ours != run.ids[:n]) & (ours >= 0)).nonzero()
         return int(differ[0]) if len(differ) else n
 
     def _find(self, run: Run) -> tuple[int, int, int]:
@@ -174,10 +183,9 @@ class Matching:
         table = torch.stack((run.rows[:n], torch.full_like(columns, b), columns), 1)
         self.tables.setdefault(run.step, []).append(table)
         if run.positions is not None:
-            both = torch.stack((self.truth.positions[b, columns], run.positions[:n].long()), 1)
-            self.compared.append(torch.cat((table[:, 1:], both), 1))
+            self.compared.append(torch.cat((table[:, 1:], run.positions[:n, None].long()), 1))
 
-    def result(self) -> Matched:
+    def result(self, positions_BT: Tensor) -> Matched:
         if not self.tables:
             first = self.strange[0] if self.strange else None
             found = f"ids {first.ids[:6].tolist()} in step {first.step}" if first else "no tokens"
@@ -199,7 +207,9 @@ class Matching:
         notes += [f"the first {n} tokens of sequence {b} were cached" for b, n in enumerate(self.cached) if n]
         where = {step: torch.cat(tables) for step, tables in self.tables.items()}
         ends = {step: torch.tensor(self.last[step]) for step in where}
-        return Matched(where, ends, notes, torch.cat(self.compared), self._absent(), self.firsts)
+        b, t, theirs = torch.cat(self.compared).unbind(1)
+        positions = torch.stack((b, t, positions_BT[b, t], theirs), 1)
+        return Matched(where, ends, notes, positions, self._absent(), self.firsts)
 
     def _absent(self) -> list[str]:
         found = []

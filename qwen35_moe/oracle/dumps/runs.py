@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,9 +41,9 @@ class Run:
         return Run(self.step, self.rows[count:], self.ids[count:], positions, self.request)
 
 
-def runs(dump: Dump) -> Iterator[Run]:
-    """All runs of the target's steps, in order."""
-    for step in dump.target_steps:
+def runs(dump: Dump, steps: Iterable[int] | None = None) -> Iterator[Run]:
+    """All runs of some steps (default: the target's), in order."""
+    for step in dump.target_steps if steps is None else steps:
         tokens = dump.tokens.get(step)
         if tokens is not None and tokens.ids is not None:
             for rows, request in split(tokens):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
-from ...numerics.tap_table import base_name
+from ...numerics.tap_table import base_name, part_of
 from ..diagnose.at_sight import OWN_LOGITS, against_own_logits
 from ..dumps.align import Alignment, Pair
 from ..dumps.ranks import owners
@@ -91,6 +91,9 @@ class Work:
         name, exclude = base_name(key), None
         if name in ROUTED:
             exclude = loose
+        elif part := part_of(key):
+            after = name in ("final_norm", "next_token_logits")
+            exclude = loose if after and f"{part}.layers.0.mlp_output" not in self.alignment.keys else None
         elif name in READ_STREAM and key.removesuffix(name) + READ_STREAM[name] not in self.alignment.keys:
             exclude = self.loose.get((len(self.result.layers) if layer is None else layer) - 1)
         self._judge(key, layer, pair, truth, members, exclude)
@@ -183,10 +186,10 @@ class Work:
 
     def _routing(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> Tensor | None:
         """Compare a layer's ids. Returns, where the dump has none, the tokens at which they might differ."""
-        at = "mtp.layers.0." if any(key.startswith("mtp.") for key in seen[0]) else f"layers.{layer}."
-        logits_key = f"{at}moe_router_logits"
-        if logits_key not in seen[0]:
+        logits_key = next((key for key in seen[0] if base_name(key) == "moe_router_logits"), "")
+        if not logits_key:
             return None
+        at = logits_key.removesuffix("moe_router_logits")
         logits_TE, *members = (s[logits_key] for s in seen)
         ids_key = next((k for n in IDS if (k := f"{at}{n}") in self.alignment.keys and k in seen[0]), "")
         delta_T = envelope(logits_TE, members, torch.bfloat16).max

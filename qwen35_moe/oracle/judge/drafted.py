@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...model.mtp import draft_head
+from ...model.mtp import draft_chains
 from ...model.text import Model
 from ...numerics.arithmetics import Arithmetic, using
 from ...numerics.taps import Handler, attach
@@ -20,11 +20,11 @@ from .split_k import splitting
 
 @dataclass(frozen=True)
 class Drafting:
-    """What a draft head starts from: ids and next_ids [B, T] (of tokens t and t+1), mask [B, T] or None, the engine's
-    values, and where the weights come from and go."""
+    """What a draft head starts from: ids [B, T] of the tokens, and of what each draft of a chain started from, mask
+    [B, T] or None, the engine's values, and where the weights come from and go."""
 
     ids: Tensor
-    next_ids: Tensor
+    drafts: Sequence[Tensor]
     mask: Tensor | None
     captured: Captured
     source: WeightSource
@@ -46,11 +46,12 @@ def drafted(
     if "final_norm" in given.captured:
         hidden_BTD = given.captured.put("final_norm", hidden_BTD, count)
     hidden_BTD = stream_BTD.to(hidden_BTD.dtype) if how == "pre-norm" else hidden_BTD
-    next_BT = (given.ids if how == "same token" else given.next_ids).to(device)
+    first, *more = (x.to(device) for x in given.drafts)
+    first = given.ids.to(device) if how == "same token" else first
     before, model.arithmetic = model.arithmetic, table
     try:
         with splitting(table), attach(*handlers, restart):
-            draft_head(model, part, next_BT, hidden_BTD, None if given.mask is None else given.mask.to(device))
+            draft_chains(model, part, [first, *more], hidden_BTD, None if given.mask is None else given.mask.to(device))
     finally:
         model.arithmetic = before
     return restart.seen

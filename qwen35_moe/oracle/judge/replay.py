@@ -34,7 +34,7 @@ class ReplayRouting(Handler):
 # Where a rerun goes on with what the engine had. `pre_mlp_residual_sum` is what the norm reads.
 RESTARTS = (
     "embed_tokens", "input_layernorm", "attn_output", "pre_mlp_residual_sum", "pre_mlp_layernorm_output",
-    "moe_topk_ids", "mlp_output", "final_norm",
+    "moe_topk_ids", "mlp_output", "final_norm", "mtp_embedding", "mtp_hidden", "mtp_fc",
 )  # fmt: skip
 STREAMS = {"pre_mlp_residual_sum": "pre_mlp_residual"}
 

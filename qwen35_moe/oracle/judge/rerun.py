@@ -18,6 +18,7 @@ from ...model.cache import LayerState
 from ...model.rope import rotary_angles
 from ...model.text import Layer, Model
 from ...numerics.arithmetics import Arithmetic, using
+from ...numerics.tap_table import part_of
 from ...numerics.taps import Handler, Site, attach, scope, tap
 from ...run.fill import fill
 from ...run.load import build, build_part
@@ -46,7 +47,7 @@ class Tokens:
     mask: Tensor
     steps: Tensor | None = None
     images: Images | None = None
-    next_ids: Tensor | None = None  # [B, T], where the draft head was traced
+    drafts: Sequence[Tensor] = ()  # [B, T] what each draft started from, where the draft head was traced
 
     def on(self, device: torch.device) -> Tokens:
         """The same on a device."""
@@ -206,14 +207,16 @@ class Rerun:
         yield None, [self.head(model, stream) for model, stream in zip(self.models, self.streams, strict=True)]
         if (given := self._drafting(self.source)) is not None:
             runs = zip(self.models, self.streams, self.tables, strict=True)
-            yield None, [drafted(given, model, stream, table) for model, stream, table in runs]
+            seen = [drafted(given, model, stream, table) for model, stream, table in runs]
+            for draft in dict.fromkeys(map(part_of, seen[0])):
+                yield None, [{key: x for key, x in taps.items() if part_of(key) == draft} for taps in seen]
 
     def _drafting(self, source: WeightSource) -> Drafting | None:
         """What the draft head starts from; None where the truth has none."""
         t, mask = self.tokens, None if self.tokens.real is None else self.tokens.mask
-        if t.next_ids is None:
+        if not t.drafts:
             return None
-        return Drafting(t.ids, t.next_ids, mask, self.captured, source, self.device("norm"))
+        return Drafting(t.ids, t.drafts, mask, self.captured, source, self.device("norm"))
 
     def _images(self, model: Model, table: Arithmetic) -> Tensor | None:
         """The prompt's embeddings with its images in them, by the tower under this table; None for text."""

@@ -1,0 +1,98 @@
+"""Which token each row of a draft head's steps starts from.
+
+The first draft of row t starts from token t+1: its steps are matched as the target's are, by ids and order. A further
+draft of a chain has one row a sequence, and goes on from the last right row of the first draft's step before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...run.prompt import padded
+from ...trace.drafts import draft_ids_of
+from ...trace.file import Trace
+from .dump import Dump
+from .match import Matched, Matching
+from .runs import runs
+
+
+@dataclass
+class DraftRows:
+    """where   step -> [n, 4]: row in the dump, b, t, the id that it starts from
+    ends       step -> [runs, 3]: run, and b, t of its last token, or -1
+    left_out   rows after a rejected draft, or of more than one chain
+    """
+
+    where: dict[int, Tensor] = field(default_factory=dict)
+    ends: dict[int, Tensor] = field(default_factory=dict)
+    left_out: int = 0
+
+    def ids(self, numbers: dict[int, int], like_BT: Tensor) -> list[Tensor]:
+        """[B, T] for each draft of a chain: the ids that it starts from, -1 where the dump does not hold it."""
+        found = [torch.full_like(like_BT, -1) for _ in range(max(numbers.values(), default=0))]
+        for step, table in self.where.items():
+            found[numbers[step] - 1][table[:, 1], table[:, 2]] = table[:, 3]
+        return found
+
+
+def draft_rows(dump: Dump, mask_BT: Tensor, next_BT: Tensor) -> DraftRows:
+    """next_BT: token t+1 of row t, -1 where it is not known."""
+    matching, found = Matching(dump, mask_BT, next_BT), DraftRows()
+    owner: dict[object, int | None] = {}
+    for step, number in sorted(dump.drafts.items()):
+        own = [(run.request if run.request is not None else i, run) for i, run in enumerate(runs(dump, [step]))]
+        if number == 1:
+            owner = {name: matching.place(run) for name, run in own}
+            tables = matching.tables.get(step, [])
+            found.ends[step] = torch.tensor(matching.last.get(step, [])).reshape(-1, 3)
+        else:
+            tables = []
+            for name, run in own:
+                if (b := owner.get(name)) is None or len(run) > 1:
+                    found.left_out += len(run)
+                else:
+                    tables.append(torch.tensor([[int(run.rows[0]), b, int(matching.real[b][matching.filled[b] - 1])]]))
+        if tables:
+            table, ids = torch.cat(tables), dump.tokens[step].ids
+            assert ids is not None
+            found.where[step] = torch.cat((table, ids[table[:, :1]]), 1)
+    found.left_out += matching.rejected + matching.beyond + sum(map(len, matching.strange))
+    return found
+
+
+def drafts_of(dump: Dump, rows: Sequence[Tensor]) -> list[Tensor]:
+    """[B, T] for each draft of a chain: the ids that the dump's draft head started from at the tokens of these
+    sequences, -1 where it does not say. Empty without draft steps."""
+    ids_BT, mask = padded(list(rows))
+    mask_BT = torch.ones_like(ids_BT) if mask is None else mask
+    next_BT = torch.where(mask_BT.roll(-1, 1).bool(), ids_BT.roll(-1, 1), -1)
+    next_BT[:, -1] = -1
+    return draft_rows(dump, mask_BT, next_BT).ids(dump.drafts, ids_BT)
+
+
+def match_drafts(dump: Dump, truth: Trace, matched: Matched) -> None:
+    """Adds the rows of the draft head's steps that start from the ids that the truth's drafts start from."""
+    drafts = draft_ids_of(truth)
+    if not dump.drafts or not drafts:
+        return
+    found = draft_rows(dump, truth.mask, drafts[0])
+    other = deeper = 0
+    for step, table in found.where.items():
+        number = dump.drafts[step]
+        if number > len(drafts):
+            deeper += len(table)
+            continue
+        same = drafts[number - 1][table[:, 1], table[:, 2]] == table[:, 3]
+        other += int((~same).sum())
+        matched.drafts[step] = table[same, :3]
+        matched.ends |= {step: found.ends[step]} if step in found.ends else {}
+    rows = sum(map(len, matched.drafts.values()))
+    matched.notes.append(f"draft head: {rows} rows of {len(matched.drafts)} steps were compared; {found.left_out} rows "
+                         "after rejected drafts were not")  # fmt: skip
+    for count, why in ((other, "start from other tokens than the truth's"), (deeper, "are of later drafts than its")):
+        if count:
+            matched.notes.append(f"draft head: {count} rows {why}, and were not compared")
