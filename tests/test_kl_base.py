@@ -128,7 +128,7 @@ def test_samples_are_whole_runs_where_nothing_was_captured(tmp_path: Path, monke
 
 def test_without_ids_and_checkpoint_what_a_flip_may_have_made_is_not_blamed(tmp_path: Path) -> None:
     one = bench(2)
-    result = compare(one.truth, engine(one, tmp_path, q.arithmetic.get("sglang-bf16")))
+    result = compare(one.truth, engine(one, tmp_path, q.arithmetic.get("sglang-bf16")), limit=2.5)
     (record,) = [r for r in result.records if r.cls != "missing"]
-    assert record.inherited > LIMIT and record.cls == "not comparable" and "moe_topk_ids" in record.note
+    assert record.inherited > 2.5 and record.cls == "not comparable" and "moe_topk_ids" in record.note
     assert result.exit_code == 2

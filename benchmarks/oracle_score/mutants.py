@@ -4,22 +4,28 @@ A run in an engine's arithmetic stands for the engine; its taps are what a dump 
 planted in one layer, and must be found there, in the right block, and be named by the diagnosis. Clean variants, which
 round and add in other legal ways, must pass; the arithmetic that made a run is left out of its envelope.
 
-Three regimes, since faults hide where their part is small: the shared gate as it is (near 0.5), the gate near 0.05, and
-all outputs of experts 256 times smaller.
+Faults hide where their part is small: so there are regimes with the shared gate as it is (near 0.5), with the gate near
+0.05, and with all outputs of experts 256 times smaller. In others the dump has an engine's own shape (`shapes.py`), or
+the engine ran in steps (`stepped.py`), where faults between steps are planted, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.oracle_score import stepped
 from benchmarks.oracle_score.score import Outcome
+from benchmarks.oracle_score.shapes import as_files
+from benchmarks.oracle_score.stepped import Handlers, Planted, plan, step_faults
 from benchmarks.oracle_score.variants import SMALL, UNLISTED, UNSEEN, Variant, variants
 from qwen35_moe.model.cache import Cache
+from qwen35_moe.model.text import Model
 from qwen35_moe.numerics import arithmetics
 from qwen35_moe.numerics.tables import A8, AITER, SGLANG_BF16
 from qwen35_moe.numerics.tap_table import TAPS
@@ -27,6 +33,7 @@ from qwen35_moe.numerics.taps import REPLAY, Handler, Site, attach
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.faults import Fault, Place
+from qwen35_moe.oracle.diagnose.step_faults import StepFault
 from qwen35_moe.oracle.dumps.dump import Dump, Piece
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.dumps.writers import DUMPED
@@ -41,8 +48,12 @@ from qwen35_moe.trace.recorder import trace
 
 # All that hooks on SGLang's modules see. What FP8 does to inputs on the way through a block hides more than bf16 does.
 HOOKED = ",".join(name for name, tap in TAPS.items() if tap.sglang or name in DUMPED.split(","))
+UNFUSED = {"moe_shared_act"}  # a fused shared expert has no such tap
+ALL = slice(None)
+Found = tuple[list[Outcome], list[Outcome], list[Outcome]]
 IN_STEPS = ("this is what an FP8 KV cache makes of it",)  # faults of later steps, which one pass cannot have
-REGIMES = ("gate 0.5", "gate 0.05", "outputs / 256")
+LISTS, STEPS = ("unfused lists", "fused lists"), ("chunked", "speculative")
+REGIMES = ("gate 0.5", "gate 0.05", "outputs / 256", *LISTS, *STEPS)
 
 
 class Regime(Handler):
@@ -66,11 +77,14 @@ class Bench:
 
     def __init__(self, source: WeightSource, regime: str, ids: Tensor, function: str = ""):
         self.source, self.regime, self.ids, self.function = source, regime, ids, function
+        if regime in STEPS:
+            self.ids = ids = torch.cat((ids, ids.flip(1)))  # what one sequence leaves behind may go to the other
         self.handler: Handler = Regime(regime)
         self.exact = arithmetics.get("exact" + function)
-        self.taps = HOOKED if function in A8 else DUMPED
+        self.taps = HOOKED if function in A8 or regime in LISTS else DUMPED
         self.table = AITER if function.startswith("+a4") else arithmetics.get(SGLANG_BF16.name + function)
         self.unfused = [False] * source.config.num_hidden_layers
+        self.folder: TemporaryDirectory[str] | None = None  # where the last dump lies
         with attach(self.handler):
             self.truth = self._truth(ids)
 
@@ -82,7 +96,7 @@ class Bench:
         write_envelope(truth, models)
         return truth
 
-    def layer_of(self, fault: Fault) -> int | None:
+    def layer_of(self, fault: Fault | StepFault) -> int | None:
         """Where to plant: the last layer of the kind that the fault strikes, or the second."""
         kinds = self.source.config.layer_types
         if fault.block in ("final_norm", "mtp"):
@@ -92,24 +106,39 @@ class Bench:
             return max(i for i, kind in enumerate(kinds) if kind == wanted)
         return 1
 
+    def place(self, layer: int | None, positions: Tensor) -> Place:
+        busy = int(self.truth[f"layers.{layer or 0}.moe_topk_ids"].flatten().bincount().argmax())
+        return Place(self.source.config, positions, None if layer is None else frozenset({layer}), busy)
+
     def engine(self, fault: Fault) -> Dump:
         """A dump of the engine with this fault."""
         layer = self.layer_of(fault)
-        busy = int(self.truth[f"layers.{layer or 0}.moe_topk_ids"].flatten().bincount().argmax())
-        place = Place(self.source.config, self.truth.positions, None if layer is None else frozenset({layer}), busy)
-        source = fault.source(self.source, place)
-        table = fault.arithmetic(self.table)
-        fused = [fault.fused and i == layer for i in range(len(self.unfused))]
+        place = self.place(layer, self.truth.positions)
+        source, table = fault.source(self.source, place), fault.arithmetic(self.table)
+        fused = [self.regime == "fused lists" or (fault.fused and i == layer) for i in range(len(self.unfused))]
         with attach(self.handler):
             model = build(source, table, fused, CPU, "decoded")
-            dump = from_trace(trace(model, self.ids, taps=self.taps, replay=fault.handlers(place)))
+            dump = self.run(model, lambda at: fault.handlers(self.place(layer, at)))
         if fault.weights:
             dump.weights = _parameters(source, fault, layer)
         return dump
 
+    def run(self, model: Model, handlers: Handlers = lambda _: (), planted: Planted | None = None) -> Dump:
+        """What the engine dumps in this regime."""
+        if self.regime in STEPS:
+            steps, meta = plan(self.regime, self.ids.shape[1]), {"config": self.truth.meta["config"]}
+            return stepped.run(model, self.ids, steps, self.taps, meta, handlers, planted)
+        run = trace(model, self.ids, taps=self.taps, replay=handlers(self.truth.positions))
+        if self.regime not in LISTS:
+            return from_trace(run)
+        if self.folder is not None:
+            self.folder.cleanup()
+        self.folder = TemporaryDirectory()
+        return as_files(run, Path(self.folder.name) / "dump", self.regime == "fused lists")
+
     def compare(self, dump: Dump, **options: Any) -> Comparison:
         with attach(self.handler):
-            return compare(self.truth, dump, self.source, **options)
+            return compare(self.truth, dump, self.source, fused=self.regime == "fused lists", **options)
 
     def planted(self, fault: Fault) -> Outcome:
         layer = self.layer_of(fault)
@@ -118,17 +147,30 @@ class Bench:
             bad = [w for w in result.weights if w.bad]
             return Outcome(self.regime, fault.name, fault.block, layer, 0.0, bool(bad) and result.exit_code == 1,
                            "weights: " + "; ".join(f"{w.name} {w.detail}" for w in bad[:1]), fault.name)  # fmt: skip
+        return self.outcome(result, fault, layer)
+
+    def between_steps(self, fault: StepFault) -> Outcome:
+        """A fault of what one step hands to the next."""
+        layer = self.layer_of(fault)
+        with attach(self.handler):
+            model = build(self.source, self.table, self.unfused, CPU, "decoded")
+            dump = self.run(model, planted=Planted(fault, layer or 0))
+        return self.outcome(self.compare(dump, diagnoses=1), fault, layer)
+
+    def outcome(self, result: Comparison, fault: Fault | StepFault, layer: int | None) -> Outcome:
+        """Found: the first tap that is wrong is of the layer and block that were struck."""
         first = result.first
         found = first is not None and first.layer == layer and first.block == fault.block and result.exit_code == 1
         where = "not found" if first is None else f"{first.layer} {first.block}"
         said = result.diagnoses[0] if result.diagnoses else None
         shares = [h.explains for h in said.hypotheses[:2]] if said else []
-        return Outcome(self.regime, fault.name, fault.block, layer, (first.ratio or 0.0) if first else _largest(result),
-                       found, where, said.name if said else "-", *shares)  # fmt: skip
+        struck = [r.ratio or 0.0 for r in result.records if (r.layer, r.block) == (layer, fault.block)]
+        return Outcome(self.regime, fault.name, fault.block, layer, max(struck, default=0.0), found, where,
+                       said.name if said else "-", *shares)  # fmt: skip
 
     def clean(self, variant: Variant) -> Outcome:
         truth, ids, mask = self.truth, self.ids, None
-        fused = [variant.fused] * len(self.unfused)
+        fused = [variant.fused or self.regime == "fused lists"] * len(self.unfused)
         with attach(self.handler), variant.products():
             model = build(self.source, variant.table, fused, CPU, "decoded")
             if variant.batch:
@@ -136,14 +178,18 @@ class Bench:
                 ids = torch.cat((ids, torch.cat((torch.zeros_like(ids[:, :half]), ids[:, half:]), 1)))
                 mask = torch.ones_like(ids)
                 mask[1, :half] = 0
-            cache = Cache() if variant.chunks else None
-            run = trace(model, ids, taps=self.taps, attention_mask=mask, chunks=variant.chunks, cache=cache)
+            if variant.batch or variant.chunks:
+                cache = Cache() if variant.chunks else None
+                chunks = {"chunks": variant.chunks, "cache": cache}
+                dump = from_trace(trace(model, ids, taps=self.taps, attention_mask=mask, **chunks))
+            else:
+                dump = self.run(model)
         if variant.batch:
             with attach(self.handler):
                 truth = self._truth(ids, mask)
         members = [m for m in legal(self.exact.name) if m.name != variant.left_out]
         with attach(self.handler):
-            result = compare(truth, from_trace(run), self.source, fused=variant.fused, diagnoses=0, members=members)
+            result = compare(truth, dump, self.source, fused=fused[0], diagnoses=0, members=members)
         worst = max((r for r in result.records if r.added is not None), key=lambda r: r.added or 0)
         return Outcome(self.regime, variant.name, worst.block, worst.layer, worst.added or 0.0, result.exit_code == 0,
                        worst.key, "")  # fmt: skip
@@ -156,8 +202,8 @@ def _fusable(source: WeightSource) -> bool:
     return c.shared_expert_intermediate_size == c.moe_intermediate_size and all(alike)
 
 
-def _largest(result: Comparison) -> float:
-    return max((r.added for r in result.records if r.added is not None), default=0.0)
+def _square(source: WeightSource) -> bool:
+    return source.config.linear_key_head_dim == source.config.linear_value_head_dim
 
 
 def _parameters(source: WeightSource, fault: Fault, layer: int | None) -> dict[str, Piece]:
@@ -171,29 +217,23 @@ def _parameters(source: WeightSource, fault: Fault, layer: int | None) -> dict[s
     return {f"{n}@0": Piece(n, partial(values.__getitem__, n)) for n in values}
 
 
-def run(
-    source: WeightSource,
-    ids: Tensor,
-    regimes: Iterable[str] = REGIMES,
-    faults: Sequence[Fault] = (*FAULTS, *SMALL),
-    function: str = "",
-    progress: Callable[[Outcome], None] = lambda _: None,
-    clean: bool = True,
-    unlisted: Sequence[Fault] = (*UNLISTED, *UNSEEN),
-) -> tuple[list[Outcome], list[Outcome], list[Outcome]]:
-    """(faults planted, faults that the catalogue lacks, clean variants), in all regimes."""
-    planted, foreign, passed = [], [], []
-    for regime in regimes:
-        bench, a4 = Bench(source, regime, ids, function), function.startswith("+a4")
-        # Activations in four or eight bits err by more than the small ones: what they hide is no fault of the oracle.
-        for fault in [f for f in faults if f.name not in IN_STEPS and not (function and f in SMALL)]:
-            if fault.applies(source, bench.layer_of(fault) or 0, a4):
-                planted.append(bench.planted(fault))
-                progress(planted[-1])
-        for fault in [f for f in unlisted if f.applies(source, bench.layer_of(f) or 0, a4)]:
-            foreign.append(bench.planted(fault))
-            progress(foreign[-1])
-        for variant in variants(function, ids.shape[1], _fusable(source)) if clean else []:
-            passed.append(bench.clean(variant))
-            progress(passed[-1])
-    return planted, foreign, passed
+def run(source: WeightSource, ids: Tensor, regime: str, function: str = "", share: slice = ALL) -> Found:
+    """(faults planted, faults that the catalogue lacks, clean variants) in a regime; of each kind a share."""
+    found: Found = ([], [], [])
+    if regime == "fused lists" and not _fusable(source):
+        return found
+    bench, a4 = Bench(source, regime, ids, function), function.startswith("+a4")
+    # Activations in four or eight bits err by more than the small ones: what they hide is no fault of the oracle.
+    faults = [f for f in FAULTS if f.name not in IN_STEPS] + ([] if function else [*SMALL])
+    for outcomes, kind in zip(found, (faults, [*UNLISTED, *UNSEEN]), strict=False):
+        can = [f for f in kind if f.applies(source, bench.layer_of(f) or 0, a4)]
+        if regime == "fused lists":
+            can = [f for f in can if not f.taps or not UNFUSED.issuperset(f.taps)]
+        outcomes += map(bench.planted, can[share])
+    if regime in STEPS:
+        found[0].extend(map(bench.between_steps, step_faults(regime, _square(source))[share]))
+    clean = variants(function, ids.shape[1], _fusable(source))
+    if regime in (*LISTS, *STEPS):  # these have a shape, or steps, of their own
+        clean = [v for v in clean if not (v.batch or v.chunks or v.fused)]
+    found[2].extend(map(bench.clean, clean[share]))
+    return found

@@ -156,7 +156,7 @@ def explain(
             answer = hypothesis if case.settled(run, rerun.tables) <= work.limit else None
     if layer is not None and base_name(key) in HOLD_MLP:
         fitted, leaves = _fit(diagnosis, case, rerun, layer)
-        in_all_rows = max(first.ratio_l2, first.ratio_max) <= work.limit  # and in none alone: see scale.py
+        in_all_rows = first.by_rows <= work.limit  # and in none alone: see constant_factor.py
         if answer is None and (fitted.explains > WORTH or in_all_rows) and leaves <= work.limit:
             answer = fitted
             diagnosis.hypotheses.append(fitted)

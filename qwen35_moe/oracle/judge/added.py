@@ -149,8 +149,8 @@ class Work:
         rounding = kl_base.one_rounding(truth) if key == kl_base.LOG_P else None
         bound = envelope(truth, members, pair.dtype, rounding=rounding)
         verdict = judge(x, truth, bound, pair.dtype, self.limit)
-        record.cls, record.added, record.ratio_l2, record.ratio_max = (
-            verdict.cls, verdict.ratio, verdict.ratio_l2, verdict.ratio_max)  # fmt: skip
+        record.cls, record.ratio_l2, record.ratio_max = verdict.cls, verdict.ratio_l2, verdict.ratio_max
+        record.added = record.by_rows = verdict.ratio
         b, t = pair.rows[keep][verdict.worst].tolist()
         record.worst, record.rel, record.rows, record.nan = (int(b), int(t)), verdict.rel, int(keep.sum()), pair.nan
         bad = verdict.ratios > self.limit
@@ -166,7 +166,7 @@ class Work:
         record.equal_to = next(equal, "")
 
     def _judge_scale(self, record: Record, x: Tensor, truth: Tensor, index: Tensor) -> None:
-        """A factor that is wrong in all rows alike, however little in each (`scale.py`)."""
+        """A factor that is wrong in all rows alike, however little in each (`constant_factor.py`)."""
         parts = [{"the block": truth}]
         if record.block == "mlp" and self.shared is not None:
             shared = self.shared[index]
@@ -234,9 +234,13 @@ class Work:
         record.starts = self.alignment.tokens_of.starts(pair.rows[strange])
         self.records[key] = record
 
+    def judged(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> list[Record]:
+        """The records of a layer (None: of the embedding, or the head), in order of execution."""
+        return [r for r in self.records.values() if r.layer == layer and r.key in seen[0]]
+
     def guilty(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> list[Record]:
-        """The bad records of a layer (None: of the embedding, or the head), in order of execution."""
-        return [r for r in self.records.values() if r.layer == layer and r.bad and r.key in seen[0]]
+        """Those of them that are bad."""
+        return [r for r in self.judged(layer, seen) if r.bad]
 
 
 def _is_bf16(x: Tensor) -> bool:

@@ -1,9 +1,10 @@
 """A second look at what lies just beyond the limit: more legal roundings are tried before an engine is blamed.
 
 The envelope of a few arithmetics is a few samples of a random error; where one number decides a token's error (a
-routing weight, a logit), all of them may be small by luck. A Gaussian error exceeds 3.5 times the largest of 4 of its
-own kind once in 160 rows, of 20 once in 800,000. So up to SAMPLES more are made, a few at a time, and only where it
-matters: an error beyond AGAIN limits is none that rounding makes.
+routing weight, a logit), all of them may be small by luck. A Gaussian error exceeds three times the largest of 4 of its
+own kind once in 70 rows, of 20 once in 60,000. So up to SAMPLES more are made, a few at a time, and only where it
+matters: from LOOK on, so that what is said of a clean tap is no luck either, and up to AGAIN limits, since what is
+beyond that is none that rounding makes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from .records import Record
 from .rerun import Rerun
 from .split_k import samples
 
-SAMPLES, BATCH, AGAIN = 16, 4, 4.0
+SAMPLES, BATCH = 16, 4
+LOOK, AGAIN = 2.0, 4.0
 
 Taps = dict[str, Tensor]
 
@@ -34,15 +36,15 @@ def batches(
 
 def doubtful(record: Record, limit: float) -> bool:
     """Whether more samples could clear a tap: by the size of its error, row by row."""
-    ratio = max(record.ratio_l2, record.ratio_max) or record.ratio or 0.0
-    return limit < ratio <= AGAIN * limit
+    ratio = record.by_rows or record.ratio or 0.0
+    return (record.bad or ratio > LOOK) and ratio <= AGAIN * limit
 
 
 def second_look(rerun: Rerun, layer: int | None, work: Any, seen: Sequence[Taps]) -> list[Taps]:
     """Judge again, by more samples, what was just beyond the limit in this layer. Returns all taps that were used."""
     found = list(seen)
     more = batches(rerun.tables[1:], lambda some: rerun.taps(layer, [(i + 1, table) for i, table in some]))
-    while keys := [r.key for r in work.guilty(layer, seen) if doubtful(r, work.limit)]:
+    while keys := [r.key for r in work.judged(layer, seen) if doubtful(r, work.limit)]:
         batch = next(more, None)
         if batch is None:
             break

@@ -15,6 +15,7 @@ UNKNOWN = -1  # an id that the answer does not tell
 LEAST = -9000.0  # SGLang and vLLM write -9999 for log 0
 MOST = 1e-3  # a log p above 0 by more than float noise is none
 NO_LOG_P = "the answer holds no log-probabilities"
+FAR = 3.5  # a quantile of the answers' errors, in legal ones, that is surely beyond it is wrong
 MAX_TOKENS = 1 << 20  # of one answer
 
 

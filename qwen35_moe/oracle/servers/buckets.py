@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..judge.envelope import LIMIT
-from .answer import Answer
+from .answer import FAR, Answer
 from .dialects import Asker
 
 NEW = 4  # tokens generated after each prompt: decode steps with as many rows as there are prompts
@@ -29,7 +28,7 @@ class Bucket:
 
     @property
     def bad(self) -> bool:
-        return self.rows > 0 and not self.ratio <= LIMIT
+        return self.rows > 0 and not self.ratio <= FAR
 
     def __str__(self) -> str:
         said = "nothing to compare" if not self.rows else f"{self.ratio:.2f} x the legal difference, {self.rows} rows"

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..judge.envelope import LIMIT
+from .answer import FAR
 from .replay import Branch, Replay
 
 QUANTILES = (0.5, 0.75, 0.9)
@@ -151,7 +151,7 @@ class Judge:
                            for d, n in zip(self.legal, noise, strict=True)])  # fmt: skip
         listed = gains.amin(0) > 2 * DECIDED
         need = max(DECIDED, 2 * float(own[:, listed].max())) if listed.any() else DECIDED
-        loud = torch.stack([planted.quantile(q, dim=-1).amin(0) / self.level[q] > LIMIT for q in QUANTILES]).any(0)
+        loud = torch.stack([planted.quantile(q, dim=-1).amin(0) / self.level[q] > FAR for q in QUANTILES]).any(0)
         least = gains.amin(0)
         return (least > need) | loud, need, least / need
 

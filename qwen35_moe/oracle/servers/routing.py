@@ -2,7 +2,7 @@
 
 The noise is what the legal arithmetics make of a router logit of that token by then, flips in the layers before among
 it. Since those move logits by more than a few runs show, a layer counts as wrong only if it has more illegal flips than
-LIMIT times what a legal arithmetic has when it is judged by the others, and FEW besides.
+FAR times what a legal arithmetic has when it is judged by the others, and FEW besides.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..judge.envelope import LIMIT
 from ..judge.routing import Routing, compare_ids
-from .answer import Answer
+from .answer import FAR, Answer
 from .replay import Branch
 from .routed import shaped
 
@@ -52,7 +51,7 @@ def judge_routing(
         ]
         flips, total = flips + len(result.flips), total + result.tokens
         most = max(_illegal(r) for r in others)
-        if _illegal(result) > LIMIT * most + FEW:
+        if _illegal(result) > FAR * most + FEW:
             wrong.append(f"layer {i}: {_illegal(result)} of {result.tokens} sets of experts are none that rounding "
                          "makes "
                          f"(legal arithmetics: {most})")  # fmt: skip

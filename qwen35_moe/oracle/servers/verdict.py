@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
-from ..judge.envelope import LIMIT
-from .answer import UNKNOWN, Answer
+from .answer import FAR, UNKNOWN, Answer
 from .judge import Explanation, Judge, Look, Positions, Quantile
 
 Finding = Literal["agrees", "diverges", "cannot tell without a dump"]
@@ -153,7 +152,7 @@ def decide(judge: Judge, found: Told, routing: Sequence[str] = ()) -> Verdict:
 
 def _finding(look: Look, best: Explanation | None, routing: Sequence[str], blind: str) -> tuple[Finding, str]:
     for q in look.quantiles:
-        if q.low > LIMIT:
+        if q.low > FAR:
             return "diverges", f"the {q.name} of the differences is {q.ratio:.3g} x the legal one"
     if routing:
         return "diverges", routing[0]
@@ -163,7 +162,7 @@ def _finding(look: Look, best: Explanation | None, routing: Sequence[str], blind
             return "diverges", said
         if best.sure > look.need / 2 or max(e.gain for e in look.explanations if e.visible) > look.need:
             return "cannot tell without a dump", f"a suspicion, {said}, where {look.need:.0f} decide: ask more prompts"
-    if look.quantiles[0].high > LIMIT:
+    if look.quantiles[0].high > FAR:
         return "cannot tell without a dump", "the differences may be beyond the limit: ask more"
     if blind:
         return "cannot tell without a dump", blind
@@ -172,15 +171,15 @@ def _finding(look: Look, best: Explanation | None, routing: Sequence[str], blind
 
 def _alike(look: Look) -> list[Explanation]:
     """The best explanation, if it leaves no more than rounding, and those that explain as well."""
-    if not look.explanations or look.explanations[0].gain <= look.need / 2 or look.explanations[0].left > LIMIT:
+    if not look.explanations or look.explanations[0].gain <= look.need / 2 or look.explanations[0].left > FAR:
         return []
     best = look.explanations[0].gain
-    return [e for e in look.explanations if e.gain > best - ALIKE and e.left <= LIMIT]
+    return [e for e in look.explanations if e.gain > best - ALIKE and e.left <= FAR]
 
 
 def _lines(look: Look, best: Explanation | None) -> list[str]:
     lines = [f"{q.name} of |delta log p|: {q.ratio:.2f} x the legal one (surely {q.low:.2f} to {q.high:.2f}, limit "
-             f"{LIMIT:g})" for q in look.quantiles]  # fmt: skip
+             f"{FAR:g})" for q in look.quantiles]  # fmt: skip
     if best is not None:
         lines.append(f"best listed fault: {best.name}, {best.gain:+.0f} nats, {best.sure:+.0f} without the loudest "
                      f"prompt ({look.need:.0f} decide)")  # fmt: skip
