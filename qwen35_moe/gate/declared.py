@@ -116,7 +116,7 @@ class QuantConfig:
 
     @cached_property
     def layer_index(self) -> EntryIndex:
-        return EntryIndex([pattern for pattern, _ in self.layers])
+        return EntryIndex([pattern for pattern, _ in self.layers], [spec for _, spec in self.layers])
 
     @cached_property
     def key_index(self) -> EntryIndex:

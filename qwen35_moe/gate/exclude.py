@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from ..errors import Qwen35Error
 from .entry_index import EntryIndex
-from .module_names import expand_fused, is_plain, tells_experts_apart
+from .module_names import expand_fused, is_plain
 from .patterns import bounded_pattern
 
 
@@ -194,12 +194,6 @@ class ExcludeList:
         """The first plain entry for a module below one of these."""
         found = [self._parents[name] for name in names if name in self._parents]
         return self._hit(min(found), how, "") if found else None
-
-    def singled_out(self, names: Sequence[str]) -> set[int] | None:
-        """The experts of a layer that entries may treat unlike the others; None if that may be any."""
-        if any(tells_experts_apart(e) for name in names for _, e in self.index.patterns(name)):
-            return None
-        return set().union(*(self.index.experts(name) for name in names))
 
     def _search(self, names: tuple[str, ...]) -> Hit | None:
         children = [name for name in names if name.endswith(".experts")] if self.semantics.children else []

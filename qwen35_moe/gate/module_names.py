@@ -77,6 +77,7 @@ def mentions_shared_body(entry: str) -> bool:
     return "shared_expert" in entry and "shared_expert_gate" not in entry
 
 
+@lru_cache(maxsize=65536)
 def tells_experts_apart(entry: str) -> bool:
     """Whether a pattern could name one routed expert and not another; when in doubt, yes.
 

@@ -6,13 +6,14 @@ readers of the exclude list agree about it. Where list and bytes disagree, the b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..errors import Qwen35Error
 from .common import no, refuse_sizes, yes
 from .declared import BF16, UNSTATED, ModuleSpec, QuantConfig, Resolution
+from .entry_index import numbers_of
 from .exclude import Hit
 from .module_names import tells_experts_apart
 from .records import PROJECTIONS, Decision, Evidence, Layer, Model, Options
@@ -98,39 +99,38 @@ def _block_above(name: str, quant: QuantConfig) -> Hit | None:
 def _routed(
     model: Model, layer: Layer, quant: QuantConfig, others: Sequence[QuantConfig], stored: Stored | None
 ) -> list[Fact]:
-    """The routed experts, each kind once. All 512 are asked only if the list or the bytes could tell them apart."""
+    """The routed experts, each kind once. Experts of whom list and bytes say the same are asked once."""
     whole = stored(layer.experts) if stored else None
     lookup = (lambda _: whole) if whole is not None else stored
-    apart = _apart(layer, quant)
-    first = {part: _fact(f"{layer.experts}.0.{part}", quant, others, lookup) for part in PROJECTIONS}
-    known = lookup is None or whole is not None
-    if not apart and apart is not None and known:
-        return list(first.values())
+    one_kind = lookup is None or whole is not None
+    said = _said(layer, quant)
+    asked: dict[Hashable, dict[str, Fact]] = {}
     facts: dict[object, Fact] = {}
-    every = range(max(model.num_experts, 1))
-    asked = set(every) if apart is None else apart
-    rest = next((e for e in every if e not in asked), 0)  # one that stands for all that no entry names
-    alike = (
-        first if rest == 0 else {p: _fact(f"{layer.experts}.{rest}.{p}", quant, others, lookup) for p in PROJECTIONS}
-    )
-    for expert in sorted({*asked, rest} & set(every)) if known else every:
+    for expert in range(max(model.num_experts, 1)):
+        key: Hashable = expert if said is None else said.get(expert)
+        alike = asked.get(key)
+        if alike is not None and one_kind:
+            continue
         for part in PROJECTIONS:
             name = f"{layer.experts}.{expert}.{part}"
-            if expert in asked:
-                fact = _fact(name, quant, others, lookup)
+            if alike is None:
+                fact = asked.setdefault(key, {})[part] = _fact(name, quant, others, lookup)
             else:
                 fact = alike[part]._replace(name=name, stored=lookup(name) if lookup else None)
             facts.setdefault((part, fact.declared.spec, fact.other and fact.other.spec, fact.stored), fact)
     return list(facts.values())
 
 
-def _apart(layer: Layer, quant: QuantConfig) -> set[int] | None:
-    """The experts of a layer that the configuration may treat unlike the others; None if that may be any."""
-    names = quant.names(layer.experts)
-    excluded = quant.exclude.singled_out(names)
-    index = quant.layer_index
-    vague = any(tells_experts_apart(key) for name in names for _, key in index.patterns(name))
-    return None if excluded is None or vague else excluded.union(*(index.experts(n) for n in names))
+def _said(layer: Layer, quant: QuantConfig) -> Mapping[int, Hashable] | None:
+    """What the configuration says of single experts of a layer; None if a pattern may tell any two of them apart."""
+    found: dict[int, list[Hashable]] = {}
+    for name in {numbers_of(name): name for name in quant.names(layer.experts)}.values():
+        for index in (quant.exclude.index, quant.layer_index):
+            if any(tells_experts_apart(entry) for _, entry in index.patterns(name)):
+                return None
+            for expert, said in index.experts(name).items():
+                found.setdefault(expert, []).append((name, index is quant.layer_index, said))
+    return {expert: tuple(said) for expert, said in found.items()}
 
 
 def strict(model: Model, layer: Layer, options: Options, stored: Stored | None) -> Decision:
