@@ -32,6 +32,9 @@ EXPERT_MODULE = re.compile(
 SAMPLES_PER_FILE, PIECE = 16, 4096  # of each file, evenly spaced; bytes of each
 
 
+Layout = tuple[tuple[str, str, tuple[int, ...]], ...]  # (role, dtype, shape) of a module's tensors
+
+
 class Checkpoint:
     """Opened from headers alone. Tensors are read on demand, from any thread, or mapped (`reader.mapped`).
 
@@ -52,6 +55,7 @@ class Checkpoint:
         self._experts: dict[str, tuple[int, bool]] = {}  # count, and whether fused; `Experts` would hold this one
         self._expert_names: dict[str, list[str]] = {}  # "layers.0.mlp.experts" -> names of its tensors
         self._expert_ids: dict[str, set[int]] = {}
+        self._specs: dict[Layout, ModuleSpec] = {}
         for name, stored in self.tensors.items():
             module, role = split_role(name)
             self.modules.setdefault(module, {})[role] = stored
@@ -153,24 +157,34 @@ class Checkpoint:
                     raise self._missing(f"{prefix}.{e}.{name}.weight")
         return count, False
 
+    def layout(self, module: str) -> Layout:
+        """Roles, dtypes and shapes of a module's tensors: what is said of one module holds for all of the same layout.
+
+        A checkpoint has 100,000 modules, nearly all of them experts, and a dozen layouts.
+        """
+        return tuple((role, stored.dtype, stored.shape) for role, stored in self.modules[module].items())
+
     def spec(self, module: str) -> ModuleSpec | None:
         """The precision of a module's bytes. None if it is absent, or if its experts (`….mlp.experts`) differ.
 
         Formats that cannot be decoded here are named as well, see `foreign_spec`.
         """
         if module in self.modules:
-            return foreign_spec(self.modules[module]) or self.find(module).spec
+            layout = self.layout(module)
+            if layout not in self._specs:
+                self._specs[layout] = foreign_spec(self.modules[module]) or self.find(module).spec
+            return self._specs[layout]
         match = EXPERT_MODULE.fullmatch(module)
         if match and match["expert"] and match["prefix"] in self._expert_names:
             whole = "down_proj" if match["projection"] == "down_proj" else "gate_up_proj"
             return foreign_spec(self.modules.get(f"{match['prefix']}.{whole}", {})) or self.find(module).spec
         if module not in self._expert_names:
             return None
-        parts = {split_role(name)[0] for name in self._expert_names[module]}
-        if any(foreign := {foreign_spec(self.modules[part]) for part in parts}):
-            return foreign.pop() if len(foreign) == 1 else None
-        experts = self.find_experts(module)
-        specs = {weight.spec for e in range(1 if experts.fused else experts.count) for weight in experts.weights(e)}
+        parts = dict.fromkeys(split_role(name)[0] for name in self._expert_names[module])
+        kinds = {self.layout(part): part for part in parts}.values()
+        if not any(foreign_spec(self.modules[part]) for part in kinds):
+            self.find_experts(module)  # are they all there?
+        specs = {self.spec(part) for part in kinds}
         return specs.pop() if len(specs) == 1 else None
 
     def report(self, aside: Iterable[str] = ("visual.*", "mtp.*")) -> UsageReport:

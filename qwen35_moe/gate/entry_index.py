@@ -102,7 +102,11 @@ class EntryIndex:
 
     def _said(self, layer: str | None, expert: int, others: Sequence[int]) -> Hashable:
         return tuple(
-            (EXPERT_NUMBER.sub("", self.entries[i], count=1), self.values[i] if self.values else None, bisect(others, i))
+            (
+                EXPERT_NUMBER.sub("", self.entries[i], count=1),
+                self.values[i] if self.values else None,
+                bisect(others, i),
+            )
             for i in merge(self._kept.get((layer, expert), ()), self._kept.get((None, expert), ()))
         )
 

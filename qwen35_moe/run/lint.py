@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.checkpoint import Layout
 from ..checkpoint.foreign import foreign_spec
 from ..errors import Qwen35Error
 from ..gate.decide import NEWEST, VARIANTS, decide_layers, hazards
@@ -35,7 +37,8 @@ def lint(checkpoint: Checkpoint, engines: tuple[str, ...] = tuple(NEWEST)) -> li
     """All findings that headers, configuration and the files beside them give, the worst first."""
     broken = list(_formats(checkpoint))
     found = [*broken]
-    foreign = any(foreign_spec(roles) for roles in checkpoint.modules.values())
+    layouts = {checkpoint.layout(module): roles for module, roles in checkpoint.modules.items()}
+    foreign = any(foreign_spec(roles) for roles in layouts.values())
     try:
         config: Config | None = model_config(checkpoint)
     except Qwen35Error as error:
@@ -60,12 +63,15 @@ def _as_finding(rule: str, error: Qwen35Error, level: str = "error") -> Finding:
 
 def _formats(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Modules whose tensors do not fit together: a scale that is missing, of another shape, or beside a float."""
-    for module, roles in checkpoint.modules.items():
-        if foreign_spec(roles) is None:
-            try:
-                checkpoint.find(module)
-            except Qwen35Error as error:
-                yield _as_finding("format", error)
+    alike: dict[Layout, list[str]] = {}
+    for module in checkpoint.modules:
+        alike.setdefault(checkpoint.layout(module), []).append(module)
+    for modules in alike.values():
+        try:
+            checkpoint.spec(modules[0])
+        except Qwen35Error as error:
+            found = _as_finding("format", error)
+            yield found if len(modules) == 1 else replace(found, text=f"{found.text} ({len(modules)} such modules)")
 
 
 def _complete(checkpoint: Checkpoint, config: Config) -> Iterator[Finding]:
@@ -147,6 +153,9 @@ def _linear(
 def _input_scales(checkpoint: Checkpoint, quant: QuantConfig) -> Iterator[Finding]:
     """Modules declared to have static inputs without the scale that such inputs need."""
     missing: dict[str, str] = {}
+    activations = [spec.activation for spec in (quant.default, *(spec for _, spec in quant.layers))]
+    if all(activation is None or activation.dynamic for activation in activations):
+        return
     for module, roles in checkpoint.modules.items():
         quantised = roles.keys() & {".weight_scale", ".weight_scale_inv"}
         if quantised and not roles.keys() & {".input_scale", ".input_global_scale"}:
