@@ -34,11 +34,12 @@ from qwen35_moe.numerics.tables import SGLANG_BF16, TRANSFORMERS_BF16
 from qwen35_moe.numerics.taps import attach
 from qwen35_moe.oracle.diagnose.faults import Place
 from qwen35_moe.oracle.judge.envelope import ALL_BF16, legal
+from qwen35_moe.oracle.judge.rerun import CPU
 from qwen35_moe.oracle.judge.split_k import split, splitting
 from qwen35_moe.oracle.servers.answer import Answer, row
-from qwen35_moe.oracle.servers.probe import Prepared, prepare
+from qwen35_moe.oracle.servers.probe import How, Prepared, prepare
 from qwen35_moe.oracle.servers.prompts import drawn
-from qwen35_moe.oracle.servers.replay import CPU, Branch, Hypothesis, Replay, hypotheses
+from qwen35_moe.oracle.servers.replay import Branch, Hypothesis, Replay, hypotheses
 from qwen35_moe.oracle.servers.verdict import Verdict
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.run.load import build as build_model
@@ -128,7 +129,7 @@ def streams(listed: list[int]) -> list[tuple[int, int, Tensor]]:
 def prepared(processes: int) -> Prepared:
     """`prepare`, its hypotheses shared among processes."""
     listed = hypotheses(HERE.source)
-    known = prepare(HERE.source, unfused(HERE.source), HERE.ids, faults="none")
+    known = prepare(HERE.source, unfused(HERE.source), HERE.ids, How(faults="none"))
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         parts = pool.map(streams, [list(range(n, len(listed), processes)) for n in range(processes)], chunksize=1)
     for n, expert, stream in sorted((one for part in parts for one in part), key=lambda one: one[0]):

@@ -30,7 +30,7 @@ from qwen35_moe.oracle.servers.buckets import buckets
 from qwen35_moe.oracle.servers.client import API_KEY, Server
 from qwen35_moe.oracle.servers.dialects import Asker
 from qwen35_moe.oracle.servers.judge import DECIDED
-from qwen35_moe.oracle.servers.probe import Prepared, prepare
+from qwen35_moe.oracle.servers.probe import How, Prepared, prepare
 from qwen35_moe.oracle.servers.prompts import drawn, ordinary
 from qwen35_moe.oracle.servers.readers import from_bytes, from_json, read_answers
 from qwen35_moe.oracle.truth import Loaded, open_checkpoint, write_truth
@@ -209,7 +209,8 @@ def test_real_engines_differ_by_no_more_than_rounding(tmp_path: Path) -> None:
     for folder, name in ((path, "sglang_bf16"), (FIXTURE, "llamacpp_completion_n_predict0")):
         opened = open_checkpoint(folder)[1]
         answers = read_answers(DATA / f"{name}.json")
-        verdict = prepare(opened.source, opened.fused, [a.ids for a in answers], faults="none", more=0).judge(answers)
+        how = How(faults="none", more=0)
+        verdict = prepare(opened.source, opened.fused, [a.ids for a in answers], how).judge(answers)
         assert verdict.positions == sum(bool(r.log_p) for a in answers for r in a.rows)
         assert all(q.ratio < 1.5 for q in verdict.quantiles), verdict.evidence
         assert verdict.finding == "cannot tell without a dump"  # no fault was replayed: who knows what would be seen

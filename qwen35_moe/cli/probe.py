@@ -13,21 +13,23 @@ from pathlib import Path
 
 from ..errors import Qwen35Error
 from ..model.config import Config
+from ..numerics.choices import STATES
+from ..oracle.judge.where import Where
 from ..oracle.report import servers as pages
 from ..oracle.servers.answer import Answer
 from ..oracle.servers.buckets import Bucket, buckets
 from ..oracle.servers.client import API_KEY, RETRIES, Server
 from ..oracle.servers.dialects import ALL, APIS, Asker, saver
-from ..oracle.servers.probe import GIVEN, Prepared, prepare
+from ..oracle.servers.probe import GIVEN, How, Prepared, prepare
 from ..oracle.servers.prompts import drawn
 from ..oracle.servers.readers import read_answers
 from ..oracle.servers.verdict import Verdict
 from ..oracle.truth import open_checkpoint, weights_of
-from ..run.load import SHARED_EXPERT_MODES
+from ..run.load import SHARED_EXPERT_MODES, usable
 from ..run.prompt import load_tokenizer, read_ids
 from ..trace.file import Trace
 from .dump_config import layer_lines
-from .report_options import new_file
+from .report_options import new_file, where
 
 FEWEST, MOST_LAYERS = 2, 8  # tokens of a prompt; layers up to which faults are replayed layer by layer
 
@@ -68,6 +70,10 @@ def configure(p: argparse.ArgumentParser) -> None:
         choices=SHARED_EXPERT_MODES,
         help="how to compute it (default: %(default)s)",
     )
+    p.add_argument("--kv-cache", metavar="fp8_e4m3[:SCALE]", help="the server's dtype for keys and values")
+    p.add_argument("--state", choices=STATES, help="the server's dtype for DeltaNet's state")
+    p.add_argument("--device", default="cpu", help="where the truth is computed: cpu, cuda or cuda:N (default: "
+                   "%(default)s)")  # fmt: skip
     p.add_argument("--faults", choices=("each", "all", "none"), help="replay known faults in each layer, in all layers "
                    f"at once, or not (default: each up to {MOST_LAYERS} layers, else all)")  # fmt: skip
     p.add_argument(
@@ -108,7 +114,10 @@ def run(args: argparse.Namespace) -> int:
     asker = Asker(server, args.api, args.top, model.config.vocab_size, args.model,
                   saver(args.save) if args.save else lambda _: None)  # fmt: skip
     print(f"server   {asker.api}, {server.url}")
-    known = prepare(loaded.source, loaded.fused, ids, args.arithmetic, args.engine, faults(args.faults, model.config))
+    usable(args.device, f"--device {args.device}")
+    how = How(args.arithmetic, args.engine, args.kv_cache, args.state, faults(args.faults, model.config),
+              where=Where(args.device, quiet=False))  # fmt: skip
+    known = prepare(loaded.source, loaded.fused, ids, how)
     typical = foresee(known, 63 if args.top == ALL else args.top)
     answers = list[Answer]()
     for n, one in enumerate(ids):
@@ -184,5 +193,7 @@ def saved(truth: Trace, path: Path, args: argparse.Namespace) -> int:
     ids = [row[mask.bool()].tolist() for row, mask in zip(truth.ids, truth.mask, strict=True)]
     answers = read_answers(path)
     arithmetic = truth.meta.get("arithmetic") or "exact"
-    known = prepare(source, fused, ids, arithmetic, args.engine, faults(None, source.config))
+    which = faults(None, source.config)
+    how = How(arithmetic, args.engine, args.kv_cache, args.state, which, where=where(args))
+    known = prepare(source, fused, ids, how)
     return report(known.judge(answers), args)

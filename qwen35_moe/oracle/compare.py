@@ -45,11 +45,11 @@ from .judge.log_p import LOG_P
 from .judge.logits import compare_logits
 from .judge.positions import POSITIONS, engine_positions, judge_positions
 from .judge.records import Comparison, Place, Record, block_of, layer_of
-from .judge.rerun import HERE, Rerun, Tokens
+from .judge.rerun import Rerun, Tokens
 from .judge.second_look import second_look
 from .judge.suspects import accuse, suspects
 from .judge.weights_check import check_weights
-from .judge.where import Where
+from .judge.where import HERE, Where
 from .truth import open_checkpoint, weights_of, write_truth
 
 STORED = "the arithmetics that its envelope was made of"

@@ -21,8 +21,7 @@ from ..trace.file import Trace
 from ..trace.layers import trace_layers
 from .judge.envelope import legal
 from .judge.envelope_file import with_ids, write_envelope
-from .judge.rerun import HERE
-from .judge.where import Where
+from .judge.where import HERE, Where
 
 
 @dataclass

@@ -81,5 +81,5 @@ def decoded_experts(stored: list[PackedExpert], dtype: torch.dtype, device: torc
     first = stored[0]
     gate_up, down = (torch.empty(len(stored), *weight.shape, dtype=dtype, device=device) for weight in first)
     for e, one in enumerate(stored):
-        gate_up[e], down[e] = one[0].decode(dtype), one[1].decode(dtype)
+        gate_up[e], down[e] = (moved(weight, device).decode(dtype) for weight in one)
     return ResidentExperts(gate_up, down, quantised)

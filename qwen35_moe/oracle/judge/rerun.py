@@ -30,11 +30,10 @@ from .hand_over import HandOver, stepped
 from .log_p import LOG_P, log_p
 from .replay import Captured, Restart
 from .split_k import splitting
-from .where import Where
+from .where import HERE, Where
 
 SMALL = 1 << 26
 CPU = torch.device("cpu")
-HERE = Where()
 
 
 @dataclass

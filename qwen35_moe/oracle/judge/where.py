@@ -49,3 +49,6 @@ class Where:
         text = f"layer {done}/{layers}  run again under {arithmetics} arithmetics  {left}"
         print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
         return now
+
+
+HERE = Where()

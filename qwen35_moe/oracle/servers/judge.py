@@ -116,12 +116,12 @@ class Judge:
         """log p [R, K], the likeliest token and its log p [R], and what each temperature would add [R, K]."""
         value, best, most, warm = [], [], [], []
         for some, x in replay.log_p(branch, self.at.rows):
-            ids = self.at.ids[some]
+            ids = self.at.ids[some].to(x.device)
             value.append(x.gather(1, ids))
             best.append(x.argmax(1))
             most.append(x.amax(1))
             warm.append(torch.stack([(x / t).log_softmax(1).gather(1, ids) - value[-1] for t in TEMPERATURES]))
-        return torch.cat(value), torch.cat(best), torch.cat(most), list(torch.cat(warm, 1))
+        return torch.cat(value).cpu(), torch.cat(best).cpu(), torch.cat(most).cpu(), list(torch.cat(warm, 1).cpu())
 
     def size(self, d: Tensor) -> Tensor:
         """rms over the tokens that are known at a position: [..., R, K] -> [..., R]."""

@@ -10,8 +10,9 @@ import torch
 from ...numerics.arithmetics import Arithmetic
 from ...run.prompt import padded
 from ...run.source import WeightSource
-from ..judge.envelope import legal
+from ..judge.envelope import declared, legal
 from ..judge.split_k import samples
+from ..judge.where import HERE, Where
 from .answer import Answer
 from .judge import Judge, Positions
 from .replay import Branch, Hypothesis, Replay, hypotheses
@@ -21,6 +22,34 @@ from .verdict import Verdict, decide, told
 MORE = 4  # legal arithmetics besides those of the envelope: their products in other orders
 FEWEST = 16  # positions of generated tokens that are worth a truth of their own
 GIVEN = 20  # likeliest tokens that a server is asked for
+
+
+@dataclass(frozen=True)
+class How:
+    """arithmetic  of the truth
+    engine      the arithmetic that the server says it has ("float32": the legal ones are then those of float32, and
+                nearly everything is visible);  kv_cache, state: the formats that it says its caches have
+    faults      hypotheses in `all` layers at once, `each` layer too, or `none`
+    more        legal arithmetics besides those of the envelope
+    """
+
+    arithmetic: str = "exact"
+    engine: str | Arithmetic | None = None
+    kv_cache: str | None = None
+    state: str | None = None
+    faults: str = "each"
+    more: int = MORE
+    where: Where = HERE
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is run: the truth's arithmetic, legal ones, hypotheses."""
+
+    truth: str | Arithmetic
+    tables: Sequence[Arithmetic]
+    listed: Sequence[Hypothesis]
+    where: Where
 
 
 @dataclass
@@ -39,7 +68,7 @@ class Prepared:
         sequence, place = (torch.tensor(x) for x in zip(*rows, strict=True))
         given = torch.tensor([self.ids[b][t + 1] for b, t in rows])[:, None]
         k = min(top, config.vocab_size)
-        likely = [x.topk(k).indices for _, x in self.replay.log_p(self.branches[0], (sequence, place))]
+        likely = [x.topk(k).indices.cpu() for _, x in self.replay.log_p(self.branches[0], (sequence, place))]
         ids = torch.cat((given, torch.cat(likely)), 1)
         known = torch.ones_like(ids, dtype=torch.bool)
         known[:, 1:] &= ids[:, 1:] != given
@@ -78,7 +107,8 @@ class Prepared:
             verdict.notes += [f"{count} generated tokens are not judged: {FEWEST} are worth it"] if count else []
             return verdict
         r, tables = self.replay, [b.table for b in self.branches[1 : self.members + 1]]
-        known = _replayed(r.source, r.fused, [a.ids for a in longer], self.branches[0].table, tables, [])
+        work = Work(self.branches[0].table, tables, [], r.where)
+        known = _replayed(r.source, r.fused, [a.ids for a in longer], work)
         found = told(longer, known.ids, r.config.vocab_size)
         wrong, _ = judge_routing(longer, known.ids, known.replay.ids.shape[1], known.branches, known.members)
         decode = decide(Judge(known.replay, known.branches, known.members, found.at), found, wrong)
@@ -89,22 +119,20 @@ class Prepared:
 
 
 def prepare(
-    source: WeightSource, fused: Sequence[bool], ids: Sequence[Sequence[int]], arithmetic: str = "exact",
-    engine: str | Arithmetic | None = None, faults: str = "each", more: int = MORE,
-) -> Prepared:  # fmt: skip
-    """faults: hypotheses in `all` layers at once, `each` layer too, or `none`. engine: the arithmetic that the server
-    says it has ("float32": the legal ones are then those of float32, and nearly everything is visible)."""
-    tables = list(legal(arithmetic, engine))
-    tables += samples(tables, more) if tables[0].name != "float32" else []
-    listed = hypotheses(source, faults, a4=arithmetic.startswith("exact+a4"))
-    return _replayed(source, fused, ids, arithmetic, tables, listed)
+    source: WeightSource, fused: Sequence[bool], ids: Sequence[Sequence[int]], how: How | None = None
+) -> Prepared:
+    how = how or How()
+    tables = list(legal(how.arithmetic, how.engine))
+    tables += declared(tables, how.kv_cache, how.state)
+    tables += samples(tables, how.more) if tables[0].name != "float32" else []
+    listed = hypotheses(source, how.faults, a4=how.arithmetic.startswith("exact+a4"))
+    said = {"attn": how.kv_cache, "gdn": how.state}
+    listed = [h for h in listed if not (h.fault.rounds and said.get(h.fault.block))]
+    return _replayed(source, fused, ids, Work(how.arithmetic, tables, listed, how.where))
 
 
-def _replayed(
-    source: WeightSource, fused: Sequence[bool], ids: Sequence[Sequence[int]], truth: str | Arithmetic,
-    tables: Sequence[Arithmetic], listed: Sequence[Hypothesis],
-) -> Prepared:  # fmt: skip
+def _replayed(source: WeightSource, fused: Sequence[bool], ids: Sequence[Sequence[int]], work: Work) -> Prepared:
     rows, mask = padded([torch.tensor(list(one)) for one in ids])
-    replay = Replay(source, fused, rows, mask)
-    branches = replay.run(truth, tables, listed, routing=True)
-    return Prepared([list(one) for one in ids], replay, branches, len(tables))
+    replay = Replay(source, fused, rows, mask, work.where)
+    branches = replay.run(work.truth, work.tables, work.listed, routing=True)
+    return Prepared([list(one) for one in ids], replay, branches, len(work.tables))

@@ -9,12 +9,14 @@ of what bf16 makes.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...model.cache import LayerState
 from ...model.rope import rotary_angles
@@ -22,17 +24,19 @@ from ...model.text import Layer, Model
 from ...numerics import arithmetics
 from ...numerics.arithmetics import Arithmetic, using
 from ...numerics.taps import Handler, Site, attach, scope, tap
+from ...run.experts import PackedExpert, moved
 from ...run.fill import fill
 from ...run.load import build
 from ...run.source import WeightSource
 from ..diagnose.catalogue import FAULTS
 from ..diagnose.faults import Fault, Place
-from ..judge.rerun import SMALL
 from ..judge.split_k import splitting
+from ..judge.where import HERE, Where
 
 TOGETHER = 1 << 13  # tokens that one layer is run on at once
 ROWS = 1 << 26  # logits that are held at once
-CPU = torch.device("cpu")
+BYTES = 18  # of an expert's number, decoded side by side for float64, float32 (twice, with a fault) and bf16
+ROOM = 0.6  # of the memory that there is may be taken by them: else experts are decoded when they are chosen
 KINDS = {"attn": "full_attention", "gdn": "linear_attention"}
 
 
@@ -73,6 +77,31 @@ def hypotheses(source: WeightSource, which: str = "each", a4: bool = False) -> l
     return found
 
 
+class Held(WeightSource):
+    """A source whose experts are fetched to the device once a layer, as they are stored, and decoded there."""
+
+    as_stored = False
+
+    def __init__(self, inner: WeightSource, device: torch.device):
+        super().__init__(inner.checkpoint, inner.config, inner.online)
+        self.inner, self.device = inner, device
+        self.mlp, self.kept = "", dict[int, PackedExpert]()
+
+    def slot(self, mlp: str, e: int) -> PackedExpert:
+        if mlp != self.mlp:
+            self.mlp, self.kept = mlp, {}
+        if e not in self.kept:
+            gate_up, down = self.inner.slot(mlp, e)
+            self.kept[e] = moved(gate_up, self.device), moved(down, self.device)
+        return self.kept[e]
+
+
+def has_room(size: int, device: torch.device) -> bool:
+    if device.type == "cuda":
+        return size < ROOM * torch.cuda.mem_get_info(device)[0]
+    return size < ROOM * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 class _Watch(Handler):
     """Keeps what the router of the current layer said."""
 
@@ -107,36 +136,67 @@ class Branch:
 
 
 class Replay:
-    """ids, mask [B, T] (mask None: no padding). `fused`: in which layers the shared expert is a slot."""
+    """ids, mask [B, T] (mask None: no padding). `fused`: in which layers the shared expert is a slot. One layer is held
+    at a time, on the device of `where`."""
 
-    def __init__(self, source: WeightSource, fused: Sequence[bool], ids: Tensor, mask: Tensor | None = None):
-        self.source, self.fused, self.config = source, list(fused), source.config
-        self.ids, self.real = ids, None if mask is None else mask.bool()
-        ones = torch.ones_like(ids) if mask is None else mask.long()
+    def __init__(
+        self, source: WeightSource, fused: Sequence[bool], ids: Tensor, mask: Tensor | None = None, where: Where = HERE
+    ):
+        self.source, self.fused, self.config, self.where = source, list(fused), source.config, where
+        self.device = where.of("norm", self.config.num_hidden_layers)
+        self.ids, self.real = ids.to(self.device), None if mask is None else mask.bool().to(self.device)
+        ones = torch.ones_like(self.ids) if self.real is None else self.real.long()
         self.positions = (ones.cumsum(1) - 1).clamp(min=0)
         c = self.config
-        size = 24 * c.num_experts * c.moe_intermediate_size * c.hidden_size  # of one layer's experts in float64
-        self.mode = "decoded" if size < SMALL else "stream"
+        numbers = 3 * c.num_experts * c.moe_intermediate_size * c.hidden_size
+        self.mode = where.mode or ("decoded" if has_room(BYTES * numbers, self.device) else "stream")
+        self.held = Held(source, self.device) if self.mode == "decoded" else source
         self._layers: dict[Any, Layer] = {}
         self._ends: dict[Any, Model] = {}
+        self._heads: dict[torch.dtype, nn.Module] = {}
 
     def _end(self, table: Arithmetic) -> Model:
         """Embedding, last norm and head in a table's dtypes."""
         key = (table.name, table.dtype)
         if key not in self._ends:
-            self._ends[key] = build(self.source, table, self.fused, CPU, "stream")
+            end = self._ends[key] = build(self.source, table, self.fused, self.device, "stream")
+            if self.device.type == "cuda":
+                end.lm_head = self._head(table)
         return self._ends[key]
 
-    def _layer(self, i: int, table: Arithmetic, source: WeightSource | None, fused: bool) -> Layer:
+    def _head(self, table: Arithmetic) -> nn.Module:
+        """The head in memory, one a dtype."""
+        dtype = table.weight_dtype("lm_head.weight")
+        if dtype not in self._heads:
+            with torch.device("meta"):
+                head = Model(self.config, table, self.fused).lm_head
+            name = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+            fill(head, name, self.source, table, self.device)
+            self._heads[dtype] = head
+        return self._heads[dtype]
+
+    def _layer(self, i: int, table: Arithmetic, fused: bool) -> Layer:
+        """Layer i as it is, kept while it is at work."""
         key = (i, table.dtype, tuple(sorted(table.weights.items())), fused)
-        if source is None and key in self._layers:
-            return self._layers[key]
+        if key not in self._layers:
+            self._layers = {k: v for k, v in self._layers.items() if k[0] == i}
+            with torch.device("meta"):
+                layer = Layer(self.config, self.config.layer_types[i], fused)
+            fill(layer, f"layers.{i}", self.held, table, self.device, self.mode)
+            self._layers[key] = layer
+        return self._layers[key]
+
+    def _broken(self, i: int, b: Branch, fused: bool) -> Layer:
+        """Layer i with the weights of a fault; what the fault leaves alone is shared with the layer as it is."""
+        assert b.hypothesis is not None and b.source is not None
         with torch.device("meta"):
             layer = Layer(self.config, self.config.layer_types[i], fused)
-        fill(layer, f"layers.{i}", source or self.source, table, CPU, self.mode)
-        if source is None:
-            self._layers = {k: v for k, v in self._layers.items() if k[0] == i}
-            self._layers[key] = layer
+        whole = dict(self._layer(i, b.table, fused).named_children()) if fused == self.fused[i] else {}
+        for name, part in list(layer.named_children()):
+            if (name == "mlp") != (b.hypothesis.fault.block == "mlp") and name in whole:
+                layer.add_module(name, whole[name])
+            else:
+                fill(part, f"layers.{i}.{name}", b.source, b.table, self.device, self.mode)
         return layer
 
     @torch.inference_mode()
@@ -152,6 +212,7 @@ class Replay:
         clean = self._begin("quick", quick)
         struck = [self._struck(h, quick, clean.stream) for h in faults if h.layer is None]
         later = [h for h in faults if h.layer is not None]
+        begin = said = time.monotonic()
         for i in range(self.config.num_hidden_layers):
             before = clean.stream
             for branch in branches:
@@ -166,6 +227,7 @@ class Replay:
                 if branch.strikes(i):
                     self._step(i, branch)
             self._together(i, rest)
+            said = self.where.progress(i + 1, self.config.num_hidden_layers, len(branches) + len(struck), begin, said)
         return [*branches, *struck]
 
     def _begin(self, name: str, table: Arithmetic) -> Branch:
@@ -182,20 +244,19 @@ class Replay:
     def _step(self, i: int, b: Branch) -> None:
         strikes = b.strikes(i)
         fault = b.hypothesis.fault if strikes and b.hypothesis else None
-        source = b.source
         if fault is not None and not fault.applies(self.source, i, a4=b.table.name.startswith("exact+a4")):
             strikes, fault = False, None
         fused = self.fused[i] or bool(fault and fault.fused)
-        layer = self._layer(i, b.table, source if strikes else None, fused)
+        layer = self._broken(i, b, fused) if strikes and b.source is not None else self._layer(i, b.table, fused)
         watch = [b.watch] if b.watch else []
         b.stream = self._forward(i, layer, b.table, b.stream, [*(b.handlers if strikes else ()), *watch], 1)
         if b.watch and b.watch.logits is not None and b.watch.ids is not None:
-            b.routing.append((b.watch.logits.double(), b.watch.ids.long()))
+            b.routing.append((b.watch.logits.double().cpu(), b.watch.ids.long().cpu()))
 
     def _together(self, i: int, branches: Sequence[Branch]) -> None:
         """Branches that nothing strikes here, all under one table: as one batch."""
         table = branches[0].table
-        layer = self._layer(i, table, None, self.fused[i])
+        layer = self._layer(i, table, self.fused[i])
         size = max(1, TOGETHER // self.ids.numel())
         for some in (branches[k : k + size] for k in range(0, len(branches), size)):
             out = self._forward(i, layer, table, torch.cat([b.stream for b in some]), [], len(some))
@@ -226,4 +287,4 @@ class Replay:
 
     def gather(self, b: Branch, rows: tuple[Tensor, Tensor], ids_RK: Tensor) -> Tensor:
         """log p [R, K] of the tokens ids [R, K] after each row."""
-        return torch.cat([x.gather(1, ids_RK[some]) for some, x in self.log_p(b, rows)])
+        return torch.cat([x.gather(1, ids_RK[some].to(x.device)).cpu() for some, x in self.log_p(b, rows)])
