@@ -32,10 +32,11 @@ def files(built: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def saved(files: Path, tmp_path: Path, change: Callable[[Tensor], Any], tap: str = "mlp_output") -> Path:
-    """The dump, one tensor of layer 1 changed."""
+def saved(files: Path, tmp_path: Path, change: Callable[[Tensor], Any], tap: str = "mlp_output",
+          at: str = "___layer_id=1") -> Path:  # fmt: skip
+    """The dump, one tensor changed, of layer 1 unless `at` says another place."""
     shutil.copytree(files / "dump", tmp_path / "dump")
-    file = next((tmp_path / "dump").glob(f"*name={tap}___layer_id=1.pt"))
+    file = next((tmp_path / "dump").glob(f"*name={tap}{at}.pt"))
     held = torch.load(file, weights_only=True)
     torch.save({**held, "value": change(held["value"])}, file)
     return tmp_path / "dump"
@@ -76,8 +77,23 @@ def test_an_odd_tensor_costs_its_own_tap(odd: str, files: Path, tmp_path: Path, 
     assert found.exit_code == expected.get(odd, 2), found.verdict
     judged = {r.key: r.cls for r in found.records}
     assert judged["layers.1.attn_output"] in ("bit-equal", "within rounding")
-    unread = {"no tensor": "missing", "a string": "missing"}.get(odd, "not comparable")
-    assert (judged["layers.1.mlp_output"] == unread) == (odd not in expected)
+    assert (judged["layers.1.mlp_output"] == "not comparable") == (odd not in expected)
+
+
+@pytest.mark.parametrize(("tap", "odd"), [("next_token_logits", "no tensor"), ("positions", "empty"),
+                                          ("positions", "no tensor"), ("input_ids", "no tensor")])  # fmt: skip
+def test_an_odd_tensor_of_no_layer_is_told(
+    tap: str, odd: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no other layer whose tap it could be missing beside."""
+    code, said = verdict(files, saved(files, tmp_path, ODD[odd], tap, ""), capsys)
+    assert code == 2, said
+
+
+def test_ids_of_experts_in_a_dtype_without_comparisons(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verdict(files, saved(files, tmp_path, lambda x: x.to(torch.uint16), "moe_topk_ids"), capsys)[0] == 0
 
 
 @pytest.mark.parametrize("tap", ["mlp_output", "attn_output", "moe_router_logits", "layer_input", "moe_topk_weights"])

@@ -322,7 +322,7 @@ def cli() -> int:
     parser.add_argument("--surface", choices=NAMES, action="append")
     options = parser.parse_args()
     failed: Counter[str] = Counter()
-    slowest: dict[str, float] = {}
+    slowest: dict[str, tuple[float, int]] = {}
     done, end = 0, time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory() as folder:
         surfaces = Surfaces(Path(folder)).all()
@@ -334,13 +334,13 @@ def cli() -> int:
             name = names[i % len(names)]
             try:
                 took = run(surfaces[name], options.seed + i)
-                slowest[name] = max(slowest.get(name, 0.0), took)
+                slowest[name] = max(slowest.get(name, (0.0, 0)), (took, options.seed + i))
             except Exception as error:
                 failed[name] += 1
                 print(f"{name} seed {options.seed + i}: {type(error).__name__}: {error}"[:600], file=sys.stderr)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     print(f"{done} cases, {sum(failed.values())} failed {dict(failed)}, peak memory {memory} MiB")
-    print("slowest: " + ", ".join(f"{name} {took:.1f} s" for name, took in slowest.items()))
+    print("slowest: " + ", ".join(f"{name} {took:.1f} s (seed {seed})" for name, (took, seed) in slowest.items()))
     return 1 if failed else 0
 
 

@@ -21,7 +21,7 @@ from .drafts import mark
 from .engine_names import Rule, letters, rule_for
 from .fusion import fused_layers
 from .join import by_row, declared, join_ranks
-from .pieces import Piece, Source, Tokens, fenced_load
+from .pieces import Piece, Source, Tokens, fenced_load, readable
 from .ranks import check_ranks
 
 # What a name of the engine's means where its shared expert is a slot (True), and where it is none (False).
@@ -58,8 +58,11 @@ class Dump(Mapping[str, Tensor]):
         weights: Mapping[str, Piece] | None = None,
     ):
         self.format, self.path, self.family = format, Path(path), family
-        self.tokens = dict(tokens or {})
         self.problems, self.notes = list(problems), list(notes)
+        self.tokens = {
+            step: readable(found, f"{path}: tokens of step {step}", self.problems)
+            for step, found in (tokens or {}).items()
+        }
         self.config, self.sizes = config, letters(config)
         self.weights = dict(weights or {})
         self.unknown: list[str] = []

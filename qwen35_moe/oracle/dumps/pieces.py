@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,8 @@ def plain_values(x: Any, where: str) -> Tensor:
         do = "dump plain values of it"
         raise Qwen35Error("a tensor without plain values", where=where, found=odd or "on the meta device", do=do)
     x = x.detach()
+    if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch can hold and hardly compute with
+        return x.to(torch.int64)
     return x.to(torch.float32) if x.is_floating_point() and x.element_size() == 1 else x
 
 
@@ -89,6 +91,23 @@ class Tokens:
     @property
     def count(self) -> int | None:
         return None if self.ids is None else self.ids.numel()
+
+
+def readable(tokens: Tokens, where: str, problems: list[Qwen35Error]) -> Tokens:
+    """The tokens without what is no row of whole numbers, one a token; each of that is a problem."""
+    held = {"ids": tokens.ids, "positions": tokens.positions, "mask": tokens.mask}
+    count = tokens.count
+    for name, x in held.items():
+        try:
+            x = held[name] = None if x is None else plain_values(x, where)
+            if x is not None and (x.is_floating_point() or x.dim() != 1 or count is not None and len(x) != count):
+                expected = "whole numbers, one a token"
+                raise Qwen35Error("tokens cannot be used", where=where, expected=expected,
+                                  found=f"{name} {x.dtype} {list(x.shape)}", do="dump again")  # fmt: skip
+        except Qwen35Error as error:
+            problems.append(error)
+            held[name] = None
+    return replace(tokens, ids=held["ids"], positions=held["positions"], mask=held["mask"])
 
 
 @dataclass

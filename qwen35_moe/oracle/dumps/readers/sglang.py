@@ -47,9 +47,9 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
             value, meta = (loaded["value"], a_dict(loaded["meta"])) if wrapped else (loaded, {})
             name, step, rank = tags["name"], int(tags["step"]), int(tags["rank"])
             if name in CORE:
+                if name in CORE[:2] and not isinstance(value, Tensor):
+                    raise Qwen35Error("not a tensor", where=file, found=type(value).__name__)
                 core.setdefault((step, rank), {}).setdefault(name, value)  # again for every layer: the first counts
-                continue
-            if not isinstance(value, Tensor):
                 continue
             parallel = {**a_dict(meta.get("megatron_parallel_info")), **a_dict(meta.get("sglang_parallel_info"))}
             parallel = {"world_size": meta.get("world_size", 1), **parallel}
@@ -57,7 +57,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
             load = partial(load_tensor, file, *(["value"] if wrapped else []))
             piece = Piece.named(
                 name,
-                once(value, load) if len(pieces) < HELD else load,
+                once(value, load) if isinstance(value, Tensor) and len(pieces) < HELD else load,
                 None if layer in (None, "None") else int(layer),
                 step=step,
                 rank=rank,
