@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
+from engine_like import Value, write_dumper
 from fixture_models import FIXTURES
 from peers.transformers_model import load_transformers, quiet
 from safetensors.torch import save_file
@@ -14,13 +16,22 @@ from torch import Tensor
 
 import qwen35_moe as q
 from qwen35_moe.cli import main as cli
+from qwen35_moe.errors import Qwen35Error
+from qwen35_moe.model.text import Model
+from qwen35_moe.model.vision.config import VisionConfig
 from qwen35_moe.model.vision.positions import token_types
 from qwen35_moe.oracle.compare import compare
+from qwen35_moe.oracle.diagnose.faults import Fault, Place
 from qwen35_moe.oracle.diagnose.rope_faults import counted, counted_after, swapped, time_only
+from qwen35_moe.oracle.diagnose.seen import Seen
+from qwen35_moe.oracle.diagnose.vision_faults import VISION
 from qwen35_moe.oracle.dumps.dump import Dump
+from qwen35_moe.oracle.dumps.readers import read_dump
+from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.dumps.readers.transformers import TransformersCapture
+from qwen35_moe.oracle.dumps.vision_names import VISION_NAMES
 from qwen35_moe.oracle.truth import open_checkpoint
-from qwen35_moe.run.prompt import Images
+from qwen35_moe.run.prompt import Images, placeholders
 from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.images import axes_in
 
@@ -98,3 +109,66 @@ def test_trace_of_pixels_by_the_command(tmp_path: Path) -> None:
     alone = compare(Trace(written.sites, {**written.meta, "checkpoint": {}}, written.path), transformers_dump())
     assert not alone.diverges and alone.compared > 40, alone.verdict
     assert cli.main([*arguments, "--pixel-values", str(tmp_path / "nothing.safetensors")]) == 2
+
+
+def seen_by_the_tower(source) -> Seen:
+    vision = VisionConfig.from_dict(source.config.raw["vision_config"], source.config.hidden_size)
+    table = source.tensor("visual.pos_embed.weight").double()
+    return Seen.of(Images(PIXELS, GRIDS), placeholders(source.config, IDS), table, vision)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Model:
+    return q.load(CHECKPOINT, "sglang-bf16", "unfused")
+
+
+# Where each fault of the tower is seen first, in a dump that has the tower's modules.
+BLOCKS = {
+    "images in the wrong order": "images",
+    "pixels in another order than the grids": "vision patches",
+    "only the first temporal slice of the patch kernel": "vision patches",
+    "frames of a patch in reverse": "vision patches",
+    "rows and columns swapped in the tower's rotary embedding": "vision layer 0, attn",
+    "merge blocks read column by column": "vision merger",
+    "merge blocks gathered twice": "vision merger",
+}
+TAPS = "vis_*,image_embeds,layer_input"
+INSIDE_OF_THE_TOWER = ["vis_pos_embed", "vis_embed", "vis_rope_*", "vis_q", "vis_k", "vis_v", "vis_attn_[!o]*"]
+
+
+@pytest.mark.parametrize("fault", VISION, ids=lambda f: f.name)
+def test_faults_of_the_tower_are_named_at_their_block(truth: Trace, source, engine: Model, fault: Fault) -> None:
+    """In an engine-like run, whose dump has what modules return."""
+    place = Place(source.config, axes_in(truth), seen=seen_by_the_tower(source))
+    run = q.trace(engine, IDS, taps=TAPS, images=Images(PIXELS, GRIDS), replay=fault.handlers(place))
+    dumped = {k: e for k, e in run.sites.items() if not any(fnmatch(e.name, p) for p in INSIDE_OF_THE_TOWER)}
+    found = compare(truth, from_trace(Trace(dumped, run.meta, memory=run.memory)), source, diagnoses=1)
+    said = found.diagnoses[0]
+    assert (said.name, said.block) == (fault.name, BLOCKS.get(fault.name, "vision positions")), str(said)
+
+
+def test_the_tower_by_sglangs_names(truth: Trace, source, engine: Model, tmp_path: Path) -> None:
+    """One file a call: SGLang may run the tower image by image. q, k and v are one product; ids of placeholders are
+    hashes beyond the vocabulary."""
+    run = q.trace(engine, IDS, images=Images(PIXELS, GRIDS))
+    names = {rule.split()[1].partition(":")[0]: name for name, rule in VISION_NAMES.items() if "-:" not in rule}
+    names |= {"vis_qkv": "attn.qkv_proj.output", "vis_mlp_act": "mlp.act.output", "vis_hidden": "merger.inputs.0"}
+    values = []
+    for key, entry in run.sites.items():
+        if entry.name in names and entry.part == "visual":
+            layer = "" if entry.layer is None else f"blocks.{entry.layer}."
+            parts = run[key].split([len(run[key]) * 24 // 40, len(run[key]) * 16 // 40])
+            values += [Value(f"non_intrusive__visual.{layer}{names[entry.name]}", x[:, None], 0) for x in parts]
+    ids = torch.where(IDS == IMAGE, 1_000_000 + 777 * (1 + (torch.arange(IDS.shape[1]) > 9)), IDS)[0]
+    values.append(Value("input_ids", ids, 0))
+    values.append(Value("positions", torch.arange(IDS.shape[1]), 0))
+    values.append(Value("non_intrusive__model.layers.0.linear_attn.inputs.0", run["layers.0.input_layernorm"][0], 0))
+    values.append(Value("non_intrusive__model.norm.output.0", run["final_norm"][0], 0))
+    write_dumper(tmp_path / "dump", iter(values))
+    dump = read_dump(tmp_path / "dump", config=source.config.raw)
+    found = compare(truth, dump, source)
+    assert found.exit_code == 0 and found.tokens == (IDS.shape[1],) * 2, found.verdict
+    assert sum(r.key.startswith("visual.") and r.cls != "missing" for r in found.records) == len(names)
+    assert q.diagnose(CHECKPOINT, dump, images=Images(PIXELS, GRIDS)).exit_code == 0
+    with pytest.raises(Qwen35Error, match="there are no pixels"):
+        q.diagnose(CHECKPOINT, dump)

@@ -7,6 +7,7 @@ import argparse
 from ..checkpoint import Checkpoint
 from ..oracle.compare import diagnose
 from ..oracle.dumps.readers import read_dump
+from .image_options import add_image_options, given_images
 from .parsing import check_order
 from .report_options import add_report_options, add_shared, chosen, show
 
@@ -16,6 +17,7 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("dump", help="dump of an engine: a directory or a file")
     p.add_argument("--arithmetic", help="arithmetic of the truth (default: exact; exact+a8 for an FP8 checkpoint)")
     p.add_argument("--out", metavar="TRUTH", help="keep the truth in this directory, for `compare`")
+    add_image_options(p)
     add_shared(p)
     add_report_options(p)
     p.set_defaults(run=run)
@@ -26,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     config = Checkpoint.open(args.checkpoint).config
     dump = read_dump(args.dump, config=config, name_map=args.name_map, layers=args.layer_ids)
     result = diagnose(
-        args.checkpoint, dump, args.out, arithmetic=args.arithmetic, shared_expert=args.shared_expert, **chosen(args),
+        args.checkpoint, dump, args.out, arithmetic=args.arithmetic, shared_expert=args.shared_expert,
+        images=given_images(args), **chosen(args),
     )  # fmt: skip
     return show(result, args)

@@ -23,15 +23,15 @@ from ..oracle.judge.envelope_file import ENVELOPE, remaining, with_ids, write_en
 from ..run.files import Claim
 from ..run.load import MODES, SHARED_EXPERT_MODES, load
 from ..run.origin import origin_of
-from ..run.prompt import Images, load_images, load_tokenizer, padded, place_images, read_ids
+from ..run.prompt import Images, load_tokenizer, padded, place_images, read_ids
 from ..run.validate import model_config
 from ..trace.drafts import unknown_drafts
 from ..trace.file import Trace, in_utf8
-from ..trace.images import read_images
 from ..trace.layers import aside_of, check_request, complete_trace, meta_of, resumable, resumed_complete, trace_layers
 from ..trace.resume import run_of
 from ..trace.writer import remove_parts
 from .device_options import add_device_options, add_ignored_keys, device_options
+from .image_options import add_image_options, given_images
 from .parsing import layers
 from .shares import Processes, begin_parts, check_one_pass, join, parts_of
 
@@ -41,9 +41,7 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("checkpoint", nargs="?", help="checkpoint folder or .safetensors file")
     p.add_argument("--ids", help="1,2,3 or a file: a list of token ids, or a list of lists (padded on the right)")
     p.add_argument("--prompt", help="a prompt as text; needs the folder's tokenizer")
-    p.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
-    p.add_argument("--pixel-values", metavar="FILE", help="safetensors with pixel_values and image_grid_thw (or "
-                   "pixel_values_videos and video_grid_thw), as a processor gave them")  # fmt: skip
+    add_image_options(p)
     p.add_argument("--drafts", type=positive, nargs="?", const=1, default=0, metavar="N", help="trace the draft head "
                    "as well: at each token a chain of N drafts (default: 1)")  # fmt: skip
     p.add_argument("--out", help="directory to write the trace to")
@@ -203,12 +201,10 @@ def encode(args: argparse.Namespace) -> list[int]:
 
 def pixels_of(args: argparse.Namespace, rows: list[list[int]]) -> Images | None:
     """The images of the prompt; each gets its placeholders in `rows`."""
-    if not args.image and args.pixel_values is None:
+    if (images := given_images(args)) is None:
         return None
-    if len(rows) > 1 or (args.image and args.pixel_values):
-        expected = "one prompt, and --image or --pixel-values"
-        raise Qwen35Error("one prompt with images at a time", where="command line", expected=expected)
-    images = Images(*load_images(args.checkpoint, args.image)) if args.image else read_images(args.pixel_values)
+    if len(rows) > 1:
+        raise Qwen35Error("one prompt with images at a time", where="command line", expected="one prompt")
     config = model_config(Checkpoint.open(args.checkpoint))
     if images.image_grid_thw is not None:
         vision = VisionConfig.from_dict(config.raw.get("vision_config") or {}, config.hidden_size)

@@ -257,6 +257,16 @@ def per_token(key: str) -> bool:
     return name == "next_token_logprobs" or (name in TAPS and re.match(r"(b (n )?)?t ", TAPS[name].dims) is not None)
 
 
+def is_vision(key: str) -> bool:
+    """Whether a tap is of the vision tower: a row a patch, or a merge block."""
+    return key.startswith("visual.")
+
+
+def by_rows(key: str) -> bool:
+    """Whether a tap has rows, of tokens or of patches, that engines may lay out otherwise."""
+    return per_token(key) or is_vision(key)
+
+
 def split_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
     """In a list, or separated by commas."""
     return tuple(p.strip() for p in (patterns.split(",") if isinstance(patterns, str) else patterns))

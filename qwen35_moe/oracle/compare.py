@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
+from ..model.config import Config
 from ..numerics import arithmetics
 from ..numerics.arithmetics import Arithmetic
-from ..numerics.tap_table import base_name, per_token
-from ..run.prompt import placeholders
+from ..numerics.tap_table import base_name, is_vision, per_token
+from ..run.prompt import Images, placeholders
 from ..run.source import WeightSource
 from ..trace.drafts import draft_ids_of
 from ..trace.file import Trace
@@ -34,7 +35,7 @@ from .dumps.align import Alignment, align
 from .dumps.draft_rows import drafts_of
 from .dumps.dump import Dump
 from .dumps.readers import read_dump
-from .dumps.sequences import sequences_of
+from .dumps.sequences import placed, sequences_of
 from .judge.added import Work
 from .judge.envelope import LIMIT, Class, declared, legal
 from .judge.envelope_file import Stored, stored_envelope
@@ -74,6 +75,7 @@ class CompareOptions:
     ids        the sequences of a dump that does not hold its token ids, in the order of its rows
     kv_cache   in what the engine keeps keys and values, if not in its dtype: fp8_e4m3, or fp8_e4m3:SCALE
     where      the device, device_map and mode with which blocks run again, and whether progress is told
+    images     those of the prompt, where the truth is computed for the dump (`diagnose`)
     state      in what it keeps DeltaNet's state, if not in float32: bf16
     """
 
@@ -88,6 +90,7 @@ class CompareOptions:
     kv_cache: str | None = None
     state: str | None = None
     where: Where = HERE
+    images: Images | None = None
 
 
 def compare(
@@ -129,6 +132,7 @@ def diagnose(
     check_layers(chosen.layers, model.config.num_hidden_layers)
     ids = sequences_of(dump) if chosen.ids is None else [torch.as_tensor(row) for row in chosen.ids]
     has_head = any(name.startswith("mtp.") for name in loaded.source.checkpoint.names())
+    ids = placed(ids, dump, model.config, chosen.images)
     arithmetic = arithmetic or usual(loaded.source, "exact")
     with TemporaryDirectory() as folder:
         written = write_truth(
@@ -139,7 +143,8 @@ def diagnose(
             shared_expert=shared_expert,
             with_envelope=False,
             where=chosen.where,
-            drafts=drafts_of(dump, ids) if has_head else (),
+            drafts=drafts_of(dump, ids) if has_head and chosen.images is None else (),
+            images=chosen.images,
         )
         result = _compare(written, dump, loaded.source, replace(chosen, fused=loaded.fused))
         if truth is None:
@@ -151,6 +156,15 @@ def known(identity: Mapping[str, Any]) -> str:
     """The truth's checkpoint in words: where it was, and hashes of its headers and of samples of its bytes."""
     hashes = [f"{key} {str(identity[key])[:16]}" for key in ("headers_sha256", "sample_sha256") if key in identity]
     return ", ".join([str(identity.get("path") or "unknown"), *hashes])
+
+
+def _without_images(truth: Trace, dump: Dump, config: Config) -> list[str]:
+    """A note, where a truth of text has placeholders. Error: the engine saw images."""
+    if any(map(is_vision, dump)):
+        what, do = "the dump is of a prompt with images, the truth of none", "trace it with --image or --pixel-values"
+        raise Qwen35Error(what, where=dump.path, do=do)
+    count = int((placeholders(config, truth.ids) * truth.mask).count_nonzero())
+    return [f"{count} placeholders of images or videos: the truth takes them for text"] if count else []
 
 
 def check_layers(layers: Sequence[int] | None, count: int) -> None:
@@ -177,8 +191,7 @@ def _compare(truth: Trace, dump: Dump, source: WeightSource | None, options: Com
     if source is not None:
         config = source.config
         images = images_of(truth)
-        if images is None and (count := int((placeholders(config, truth.ids) * truth.mask).count_nonzero())):
-            result.notes.append(f"{count} placeholders of images or videos: the truth takes them for text")
+        result.notes += [] if images is not None else _without_images(truth, dump, config)
         result.layers = tuple("gdn" if kind == "linear_attention" else "attn" for kind in config.layer_types)
         fused = options.fused or False
         flags = [fused] * config.num_hidden_layers if isinstance(fused, bool) else list(fused)

@@ -15,7 +15,7 @@ from ..model.text import Model
 from ..numerics.arithmetics import Arithmetic
 from ..run.load import load
 from ..run.origin import origin_of
-from ..run.prompt import padded
+from ..run.prompt import Images, padded
 from ..run.source import WeightSource
 from ..trace.file import Trace
 from ..trace.layers import trace_layers
@@ -59,22 +59,25 @@ def weights_of(truth: Trace, checkpoint: WeightSource | str | Path | None) -> tu
 def write_truth(
     checkpoint: str | Path, ids: Tensor | Sequence[Tensor | Sequence[int]], out: str | Path, *,
     arithmetic: str = "exact", shared_expert: str = "unfused", taps: str = "*", with_envelope: bool = True,
-    where: Where = HERE, drafts: Sequence[Tensor] = (),
+    where: Where = HERE, drafts: Sequence[Tensor] = (), images: Images | None = None,
 ) -> Trace:  # fmt: skip
     """Trace a checkpoint to the directory `out`, layer by layer, and beside it the envelope.
 
     ids [B, T], or a list of sequences of token ids, of any lengths. where: the device and how weights are held there.
-    drafts: the draft head, too: see `trace_drafts`.
+    drafts: the draft head, too: see `trace_drafts`. images: of the prompts, whose ids have a placeholder for each of
+    their merge blocks.
     """
     ids, mask = padded([torch.as_tensor(row) for row in ids])
-    model = _load(checkpoint, shared_expert, arithmetic, where, text_only=not drafts)
+    model = _load(checkpoint, shared_expert, arithmetic, where, text_only=not drafts and images is None)
     meta = {"checkpoint": {**origin_of(model).identity, "path": str(Path(checkpoint).resolve())}, "fused": model.fused}
     if where.device_map is None:
         ids, mask = ids.to(where.device), None if mask is None else mask.to(where.device)
     taps = with_ids(taps) if with_envelope else taps
-    truth, _ = trace_layers(model, ids, out, mask=mask, taps=taps, meta=meta, quiet=True, drafts=drafts)
+    truth, _ = trace_layers(model, ids, out, mask=mask, taps=taps, meta=meta, quiet=True, drafts=drafts, images=images)
     if with_envelope:
-        write_envelope(truth, (_load(checkpoint, shared_expert, table, where) for table in legal(arithmetic)))
+        write_envelope(
+            truth, (_load(checkpoint, shared_expert, table, where, text_only=images is None) for table in legal(arithmetic))
+        )
     return truth
 
 

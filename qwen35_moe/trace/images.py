@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..errors import Qwen35Error
 from ..model.config import Config
 from ..model.vision.config import VisionConfig
 from ..model.vision.positions import rope_positions
+from ..run.files import tensors_sha256
 from ..run.prompt import Images, placeholders, special_id
 from ..untrusted import tensor_file
 from .file import Trace
@@ -24,8 +24,7 @@ def images_meta(config: Config, images: Images) -> dict[str, Any]:
     """What trace.json says of images: their grids, and the ids that they take the place of."""
     grids = {"image": images.image_grid_thw, "video": images.video_grid_thw}
     kinds = {kind: grid.tolist() for kind, grid in grids.items() if grid is not None}
-    pixels = [x.float().cpu().contiguous() for x in (images.pixel_values, images.pixel_values_videos) if x is not None]
-    digest = sha256(b"".join(x.numpy().tobytes() for x in pixels)).hexdigest()
+    digest = tensors_sha256(images.given())
     return {"grids": kinds, "placeholders": [special_id(config, kind) for kind in kinds], "sha256": digest}
 
 

@@ -37,6 +37,7 @@ from .fault_parts import (
 from .faults import Fault
 from .rank_faults import RANKS
 from .rope_faults import ROTARY
+from .vision_faults import VISION
 
 SHARED = (
     Fault("shared expert dropped", "mlp", "its weights were never loaded, or its output never added",
@@ -200,4 +201,15 @@ DRAFT = (
           weight=halves_swapped, needs="drafts"),
 )  # fmt: skip
 
-FAULTS: tuple[Fault, ...] = (*SHARED, *ROUTED, *ONE_EXPERT, *NORMS, *ATTENTION, *ROTARY, *DELTANET, *RANKS, *DRAFT)
+FAULTS: tuple[Fault, ...] = (
+    *SHARED,
+    *ROUTED,
+    *ONE_EXPERT,
+    *NORMS,
+    *ATTENTION,
+    *ROTARY,
+    *DELTANET,
+    *RANKS,
+    *DRAFT,
+    *VISION,
+)

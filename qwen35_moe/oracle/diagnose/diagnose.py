@@ -32,7 +32,7 @@ from .steps import hypotheses
 
 WORTH, TRIES = 0.5, 3  # hypotheses that explain less are not looked at closely, nor more than so many
 OUTPUT = {"mlp": "mlp_output", "gdn": "attn_output", "attn": "attn_output"}
-DIAGNOSED = (*OUTPUT, "input_layernorm", "post_attention_layernorm", "final_norm", "stream", "mtp")
+DIAGNOSED = (*OUTPUT, "input_layernorm", "post_attention_layernorm", "final_norm", "stream", "mtp", "vision")
 PARTS = ("moe_routed_output", "moe_shared_gated", "moe_shared_output")
 HOLD_MLP = ("mlp_output", "layer_input", "layer_output_sum")
 
@@ -115,6 +115,8 @@ def explain(
         places = first.suspects  # of the last layer, whose output no next one's input shows
     else:
         places = [place for place in first.suspects if place[0] == layer] or [(layer, first.block)]
+    if sees := layer is None and not rerun.after_layers and rerun.tokens.images is not None:
+        places = [(None, "vision")]
     blocks = [block for _, block in places]
     where = span(places) if layer is None else " to ".join(dict.fromkeys((blocks[0], blocks[-1])))
     if (
@@ -131,7 +133,7 @@ def explain(
         return Diagnosis(layer, where, key, [], False, note="every number of it is NaN or infinity")
     table = rerun.tables[0]
     tried: list[tuple[Hypothesis, int | None, Fault, int]] = []
-    bad_rows = case.first_bad(seen[1:])
+    bad_rows = {} if sees else case.first_bad(seen[1:])
     for at, fault, expert in _candidates(rerun, places, table.name, case, seen, bad_rows):
         taps = rerun.fault(at, fault, table, 0, expert, to_head=layer is None)
         if key in taps:
@@ -148,9 +150,7 @@ def explain(
     for hypothesis, at, fault, expert in tried[:TRIES]:
         if answer is None and hypothesis.explains > WORTH:
 
-            def run(
-                i: int, table: Arithmetic, at: int | None = at, fault: Fault = fault, expert: int = expert
-            ) -> Tensor:
+            def run(i: int, table: Arithmetic, at: Any = at, fault: Fault = fault, expert: int = expert) -> Tensor:
                 return case.rows(rerun.fault(at, fault, table, i, expert, to_head=layer is None)[key])
 
             answer = hypothesis if case.settled(run, rerun.tables) <= work.limit else None
@@ -164,7 +164,7 @@ def explain(
     diagnosis.named = answer is not None
     own = (layer, where if answer is None else "mlp")
     found = ((at, fault.block) for hypothesis, at, fault, _ in tried if hypothesis is answer)
-    diagnosis.layer, diagnosis.block = next(found, own)
+    diagnosis.layer, diagnosis.block = (None, first.block.replace("stream", "images")) if sees else next(found, own)
     return diagnosis
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ...model.config import Config
 from ...numerics.arithmetics import Arithmetic
-from ...numerics.taps import BREAK, Handler, Site
+from ...numerics.taps import BREAK, OBSERVE, Handler, Site
 from ...quant.packed import Packed
 from ...run.experts import PackedExpert
 from ...run.source import WeightSource
 from ..judge.hand_over import HandOver
+from .seen import Seen
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Place:
     layers: frozenset[int] | None = None
     expert: int = 0
     steps: Tensor | None = None  # [B, T]: in which of its steps the engine ran each token
+    seen: Seen | None = None  # what the vision tower was given
 
     def covers(self, layer: int | None) -> bool:
         return self.layers is None or layer in self.layers
@@ -43,7 +45,8 @@ WeightChange = Callable[["BrokenSource", str, Packed], Packed]
 
 @dataclass(frozen=True)
 class Fault:
-    """One bug. `block` is where it strikes: mlp, gdn, attn, input_layernorm, post_attention_layernorm, final_norm, mtp.
+    """One bug. `block` is where it strikes: mlp, gdn, attn, input_layernorm, post_attention_layernorm, final_norm, mtp,
+    vision.
 
     taps      tap name -> change(x, remembered, place): BREAK handlers; the last value of each name in `remembers` is
               in `remembered`
@@ -57,6 +60,7 @@ class Fault:
     weights   found by comparing weights: activations differ by no more than roundings
     rounds    it is a coarser format, and changes no more than roundings do
     hand_over what a step gets from the one before, where that is the fault (`steps.py`);  where: its first token
+    late      the value itself is right, and what comes after it reads it wrongly
     draft     what the draft head starts from, where that is the fault (`drafted.py`)
     """
 
@@ -78,6 +82,7 @@ class Fault:
     hand_over: HandOver | None = None
     where: str = ""
     draft: str = ""
+    late: bool = False
 
     def handlers(self, place: Place) -> list[Handler]:
         """Fresh handlers; each run needs its own, since they remember."""
@@ -106,14 +111,16 @@ class Fault:
 class Break(Handler):
     """The handler of a fault's taps."""
 
-    stage = BREAK
+    @property
+    def stage(self) -> int:
+        return OBSERVE + 2 if self.fault.late else BREAK
 
     def __init__(self, fault: Fault, place: Place):
         self.fault, self.place = fault, place
         self.remembered: dict[str, Tensor] = {}
 
     def __call__(self, site: Site, x: Tensor) -> Tensor | None:
-        whole_model = site.layer is None and self.fault.block == "final_norm"
+        whole_model = self.fault.block == "vision" or (site.layer is None and self.fault.block == "final_norm")
         whole_model = whole_model or site.name in ("rope_cos", "rope_sin")
         elsewhere = not whole_model and (site.layer is None or not self.place.covers(site.layer))
         if elsewhere or site.part.startswith("mtp") != (self.fault.block == "mtp"):

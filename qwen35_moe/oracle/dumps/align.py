@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
-from ...numerics.tap_table import TAPS, base_name, per_token
+from ...numerics.tap_table import TAPS, base_name, is_vision, per_token
 from ...trace.file import TURN, Trace
 from ...trace.images import stands_for_images
 from ..judge.log_p import LOG_P, log_p
@@ -171,7 +171,7 @@ class Alignment:
     def _whole(self, key: str, truth: Tensor) -> Pair:
         """Values that are not of one token, as they were last: states, parameters. Compared if their shapes agree."""
         step = max(set(self.dump.sources[key]) & set(self.tokens_of.where), default=max(self.dump.sources[key]))
-        x = self.dump.read(key, step)
+        x = self.dump[key].view(-1, *truth.shape[1:]) if is_vision(key) else self.dump.read(key, step)
         if x.shape != truth.shape:
             raise Qwen35Error(f"misshapen: {list(x.shape)} against {list(truth.shape)}")
         left, right = (y.reshape(y.shape[0], -1) for y in (truth, x))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
-from ...numerics.tap_table import TAPS, base_name, per_token
+from ...numerics.tap_table import TAPS, base_name, by_rows, is_vision, per_token
 from .drafts import mark
 from .engine_names import Rule, letters, rule_for
 from .fusion import fused_layers
@@ -85,8 +86,9 @@ class Dump(Mapping[str, Tensor]):
         if first.key:
             found: tuple[Rule, int] | None = (Rule("same", ((base_name(first.key), ""),)), 0)
         else:
-            whole = first.layer is None and first.path.startswith(("output", "inputs"))  # of the model, not of a layer
-            found = rule_for(f"model.{first.path}" if whole else first.path, self.family)
+            tower = first.part == "visual"
+            whole = not tower and first.layer is None and first.path.startswith(("output", "inputs"))  # of the model
+            found = rule_for(f"model.{first.path}" if whole else first.path, "vision" if tower else self.family)
         if found is None:
             if first.raw not in self.unknown:
                 self.unknown.append(first.raw)
@@ -150,7 +152,7 @@ class Dump(Mapping[str, Tensor]):
         if base_name(key) in TAPS and TAPS[base_name(key)].dims == "b n t s" and batch is not None:
             x = source.pieces[0].load()  # a token's row: its scores, head by head
             return x.movedim(2, 1).reshape(batch[0] * batch[1], -1)
-        if not per_token(key):
+        if not by_rows(key):
             if len(source.pieces) > 1:
                 raise Qwen35Error("ranks of this tap cannot be joined", where=key, do="dump with TP 1, or its dims")
             return source.pieces[0].load()
@@ -160,7 +162,9 @@ class Dump(Mapping[str, Tensor]):
             found, do = str(loaded[0].dtype), "dump what its codes mean, or the tensor before it is quantised"
             raise Qwen35Error("integers where values were expected", where=source.pieces[0].where, found=found, do=do)
         self._dtypes[key, step] = loaded[0].dtype
-        count = None if source.pieces[0].rows is not None else self.count(step)
+        if is_vision(key):  # patches; batches of one are left over in front of them, or behind
+            loaded = [x.squeeze(0).squeeze(1) if x.dim() == 3 else x for x in loaded]
+        count = None if source.pieces[0].rows is not None or is_vision(key) else self.count(step)
         ranks = [by_row(x, count) for x in loaded]
         join, order = declared(source.pieces) or (source.rule.join, list(range(len(ranks))))
         return join_ranks(key, [ranks[i] for i in order], join, source.rule.blocks, self.sizes)
@@ -189,8 +193,15 @@ class Dump(Mapping[str, Tensor]):
 
 
 def _groups(pieces: Sequence[Piece]) -> dict[tuple[Any, ...], list[Piece]]:
-    """Pieces of one value: same step, layer and name, one a rank (a repeated one counts once)."""
-    groups: dict[tuple[Any, ...], dict[int, Piece]] = {}
+    """Pieces of one value: same step, layer and name, one a rank. A repeated one counts once, but for the vision tower,
+    which runs for one image after another, or for images and then for videos."""
+    groups: dict[tuple[Any, ...], dict[int, list[Piece]]] = {}
     for p in pieces:
-        groups.setdefault((p.step, p.part, p.layer, p.path, p.key), {}).setdefault(p.rank, p)
-    return {name: list(ranks.values()) for name, ranks in groups.items()}
+        groups.setdefault((p.step, p.part, p.layer, p.path, p.key), {}).setdefault(p.rank, []).append(p)
+    return {name: [_one_after_another(same) for same in ranks.values()] for name, ranks in groups.items()}
+
+
+def _one_after_another(pieces: Sequence[Piece]) -> Piece:
+    if len(pieces) == 1 or pieces[0].part != "visual":
+        return pieces[0]
+    return replace(pieces[0], load=lambda: torch.cat([p.load().flatten(0, -2) for p in pieces]))

@@ -20,6 +20,7 @@ from math import prod
 from typing import Any
 
 from ...numerics.tap_table import TAPS
+from .vision_names import VISION_NAMES
 
 # SGLang 0.5.23, and vLLM and ATOM, which descend from the same module names. `o_proj.output` and friends are partial
 # because SGLang's layers leave the all-reduce to the layer boundary; engines that reduce inside are recognised by
@@ -29,6 +30,7 @@ SGLANG = {
     "pre_fc_norm_embedding.output": "same mtp_embedding",
     "pre_fc_norm_hidden.output": "same mtp_hidden",
     "fc.output": "same mtp_fc",
+    "model.inputs.input_embeds": "same inputs_embeds",
     "norm.output": "same final_norm",
     "norm.output.0": "same final_norm",
     "model.output": "same final_norm",
@@ -97,6 +99,7 @@ SGLANG = {
 
 TRANSFORMERS = {
     "embed_tokens.output": "same embed_tokens",
+    "model.inputs.inputs_embeds": "same inputs_embeds",
     "rotary_emb.output.0": "same rope_cos:1 -:1",
     "rotary_emb.output.1": "same rope_sin:1 -:1",
     "norm.output": "same final_norm",
@@ -183,9 +186,9 @@ def place(raw: str) -> tuple[str, int | None, str]:
     """
     raw = raw.removeprefix("non_intrusive__")
     part = "mtp" if re.match(r"(model\.)?mtp\b", raw) else "visual" if re.match(r"(model\.)?visual\b", raw) else ""
-    if found := re.search(r"(?:^|\.)layers\.(\d+)(?:\.|$)", raw):
+    if found := re.search(rf"(?:^|\.){'blocks' if part == 'visual' else 'layers'}\.(\d+)(?:\.|$)", raw):
         return part, int(found[1]), raw[found.end() :]
-    return part, None, re.sub(r"^(?:model\.|language_model\.|mtp\.)+", "", raw)
+    return part, None, re.sub(r"^(?:model\.|language_model\.|mtp\.|visual\.)+", "", raw)
 
 
 def family_of(paths: Iterable[str]) -> str:
@@ -196,8 +199,8 @@ def family_of(paths: Iterable[str]) -> str:
 
 def rule_for(path: str, family: str) -> tuple[Rule, int] | None:
     """The rule of a path below the layer, and its rank of preference (0 is best); None for names without meaning."""
-    table = TRANSFORMERS if family == "transformers" else SGLANG
-    if family != "transformers" and not path.startswith("self_attn.output"):  # "output" alone is the layer's
+    table = {"transformers": TRANSFORMERS, "vision": VISION_NAMES}.get(family, SGLANG)
+    if table is SGLANG and not path.startswith("self_attn.output"):  # "output" alone is the layer's
         path = path.removeprefix("self_attn.")
     if path in table:
         return Rule.parse(table[path]), 1 + list(table).index(path)

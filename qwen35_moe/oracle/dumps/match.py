@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...errors import Qwen35Error
 from ...trace.file import Trace
+from ...trace.images import stands_for_images
 from .by_count import by_count, ids_by_embeddings
 from .dump import Dump
 from .runs import Run, runs
@@ -60,7 +61,8 @@ def match(dump: Dump, truth: Trace, only: list[int] | None = None) -> Matched:
             where, ends, notes = by_count(dump, truth, only)
             return Matched(where, ends, notes)
         dump.tokens, told = {**dump.tokens, **found}, ["the dump has no token ids: its embeddings tell them"]
-    matching = Matching(dump, truth.mask, truth.ids)
+    # In the place of an image's ids SGLang has a hash, beyond the vocabulary or clamped to it.
+    matching = Matching(dump, truth.mask, truth.ids.masked_fill(stands_for_images(truth), -1))
     for run in runs(dump):
         matching.place(run)
     matching.second_chance()

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
+from ...model.config import Config
+from ...numerics.tap_table import is_vision
+from ...run.prompt import Images, placeholders
+from ...trace.images import images_meta
 from .dump import Dump
 from .runs import Run, runs
 
@@ -46,6 +50,26 @@ def sequences_of(dump: Dump) -> list[Tensor]:
     if dump.drafts or taken_back:
         rows = [x[: len(x) - _drafted(dump, last[b])] for b, x in enumerate(rows)]
     return rows
+
+
+def placed(rows: list[Tensor], dump: Dump, config: Config, images: Images | None) -> list[Tensor]:
+    """The sequences with the ids that images have in the vocabulary. SGLang puts a hash beyond it there instead.
+
+    Error: a prompt with images, and no pixels; with images and videos, and no word which hash is which.
+    """
+    size = config.vocab_size
+    outside = any(bool(((x < 0) | (x >= size)).any()) for x in rows)
+    seen = any(bool(placeholders(config, x).any()) for x in rows) or any(map(is_vision, dump))
+    if images is None and (seen or outside):
+        do = "give the images: --image, or --pixel-values"
+        raise Qwen35Error("the dump is of a prompt with images, and there are no pixels", where=dump.path, do=do)
+    if images is None or not outside:
+        return rows
+    kinds = list(images_meta(config, images)["placeholders"])
+    if len(kinds) > 1:
+        what = "the ids do not say which placeholders are images and which are videos"
+        raise Qwen35Error(what, where=dump.path, do="give --ids")
+    return [torch.where((x < 0) | (x >= size), kinds[0], x) for x in rows]
 
 
 def _owner(run: Run, rows: list[Tensor], owner: dict[object, int]) -> int | None:

@@ -18,6 +18,12 @@ BAD = ("suspicious", "wrong")
 LITTLE = 0.01  # of an error: what explains less is no guess
 CLASSES: tuple[Class, ...] = ("bit-equal", "within rounding", "suspicious", "wrong", "not comparable", "missing")
 _BLOCKS = (
+    (r"vis_(pixels|patch)", "vision patches"),
+    (r"vis_(pos|embed|rope|layer_input)", "vision positions"),
+    (r"vis_(norm1|qkv|q|k|v|attn_\w+)$", "vision attn"),
+    (r"vis_(norm2|mlp_\w+|layer_output)$", "vision mlp"),
+    (r"vis_|image_embeds", "vision merger"),
+    (r"inputs_embeds", "images"),
     (r"embed_tokens", "embedding"),
     (r"final_norm", "final_norm"),
     (r"next_token_logits|next_token_logprobs", "head"),
@@ -38,8 +44,10 @@ def block_of(key: str, kind: str = "") -> str:
     """The block that computes a tap. `kind` ("gdn" or "attn") tells whose attn_output it is."""
     if key.startswith("mtp."):
         return "mtp"
-    name = base_name(key)
+    name, tower = base_name(key), re.match(r"visual\.layers\.(\d+)", key)
     block = next((b for pattern, b in _BLOCKS if re.match(pattern, name)), "other")
+    if tower is not None and name != "vis_layer_input":
+        return block.replace("vision", f"vision layer {tower[1]},")
     return kind if name == "attn_output" and kind else block
 
 

@@ -33,6 +33,9 @@ class ReplayRouting(Handler):
 
 # Where a rerun goes on with what the engine had. `pre_mlp_residual_sum` is what the norm reads.
 RESTARTS = (
+    "vis_pixels", "vis_patch_embed", "vis_layer_input", "vis_norm1", "vis_qkv", "vis_attn_output", "vis_attn_residual",
+    "vis_norm2", "vis_mlp_act", "vis_mlp_output", "vis_layer_output", "vis_hidden", "vis_merger_norm", "vis_merger_act",
+    "image_embeds", "inputs_embeds",
     "embed_tokens", "input_layernorm", "attn_output", "pre_mlp_residual_sum", "pre_mlp_layernorm_output",
     "moe_topk_ids", "mlp_output", "final_norm", "mtp_embedding", "mtp_hidden", "mtp_fc",
 )  # fmt: skip
@@ -86,4 +89,5 @@ class Restart(Handler):
         if stream is not None:
             dtype = current().rounding(stream)
             self.seen.setdefault(key, (x.to(dtype) if isinstance(dtype, torch.dtype) else x).cpu())
-        return self.captured.put(key, x, self.tokens, keep_sums=stream is not None)
+        rows = x.shape[0] if site.part == "visual" else self.tokens
+        return self.captured.put(key, x, rows, keep_sums=stream is not None)

@@ -17,14 +17,16 @@ from torch import Tensor
 from ...model.cache import LayerState
 from ...model.rope import rotary_angles
 from ...model.text import Layer, Model
+from ...model.vision.config import VisionConfig
 from ...numerics.arithmetics import Arithmetic, using
 from ...numerics.tap_table import part_of
 from ...numerics.taps import Handler, Site, attach, scope, tap
 from ...run.fill import fill
 from ...run.load import build, build_part
-from ...run.prompt import Images, embed_prompt
+from ...run.prompt import Images, embed_prompt, placeholders
 from ...run.source import WeightSource
 from ..diagnose.faults import Fault, Place
+from ..diagnose.seen import Seen
 from .drafted import Drafting, drafted
 from .hand_over import HandOver, stepped
 from .log_p import LOG_P, log_p
@@ -95,13 +97,14 @@ class Rerun:
         self.models: list[Model] = []  # one a table; their layers are not used
         self.streams: list[Tensor] = []  # one a table: what the current layer reads
         self.before: list[Tensor] = []  # one a table: what the layer before it read
+        self.after_layers = False
         self.chosen: Tensor | None = None  # the experts that were chosen there
         self.shared: Tensor | None = None  # what the shared expert adds to the first table's mlp_output [tokens, D]
 
     def place(self, layer: int | None, expert: int = 0) -> Place:
         tokens = self.tokens.on(self.device("norm" if layer is None else f"layers.{layer}"))
         layers = None if layer is None else frozenset({layer})
-        return Place(self.config, tokens.positions, layers, expert, tokens.steps)
+        return Place(self.config, tokens.positions, layers, expert, tokens.steps, self._seen())
 
     def device(self, part: str) -> torch.device:
         """Where a part of the model runs."""
@@ -158,6 +161,8 @@ class Rerun:
         to_head: what those after the last layer would hold, which may be layer i."""
         place = self.place(i, expert)
         source, table = fault.source(self.source, place), fault.arithmetic(table)
+        if fault.block == "vision":
+            return self._begin(self.models[like], table, fault.handlers(place))[1]
         if fault.block == "mtp":
             given, handlers = self._drafting(source), fault.handlers(place)
             return {} if given is None else drafted(
@@ -178,19 +183,14 @@ class Rerun:
 
         What layer i hands on is among its own taps, under the names that the next layer gives to it.
         """
-        tokens = self.tokens
         device, count = self.device("norm"), self.config.num_hidden_layers
         self.models = [build(self.source, table, self.fused, device, "stream") for table in self.tables]
         begin = said = time.monotonic()
         seen, self.streams = [], []
         for table, model in zip(self.tables, self.models, strict=True):
-            restart = Restart(self.captured, tokens.count)
-            with attach(restart):
-                embeds = self._images(model, table)
-                with using(table):
-                    embeds = model.embed_tokens(tokens.ids.to(device)) if embeds is None else embeds
-                    self.streams.append(self._enter(0, tap("embed_tokens", embeds)))
-            seen.append(restart.seen)
+            stream, taps = self._begin(model, table)
+            self.streams.append(stream)
+            seen.append(taps)
         yield None, seen
         for i in range(count):
             seen, after = [], []
@@ -203,6 +203,7 @@ class Rerun:
             yield i, seen
             said = self.where.progress(i + 1, count, len(self.tables), begin, said)
             self.before, self.streams, self.chosen = self.streams, after, seen[0][f"layers.{i}.moe_topk_ids"]
+        self.after_layers = True
         yield None, [self.head(model, stream) for model, stream in zip(self.models, self.streams, strict=True)]
         if (given := self._drafting(self.source)) is not None:
             runs = zip(self.models, self.streams, self.tables, strict=True)
@@ -217,6 +218,30 @@ class Rerun:
             return None
         return Drafting(t.ids, t.drafts, mask, self.captured, source, self.device("norm"))
 
+    def _begin(
+        self, model: Model, table: Arithmetic, handlers: Sequence[Handler] = ()
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The stream that the first layer reads, and what the taps on the way held, those of the tower among them."""
+        restart, before = Restart(self.captured, self.tokens.count), model.arithmetic
+        model.arithmetic = table
+        try:
+            with splitting(table), attach(*handlers, restart):
+                embeds = self._images(model, table)
+                with using(table):
+                    ids = self.tokens.ids.to(self.device("norm"))
+                    embeds = model.embed_tokens(ids) if embeds is None else embeds
+                    return self._enter(0, tap("embed_tokens", embeds)), restart.seen
+        finally:
+            model.arithmetic = before
+
+    def _seen(self) -> Seen | None:
+        """What the vision tower was given, for faults of it."""
+        if (images := self.tokens.images) is None:
+            return None
+        table = self.source.tensor("visual.pos_embed.weight").double()
+        vision = VisionConfig.from_dict(self.config.raw["vision_config"], self.config.hidden_size)
+        return Seen.of(images, placeholders(self.config, self.tokens.ids), table, vision)
+
     def _images(self, model: Model, table: Arithmetic) -> Tensor | None:
         """The prompt's embeddings with its images in them, by the tower under this table; None for text."""
         if self.tokens.images is None:
@@ -230,10 +255,12 @@ class Rerun:
     def taps(self, i: int | None, tables: Sequence[tuple[int, Arithmetic]]) -> list[dict[str, Tensor]]:
         """What the taps of layer i (None: after the last) held under more tables, each run from where one of ours
         started, by index. With nothing captured, what comes after the last layer is what a whole run makes."""
-        if i is None and not self.captured.values:
+        if i is None and self.after_layers and not self.captured.values:
             more = [table for _, table in tables]
             whole = Rerun(self.source, self.fused, self.tokens, self.captured, more, self.with_log_p, self.where)
             return list(whole)[-1][1]
+        if i is None and not self.after_layers:
+            return [self._begin(self.models[like], table)[1] for like, table in tables]
         if i is None:
             return [self.head(self.models[like], self.streams[like], table=table) for like, table in tables]
         return [self.run_layer(i, table, self.streams[like])[0] for like, table in tables]

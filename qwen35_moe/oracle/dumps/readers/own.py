@@ -30,6 +30,7 @@ def from_trace(trace: Trace, config: Any = None) -> Dump:
     tokens = {}
     for number, step in enumerate(trace.steps):
         ids, mask = torch.tensor(step["ids"]), torch.tensor(step["mask"], dtype=torch.bool)
-        positions = torch.tensor(step["positions"]).flatten()
+        # With images in the prompt, time alone orders no tokens.
+        positions = None if "axes" in step else torch.tensor(step["positions"]).flatten()
         tokens[number] = Tokens(ids.flatten(), positions, batch=(ids.shape[0], ids.shape[1]), mask=mask.flatten())
     return Dump("qwen35-moe trace", trace.path or "memory", pieces, tokens, config=config or trace.meta.get("config"))
