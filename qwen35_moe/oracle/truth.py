@@ -76,7 +76,8 @@ def write_truth(
     truth, _ = trace_layers(model, ids, out, mask=mask, taps=taps, meta=meta, quiet=True, drafts=drafts, images=images)
     if with_envelope:
         write_envelope(
-            truth, (_load(checkpoint, shared_expert, table, where, text_only=images is None) for table in legal(arithmetic))
+            truth,
+            (_load(checkpoint, shared_expert, table, where, text_only=images is None) for table in legal(arithmetic)),
         )
     return truth
 
