@@ -35,6 +35,15 @@ def truth(built: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
     return Trace.open(out)
 
 
+@pytest.mark.parametrize("taps", ["mtp_*", "mtp.layers.0.*", "final_norm,mtp_fc", "vis_*"])
+def test_taps_of_parts_that_do_not_run_are_refused(
+    built: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], taps: str
+) -> None:
+    assert cli.main(["trace", str(built("tiny")), "--ids", "1,2", "--taps", taps, "--out", str(tmp_path / "t")]) == 2
+    assert "no tap that was asked for would be met" in capsys.readouterr().err
+    assert not (tmp_path / "t" / "trace.json").exists()
+
+
 def engine(path: Path, truth: Trace, how: str = "") -> Dump:
     """sglang-bf16, drafting from the truth's ids, right or not."""
     model, (next_ids, *more), stream = q.load(path, "sglang-bf16", "unfused"), draft_ids_of(truth), list[Tensor]()

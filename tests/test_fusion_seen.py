@@ -10,8 +10,8 @@ import tolerances
 import torch
 from engine_like import Engine, Value, padded_truth, tiny_model, write_dumper
 
-from qwen35_moe.oracle.compare import _holes
 from qwen35_moe.oracle.dumps.align import align
+from qwen35_moe.oracle.dumps.holes import holes
 from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.trace.file import Trace
 
@@ -145,7 +145,7 @@ def test_the_first_layer_has_no_residual(model, truth: Trace, tmp_path: Path) ->
                 v.name = v.name.removesuffix(".0")
             yield v
 
-    assert not list(_holes(read(tmp_path / "whole", write(None), truth)[1]))
-    assert list(_holes(read(tmp_path / "lost", write(2), truth)[1])) == ["layers.2.layer_input"]
+    assert not list(holes(read(tmp_path / "whole", write(None), truth)[1]))
+    assert list(holes(read(tmp_path / "lost", write(2), truth)[1])) == ["layers.2.layer_input"]
     never = (v for v in write(None) if not v.name.endswith("input_layernorm.output.1"))
-    assert not list(_holes(read(tmp_path / "never", never, truth)[1]))  # what no layer has is no hole
+    assert not list(holes(read(tmp_path / "never", never, truth)[1]))  # what no layer has is no hole

@@ -179,7 +179,6 @@ LONG_FILES = frozenset(
         "gate.exclude",
         "numerics.tap_table",
         "oracle.compare",
-        "oracle.dumps.align",
         "oracle.judge.envelope_file",
         "oracle.judge.records",
         "oracle.judge.rerun",

@@ -60,7 +60,7 @@ def test_decode_positions_that_are_one_too_high(truth: Trace) -> None:
     a, b = SEQUENCES
     found = matched(truth, flat((0, a[:5]), (0, b)), flat((6, a[5:6])), flat((7, a[6:])))
     assert not found.absent and found.where[2].tolist() == [[0, 0, 6]]
-    assert [row for row in found.positions.tolist() if row[2] != row[3]] == [[0, 5, 5, 6], [0, 6, 6, 7]]
+    assert [row for row in found.positions.tolist() if row[2] != row[3]] == [[0, 5, 5, 6, 6], [0, 6, 6, 7, 7]]
 
 
 def test_a_sequence_that_is_moved_as_a_whole(truth: Trace) -> None:
@@ -154,7 +154,7 @@ def test_a_chunk_goes_on_where_its_sequence_stopped() -> None:
                                    "mask": [[1] * 5] * 2}]})  # fmt: skip
     run = Run(1, torch.arange(2), torch.tensor([7, 8]), torch.tensor([3, 4]), None)
     for filled, expected in (([0, 3], (1, 3, 2)), ([0, 0], (0, 3, 2))):  # the second: a cached prefix
-        matching = Matching(dump_of([]), truth)
+        matching = Matching(dump_of([]), truth.mask, truth.ids)
         matching.filled = filled
         assert matching._find(run) == expected
 

@@ -20,8 +20,8 @@ from qwen35_moe.numerics.taps import BREAK, Handler, Site
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.faults import Place
-from qwen35_moe.oracle.dumps.align import Pair
 from qwen35_moe.oracle.dumps.dump import Dump, Piece
+from qwen35_moe.oracle.dumps.pair import Pair
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.dumps.writers import DUMPED
 from qwen35_moe.oracle.judge.envelope import LIMIT, Norms, envelope, judge, legal

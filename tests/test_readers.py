@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 import qwen35_moe as q
 from qwen35_moe import Qwen35Error
 from qwen35_moe.numerics.tap_table import TAPS
-from qwen35_moe.oracle.compare import _holes
 from qwen35_moe.oracle.dumps.align import Alignment, align
 from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.engine_names import SGLANG, TRANSFORMERS, Rule, letters
+from qwen35_moe.oracle.dumps.holes import holes
 from qwen35_moe.oracle.dumps.join import join_ranks
 from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.oracle.dumps.readers.own import from_trace
@@ -241,7 +241,7 @@ def test_vllm_hidden_states_and_routing(truth: Trace, model, tmp_path: Path) -> 
     alignment = align(dump, truth)  # one of the truth's two sequences
     assert alignment.matched == 7 and "5 of 12 tokens" in alignment.notes[0]
     assert sorted(alignment.keys) == [f"layers.{i}.layer_input" for i in range(4)] + ["layers.3.layer_output_sum"]
-    assert worst(alignment) < 2**-8 and not list(_holes(alignment))  # what layer 2 hands on is what layer 3 reads
+    assert worst(alignment) < 2**-8 and not list(holes(alignment))  # what layer 2 hands on is what layer 3 reads
     with pytest.raises(Qwen35Error, match="not known(.|\n)*give --layer-ids"):
         read_dump(file)
     assert len(read_dump(file, layers=[0, 1, 2, 3, 4])) == 5

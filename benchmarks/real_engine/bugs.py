@@ -45,7 +45,7 @@ BUGS: dict[str, Bug] = {
     "rotary-theta": Bug(ATTN, "attn", "rotary theta 10000"),
     "output-gate-ignored": Bug(ATTN, "attn", "output gate ignored"),
     "scores-not-scaled": Bug(ATTN, "attn", "scores not scaled"),
-    "kv-of-another-request": Bug(ATTN, "attn"),
+    "kv-of-another-request": Bug(ATTN, "attn", "KV rows of another sequence, the first 8"),
     "wrong-positions": Bug(None, "positions", "positions one too high"),
     "b-and-a-swapped": Bug(GDN, "gdn", "b and a swapped"),
     "no-decay": Bug(GDN, "gdn", "no decay"),

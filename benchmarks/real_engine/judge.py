@@ -31,7 +31,12 @@ def line(checkpoint: Path, dump: Dump | Path, name: str, declared: Mapping[str, 
     read = dump if isinstance(dump, Dump) else read_dump(dump, config=config, layers=layers)
     if isinstance(dump, Path) and not read.tokens:
         declared = {**declared, "ids": ids_of((dump.parent if dump.is_file() else dump).parent / f"{name}.json")}
-    return said(diagnose(checkpoint, read, **declared), name)
+    result = diagnose(checkpoint, read, **declared)
+    if read.absent and isinstance(dump, Path):  # of a cached prefix the ids must be given
+        result = diagnose(
+            checkpoint, read_dump(dump, config=config), ids=ids_of(dump.parent / f"{name}.json"), **declared
+        )
+    return said(result, name)
 
 
 def ids_of(file: Path) -> list[list[int]]:

@@ -25,7 +25,7 @@ from ..run.load import MODES, SHARED_EXPERT_MODES, load
 from ..run.origin import origin_of
 from ..run.prompt import Images, load_tokenizer, padded, place_images, read_ids
 from ..run.validate import model_config
-from ..trace.drafts import unknown_drafts
+from ..trace.drafts import check_parts, unknown_drafts
 from ..trace.file import Trace, in_utf8
 from ..trace.layers import aside_of, check_request, complete_trace, meta_of, resumable, resumed_complete, trace_layers
 from ..trace.resume import run_of
@@ -120,6 +120,7 @@ def _trace(
     if args.drafts and (args.images or last is not None):
         raise Qwen35Error("drafts need all layers, and a text", where="--drafts", do="leave it out")
     check_request(model, ids, args.taps, last)
+    check_parts(args.asked, drafts=bool(args.drafts), images=args.images is not None)
     meta = meta_of(model, ids, mask, args.taps, args.experts, more, args.images)
     aside = aside_of(model, args.taps, last, args.images)
     parts = _directories(args, model, len(groups), meta, aside, processes.rank == 0)

@@ -7,7 +7,6 @@ engine's own choice of experts: it names the block that is wrong. It needs the c
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from ..errors import Qwen35Error
 from ..model.config import Config
 from ..numerics import arithmetics
 from ..numerics.arithmetics import Arithmetic
-from ..numerics.tap_table import base_name, is_vision, per_token
+from ..numerics.tap_table import is_vision
 from ..run.prompt import Images, placeholders
 from ..run.source import WeightSource
 from ..trace.drafts import draft_ids_of
@@ -31,9 +30,10 @@ from ..trace.file import Trace
 from ..trace.images import images_of
 from .diagnose.at_sight import ask_for_checkpoint, spare_victims
 from .diagnose.diagnose import explain
-from .dumps.align import Alignment, align
+from .dumps.align import align
 from .dumps.draft_rows import drafts_of
 from .dumps.dump import Dump
+from .dumps.holes import holes
 from .dumps.readers import read_dump
 from .dumps.sequences import placed, sequences_of
 from .judge.added import Work
@@ -44,7 +44,7 @@ from .judge.growth import growth
 from .judge.inherited import inherited
 from .judge.log_p import LOG_P
 from .judge.logits import compare_logits
-from .judge.positions import POSITIONS, engine_positions, judge_positions
+from .judge.positions import POSITIONS, engine_positions, judge_positions, moved_alike
 from .judge.records import Comparison, Place, Record, block_of, layer_of
 from .judge.rerun import Rerun, Tokens
 from .judge.second_look import second_look
@@ -188,6 +188,7 @@ def _compare(truth: Trace, dump: Dump, source: WeightSource | None, options: Com
     work = Work(result, alignment, limit)
     if (record := judge_positions(alignment)) is not None:
         work.records[POSITIONS] = record
+        result.diagnoses += moved_alike(alignment)
     if source is not None:
         config = source.config
         images = images_of(truth)
@@ -195,8 +196,7 @@ def _compare(truth: Trace, dump: Dump, source: WeightSource | None, options: Com
         result.layers = tuple("gdn" if kind == "linear_attention" else "attn" for kind in config.layer_types)
         fused = options.fused or False
         flags = [fused] * config.num_hidden_layers if isinstance(fused, bool) else list(fused)
-        if dump.weights:
-            result.weights = check_weights(dump, source)
+        result.weights = check_weights(dump, source) if dump.weights else result.weights
         tokens = Tokens(truth.ids, engine_positions(alignment), truth.mask, work.steps(), images, draft_ids_of(truth))
         captured = work.captured(config.num_experts)
         again = partial(Rerun, source, flags, tokens, captured, with_log_p=LOG_P in alignment.keys, where=options.where)
@@ -215,7 +215,7 @@ def _compare(truth: Trace, dump: Dump, source: WeightSource | None, options: Com
                     accuse([r for r in work.records.values() if r.layer == layer], places, cleared)
                     bad = spare_victims(guilty := work.guilty(layer, seen), nan)
                     nan = nan or any(r.nan for r in guilty)
-                    if len(result.diagnoses) < options.diagnoses and bad:
+                    if sum(d.key != POSITIONS for d in result.diagnoses) < options.diagnoses and bad:
                         with noted(result, "the diagnosis failed; the verdict stands", counts=False):
                             result.diagnoses.append(explain(rerun, layer, bad, work, seen))
     else:
@@ -280,7 +280,7 @@ def _finish(work: Work, stored: Mapping[str, Tensor], layers: Sequence[int] | No
         note = work.alignment.pair(key).problem or "no envelope for this tap" if key in shared else ""
         work.records[key] = Record(key, cls, block_of(key), layer_of(key), note=note)
     work.result.records = sorted(work.records.values(), key=lambda r: order[r.key])
-    work.result.holes = list(_holes(work.alignment))
+    work.result.holes = list(holes(work.alignment))
     if some := [r for r in work.result.records if r.excluded]:
         most = max(some, key=lambda r: r.excluded)
         work.result.notes.append(
@@ -301,25 +301,3 @@ def _judge_logits(work: Work, stored: Mapping[str, Tensor], logits: str | None) 
             known = stored.get("next_token_logits")
             noise = None if known is None else Stored.of(known, work.index(pair)).error.max
             work.result.logits = compare_logits(pair, noise, work.alignment.truth.ids)
-
-
-def _holes(alignment: Alignment) -> Iterator[str]:
-    """Taps that the dump has in some layers, and not in another of which it has something, or there not in all steps:
-    files that were lost. What a layer hands on may stand under the next one's name, and the first layer reads the
-    embeddings."""
-    have = {(layer_of(k), base_name(k)) for k in alignment.keys}
-    names, layers = {n for _, n in have}, {i for i, _ in have}
-    have |= {(layer - 1, "layer_output_sum") for layer, name in have if layer and name == "layer_input"}
-    have |= {(0, "layer_input")}
-    for key in alignment.missing:
-        tap = layer_of(key), base_name(key)
-        if tap[0] is not None and tap[1] in names and tap[0] in layers and tap not in have:
-            yield key
-    used = set(alignment.tokens_of.where)
-    found: dict[str, set[int]] = defaultdict(set)
-    steps = {k: used & set(alignment.dump.sources.get(k, {})) for k in alignment.keys if layer_of(k) is not None}
-    for key, some in steps.items():
-        found[base_name(key)] |= some
-    for key, some in steps.items():
-        if lost := sorted(found[base_name(key)] - some) if some and per_token(key) else []:
-            yield f"{key} in step {lost[0]}"

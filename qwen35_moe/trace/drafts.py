@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..model.mtp import draft_chains, greedy
 from ..model.text import Model
+from ..numerics.tap_table import TAPS
 from ..numerics.taps import Handler, attach
 from .file import Trace
 
@@ -46,3 +48,14 @@ def unknown_drafts(ids_BT: Tensor, count: int) -> list[Tensor]:
 def draft_ids_of(trace: Trace) -> list[Tensor]:
     """[B, T] the ids that each draft of a chain started from; empty where the draft head was not traced."""
     return [torch.tensor(ids) for ids in trace.meta.get("draft_ids") or []]
+
+
+def check_parts(patterns: Sequence[str], drafts: bool, images: bool) -> None:
+    """Error: a pattern that names taps of the draft head alone, or of the vision tower, which do not run."""
+    runs = (("mtp", drafts, "add --drafts N"), ("vis", images, "add --image, or --pixel-values"))
+    for part, there, do in () if drafts and images else runs:
+        for pattern in patterns:
+            names = [name for name in TAPS if fnmatchcase(name, pattern)]
+            theirs = pattern.startswith(f"{part}.") or pattern.startswith("visual.") and part == "vis"
+            if not there and (theirs or (names and all(name.startswith(f"{part}_") for name in names))):
+                raise Qwen35Error("no tap that was asked for would be met", where=f"--taps {pattern}", do=do)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...model.cache import LayerState
 from ..judge.hand_over import Change, Handed, Shift
 
+PAGES = (1, 2, 4, 8, 16, 32, 64, 128)  # rows of a page of a KV cache
 Needs = Literal["", "earlier", "other", "rejected", "padding", "square"]
 STATES = {"state": ("state", "conv"), "recurrent state": ("state",), "conv state": ("conv",), "KV": ("k", "v")}
 
@@ -21,6 +22,7 @@ class StepFault:
     """`change` makes a wrong state of what is known; `shift` is added to the positions from there on.
 
     needs  a step before the one before; another sequence; drafts that were rejected; padding; a square state
+    rows   how many KV rows of another sequence, where it is not as many as both have
     """
 
     name: str
@@ -29,6 +31,7 @@ class StepFault:
     shift: Shift | None = None
     needs: Needs = ""
     seen: str = ""
+    rows: int = 0
 
 
 def taken(which: str, source: Callable[[Handed], LayerState | None]) -> Change:
@@ -58,16 +61,19 @@ def rows(function: Callable[[Tensor, int], Tensor]) -> Change:
     return change
 
 
-def rows_of_another(handed: Handed) -> LayerState:
-    """As many rows as both sequences have."""
+def rows_of_another(most: int = 1 << 30) -> Change:
+    """As many rows as both sequences have, or the first so many of them."""
 
     def other(mine: Tensor | None, theirs: Tensor | None) -> Tensor:
         assert mine is not None and theirs is not None
-        n = min(mine.shape[1], theirs.shape[1])
+        n = min(mine.shape[1], theirs.shape[1], most)
         return torch.cat((theirs[:, :n], mine[:, n:]), 1)
 
-    assert handed.other is not None
-    return replace(handed.right, k=other(handed.right.k, handed.other.k), v=other(handed.right.v, handed.other.v))
+    def change(handed: Handed) -> LayerState:
+        assert handed.other is not None
+        return replace(handed.right, k=other(handed.right.k, handed.other.k), v=other(handed.right.v, handed.other.v))
+
+    return change
 
 
 def zeroed(x: Tensor, n: int) -> Tensor:
@@ -113,7 +119,9 @@ STEP_FAULTS: tuple[StepFault, ...] = (
     StepFault("KV rows of the step before zero", "attn", rows(zeroed)),
     StepFault("last KV row doubled", "attn", rows(lambda x, _: torch.cat((x, x[:, -1:]), 1))),
     StepFault("KV rows of the step before doubled", "attn", rows(lambda x, n: torch.cat((x, x[:, -n:]), 1))),
-    StepFault("KV rows of another sequence", "attn", rows_of_another, needs="other", seen="vLLM 35744"),
+    StepFault("KV rows of another sequence", "attn", rows_of_another(), needs="other", seen="vLLM 35744"),
+    *(StepFault(f"KV rows of another sequence, the first {n}", "attn", rows_of_another(n), needs="other",
+                seen="vLLM 35744", rows=n) for n in PAGES),
     StepFault("KV rows of rejected drafts kept", "attn", taken("KV", lambda h: h.ran_on), needs="rejected"),
     StepFault("KV rows of padding kept", "attn", taken("KV", lambda h: h.ran_on), needs="padding"),
     StepFault("positions one too high", "attn", shift=lambda _, __: 1, seen="mlx-vlm 1621"),

@@ -88,7 +88,7 @@ def _plans(
     if fault.needs == "square" and c.linear_key_head_dim != c.linear_value_head_dim:
         return
     for kind in ("", " and each after it"):
-        if kind and all(len(o.cuts) == 1 for o in begun):
+        if kind and (all(len(o.cuts) == 1 for o in begun) or fault.rows):
             return
         broken = {o.b: tuple(cut.at for cut in (o.cuts if kind or fault.shift else o.cuts[:1])) for o in begun}
         plan = HandOver(broken, {o.b: o.before.at for o in begun}, fault.change, fault.shift)
@@ -105,7 +105,7 @@ def _plans(
             continue
         for number in range(1, min(len(cuts), OTHERS + 1)):
             other = {o.b: found for o in begun if (found := _other(o, cuts, number, rerun.tokens.mask))}
-            if len(other) == len(begun):
+            if len(other) == len(begun) and all(fault.rows < min(o.cuts[0].at, other[o.b][1]) for o in begun):
                 yield f"{fault.name} ({other[begun[0].b][0]})", _with_other(plan, other), kind
 
 

@@ -14,66 +14,27 @@ import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
-from ...numerics.tap_table import TAPS, base_name, is_vision, per_token
+from ...numerics.tap_table import TAPS, base_name, is_vision, part_of, per_token
 from ...trace.file import TURN, Trace
 from ...trace.images import stands_for_images
 from ..judge.log_p import LOG_P, log_p
 from .draft_rows import match_drafts
 from .dump import Dump
 from .match import Matched, match
+from .pair import Pair, broken_rows, fit, is_log_p, source_of, take
 from .scores import scores
 
-# Where a tap is not in the dump but another holds it: in its first columns, or in the one that is appended to them.
-INSTEAD = {
-    "moe_topk_ids": ("moe_slot_ids", False),
-    "moe_topk_weights": ("moe_slot_weights", False),
-    "moe_shared_gate": ("moe_slot_weights", True),
-    "moe_shared_gate_logit": ("moe_router_logits", True),  # ATOM has one product for both
-}
+# Paths; a down_proj that was dumped beside them has no gate, and is preferred.
+WITH_GATE = (
+    "mlp.shared_expert.output",
+    "mlp.shared_expert",
+)
+TWO_MEANINGS = (
+    ("moe_routed_output", "mlp_output", "the experts' output was taken for the block's"),
+    ("moe_shared_output", "moe_shared_gated", "the shared expert's output was taken for the gated one"),
+)
 LOGITS = "next_token_logits"
-# A log p of some 12 is off by up to 2^-9 of that in bf16, and the sum of many such errors by less.
-LOG_P_SLACK = 0.05
 STATES = ("gdn_state", "gdn_conv_state")
-BESIDE = {
-    "moe_slot_ids": "moe_topk_ids",
-    "moe_slot_weights": "moe_topk_weights",
-}  # the tap as wide as the first columns
-
-
-@dataclass
-class Pair:
-    """One tap in truth and engine: rows of the same tokens.
-
-    truth, engine   [rows, features of the truth]; engine is None where `problem` says why
-    rows            [rows, 2]: sequence b and index t of each row in the truth; t is -1 for values not of one token
-    dtype           what the engine wrote (partial sums come as float64)
-    as_log_p        the engine's logits are log p, and so is the truth here; chosen [rows, K]: of these tokens only
-    broken          [rows] which of the engine's hold NaN or infinity where the truth does not; None: none
-    """
-
-    key: str
-    truth: Tensor
-    engine: Tensor | None
-    rows: Tensor
-    dtype: torch.dtype | None = None
-    problem: str = ""
-    broken: Tensor | None = None
-    notes: tuple[str, ...] = ()
-    as_log_p: bool = False
-    chosen: Tensor | None = None
-
-    def ours(self, x: Tensor) -> Tensor:
-        """The truth's rows of this tap, as the engine gives them."""
-        x = x.to(torch.float64).log_softmax(-1) if self.as_log_p else x
-        return x if self.chosen is None else x.gather(1, self.chosen)
-
-    @property
-    def nan(self) -> int:
-        return 0 if self.broken is None else int(self.broken.sum())
-
-    def judged(self, keep: Tensor) -> Tensor:
-        """`keep`, and the rows that are NaN, which no choice of experts excuses."""
-        return keep if self.broken is None else keep | self.broken
 
 
 @dataclass
@@ -120,7 +81,7 @@ class Alignment:
     def _rows(self, key: str, truth: Tensor) -> Pair:
         """Values of tokens, from all steps."""
         B, T = truth.shape[:2]
-        source, columns = _source(self.dump, self.truth, key)
+        source, columns = source_of(self.dump, self.truth, key)
         dims = TAPS[base_name(key)].dims if base_name(key) in TAPS else ""
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
@@ -136,8 +97,8 @@ class Alignment:
             table = self.table(x, source, step)
             if base_name(key) == "embed_tokens":  # engines put the images in afterwards
                 table = table[~stands_for_images(self.truth)[table[:, 1], table[:, 2]]]
-            ours.append(_take(truth.reshape(B * T, -1), table[:, 1] * T + table[:, 2]))
-            theirs.append(_take(x, table[:, 0]))
+            ours.append(take(truth.reshape(B * T, -1), table[:, 1] * T + table[:, 2]))
+            theirs.append(take(x, table[:, 0]))
             if (tokens := self.dump.sources[source][step].pieces[0].chosen) is not None:
                 some.append(tokens[table[:, 0]])
             rows.append(table[:, 1:])
@@ -145,12 +106,12 @@ class Alignment:
             raise Qwen35Error("none of its steps belongs to the truth", where=key)
         left, right = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (ours, theirs))
         chosen = torch.cat(some) if some else None
-        as_log_p = key == LOGITS and (chosen is not None or (_is_log_p(right) and not _is_log_p(left)))
-        right, notes = (right, ()) if chosen is not None else _fit(key, left, right)
+        as_log_p = key == LOGITS and (chosen is not None or (is_log_p(right) and not is_log_p(left)))
+        right, notes = (right, ()) if chosen is not None else fit(key, left, right)
         pair = Pair(key, left, right, torch.cat(rows), self.dump.dtype(source), notes=notes, as_log_p=as_log_p,
                     chosen=chosen)  # fmt: skip
         pair.truth = pair.ours(left)
-        pair.broken = _broken(pair.truth, right)
+        pair.broken = broken_rows(pair.truth, right)
         if as_log_p:
             pair.notes = (*notes, "log p: compared with the truth's log p")
         return pair
@@ -176,7 +137,7 @@ class Alignment:
             raise Qwen35Error(f"misshapen: {list(x.shape)} against {list(truth.shape)}")
         left, right = (y.reshape(y.shape[0], -1) for y in (truth, x))
         rows = torch.stack([torch.arange(len(left)), torch.full((len(left),), -1)], 1)
-        return Pair(key, left, right, rows, self.dump.dtype(key, step), broken=_broken(left, right))
+        return Pair(key, left, right, rows, self.dump.dtype(key, step), broken=broken_rows(left, right))
 
 
 def align(dump: Dump, truth: Trace, only: list[int] | None = None) -> Alignment:
@@ -186,9 +147,9 @@ def align(dump: Dump, truth: Trace, only: list[int] | None = None) -> Alignment:
     """
     matched = match(dump, truth, only)
     match_drafts(dump, truth, matched)
-    where, notes = matched.where, matched.notes + _settle_fusion(dump, truth, matched.where)
+    where, notes = matched.where, matched.notes + _settle(dump, truth, matched)
     names = truth.comparable
-    held = {key: _source(dump, truth, key)[0] for key in names}
+    held = {key: source_of(dump, truth, key)[0] for key in names}
     keys = [key for key in names if held[key] in dump.sources]
     used = {held[key] for key in keys}
     if LOG_P in dump.sources and "next_token_logits" in names:
@@ -215,27 +176,34 @@ def align(dump: Dump, truth: Trace, only: list[int] | None = None) -> Alignment:
     )
 
 
-def _settle_fusion(dump: Dump, truth: Trace, where: dict[int, Tensor]) -> list[str]:
-    """Layers of which the files do not say whether the experts' output has the shared expert in it: it is what it is
-    nearer to. Returns a note."""
-    settled = []
-    for (part, layer), fused in dump.fused.items():
-        routed, block = (f"layers.{layer}.{name}" for name in ("moe_routed_output", "mlp_output"))
-        if fused is not None or part or routed not in dump.sources or block in dump.sources:
-            continue
-        pair = Alignment(dump, truth, [], [], [], Matched(where)).pair(routed)
-        if pair.engine is None or block not in truth:
-            continue
-        rows = pair.rows[:, 0] * truth.ids.shape[1] + pair.rows[:, 1]
-        whole = joined(truth, block).flatten(0, -2)[rows]
-        far = [(pair.engine - x).nan_to_num(posinf=0, neginf=0).norm() for x in (whole, pair.truth)]
-        dump.fused[part, layer] = bool(far[0] < far[1])
-        if far[0] < far[1]:
-            dump.rename(routed, block)
-            settled.append(layer)
-    if not settled:
-        return []
-    return [f"the experts' output of {len(settled)} layers was taken for the block's, which it is nearer to"]
+def _settle(dump: Dump, truth: Trace, matched: Matched) -> list[str]:
+    """What names mean that engines use for two things: it is what their values are nearer to. The experts' output has
+    the shared expert in it where that is fused; vLLM's shared expert has its gate in it, SGLang's has not. Returns
+    notes."""
+    notes = []
+    for name, other, what in TWO_MEANINGS:
+        settled = []
+        for key in [k for k in dump.sources if base_name(k) == name and not part_of(k)]:
+            there, new = next(iter(dump.sources[key].values())).pieces[0], key.removesuffix(name) + other
+            unsaid = dump.fused.get(("", there.layer), False) is None
+            open_to_both = unsaid if other == "mlp_output" else there.path in WITH_GATE
+            if not open_to_both or new in dump.sources or new not in truth or key not in truth:
+                continue
+            pair = Alignment(dump, truth, [], [], [], matched).pair(key)
+            if pair.engine is None:
+                continue
+            rows = pair.rows[:, 0] * truth.ids.shape[1] + pair.rows[:, 1]
+            far = [(pair.engine - x).nan_to_num(posinf=0, neginf=0).norm()
+                   for x in (joined(truth, new).flatten(0, -2)[rows], pair.truth)]  # fmt: skip
+            nearer = bool(far[0] < far[1])
+            if other == "mlp_output":
+                dump.fused["", there.layer] = nearer
+            if nearer:
+                dump.rename(key, new)
+                settled.append(key)
+        if settled:
+            notes.append(f"{what} of {len(settled)} layers, which it is nearer to")
+    return notes
 
 
 def _after_last_token(dump: Dump, truth: Trace, matched: Matched, key: str) -> bool:
@@ -265,51 +233,3 @@ def joined(truth: Trace, key: str) -> Tensor:
     elif not TAPS[base_name(key)].dims.startswith("b "):
         parts = [x.unflatten(0, (B, -1)) for x in parts]
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-
-
-def _source(dump: Dump, truth: Trace, key: str) -> tuple[str, slice]:
-    """Which of the dump's taps holds this one, and in which columns. What is appended is there only where it is."""
-    name = base_name(key)
-    if key in dump.sources or name not in INSTEAD:
-        return key, slice(None)
-    other, appended = INSTEAD[name]
-    source = key.removesuffix(name) + other
-    first = key.removesuffix(name) + BESIDE.get(other, other)
-    width = truth.sites[first].shape[-1] if first in truth.sites else None
-    if source not in dump.sources or width is None:
-        return key, slice(None)
-    if not appended:
-        return source, slice(width)
-    return (source, slice(width, None)) if dump.width(source) == width + 1 else (key, slice(None))
-
-
-def _fit(key: str, left: Tensor, right: Tensor) -> tuple[Tensor, tuple[str, ...]]:
-    """Known reasons for a wider tensor: a padded vocabulary, an appended shared slot."""
-    name, n, more = base_name(key), left.shape[1], right.shape[1] - left.shape[1]
-    if more == 0:
-        return right, ()
-    if more > 0 and name in ("next_token_logits", LOG_P):
-        return right[:, :n], (f"{more} padded columns of the vocabulary left out",)
-    if more == 1 and name in ("moe_topk_ids", "moe_topk_weights"):
-        return right[:, :n], ("the appended shared slot was left out",)
-    if more == 1 and name == "moe_router_logits":
-        return right[:, :n], ("the appended logit of the shared gate was left out",)
-    raise Qwen35Error(f"misshapen: {right.shape[1]} features for {n}")
-
-
-def _is_log_p(x: Tensor) -> bool:
-    """Whether every row's logsumexp is 0, but for what rounding makes of it."""
-    most = x.to(torch.float64).logsumexp(-1).abs().max() if len(x) else torch.inf
-    return bool(most < LOG_P_SLACK * (1 if x.dtype in (torch.float16, torch.bfloat16) else 2**-8))
-
-
-def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """x[rows], without copying where that is x."""
-    return x if len(rows) == len(x) and torch.equal(rows, torch.arange(len(x))) else x[rows]
-
-
-def _broken(left: Tensor, right: Tensor) -> Tensor | None:
-    """Rows with NaN or infinity where the truth has none."""
-    if right.sum().isfinite():  # no NaN or infinity anywhere: most tensors are read once only
-        return None
-    return ~right.isfinite().all(1) & left.isfinite().all(1)

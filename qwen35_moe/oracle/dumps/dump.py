@@ -41,6 +41,7 @@ class Dump(Mapping[str, Tensor]):
     problems         what is wrong with the dump, as Qwen35Errors that were not raised, in the order of discovery
     notes            what was assumed or repaired
     unknown          names of tensors that have no meaning here
+    absent           sequences that cannot be compared, since the dump lacks their first ids, in words
     weights          name -> piece, for parameters that were dumped
     drafts           steps of a draft head -> number of the draft (taps of the first are under `mtp`, then `mtp.2`, ...)
     fused            (part, layer) -> whether `mlp.experts.output` is the block's output; None: the files do not say
@@ -67,6 +68,7 @@ class Dump(Mapping[str, Tensor]):
         self.config, self.sizes = config, letters(config)
         self.weights = dict(weights or {})
         self.unknown: list[str] = []
+        self.absent: list[str] = []
         self.sources: dict[str, dict[int, Source]] = defaultdict(dict)
         self._counts: dict[int, int | None] = {}
         self.world = 0  # how many ranks there were; 0: not looked for yet (ranks.py)

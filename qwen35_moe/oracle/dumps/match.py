@@ -19,7 +19,7 @@ from .by_count import by_count, ids_by_embeddings
 from .dump import Dump
 from .runs import Run, runs
 
-NO_TOKENS = torch.empty(0, 4, dtype=torch.long)
+NO_TOKENS = torch.empty(0, 5, dtype=torch.long)
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Matched:
     """where      step -> [n, 3]: row in the dump, b, t
     ends       step -> [runs, 3]: run, and b, t of its last token, or -1 where that is none of the truth's
     drafts     step of a draft head -> [n, 3]: row in the dump, b, t
-    positions  [n, 4]: b, t, the truth's position, the dump's
+    positions  [n, 5]: b, t, the truth's position, the dump's, and the one that its rotary embedding took
     absent     parts of the truth that the dump does not hold, in words
     firsts     (b, t) of the first token of each run -> what it is the first of, in words
     """
@@ -87,7 +87,7 @@ class Matching:
         self.owner: dict[object, int] = {}
         self.tables: dict[int, list[Tensor]] = {}
         self.last: dict[int, list[list[int]]] = {}
-        self.compared: list[Tensor] = [NO_TOKENS[:, :3]]
+        self.compared: list[Tensor] = [NO_TOKENS[:, :4]]
         self.strange: list[Run] = []
         self.firsts: dict[tuple[int, int], str] = {}
         self.drafted: set[int] = set()  # sequences whose last run ended in rejected tokens
@@ -185,7 +185,9 @@ class Matching:
         table = torch.stack((run.rows[:n], torch.full_like(columns, b), columns), 1)
         self.tables.setdefault(run.step, []).append(table)
         if run.positions is not None:
-            self.compared.append(torch.cat((table[:, 1:], run.positions[:n, None].long()), 1))
+            rotary = self.dump.tokens[run.step].rotary
+            both = (run.positions[:n], run.positions[:n] if rotary is None else rotary[run.rows[:n]])
+            self.compared.append(torch.cat((table[:, 1:], torch.stack(both, 1).long()), 1))
 
     def result(self, positions_BT: Tensor) -> Matched:
         if not self.tables:
@@ -209,9 +211,9 @@ class Matching:
         notes += [f"the first {n} tokens of sequence {b} were cached" for b, n in enumerate(self.cached) if n]
         where = {step: torch.cat(tables) for step, tables in self.tables.items()}
         ends = {step: torch.tensor(self.last[step]) for step in where}
-        b, t, theirs = torch.cat(self.compared).unbind(1)
-        positions = torch.stack((b, t, positions_BT[b, t], theirs), 1)
-        return Matched(where, ends, notes, positions, self._absent(), self.firsts)
+        b, t, *theirs = torch.cat(self.compared).unbind(1)
+        positions = torch.stack((b, t, positions_BT[b, t], *theirs), 1)
+        return Matched(where, ends, notes, positions, [*self._absent(), *self.dump.absent], self.firsts)
 
     def _absent(self) -> list[str]:
         found = []

@@ -87,6 +87,7 @@ class Tokens:
     requests: list[Any] | None = None
     batch: tuple[int, int] | None = None
     mask: Tensor | None = None
+    rotary: Tensor | None = None  # positions that the rotary embedding took, where they were dumped beside `positions`
 
     @property
     def count(self) -> int | None:

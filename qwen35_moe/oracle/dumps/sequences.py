@@ -18,18 +18,18 @@ LOGITS = "next_token_logits"
 
 def sequences_of(dump: Dump) -> list[Tensor]:
     """One tensor of ids a sequence. A run that begins before the end takes back what was drafted and rejected; one that
-    begins behind it has wrong positions; a sequence whose beginning was cached elsewhere is left out, with a note.
+    begins behind it has wrong positions; a sequence whose beginning was cached elsewhere is left out (`dump.absent`).
 
     Raises Qwen35Error if the dump holds no ids.
     """
     rows: list[Tensor] = []
     owner: dict[object, int] = {}
     last: dict[int, Run] = {}
-    cached, taken_back = 0, False
+    cached, taken_back = dict[object, int](), False
     for run in runs(dump):
         b, start = _owner(run, rows, owner), run.start
         if b is None and start not in (0, None) and not _only(rows, run):
-            cached += 1
+            cached.setdefault(run.start if run.request is None else run.request, run.start or 0)
             continue
         if b is None and start not in (0, None):
             b = 0
@@ -44,9 +44,9 @@ def sequences_of(dump: Dump) -> list[Tensor]:
     if not rows:
         raise Qwen35Error("the dump does not say which tokens it is of", where=dump.path,
                           do="give --ids: the ids of its requests, with those that were generated")  # fmt: skip
-    if cached:
-        dump.notes.append(f"{cached} runs begin with tokens that were cached, and the dump does not hold them: give "
-                          "--ids to compare them")  # fmt: skip
+    dump.absent = [
+        f"a sequence from token {start} on, whose first were cached: give --ids" for start in cached.values()
+    ]
     if dump.drafts or taken_back:
         rows = [x[: len(x) - _drafted(dump, last[b])] for b, x in enumerate(rows)]
     return rows

@@ -12,7 +12,8 @@ from torch import Tensor
 from ...errors import Qwen35Error
 from ...numerics.tap_table import base_name, part_of
 from ..diagnose.at_sight import OWN_LOGITS, against_own_logits
-from ..dumps.align import Alignment, Pair
+from ..dumps.align import Alignment
+from ..dumps.pair import Pair
 from ..dumps.ranks import owners
 from . import log_p as kl_base
 from .columns import wrong_columns

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import Qwen35Error
 from ...numerics.tap_table import base_name, per_token
 from ...trace.layers import HEAD
-from ..dumps.align import Pair
+from ..dumps.pair import Pair
 from .added import IDS, ROUTED, Work
 from .columns import wrong_columns
 from .envelope import Norms, envelope, judge

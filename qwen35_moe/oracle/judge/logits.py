@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..dumps.align import Pair
+from ..dumps.pair import Pair
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,10 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
             if name in CORE:
                 if name in CORE[:2] and not isinstance(value, Tensor):
                     raise Qwen35Error("not a tensor", where=file, found=type(value).__name__)
-                core.setdefault((step, rank), {}).setdefault(name, value)  # again for every layer: the first counts
+                here = core.setdefault((step, rank), {})  # again for every layer: the first counts
+                here.setdefault(name, value)
+                if name == "positions" and value.dim() == 2:
+                    here.setdefault("rotary", value)
                 continue
             parallel = {**a_dict(meta.get("megatron_parallel_info")), **a_dict(meta.get("sglang_parallel_info"))}
             parallel = {"world_size": meta.get("world_size", 1), **parallel}
@@ -96,9 +99,10 @@ def _tags(file: Path) -> dict[str, str]:
 
 
 def _tokens(found: Mapping[str, Any]) -> Tokens:
-    positions = found.get("positions")
-    if isinstance(positions, Tensor) and positions.dim() == 2:  # text, height, width
-        positions = positions[0]
+    positions, rotary = (
+        x[0] if isinstance(x, Tensor) and x.dim() == 2 else x  # text, height, width
+        for x in (found.get("positions"), found.get("rotary"))
+    )
     requests = found.get("rids", found.get("req_pool_indices"))
     ids = found["input_ids"]
     batch = (ids.shape[0], ids.shape[1]) if ids.dim() == 2 else None
@@ -108,6 +112,7 @@ def _tokens(found: Mapping[str, Any]) -> Tokens:
         whole_numbers(found.get("seq_lens")),
         whole_numbers(requests),
         batch,
+        rotary=rotary.flatten().to(torch.int64) if isinstance(rotary, Tensor) else None,
     )
 
 

@@ -1,0 +1,112 @@
+"""One tap on both sides: where the dump holds it, and the values of the same tokens side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import Qwen35Error
+from ...numerics.tap_table import base_name
+from ...trace.file import Trace
+from ..judge.log_p import LOG_P
+from .dump import Dump
+
+# Where a tap is not in the dump but another holds it: in its first columns, or in the one that is appended to them.
+INSTEAD = {
+    "moe_topk_ids": ("moe_slot_ids", False),
+    "moe_topk_weights": ("moe_slot_weights", False),
+    "moe_shared_gate": ("moe_slot_weights", True),
+    "moe_shared_gate_logit": ("moe_router_logits", True),  # ATOM has one product for both
+}
+# A log p of some 12 is off by up to 2^-9 of that in bf16, and the sum of many such errors by less.
+LOG_P_SLACK = 0.05
+BESIDE = {
+    "moe_slot_ids": "moe_topk_ids",
+    "moe_slot_weights": "moe_topk_weights",
+}  # the tap as wide as the first columns
+
+
+@dataclass
+class Pair:
+    """One tap in truth and engine: rows of the same tokens.
+
+    truth, engine   [rows, features of the truth]; engine is None where `problem` says why
+    rows            [rows, 2]: sequence b and index t of each row in the truth; t is -1 for values not of one token
+    dtype           what the engine wrote (partial sums come as float64)
+    as_log_p        the engine's logits are log p, and so is the truth here; chosen [rows, K]: of these tokens only
+    broken          [rows] which of the engine's hold NaN or infinity where the truth does not; None: none
+    """
+
+    key: str
+    truth: Tensor
+    engine: Tensor | None
+    rows: Tensor
+    dtype: torch.dtype | None = None
+    problem: str = ""
+    broken: Tensor | None = None
+    notes: tuple[str, ...] = ()
+    as_log_p: bool = False
+    chosen: Tensor | None = None
+
+    def ours(self, x: Tensor) -> Tensor:
+        """The truth's rows of this tap, as the engine gives them."""
+        x = x.to(torch.float64).log_softmax(-1) if self.as_log_p else x
+        return x if self.chosen is None else x.gather(1, self.chosen)
+
+    @property
+    def nan(self) -> int:
+        return 0 if self.broken is None else int(self.broken.sum())
+
+    def judged(self, keep: Tensor) -> Tensor:
+        """`keep`, and the rows that are NaN, which no choice of experts excuses."""
+        return keep if self.broken is None else keep | self.broken
+
+
+def source_of(dump: Dump, truth: Trace, key: str) -> tuple[str, slice]:
+    """Which of the dump's taps holds this one, and in which columns. What is appended is there only where it is."""
+    name = base_name(key)
+    if key in dump.sources or name not in INSTEAD:
+        return key, slice(None)
+    other, appended = INSTEAD[name]
+    source = key.removesuffix(name) + other
+    first = key.removesuffix(name) + BESIDE.get(other, other)
+    width = truth.sites[first].shape[-1] if first in truth.sites else None
+    if source not in dump.sources or width is None:
+        return key, slice(None)
+    if not appended:
+        return source, slice(width)
+    return (source, slice(width, None)) if dump.width(source) == width + 1 else (key, slice(None))
+
+
+def fit(key: str, left: Tensor, right: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+    """Known reasons for a wider tensor: a padded vocabulary, an appended shared slot."""
+    name, n, more = base_name(key), left.shape[1], right.shape[1] - left.shape[1]
+    if more == 0:
+        return right, ()
+    if more > 0 and name in ("next_token_logits", LOG_P):
+        return right[:, :n], (f"{more} padded columns of the vocabulary left out",)
+    if more == 1 and name in ("moe_topk_ids", "moe_topk_weights"):
+        return right[:, :n], ("the appended shared slot was left out",)
+    if more == 1 and name == "moe_router_logits":
+        return right[:, :n], ("the appended logit of the shared gate was left out",)
+    raise Qwen35Error(f"misshapen: {right.shape[1]} features for {n}")
+
+
+def is_log_p(x: Tensor) -> bool:
+    """Whether every row's logsumexp is 0, but for what rounding makes of it."""
+    most = x.to(torch.float64).logsumexp(-1).abs().max() if len(x) else torch.inf
+    return bool(most < LOG_P_SLACK * (1 if x.dtype in (torch.float16, torch.bfloat16) else 2**-8))
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], without copying where that is x."""
+    return x if len(rows) == len(x) and torch.equal(rows, torch.arange(len(x))) else x[rows]
+
+
+def broken_rows(left: Tensor, right: Tensor) -> Tensor | None:
+    """Rows with NaN or infinity where the truth has none."""
+    if right.sum().isfinite():  # no NaN or infinity anywhere: most tensors are read once only
+        return None
+    return ~right.isfinite().all(1) & left.isfinite().all(1)
