@@ -30,7 +30,7 @@ from qwen35_moe.trace.file import Trace
 # What the innermost functions of the main thread say of what it was doing; the first that matches.
 DOING = (
     ("saving a state", r"trace/resume.py.* in write$|envelope_file.py.* in write$|in resumed$"),
-    ("writing values", r"trace/writer.py.* in (flush|add_blocks|close|add|_begin|__init__)"),
+    ("writing values", r"trace/writer.py.* in (flush|add_blocks|close|add|_begin|__init__)|trace/folder.py"),
     ("writing the envelope", r"envelope_file.py.* in _of_truth"),
     ("decoding", r"quant/|in decode"),
     ("reading", r"checkpoint/"),
@@ -55,7 +55,7 @@ def wait_for(process: subprocess.Popen[str], out: Path, states: int) -> bool:
     """Waits until that many states have been seen, or the process is done. Whether it still runs."""
     seen: set[object] = set()
     while len(seen) < states and process.poll() is None:
-        for name in ("resume.safetensors", "envelope-state.safetensors"):
+        for name in ("partial/resume.safetensors", "envelope-state.safetensors"):
             try:
                 seen.add((name, (out / name).stat().st_ino, (out / name).stat().st_mtime_ns))
             except FileNotFoundError:
@@ -80,7 +80,7 @@ def abort(process: subprocess.Popen[str], out: Path) -> str | None:
 
 def state(out: Path) -> str:
     """What is done, by the files there."""
-    for name in ("envelope-state.safetensors", "resume.safetensors"):
+    for name in ("envelope-state.safetensors", "partial/resume.safetensors"):
         if (out / name).is_file():
             with safe_open(out / name, framework="pt") as file:
                 known = file.metadata() or {}

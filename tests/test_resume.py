@@ -26,7 +26,7 @@ from qwen35_moe.model.moe import MoE
 from qwen35_moe.oracle.judge import envelope_file
 from qwen35_moe.run import files, placement
 from qwen35_moe.run.files import whole
-from qwen35_moe.trace import writer as trace_writer
+from qwen35_moe.trace import folder as trace_folder
 from qwen35_moe.trace.file import RESUME, Trace
 
 Build = Callable[[str], Path]
@@ -130,7 +130,7 @@ def test_an_envelope_is_of_its_traces_weights(
 
 def test_the_first_layers_are_not_taken_for_all(run: Callable[..., int], tmp_path: Path) -> None:
     assert run("out", PROMPTS, "--batch", "1", *FEW, "--layers", "0-1") == 0
-    shutil.rmtree(tmp_path / "out" / "parts")
+    shutil.rmtree(tmp_path / "out" / "groups")
     assert run("out", PROMPTS, "--batch", "1", *FEW, "--resume") == 0
     assert len(Trace.open(tmp_path / "out")) == 4 and Trace.open(tmp_path / "out").meta["layers"] == 4
 
@@ -172,19 +172,6 @@ def test_a_state_without_values_survives_a_full_disk(run: Callable[..., int], tm
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_two_runs_over_groups_can_both_go_on(run: Callable[..., int], tmp_path: Path) -> None:
-    """Until one of them is done."""
-    with killed(trace_cli, "_trace_group", 2):
-        run("out", PROMPTS, "--batch", "1", *FEW)
-    with killed(trace_cli, "_trace_group", 1):
-        run("out", OTHERS, "--batch", "1", *FEW)
-    with killed(trace_cli, "_trace_group", 1):  # the first of which is done
-        run("out", PROMPTS, "--batch", "1", *FEW, "--resume")
-    assert run("out", OTHERS, "--batch", "1", *FEW, "--resume") == 0 == run("whole", OTHERS, "--batch", "1", *FEW)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert run("out", PROMPTS, "--batch", "1", *FEW, "--resume") == 2
-
-
 def test_a_complete_trace_gets_its_envelope_later(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,12 +203,12 @@ def test_what_is_no_trace_is_nobody_elses(
 def test_a_link_in_the_place_of_parts(run: Callable[..., int], tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "parts").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "out" / "groups").symlink_to(tmp_path / "elsewhere")
     assert run("out", PROMPTS, "--batch", "1", *FEW) == 2
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-@pytest.mark.parametrize("out", ["parts", "a directory/ü", "run.json"])
+@pytest.mark.parametrize("out", ["partial", "a directory/ü", "groups/run.json"])
 def test_any_name_can_be_resumed(run: Callable[..., int], tmp_path: Path, out: str) -> None:
     assert run(out, [1, 2, 3], *FEW, "--layers", "0-1") == 0 == run(out, [1, 2, 3], *FEW, "--resume")
     assert run(out, PROMPTS, *FEW, "--batch", "1") == 0 == run(out, [1, 2, 3], *FEW)
@@ -255,9 +242,9 @@ def test_a_damaged_state_is_an_error(
 ) -> None:
     with killed(trace_cli, "_trace_group", 2):
         run("out", PROMPTS, "--batch", "1", *FEW)
-    (parts,) = (tmp_path / "out" / "parts").iterdir()
+    groups = tmp_path / "out" / "groups"
     for damage in (b"", b"[1]", b"null", b'{"steps"', b"\xff\xfe"):
-        (parts / "run.json").write_bytes(damage)
+        (groups / "run.json").write_bytes(damage)
         assert run("out", OTHERS, "--batch", "1", *FEW, "--resume") == 2
         assert "cannot read the state" in capsys.readouterr().err
     assert run("done", [1, 2], *FEW) == 0
@@ -338,14 +325,14 @@ def test_groups_of_any_taps_join(run: Callable[..., int], tmp_path: Path, taps: 
     assert list(joined) == list(whole) and all(joined[key].shape == whole[key].shape for key in whole)
 
 
-def test_what_a_kill_left_of_joined_parts_is_removed(run: Callable[..., int], tmp_path: Path) -> None:
+def test_what_a_kill_left_of_joined_groups_is_removed(run: Callable[..., int], tmp_path: Path) -> None:
     groups = [*FEW, "--batch", "1"]
-    with killed(trace_writer.shutil, "rmtree", 0):
+    with killed(trace_folder.shutil, "rmtree", 0):
         run("out", PROMPTS, *groups)
-    assert list((tmp_path / "out" / "parts").iterdir())
+    assert list((tmp_path / "out" / "groups").iterdir())
     for more in (["--resume"], [], ["--resume"]):
         assert run("out", PROMPTS, *groups, *more) == 0
-        assert not (tmp_path / "out" / "parts").exists()
+        assert not (tmp_path / "out" / "groups").exists()
 
 
 @pytest.mark.parametrize("name", [RESUME, "envelope.safetensors", "envelope-state.safetensors", "00077.safetensors"])

@@ -2,15 +2,13 @@
 
     accelerate launch --multi_gpu --num_processes 4 -m qwen35_moe trace CHECKPOINT --ids prompts.json --out truth
 
-A group is what one forward pass holds, `--batch` prompts, padded like all of them. Each has a directory of its own in
-that of the result, `truth/parts/<run>/00000` .., with the state that --resume needs, until the result is whole. The
-bytes of the result depend on the size of a group (a product of other shapes may add up in another order), and not on
-how many processes there were.
+A group is `--batch` prompts, for one forward pass, padded like all of them. Its trace lies in `truth/groups/00000`, ...
+until all layers are done, and --resume continues it. The bytes of the result depend on the size of a group (a product
+of another shape may add up in another order), not on the number of processes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,10 +26,11 @@ from ..numerics.taps import Site
 from ..oracle.judge.envelope_file import ENVELOPE, stored_envelope
 from ..run.files import save_checked, whole
 from ..run.streamed import HEAD_ROWS
-from ..trace.file import RESUME, Entry, Trace
+from ..trace.file import PARTIAL, RESUME, Entry, Trace
+from ..trace.folder import GROUPS, GROUPS_RUN, check_ours, remove_groups
 from ..trace.layers import complete_trace
 from ..trace.resume import check_same
-from ..trace.writer import JOINED, PARTS, PARTS_RUN, TraceWriter, check_ours
+from ..trace.writer import TraceWriter
 from ..untrusted import read_bytes, tensor_file
 
 MOST_GROUPS = 99_999  # five digits
@@ -73,44 +72,50 @@ class Processes:
 
         return set(gather_object(sorted(names)))
 
+    def wait(self) -> None:
+        """Returns once all processes have come here."""
+        if self.state is not None:
+            self.state.wait_for_everyone()
+
     def close(self) -> None:
         if self.state is not None:
             self.state.wait_for_everyone()
             self.state.destroy_process_group()
 
 
-def parts_of(out: Path, run: str) -> Path:
-    """The folder of a run's groups. run: what must be the same for their bytes to be, so that two never meet."""
-    return out / PARTS / hashlib.sha256(run.encode()).hexdigest()[:16]
+def begin_groups(out: Path, count: int, run: str, resume: bool, processes: Processes) -> list[Path]:
+    """The folders of a run's groups, one after another. Without `resume`, those of another run are removed.
 
-
-def begin_parts(out: Path, groups: int, run: str, resume: bool, first: bool) -> list[Path]:
-    """The directories of a run's groups. Error: `resume`, and another run was begun there."""
-    folder = parts_of(out, run)
+    run: what must be equal for equal bytes. Error: `resume`, and another run was begun there.
+    """
+    folder, said = out / GROUPS, out / GROUPS / GROUPS_RUN
     check_ours(out)
-    if groups > MOST_GROUPS:
-        raise Qwen35Error("too many groups", where="--batch", expected=f"at most {MOST_GROUPS}", found=groups)
-    if resume and not folder.is_dir():
-        if (out / RESUME).is_file():
-            raise _other_way(out, "groups of prompts", "all prompts in one pass")
-        for other in begun(out):
-            check_same(out, read_bytes(other).decode("utf-8", "replace"), run)
-    if first and not (folder / PARTS_RUN).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / PARTS_RUN) as temporary:
+    if count > MOST_GROUPS:
+        raise Qwen35Error("too many groups", where="--batch", expected=f"at most {MOST_GROUPS}", found=count)
+    begun = resume and said.is_file()
+    if begun:
+        check_same(out, read_bytes(said).decode("utf-8", "replace"), run)
+    elif resume and unfinished(out):
+        raise _other_way(out, "groups of prompts", "all prompts in one pass")
+    processes.wait()
+    if processes.rank == 0 and not begun:
+        remove_groups(out)
+        folder.mkdir(parents=True)
+        with whole(said) as temporary:
             temporary.write_text(run, encoding="utf-8")
-    return [folder / f"{i:05d}" for i in range(groups)]
-
-
-def begun(out: Path) -> list[Path]:
-    """What says of which runs there are groups."""
-    return [said for said in sorted((out / PARTS).glob(f"*/{PARTS_RUN}")) if not said.parent.name.endswith(JOINED)]
+    processes.wait()
+    return [folder / f"{i:05d}" for i in range(count)]
 
 
 def check_one_pass(out: Path, layers: int) -> None:
-    """Error if what was begun there, and not gone on with since, is a run over groups of prompts."""
-    if begun(out) and not (out / RESUME).is_file() and complete_trace(out, layers) is None:
+    """Error if the run that was begun there, and not finished, is one over groups of prompts."""
+    if (out / GROUPS / GROUPS_RUN).is_file() and not unfinished(out) and complete_trace(out, layers) is None:
         raise _other_way(out, "all prompts in one pass", "groups of prompts")
+
+
+def unfinished(out: Path) -> bool:
+    """Whether a run of one pass can be continued there."""
+    return any((folder / RESUME).is_file() for folder in (out / PARTIAL, out))
 
 
 def _other_way(out: Path, expected: str, found: str) -> Qwen35Error:
@@ -127,7 +132,7 @@ def join(parts: Sequence[Path], out: Path, meta: dict[str, Any]) -> Trace:
     traces = [Trace.open(part) for part in parts]
     tensors = [Counter(entry.file for entry in t.sites.values()) for t in traces]  # how many a file holds
     alone = {key for t, held in zip(traces, tensors, strict=True) for key, e in t.sites.items() if held[e.file] == 1}
-    with TraceWriter(out, meta, joins=True) as writer:
+    with TraceWriter(out, meta) as writer:
         for key in _order(traces):
             there = [t for t in traces if key in t]
             entry = there[0].sites[key]

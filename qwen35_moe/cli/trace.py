@@ -27,13 +27,13 @@ from ..run.prompt import Images, load_tokenizer, padded, place_images, read_ids
 from ..run.validate import model_config
 from ..trace.drafts import check_parts, unknown_drafts
 from ..trace.file import Trace, in_utf8
+from ..trace.folder import GROUPS, GROUPS_RUN, remove_groups
 from ..trace.layers import aside_of, check_request, complete_trace, meta_of, resumable, resumed_complete, trace_layers
 from ..trace.resume import run_of
-from ..trace.writer import remove_parts
 from .device_options import add_device_options, add_ignored_keys, device_options
 from .image_options import add_image_options, given_images
 from .parsing import layers
-from .shares import Processes, begin_parts, check_one_pass, join, parts_of
+from .shares import Processes, begin_groups, check_one_pass, join
 
 
 def configure(p: argparse.ArgumentParser) -> None:
@@ -123,7 +123,7 @@ def _trace(
     check_parts(args.asked, drafts=bool(args.drafts), images=args.images is not None)
     meta = meta_of(model, ids, mask, args.taps, args.experts, more, args.images)
     aside = aside_of(model, args.taps, last, args.images)
-    parts = _directories(args, model, len(groups), meta, aside, processes.rank == 0)
+    parts = _directories(args, model, len(groups), meta, aside, processes)
     for i in processes.own(len(parts)):
         rows = groups[i]
         label = "" if len(groups) == 1 else f"prompts {rows.start} to {rows.stop - 1}"
@@ -141,8 +141,8 @@ def _trace(
         layers = len(model.layers) if last is None else last + 1
         with resumable(out, len(model.layers)):
             truth = join(parts, out, {**meta, "layers": layers}) if len(parts) > 1 else Trace.open(out)
-        if len(parts) > 1 and layers == len(model.layers):
-            remove_parts(out)
+        if layers == len(model.layers):
+            remove_groups(out)
         for mlp, cost in origin_of(model).conversion.items():
             print(f"{mlp}: shared expert converted to MXFP4, relative error {cost:.4f}")
         print(checkpoint.report(aside))
@@ -153,7 +153,7 @@ def _trace(
 
 
 def _directories(
-    args: argparse.Namespace, model: Model, groups: int, meta: dict[str, Any], aside: list[str], first: bool
+    args: argparse.Namespace, model: Model, groups: int, meta: dict[str, Any], aside: list[str], processes: Processes
 ) -> list[Path]:
     """Where the groups' traces are written; none if they are joined already. Error: --resume, and another run there."""
     out, layers = Path(args.out), len(model.layers)
@@ -161,10 +161,10 @@ def _directories(
         if args.resume:
             check_one_pass(out, layers)
         return [out]
-    run = run_of(meta, args.device.partition(":")[0], groups=groups)
-    there = complete_trace(out, layers) if args.resume and not parts_of(out, run).is_dir() else None
+    there = complete_trace(out, layers) if args.resume and not (out / GROUPS / GROUPS_RUN).is_file() else None
     if there is None:
-        return begin_parts(out, groups, run, args.resume, first)
+        run = run_of(meta, args.device.partition(":")[0], groups=groups)
+        return begin_groups(out, groups, run, args.resume, processes)
     resumed_complete(model, there, meta, aside)
     if _wants_envelope(args, layers) and not (out / ENVELOPE).is_file():
         what, do = "a joined trace without an envelope", "leave out --resume to write both anew, or add --no-envelope"

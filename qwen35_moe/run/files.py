@@ -119,8 +119,12 @@ def check_sha256(path: Path, known: str, do: str) -> None:
 
 def save_checked(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file, whole or not at all, whose metadata holds the checksum of all else that is in it."""
-    known = dict(metadata or {})
-    save_whole(tensors, path, {**known, "sha256": tensors_sha256(tensors, known)})
+    save_whole(tensors, path, checked(tensors, metadata or {}))
+
+
+def checked(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata, with the checksum of all else."""
+    return {**metadata, "sha256": tensors_sha256(tensors, metadata)}
 
 
 def read_checked(path: Path, do: str) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -39,7 +39,8 @@ from ..run.files import check_sha256
 from ..untrusted import parse_json, read_bytes, read_json, tensor_file
 
 FORMAT, VERSION = "qwen35-moe-trace", 1
-RESUME = "resume.safetensors"  # what long_run.py needs to go on; no part of the trace
+PARTIAL = "partial"  # folder of an unfinished trace, in that of the trace
+RESUME = "resume.safetensors"  # the state that `--resume` continues from (resume.py); no part of the trace
 SUM_BEGINS = ', "sha256": '  # the checksum of all before it in trace.json
 TURN = re.compile(r"\.\d+$")  # how the key of a turn of a loop ends
 CHUNK_BYTES = 1 << 28  # a chunk is closed at a new layer, or here: bounds memory for the logits and for 397B layers
@@ -147,6 +148,8 @@ class Trace(Mapping[str, Tensor]):
         Raises Qwen35Error where there is no trace, an unfinished one (unless `partial`), or another version.
         """
         path = in_utf8(path)
+        if partial and not (path / "trace.json").is_file():
+            path = path / PARTIAL
         head = _read_head(path, partial)
         entries = entries_of(head.get("tensors"), path / "trace.json")
         _check_meta(head.get("meta"), path / "trace.json")
@@ -183,7 +186,8 @@ def in_utf8(path: str | Path) -> Path:
 
 
 def _read_head(path: Path, partial: bool) -> dict[str, Any]:
-    chunks = sorted(p for p in path.glob("*.safetensors") if _CHUNK.fullmatch(p.name))
+    unfinished = path if partial else path / PARTIAL
+    chunks = sorted(p for p in unfinished.glob("*.safetensors") if _CHUNK.fullmatch(p.name))
     if (path / "trace.json").is_file():
         head = read_json(path / "trace.json")
         if not isinstance(head, dict) or (head.get("format"), head.get("version")) != (FORMAT, VERSION):

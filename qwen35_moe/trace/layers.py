@@ -27,12 +27,13 @@ from ..run.origin import origin_of
 from ..run.prompt import Images, embed_prompt
 from ..run.streamed import StreamedHead
 from .drafts import trace_drafts
-from .file import RESUME, Trace
+from .file import PARTIAL, RESUME, Trace
+from .folder import finish, sweep
 from .images import PIXELS, axes_of, images_meta
 from .progress import Progress
 from .recorder import Patterns, Recorder, sizes_of, step_record
 from .resume import State, check_same, run_of
-from .writer import TraceWriter, sweep
+from .writer import TraceWriter
 
 HEAD = "next_token_logits"
 
@@ -71,7 +72,7 @@ def trace_layers(
     if resume and (there := complete_trace(out, count)) is not None:
         return there, resumed_complete(model, there, meta, aside)
     now = State(run_of(meta, ids_BT.device.type))
-    state, sum_BTD = now.resumed(out) if resume else (now, None)
+    state, sum_BTD, base = now.resumed(out) if resume else (now, None, None)
     start = state.next
     if start > stop:
         do = "leave out --resume to start anew"
@@ -82,7 +83,7 @@ def trace_layers(
     before = set(used)
     used.update(name for name in origin_of(model).checkpoint.names() if _is_done(name, start))
     used.difference_update(state.unused)
-    writer = TraceWriter(out, {**meta, "layers": stop}, keep=None if sum_BTD is None else state.files)
+    writer = TraceWriter(out, {**meta, "layers": stop}, state.files, base)
     recorder, progress = Recorder(taps, experts=experts, out=writer), Progress(model, range(start, stop), quiet, label)
     recorder.first_nan = state.nan
     with resumable(out, start):
@@ -95,8 +96,7 @@ def trace_layers(
                 writer.flush()
                 state.unused += sorted(n for n in origin_of(model).checkpoint.names() if _is_left(n, i, used))
                 state.next, state.files, state.nan = i + 1, dict(writer.sums), recorder.first_nan
-                state.write(out, h_BTD)
-                writer.keep_state()
+                state.write(writer, h_BTD)
             progress.done(i)
         with resumable(out, stop):
             if stop == count:
@@ -230,8 +230,9 @@ def resumable(out: Path, layer: int) -> Iterator[None]:
 
 
 def complete_trace(out: Path, layers: int) -> Trace | None:
-    """The trace that is there; None where there is none, or one of the first layers only."""
-    if (out / RESUME).is_file() or not (out / "trace.json").is_file():
+    """The complete trace in OUT; None if there is none, or one of the first layers, or an unfinished one beside it."""
+    finish(out)
+    if (out / PARTIAL / RESUME).is_file() or not (out / "trace.json").is_file():
         return None
     trace = Trace.open(out)
     return trace if trace.meta.get("layers", layers) == layers else None
@@ -244,6 +245,7 @@ def resumed_complete(model: Model, trace: Trace, meta: dict[str, Any], aside: Se
     then = {key: value for key, value in trace.meta.items() if key not in ("layers", "draft_ids")}
     check_same(trace.path, json.dumps(then), json.dumps(meta, default=str), what, do)
     sweep(trace.path)
+    (trace.path / RESUME).unlink(missing_ok=True)
     checkpoint = origin_of(model).checkpoint
     checkpoint.used.update(n for n in checkpoint.names() if not any(fnmatchcase(n, pattern) for pattern in aside))
     return checkpoint.report(aside)

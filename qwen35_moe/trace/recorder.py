@@ -102,7 +102,7 @@ class Recorder(Handler):
         if self._writer is not None and kind is None:
             self._writer.meta = self.meta
             self._writer.close()
-            self.trace = Trace.open(self._writer.path)
+            self.trace = Trace.open(self._writer.out)
 
 
 def record(patterns: Patterns = "*", **options: Any) -> Recorder:

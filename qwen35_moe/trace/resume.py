@@ -1,13 +1,9 @@
-"""What a run over layers leaves, so that a later one goes on from there, and only if it is the same.
+"""The state of an unfinished trace, from which a later run continues if it is equal to the first.
 
-Beside the trace's files (`oracle/trace_file.py`) lies `resume.safetensors` until all layers are done:
+`OUT/partial/resume.safetensors` is written after each layer; in OUT it stays beside a trace of the first layers.
 
-    sum [B, T, D]     the residual stream after the last layer that is done, as the next one takes it (not yet rounded)
-    __metadata__      `State` as JSON: run: what must be the same for the bytes to be (`run_of`); next: the layer to go
-                      on with; files: those of the trace that are done, with their
-                      sha256; unused: tensors of those layers that were never read; nan: the first tap
-                      that held one
-                      sha256: of all else that is in the file
+    sum [B, T, D]     the residual stream after the last layer that is done, before it is rounded
+    __metadata__      `State` as JSON
 """
 
 from __future__ import annotations
@@ -21,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..run.files import read_checked, save_checked
+from ..run.files import read_checked
 from ..untrusted import parse_json
-from .file import RESUME
+from .file import PARTIAL, RESUME
+from .writer import TraceWriter
 
 
 def run_of(meta: dict[str, Any], device: str, **more: Any) -> str:
@@ -60,7 +57,8 @@ def _on_threads(then: object) -> str:
 
 @dataclass
 class State:
-    """What `resume.safetensors` says beside the residual stream."""
+    """run: what must be equal for equal bytes (`run_of`). next: the layer to continue with. files: finished files and
+    their sha256. nan: the first tap that held NaN. unused: tensors that no layer read."""
 
     run: str
     next: int = 0
@@ -68,20 +66,22 @@ class State:
     nan: str = ""
     unused: list[str] = field(default_factory=list)
 
-    def write(self, out: Path, sum_BTD: Tensor) -> None:
-        save_checked({"sum": sum_BTD.cpu().contiguous()}, out / RESUME, {"state": json.dumps(asdict(self))})
+    def write(self, writer: TraceWriter, sum_BTD: Tensor) -> None:
+        writer.save_state({"sum": sum_BTD.cpu().contiguous()}, {"state": json.dumps(asdict(self))})
 
-    def resumed(self, out: Path) -> tuple[State, Tensor | None]:
-        """That of an earlier run, which must be the same as this is to be, and its residual stream."""
-        if not (out / RESUME).is_file():
-            return self, None  # killed before the first layer was done, or never begun
+    def resumed(self, out: Path) -> tuple[State, Tensor | None, Path | None]:
+        """The state of an earlier run, which must be equal to this one, its residual stream, and the folder of both:
+        OUT/partial, or OUT for a trace of the first layers."""
+        folder = next((folder for folder in (out / PARTIAL, out) if (folder / RESUME).is_file()), None)
+        if folder is None:
+            return self, None, None  # killed before the first layer was done, or never begun
         do = "start without --resume"
         try:
-            metadata, tensors = read_checked(out / RESUME, do)
-            then, sum_BTD = State(**parse_json(metadata["state"].encode(), out / RESUME)), tensors["sum"]
+            metadata, tensors = read_checked(folder / RESUME, do)
+            then, sum_BTD = State(**parse_json(metadata["state"].encode(), folder / RESUME)), tensors["sum"]
             if any(type(value) is not type(getattr(self, name)) for name, value in asdict(then).items()):
                 raise TypeError("values of wrong types")
         except (KeyError, TypeError) as error:
-            raise Qwen35Error("cannot read the state", where=out / RESUME, found=error, do=do) from error
+            raise Qwen35Error("cannot read the state", where=folder / RESUME, found=error, do=do) from error
         check_same(out, then.run, self.run)
-        return then, sum_BTD
+        return then, sum_BTD, folder
