@@ -20,7 +20,19 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..numerics.taps import Site
 from ..run.files import check_claim, check_sha256, checked, file_sha256, save, whole
-from .file import CHUNK_BYTES, FORMAT, PARTIAL, RESUME, SUM_BEGINS, VERSION, Entry, Trace, entries_of, in_utf8, records_of
+from .file import (
+    CHUNK_BYTES,
+    FORMAT,
+    PARTIAL,
+    RESUME,
+    SUM_BEGINS,
+    VERSION,
+    Entry,
+    Trace,
+    entries_of,
+    in_utf8,
+    records_of,
+)
 from .folder import HEAD_FILE, check_ours, finish, link, remove_older
 
 
