@@ -147,6 +147,7 @@ OPEN_HERE = {
     "testing.drawn": "the package's own configurations",
     "testing.gate": "the package's own configurations",
     "oracle.judge.envelope_file": "parses what its checksum covers",
+    "trace.folder": "the first 64 bytes of a regular file",
     "trace.resume": "parses what this process has written",
     "trace.writer": "writes",
 }
@@ -183,7 +184,6 @@ LONG_FILES = frozenset(
         "oracle.judge.records",
         "oracle.judge.rerun",
         "trace.file",
-        "trace.writer",
     ]
 )
 LONG_FUNCTIONS = frozenset(
@@ -227,7 +227,6 @@ SHARED_NAMES = frozenset(
         "Finding",
         "Hypothesis",
         "IDS",
-        "JOINED",
         "Json",
         "LARGEST",
         "LAYER",
