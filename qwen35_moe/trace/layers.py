@@ -57,9 +57,9 @@ def trace_layers(
 ) -> tuple[Trace, UsageReport]:
     """As `trace`, for one forward pass over ids [B, T]: to a directory, and it can be resumed.
 
-    last: the last layer to compute; None: all layers, norm and head. resume: continue after the last layer of an earlier
-    run, which was killed or had a smaller `last`; the bytes are those of an undisturbed run. label: begins each line of
-    progress. images: take the place of placeholders. drafts: see `trace_drafts`.
+    last: the last layer to compute; None: all layers, norm and head. resume: continue after the last layer of an
+    earlier run, which was killed or had a smaller `last`; the bytes are those of an undisturbed run. label: begins each
+    line of progress. images: take the place of placeholders. drafts: see `trace_drafts`.
     Error: disk full, unreadable shard (what is done can be resumed); another run's state.
     """
     out, count = Path(out), len(model.layers)
