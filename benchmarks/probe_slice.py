@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.probe_power import ENGINES, PROMPTS, named, seen
 from qwen35_moe.numerics.tables import SGLANG_BF16
 from qwen35_moe.oracle.judge.where import Where
+from qwen35_moe.oracle.servers.dialects import NEW
 from qwen35_moe.oracle.servers.judge import Judge
 from qwen35_moe.oracle.servers.probe import How, Prepared, prepare
 from qwen35_moe.oracle.servers.prompts import drawn
@@ -34,11 +35,10 @@ from qwen35_moe.oracle.servers.verdict import Told, decide
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.run.source import WeightSource
 
-NEW = 8  # tokens generated after each prompt, as `probe` asks for
-
 
 def recorded(source: WeightSource, ids: list[list[int]], device: str, top: int) -> dict[tuple[int, ...], Any]:
-    """What SGLang's /generate would answer: prompt -> JSON. The NEW tokens are drawn, not chosen."""
+    """What SGLang's /generate would answer: prompt, or some first tokens of it -> JSON. The NEW tokens are drawn, not
+    chosen."""
     more = drawn(source.config, len(ids), len(ids[0]) + NEW, seed=5)
     longer = [[*one, *other[len(one) :]] for one, other in zip(ids, more, strict=True)]
     fused = [False] * source.config.num_hidden_layers
@@ -50,9 +50,12 @@ def recorded(source: WeightSource, ids: list[list[int]], device: str, top: int) 
         x = torch.cat([part.cpu() for _, part in replay.log_p(branch, rows)])
         given = [[None, one[0], None], *([float(x[t, i]), i, None] for t, i in enumerate(one[1:]))]
         likely = [[[float(v), int(i), None] for v, i in zip(*row.topk(top), strict=True)] for row in x]
-        meta = {"input_token_logprobs": given[:n], "input_top_logprobs": [None, *likely][:n],
-                "output_token_logprobs": given[n:], "output_top_logprobs": [None, *likely][n:]}  # fmt: skip
-        answers[tuple(one[:n])] = {"text": "", "output_ids": one[n:], "meta_info": meta}
+        tops = [None, *likely]
+        for end in range(1, n + 1):
+            start, stop = (0, len(one)) if end == n else (end, end + 1)
+            meta = {"input_token_logprobs": given[start:end], "input_top_logprobs": tops[start:end],
+                    "output_token_logprobs": given[end:stop], "output_top_logprobs": tops[end:stop]}  # fmt: skip
+            answers[tuple(one[:end])] = {"text": "", "output_ids": one[end:stop], "meta_info": meta}
     return answers
 
 

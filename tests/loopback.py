@@ -30,6 +30,8 @@ def serving(reply: Callable[[str, Any, dict[str, str]], Reply]) -> Iterator[str]
                 self.send_response(status)
                 if 300 <= status < 400:
                     self.send_header("Location", content["to"])
+                if status == 429:
+                    self.send_header("Retry-After", "1")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -64,16 +66,18 @@ class Dialects:
     def __call__(self, path: str, body: Any, _: dict[str, str]) -> Reply:
         self.requests.append((path, body))
         if path == "/v1/models":
-            owner = {"vllm": "vllm", "sglang": "sglang", "llama.cpp": "llamacpp", "openai": "me"}[self.engine]
+            owner = {"llama.cpp": "llamacpp", "openai": "me", "trtllm": "tensorrt_llm"}.get(self.engine, self.engine)
             return 200, {"object": "list", "data": [{"id": "served", "object": "model", "owned_by": owner}]}
         wanted = {"sglang": "/generate", "llama.cpp": "/completion"}.get(self.engine, "/v1/completions")
         if path != wanted:
             return 404, {"error": {"message": "no such path"}}
-        if self.engine == "openai" and {"prompt_logprobs", "return_token_ids"} & body.keys():
+        unknown = {"openai": {"prompt_logprobs", "return_token_ids"},
+                   "trtllm": {"prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids"}}  # fmt: skip
+        if unknown.get(self.engine, set()) & body.keys():
             return 400, {"error": {"message": "unknown field"}}
-        return 200, {"sglang": self._sglang, "vllm": self._vllm, "llama.cpp": self._llama, "openai": self._openai}[
-            self.engine
-        ](body)
+        answer = {"sglang": self._sglang, "vllm": self._vllm, "llama.cpp": self._llama, "openai": self._openai,
+                  "trtllm": self._trtllm}  # fmt: skip
+        return 200, answer[self.engine](body)
 
     def _continued(self, ids: list[int], new: int) -> tuple[list[int], Tensor]:
         """Greedy tokens, and log p [T + new, V] of all."""
@@ -93,7 +97,8 @@ class Dialects:
             given = [[None, said[0], None]] + [[float(log_p[t, i]), said[t + 1], None] for t, i in enumerate(every[1:])]
             top = [None, *([[float(x), int(i), None] for x, i in zip(*row.topk(k), strict=True)] for row in log_p)]
             n = len(ids)
-            meta = {"input_token_logprobs": given[:n], "input_top_logprobs": top[:n],
+            first = 0 if body["logprob_start_len"] == 0 else n
+            meta = {"input_token_logprobs": given[first:n], "input_top_logprobs": top[first:n],
                     "output_token_logprobs": given[n:], "output_top_logprobs": top[n : len(every)]}  # fmt: skip
             out.append({"text": "", "output_ids": every[n:], "meta_info": meta})
         return out if many else out[0]
@@ -101,7 +106,7 @@ class Dialects:
     def _vllm(self, body: Any) -> Any:
         prompts = body["prompt"]
         many = isinstance(prompts[0], list)
-        self.batch, k = len(prompts) if many else 1, body["prompt_logprobs"]
+        self.batch, k = len(prompts) if many else 1, body["logprobs"]
         choices = []
         for n, ids in enumerate(prompts if many else [prompts]):
             every, log_p = self._continued(ids, body["max_tokens"])
@@ -114,7 +119,8 @@ class Dialects:
             names = [f"token_id:{i}" for i in every[len(ids) :]]
             log = {"tokens": names, "token_logprobs": [t[i] for t, i in zip(tops, names, strict=True)],
                    "top_logprobs": tops}  # fmt: skip
-            choices.append({"index": n, "prompt_logprobs": rows[: len(ids)], "prompt_token_ids": ids, "logprobs": log,
+            told = {"prompt_logprobs": rows[: len(ids)]} if "prompt_logprobs" in body else {}
+            choices.append({"index": n, **told, "prompt_token_ids": ids, "logprobs": log,
                             "token_ids": every[len(ids) :]})  # fmt: skip
         return {"object": "text_completion", "choices": choices}
 
@@ -131,6 +137,15 @@ class Dialects:
         if best < 128:  # above, a token is part of a character, and nothing is told
             found["completion_probabilities"] = [self._entry(row, body["n_probs"], lambda i: {"id": i}, best)]
         return found
+
+    def _trtllm(self, body: Any) -> Any:
+        """Texts are keys; the only id is that of the token that was generated, where it is not detokenised."""
+        row = self.log_p(body["prompt"])[-1]
+        best, top = int(row.argmax()), row.topk(body["logprobs"])
+        log = {"tokens": ["x"], "token_logprobs": [float(row[best])], "text_offset": [0],
+               "top_logprobs": [{f"t{int(i) % 9}": float(x) for x, i in zip(*top, strict=True)}]}  # fmt: skip
+        choice = {"index": 0, "text": "", "logprobs": log} | ({} if body["detokenize"] else {"token_ids": [best]})
+        return {"object": "text_completion", "choices": [choice]}
 
     def _openai(self, body: Any) -> Any:
         row = self.log_p(body["prompt"])[-1]

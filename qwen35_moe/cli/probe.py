@@ -123,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
     for n, one in enumerate(ids):
         answers += asker.ask([one])
         progress(n + 1, len(ids))
+    answers += asker.grown(ids[0], 1) if asker.dialect.whole else []  # from cached states, which prompts do not show
     found = buckets(asker, ids[0], args.batch, typical) if args.batch else []
     return report(known.judge(answers), args, found)
 

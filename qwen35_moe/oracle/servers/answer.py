@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ...errors import Qwen35Error
 
+API_KEY = "QWEN35_MOE_API_KEY"
 UNKNOWN = -1  # an id that the answer does not tell
 LEAST = -9000.0  # SGLang and vLLM write -9999 for log 0
 MOST = 1e-3  # a log p above 0 by more than float noise is none
@@ -54,9 +56,19 @@ def bad(what: str, where: str, found: Any = "", expected: str = "", do: str = ""
     return Qwen35Error(what, where=where, found=clean(found), expected=expected, do=do)
 
 
+def secret() -> str:
+    """The API key, which no message shows. Error: one that cannot stand in a header."""
+    key = os.environ.get(API_KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise Qwen35Error("no API key", where=API_KEY, expected="printable ASCII on one line")
+    return key
+
+
 def clean(found: Any, most: int = 160) -> str:
-    """A stranger's text on one line."""
-    text = "".join(c if c.isprintable() else " " for c in str(found)[: 4 * most])
+    """A stranger's text on one line, without our key."""
+    text, key = str(found)[: 64 * most], os.environ.get(API_KEY, "").strip()
+    text = text.replace(key, "***") if key else text
+    text = "".join(c if c.isprintable() else " " for c in text[: 4 * most])
     return text if len(text) <= most else f"{text[:most]}..."
 
 

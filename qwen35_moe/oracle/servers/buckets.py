@@ -1,4 +1,4 @@
-"""The same tokens in other company: alone, n times in one batch, cut to n tokens, and once more.
+"""The same tokens in other company: alone, n times in one batch, cut to n tokens, fed n at a time, and once more.
 
 A kernel is chosen by the number of tokens that it is given; one that is wrong for a few of these numbers hides from a
 single request. Nothing of the truth is needed: an engine is held against itself, in units of what legal orders of
@@ -45,6 +45,8 @@ def buckets(asker: Asker, prompt: Sequence[int], sizes: Sequence[int], typical: 
     for n in sizes:
         cut = asker.together([prompt[:n]], 1)
         found.append(_bucket(f"{n} tokens alone", alone, [_rows(cut, 0)], typical))
+        fed = [_rows([a], 0) for a in asker.grown(prompt, n)]
+        found.append(_bucket(f"fed {n} at a time", alone, fed, typical))
         if n == 1:
             continue
         many = asker.together([prompt] * n, NEW)

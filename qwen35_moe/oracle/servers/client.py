@@ -9,29 +9,27 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 from ...errors import Qwen35Error
 from ...untrusted import parse_json
-from .answer import clean
+from .answer import API_KEY, clean, secret
 
-API_KEY = "QWEN35_MOE_API_KEY"
 LARGEST = 1 << 28  # bytes of an answer: all of a vocabulary of 250,000 for 100 tokens
 RETRIES, PAUSE = 2, 0.5  # further attempts, and seconds before the first of them; twice as long before the next
+MOST_PAUSE = 30.0  # seconds, however long a server wants us to wait ("Retry-After")
 AGAIN = (429, 500, 502, 503, 504)
 
 
 class Refused(Qwen35Error):
-    """The server understood, and said no: `status`."""
-
-    status = 0
+    """The server understood, and said no."""
 
 
 class Server:
@@ -55,68 +53,53 @@ class Server:
 
     def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """POST of a JSON body, or GET without one. Errors: down, slow, refused, too large, not JSON."""
+        where = f"{self.url}{path}"
         for attempt in range(self.retries + 1):
+            pause = PAUSE * 2**attempt
             try:
-                status, data = self._once(path, body)
+                status, data, later = self._once(path, body)
             except TimeoutError as error:
-                failed = Qwen35Error(
-                    "the server is slow",
-                    where=f"{self.url}{path}",
-                    found=clean(error),
-                    expected=f"an answer within {self.timeout:g} s",
-                    do="raise --timeout, or ask less",
-                )
+                expected, do = f"an answer within {self.timeout:g} s", "raise --timeout, or ask less"
+                failed = Qwen35Error("the server is slow", where=where, found=clean(error), expected=expected, do=do)
             except (OSError, http.client.HTTPException) as error:
+                found = clean(str(error) or type(error).__name__)
                 failed = Qwen35Error(
-                    "the server cannot be reached",
-                    where=f"{self.url}{path}",
-                    found=clean(str(error) or type(error).__name__),
-                    do="check URL and server",
+                    "the server cannot be reached", where=where, found=found, do="check URL and server"
                 )
             else:
                 if status == 200:
-                    return parse_json(data, f"{self.url}{path}")
-                failed = self._refused(path, status, data)
+                    return parse_json(data, where)
+                failed = self._refused(where, status, data)
                 if status not in AGAIN:
                     raise failed
+                pause = max(pause, min(later, MOST_PAUSE))
             if attempt < self.retries:
-                time.sleep(PAUSE * 2**attempt)
+                time.sleep(pause)
         raise failed
 
-    def _refused(self, path: str, status: int, data: bytes) -> Refused:
-        key = os.environ.get(API_KEY)
-        text = data[:4096].decode("utf-8", "replace")
-        said = clean(text.replace(key, "***") if key else text)
+    def _refused(self, where: str, status: int, data: bytes) -> Refused:
         do = {401: f"set {API_KEY}", 403: f"set {API_KEY}"}.get(status, "")
         if 300 <= status < 400:
             do = "redirects are not followed: give the address that it leads to"
-        error = Refused("the server refused", where=f"{self.url}{path}", found=f"{status} {said}", do=do)
-        error.status = status
-        return error
+        said = clean(data[:4096].decode("utf-8", "replace"))
+        return Refused("the server refused", where=where, found=f"{status} {said}", do=do)
 
-    def _once(self, path: str, body: Mapping[str, Any] | None) -> tuple[int, bytes]:
-        connection = (
-            http.client.HTTPSConnection(
-                self.host, self.port, timeout=self.timeout, context=ssl.create_default_context()
-            )
-            if self.tls
-            else http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
-        )
-        late = threading.Event()
-        headers = {"Accept": "application/json", "Connection": "close"}
-        if key := os.environ.get(API_KEY):
-            headers["Authorization"] = f"Bearer {key}"
+    def _once(self, path: str, body: Mapping[str, Any] | None) -> tuple[int, bytes, float]:
+        """Status, body, and seconds that the server wants us to wait."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
+        if self.tls:
+            safe = ssl.create_default_context()
+            connection = http.client.HTTPSConnection(self.host, self.port, timeout=self.timeout, context=safe)
         data = None if body is None else json.dumps(body).encode()
-        if data is not None:
-            headers["Content-Type"] = "application/json"
+        late, key = threading.Event(), secret()
+        headers = {"Accept": "application/json", "Connection": "close", "Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {key}"} if key else {}
 
         def end() -> None:
             late.set()
             if connection.sock is not None:
-                try:
+                with suppress(OSError):  # closed already
                     connection.sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    return  # closed already
 
         timer = threading.Timer(self.timeout, end)
         timer.daemon = True
@@ -127,14 +110,8 @@ class Server:
             found = response.read(self.largest + 1)
             if late.is_set():
                 raise TimeoutError("cut off")
-            if len(found) > self.largest:
-                raise Qwen35Error(
-                    "the answer is too large",
-                    where=f"{self.url}{path}",
-                    expected=f"at most {self.largest} bytes",
-                    do="ask for fewer tokens, or --top less",
-                )
-            return response.status, found
+            if response.length and len(found) <= self.largest:
+                raise http.client.IncompleteRead(b"", response.length)
         except (OSError, http.client.HTTPException) as error:
             if late.is_set():
                 raise TimeoutError(str(error)) from error
@@ -142,3 +119,9 @@ class Server:
         finally:
             timer.cancel()
             connection.close()
+        if len(found) > self.largest:
+            expected, do = f"at most {self.largest} bytes", "ask for fewer tokens, or --top less"
+            raise Qwen35Error("the answer is too large", where=f"{self.url}{path}", expected=expected, do=do)
+        wait = response.headers.get("Retry-After", "")
+        seconds = float(wait) if wait.isascii() and wait.isdigit() else 0.0
+        return response.status, found, seconds

@@ -1,10 +1,21 @@
-"""What is asked of each engine: requests with ids, and how to tell the engines apart."""
+"""What is asked of each engine: requests with ids, and how to tell the engines apart.
+
+    engine     its owned_by     path              log p of the prompt
+    SGLang     sglang           /generate         in one request, with what is generated
+    vLLM       vllm             /v1/completions   in one request, with what is generated
+    llama.cpp  llamacpp         /completion       one request a token
+    TRT-LLM    tensorrt_llm     /v1/completions   one request a token; only that of the likeliest token has an id
+    others     -                /v1/completions   one request a token, if tokens come as "token_id:N"
+
+Temperature is 0 where log p are told before it, and 1, which changes nothing, where that is not known.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,97 +24,132 @@ from .answer import NO_LOG_P, Answer, clean
 from .client import Refused, Server
 from .readers import from_json
 
-APIS = ("sglang", "vllm", "llama.cpp", "openai")
 ALL = -1  # of `top`: the whole vocabulary
-NEW = 8  # tokens generated after each prompt, by engines that tell a prompt's log p in one request
+NEW = 24  # tokens generated after each prompt, where prompts are told in one request: 8 prompts make 184 decode steps
 ASCII = 65  # ids of llama-server's texts are not known; this one is a letter in byte-level vocabularies
 
 Ids = Sequence[int]
-Save = Callable[[dict[str, Any]], None]
+Json = dict[str, Any]
+Save = Callable[[Json], None]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """body(ids or lists of ids, tokens to generate, likeliest tokens, the model's name, whether log p of the prompt are
+    asked for). `whole`: those come in one request."""
+
+    owner: str
+    path: str
+    body: Callable[[Any, int, int, str, bool], Json]
+    whole: bool = False
+    named: bool = False  # the model's name must be in the request
+
+
+def _sglang(ids: Any, new: int, top: int, _: str, prompt: bool) -> Json:
+    return {"input_ids": ids, "return_logprob": True, "logprob_start_len": 0 if prompt else -1, "top_logprobs_num": top,
+            "sampling_params": {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}}  # fmt: skip
+
+
+def _vllm(ids: Any, new: int, top: int, model: str, prompt: bool) -> Json:
+    return {"model": model, "prompt": ids, "max_tokens": new, "temperature": 0, "logprobs": top, "ignore_eos": True,
+            "return_token_ids": True, "return_tokens_as_token_ids": True,
+            **({"prompt_logprobs": top} if prompt else {})}  # fmt: skip
+
+
+def _llama(ids: Any, new: int, top: int, _: str, __: bool) -> Json:
+    return {"prompt": ids, "n_predict": new, "temperature": 0, "n_probs": top, "cache_prompt": True,
+            "return_tokens": True}  # fmt: skip
+
+
+def _trtllm(ids: Any, new: int, top: int, model: str, _: bool) -> Json:
+    return {"model": model, "prompt": ids, "max_tokens": new, "temperature": 1, "top_k": 1, "logprobs": top,
+            "detokenize": False, "add_special_tokens": False}  # fmt: skip
+
+
+def _openai(ids: Any, new: int, top: int, model: str, _: bool) -> Json:
+    return {"model": model, "prompt": ids, "max_tokens": new, "temperature": 0, "logprobs": top,
+            "return_tokens_as_token_ids": True}  # fmt: skip
+
+
+DIALECTS = {
+    "sglang": Dialect("sglang", "/generate", _sglang, whole=True),
+    "vllm": Dialect("vllm", "/v1/completions", _vllm, whole=True, named=True),
+    "llama.cpp": Dialect("llamacpp", "/completion", _llama),
+    "trtllm": Dialect("tensorrt_llm", "/v1/completions", _trtllm, named=True),
+    "openai": Dialect("", "/v1/completions", _openai, named=True),
+}
+APIS = tuple(DIALECTS)
 
 
 class Asker:
     """Asks one server. `save` is handed every {"request", "status", "response"}."""
 
     def __init__(self, server: Server, api: str, top: int, vocab: int, model: str = "", save: Save = lambda _: None):
-        self.server, self.top, self.vocab, self.model, self.save = server, top, vocab, model, save
+        self.server, self.save = server, save
         self.api = detect(server) if api == "auto" else api
-        if self.api in ("vllm", "openai"):
-            self.model = model or served(server)
+        self.dialect = DIALECTS[self.api]
+        self.top = vocab if top == ALL and self.api != "vllm" else top
+        self.model = model or (served(server) if self.dialect.named else "")
 
     def ask(self, prompts: Sequence[Ids]) -> Iterator[Answer]:
         """Answers for each prompt, one request each, or one request a token."""
         for ids in prompts:
-            if self.api in ("sglang", "vllm"):
-                yield from self.together([ids], NEW)
-            else:
-                yield from self._one_by_one(ids)
+            yield from self.together([ids], NEW) if self.dialect.whole else self.grown(ids, 1)
 
     def together(self, prompts: Sequence[Ids], new: int = 1) -> list[Answer]:
         """All prompts in one request, so that the engine may run them as one batch, and `new` tokens after each."""
-        if self.api == "sglang":
-            return self._post("/generate", self._sglang(prompts, new))
-        if self.api == "vllm":
-            return self._post("/v1/completions", self._vllm(prompts, new))
-        raise Qwen35Error("no batch in one request", where="--batch", found=self.api, expected="sglang or vllm")
+        if not self.dialect.whole:
+            raise Qwen35Error("no batch in one request", where="--batch", found=self.api, expected="sglang or vllm")
+        return self._post([list(p) for p in prompts] if len(prompts) > 1 else list(prompts[0]), new, True)
 
-    def _post(self, path: str, body: dict[str, Any]) -> list[Answer]:
+    def grown(self, ids: Ids, step: int) -> Iterator[Answer]:
+        """The prompt fed `step` tokens at a time, each request with all tokens before it, which the engine may have
+        cached: log p of what comes next, and none of the prompt, since for those an engine computes all anew."""
+        for end in range(step, len(ids), step):
+            yield from self._post(list(ids[:end]), 1, False)
+
+    def _post(self, ids: list[Any], new: int, prompt: bool) -> list[Answer]:
+        body = self.dialect.body(ids, new, self.top, self.model, prompt)
+        try:
+            return self._sent(body)
+        except Qwen35Error as error:
+            if error.what != NO_LOG_P or self.api != "llama.cpp":
+                raise
+            # The token ended inside of a character. A bias moves no reported value: those are before samplers.
+            return self._sent(body | {"logit_bias": [[ASCII, 1000]]})
+
+    def _sent(self, body: Json) -> list[Answer]:
+        path = self.dialect.path
         response = self.server.call(path, body)
         self.save({"request": {"POST": path, **body}, "status": 200, "response": response})
         return from_json(response, f"{self.server.url}{path}", body)
 
-    def _sglang(self, prompts: Sequence[Ids], new: int) -> dict[str, Any]:
-        ids = [list(p) for p in prompts]
-        return {"input_ids": ids if len(ids) > 1 else ids[0], "return_logprob": True, "logprob_start_len": 0,
-                "top_logprobs_num": self.vocab if self.top == ALL else self.top,
-                "sampling_params": {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}}  # fmt: skip
 
-    def _vllm(self, prompts: Sequence[Ids], new: int) -> dict[str, Any]:
-        ids = [list(p) for p in prompts]
-        return {"model": self.model, "prompt": ids if len(ids) > 1 else ids[0], "max_tokens": new, "temperature": 0,
-                "prompt_logprobs": self.top, "logprobs": self.top, "return_token_ids": True, "ignore_eos": True,
-                "return_tokens_as_token_ids": True}  # fmt: skip
-
-    def _one_by_one(self, ids: Ids) -> Iterator[Answer]:
-        count = self.vocab if self.top == ALL else self.top
-        for end in range(1, len(ids)):
-            if self.api == "llama.cpp":
-                body = {"prompt": list(ids[:end]), "n_predict": 1, "temperature": 0, "n_probs": count,
-                        "cache_prompt": True, "return_tokens": True}  # fmt: skip
-                try:
-                    yield from self._post("/completion", body)
-                except Qwen35Error as error:
-                    if error.what != NO_LOG_P:
-                        raise
-                    # The token ended inside of a character. A bias moves no reported value: those are before samplers.
-                    yield from self._post("/completion", body | {"logit_bias": [[ASCII, 1000]]})
-            else:
-                body = {"model": self.model, "prompt": list(ids[:end]), "max_tokens": 1, "temperature": 0,
-                        "logprobs": count, "return_tokens_as_token_ids": True}  # fmt: skip
-                yield from self._post("/v1/completions", body)
-
-
-def _tried(server: Server, path: str) -> Any:
-    """What is there, or None; a server that is down is an error all the same."""
+def _tried(server: Server, path: str) -> Json:
+    """What is there, if it is an object; a server that is down is an error all the same."""
     with suppress(Refused):
-        return server.call(path)
-    return None
+        found = server.call(path)
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _models(found: Json) -> list[Json]:
+    entries = found.get("data")
+    return [m for m in entries if isinstance(m, dict)] if isinstance(entries, list) else []
 
 
 def detect(server: Server) -> str:
-    """Which engine answers. Sources: vLLM's and llama.cpp's `owned_by`, SGLang's /server_info, llama.cpp's /props."""
-    models = _tried(server, "/v1/models")
-    entries = models.get("data") if isinstance(models, dict) else None
-    owners = {str(m.get("owned_by")) for m in entries if isinstance(m, dict)} if isinstance(entries, list) else set()
-    for owner, api in (("vllm", "vllm"), ("sglang", "sglang"), ("llamacpp", "llama.cpp")):
-        if owner in owners:
+    """Which engine answers. Sources: `owned_by` of each; SGLang's /server_info, llama.cpp's /props."""
+    models = _models(_tried(server, "/v1/models"))
+    owners = {str(m.get("owned_by")) for m in models}
+    for api, dialect in DIALECTS.items():
+        if dialect.owner in owners and dialect.owner:
             return api
     for path, key, api in (("/server_info", "model_path", "sglang"), ("/get_server_info", "model_path", "sglang"),
                            ("/props", "default_generation_settings", "llama.cpp")):  # fmt: skip
-        found = _tried(server, path)
-        if isinstance(found, dict) and key in found:
+        if key in _tried(server, path):
             return api
-    if entries:
+    if models:
         return "openai"
     raise Qwen35Error("which engine this is cannot be told", where=server.url, do=f"say --api {' | '.join(APIS)}")
 
@@ -111,8 +157,7 @@ def detect(server: Server) -> str:
 def served(server: Server) -> str:
     """The name of the model that is served: the only one, or an error that lists them."""
     found = server.call("/v1/models")
-    entries = found.get("data") if isinstance(found, dict) else None
-    names = [m["id"] for m in entries or () if isinstance(m, dict) and isinstance(m.get("id"), str)]
+    names = [m["id"] for m in _models(found if isinstance(found, dict) else {}) if isinstance(m.get("id"), str)]
     if len(names) != 1:
         listed = ", ".join(clean(name, 40) for name in names[:8]) or "none"
         raise Qwen35Error("which model shall be asked?", where=server.url, found=listed, do="say --model NAME")
@@ -123,7 +168,7 @@ def saver(path: Path) -> Save:
     """One line a request, at once: what was answered stays when the next request fails."""
     path.write_text("", encoding="utf-8")
 
-    def save(entry: dict[str, Any]) -> None:
+    def save(entry: Json) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 

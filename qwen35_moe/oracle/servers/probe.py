@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
@@ -13,11 +14,11 @@ from ...run.source import WeightSource
 from ..judge.envelope import declared, legal
 from ..judge.split_k import samples
 from ..judge.where import HERE, Where
-from .answer import Answer
+from .answer import Answer, Row
 from .judge import Judge, Positions
 from .replay import Branch, Hypothesis, Replay, hypotheses
 from .routing import judge_routing
-from .verdict import Verdict, decide, told
+from .verdict import Told, Verdict, decide, told
 
 MORE = 4  # legal arithmetics besides those of the envelope: their products in other orders
 FEWEST = 16  # positions of generated tokens that are worth a truth of their own
@@ -76,29 +77,43 @@ class Prepared:
 
     def judge(self, answers: Sequence[Answer]) -> Verdict:
         """The verdict. Raises Qwen35Error where the answers are of other tokens, or of another model."""
-        asked, longer = self._parts(answers)
-        found = told(asked, self.ids, self.replay.config.vocab_size)
-        width = self.replay.ids.shape[1]
-        wrong, said = judge_routing(answers, self.ids, width, self.branches, self.members)
-        verdict = decide(Judge(self.replay, self.branches, self.members, found.at), found, wrong)
-        verdict.evidence += said
+        asked, again, longer = self._parts(answers)
+        verdict, found = self._judged(asked, routed=True)
         if found.whole is not None:
             at, log_p = found.whole
             off = (log_p - self.replay.gather(self.branches[0], at.rows, at.ids)).abs()[at.known]
             verdict.evidence.append(
                 f"all {len(off)} log p told: |delta| median {float(off.median()):.2g}, largest {float(off.max()):.2g}"
             )
+        if again:
+            verdict.add("asked again", self._judged(again)[0])
         return self._with_decode(verdict, longer)
 
-    def _parts(self, answers: Sequence[Answer]) -> tuple[list[Answer], list[Answer]]:
-        """Answers up to the end of their prompt, and what comes after the first generated token."""
-        asked, longer = list[Answer](), list[Answer]()
+    def _judged(self, answers: Sequence[Answer], routed: bool = False) -> tuple[Verdict, Told]:
+        found = told(answers, self.ids, self.replay.config.vocab_size)
+        width = self.replay.ids.shape[1]
+        wrong, said = judge_routing(answers if routed else [], self.ids, width, self.branches, self.members)
+        verdict = decide(Judge(self.replay, self.branches, self.members, found.at), found, wrong)
+        verdict.evidence += said
+        return verdict, found
+
+    def _parts(self, answers: Sequence[Answer]) -> tuple[list[Answer], list[Answer], list[Answer]]:
+        """What is told of prompts for the first time, what is told again (of the same tokens, perhaps from a cache),
+        and what comes after the first generated token."""
+        seen = set[tuple[int, int]]()
+        parts: tuple[list[Answer], list[Answer], list[Answer]] = [], [], []
         for answer in answers:
             n = next((len(p) for p in self.ids if answer.ids[: len(p)] == p), len(answer.ids))
-            asked.append(replace(answer, rows=[r for r in answer.rows if r.place <= n]))
-            if rows := [r for r in answer.rows if r.place > n and r.log_p]:
-                longer.append(replace(answer, rows=rows))
-        return asked, longer
+            before = [*accumulate(answer.ids, lambda h, i: hash((h, i)), initial=0)]
+            rows: tuple[list[Row], list[Row], list[Row]] = [], [], []
+            for row in (r for r in answer.rows if r.log_p or 0 < r.place <= n):
+                key = row.place, before[row.place]
+                rows[2 if row.place > n else 1 if key in seen else 0].append(row)
+                seen |= {key} if row.log_p else set()
+            for kept, some in zip(parts, rows, strict=True):
+                if some or kept is parts[0]:
+                    kept.append(replace(answer, rows=some))
+        return parts
 
     def _with_decode(self, verdict: Verdict, longer: Sequence[Answer]) -> Verdict:
         """The verdict, and what the generated tokens say, which come from other kernels and from cached states. Their
@@ -112,9 +127,7 @@ class Prepared:
         found = told(longer, known.ids, r.config.vocab_size)
         wrong, _ = judge_routing(longer, known.ids, known.replay.ids.shape[1], known.branches, known.members)
         decode = decide(Judge(known.replay, known.branches, known.members, found.at), found, wrong)
-        verdict.evidence += [f"generated tokens, {decode.positions}: {line}" for line in decode.evidence]
-        if decode.finding == "diverges" and verdict.finding != "diverges":
-            verdict.finding, verdict.why = "diverges", f"in decode: {decode.why}"
+        verdict.add("in decode", decode)
         return verdict
 
 

@@ -13,8 +13,7 @@ from typing import Any
 from ...errors import Qwen35Error
 from ...untrusted import parse_json, read_bytes
 from .answer import NO_LOG_P, UNKNOWN, Answer, Row, agreed, bad, ids_in, listed, mapping, number, prompt_of, row, token
-from .routed import from_npy
-from .sglang import sglang
+from .routed import from_base64, from_npy
 
 Json = Mapping[str, Any]
 LARGEST = 1 << 30  # bytes of a file of answers
@@ -75,6 +74,53 @@ def _requests(request: Json | None, count: int) -> list[Json]:
     return [request or {}] * count
 
 
+def sglang(found: Json, request: Json, where: str) -> Answer:
+    """/generate: [[log p, id, text], ...] of prompt and output, and the same of the likeliest. Output values are after
+    temperature: they are read at 0 (computed at 1 then) and 1."""
+    meta = mapping(found["meta_info"], where)
+    if not (isinstance(meta.get("input_token_logprobs"), list) or meta.get("output_token_logprobs")):
+        raise bad(NO_LOG_P, f"{where}: meta_info", expected="input_token_logprobs",
+                  do='ask with "return_logprob": true, "logprob_start_len": 0')  # fmt: skip
+    given = [_triple(x, where) for x in listed(meta.get("input_token_logprobs") or [], where)]
+    said = [i for i, _ in given]
+    sent = prompt_of(request, where, "input_ids")
+    if sent is None and isinstance(found.get("prompt_token_ids"), list):
+        sent = ids_in(found["prompt_token_ids"], where)
+    start = len(sent) - len(said) if sent is not None else 0  # logprob_start_len
+    if sent is not None and start < 0:
+        raise bad("the answer is for other tokens", where, f"{len(said)} tokens", f"{len(sent)} tokens")
+    clamped = list[int]()
+    ids = said if sent is None else [*sent[:start], *agreed(sent[start:], said, where, clamped)]
+    top = meta.get("input_top_logprobs") or []
+    answer = Answer("sglang", ids, [*_sglang_rows(given, top, ids, start, where)], clamped=clamped)
+    out = [_triple(x, where) for x in listed(meta.get("output_token_logprobs") or [], where)]
+    temperature = mapping(request.get("sampling_params") or {}, where).get("temperature", 0 if not request else 1)
+    if temperature in (0, 1):
+        answer.ids = [*ids, *(i for i, _ in out)]
+        tops = meta.get("output_top_logprobs") or []
+        answer.rows += _sglang_rows(out, tops, answer.ids, len(ids), where)
+    elif out:
+        answer.notes.append(f"{len(out)} generated tokens are not judged: their log p are after temperature")
+    if meta.get("routed_experts"):
+        answer.routed = from_base64(meta["routed_experts"], where)
+    return answer
+
+
+def _triple(found: Any, where: str) -> tuple[int, float | None]:
+    found = listed(found, where)
+    if len(found) < 2:
+        raise bad("not [log p, id, text]", where, found)
+    return token(found[1], where), None if found[0] is None else number(found[0], where)
+
+
+def _sglang_rows(
+    given: list[tuple[int, float | None]], tops: list[Any], ids: list[int], start: int, where: str
+) -> Iterator[Row]:
+    for i, (_, log_p) in enumerate(given):
+        top = [] if i >= len(tops) or tops[i] is None else [_triple(x, where) for x in listed(tops[i], where)]
+        yield row(start + i, [*top, (ids[start + i], log_p)], bool(top))
+
+
 def llama_cpp(found: Json, request: Json, where: str) -> Answer:
     """llama-server's /completion: what was generated, and n_probs alternatives of it. The prompt is in the request."""
     if not isinstance(found.get("completion_probabilities"), list):
@@ -133,6 +179,7 @@ def _choice(choice: Json, prompt_log_p: Any, sent: list[int] | None, request: Js
         new, more = _content(found["content"], len(ids), where)
         ids, rows = [*ids, *new], [*rows, *more]
     elif found.get("token_logprobs"):
+        found = {**found, "token_ids": choice.get("token_ids")}
         ids, rows, notes = _echo(found, ids, rows, bool(request.get("echo")), where)
     if not rows or ids is None:
         do = 'vLLM: ask with "prompt_logprobs"; others: with "logprobs", one request a token'
@@ -166,8 +213,9 @@ def _echo(
     values, names = listed(found["token_logprobs"], where), listed(found.get("tokens") or [], where)
     start = 0 if echo else len(ids or ())
     by_id = len(names) == len(values) and all(isinstance(x, str) and x.startswith("token_id:") for x in names)
-    new = [token(x, where) for x in names] if by_id else (ids or [])[start:]
-    new = new[: len(values)] if by_id or echo else []
+    given = ids_in(found["token_ids"], where) if found["token_ids"] and not echo and not by_id else []
+    new = [token(x, where) for x in names] if by_id else given if len(given) == len(values) else (ids or [])[start:]
+    new = new[: len(values)] if by_id or echo or given else []
     tops = listed(found.get("top_logprobs") or [], where)
     known = {r.place for r in rows}
     for i, (name, value) in enumerate(zip(new, values, strict=False)):
@@ -176,7 +224,7 @@ def _echo(
         pairs.append((name, None if value is None else number(value, where)))
         if start + i not in known and any(x is not None for _, x in pairs):
             rows = [*rows, row(start + i, pairs, bool(top))]
-    if by_id:
+    if by_id or given:
         if echo and ids is not None:
             agreed(ids, new[: len(ids)], where)
         ids = [*(ids or [])[:start], *new]

@@ -59,6 +59,13 @@ class Verdict:
     def exit_code(self) -> int:
         return EXIT[self.finding]
 
+    def add(self, what: str, other: Verdict) -> None:
+        """A verdict on more of the answers, `what` they are: its evidence, and its finding if that is the worse one."""
+        self.evidence += [f"{what}, {other.positions} positions: {line}" for line in other.evidence]
+        if other.finding == "diverges" and self.finding != "diverges":
+            self.finding, self.why, self.unseen = "diverges", f"{what}: {other.why}", []
+            self.alike, self.nearest, self.suspect = other.alike, other.nearest, other.suspect
+
     def to_dict(self) -> dict[str, Any]:
         records = asdict(self)
         for q in records["quantiles"]:  # JSON has no infinity
