@@ -202,9 +202,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             HERE = Setting(label, source, drawn(source.config, *PROMPTS[tokens], seed=77 + options.drawn), options.top)
             start = time.time()
             HERE.known = prepared(options.processes)
-            planted_too = {b.hypothesis.layer: b.hypothesis for b in HERE.known.branches
-                           if b.hypothesis and b.hypothesis.fault.single}  # fmt: skip
-            listed = [planted_too[h.layer] if h.fault.single else h for h in hypotheses(source)]
+            listed = [b.hypothesis for b in HERE.known.branches if b.hypothesis]  # with the expert that is busiest
             HERE.listed = some(listed, read(options.again), label) if options.again else listed
             print(f"{label}, {tokens} tokens: {len(HERE.listed)} to plant, prepared in {time.time() - start:.0f} s")
             with fork.Pool(options.processes) as pool:

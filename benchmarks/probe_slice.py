@@ -30,7 +30,7 @@ from qwen35_moe.oracle.servers.dialects import NEW
 from qwen35_moe.oracle.servers.judge import Judge
 from qwen35_moe.oracle.servers.probe import How, Prepared, prepare
 from qwen35_moe.oracle.servers.prompts import drawn
-from qwen35_moe.oracle.servers.replay import Branch, Hypothesis, Replay, hypotheses
+from qwen35_moe.oracle.servers.replay import Branch, Hypothesis, Replay
 from qwen35_moe.oracle.servers.verdict import Told, decide
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.run.source import WeightSource
@@ -99,8 +99,7 @@ def power(folder: Path, device: str, tokens: int, save: Path) -> None:
     known: Prepared = prepare(source, [False] * source.config.num_hidden_layers, ids, How(where=where))
     judge, label = known.expect(20), folder.name
     print(f"{label}, {tokens} tokens: prepared in {time.time() - start:.0f} s", flush=True)
-    busy = {b.hypothesis.layer: b.hypothesis for b in known.branches if b.hypothesis and b.hypothesis.fault.single}
-    listed = [busy[h.layer] if h.fault.single else h for h in hypotheses(source)]
+    listed = [b.hypothesis for b in known.branches if b.hypothesis]
     replay = Replay(source, known.replay.fused, torch.tensor(ids), where=where)
     broken = replay.run(ENGINES[1], [], listed)[1:]
     made: list[tuple[Branch, Hypothesis | None]] = [(b, b.hypothesis) for b in broken]

@@ -193,22 +193,20 @@ class Judge:
         return [n for n, seen in named if seen], [n for n, seen in named if not seen]
 
     def blind(self) -> str:
-        """Why nothing found here would mean little: faults in all layers that would not be seen, and about how many
-        positions would show them. Empty where all would be seen but those that only round."""
-        every = [(h, b.hypothesis) for h, b in enumerate(self.branches) if b.hypothesis and b.hypothesis.layer is None]
+        """Why nothing found here would mean little: listed faults that would not be seen, and about how many positions
+        would show them. Empty where all would be seen but those that only round."""
+        every = [(h, b.hypothesis) for h, b in enumerate(self.branches) if b.hypothesis]
         if not every:
             return "no fault was replayed, so what would be seen here is not known"
-        hidden = [(h, x.fault.name) for h, x in every if not (x.fault.rounds or bool(self.seen[h]))]
+        hidden = [(h, str(x)) for h, x in every if not (x.fault.rounds or bool(self.seen[h]))]
         if not hidden:
             return ""
         reach = float(min(self.reach[h] for h, _ in hidden))
         more = f"about {ceil_2(len(self.sigma) / reach)} positions may show them" if reach > FAINT else "ask far more"
         names = [name for _, name in hidden]
         rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        return (
-            f"{len(names)} of {len(every)} faults in all layers would not be seen in {len(self.sigma)} positions: "
-            + (f"{'; '.join(names[:3])}{rest}; {more}")
-        )
+        some = f"{'; '.join(names[:3])}{rest}"
+        return f"{len(names)} of {len(every)} faults would not be seen in {len(self.sigma)} positions: {some}; {more}"
 
 
 def ceil_2(x: float) -> int:
