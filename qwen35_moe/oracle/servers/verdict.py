@@ -1,7 +1,7 @@
 """Answers and truth, put together: which positions they share, and a verdict of three values.
 
-agrees        no test speaks against it, and the tests would have spoken: every fault that was replayed would be seen here,
-              but those that only round (a format of the cache or of the state)
+agrees        no test speaks against it, and the tests would have spoken: every replayed fault would be seen here, but
+              those that only round (a format of the cache or of the state)
 diverges      a quantile of z is surely beyond the limit, or a fault explains the answers far better than rounding does
 cannot tell   neither: too few positions, or a suspicion. A dump decides, and the layers to dump are named
 """
