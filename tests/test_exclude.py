@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwen35_moe.errors import Qwen35Error
-from qwen35_moe.gate.exclude import SEMANTICS, ExcludeList, Hit, exclude_list, substring
+from qwen35_moe.gate.exclude import ExcludeList, Hit, exclude_list
 from qwen35_moe.gate.module_names import (
     canonical,
     expand_fused,
@@ -14,6 +14,7 @@ from qwen35_moe.gate.module_names import (
     spellings,
     tells_experts_apart,
 )
+from qwen35_moe.gate.readings import SEMANTICS, substring
 
 L0 = "model.language_model.layers.0"
 BODY = f"{L0}.mlp.shared_expert.down_proj"

@@ -190,11 +190,11 @@ METHOD_ROWS: list[tuple[str, dict[str, Any] | None, str]] = [
     ("FP8 a tensor", {"quant_method": "fp8"}, "1 1 0 1 1"),
     ("compressed-tensors MXFP4", CT, "1 1 0 1 1"),
     ("compressed-tensors, body ignored: unchecked", CT | {"ignore": ["re:.*shared_expert.*"]}, "1 1 0 0 0"),
-    ("NVFP4", NV, "1 1 0 1 1"),
+    ("NVFP4: ATOM does not start", NV, "1 1 0 0 1"),
     ("NVFP4, body ignored", NV | {"ignore": ["*.mlp.shared_expert*"]}, "1 0 0 0 0"),
-    ("NVFP4, the draft's body vetoes", NV | {"ignore": ["mtp.layers.0.mlp.shared_expert.up_proj"]}, "1 0 0 1 1"),
-    ("NVFP4, all of the draft", NV | {"exclude_modules": ["mtp*"]}, "1 1 0 1 1"),
-    ("GPTQ, body kept", {"quant_method": "gptq", "bits": 4, "dynamic": {"-:.*shared_expert.*": {}}}, "1 1 0 0 0"),
+    ("NVFP4, the draft's body vetoes", NV | {"ignore": ["mtp.layers.0.mlp.shared_expert.up_proj"]}, "1 0 0 0 1"),
+    ("NVFP4, all of the draft", NV | {"exclude_modules": ["mtp*"]}, "1 1 0 0 1"),
+    ("GPTQ, body kept", {"quant_method": "gptq", "bits": 4, "dynamic": {"-:.*shared_expert.*": {}}}, "1 1 0 1 0"),
 ]
 
 

@@ -97,6 +97,7 @@ def test_harmless_keys_pass_with_one_line(tiny: Path, tmp_path: Path, caplog: py
     ("kind", "words"),
     [
         ("qwen4_exp", "hyper-connections"),
+        ("qwen3_8_flash_next", "hyper-connections"),
         ("qwen3_next", "interleaved"),
         ("qwen3_5", "dense"),
         ("llama", "another family"),

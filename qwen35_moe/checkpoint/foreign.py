@@ -24,7 +24,7 @@ from .header import TensorEntry
 def foreign_spec(found: Mapping[str, TensorEntry]) -> ModuleSpec | None:
     """The spec of a module in a format that is not decoded; None for every other one. found: role -> tensor."""
     if "qweight" in {role.rpartition(".")[2] for role in found}:
-        return _gptq_or_awq(found[".qweight"], found.get(".scales"))
+        return _gptq_or_awq(found[".qweight"], found.get(".scales"), found.get(".qzeros"))
     main = next((found[role] for role in (".weight", ".weight_packed", "", "_packed") if role in found), None)
     if main is None or not main.shape:
         return None
@@ -46,11 +46,15 @@ def foreign_spec(found: Mapping[str, TensorEntry]) -> ModuleSpec | None:
     return None
 
 
-def _gptq_or_awq(codes: TensorEntry, scales: TensorEntry | None) -> ModuleSpec:
-    """GPTQ packs along the input, AWQ along the output: `qweight` then has O columns, or fewer."""
+def _gptq_or_awq(codes: TensorEntry, scales: TensorEntry | None, zeros: TensorEntry | None) -> ModuleSpec:
+    """GPTQ packs along the input, AWQ along the output: `qweight` then has O columns, or fewer.
+
+    GPTQ: qweight [I B / 32, O], scales [groups, O], qzeros [groups, O B / 32]. Zeros tell the width B.
+    """
     if len(codes.shape) != 2 or scales is None or len(scales.shape) != 2 or not all(scales.shape):
         return ModuleSpec("int")
     (rows, columns), (groups, outputs) = codes.shape, scales.shape
-    if columns == outputs:
-        return ModuleSpec("int")  # GPTQ: rows are I B / 32, and only g_idx, where it is kept, tells I
-    return ModuleSpec(f"int{32 * columns // outputs}", (rows // groups,))
+    if columns != outputs:
+        return ModuleSpec(f"int{32 * columns // outputs}", (rows // groups,))
+    bits = 32 * zeros.shape[1] // outputs if zeros is not None and len(zeros.shape) == 2 else 0
+    return ModuleSpec(f"int{bits}", (32 * rows // bits // groups,)) if bits else ModuleSpec("int")

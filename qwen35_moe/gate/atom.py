@@ -1,27 +1,48 @@
-"""ATOM's gates, written from what they do, not copied."""
+"""ATOM's gates, written from what they do, not copied: atom/model_ops/topK.py, config.py, quant_spec.py."""
 
 from __future__ import annotations
 
-from .common import first_entry, no, refuse_sizes, yes
-from .declared import BF16, ModuleSpec, QuantConfig
-from .exclude import Hit
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .common import first_entry, no, refuse_sizes, stops, yes
+from .declared import QuantConfig
+from .exclude import ExcludeList, Hit, exclude_list, first_match
 from .module_names import is_draft_entry, mentions_shared_body
+from .namespaces import ATOM
+from .readings import occurs_in_key
 from .records import Decision, Evidence, Layer, Model, Options
+
+# What ATOM compares: dtype, grouping, dynamic inputs. Inputs that are not stated count as dynamic: W4A16 equals W4A4.
+Key = tuple[str, str, bool]
+UNQUANTISED: Key = ("bf16", "no", True)
+QSCHEMES = ("per_channel", "per_tensor", "per_group", "per_block")
+DTYPES = ("fp8", "fp4", "fp16", "fp32")  # those of AITER that Quark names alike; all others are taken for BF16
+# Where methods without a parser of their own have their list: the first of these that is not empty.
+LISTS = ("ignore", "modules_to_not_convert", "exclude", "ignored_layers")
+ONE_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(?:w[123]|(?:gate|up|down)_proj)")
 
 
 def atom(model: Model, layer: Layer, options: Options) -> Decision:
-    """ROCm/ATOM atom/model_ops/topK.py:16-80, with prefixes: compares kind, grouping and dynamic in this very layer.
+    """ROCm/ATOM with prefixes: the specs of the two blocks of this very layer.
 
     The shared expert is asked for by its parent's name, so a pattern that only covers its children
     (`*.shared_expert.*`, Quark's own template) is not seen.
     """
-    if (refusal := _atom_transport(model, options)) is not None:
+    quant = model.quant.read_as("atom", ATOM, model.nested)
+    if trouble := quant.view("atom stops", lambda: _cannot_start(quant)):
+        modelopt = Evidence("atom/quant_spec.py: ModelOptParser", "format")
+        return stops(trouble, modelopt if quant.method == "modelopt" else Evidence("atom/quant_spec.py: QuarkParser"))
+    if (refusal := _refusal(model, options)) is not None:
         return refusal
-    quant = model.quant.read_as("atom")
-    shared, shared_hit = _atom_spec(quant, f"{layer.name}.mlp.shared_expert")
-    routed, routed_hit = _atom_spec(quant, layer.experts)
-    evidence = Evidence.of(shared_hit, f"shared {shared}"), Evidence.of(routed_hit, f"routed {routed}")
-    if _atom_key(shared) == _atom_key(routed):
+    shared, shared_hit = _seen(quant, f"{layer.name}.mlp.shared_expert")
+    routed, routed_hit = _seen(quant, layer.experts)
+    evidence = (
+        Evidence.of(shared_hit, "shared " + " ".join(map(str, shared[:2]))),
+        Evidence.of(routed_hit, "routed " + " ".join(map(str, routed[:2]))),
+    )
+    if shared == routed:
         return yes("routed and shared experts have the same spec", *evidence)
     return no("routed and shared experts have different specs", *evidence)
 
@@ -31,7 +52,7 @@ def atom_first_entry(model: Model, layer: Layer, options: Options) -> Decision:
 
     It is often `shared_expert_gate`, or belongs to the draft, and then switches fusion off for no reason.
     """
-    if (refusal := _atom_transport(model, options)) is not None:
+    if (refusal := _refusal(model, options)) is not None:
         return refusal
     quant = model.quant.read_as("atom")
     hit = first_entry(quant, lambda e: "shared_expert" in e)
@@ -43,24 +64,112 @@ def atom_first_entry(model: Model, layer: Layer, options: Options) -> Decision:
     return no("the first entry with the word shared_expert is not quantised", Evidence.of(hit), *note)
 
 
-def _atom_transport(model: Model, options: Options) -> Decision | None:
+def _refusal(model: Model, options: Options) -> Decision | None:
     if options.dp_size > 1 and options.moe_ep_flatten_tp_across_dp:
         return no("data parallel ranks are flattened into expert parallel ones")
     mori = options.dp_size > 1 and options.a2a_backend == "mori" and options.dp_attention
     if mori and not (options.eplb or options.atom_fuse_shared_expert):
         return no("MoRI with data parallel attention needs ATOM_FUSE_SHARED_EXPERT or EPLB")
-    if model.quant.method in ("gptq", "mxfp4"):
-        return no(f"how ATOM reads the list of method {model.quant.method!r} is not known")
     return refuse_sizes(model)
 
 
-def _atom_spec(quant: QuantConfig, module: str) -> tuple[ModuleSpec, Hit]:
-    names = tuple(n.removesuffix(".") for n in quant.names(module + "."))
-    if quant.exclude.hit(names) is None and (hit := quant.exclude.below(names, "an entry below the module")):
-        return BF16, hit
-    return quant.spec_of(module)
+def _seen(quant: QuantConfig, module: str) -> tuple[Key, Hit]:
+    """What ATOM takes a block for, and the entry that says so."""
+    (name,), listed = quant.names(module), quant.view("atom list", lambda: _list(quant))
+    below = (Hit(listed.list, i, listed.written[i], "an entry below it") for i, _ in listed.index.below(name))
+    if hit := listed.hit(name) or next(below, None):
+        return UNQUANTISED, hit
+    keys: Mapping[str, Key] = quant.view("atom keys", lambda: _mixed(quant)) if quant.method == "modelopt" else {}
+    if keys:
+        key = next((key for key in keys if occurs_in_key(key, name)), "")
+        return keys.get(key, UNQUANTISED), Hit("quantized_layers", None, key, "layer pattern")
+    if quant.method != "quark":
+        return (UNQUANTISED if quant.method == "none" else ("as stated", "", True)), Hit(
+            quant.default_from, None, "", ""
+        )
+    if found := first_match(quant.key_index, name, (occurs_in_key,)):
+        return _quark_key(quant.key_specs[found[0]]), Hit(
+            "layer_quant_config", None, quant.key_index.entries[found[0]], ""
+        )
+    return _quark_key(quant.raw.get("global_quant_config")), Hit(quant.default_from, None, "", "default")
 
 
-def _atom_key(spec: ModuleSpec) -> tuple[object, ...]:
-    """What ATOM compares. An activation that is not stated counts as dynamic, so W4A16 equals W4A4."""
-    return spec.kind, spec.block, spec.activation is None or spec.activation.dynamic
+def _list(quant: QuantConfig) -> ExcludeList:
+    """The list that ATOM reads. GPTQ's `dynamic` is none, nor is ModelOpt's `ignore`."""
+    raw = _inner(quant.raw) if quant.method == "modelopt" else quant.raw
+    places = {"quark": ("exclude",), "modelopt": ("exclude_modules",)}.get(quant.method, LISTS)
+    key = next((key for key in places if raw.get(key)), "")
+    written = tuple(entry for entry in raw.get(key) or () if isinstance(entry, str))
+    count = quant.num_hidden_layers or 0
+    return exclude_list(tuple(ATOM.entry(entry, quant.nested, count) for entry in written), "atom", key, written)
+
+
+def _inner(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    return raw.get("quantization", raw)
+
+
+def _mixed(quant: QuantConfig) -> dict[str, Key]:
+    """ModelOpt's quantized_layers; single experts count as their block, and come last."""
+    layers = _inner(quant.raw).get("quantized_layers") or {}
+    algos = {name: (str(entry.get("quant_algo")).upper(), "", True) for name, entry in layers.items()}
+    found = {ATOM.key(name, True): key for name, key in algos.items() if not ONE_EXPERT.fullmatch(name)}
+    for name, key in algos.items():
+        if match := ONE_EXPERT.fullmatch(name):
+            found.setdefault(match[1], key)
+    return found
+
+
+def _quark_key(raw: Mapping[str, Any] | None) -> Key:
+    raw = raw or {}
+    weights, inputs = _steps(raw.get("weight")), _steps(raw.get("input_tensors"))
+    if not weights:
+        return "bf16", "no", bool(inputs[0].get("is_dynamic", True)) if inputs else True
+    dtype = re.sub(r"_e\d+m\d+.*", "", str(weights[0].get("dtype")))
+    dtype = "nvfp4" if len(weights) > 1 else dtype if dtype in DTYPES else "bf16"
+    scheme = weights[0].get("qscheme")
+    return dtype, scheme if scheme in QSCHEMES else "no", bool(inputs[0].get("is_dynamic", True)) if inputs else True
+
+
+def _steps(spec: Any) -> list[Mapping[str, Any]]:
+    """Quark quantises a tensor in one step or in several."""
+    return spec if isinstance(spec, list) else [spec] if spec else []
+
+
+def _cannot_start(quant: QuantConfig) -> str:
+    """Why ATOM raises when it reads the configuration; "" if it does not."""
+    if quant.method == "quark":
+        specs = (quant.raw.get("global_quant_config"), *quant.key_specs)
+        odd = any(
+            max(len(_steps((s or {}).get(k))) for k in ("weight", "input_tensors")) > 1 and not _nvfp4(s) for s in specs
+        )
+        return "a weight in several steps is read as NVFP4 only" if odd else ""
+    if quant.method != "modelopt" or quant.raw.get("quant_method") not in ("modelopt", None):
+        return ""
+    inner = _inner(quant.raw)
+    algo, layers = str(inner.get("quant_algo", "")).upper(), inner.get("quantized_layers")
+    if algo != "MIXED_PRECISION" or not layers:
+        return f"ModelOpt is read as MIXED_PRECISION with quantized_layers only, not as {algo}"
+    blocks: dict[str, str] = {}
+    for name, entry in layers.items():
+        algo = str(entry.get("quant_algo", "")).upper()
+        if algo not in ("NVFP4", "MXFP8") or algo == "NVFP4" and entry.get("group_size", 16) != 16:
+            return f"{algo} in quantized_layers is neither NVFP4 with groups of 16 nor MXFP8"
+        if (match := ONE_EXPERT.fullmatch(name)) and blocks.setdefault(match[1], algo) != algo:
+            return f"the experts of {match[1]} are quantised in two ways"
+    return ""
+
+
+def _nvfp4(spec: Mapping[str, Any]) -> bool:
+    """Two steps each: FP4 in groups of 16, then FP8 scales per tensor; weights static, inputs dynamic."""
+    weights, inputs = _steps(spec.get("weight")), _steps(spec.get("input_tensors"))
+    if len(weights) != 2 or len(inputs) != 2:
+        return False
+    first = all(
+        str(x.get("dtype")).startswith("fp4") and x.get("qscheme") == "per_group" and x.get("group_size") == 16
+        for x in (weights[0], inputs[0])
+    )
+    second = all(
+        str(x.get("dtype")).startswith("fp8_e4m3") and x.get("qscheme") == "per_tensor" and not x.get("is_dynamic")
+        for x in (weights[1], inputs[1])
+    )
+    return first and second and not weights[0].get("is_dynamic") and inputs[0].get("is_dynamic") is True

@@ -7,8 +7,9 @@ from typing import Any
 
 from ..errors import Qwen35Error
 from .declared import QuantConfig
-from .exclude import Hit, exact, first_match, glob, occurs_in_key
+from .exclude import Hit, first_match
 from .module_names import expand_fused
+from .readings import exact, glob, occurs_in_key
 from .records import Decision, Evidence, Layer, Model, Options
 
 Rule = Callable[[Model, Layer, Options], Decision]

@@ -157,9 +157,11 @@ def _misread(model: Model, truth: LayerFacts, decision: Decision) -> str:
     plain = layer.draft and decision.rule == "sglang-0.5.23" and "draft" in decision.reason
     excluded = quant.exclude.hit(quant.names(layer.experts)) is not None
     inside = quant.without_exclusions() if quant.exclude.semantics.children else quant
+    whole = inside.spec_of(layer.experts)
     for facts, floats, believed in ((truth.routed, plain or excluded, inside), (truth.shared, plain, quant)):
         for fact in facts:
-            a, b = fact.spec, BF16 if floats else believed.spec_of(fact.name).spec
+            at_once = facts is truth.routed and whole.hit.entry
+            a, b = fact.spec, BF16 if floats else (whole if at_once else believed.spec_of(fact.name)).spec
             if not (b == UNSTATED or a.is_float and b.is_float or a.same_bytes(b)):
                 return f"the loader takes {fact.name} for {b.kind}, it is {a.kind} ({fact.declared.hit})"
     return ""

@@ -104,8 +104,9 @@ class QuantConfig:
         entries, layers = self.exclude.entries, self.layers
         written: tuple[str, ...] = ()
         if namespace is not None and self.namespace is None:
-            written, entries = entries, tuple(namespace.entry(e, nested) for e in entries)
-            layers = tuple((namespace.entry(key, nested), spec) for key, spec in layers)
+            count = self.num_hidden_layers or 0
+            written, entries = entries, tuple(namespace.entry(e, nested, count) for e in entries)
+            layers = tuple({namespace.key(key, nested, count): spec for key, spec in layers}.items())
         exclude = exclude_list(entries, semantics, self.exclude.list, written)
         return replace(self, exclude=exclude, layers=layers, namespace=namespace, nested=nested, views={})
 
@@ -119,20 +120,25 @@ class QuantConfig:
         return EntryIndex([pattern for pattern, _ in self.layers], [spec for _, spec in self.layers])
 
     @cached_property
+    def _keyed(self) -> dict[str, Any]:
+        """Quark's layer_quant_config with the keys as this reader compares them: of two that become one the last."""
+        given, names, count = self.raw.get("layer_quant_config") or {}, self.namespace, self.num_hidden_layers or 0
+        return dict(given) if names is None else {names.key(k, self.nested, count): v for k, v in given.items()}
+
+    @cached_property
     def key_index(self) -> EntryIndex:
         """The keys of Quark's layer_quant_config, as this reader compares them."""
-        keys = tuple(self.raw.get("layer_quant_config") or {})
-        return EntryIndex(keys if self.namespace is None else [self.namespace.entry(k, self.nested) for k in keys])
+        return EntryIndex(tuple(self._keyed))
 
     @cached_property
     def key_specs(self) -> tuple[Any, ...]:
         """The raw specs of layer_quant_config, in the order of `key_index`."""
-        return tuple((self.raw.get("layer_quant_config") or {}).values())
+        return tuple(self._keyed.values())
 
     def names(self, module: str) -> tuple[str, ...]:
         """The names under which entries may name a module."""
         if self.namespace is not None:
-            return (self.namespace.module(module, self.nested),)
+            return (self.namespace.module(module, self.nested, self.num_hidden_layers or 0),)
         return spellings(module, self.num_hidden_layers, self.shared_word)
 
     def spec_of(self, module_name: str) -> Resolution:

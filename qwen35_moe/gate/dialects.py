@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import Qwen35Error
 from ..quant.precision import BF16, MXFP4, MXFP8, UNSTATED, Activation, ModuleSpec
-from .exclude import ExcludeList, exclude_list, layer_class
+from .exclude import ExcludeList, exclude_list
+from .readings import layer_class
 
 
 def quark_spec(entry: Mapping[str, Any] | None) -> ModuleSpec:

@@ -1,139 +1,27 @@
-"""Which entry of an exclude list names a module: every engine's reading of the same strings, as pure functions.
-
-One list, many readers. Quark writes globs and exports exact names; SGLang and vLLM read exact names and `re:`; ATOM
-reads globs, parents and `re:` anywhere in the name; block-FP8 lists are read segment by segment. `SEMANTICS` says who
-does what and where that is known from, so that "which engine would leave this module alone" is a table, not folklore.
-"""
+"""Which entry of an exclude list names a module, under a reading of `readings.SEMANTICS`."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from ..errors import Qwen35Error
 from .entry_index import EntryIndex
 from .module_names import expand_fused, is_plain
-from .patterns import bounded_pattern
-
-
-# One test per way of reading: (entry, name) -> does the entry name the module?
-def exact(entry: str, name: str) -> bool:
-    return entry == name
-
-
-def regex_match(entry: str, name: str) -> bool:
-    """`re:` entries, anchored at the start of the name only (Python's `re.match`)."""
-    return entry.startswith("re:") and _compiled(entry[3:]).match(name) is not None
-
-
-def regex_search(entry: str, name: str) -> bool:
-    """`re:` entries that may match anywhere in the name (`re.search`)."""
-    return entry.startswith("re:") and _compiled(entry[3:]).search(name) is not None
-
-
-def glob(entry: str, name: str) -> bool:
-    """Shell patterns over the whole name; `*` crosses dots."""
-    return not entry.startswith("re:") and fnmatchcase(name, entry)
-
-
-def glob_or_below(entry: str, name: str) -> bool:
-    """A glob that also covers everything below what it names: ATOM tries `entry` and `entry + ".*"`."""
-    return glob(entry, name) or glob(entry + ".*", name)
-
-
-def parent(entry: str, name: str) -> bool:
-    """The entry is an ancestor of the module: `a.b` covers `a.b.c`, but not `a.bc`."""
-    return name.startswith(entry + ".")
-
-
-def substring(entry: str, name: str) -> bool:
-    """The entry occurs somewhere in the name; `in_proj_a` then also covers `in_proj_ab`."""
-    return entry in name
-
-
-def segments(entry: str, name: str) -> bool:
-    """Like `substring`, but at dot boundaries, so that `gate` covers `mlp.gate` and not `mlp.shared_expert_gate`."""
-    return f".{entry}." in f".{name}."
-
-
-def negative_rule(entry: str, name: str) -> bool:
-    """GPTQModel's `dynamic`: a key `-:REGEX` leaves modules out."""
-    return entry.startswith("-:") and _compiled(entry[2:]).match(name) is not None
-
-
-def occurs_in_key(entry: str, name: str) -> bool:
-    """With a star a glob; without one, the name occurs somewhere in the key: vLLM and ATOM read keys so."""
-    return fnmatchcase(name, entry) if "*" in entry else name in entry
-
-
-def layer_class(entry: str, name: str) -> bool:
-    """A class of layers, as compressed-tensors targets them: these two cover every projection."""
-    return entry in LAYER_CLASSES
-
-
-LAYER_CLASSES = ("Linear", "FusedMoE")
-
-
-Test = Callable[[str, str], bool]
-
-
-@dataclass(frozen=True)
-class Semantics:
-    """How one reader matches a name against its exclude list.
-
-    `fused`: a module such as gate_up_proj is looked up by its parts, which must agree. `children`: an entry below
-    `….experts` excludes the whole expert module. `layer_tests`: how keys of layer_quant_config are matched.
-    """
-
-    name: str
-    tests: tuple[Test, ...]
-    source: str
-    fused: bool = True
-    children: bool = False
-    layer_tests: tuple[Test, ...] = (exact, glob)
-
-
-SEMANTICS = {
-    s.name: s
-    for s in (
-        Semantics(
-            "quark", (exact, glob, regex_match), "Quark 0.13: patterns given by users are fnmatch", children=True
-        ),
-        Semantics("sglang", (exact, regex_match), "SGLang 0.5.23 quark/utils.py: should_ignore_layer", children=True),
-        Semantics(
-            "vllm",
-            (exact, regex_match),
-            "vLLM 0.33 quark/utils.py: should_ignore_layer; quark.py: get_layer_quant_config_from_name",
-            children=True,
-            layer_tests=(occurs_in_key,),
-        ),
-        Semantics(
-            "atom",
-            (exact, regex_search, glob_or_below, parent),
-            "ROCm/ATOM atom/config.py:483-493",
-            children=True,
-            layer_tests=(occurs_in_key, layer_class),
-        ),
-        Semantics("fp8", (exact, segments), "SGLang 0.5.23 quantization/utils.py: is_layer_skipped (since #23467)"),
-        Semantics(
-            "compressed-tensors",
-            (exact, regex_match),
-            "compressed-tensors 0.20: ignore and targets",
-            layer_tests=(exact, regex_match, layer_class),
-        ),
-        Semantics(
-            "modelopt",
-            (exact, glob),
-            "NVIDIA ModelOpt hf_quant_config.json: exclude_modules, ignore; quantized_layers names experts as one",
-            layer_tests=(exact, glob, parent),
-        ),
-        Semantics("gptq", (negative_rule,), "GPTQModel: quantization_config.dynamic"),
-        Semantics("substring", (substring,), "SGLang FP8 before #23467; in_proj_a then collides with in_proj_ab"),
-    )
-}
+from .readings import (
+    LAYER_CLASSES,
+    SEMANTICS,
+    Semantics,
+    Test,
+    exact,
+    layer_class,
+    matched,
+    occurs_in_key,
+    parent,
+    segments,
+    substring,
+)
 
 
 @dataclass(frozen=True)
@@ -255,12 +143,3 @@ def _plain_matches(name: str, tests: Sequence[Test]) -> Iterator[tuple[str, Test
         yield from ((".".join(parts[i:j]), segments) for j in ends for i in range(j))
     if layer_class in tests:
         yield from ((word, layer_class) for word in LAYER_CLASSES)
-
-
-def matched(entry: str, name: str, tests: Sequence[Test]) -> str:
-    """The name of the first test that `entry` passes for `name`, or "" ."""
-    return next((test.__name__ for test in tests if test(entry, name)), "")
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return bounded_pattern(pattern, "an exclude entry is not a valid regular expression")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from .module_names import canonical
@@ -22,20 +23,38 @@ class Namespace:
     source: str
     nested_renames: Renames = ()
     flat_renames: Renames = ()
+    key_renames: Renames | None = None  # of keys of layer_quant_config; None: as entries
+    anywhere: bool = False  # entries are renamed wherever the prefix stands
+    appended_draft: bool = False  # the draft's layers are numbered behind the target's
 
-    def module(self, name: str, nested: bool) -> str:
-        """The engine's name of a module, given by any spelling. The draft is `mtp.` to all of them."""
+    def module(self, name: str, nested: bool, layers: int = 0) -> str:
+        """The engine's name of a module, given by any spelling. layers: of the target. The draft is `mtp.` to all."""
         core = canonical(name)
-        return (self.nested if nested else self.flat) + core if core.startswith("layers.") else core
+        return (
+            (self.nested if nested else self.flat) + core if core.startswith("layers.") else self._draft(core, layers)
+        )
 
-    def entry(self, entry: str, nested: bool) -> str:
-        """An entry of the exclude list, or a key of layer_quant_config, as the engine compares it."""
-        for old, new in self.nested_renames if nested else self.flat_renames:
-            if entry.startswith(old):
+    def entry(self, entry: str, nested: bool, layers: int = 0) -> str:
+        """An entry of the exclude list as the engine compares it."""
+        return self._draft(self._renamed(entry, self.nested_renames if nested else self.flat_renames), layers)
+
+    def key(self, key: str, nested: bool, layers: int = 0) -> str:
+        """A key of layer_quant_config as the engine compares it."""
+        return self.entry(key, nested, layers) if self.key_renames is None else self._renamed(key, self.key_renames)
+
+    def _renamed(self, entry: str, renames: Renames) -> str:
+        for old, new in renames:
+            if self.anywhere:
+                entry = entry.replace(old, new)
+            elif entry.startswith(old):
                 return new + entry[len(old) :]
         return entry
 
+    def _draft(self, name: str, layers: int) -> str:
+        return DRAFT.sub(lambda n: f"mtp.layers.{layers + int(n[1])}.", name) if self.appended_draft else name
 
+
+DRAFT = re.compile(r"^mtp\.layers\.(\d+)\.")
 SGLANG = Namespace(
     "model.language_model.",
     "model.",
@@ -51,4 +70,14 @@ VLLM = Namespace(
         ("model.language_model.", "language_model.model."),
     ),
     flat_renames=(("model.language_model.", "model."),),
+)
+ATOM = Namespace(
+    "model.",
+    "model.",
+    "ROCm/ATOM atom/config.py: remap_layer_name; models/qwen3_5.py, text only; models/qwen3_5_mtp.py: Qwen3_5MTP",
+    nested_renames=(("model.language_model.", "model."),),
+    flat_renames=(("model.language_model.", "model."),),  # a text_config alone, with its checkpoint's list
+    key_renames=((".shared_expert_gate", ".gate"),),
+    anywhere=True,
+    appended_draft=True,
 )

@@ -70,7 +70,7 @@ PER_RANK_SLOT_BACKENDS = ("deepep", "deepep_v2", "mooncake", "mori", "pplx", "me
 
 @dataclass(frozen=True)
 class Evidence:
-    """One fact behind a decision. kind: "entry" (quotes the list), "fact", or "warning"."""
+    """One fact behind a decision. kind: "entry" (quotes the list), "fact", "warning", or "format" (not read at all)."""
 
     text: str
     kind: str = "fact"

@@ -31,23 +31,30 @@ def sglang_22948(model: Model, layer: Layer, options: Options) -> Decision:
 
 def sglang_0_5_23(model: Model, layer: Layer, options: Options) -> Decision:
     """SGLang 0.5.23: qwen2_moe.py:137-152, 283-302, quark.py:1085-1297, modelopt_quant.py:1552, qwen3_5_mtp.py:50."""
-    if options.cutedsl_ar_fusion:
-        return no("the CuTe-DSL all-reduce fusion needs the shared expert apart")
-    if (refusal := _refuse_before_quantisation(model, options)) is not None:
-        return refusal
-    if options.a2a_backend in ("deepep", "deepep_v2", "mori"):
-        return no(f"the all-to-all backend is {options.a2a_backend}")
     if (trouble := _cannot_start(model)) is not None:
         return trouble
     decision = _sglang_draft(model) if layer.draft else None
     plain = decision is not None  # the draft is built without a quantisation
     decision = decision if decision is not None else _sglang_quant(model, options)
+    if (refusal := _refuse_unseen(model, options)) is not None:
+        decision = refusal
     if not plain and (trouble := _cannot_build(model, layer, decision)) is not None:
         return trouble
     if decision and options.a2a_backend in PER_RANK_SLOT_BACKENDS and options.moe_ep_size > 1:
         ranks = Evidence(f"a2a_backend = {options.a2a_backend}, moe_ep_size = {options.moe_ep_size}")
         return no("the backend keeps a shared slot per rank, and Qwen has one slot in all", ranks)
     return decision
+
+
+def _refuse_unseen(model: Model, options: Options) -> Decision | None:
+    """What SGLang 0.5.23 asks before it looks at the quantisation."""
+    if options.cutedsl_ar_fusion:
+        return no("the CuTe-DSL all-reduce fusion needs the shared expert apart")
+    if (refusal := _refuse_before_quantisation(model, options)) is not None:
+        return refusal
+    if options.a2a_backend in ("deepep", "deepep_v2", "mori"):
+        return no(f"the all-to-all backend is {options.a2a_backend}")
+    return None
 
 
 def _refuse_before_quantisation(model: Model, options: Options) -> Decision | None:
@@ -60,8 +67,10 @@ def _refuse_before_quantisation(model: Model, options: Options) -> Decision | No
 
 
 def _cannot_start(model: Model) -> Decision | None:
-    """What raises while SGLang builds a model of Quark's, whether it would fuse or not."""
+    """What raises while SGLang reads the configuration, whether it would fuse or not."""
     raw = model.quant.raw
+    if model.quant.method == "modelopt":
+        return _modelopt_cannot_start(raw)
     if model.quant.method != "quark":
         return None
     if raw.get("exclude", ()) is None:
@@ -70,6 +79,21 @@ def _cannot_start(model: Model) -> Decision | None:
     for name, spec in specs.items():
         if isinstance(spec, Mapping) and any(isinstance(spec.get(key), list) for key in ("weight", "input_tensors")):
             return stops("a weight in two steps has no scheme in SGLang", Evidence(f"{name}: a list of specs"))
+    return None
+
+
+def _modelopt_cannot_start(raw: Mapping[str, Any]) -> Decision | None:
+    """modelopt_quant.py: ModelOptFp4Config.from_config, which takes every algorithm with FP4 in its name."""
+    inner = raw.get("quantization", raw)
+    algo = str(inner.get("quant_algo", ""))
+    if "FP4" in algo and algo not in ("NVFP4", "NVFP4_AWQ", "W4A16_NVFP4"):
+        return stops(
+            f"SGLang reads NVFP4, NVFP4_AWQ and W4A16_NVFP4, not {algo}", Evidence(f"quant_algo = {algo}", "format")
+        )
+    if "FP4" in algo and inner is not raw and not isinstance(inner.get("group_size", raw.get("group_size")), int):
+        return stops("hf_quant_config.json states no group_size", Evidence(f"quant_algo = {algo}"))
+    if algo == "MIXED_PRECISION" and not inner.get("quantized_layers"):
+        return stops("MIXED_PRECISION without quantized_layers", Evidence(f"quant_algo = {algo}"))
     return None
 
 

@@ -23,8 +23,14 @@ SHARED = ("gate_up_proj", "down_proj")
 def vllm_0_33(model: Model, layer: Layer, options: Options) -> Decision:
     """vLLM 0.33; 0.32 decides the same for Quark and FP8, and has no check for MXFP8."""
     quant = model.quant.read_as("vllm", VLLM, model.nested)
-    if quant.method == "quark" and (trouble := _cannot_start(quant, layer)) is not None:
+    decision = _decide(model, quant, layer, options)
+    # A shared expert that is converted while loading is not built as linear layers.
+    if quant.method == "quark" and (trouble := _cannot_start(quant, layer, decision.online)) is not None:
         return trouble
+    return decision
+
+
+def _decide(model: Model, quant: QuantConfig, layer: Layer, options: Options) -> Decision:
     if not options.vllm_opt_in:
         return no("VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS is not set")
     if not (options.hip and options.aiter):
@@ -60,10 +66,12 @@ def _shared_hit(quant: QuantConfig, layer: Layer, part: str) -> Hit | None:
     return quant.exclude.hit(quant.names(f"{layer.name}.mlp.shared_expert.{part}"))
 
 
-def _cannot_start(quant: QuantConfig, layer: Layer) -> Decision | None:
+def _cannot_start(quant: QuantConfig, layer: Layer, converted: bool) -> Decision | None:
     """What raises when the shared expert's linear layers are built, whether it would be fused or not."""
     if quant.raw.get("exclude", ()) is None:
         return stops("exclude is null, and vLLM iterates over it", Evidence("exclude = null"))
+    if converted:
+        return None
     try:
         if _shared_hit(quant, layer, "gate_up_proj"):
             return None
@@ -76,7 +84,11 @@ def _cannot_start(quant: QuantConfig, layer: Layer) -> Decision | None:
 
 
 def _quark(quant: QuantConfig, layer: Layer) -> Decision:
-    if hit := next((hit for part in SHARED if (hit := _shared_hit(quant, layer, part))), None):
+    try:
+        hit = next((hit for part in SHARED if (hit := _shared_hit(quant, layer, part))), None)
+    except Qwen35Error:
+        return no("only one of a fused pair is excluded")  # does not start, see `_cannot_start`
+    if hit:
         return no("the exclude list names the shared expert", Evidence.of(hit))
     routed = vllm_layer_config(quant, *quant.names(layer.experts))
     for name in layer.shared.values():

@@ -11,6 +11,7 @@ from ..errors import Qwen35Error
 FAMILY = ("qwen3_5_moe", "qwen3_5_moe_text")
 OTHERS = {
     "qwen4_exp": "Qwen4-Exp has hyper-connections, n-gram embeddings and an indexer",
+    "qwen3_8_flash_next": "Qwen3.8-Flash-Next (125B) is Qwen4-Exp: hyper-connections, n-gram embeddings and an indexer",
     "qwen3_next": "Qwen3-Next stores the DeltaNet projections interleaved by head group (in_proj_qkvz)",
     "qwen3_5": "the dense Qwen3.5 has no experts",
     "qwen3_vl_moe": "Qwen3-VL MoE has no DeltaNet layers, and stores its experts transposed",

@@ -109,7 +109,7 @@ def _gate(checkpoint: Checkpoint, engines: tuple[str, ...]) -> Iterator[Finding]
                 labels.setdefault(found, []).append(label)
     for (what, layer, text), names in labels.items():
         level = "error" if any(name in ENGINE_RULES for name in names) else "warning"  # with a switch only
-        yield Finding(level, what, layer, text, ", ".join(names))
+        yield Finding("note" if what == "unread" else level, what, layer, text, "; ".join(names))
     for engine in engines:
         yield from _linear(checkpoint, model, stored, engine)
     yield from _input_scales(checkpoint, model.quant)
@@ -121,7 +121,9 @@ def _variant(
     """(rule of the lint, layer, text): why an engine would not start, or what its loader would spoil."""
     decisions = decide_layers(model, rule=rule, stored=stored, **options)
     if (stop := next((d for d in decisions if not d.starts), None)) is not None:
-        yield "start", stop.layer, f"does not start: {stop.reason} ({'; '.join(map(str, stop.evidence[:1]))})"
+        unread = any(e.kind == "format" for e in stop.evidence)  # the engine's lack, not the checkpoint's fault
+        why = "; ".join(map(str, stop.evidence[:1]))
+        yield "unread" if unread else "start", stop.layer, f"does not start: {stop.reason} ({why})"
         return
     broken = hazards(model, None, decisions, stored)
     for part in ("layers.", "mtp."):

@@ -1,0 +1,64 @@
+"""Deciding functions of ATOM, lifted out of a folder with its sources: it has no wheel."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import re
+from types import SimpleNamespace
+from typing import Any
+
+from .lifted_engines import Answer, Json, Source, lift
+
+# aiter/utility/dtypes.py: d_dtypes.
+DTYPES = {name: name for name in ("fp8", "fp8_e8m0", "fp16", "bf16", "fp32", "i4x2", "fp4x2", "i8", "i16", "i32")}
+PARSERS = {"quark": "QuarkParser", "modelopt": "ModelOptParser"}
+
+
+class Atom:
+    """ATOM's chain: parser, renaming, the draft's own numbers, the specs of both blocks. Text only, as its docs say."""
+
+    rule, pattern = "atom-ffdf3bb5", "atom"
+
+    def __init__(self, folder: Source):
+        kinds = SimpleNamespace(**{n: n for n in ("No", "per_Token", "per_Tensor", "per_1x32", "per_1x128")})
+        given: Json = {"re": re, "functools": functools, "QuantType": kinds, "QuantConfigParser": object}
+        given |= {"torch": SimpleNamespace(bfloat16="bf16"), "d_dtypes": DTYPES, "fnmatch": fnmatch}
+        functions = ("_qscheme_to_quant_type", "_parse_quant_type", "_parse_quant_dtype", "_parse_is_dynamic")
+        functions += ("_quark_weight_spec", "_build_quark_layer_spec", "_build_modelopt_layer_spec")
+        names = [*functions, "NVFP4_DTYPE", "NVFP4_GROUP_SIZE", "LayerQuantConfig", "ParsedQuantConfig"]
+        self.spec = lift(folder, "atom/quant_spec.py", [*names, *PARSERS.values(), "GenericParser"], given)
+        methods = ("get_layer_quant_config", "_is_excluded", "_matches_exclude", "remap_layer_name")
+        methods += ("apply_exclude_name_mapping",)
+        wanted = [f"QuantizationConfig.{m}" for m in methods]
+        self.kind = lift(folder, "atom/config.py", wanted, self.spec | given)["QuantizationConfig"]
+        maps = ("_QWEN3_5_PACKED_MODULES_MAPPING", "_TEXT_ONLY_QUANT_EXCLUDE_NAME_MAPPING")
+        found = lift(folder, "atom/models/qwen3_5.py", maps, {})
+        self.packed, self.renames = (found[name] for name in maps)
+        one = SimpleNamespace(data_parallel_size=1)
+        given |= {"get_current_atom_config": lambda: SimpleNamespace(parallel_config=one, enable_dp_attention=False)}
+        given |= {"envs": SimpleNamespace(ATOM_DISABLE_MORI_EP=True), "_has_module": lambda _: False}
+        name = "is_rocm_aiter_fusion_shared_expert_enabled_for_quant_config"
+        self.gate = lift(folder, "atom/model_ops/topK.py", [name], given)[name]
+
+    def answer(self, top: Json, raw: Json, options: Json) -> Answer:
+        made, layers = self.kind(), (top.get("text_config") or top)["num_hidden_layers"]
+        made.torch_dtype = "bf16"
+        try:
+            parser = self.spec[PARSERS.get(str(raw.get("quant_method")), "GenericParser")]()
+            plain = {"global_spec": self.spec["LayerQuantConfig"].no_quant("bf16")}
+            found = vars(parser.parse(raw)) if raw else {"layer_pattern_specs": [], "exclude_layers": [], **plain}
+        except (ValueError, TypeError):
+            return "stops", "stops"
+        vars(made).update(found)
+        made.remap_layer_name(SimpleNamespace(model_type="qwen3_5_moe_text"), dict(self.packed), {}, self.renames)
+        each = [self.one(made, f"model.layers.{n}.mlp") for n in range(layers)]
+        # models/qwen3_5_mtp.py: Qwen3_5MTP.__init__ counts the draft's layers behind the target's.
+        number = re.compile(r"^mtp\.layers\.(\d+)\.")
+        made.exclude_layers = [
+            number.sub(lambda n: f"mtp.layers.{layers + int(n[1])}.", e) for e in made.exclude_layers
+        ]
+        return each[0] if len(set(each)) == 1 else "mixed", self.one(made, f"mtp.layers.{layers}.mlp")
+
+    def one(self, made: Any, block: str) -> str:
+        return "fused" if self.gate(made, f"{block}.shared_expert", f"{block}.experts") else "no"
