@@ -7,10 +7,12 @@ import io
 import json
 import os
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from qwen35_moe import Config, Qwen35Error, read_dump
 from qwen35_moe.cli.main import main
@@ -105,6 +107,26 @@ def test_an_array_is_as_long_as_its_header_says() -> None:
                 held.getvalue().replace(b"(2, 3), }  ", b"(99999, 99999999)")):  # fmt: skip
         with pytest.raises(Qwen35Error):
             parse_npy(bad, "here")
+
+
+def test_an_archive_of_many_arrays_is_listed_once(tmp_path: Path) -> None:
+    held = io.BytesIO()
+    np.save(held, np.zeros((3, 4), np.float32))
+    with zipfile.ZipFile(tmp_path / "many.npz", "w") as file:
+        for i in range(1000):
+            file.writestr(f"step.{i}.layers.0.mlp_output.npy", held.getvalue())
+    start = time.process_time()
+    dump = read_dump(tmp_path / "many.npz")
+    assert len(dump.sources["layers.0.mlp_output"]) == 1000 and time.process_time() - start < 5
+
+
+def test_a_torch_file_with_compressed_records_is_not_read_as_noise(tmp_path: Path) -> None:
+    torch.save({"next_token_logits": torch.zeros(4, 260)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as a, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as b:
+        for name in a.namelist():
+            b.writestr(name, a.read(name))
+    with pytest.raises(Qwen35Error, match="compressed"):
+        read_dump(tmp_path / "b.pt")
 
 
 @pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.pt", "x.safetensors", "llamacpp-x.bin", "x.json", "trace.json",

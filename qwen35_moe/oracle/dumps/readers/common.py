@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ def load_pt(path: str | Path) -> Any:
     """A torch file: tensors stay on disk until they are used. Pickles that hold more than data are refused."""
     path = Path(path)
     check_regular(path)
+    if zipfile.is_zipfile(path):
+        _check_stored(path)
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -47,6 +50,18 @@ def load_pt(path: str | Path) -> Any:
             found=f"{size} bytes; {first}",
             do="dump again, or delete the file to go on without it",
         ) from error
+
+
+def _check_stored(path: Path) -> None:
+    """Error if a record is compressed: torch writes none, and maps the packed bytes as if they were values."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            packed = next((entry for entry in file.infolist() if entry.compress_type != zipfile.ZIP_STORED), None)
+    except Exception:  # what is wrong with the file, torch says
+        return
+    if packed is not None:
+        raise Qwen35Error("a torch file with compressed records", where=path, found=packed.filename,
+                          do="save it with torch.save")  # fmt: skip
 
 
 @contextmanager

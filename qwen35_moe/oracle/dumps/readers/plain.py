@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +128,8 @@ def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     elif file.suffix == ".npy":
         yield file.stem, partial(_from_npy, file)
     elif file.suffix == ".npz":
-        with zipfile.ZipFile(file) as packed:
-            for name in packed.namelist():
-                yield name.removesuffix(".npy"), partial(_from_npz, file, name)
+        for name in _archive(file, file.stat().st_mtime_ns).namelist():
+            yield name.removesuffix(".npy"), partial(_from_npz, file, name)
     else:
         with tensor_file(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - not a mapping
@@ -150,14 +149,20 @@ MOST_RATIO, FREE_BYTES = 64, 1 << 26  # an array of an .npz that is packed bette
 
 
 def _from_npz(file: Path, name: str) -> Tensor:
-    with zipfile.ZipFile(file) as packed:
-        entry = packed.getinfo(name)
-        if entry.file_size > max(FREE_BYTES, MOST_RATIO * entry.compress_size):
-            expected = f"at most {MOST_RATIO} times its {entry.compress_size} bytes"
-            raise Qwen35Error("an array would expand too far", where=file, expected=expected,
-                              found=f"{name}: {entry.file_size} bytes", do="save it as .npy")  # fmt: skip
-        with packed.open(entry) as held:
-            return torch.from_numpy(parse_npy(held.read(entry.file_size), f"{file}: {name}"))
+    packed = _archive(file, file.stat().st_mtime_ns)
+    entry = packed.getinfo(name)
+    if entry.file_size > max(FREE_BYTES, MOST_RATIO * entry.compress_size):
+        expected = f"at most {MOST_RATIO} times its {entry.compress_size} bytes"
+        raise Qwen35Error("an array would expand too far", where=file, expected=expected,
+                          found=f"{name}: {entry.file_size} bytes", do="save it as .npy")  # fmt: skip
+    with packed.open(entry) as held:
+        return torch.from_numpy(parse_npy(held.read(entry.file_size), f"{file}: {name}"))
+
+
+@lru_cache(maxsize=1)
+def _archive(file: Path, changed_ns: int) -> zipfile.ZipFile:
+    """An archive with its list of names, which takes a time that grows with their number to read. Left open."""
+    return zipfile.ZipFile(file)
 
 
 def _from_safetensors(file: Path, name: str) -> Tensor:
