@@ -112,6 +112,7 @@ def compare(
     truth = truth if isinstance(truth, Trace) else Trace.open(truth)
     dump = dump if isinstance(dump, Dump) else read_dump(dump, config=truth.meta.get("config"))
     chosen = CompareOptions(**options)
+    check_layers(chosen.layers, 1 + max((entry.layer or 0 for entry in truth.sites.values()), default=0))
     source, fused = weights_of(truth, checkpoint)
     return _compare(truth, dump, source, replace(chosen, fused=fused if chosen.fused is None else chosen.fused))
 
