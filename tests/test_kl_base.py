@@ -132,3 +132,19 @@ def test_without_ids_and_checkpoint_what_a_flip_may_have_made_is_not_blamed(tmp_
     (record,) = [r for r in result.records if r.cls != "missing"]
     assert record.inherited > 2.5 and record.cls == "not comparable" and "moe_topk_ids" in record.note
     assert result.exit_code == 2
+
+
+def test_a_scale_of_logits_is_seen_where_nothing_else_was_dumped(tmp_path: Path) -> None:
+    """Rows that took other experts are other values of the same size: no false alarm, and no hiding place."""
+    one = bench(0)
+    with torch.no_grad():
+        logits = q.load(FIXTURE, "sglang-bf16", "unfused", mode="decoded", text_only=True)(one.ids)
+    codes = []
+    for name, x in (("clean", logits), ("scaled", logits * 1.2), ("log p", (logits / 1.15).log_softmax(-1))):
+        torch.save(x, tmp_path / "logits.pt")
+        result = one.compare(read_dump(tmp_path / "logits.pt"), diagnoses=1)
+        codes.append(result.exit_code)
+        said = [d.name for d in result.diagnoses]
+        assert name == "clean" or said[0].endswith("% in all rows: a scale, or a temperature"), said
+    assert codes == [0, 1, 1]
+    assert abs(float(said[0].split()[1]) + 13) < 1

@@ -19,6 +19,8 @@ from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.faults import Fault
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.dumps.writers import DUMPED
+from qwen35_moe.oracle.judge.envelope import LIMIT
+from qwen35_moe.oracle.judge.envelope_file import write_envelope
 from qwen35_moe.oracle.judge.function import SAYS
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.quant.fp8 import mx_quantise_dequantise, quantise_dequantise, round_to_e4m3
@@ -191,3 +193,21 @@ def test_mxfp4_weights_with_mxfp8_inputs(tmp_path: Path) -> None:
     run = trace(load(source.checkpoint.path, "exact+w4a8", "unfused", text_only=True), IDS[:, :4])
     x = run["layers.0.pre_mlp_layernorm_output"].flatten(0, 1)
     assert torch.equal(run["layers.0.moe_a1"], mx_quantise_dequantise(x))
+
+
+def test_where_the_function_differs_from_the_traces_inherited_errors_are_judged_too(
+    sources: dict[str, WeightSource],
+) -> None:
+    """The truth is of inputs as they are; the engine quantises them: it is held against its own function's truth."""
+    source = sources["block"]
+    path = source.checkpoint.path
+    truth = trace(load(path, "exact", "unfused", text_only=True), IDS, taps=DUMPED)
+    write_envelope(
+        truth, [load(path, table, "unfused", text_only=True) for table in ("sglang-bf16", "transformers-bf16")]
+    )
+    dump = from_trace(trace(load(path, "sglang-bf16+a8", "unfused", text_only=True), IDS, taps=DUMPED))
+    result = compare(truth, dump, source, diagnoses=0)
+    assert result.exit_code == 0, result.verdict
+    inherited = [r.inherited for r in result.records if r.inherited is not None]
+    assert len(inherited) > 10 and max(inherited) < LIMIT
+    assert all(r.inherited is not None for r in result.records if r.key.endswith("input_layernorm") and r.layer == 0)

@@ -39,7 +39,7 @@ from .dumps.sequences import placed, sequences_of
 from .judge.added import Work
 from .judge.envelope import LIMIT, Class, declared, legal
 from .judge.envelope_file import Stored, stored_envelope
-from .judge.function import computed, usual
+from .judge.function import computed, truth_in, usual
 from .judge.growth import growth
 from .judge.inherited import inherited
 from .judge.log_p import LOG_P
@@ -226,8 +226,13 @@ def _compare(truth: Trace, dump: Dump, source: WeightSource | None, options: Com
         result.members = (STORED,)
         result.notes.append("without the checkpoint: errors are inherited from all layers before, nothing is diagnosed")
     stored = stored_envelope(truth)
-    if source is not None and function is not table:  # what a block adds is known; the truth is of another function
+    if source is not None and function is not table and stored:  # the truth is of another function
         stored = {}
+        with noted(result, "the truth of that function could not be computed"):
+            if not images and not draft_ids_of(truth):
+                own = truth_in(function, truth, source, flags, rerun)
+                stored = stored_envelope(own)
+                work.alignment = align(dump, own, None if options.ids is None else sequences_in(truth, options.ids))
     inherited(work, stored)
     _finish(work, stored, layers)
     ask_for_checkpoint(result)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..judge.records import Comparison, Diagnosis, Hypothesis, Record
 
 OWN_LOGITS = "ids are not the top k of the engine's own logits"
+SCALED = "a scale, or a temperature"
 VICTIM = "its input holds NaN already: a victim"
 OTHER_CHECKPOINT = "is this the checkpoint that the engine loaded?"
 
@@ -27,6 +28,9 @@ def against_own_logits(ids_RA: Tensor, logits_RE: Tensor) -> Tensor:
 
 def known_at_sight(layer: int | None, first: Record) -> Diagnosis | None:
     """The diagnosis of a layer whose first bad record says it itself."""
+    if SCALED in first.note:
+        cause = Hypothesis(f"logits {first.note}", 1.0, "", "in all rows alike, whatever was chosen before")
+        return Diagnosis(layer, "head", first.key, [cause], True)
     if OWN_LOGITS not in first.note:
         return None
     cause = Hypothesis(OWN_LOGITS, 1.0, "flashinfer 2822, vllm 37605", "the router's kernel, not its weights")

@@ -32,6 +32,7 @@ from .fault_parts import (
     sqrt_width,
     swap_b_and_a,
     tiled,
+    without_last,
     without_one,
 )
 from .faults import Fault
@@ -64,7 +65,7 @@ ROUTED = (
     Fault("routed experts times 2.5", "mlp", "routed_scaling_factor, which Qwen3.5 has not", "sglang 8333",
           routed(2.5)),
     Fault("last chosen expert dropped", "mlp", "top-k counted one short, or its slot taken for the shared expert",
-          "vLLM 51632", {"moe_topk_weights": lambda x, _, __: torch.cat((x[:, :-1], x[:, -1:] * 0), 1)}),
+          "vLLM 51632", {"moe_topk_weights": without_last}),
     Fault("gate and up swapped", "mlp", "silu(up) * gate", "sglang 26884",
           {"moe_expert_gate_up": lambda x, _, __: x.roll(x.shape[-1] // 2, -1)}),
     Fault("gate and up taken for interleaved", "mlp", "rows g0 u0 g1 u1 expected, g0 g1 .. u0 u1 .. stored",

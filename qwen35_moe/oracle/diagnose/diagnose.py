@@ -28,6 +28,7 @@ from ..judge.second_look import AGAIN, Taps, batches
 from .at_sight import known_at_sight
 from .catalogue import FAULTS
 from .faults import Fault
+from .rope_faults import ANGLES
 from .steps import hypotheses
 
 WORTH, TRIES = 0.5, 3  # hypotheses that explain less are not looked at closely, nor more than so many
@@ -173,7 +174,8 @@ def _candidates(
 ) -> Iterator[tuple[int | None, Fault, int]]:
     """The faults of the blocks that are suspect, with their layer, and the experts that a fault of one could be of;
     then those of the steps at which the sequences begin to go wrong (`bad`)."""
-    for at, fault in ((at, fault) for at, block in places for fault in FAULTS if fault.block == block):
+    catalogue = (*FAULTS, *ANGLES) if case.key.startswith("rope_") else FAULTS
+    for at, fault in ((at, fault) for at, block in places for fault in catalogue if fault.block == block):
         if at is None or fault.applies(rerun.source, at, "a4" in truth, rerun.tokens.images is not None):
             suspects = _suspects(case, f"layers.{at}.moe_topk_ids", rerun, seen) if fault.single else [0]
             yield from ((at, fault, expert) for expert in suspects)

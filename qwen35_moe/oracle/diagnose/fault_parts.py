@@ -153,6 +153,16 @@ def other_head_order(x_BTJP: Tensor, _: Any, place: Place) -> Tensor:
     return x_BTJP[:, :, order]
 
 
+def without_last(x_RA: Tensor, _: Any, place: Place) -> Tensor:
+    """The last of the chosen experts dropped. Of two that weigh alike either may be the last: the engine's own weights
+    tell, where it dumped them with one zero in a row."""
+    last_R = torch.full((len(x_RA),), x_RA.shape[1] - 1, device=x_RA.device)
+    if place.weights is not None and place.weights.shape == x_RA.shape:
+        zero_RA = place.weights.to(x_RA.device) == 0
+        last_R = torch.where(zero_RA.sum(1) == 1, zero_RA.int().argmax(1), last_R)
+    return x_RA.scatter(1, last_R[:, None], 0)
+
+
 def split_halves(x: Tensor, _: Any, place: Place) -> Tensor:
     """q_proj's output read as all queries, then all gates."""
     q, gate = x.unflatten(-1, (2, place.config.num_attention_heads, -1)).unbind(-3)

@@ -33,6 +33,7 @@ class Place:
     expert: int = 0
     steps: Tensor | None = None  # [B, T]: in which of its steps the engine ran each token
     seen: Seen | None = None  # what the vision tower was given
+    weights: Tensor | None = None  # [tokens, A] the engine's own weights of the experts of the layer, NaN where unknown
 
     def covers(self, layer: int | None) -> bool:
         return self.layers is None or layer in self.layers

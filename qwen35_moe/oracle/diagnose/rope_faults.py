@@ -39,9 +39,11 @@ def counted_after(x_3BT: Tensor) -> Tensor:
     return x_3BT + ahead_BT
 
 
-def turned(positions: Positions, blocks: bool = False, scaled: bool = True) -> Mapping[str, Change]:
+def turned(
+    positions: Positions, blocks: bool = False, scaled: bool = True, theta: float | None = None
+) -> Mapping[str, Change]:
     """cos and sin of the angles at other positions; `blocks`: the axes' frequencies side by side, not interleaved;
-    not `scaled`: without `rope_scaling`."""
+    not `scaled`: without `rope_scaling`; of another `theta`."""
 
     def angles(place: Place) -> tuple[Tensor, float]:
         c, R = place.config, place.config.rotary_dim
@@ -52,7 +54,7 @@ def turned(positions: Positions, blocks: bool = False, scaled: bool = True) -> M
             axis_j = (j >= time).long() + (j >= time + height)
         else:
             axis_j = torch.where((j % 3 == 1) & (j < 3 * height), 1, torch.where((j % 3 == 2) & (j < 3 * width), 2, 0))
-        frequency_j, amplitude = c.rope_theta ** (-2 * j.double() / R), 1.0
+        frequency_j, amplitude = (theta or c.rope_theta) ** (-2 * j.double() / R), 1.0
         if scaled and c.rope_scaling is not None:
             rotated, amplitude = int(c.head_dim * c.partial_rotary_factor), c.rope_scaling.amplitude()
             frequency_j = c.rope_scaling.frequencies(c.rope_theta, rotated, c.head_dim, at_3BT, torch.float64)
@@ -80,4 +82,11 @@ ROTARY = (
           "tokens", "", turned(counted_after), needs="images"),
     Fault("rotary scaling ignored", "attn", "rope_type (YaRN, ...) of config.json not read", "omlx 3347, mlx-lm 1507",
           turned(same, scaled=False), needs="scaled"),
+)  # fmt: skip
+
+# Where the angles themselves were dumped, before any layer turned by them.
+ANGLES = (
+    Fault("rotary theta 10000", "attn", "rope_theta ignored", "", turned(same, scaled=False, theta=10000.0)),
+    Fault("no rotary at all", "attn", "", "", {"rope_cos": lambda x, _, __: torch.ones_like(x),
+                                               "rope_sin": lambda x, _, __: torch.zeros_like(x)}),
 )  # fmt: skip

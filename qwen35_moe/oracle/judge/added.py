@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,13 +12,14 @@ from torch import Tensor
 
 from ...errors import Qwen35Error
 from ...numerics.tap_table import base_name, part_of
-from ..diagnose.at_sight import OWN_LOGITS, against_own_logits
+from ...trace.layers import HEAD
+from ..diagnose.at_sight import OWN_LOGITS, SCALED, against_own_logits
 from ..dumps.align import Alignment
 from ..dumps.pair import Pair
 from ..dumps.ranks import owners
 from . import log_p as kl_base
 from .columns import wrong_columns
-from .constant_factor import scale_errors
+from .constant_factor import scale_errors, size_error, sizes
 from .envelope import Class, envelope, judge
 from .envelope_file import WEIGHTS, as_rows
 from .records import BF16_GRID, Comparison, Record, block_of
@@ -31,7 +33,7 @@ READ_STREAM = {
     "input_layernorm": "", "pre_mlp_residual": "", "pre_mlp_layernorm_output": "pre_mlp_residual",
     "final_norm": "", "next_token_logits": "final_norm", kl_base.LOG_P: "final_norm",
 }  # fmt: skip
-BOUNDARIES = {STREAMS.get(name, name) for name in RESTARTS} | {"layer_input", "layer_output_sum"}
+BOUNDARIES = {STREAMS.get(name, name) for name in RESTARTS} | {"layer_input", "layer_output_sum", "moe_topk_weights"}
 
 
 class Work:
@@ -80,9 +82,11 @@ class Work:
             known = {at + name for name in ("layer_input", "pre_mlp_residual", "pre_mlp_layernorm_output")} & keys
             passed = {f"{at}mlp_output", f"{at}layer_output_sum", f"layers.{layer + 1}.layer_input"} & keys
             self.loose[layer] = loose if known and not passed else None
+        kinds = self.result.layers
+        turns = layer is None or kinds[layer] == "attn" or "attn" not in kinds
         for key in [k for k in seen[0] if k in self.alignment.keys and base_name(k) not in IDS]:
-            if key in self.records:
-                continue
+            if key in self.records or (key.startswith("rope_") and not turns):
+                continue  # the angles belong to the first layer that turns by them
             with self.fenced(key, layer):
                 self._added(key, layer, seen, loose)
 
@@ -163,6 +167,8 @@ class Work:
             record.cls, record.note = "wrong", BF16_GRID
         if base_name(key) in ("mlp_output", "attn_output"):
             self._judge_scale(record, x, truth, self.index(pair)[keep])
+        if key == HEAD:
+            judge_size(record, x, truth, max(abs(sizes(m, truth)[0]) for m in members), self.limit)
         equal = (m for m, y in zip(self.result.members, members, strict=False) if torch.equal(y.to(x.dtype), x))
         record.equal_to = next(equal, "")
 
@@ -242,6 +248,18 @@ class Work:
     def guilty(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> list[Record]:
         """Those of them that are bad."""
         return [r for r in self.judged(layer, seen) if r.bad]
+
+
+def judge_size(record: Record, x: Tensor, truth: Tensor, legal: float, limit: float) -> None:
+    """Logits that are too large or too small in all rows, however much may have been rounded before them."""
+    off, ratio = size_error(x, truth, legal)
+    if ratio > max(limit, record.ratio or 0.0):
+        record.note = f"{100 * math.expm1(off):+.1f} % in all rows: {SCALED}"
+        record.cls = "suspicious" if ratio <= 2 * limit else "wrong"
+        if record.added is None:
+            record.inherited = ratio
+        else:
+            record.added = ratio
 
 
 def _is_bf16(x: Tensor) -> bool:

@@ -37,3 +37,21 @@ def scale_errors(engine: Tensor, truth: Tensor, parts: Sequence[Tensor]) -> list
         return []
     ratio_I = d_I.abs() / (without_RI - d_I).square().sum(0).sqrt().clamp(min=FACTOR)
     return list(zip(d_I.tolist(), ratio_I.tolist(), strict=True))
+
+
+def sizes(x: Tensor, truth: Tensor) -> tuple[float, float]:
+    """(d, standard error) of the size of all rows of logits, or of log p, each without its mean: d = mean log |x| /
+    |truth|. Rows that took other experts are other values, yet as large as the right ones, so that least squares would
+    call them small. (0, 0) where nothing can be said."""
+    theirs_R, ours_R = ((y.to(torch.float64) - y.to(torch.float64).mean(1, True)).norm(dim=1) for y in (x, truth))
+    rows = theirs_R.isfinite() & (ours_R > 0) & (theirs_R > 0)
+    if int(rows.sum()) < ENOUGH:
+        return 0.0, 0.0
+    log_R = (theirs_R / ours_R)[rows].log()
+    return float(log_R.mean()), float(log_R.std()) / len(log_R) ** 0.5
+
+
+def size_error(x: Tensor, truth: Tensor, legal: float) -> tuple[float, float]:
+    """(d, ratio): ratio = |d| / max(legal, 2 standard errors of d, 2^-8). legal: the largest |d| of legal roundings."""
+    d, error = sizes(x, truth)
+    return d, abs(d) / max(legal, 2 * error, FACTOR)

@@ -12,14 +12,18 @@ from math import log
 
 from torch import Tensor
 
+from ...model.text import Model
 from ...numerics import arithmetics
 from ...numerics.arithmetics import Arithmetic
 from ...numerics.tables import function_of
 from ...numerics.tap_table import base_name
+from ...run.load import build
 from ...run.source import WeightSource
+from ...trace.file import Trace
+from ...trace.recorder import trace
 from .added import IDS, Work
-from .envelope import Norms
-from .envelope_file import WEIGHTS
+from .envelope import Norms, legal
+from .envelope_file import WEIGHTS, write_envelope
 from .rerun import Rerun
 
 BY_KIND = {"fp8-block": ("+a8", ""), "fp8-channel": ("+a8-token", "+a8", ""), "fp8-tensor": ("+a8-token", "+a8", "")}
@@ -78,3 +82,16 @@ def _errors(key: str, seen: Sequence[dict[str, Tensor]], work: Work) -> list[flo
         return []
     found = [float((Norms.of(pair.engine, minus=v).l2 / sizes).nan_to_num(nan=1.0).median()) for v in values]
     return [min(e, 1.0) for e in found]
+
+
+def truth_in(table: Arithmetic, truth: Trace, source: WeightSource, fused: Sequence[bool], rerun: Rerun) -> Trace:
+    """The truth of another function on the same tokens, and its envelope, in memory."""
+
+    def model(each: Arithmetic) -> Model:
+        return build(source, each, fused, rerun.device("norm"), rerun.mode)
+
+    taps = {site.name for site in truth.sites.values()}
+    known = None if bool(truth.mask.all()) else truth.mask
+    found = trace(model(table), truth.ids, taps=taps, attention_mask=known, position_ids=truth.positions)
+    write_envelope(found, (model(each) for each in legal(table.name)))
+    return found

@@ -18,7 +18,7 @@ from ...errors import Qwen35Error
 from ...numerics.tap_table import base_name, per_token
 from ...trace.layers import HEAD
 from ..dumps.pair import Pair
-from .added import IDS, ROUTED, Work
+from .added import IDS, ROUTED, Work, judge_size
 from .columns import wrong_columns
 from .envelope import Norms, envelope, judge
 from .envelope_file import ENVELOPE, WEIGHTS, Stored
@@ -165,4 +165,7 @@ def _judge(work: Work, key: str, stored: Mapping[str, Tensor], first_B: Tensor) 
             b, t = pair.rows[keep][bad].unbind(1)
             if not record.nan and (t >= _could_differ(work, key, stored)[b]).all():
                 record.cls, record.note = "not comparable", UNSAID
+        if key == HEAD and not record.bad:
+            grown = float((bound.l2 / size.l2).square().mean()) / 2  # by half the square of what is added to it
+            judge_size(record, x, truth, grown, work.limit)
     return record

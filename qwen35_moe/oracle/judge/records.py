@@ -76,7 +76,6 @@ class Record:
     added: float | None = None
     inherited: float | None = None
     inherited_rel: float | None = None
-    by_rows: float = 0.0  # the ratio by rows, where `added` may be that of a constant factor
     ratio_l2: float = 0.0
     ratio_max: float = 0.0
     rel: float = 0.0
@@ -90,6 +89,7 @@ class Record:
     note: str = ""
     suspects: list[Place] = field(default_factory=list)
     starts: list[tuple[int, int, str]] = field(default_factory=list)
+    by_rows: float = 0.0  # the ratio by rows, where `added` may be that of a constant factor
 
     @property
     def bad(self) -> bool:

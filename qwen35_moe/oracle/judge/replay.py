@@ -54,6 +54,15 @@ class Captured:
     def __contains__(self, key: object) -> bool:
         return key in self.values
 
+    def whole(self, key: str, tokens: int) -> Tensor | None:
+        """What the engine had at all tokens [tokens, n], NaN where it is not known; None: nothing is."""
+        if key not in self.values:
+            return None
+        rows, x = self.values[key]
+        found = torch.full((tokens, x.shape[1]), torch.nan, dtype=torch.float64)
+        found[rows] = x.to(found)
+        return found
+
     def put(self, key: str, x: Tensor, tokens: int, keep_sums: bool = False) -> Tensor:
         """`x` with the engine's rows in the place of ours. keep_sums: only where ours does not round to theirs, so
         that a stream that was stored rounded keeps the digits that the engine's norm saw."""

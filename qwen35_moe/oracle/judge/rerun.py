@@ -104,7 +104,8 @@ class Rerun:
     def place(self, layer: int | None, expert: int = 0) -> Place:
         tokens = self.tokens.on(self.device("norm" if layer is None else f"layers.{layer}"))
         layers = None if layer is None else frozenset({layer})
-        return Place(self.config, tokens.positions, layers, expert, tokens.steps, self._seen())
+        weights = self.captured.whole(f"layers.{layer}.moe_topk_weights", tokens.count)
+        return Place(self.config, tokens.positions, layers, expert, tokens.steps, self._seen(), weights)
 
     def device(self, part: str) -> torch.device:
         """Where a part of the model runs."""
