@@ -31,7 +31,7 @@ from .faults import Fault
 from .rope_faults import ANGLES
 from .steps import hypotheses
 
-WORTH, TRIES = 0.5, 3  # hypotheses that explain less are not looked at closely, nor more than so many
+WORTH, TRIES = 0.4, 3  # hypotheses that explain less are not looked at closely, nor more than so many
 OUTPUT = {"mlp": "mlp_output", "gdn": "attn_output", "attn": "attn_output"}
 DIAGNOSED = (*OUTPUT, "input_layernorm", "post_attention_layernorm", "final_norm", "stream", "mtp", "vision")
 PARTS = ("moe_routed_output", "moe_shared_gated", "moe_shared_output")
