@@ -27,7 +27,7 @@ from torch import Tensor
 from qwen35_moe.numerics.tap_table import TAPS
 from qwen35_moe.numerics.taps import Site
 from qwen35_moe.oracle.dumps.writers import write_sglang_dump
-from qwen35_moe.oracle.judge.envelope import Norms, one_rounding
+from qwen35_moe.oracle.judge.envelope import Norms, rounding_loss
 from qwen35_moe.oracle.judge.envelope_file import ENVELOPE, as_rows
 from qwen35_moe.trace.file import Entry, Trace
 from qwen35_moe.trace.writer import TraceWriter
@@ -109,7 +109,7 @@ def write(folder: Path, layers: int, tokens: int) -> Callable[[str], None]:
                     if layer < 4:
                         rows = as_rows(site.key, x, tokens)
                         norms = (Norms.of(rows, minus=as_rows(site.key, y, tokens)), Norms.of(rows),
-                                 one_rounding(rows, torch.bfloat16))  # fmt: skip
+                                 rounding_loss(rows, torch.bfloat16))  # fmt: skip
                         columns = torch.stack([c for n in norms for c in (n.l2, n.max)], 1)
                         measured[name, layer] = columns.to(torch.float32)
                     bounds[site.key] = measured[name, layer % 4].clone()

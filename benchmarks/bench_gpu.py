@@ -100,10 +100,10 @@ def random_model(
     return model
 
 
-def _random_mxfp4(shape: torch.Size, draw: torch.Generator, device: torch.device) -> mxfp4.MXFP4:
+def _random_mxfp4(shape: torch.Size, draw: torch.Generator, device: torch.device) -> mxfp4.PackedMXFP4:
     codes = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8, device=device, generator=draw)
     scales = torch.randint(117, 122, (*shape[:-1], shape[-1] // 32), dtype=torch.uint8, device=device, generator=draw)
-    return mxfp4.MXFP4(codes, scales)
+    return mxfp4.PackedMXFP4(codes, scales)
 
 
 def transformers_model(config: q.Config, ours: Model, experts: str = "grouped_mm") -> Any:
@@ -355,7 +355,7 @@ def to_cpu(model: Model) -> Model:
         if isinstance(module, StackedExperts):
             for name in ("gate_up", "down"):
                 weight = getattr(module, name)
-                setattr(module, name, mxfp4.MXFP4(weight.codes.cpu(), weight.scales.cpu()))
+                setattr(module, name, mxfp4.PackedMXFP4(weight.codes.cpu(), weight.scales.cpu()))
     return model.cpu()
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35_moe.gate.decide import decide_layers
-from qwen35_moe.gate.records import Model
+from qwen35_moe.gate.records import GateModel
 from weights import gate_recipes
 
 from .drawn_configs import draw
@@ -47,7 +47,7 @@ EXPLAINED = {
 
 
 def ours(engine: Engine, top: Json, raw: Json, options: Json) -> Answer:
-    decisions = decide_layers(Model.from_config(top, raw or {}), rule=engine.rule, **options)
+    decisions = decide_layers(GateModel.from_config(top, raw or {}), rule=engine.rule, **options)
     words = ["fused" if d else "no" if d.starts else "stops" for d in decisions]
     mixed = isinstance(engine, Atom) and len(set(words[:-1])) > 1
     return "mixed" if mixed else "stops" if "stops" in words[:-1] else words[0], words[-1]

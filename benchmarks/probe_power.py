@@ -32,14 +32,14 @@ from qwen35_moe.model.cache import Cache
 from qwen35_moe.numerics.arithmetics import Arithmetic, get
 from qwen35_moe.numerics.tables import SGLANG_BF16, TRANSFORMERS_BF16
 from qwen35_moe.numerics.taps import attach
-from qwen35_moe.oracle.diagnose.faults import Place
+from qwen35_moe.oracle.diagnose.faults import FaultSite
 from qwen35_moe.oracle.judge.envelope import ALL_BF16, legal
 from qwen35_moe.oracle.judge.rerun import CPU
-from qwen35_moe.oracle.judge.split_k import split, splitting
+from qwen35_moe.oracle.judge.split_k import split_products, splitting
 from qwen35_moe.oracle.servers.answer import Answer, row
 from qwen35_moe.oracle.servers.probe import How, Prepared, prepare
-from qwen35_moe.oracle.servers.prompts import drawn
-from qwen35_moe.oracle.servers.replay import Branch, Hypothesis, Replay, hypotheses
+from qwen35_moe.oracle.servers.prompts import drawn_prompts
+from qwen35_moe.oracle.servers.replay import Branch, PlacedFault, Replay, placed_faults
 from qwen35_moe.oracle.servers.verdict import Verdict
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.run.load import build as build_model
@@ -50,7 +50,7 @@ from weights.build import build
 PROMPTS = {40: (4, 10), 400: (10, 40), 4000: (50, 80)}  # tokens in all: prompts, and tokens of each
 PARTS = 3  # of the clean engines, among processes
 ENGINES: tuple[Arithmetic, ...] = tuple(
-    split(table, parts, order)
+    split_products(table, parts, order)
     for parts, order in ((8, 901), (4, 902), (2, 903), (16, 904))
     for table in (SGLANG_BF16, TRANSFORMERS_BF16, ALL_BF16)
 )
@@ -70,7 +70,7 @@ def answers(ids: list[list[int]], log_p: Tensor, top: int) -> list[Answer]:
 
 
 @torch.inference_mode()
-def engine(source: WeightSource, ids: list[list[int]], table: Arithmetic, h: Hypothesis | None = None) -> Tensor:
+def engine(source: WeightSource, ids: list[list[int]], table: Arithmetic, h: PlacedFault | None = None) -> Tensor:
     """log p [B, T, V] of an engine in this arithmetic, with a fault or none."""
     rows = torch.tensor(ids)
     if h is None:
@@ -78,7 +78,7 @@ def engine(source: WeightSource, ids: list[list[int]], table: Arithmetic, h: Hyp
         with splitting(table):
             return model(rows).double().log_softmax(-1)
     positions = torch.arange(rows.shape[1]).expand_as(rows)
-    place = Place(source.config, positions, None if h.layer is None else frozenset({h.layer}), h.expert)
+    place = FaultSite(source.config, positions, None if h.layer is None else frozenset({h.layer}), h.expert)
     fused = [h.fault.fused and place.covers(i) for i in range(source.config.num_hidden_layers)]
     model = build_model(h.fault.source(source, place), h.fault.arithmetic(table), fused, CPU, "decoded")
     with splitting(table), attach(*h.fault.handlers(place)):
@@ -106,7 +106,7 @@ class Setting:
     ids: list[list[int]]
     tops: list[int]
     known: Prepared | None = None
-    listed: list[Hypothesis] = field(default_factory=list)
+    listed: list[PlacedFault] = field(default_factory=list)
 
 
 HERE: Setting
@@ -118,7 +118,7 @@ def unfused(source: WeightSource) -> list[bool]:
 
 def streams(listed: list[int]) -> list[tuple[int, int, Tensor]]:
     """What some hypotheses make of the last stream: (number, expert, stream) of each."""
-    all_of = hypotheses(HERE.source)
+    all_of = placed_faults(HERE.source)
     rows, mask = padded([torch.tensor(one) for one in HERE.ids])
     found = Replay(HERE.source, unfused(HERE.source), rows, mask).run("exact", [], [all_of[n] for n in listed])[1:]
     by_name = {(b.hypothesis.fault.name, b.hypothesis.layer): b for b in found if b.hypothesis}
@@ -128,13 +128,13 @@ def streams(listed: list[int]) -> list[tuple[int, int, Tensor]]:
 
 def prepared(processes: int) -> Prepared:
     """`prepare`, its hypotheses shared among processes."""
-    listed = hypotheses(HERE.source)
+    listed = placed_faults(HERE.source)
     known = prepare(HERE.source, unfused(HERE.source), HERE.ids, How(faults="none"))
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         parts = pool.map(streams, [list(range(n, len(listed), processes)) for n in range(processes)], chunksize=1)
     for n, expert, stream in sorted((one for part in parts for one in part), key=lambda one: one[0]):
-        h = Hypothesis(listed[n].fault, listed[n].layer, expert)
-        place = Place(HERE.source.config, known.replay.positions)
+        h = PlacedFault(listed[n].fault, listed[n].layer, expert)
+        place = FaultSite(HERE.source.config, known.replay.positions)
         branch = Branch(str(h), h.fault.arithmetic(get("float32")), stream, h, handlers=h.fault.handlers(place))
         known.branches.append(branch)
     return known
@@ -154,7 +154,7 @@ def planted(n: int) -> list[dict[str, Any]]:
     return found
 
 
-def named(verdict: Verdict, h: Hypothesis) -> bool:
+def named(verdict: Verdict, h: PlacedFault) -> bool:
     return any(e.name.split(" (")[0].split(",")[0] == h.fault.name.split(",")[0] for e in verdict.alike)
 
 
@@ -170,7 +170,7 @@ def engines(tokens: int) -> list[Arithmetic | Variant]:
 def round_of(which: tuple[int, int]) -> list[dict[str, Any]]:
     """A part of the clean engines on the prompts of one seed."""
     source, size, (seed, part) = HERE.source, (len(HERE.ids), len(HERE.ids[0])), which
-    ids = drawn(source.config, *size, seed=seed)
+    ids = drawn_prompts(source.config, *size, seed=seed)
     known = prepare(source, unfused(source), ids)
     found = []
     for e in engines(size[1])[part::PARTS]:
@@ -182,7 +182,7 @@ def round_of(which: tuple[int, int]) -> list[dict[str, Any]]:
     return found
 
 
-def some(listed: list[Hypothesis], records: list[dict[str, Any]], checkpoint: str) -> list[Hypothesis]:
+def some(listed: list[PlacedFault], records: list[dict[str, Any]], checkpoint: str) -> list[PlacedFault]:
     """What was not found before, and one in ten of what was."""
     mine = [r for r in records if r["kind"] == "planted" and r["checkpoint"] == checkpoint and r["top"]]
     done = {(r["fault"], r["layer"]) for r in mine if r["finding"] == "diverges"}
@@ -199,7 +199,9 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         path = build(recipe, folder, jobs=1, seed=seed + 1000 * options.drawn, text_config=sizes)
         source, label = open_checkpoint(path)[1].source, f"{name}-{options.drawn}"
         for tokens in options.tokens:
-            HERE = Setting(label, source, drawn(source.config, *PROMPTS[tokens], seed=77 + options.drawn), options.top)
+            HERE = Setting(
+                label, source, drawn_prompts(source.config, *PROMPTS[tokens], seed=77 + options.drawn), options.top
+            )
             start = time.time()
             HERE.known = prepared(options.processes)
             listed = [b.hypothesis for b in HERE.known.branches if b.hypothesis]  # with the expert that is busiest
@@ -208,7 +210,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             with fork.Pool(options.processes) as pool:
                 for records in pool.imap_unordered(planted, range(len(HERE.listed)), chunksize=1):
                     yield from records
-        HERE = Setting(label, source, drawn(source.config, *PROMPTS[options.clean_tokens]), options.top)
+        HERE = Setting(label, source, drawn_prompts(source.config, *PROMPTS[options.clean_tokens]), options.top)
         rounds, first = -(-options.clean // len(engines(40))), 10_000 * (1 + options.drawn)
         parts = [(first + n, part) for n in range(rounds) for part in range(PARTS)]
         with fork.Pool(options.processes) as pool:

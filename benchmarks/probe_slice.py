@@ -26,20 +26,20 @@ from torch import Tensor
 from benchmarks.probe_power import ENGINES, PROMPTS, named, seen
 from qwen35_moe.numerics.tables import SGLANG_BF16
 from qwen35_moe.oracle.judge.where import Where
-from qwen35_moe.oracle.servers.dialects import NEW
+from qwen35_moe.oracle.servers.dialects import TOKENS_PER_REQUEST
 from qwen35_moe.oracle.servers.judge import Judge
 from qwen35_moe.oracle.servers.probe import How, Prepared, prepare
-from qwen35_moe.oracle.servers.prompts import drawn
-from qwen35_moe.oracle.servers.replay import Branch, Hypothesis, Replay
+from qwen35_moe.oracle.servers.prompts import drawn_prompts
+from qwen35_moe.oracle.servers.replay import Branch, PlacedFault, Replay
 from qwen35_moe.oracle.servers.verdict import Told, decide
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.run.source import WeightSource
 
 
 def recorded(source: WeightSource, ids: list[list[int]], device: str, top: int) -> dict[tuple[int, ...], Any]:
-    """What SGLang's /generate would answer: prompt, or some first tokens of it -> JSON. The NEW tokens are drawn, not
-    chosen."""
-    more = drawn(source.config, len(ids), len(ids[0]) + NEW, seed=5)
+    """What SGLang's /generate would answer: prompt, or some first tokens of it -> JSON. The generated tokens
+    are drawn, not chosen."""
+    more = drawn_prompts(source.config, len(ids), len(ids[0]) + TOKENS_PER_REQUEST, seed=5)
     longer = [[*one, *other[len(one) :]] for one, other in zip(ids, more, strict=True)]
     fused = [False] * source.config.num_hidden_layers
     replay = Replay(source, fused, torch.tensor(longer), where=Where(device))
@@ -65,7 +65,7 @@ def timed(folder: Path, device: str, prompts: int, tokens: int, more: list[str])
 
     source = open_checkpoint(folder)[1].source
     start = time.time()
-    answers = recorded(source, drawn(source.config, prompts, tokens), device, 20)
+    answers = recorded(source, drawn_prompts(source.config, prompts, tokens), device, 20)
     print(f"answers of {prompts} prompts of {tokens} tokens recorded in {time.time() - start:.1f} s", flush=True)
     if device != "cpu":
         torch.cuda.empty_cache()
@@ -95,14 +95,14 @@ def values(replay: Replay, branch: Branch, judge: Judge) -> Told:
 def power(folder: Path, device: str, tokens: int, save: Path) -> None:
     """Every hypothesis planted, and clean engines, at one number of tokens."""
     source, start, where = open_checkpoint(folder)[1].source, time.time(), Where(device)
-    ids = drawn(source.config, *PROMPTS[tokens], seed=78)
+    ids = drawn_prompts(source.config, *PROMPTS[tokens], seed=78)
     known: Prepared = prepare(source, [False] * source.config.num_hidden_layers, ids, How(where=where))
     judge, label = known.expect(20), folder.name
     print(f"{label}, {tokens} tokens: prepared in {time.time() - start:.0f} s", flush=True)
     listed = [b.hypothesis for b in known.branches if b.hypothesis]
     replay = Replay(source, known.replay.fused, torch.tensor(ids), where=where)
     broken = replay.run(ENGINES[1], [], listed)[1:]
-    made: list[tuple[Branch, Hypothesis | None]] = [(b, b.hypothesis) for b in broken]
+    made: list[tuple[Branch, PlacedFault | None]] = [(b, b.hypothesis) for b in broken]
     clean = replay.run("exact", ENGINES, [])[1:]
     made += [(b, None) for b in clean]
     with save.open("a", encoding="utf-8") as file:

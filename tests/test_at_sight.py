@@ -13,10 +13,10 @@ from benchmarks.oracle_score.mutants import Bench
 from qwen35_moe.oracle.diagnose.at_sight import OTHER_CHECKPOINT, OWN_LOGITS, VICTIM, against_own_logits
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.fault_parts import on_packed
-from qwen35_moe.oracle.diagnose.faults import BrokenSource, Fault, Place
+from qwen35_moe.oracle.diagnose.faults import BrokenSource, Fault, FaultSite
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.truth import open_checkpoint
-from qwen35_moe.quant.mxfp4 import MXFP4
+from qwen35_moe.quant.mxfp4 import PackedMXFP4
 from qwen35_moe.run.load import build
 from qwen35_moe.trace.recorder import trace
 
@@ -40,7 +40,7 @@ def test_new_faults_are_found_and_named(bench: Bench, fault: Fault) -> None:
     assert found.found and found.named_right, found
 
 
-def _last_is_another(ids: Tensor, _: dict[str, Tensor], place: Place) -> Tensor:
+def _last_is_another(ids: Tensor, _: dict[str, Tensor], place: FaultSite) -> Tensor:
     others = torch.ones(len(ids), place.config.num_experts).scatter(1, ids, 0)
     return torch.cat((ids[:, :-1], others.argmax(1, keepdim=True)), 1)
 
@@ -55,7 +55,7 @@ def test_ids_that_the_engines_own_logits_contradict_need_no_truth(bench: Bench) 
 
 
 def test_a_block_whose_input_is_nan_is_a_victim(bench: Bench) -> None:
-    def nan_from(x: Tensor, _: dict[str, Tensor], __: Place) -> Tensor:
+    def nan_from(x: Tensor, _: dict[str, Tensor], __: FaultSite) -> Tensor:
         return torch.cat((x[:20], x[20:] * torch.nan))
 
     result = bench.compare(bench.engine(Fault("NaN", "mlp", taps={"mlp_output": nan_from})))
@@ -67,8 +67,8 @@ def test_a_block_whose_input_is_nan_is_a_victim(bench: Bench) -> None:
 
 def test_another_checkpoint_is_asked_about(bench: Bench) -> None:
     """All experts with other codes: no bug of a kernel, but another member of the family."""
-    change = on_packed(lambda w: MXFP4(w.codes ^ 1, w.scales))
-    everywhere = Place(bench.source.config, bench.truth.positions)
+    change = on_packed(lambda w: PackedMXFP4(w.codes ^ 1, w.scales))
+    everywhere = FaultSite(bench.source.config, bench.truth.positions)
     source = BrokenSource(bench.source, Fault("other", "mlp", slot=change), everywhere)
     model = build(source, bench.table, bench.unfused, torch.device("cpu"), "decoded")
     result = bench.compare(from_trace(trace(model, IDS, taps=bench.taps)), diagnoses=1)

@@ -19,7 +19,7 @@ from qwen35_moe.numerics.tables import SGLANG_BF16, VLLM_BF16
 from qwen35_moe.numerics.taps import Handler
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
-from qwen35_moe.oracle.diagnose.faults import Place
+from qwen35_moe.oracle.diagnose.faults import FaultSite
 from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.dumps.writers import DUMPED
@@ -77,7 +77,7 @@ def test_an_fp8_kv_cache_is_named_and_can_be_declared(
 def test_a_fault_is_found_beside_a_declared_cache(built: Callable[[str], Path], truth: Trace) -> None:
     source = open_checkpoint(built("tiny"))[1].source
     fault = next(f for f in FAULTS if f.name == "output gate ignored")
-    place = Place(source.config, truth.positions, frozenset({3}))
+    place = FaultSite(source.config, truth.positions, frozenset({3}))
     dump = _engine(built("tiny"), with_choices(SGLANG_BF16, kv_cache="fp8_e4m3"), tuple(fault.handlers(place)))
     result = compare(truth, dump, source, diagnoses=1, kv_cache="fp8_e4m3")
     assert result.exit_code == 1 and result.diagnoses[0].name == fault.name, result.verdict

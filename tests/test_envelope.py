@@ -16,10 +16,10 @@ from qwen35_moe.cli.main import main
 from qwen35_moe.numerics.tables import FLOAT32, SGLANG_BF16, TRANSFORMERS_BF16
 from qwen35_moe.numerics.taps import attach
 from qwen35_moe.oracle.judge import envelope_file, second_look
-from qwen35_moe.oracle.judge.constant_factor import ENOUGH, scale_errors
+from qwen35_moe.oracle.judge.constant_factor import FEWEST_ROWS, scale_errors
 from qwen35_moe.oracle.judge.envelope_file import stored_envelope
 from qwen35_moe.oracle.judge.replay import ReplayRouting
-from qwen35_moe.oracle.judge.split_k import SplitK, samples, split, splitting
+from qwen35_moe.oracle.judge.split_k import SplitK, samples, split_products, splitting
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.run.load import load
 from qwen35_moe.trace.file import Trace
@@ -52,7 +52,7 @@ def test_samples_are_all_different_and_said_by_their_names() -> None:
         with splitting(table):
             seen.append(F.linear(x, w))
     assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
-    with splitting(split(FLOAT32, 4, 0)):  # float32 is split too, but not rounded to bf16
+    with splitting(split_products(FLOAT32, 4, 0)):  # float32 is split too, but not rounded to bf16
         assert float((F.linear(x, w) - x @ w.T).abs().max()) < 1e-4
     with splitting(SGLANG_BF16):
         assert torch.equal(F.linear(x, w), x @ w.T)
@@ -82,7 +82,7 @@ def test_a_factor_that_is_stored_in_bf16_is_no_error() -> None:
 
 
 def test_few_rows_and_a_single_row_prove_no_factor() -> None:
-    routed, shared, engine = _with_noise(ENOUGH - 1)
+    routed, shared, engine = _with_noise(FEWEST_ROWS - 1)
     assert scale_errors(engine * 1.5, routed + shared, [routed, shared]) == []
     routed, shared, engine = _with_noise(48)
     engine[7] *= 1.5

@@ -7,7 +7,7 @@ import pytest
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.gate.exclude import ExcludeList, Hit, exclude_list
 from qwen35_moe.gate.module_names import (
-    canonical,
+    canonical_module,
     expand_fused,
     is_draft_entry,
     mentions_shared_body,
@@ -103,7 +103,7 @@ def test_spellings_cover_prefixes_drafts_and_deepseek() -> None:
     assert "model.layers.78.mlp.shared_experts.up_proj" in deepseek
     assert spellings("mtp.fc") == ("mtp.fc",)
     assert "model.visual.merger.linear_fc1" in spellings("visual.merger.linear_fc1")
-    assert canonical("model.language_model.embed_tokens") == "embed_tokens"
+    assert canonical_module("model.language_model.embed_tokens") == "embed_tokens"
 
 
 # entry, what SGLang 0.5.23 says with 78 layers and one draft layer, source

@@ -12,10 +12,10 @@ from gate_configs import FP4, NV, PREFIX, QWEN, TEXT, W4A4, W8A8, body, quark
 from safetensors.torch import save_file
 
 from qwen35_moe.checkpoint import Checkpoint
-from qwen35_moe.cli.gate import read
+from qwen35_moe.cli.gate import config_and_specs
 from qwen35_moe.gate.decide import RULES, VARIANTS, can_fuse_shared_expert, decide_layers, hazards
 from qwen35_moe.gate.declared import BF16, MXFP4, NVFP4, ModuleSpec, QuantConfig
-from qwen35_moe.gate.records import Model
+from qwen35_moe.gate.records import GateModel
 from qwen35_moe.gate.strict import layer_facts
 from weights.build import real_config
 
@@ -26,7 +26,7 @@ ENGINES = ("sglang", "vllm", "atom")
 @pytest.mark.parametrize("key", ["*experts*", "*.experts.*", "*experts.*"])
 def test_a_word_of_another_family_covers_nothing(rule: str, key: str) -> None:
     """`*experts*` names Qwen's routed experts, and not its `shared_expert`."""
-    config = Model.from_config(QWEN | {"quantization_config": quark(layers={key: W8A8})})
+    config = GateModel.from_config(QWEN | {"quantization_config": quark(layers={key: W8A8})})
     if key == "*experts*" or rule == "strict":
         assert not can_fuse_shared_expert(config, rule=rule, vllm_opt_in=True)
     fp8 = ModuleSpec("fp8-channel")
@@ -141,7 +141,7 @@ def test_entries_for_single_experts_take_no_time(place: str, layers: int) -> Non
         for p in ("down", "gate", "up")
     ]
     more = {"exclude": names} if place == "exclude" else {"layers": dict.fromkeys(names, W8A8)}
-    model = Model.from_config(real_config("qwen3.5-397b-a17b"), quark(**more))
+    model = GateModel.from_config(real_config("qwen3.5-397b-a17b"), quark(**more))
     begin = time.process_time()
     for _, rule, options in VARIANTS:
         hazards(model, None, decide_layers(model, rule=rule, **options))
@@ -164,7 +164,7 @@ ORDERS = [
 def test_experts_are_grouped_by_what_entries_say(keys: list[tuple[str, Any]], apart: bool) -> None:
     """The first key that matches decides, so their order counts; asked one by one, experts say the same."""
     quant = quark(layers={key.replace("L", f"{PREFIX}.0.mlp"): spec for key, spec in keys})
-    model = Model.from_config(QWEN, quant)
+    model = GateModel.from_config(QWEN, quant)
     found = {fact.spec for fact in layer_facts(model, model.layers[0], None).routed if fact.name.endswith("up_proj")}
     each = {model.quant.spec_of(f"layers.0.mlp.experts.{e}.up_proj").spec for e in range(8)}
     assert found == each and (len(each) > 1) is apart
@@ -178,7 +178,7 @@ def test_hf_quant_config_beside_config(tmp_path: Path) -> None:
         json.dumps({"quantization": {"quant_algo": "NVFP4", "group_size": 16}})
     )
     save_file({"model.language_model.norm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
-    for config in (read(tmp_path, config_only=True)[0], Checkpoint.open(tmp_path).config):
+    for config in (config_and_specs(tmp_path, config_only=True)[0], Checkpoint.open(tmp_path).config):
         assert QuantConfig.from_dict(config["quantization_config"]).default.same_bytes(NVFP4)
 
 

@@ -21,7 +21,7 @@ from qwen35_moe.numerics.arithmetics import using
 from qwen35_moe.numerics.metrics import rel_l2, ulp_distance
 from qwen35_moe.numerics.tables import AITER, EXACT_A4, SGLANG_BF16
 from qwen35_moe.numerics.taps import tap
-from qwen35_moe.quant.mxfp4 import MXFP4, decode, encode
+from qwen35_moe.quant.mxfp4 import PackedMXFP4, decode, encode
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
@@ -126,13 +126,13 @@ class Packed(moe.Experts):
     """The experts of a golden file, packed."""
 
     def __init__(self, g: dict[str, torch.Tensor]):
-        E, _, F = MXFP4(g["w2_codes"], g["w2_scales"]).shape
+        E, _, F = PackedMXFP4(g["w2_codes"], g["w2_scales"]).shape
         super().__init__(E, F, quantised=True)
-        self.w13, self.w2 = MXFP4(g["w13_codes"], g["w13_scales"]), MXFP4(g["w2_codes"], g["w2_scales"])
+        self.w13, self.w2 = PackedMXFP4(g["w13_codes"], g["w13_scales"]), PackedMXFP4(g["w2_codes"], g["w2_scales"])
 
     def at(self, e):
         dtype = arithmetic.current().dtype
-        return tuple(MXFP4(w.codes[e], w.scales[e]).decode(dtype) for w in (self.w13, self.w2))
+        return tuple(PackedMXFP4(w.codes[e], w.scales[e]).decode(dtype) for w in (self.w13, self.w2))
 
 
 # The recorded run stored gate_up in bf16 and applied SiLU to that. Its kernel computed with the stored scale bytes,

@@ -63,7 +63,7 @@ def test_packed_experts_pair_by_pair_and_in_batches(tokens: int, monkeypatch: py
     monkeypatch.setattr(grouped_experts, "EXPERTS_PER_BATCH", 4)
     monkeypatch.setattr(grouped_experts, "FEW_PAIRS", 3 * A)
     gates, ups, downs = (
-        [mxfp4.MXFP4(*mxfp4.encode(drawn(*shape, seed=10 * i + e))) for e in range(E)]
+        [mxfp4.PackedMXFP4(*mxfp4.encode(drawn(*shape, seed=10 * i + e))) for e in range(E)]
         for i, shape in enumerate([(F, D), (F, D), (D, F)])
     )
     stored = [(concatenate(gate, up), down) for gate, up, down in zip(gates, ups, downs, strict=True)]

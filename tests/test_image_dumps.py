@@ -21,10 +21,10 @@ from qwen35_moe.model.text import Model
 from qwen35_moe.model.vision.config import VisionConfig
 from qwen35_moe.model.vision.positions import token_types
 from qwen35_moe.oracle.compare import compare
-from qwen35_moe.oracle.diagnose.faults import Fault, Place
+from qwen35_moe.oracle.diagnose.faults import Fault, FaultSite
 from qwen35_moe.oracle.diagnose.rope_faults import counted, counted_after, swapped, time_only
 from qwen35_moe.oracle.diagnose.seen import Seen
-from qwen35_moe.oracle.diagnose.vision_faults import VISION
+from qwen35_moe.oracle.diagnose.vision_faults import VISION_FAULTS
 from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.oracle.dumps.readers.own import from_trace
@@ -136,10 +136,10 @@ TAPS = "vis_*,image_embeds,layer_input"
 INSIDE_OF_THE_TOWER = ["vis_pos_embed", "vis_embed", "vis_rope_*", "vis_q", "vis_k", "vis_v", "vis_attn_[!o]*"]
 
 
-@pytest.mark.parametrize("fault", VISION, ids=lambda f: f.name)
+@pytest.mark.parametrize("fault", VISION_FAULTS, ids=lambda f: f.name)
 def test_faults_of_the_tower_are_named_at_their_block(truth: Trace, source, engine: Model, fault: Fault) -> None:
     """In an engine-like run, whose dump has what modules return."""
-    place = Place(source.config, axes_in(truth), seen=seen_by_the_tower(source))
+    place = FaultSite(source.config, axes_in(truth), seen=seen_by_the_tower(source))
     run = q.trace(engine, IDS, taps=TAPS, images=Images(PIXELS, GRIDS), replay=fault.handlers(place))
     dumped = {k: e for k, e in run.sites.items() if not any(fnmatch(e.name, p) for p in INSIDE_OF_THE_TOWER)}
     found = compare(truth, from_trace(Trace(dumped, run.meta, memory=run.memory)), source, diagnoses=1)

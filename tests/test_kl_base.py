@@ -20,7 +20,7 @@ from qwen35_moe.oracle.dumps.writers import write_kl_base
 from qwen35_moe.oracle.judge import log_p as kl_base
 from qwen35_moe.oracle.judge import second_look
 from qwen35_moe.oracle.judge.envelope import LIMIT, Norms, legal
-from qwen35_moe.oracle.judge.split_k import split, splitting
+from qwen35_moe.oracle.judge.split_k import split_products, splitting
 from qwen35_moe.oracle.truth import open_checkpoint
 
 DATA = Path(__file__).parent / "data"
@@ -59,7 +59,7 @@ def test_a_wrong_file_diverges(truth: Path, tmp_path: Path, capsys: pytest.Captu
     ids = torch.stack([t.ids for t in read_dump(KL_BASE).tokens.values()])
     write_kl_base(tmp_path / "model.kld", ids, model(ids))
     row = read_dump(KL_BASE).read("next_token_logprobs", 0)[0]
-    scale, _, codes = kl_base.encode(row)
+    scale, _, codes = kl_base.to_codes(row)
     moved = int(codes[7]) + 20
     assert 20 * float(scale) < 5e-3  # nat
     for file in (spoiled(tmp_path, 0, *range(64)), spoiled(tmp_path, 7, moved), tmp_path / "model.kld"):
@@ -80,12 +80,12 @@ def test_a_wrong_file_diverges(truth: Path, tmp_path: Path, capsys: pytest.Captu
 def test_the_format_rounds_by_half_a_step_and_clips() -> None:
     logits = torch.randn(5, 77, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 20
     x = kl_base.log_p(logits)
-    _, _, codes = kl_base.encode(x)
+    _, _, codes = kl_base.to_codes(x)
     torch.testing.assert_close(x.amax(-1) - x.amin(-1), torch.full((5,), 16.0, dtype=torch.float64))
     assert (codes.amin(-1) == 0).all() and (codes.amax(-1) == 65535).all()
     assert (x == x.amin(-1, keepdim=True)).sum() > 5  # clipped
     step = 16 / 65535
-    assert 0.45 * step < float(kl_base.one_rounding(x).max.max()) <= step / 2 + 1e-12
+    assert 0.45 * step < float(kl_base.loss_in_file(x).max.max()) <= step / 2 + 1e-12
 
 
 def test_log_p_errs_by_no_more_than_its_bound() -> None:
@@ -117,7 +117,7 @@ def bench(seed: int) -> Bench:
 def test_samples_are_whole_runs_where_nothing_was_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that chose another expert somewhere is no false alarm: members run anew from the embedding on."""
     one = bench(0)
-    dump = engine(one, tmp_path, split(TRANSFORMERS_BF16, 3))
+    dump = engine(one, tmp_path, split_products(TRANSFORMERS_BF16, 3))
     members = [m for m in legal("exact") if m.name != "transformers-bf16"]
     monkeypatch.setattr(second_look, "SAMPLES", 0)
     first = one.compare(dump, diagnoses=0, members=members)

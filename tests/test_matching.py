@@ -11,7 +11,7 @@ from engine_like import Engine, Value, padded_truth, tiny_model, write_dumper
 
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.oracle.dumps.align import Alignment, align
-from qwen35_moe.oracle.dumps.dump import Dump, Piece, Tokens
+from qwen35_moe.oracle.dumps.dump import Dump, Piece, StepTokens
 from qwen35_moe.oracle.dumps.match import Matching
 from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.oracle.dumps.runs import Run, runs
@@ -30,7 +30,7 @@ def truth() -> Trace:
     return padded_truth(tiny_model(), SEQUENCES, taps="final_norm")
 
 
-def dump_of(steps: list[Tokens]) -> Dump:
+def dump_of(steps: list[StepTokens]) -> Dump:
     """Rows that say which they are: final_norm holds [step, row]."""
     pieces = [
         Piece("final_norm", lambda s=s, t=t: torch.tensor([[s, r] for r in range(t.count or 0)]).float(), s,
@@ -40,14 +40,14 @@ def dump_of(steps: list[Tokens]) -> Dump:
     return Dump("test", "test", pieces, dict(enumerate(steps)))
 
 
-def flat(*runs: tuple[int, list[int]], **fields: object) -> Tokens:
+def flat(*runs: tuple[int, list[int]], **fields: object) -> StepTokens:
     """(first position, ids) one after another in a flat step."""
     ids = [i for _, some in runs for i in some]
     positions = [start + i for start, some in runs for i in range(len(some))]
-    return Tokens(torch.tensor(ids), torch.tensor(positions), **fields)  # type: ignore[arg-type]
+    return StepTokens(torch.tensor(ids), torch.tensor(positions), **fields)  # type: ignore[arg-type]
 
 
-def matched(truth: Trace, *steps: Tokens):
+def matched(truth: Trace, *steps: StepTokens):
     matching = Matching(dump_of(list(steps)), truth.mask, truth.ids)
     for run in runs(matching.dump):
         matching.place(run)
@@ -126,8 +126,8 @@ def test_the_first_bad_row_is_told(truth: Trace) -> None:
     rows = torch.tensor([[0, *SEQUENCES[1]], [*SEQUENCES[0][:6]]])
     mask = torch.tensor([[False] + [True] * 5, [True] * 6])
     positions = torch.tensor([[0, 0, 1, 2, 3, 4], list(range(6))])
-    left = Tokens(rows.flatten(), positions.flatten(), batch=(2, 6), mask=mask.flatten())
-    found = matched(truth, left, Tokens(torch.tensor([77]), torch.tensor([6])))
+    left = StepTokens(rows.flatten(), positions.flatten(), batch=(2, 6), mask=mask.flatten())
+    found = matched(truth, left, StepTokens(torch.tensor([77]), torch.tensor([6])))
     assert found.firsts == {(1, 0): "first after padding", (0, 0): "first of its sequence", (0, 6): "first of a step"}
     cached = matched(truth, flat((3, SEQUENCES[0][3:]), (0, SEQUENCES[1])))
     assert cached.firsts[0, 3] == "first after a cached prefix"
@@ -143,7 +143,7 @@ def test_a_step_that_nothing_divides(truth: Trace) -> None:
     """Ids alone, without positions or requests."""
     a, b = SEQUENCES
     found = matched(
-        truth, Tokens(torch.tensor(a[:4] + b[:3])), Tokens(torch.tensor(a[4:])), Tokens(torch.tensor(b[3:]))
+        truth, StepTokens(torch.tensor(a[:4] + b[:3])), StepTokens(torch.tensor(a[4:])), StepTokens(torch.tensor(b[3:]))
     )
     assert not found.absent and found.ends[0].tolist() == [[0, 0, 3], [1, 1, 2]]
 

@@ -19,9 +19,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.quant.mxfp4 import (
-    MXFP4,
     QUANTISERS,
     SCALE_RULES,
+    PackedMXFP4,
     decode,
     decode_plain,
     encode,
@@ -133,7 +133,7 @@ def test_decode_in_pieces_into_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None
     generator = torch.Generator().manual_seed(1)
     codes = torch.randint(0, 256, (3, 10, 48), dtype=torch.uint8, generator=generator)
     scales = torch.randint(0, 256, (3, 10, 3), dtype=torch.uint8, generator=generator)
-    weight = MXFP4(codes, scales)
+    weight = PackedMXFP4(codes, scales)
     assert weight.shape == (3, 10, 96)
     assert weight.nbytes == 3 * 10 * 51
     for dtype in EXACT:
@@ -143,7 +143,7 @@ def test_decode_in_pieces_into_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None
             out = torch.full((3, 10, 96), torch.nan, dtype=dtype)
             assert weight.decode(dtype, out=out) is out
             assert torch.equal(bits(out), bits(whole))
-            strided = MXFP4(codes.transpose(0, 1), scales.transpose(0, 1)).decode(dtype)
+            strided = PackedMXFP4(codes.transpose(0, 1), scales.transpose(0, 1)).decode(dtype)
             assert torch.equal(bits(strided), bits(whole.transpose(0, 1).contiguous()))
         odd = torch.empty(1 + whole.numel(), dtype=dtype)[1:].view(whole.shape)
         assert torch.equal(bits(weight.decode(dtype, out=odd)), bits(whole))
@@ -398,7 +398,7 @@ def test_the_rounding_keeps_the_dtype_and_the_shape() -> None:
 )
 def test_codes_and_scales_that_are_not_mxfp4(codes: Tensor, scales: Tensor, message: str) -> None:
     with pytest.raises(Qwen35Error, match=message):
-        MXFP4(codes, scales)
+        PackedMXFP4(codes, scales)
     with pytest.raises(Qwen35Error, match=message):
         decode(codes, scales, torch.float32)
 

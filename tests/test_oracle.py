@@ -19,7 +19,7 @@ from qwen35_moe.numerics.arithmetics import get
 from qwen35_moe.numerics.taps import BREAK, Handler, Site
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
-from qwen35_moe.oracle.diagnose.faults import Place
+from qwen35_moe.oracle.diagnose.faults import FaultSite
 from qwen35_moe.oracle.dumps.dump import Dump, Piece
 from qwen35_moe.oracle.dumps.pair import Pair
 from qwen35_moe.oracle.dumps.readers.own import from_trace
@@ -198,7 +198,7 @@ def test_a_bug_is_named_by_the_residual_stream_alone(
 ) -> None:
     """As vLLM's hidden states hold it: what a layer hands on is known as what the next one reads."""
     fault = next(f for f in FAULTS if f.name == name)
-    place = Place(source.config, truth.positions, frozenset({layer}))
+    place = FaultSite(source.config, truth.positions, frozenset({layer}))
     model = load(built("tiny-mxfp4"), "sglang-bf16", "unfused", text_only=True)
     run = trace(model, IDS, taps="layer_input", replay=fault.handlers(place))
     found = compare(truth, from_trace(run), source)
@@ -220,7 +220,7 @@ def test_a_bug_is_named_by_the_residual_stream_alone(
 def test_a_bug_of_the_last_layer_is_named_by_what_comes_after_it(
     built: Callable[[str], Path], truth: Trace, source, tap: str, name: str, said: str
 ) -> None:
-    place = Place(source.config, truth.positions, frozenset({3}), 1)
+    place = FaultSite(source.config, truth.positions, frozenset({3}), 1)
     faults = [f.handlers(place)[0] for f in FAULTS if f.name == name] or [Scaled("layers.3.attn_output", 2.5)]
     model = load(built("tiny-mxfp4"), "sglang-bf16", "unfused", text_only=True)
     run = trace(model, IDS, taps=f"layer_input,{tap}", replay=faults)
@@ -258,7 +258,7 @@ def test_factors_are_fitted_to_the_stream_as_to_the_block(built: Callable[[str],
 def test_layers_that_were_not_dumped_are_suspects(built: Callable[[str], Path], truth: Trace, source) -> None:
     """The first tap that shows an error need not be of the layer, nor of the block, that made it."""
     fault = next(f for f in FAULTS if f.name == "no decay")
-    place = Place(source.config, truth.positions, frozenset({1}))
+    place = FaultSite(source.config, truth.positions, frozenset({1}))
     model = load(built("tiny-mxfp4"), "sglang-bf16", "unfused", text_only=True)
     run = trace(model, IDS, taps=DUMPED, replay=fault.handlers(place))
 

@@ -24,7 +24,7 @@ from qwen35_moe import Qwen35Error
 from qwen35_moe.numerics.tap_table import TAPS
 from qwen35_moe.oracle.dumps.align import Alignment, align
 from qwen35_moe.oracle.dumps.dump import Dump
-from qwen35_moe.oracle.dumps.engine_names import SGLANG, TRANSFORMERS, Rule, letters
+from qwen35_moe.oracle.dumps.engine_names import SGLANG_NAMES, TRANSFORMERS_NAMES, TapRule, letters
 from qwen35_moe.oracle.dumps.holes import holes
 from qwen35_moe.oracle.dumps.join import join_ranks
 from qwen35_moe.oracle.dumps.readers import read_dump
@@ -209,20 +209,20 @@ def test_more_ranks_than_key_value_heads() -> None:
     sizes = {"n": 4, "g": 2, "h": 3}
     q, k, v = torch.randn(5, 24), torch.randn(5, 6), torch.randn(5, 6)
     ranks = [torch.cat((q.chunk(4, 1)[r], k.chunk(2, 1)[r // 2], v.chunk(2, 1)[r // 2]), 1) for r in range(4)]
-    blocks = Rule.parse(SGLANG["qkv_proj.output"]).blocks
+    blocks = TapRule.parse(SGLANG_NAMES["qkv_proj.output"]).blocks
     for name, whole in (("attn_q_gate", q), ("attn_k_proj", k), ("attn_v", v)):
         assert torch.equal(join_ranks(f"layers.0.{name}", ranks, "cat", blocks, sizes), whole)
 
 
 def test_names_are_known_taps() -> None:
     """Each rule ends in taps of the table; columns of the table and rules say the same."""
-    for table in (SGLANG, TRANSFORMERS):
+    for table in (SGLANG_NAMES, TRANSFORMERS_NAMES):
         for text in table.values():
-            assert {name for name, _ in Rule.parse(text).blocks if name != "-"} <= set(TAPS), text
+            assert {name for name, _ in TapRule.parse(text).blocks if name != "-"} <= set(TAPS), text
     for name, tap in TAPS.items():
-        for column, table in ((tap.sglang, SGLANG), (tap.transformers, TRANSFORMERS)):
+        for column, table in ((tap.sglang, SGLANG_NAMES), (tap.transformers, TRANSFORMERS_NAMES)):
             for path in (p.rstrip("*") for p in column.split(" | ") if "." in p):
-                assert name in [n for n, _ in Rule.parse(table[path]).blocks], (name, path)
+                assert name in [n for n, _ in TapRule.parse(table[path]).blocks], (name, path)
     assert letters({"text_config": {"hidden_size": 64}}) == {"d": 64}
 
 

@@ -11,7 +11,7 @@ from engine_like import padded_truth, tiny_model
 from fixture_models import read as read_fixture
 
 from qwen35_moe.oracle.dumps.align import align
-from qwen35_moe.oracle.dumps.dump import Dump, Piece, Tokens
+from qwen35_moe.oracle.dumps.dump import Dump, Piece, StepTokens
 from qwen35_moe.oracle.dumps.readers.transformers import TransformersCapture
 from qwen35_moe.oracle.dumps.sequences import sequences_of
 from qwen35_moe.run.prompt import padded
@@ -28,7 +28,7 @@ def truth() -> Trace:
     return padded_truth(tiny_model(), SEQUENCES, taps=KEY)
 
 
-def dump_of(*steps: tuple[Tokens, torch.Tensor]) -> Dump:
+def dump_of(*steps: tuple[StepTokens, torch.Tensor]) -> Dump:
     pieces = [Piece(KEY, lambda x=x: x, s, layer=3, key=KEY) for s, (_, x) in enumerate(steps)]
     return Dump("test", "test", pieces, {s: tokens for s, (tokens, _) in enumerate(steps)})
 
@@ -56,10 +56,10 @@ def test_padded_on_the_left_and_packed(truth: Trace, wrong: bool) -> None:
         packed[0, :, at : at + n, at : at + n] = x
         ids[b, pad:], mask[b, pad:], positions[b, pad:] = torch.tensor(row), True, torch.arange(n)
         at += n
-    tokens = Tokens(ids.flatten(), positions.flatten(), batch=(B, T), mask=mask.flatten())
+    tokens = StepTokens(ids.flatten(), positions.flatten(), batch=(B, T), mask=mask.flatten())
     assert agree(dump_of((tokens, left)), truth) is not wrong
     flat = torch.cat([torch.arange(len(row)) for row in SEQUENCES])
-    tokens = Tokens(torch.tensor(sum(SEQUENCES, [])), flat, batch=(1, 12), mask=torch.ones(12, dtype=torch.bool))
+    tokens = StepTokens(torch.tensor(sum(SEQUENCES, [])), flat, batch=(1, 12), mask=torch.ones(12, dtype=torch.bool))
     assert agree(dump_of((tokens, packed)), truth) is not wrong
 
 
@@ -72,7 +72,7 @@ def test_a_cache_that_grows_and_one_that_was_made_at_once(truth: Trace, places: 
         real = torch.tensor([[i < len(row) for i in range(start, stop)] for row in SEQUENCES])
         at = torch.arange(start, stop).expand(2, -1)
         x = torch.nn.functional.pad(truth[KEY][:, :, start:stop, :stop], (0, (places or stop) - stop))
-        steps.append((Tokens(ids.flatten(), at.flatten(), batch=(2, stop - start), mask=real.flatten()), x))
+        steps.append((StepTokens(ids.flatten(), at.flatten(), batch=(2, stop - start), mask=real.flatten()), x))
     assert agree(dump_of(*steps), truth)
 
 

@@ -26,7 +26,7 @@ from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.numerics import arithmetics
 from qwen35_moe.numerics.taps import attach
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
-from qwen35_moe.oracle.diagnose.faults import Place
+from qwen35_moe.oracle.diagnose.faults import FaultSite
 from qwen35_moe.oracle.judge.envelope import LIMIT
 from qwen35_moe.oracle.servers import client
 from qwen35_moe.oracle.servers.answer import Answer
@@ -35,7 +35,7 @@ from qwen35_moe.oracle.servers.client import API_KEY, Server
 from qwen35_moe.oracle.servers.dialects import Asker
 from qwen35_moe.oracle.servers.judge import DECIDED
 from qwen35_moe.oracle.servers.probe import How, Prepared, prepare
-from qwen35_moe.oracle.servers.prompts import drawn, ordinary
+from qwen35_moe.oracle.servers.prompts import drawn_prompts, ordinary
 from qwen35_moe.oracle.servers.readers import from_bytes, from_json, read_answers
 from qwen35_moe.oracle.truth import Loaded, open_checkpoint, write_truth
 from qwen35_moe.run.load import build as build_model
@@ -62,7 +62,7 @@ def loaded(checkpoint: Path) -> Loaded:
 
 @pytest.fixture(scope="module")
 def known(loaded: Loaded) -> Prepared:
-    return prepare(loaded.source, loaded.fused, drawn(loaded.source.config, *ASKED))
+    return prepare(loaded.source, loaded.fused, drawn_prompts(loaded.source.config, *ASKED))
 
 
 def engine(loaded: Loaded, arithmetic: str = "sglang-bf16", fault: str = "", layer: int | None = None) -> LogP:
@@ -72,7 +72,7 @@ def engine(loaded: Loaded, arithmetic: str = "sglang-bf16", fault: str = "", lay
 
     def log_p(ids: list[int]) -> Tensor:
         row = torch.tensor([ids])
-        place = Place(source.config, torch.arange(len(ids))[None], None if layer is None else frozenset({layer}))
+        place = FaultSite(source.config, torch.arange(len(ids))[None], None if layer is None else frozenset({layer}))
         weights, how, handlers = source, table, []
         if broken is not None:
             weights, how, handlers = broken.source(source, place), broken.arithmetic(table), broken.handlers(place)
@@ -80,7 +80,7 @@ def engine(loaded: Loaded, arithmetic: str = "sglang-bf16", fault: str = "", lay
             return build_model(weights, how, loaded.fused, CPU, "decoded")(row)[0].double().log_softmax(-1)
 
     found = cached(log_p)
-    for ids in drawn(source.config, *ASKED):
+    for ids in drawn_prompts(source.config, *ASKED):
         found(ids)  # so that what a request a token asks for is a beginning of something known
     return found
 
@@ -530,8 +530,8 @@ def test_urls_that_are_none(url: str) -> None:
 
 def test_prompts_are_ordinary_tokens_and_the_same_everywhere(loaded: Loaded) -> None:
     config = loaded.source.config
-    ids = drawn(config, 3, 40)
-    assert ids[0][:6] == drawn(config, 1, 40)[0][:6] != drawn(config, 1, 40, seed=1)[0][:6]
+    ids = drawn_prompts(config, 3, 40)
+    assert ids[0][:6] == drawn_prompts(config, 1, 40)[0][:6] != drawn_prompts(config, 1, 40, seed=1)[0][:6]
     assert max(map(max, ids)) < ordinary(config) < config.vocab_size
 
 

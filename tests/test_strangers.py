@@ -56,7 +56,7 @@ def test_a_file_where_a_directory_should_be_is_one_line(
 
 def test_a_bug_is_not_a_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 1 means "diverges"."""
-    monkeypatch.setattr("qwen35_moe.cli.gate.read", lambda *_: 1 / 0)
+    monkeypatch.setattr("qwen35_moe.cli.gate.config_and_specs", lambda *_: 1 / 0)
     assert cli.main(["gate", "anything"]) == 2
     assert "ZeroDivisionError" in capsys.readouterr().err
 
@@ -65,7 +65,7 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qwen35_moe.cli.gate.read", interrupted)
+    monkeypatch.setattr("qwen35_moe.cli.gate.config_and_specs", interrupted)
     assert cli.main(["gate", "anything"]) == 2
     assert capsys.readouterr().err == "qwen35-moe: interrupted\n"
 

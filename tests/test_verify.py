@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen35_moe.cli.main import main
-from qwen35_moe.oracle.judge.envelope_file import ENVELOPE, STATE
+from qwen35_moe.oracle.judge.envelope_file import ENVELOPE, ENVELOPE_STATE
 from qwen35_moe.trace.file import RESUME
 
 Build = Callable[[str], Path]
@@ -90,7 +90,7 @@ def test_resume_does_not_go_on_from_a_damaged_envelope(
     with monkeypatch.context() as patch:
         patch.setattr("qwen35_moe.oracle.judge.envelope_file._head", lambda *_: 1 / 0)
         assert main(arguments) == 2
-    flip(tmp_path / "t" / STATE, 0.95)
+    flip(tmp_path / "t" / ENVELOPE_STATE, 0.95)
     capsys.readouterr()
     assert main([*arguments, "--resume"]) == 2
     assert "checksum" in capsys.readouterr().err

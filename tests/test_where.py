@@ -34,14 +34,14 @@ def test_compare_and_diagnose_take_the_options_of_trace(
     assert main([*common, engine, "--no-envelope", "--arithmetic", "sglang-bf16"]) == main([*common, truth]) == 0
     capsys.readouterr()
     said = []
-    monkeypatch.setattr(where, "EVERY", 1e9)
+    monkeypatch.setattr(where, "SECONDS_BETWEEN_LINES", 1e9)
     for options in ([], ["--mode", "packed"], ["--device-map", "auto", "--mode", "decoded"]):
         assert main(["compare", truth, engine, *options]) == 0
         out = capsys.readouterr()
         said.append(out.out)
         assert not out.err  # it is over before there is anything to say
     assert said[0] == said[1] == said[2]
-    monkeypatch.setattr(where, "EVERY", 0.0)
+    monkeypatch.setattr(where, "SECONDS_BETWEEN_LINES", 0.0)
     assert main(["diagnose", path, engine, "--device", "cpu"]) == 0
     assert "layer 4/4  run again under 5 arithmetics" in capsys.readouterr().err
     assert main(["diagnose", path, engine, "--quiet"]) == 0

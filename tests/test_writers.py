@@ -15,7 +15,7 @@ from qwen35_moe import Qwen35Error
 from qwen35_moe.cli.dump_config import ENGINES, SGLANG_PATCHES, dump_config
 from qwen35_moe.oracle.dumps.align import align
 from qwen35_moe.oracle.dumps.readers import read_dump
-from qwen35_moe.oracle.dumps.readers.atom import CLASSES
+from qwen35_moe.oracle.dumps.readers.atom import MODULE_CLASSES
 from qwen35_moe.oracle.dumps.writers import write_kl_base, write_sglang_dump
 
 SEQUENCES = [[5, 9, 200, 7, 31, 8, 77], [5, 9, 4, 250, 3]]
@@ -104,7 +104,9 @@ def test_recipes_say_what_the_engines_take() -> None:
     text = dump_config("atom")
     named = re.search(r"CLASSES=(\S+)", text)
     assert named is not None and "Qwen3_5SparseMoeBlock" not in text
-    rules = [next(path for pattern, path in CLASSES if re.fullmatch(pattern, kind)) for kind in named[1].split(",")]
+    rules = [
+        next(path for pattern, path in MODULE_CLASSES if re.fullmatch(pattern, kind)) for kind in named[1].split(",")
+    ]
     assert rules == ["output", "linear_attn.output", "o_proj.output", "mlp.output", "mlp.experts.output"]
     scripts = re.findall(r"<<'PY'\n(.*?)\nPY\n", dump_config("vllm"), re.DOTALL)
     assert len(scripts) == 2

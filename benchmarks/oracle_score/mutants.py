@@ -32,7 +32,7 @@ from qwen35_moe.numerics.tap_table import TAPS
 from qwen35_moe.numerics.taps import REPLAY, Handler, Site, attach
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
-from qwen35_moe.oracle.diagnose.faults import Fault, Place
+from qwen35_moe.oracle.diagnose.faults import Fault, FaultSite
 from qwen35_moe.oracle.diagnose.step_faults import StepFault
 from qwen35_moe.oracle.dumps.dump import Dump, Piece
 from qwen35_moe.oracle.dumps.readers.own import from_trace
@@ -106,9 +106,9 @@ class Bench:
             return max(i for i, kind in enumerate(kinds) if kind == wanted)
         return 1
 
-    def place(self, layer: int | None, positions: Tensor) -> Place:
+    def place(self, layer: int | None, positions: Tensor) -> FaultSite:
         busy = int(self.truth[f"layers.{layer or 0}.moe_topk_ids"].flatten().bincount().argmax())
-        return Place(self.source.config, positions, None if layer is None else frozenset({layer}), busy)
+        return FaultSite(self.source.config, positions, None if layer is None else frozenset({layer}), busy)
 
     def engine(self, fault: Fault) -> Dump:
         """A dump of the engine with this fault."""

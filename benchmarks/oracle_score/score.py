@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen35_moe.oracle.judge.envelope import LIMIT
-from qwen35_moe.oracle.judge.records import show
+from qwen35_moe.oracle.judge.records import ratio_text
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ def table(planted: Sequence[Outcome], foreign: Sequence[Outcome], clean: Sequenc
         mark = "ok " if o.found and o.named_right else "-- "
         share = f"{100 * o.explains:.1f}/{100 * max(o.next_best, 0):.1f} %" if o.explains else ""
         said = "" if o.named_right else f" SAID {o.named}"
-        lines.append(f"{mark}{o.regime:<14}{o.name:<48.48}{show(o.ratio):>6} {o.where:<28.28}{share:>14}{said}")
+        lines.append(f"{mark}{o.regime:<14}{o.name:<48.48}{ratio_text(o.ratio):>6} {o.where:<28.28}{share:>14}{said}")
     lines += ["", "Faults that the catalogue lacks: found, and the diagnosis says unknown", ""]
     for o in foreign:
         mark = "ok " if o.found and o.named == "unknown" else "-- "
-        lines.append(f"{mark}{o.regime:<14}{o.name:<48.48}{show(o.ratio):>6} {o.where:<28.28} {o.named}")
+        lines.append(f"{mark}{o.regime:<14}{o.name:<48.48}{ratio_text(o.ratio):>6} {o.where:<28.28} {o.named}")
     lines += ["", f"Clean variants: the largest ratio of all taps (limit {LIMIT:g})", ""]
     for o in clean:
-        lines.append(f"{'ok ' if o.found else '-- '}{o.regime:<14}{o.name:<48.48}{show(o.ratio):>6} {o.where}")
+        lines.append(f"{'ok ' if o.found else '-- '}{o.regime:<14}{o.name:<48.48}{ratio_text(o.ratio):>6} {o.where}")
     lines += ["", *scores(planted, foreign, clean)]
     return "\n".join(lines)
 
@@ -65,6 +65,6 @@ def scores(planted: Sequence[Outcome], foreign: Sequence[Outcome], clean: Sequen
         f"clean      {sum(o.found for o in clean)} of {len(clean)} variants pass",
     ]
     if least and most:
-        smallest = f"smallest fault {show(least.ratio)} ({least.name})"
+        smallest = f"smallest fault {ratio_text(least.ratio)} ({least.name})"
         lines.append(f"margin     worst clean {most.ratio:.2f} ({most.name}), limit {LIMIT:g}, {smallest}")
     return lines

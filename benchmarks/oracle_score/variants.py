@@ -27,10 +27,10 @@ from qwen35_moe.numerics.tables import (
     with_fp8_inputs,
 )
 from qwen35_moe.oracle.diagnose.fault_parts import on_packed, rotate_with, routed, scaled
-from qwen35_moe.oracle.diagnose.faults import Fault, Place
+from qwen35_moe.oracle.diagnose.faults import Fault, FaultSite
 from qwen35_moe.oracle.judge.envelope import ALL_BF16
 from qwen35_moe.oracle.judge.split_k import SplitK
-from qwen35_moe.quant.mxfp4 import MXFP4
+from qwen35_moe.quant.mxfp4 import PackedMXFP4
 
 SGLANG, TRANSFORMERS, BF16 = "sglang-bf16", "transformers-bf16", "all-bf16"
 
@@ -137,13 +137,13 @@ UNLISTED = (
 )  # fmt: skip
 
 
-def _one_byte(w: MXFP4) -> MXFP4:
+def _one_byte(w: PackedMXFP4) -> PackedMXFP4:
     scales = w.scales.clone()
     scales[0, 0] += 1
-    return MXFP4(w.codes, scales)
+    return PackedMXFP4(w.codes, scales)
 
 
-def _q_only(x: Tensor, kept: dict[str, Tensor], place: Place) -> Tensor:
+def _q_only(x: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
     return rotate_with("attn_q_norm", offset=1)(x, kept, place)
 
 
@@ -168,7 +168,7 @@ UNSEEN = (
     Fault("first chosen expert dropped", "mlp", taps={"moe_topk_weights": lambda x, _, __: torch.cat(
         (x[:, :1] * 0, x[:, 1:]), 1)}),
     Fault("gate and up swapped in one expert", "mlp", taps={"moe_expert_gate_up": _swapped}, single=True),
-    Fault("one expert's scales one step low", "mlp", slot=on_packed(lambda w: MXFP4(w.codes, w.scales - 1)),
+    Fault("one expert's scales one step low", "mlp", slot=on_packed(lambda w: PackedMXFP4(w.codes, w.scales - 1)),
           needs="mxfp4", single=True),
     Fault("one scale byte of one expert one step high", "mlp", slot=on_packed(_one_byte), needs="mxfp4", single=True),
     Fault("one row is its neighbour's", "mlp", taps={"mlp_output": _one_row}),

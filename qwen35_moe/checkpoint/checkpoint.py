@@ -32,7 +32,7 @@ EXPERT_MODULE = re.compile(
 SAMPLES_PER_FILE, PIECE = 16, 4096  # of each file, evenly spaced; bytes of each
 
 
-Layout = tuple[tuple[str, str, tuple[int, ...]], ...]  # (role, dtype, shape) of a module's tensors
+TensorLayout = tuple[tuple[str, str, tuple[int, ...]], ...]  # (role, dtype, shape) of a module's tensors
 
 
 class Checkpoint:
@@ -55,7 +55,7 @@ class Checkpoint:
         self._experts: dict[str, tuple[int, bool]] = {}  # count, and whether fused; `Experts` would hold this one
         self._expert_names: dict[str, list[str]] = {}  # "layers.0.mlp.experts" -> names of its tensors
         self._expert_ids: dict[str, set[int]] = {}
-        self._specs: dict[Layout, ModuleSpec] = {}
+        self._specs: dict[TensorLayout, ModuleSpec] = {}
         for name, stored in self.tensors.items():
             module, role = split_role(name)
             self.modules.setdefault(module, {})[role] = stored
@@ -157,7 +157,7 @@ class Checkpoint:
                     raise self._missing(f"{prefix}.{e}.{name}.weight")
         return count, False
 
-    def layout(self, module: str) -> Layout:
+    def layout(self, module: str) -> TensorLayout:
         """Roles, dtypes and shapes of a module's tensors: what is said of one module holds for all of the same layout.
 
         A checkpoint has 100,000 modules, nearly all of them experts, and a dozen layouts.

@@ -93,25 +93,28 @@ def _mxfp4(module: str, codes: TensorEntry, scales: TensorEntry, reader: Reader)
         raise Qwen35Error("wrong dtype for an MXFP4 scale", where=scales.where, expected="U8", found=scales)
     shape = codes.shape
     if codes.name.endswith("_blocks"):
-        if len(shape) < 3 or shape[-1] != mxfp4.BLOCK // 2:
+        if len(shape) < 3 or shape[-1] != mxfp4.MXFP4_BLOCK // 2:
             raise Qwen35Error(
-                "wrong shape of MXFP4 blocks", where=codes.where, expected=f"[.., {mxfp4.BLOCK // 2}]", found=codes
+                "wrong shape of MXFP4 blocks",
+                where=codes.where,
+                expected=f"[.., {mxfp4.MXFP4_BLOCK // 2}]",
+                found=codes,
             )
         shape = (*shape[:-2], shape[-2] * shape[-1])
-    if len(shape) not in (2, 3) or shape[-1] % (mxfp4.BLOCK // 2):
+    if len(shape) not in (2, 3) or shape[-1] % (mxfp4.MXFP4_BLOCK // 2):
         raise Qwen35Error(
             "an MXFP4 row is whole blocks",
             where=codes.where,
-            expected=f"[O, I / 2] or [E, O, I / 2] with I a multiple of {mxfp4.BLOCK}",
+            expected=f"[O, I / 2] or [E, O, I / 2] with I a multiple of {mxfp4.MXFP4_BLOCK}",
             found=f"{codes}, I = {2 * shape[-1] if shape else 0}",
         )
-    expected = (*shape[:-1], 2 * shape[-1] // mxfp4.BLOCK)
+    expected = (*shape[:-1], 2 * shape[-1] // mxfp4.MXFP4_BLOCK)
     if scales.shape != expected:
         raise Qwen35Error(
             "MXFP4 scales of the wrong shape", where=scales.where, expected=f"U8 {list(expected)}", found=scales
         )
     shape = (*shape[:-1], 2 * shape[-1])
-    return StoredWeight(module, "mxfp4", shape, Rows.of(codes), Rows.of(scales, 1), (mxfp4.BLOCK,), reader)
+    return StoredWeight(module, "mxfp4", shape, Rows.of(codes), Rows.of(scales, 1), (mxfp4.MXFP4_BLOCK,), reader)
 
 
 def _fp8(module: str, values: TensorEntry, scale: TensorEntry, reader: Reader) -> StoredWeight:

@@ -130,7 +130,7 @@ class StoredWeight:
             scale = scale if scale.dtype == torch.uint8 else scale.view(torch.uint8)
             if self.interleaved and self.values.step == 1:
                 codes, scale = (deinterleave_gate_up(x)[rows or slice(None)] for x in (codes, scale))
-            return mxfp4.MXFP4(codes, scale)
+            return mxfp4.PackedMXFP4(codes, scale)
         return fp8.FP8(values, scale.view(()) if self.kind == "fp8-tensor" else scale)
 
     def _scale_rows(self, rows: slice) -> Rows:

@@ -12,7 +12,7 @@ from ..oracle.compare import compare
 from ..oracle.dumps.readers import read_dump
 from ..trace.file import Trace
 from .parsing import check_order
-from .report_options import add_report_options, chosen, show
+from .report_options import add_report_options, chosen, print_comparison
 
 ANSWERS = (".json", ".jsonl")
 
@@ -33,4 +33,4 @@ def run(args: argparse.Namespace) -> int:
 
         return saved(truth, Path(args.dump), args)
     dump = read_dump(args.dump, config=truth.meta.get("config"), name_map=args.name_map, layers=args.layer_ids)
-    return show(compare(truth, dump, args.checkpoint, **chosen(args)), args)
+    return print_comparison(compare(truth, dump, args.checkpoint, **chosen(args)), args)

@@ -12,12 +12,12 @@ import textwrap
 from ..checkpoint import Checkpoint
 from ..oracle.dumps.readers import read_dump
 from ..oracle.judge.envelope import LIMIT
-from ..oracle.judge.records import show
-from ..oracle.report.text import write
+from ..oracle.judge.records import ratio_text
+from ..oracle.report.text import write_report
 from ..oracle.two_dumps import Difference, TwoDumps, compare_dumps
-from .report_options import add_shared, limit, new_file, width
+from .report_options import add_shared, limit, new_file, page_width
 
-SHOWN = 12
+TAPS_SHOWN = 12
 
 
 def configure(p: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def configure(p: argparse.ArgumentParser) -> None:
     add_shared(p)
     p.add_argument("--json", type=new_file, help="write the records, one JSON object a line")
     p.add_argument(
-        "--width", type=width, default=80, help="width of the text in columns, 20 or more (default: %(default)s)"
+        "--width", type=page_width, default=80, help="width of the text in columns, 20 or more (default: %(default)s)"
     )
     p.add_argument("--limit", type=limit, default=LIMIT, help="largest legal ratio of errors (default: %(default)s)")
     p.set_defaults(run=run)
@@ -41,13 +41,13 @@ def run(args: argparse.Namespace) -> int:
     a, b = (read_dump(path, config=config) for path in (args.a, args.b))
     options = {"arithmetic": args.arithmetic, "shared_expert": args.shared_expert, "engine": args.engine}
     result = compare_dumps(a, b, args.checkpoint, args.limit, **(options if args.checkpoint else {}))
-    print(text(result, args.a, args.b, args.width))
+    print(two_dumps_text(result, args.a, args.b, args.width))
     if args.json:
-        write(args.json, "".join(json.dumps(row) + "\n" for row in result.rows()))
+        write_report(args.json, "".join(json.dumps(row) + "\n" for row in result.rows()))
     return result.exit_code
 
 
-def text(result: TwoDumps, a: str, b: str, width: int) -> str:
+def two_dumps_text(result: TwoDumps, a: str, b: str, width: int) -> str:
     """The report; no line is longer than `width`."""
     lines = [f"A        {a}", f"B        {b}", f"tokens   {result.tokens[1]} of {result.tokens[0]} are in both", ""]
     lines += textwrap.wrap(result.verdict, width)
@@ -56,13 +56,13 @@ def text(result: TwoDumps, a: str, b: str, width: int) -> str:
             lines += textwrap.wrap(f"{name}: {said}", width, initial_indent="  ", subsequent_indent="  ")
     if result.differing:
         lines += ["", "tap                                   rows  first  relative   A x    B x"]
-        lines += [_line(tap) for tap in result.differing[:SHOWN]]
-    if len(result.differing) > SHOWN:
-        lines.append(f"and {len(result.differing) - SHOWN} taps more")
+        lines += [_line(tap) for tap in result.differing[:TAPS_SHOWN]]
+    if len(result.differing) > TAPS_SHOWN:
+        lines.append(f"and {len(result.differing) - TAPS_SHOWN} taps more")
     for name, keys in zip("AB", result.only, strict=True):
         if keys:
             lines += textwrap.wrap(f"only in {name}: {len(keys)} taps: {', '.join(keys[:4])}", width)
-    for problem in [f"{tap.key}: {tap.problem}" for tap in result.taps if tap.problem][:SHOWN]:
+    for problem in [f"{tap.key}: {tap.problem}" for tap in result.taps if tap.problem][:TAPS_SHOWN]:
         lines += textwrap.wrap(f"problem  {' '.join(problem.split())}", width)
     lines += [line for note in result.notes for line in textwrap.wrap(f"note     {note}", width)]
     return "\n".join(line[:width] for line in lines)
@@ -70,5 +70,5 @@ def text(result: TwoDumps, a: str, b: str, width: int) -> str:
 
 def _line(tap: Difference) -> str:
     first = "-" if tap.first is None else f"{tap.first[0]}:{tap.first[1]}"
-    errors = "".join(f"{'-' if x is None else show(x):>7}" for x in (tap.error_a, tap.error_b))
+    errors = "".join(f"{'-' if x is None else ratio_text(x):>7}" for x in (tap.error_a, tap.error_b))
     return f"{tap.key:<34.34}{tap.differ:>4}/{tap.rows:<5}{first:>6}{tap.rel:>9.1e}{errors}"

@@ -9,7 +9,7 @@ from ..oracle.compare import diagnose
 from ..oracle.dumps.readers import read_dump
 from .image_options import add_image_options, given_images
 from .parsing import check_order
-from .report_options import add_report_options, add_shared, chosen, show
+from .report_options import add_report_options, add_shared, chosen, print_comparison
 
 
 def configure(p: argparse.ArgumentParser) -> None:
@@ -31,4 +31,4 @@ def run(args: argparse.Namespace) -> int:
         args.checkpoint, dump, args.out, arithmetic=args.arithmetic, shared_expert=args.shared_expert,
         images=given_images(args), **chosen(args),
     )  # fmt: skip
-    return show(result, args)
+    return print_comparison(result, args)

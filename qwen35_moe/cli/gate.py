@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import Qwen35Error
 from ..gate.decide import NEWEST, RULES, VARIANTS, Options, decide_layers, hazards, rule_named, summarise
 from ..gate.declared import ModuleSpec, with_hf_quant_config
-from ..gate.records import Model
+from ..gate.records import GateModel
 from ..untrusted import read_json
 
 Lookup = Callable[[str], ModuleSpec | None]
@@ -48,10 +48,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the decisions; always 0, since both answers are good ones. Error: input that cannot be read."""
     options = parse_options(args.option)
-    config, stored, source = read(Path(args.path), args.config_only)
+    config, stored, source = config_and_specs(Path(args.path), args.config_only)
     rule = rule_named(args.rule)
     chosen: Iterable[Variant] = VARIANTS if args.all_rules else ((rule, rule, {}),)
-    model = Model.from_config(config)
+    model = GateModel.from_config(config)
     results = [result_of(model, stored, variant, options) for variant in chosen]
     if args.json:
         print(json.dumps({"type": "gate", "path": args.path, "decided_by": source, "rules": results}))
@@ -81,7 +81,7 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def read(path: Path, config_only: bool = False) -> tuple[dict[str, Any], Lookup | None, str]:
+def config_and_specs(path: Path, config_only: bool = False) -> tuple[dict[str, Any], Lookup | None, str]:
     """(config.json, lookup of stored specs or None, in words what decides)."""
     has_tensors = path.suffix == ".safetensors" or path.is_dir() and any(path.glob("*.safetensors"))
     if has_tensors and not config_only:
@@ -106,7 +106,7 @@ def read(path: Path, config_only: bool = False) -> tuple[dict[str, Any], Lookup 
     return config, None, "the configuration alone (no tensors)"
 
 
-def result_of(model: Model, stored: Lookup | None, variant: Variant, given: dict[str, Any]) -> dict[str, Any]:
+def result_of(model: GateModel, stored: Lookup | None, variant: Variant, given: dict[str, Any]) -> dict[str, Any]:
     label, rule, switches = variant
     options = given | switches
     layers = decide_layers(model, rule=rule, stored=stored, **options)

@@ -84,19 +84,19 @@ def run(args: argparse.Namespace) -> int:
     forced = None if args.force is None else one(read_ids(args.force, "--force"), "--force")
     # The prompt first: what is wrong with it shows before a large checkpoint is read.
     tokenizer = load_tokenizer(args.checkpoint) if args.prompt is not None or has_tokenizer(args.checkpoint) else None
-    ids = one(read_ids(args.ids, "--ids"), "--ids") if args.prompt is None else encode(tokenizer, args)
+    ids = one(read_ids(args.ids, "--ids"), "--ids") if args.prompt is None else chat_ids(tokenizer, args)
     images = load_images(args.checkpoint, args.image) if args.image else None
     where = {**device_options(args), "ignore_config_keys": args.ignore_config_keys}
     model = load(args.checkpoint, args.arithmetic, mode=args.mode, text_only=args.text_only, **where)
     for part, count in origin_of(model).left_out.items():
         print(f"left out, as --text-only asks: {count} tensors of {part}", file=sys.stderr)
-    prompt = prepare(model, ids, images)
+    prompt = prompt_or_embeds(model, ids, images)
     if forced is None:
         stop = () if args.ignore_stop else stop_ids(args.checkpoint, model.config)
         steps = generate(model, prompt, args.max_new_tokens, sampling, stop, args.top, args.draft)
     else:
         steps = score(model, prompt, forced, args.top, args.temperature)
-    show(steps, tokenizer, args)
+    print_steps(steps, tokenizer, args)
     return 0
 
 
@@ -111,7 +111,7 @@ def one(rows: list[list[int]], option: str) -> list[int]:
     return rows[0]
 
 
-def encode(tokenizer: Any, args: argparse.Namespace) -> list[int]:
+def chat_ids(tokenizer: Any, args: argparse.Namespace) -> list[int]:
     """Ids of --prompt. Special tokens in the text count as such; nothing is put in front."""
     text = args.prompt
     if args.chat:
@@ -127,7 +127,7 @@ def encode(tokenizer: Any, args: argparse.Namespace) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def prepare(model: Model, ids: list[int], images: tuple[torch.Tensor, torch.Tensor] | None) -> Any:
+def prompt_or_embeds(model: Model, ids: list[int], images: tuple[torch.Tensor, torch.Tensor] | None) -> Any:
     """What `generate` starts from: ids, or embeddings with images in them."""
     if images is None:
         prompt = torch.tensor([ids])
@@ -141,7 +141,7 @@ def prepare(model: Model, ids: list[int], images: tuple[torch.Tensor, torch.Tens
     return embed_prompt(model, torch.tensor([ids], device=device), *(x.to(device) for x in images))
 
 
-def show(steps: Iterable[Step], tokenizer: Any, args: argparse.Namespace) -> None:
+def print_steps(steps: Iterable[Step], tokenizer: Any, args: argparse.Namespace) -> None:
     """Prints each step at once: JSON lines, a table, or the text itself (ids, without a tokenizer)."""
     table, written, ids = args.top > 0 or args.force is not None, "", list[int]()
 

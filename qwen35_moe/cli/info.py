@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..errors import Qwen35Error
-from ..gate.records import Model
+from ..gate.records import GateModel
 from ..model.config import FULL
 from ..oracle.judge.envelope import legal
 from ..run.validate import model_config, validate
@@ -35,17 +35,17 @@ def run(args: argparse.Namespace) -> int:
     if not 1 <= args.tokens <= 10**9:
         raise Qwen35Error("nothing to estimate", where="--tokens", expected="1 to 10^9", found=args.tokens)
     with Checkpoint.open(args.checkpoint) as checkpoint:
-        found = describe(checkpoint, args.tokens, args.arithmetic)
+        found = checkpoint_facts(checkpoint, args.tokens, args.arithmetic)
         failed = 0
         if args.verify or args.manifest is not None:
             sums = list(checkpoint.verify(args.manifest))
             failed = sum(not c.ok for c in sums)
             found["checksums"] = [vars(c) | {"ok": c.ok} for c in sums]
-        print(json.dumps({"type": "checkpoint", **found}) if args.json else "\n".join(text(found)))
+        print(json.dumps({"type": "checkpoint", **found}) if args.json else "\n".join(info_lines(found)))
     return 1 if failed else 0
 
 
-def describe(checkpoint: Checkpoint, tokens: int, arithmetic: str) -> dict[str, Any]:
+def checkpoint_facts(checkpoint: Checkpoint, tokens: int, arithmetic: str) -> dict[str, Any]:
     """All that `info` prints, as plain data."""
     config = model_config(checkpoint)
     validate(checkpoint, config)
@@ -59,7 +59,7 @@ def describe(checkpoint: Checkpoint, tokens: int, arithmetic: str) -> dict[str, 
         "experts": config.num_experts,
         "experts_per_token": config.num_experts_per_tok,
         "modules": rows,
-        "gate": result_of(Model.from_config(checkpoint.config), checkpoint.spec, ("strict", "strict", {}), {}),
+        "gate": result_of(GateModel.from_config(checkpoint.config), checkpoint.spec, ("strict", "strict", {}), {}),
         "estimate": estimate(checkpoint, config, rows, tokens, arithmetic),
     }
 
@@ -75,7 +75,7 @@ def modules(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return [{"module": kind, "format": spec, **count} for (kind, spec), count in rows.items()]
 
 
-def text(found: dict[str, Any]) -> list[str]:
+def info_lines(found: dict[str, Any]) -> list[str]:
     full, layers = found["full_attention_layers"], found["layers"]
     lines = [
         found["path"],

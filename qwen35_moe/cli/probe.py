@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import Qwen35Error
 from ..model.config import Config
-from ..numerics.choices import STATES
+from ..numerics.choices import STATE_DTYPES
 from ..oracle.judge.where import Where
 from ..oracle.report import servers as pages
 from ..oracle.servers.answer import Answer
@@ -21,7 +21,7 @@ from ..oracle.servers.buckets import Bucket, buckets
 from ..oracle.servers.client import API_KEY, RETRIES, Server
 from ..oracle.servers.dialects import ALL, APIS, Asker, saver
 from ..oracle.servers.probe import GIVEN, How, Prepared, prepare
-from ..oracle.servers.prompts import drawn
+from ..oracle.servers.prompts import drawn_prompts
 from ..oracle.servers.readers import read_answers
 from ..oracle.servers.verdict import Verdict
 from ..oracle.truth import open_checkpoint, weights_of
@@ -31,7 +31,7 @@ from ..trace.file import Trace
 from .dump_config import layer_lines
 from .report_options import new_file, where
 
-FEWEST, MOST_LAYERS = 2, 8  # tokens of a prompt; layers up to which faults are replayed layer by layer
+SHORTEST_PROMPT, LAYERS_ONE_BY_ONE = 2, 8  # tokens of a prompt; layers up to which faults are replayed layer by layer
 
 
 def configure(p: argparse.ArgumentParser) -> None:
@@ -71,11 +71,11 @@ def configure(p: argparse.ArgumentParser) -> None:
         help="how to compute it (default: %(default)s)",
     )
     p.add_argument("--kv-cache", metavar="fp8_e4m3[:SCALE]", help="the server's dtype for keys and values")
-    p.add_argument("--state", choices=STATES, help="the server's dtype for DeltaNet's state")
+    p.add_argument("--state", choices=STATE_DTYPES, help="the server's dtype for DeltaNet's state")
     p.add_argument("--device", default="cpu", help="where the truth is computed: cpu, cuda or cuda:N (default: "
                    "%(default)s)")  # fmt: skip
     p.add_argument("--faults", choices=("each", "all", "none"), help="replay known faults in each layer, in all layers "
-                   f"at once, or not (default: each up to {MOST_LAYERS} layers, else all)")  # fmt: skip
+                   f"at once, or not (default: each up to {LAYERS_ONE_BY_ONE} layers, else all)")  # fmt: skip
     p.add_argument(
         "--batch",
         type=sizes,
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         progress(n + 1, len(ids))
     answers += asker.grown(ids[0], 1) if asker.dialect.whole else []  # from cached states, which prompts do not show
     found = buckets(asker, ids[0], args.batch, typical) if args.batch else []
-    return report(known.judge(answers), args, found)
+    return print_verdict(known.judge(answers), args, found)
 
 
 def prompts(args: argparse.Namespace, config: Config) -> list[list[int]]:
@@ -133,12 +133,14 @@ def prompts(args: argparse.Namespace, config: Config) -> list[list[int]]:
         ids = [load_tokenizer(args.checkpoint).encode(args.prompt, add_special_tokens=False)]
     elif args.ids is not None:
         ids = read_ids(args.ids, "--ids")
-    elif args.prompts < 1 or args.tokens < FEWEST:
-        raise Qwen35Error("nothing to ask", where="--prompts, --tokens", expected=f"1 and {FEWEST}, or more")
+    elif args.prompts < 1 or args.tokens < SHORTEST_PROMPT:
+        raise Qwen35Error("nothing to ask", where="--prompts, --tokens", expected=f"1 and {SHORTEST_PROMPT}, or more")
     else:
-        ids = drawn(config, args.prompts, args.tokens, args.seed)
-    if short := [one for one in ids if len(one) < FEWEST]:
-        raise Qwen35Error("a prompt is too short", where="prompts", expected=f"{FEWEST} tokens", found=short[0])
+        ids = drawn_prompts(config, args.prompts, args.tokens, args.seed)
+    if short := [one for one in ids if len(one) < SHORTEST_PROMPT]:
+        raise Qwen35Error(
+            "a prompt is too short", where="prompts", expected=f"{SHORTEST_PROMPT} tokens", found=short[0]
+        )
     if large := [i for one in ids for i in one if i >= config.vocab_size]:
         raise Qwen35Error(
             "not in the vocabulary", where="--ids", expected=f"0 .. {config.vocab_size - 1}", found=large[0]
@@ -147,7 +149,7 @@ def prompts(args: argparse.Namespace, config: Config) -> list[list[int]]:
 
 
 def faults(asked: str | None, config: Config) -> str:
-    return asked or ("each" if config.num_hidden_layers <= MOST_LAYERS else "all")
+    return asked or ("each" if config.num_hidden_layers <= LAYERS_ONE_BY_ONE else "all")
 
 
 def foresee(known: Prepared, top: int) -> float:
@@ -167,9 +169,9 @@ def progress(done: int, of: int) -> None:
         print(f"\r{done} of {of} prompts answered", end="\n" if done == of else "", file=sys.stderr, flush=True)
 
 
-def report(verdict: Verdict, args: argparse.Namespace, found: Sequence[Bucket] = ()) -> int:
+def print_verdict(verdict: Verdict, args: argparse.Namespace, found: Sequence[Bucket] = ()) -> int:
     """Prints and writes the verdict; its exit code, or 1 if a bucket differs."""
-    print(pages.text(verdict))
+    print(pages.verdict_text(verdict))
     for bucket in found:
         print(f"bucket   {bucket}")
     layers = sorted({i for e in verdict.alike for i in e.layers})
@@ -180,7 +182,7 @@ def report(verdict: Verdict, args: argparse.Namespace, found: Sequence[Bucket] =
     if args.json:
         args.json.write_text(json.dumps({"type": "probe", **records}) + "\n", encoding="utf-8")
     if args.html:
-        args.html.write_text(pages.html(verdict, [str(b) for b in found]), encoding="utf-8")
+        args.html.write_text(pages.verdict_page(verdict, [str(b) for b in found]), encoding="utf-8")
         print(f"\n{args.html}")
     return 1 if any(b.bad for b in found) else verdict.exit_code
 
@@ -197,4 +199,4 @@ def saved(truth: Trace, path: Path, args: argparse.Namespace) -> int:
     which = faults(None, source.config)
     how = How(arithmetic, args.engine, args.kv_cache, args.state, which, where=where(args))
     known = prepare(source, fused, ids, how)
-    return report(known.judge(answers), args)
+    return print_verdict(known.judge(answers), args)

@@ -12,12 +12,12 @@ from typing import Any
 
 from .. import __version__
 from ..errors import Qwen35Error, printable
-from ..numerics.choices import STATES
+from ..numerics.choices import STATE_DTYPES
 from ..oracle.judge.envelope import LIMIT
 from ..oracle.judge.records import Comparison
 from ..oracle.judge.where import Where
 from ..oracle.report import report
-from ..oracle.report.text import write
+from ..oracle.report.text import write_report
 from ..run.load import MODES, SHARED_EXPERT_MODES
 from ..run.prompt import read_ids
 from .device_options import add_device_options, device_options
@@ -37,7 +37,7 @@ def add_report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--html", type=new_file, help="write the report as one self-contained page")
     p.add_argument("--json", type=new_file, help="write the records, one JSON object a line")
     p.add_argument(
-        "--width", type=width, default=80, help="width of the text in columns, 20 or more (default: %(default)s)"
+        "--width", type=page_width, default=80, help="width of the text in columns, 20 or more (default: %(default)s)"
     )
     p.add_argument("--engine", help="the engine's arithmetic: joins the envelope (float32 replaces it)")
     p.add_argument("--layer", metavar="LAYERS", action="append", help="judge only these layers: 3, or 1,2, or 1-3")
@@ -47,7 +47,7 @@ def add_report_options(p: argparse.ArgumentParser) -> None:
                    "one list a request, in the order of the dump's rows")  # fmt: skip
     p.add_argument("--partial", action="store_true", help="exit with 0 although the dump lacks tokens of the truth")
     p.add_argument("--kv-cache", metavar="fp8_e4m3[:SCALE]", help="the engine's dtype for keys and values")
-    p.add_argument("--state", choices=STATES, help="the engine's dtype for DeltaNet's state")
+    p.add_argument("--state", choices=STATE_DTYPES, help="the engine's dtype for DeltaNet's state")
     add_device_options(p)
     p.add_argument(
         "--mode", choices=MODES, help="how weights are held while a layer is computed anew (default: by size)"
@@ -80,7 +80,7 @@ def new_file(text: str) -> Path:
     return path
 
 
-def width(text: str) -> int:
+def page_width(text: str) -> int:
     if (number := int(text)) < 20:
         raise ValueError
     return number
@@ -98,14 +98,14 @@ def how_made() -> dict[str, str]:
     return {"version": f"qwen35-moe {__version__}", "command": shlex.join(["qwen35-moe", *sys.argv[1:]]), "date": now}
 
 
-def show(result: Comparison, args: argparse.Namespace) -> int:
+def print_comparison(result: Comparison, args: argparse.Namespace) -> int:
     print(report(result, width=args.width))
     code = result.exit_code
     for path, form in ((args.json, "json"), (args.html, "html")):
         if path is None:
             continue
         try:
-            write(path, report(result, form, made=how_made()))
+            write_report(path, report(result, form, made=how_made()))
             if form == "html":
                 print(f"\n{path}")
         except Exception as error:  # the verdict stands

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     in_utf8(args.out)
     args.asked = split_patterns(args.taps)
     args.taps = args.taps if args.no_envelope else with_ids(args.taps)
-    rows = read_ids(args.ids, "--ids") if args.prompt is None else [encode(args)]
+    rows = read_ids(args.ids, "--ids") if args.prompt is None else [prompt_ids(args)]
     args.images = pixels_of(args, rows)
     ids, mask = padded([torch.tensor(row) for row in rows])
     processes = Processes(args.device)
@@ -193,7 +193,7 @@ def _trace_group(
             write_envelope(truth, _legal_models(args, truth), resume=args.resume, quiet=args.quiet)
 
 
-def encode(args: argparse.Namespace) -> list[int]:
+def prompt_ids(args: argparse.Namespace) -> list[int]:
     """Ids of --prompt. Special tokens in the text count as such; nothing is put in front."""
     if args.ids:
         raise Qwen35Error("two prompts", where="command line", expected="--ids or --prompt", found="both")

@@ -12,19 +12,19 @@ from .exclude import ExcludeList, Hit, exclude_list, first_match
 from .module_names import is_draft_entry, mentions_shared_body
 from .namespaces import ATOM
 from .readings import occurs_in_key
-from .records import Decision, Evidence, Layer, Model, Options
+from .records import Decision, Evidence, GateModel, MoEBlock, Options
 
 # What ATOM compares: dtype, grouping, dynamic inputs. Inputs that are not stated count as dynamic: W4A16 equals W4A4.
 Key = tuple[str, str, bool]
 UNQUANTISED: Key = ("bf16", "no", True)
 QSCHEMES = ("per_channel", "per_tensor", "per_group", "per_block")
-DTYPES = ("fp8", "fp4", "fp16", "fp32")  # those of AITER that Quark names alike; all others are taken for BF16
+AITER_DTYPES = ("fp8", "fp4", "fp16", "fp32")  # those of AITER that Quark names alike; all others are taken for BF16
 # Where methods without a parser of their own have their list: the first of these that is not empty.
 LISTS = ("ignore", "modules_to_not_convert", "exclude", "ignored_layers")
 ONE_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(?:w[123]|(?:gate|up|down)_proj)")
 
 
-def atom(model: Model, layer: Layer, options: Options) -> Decision:
+def atom(model: GateModel, layer: MoEBlock, options: Options) -> Decision:
     """ROCm/ATOM with prefixes: the specs of the two blocks of this very layer.
 
     The shared expert is asked for by its parent's name, so a pattern that only covers its children
@@ -47,7 +47,7 @@ def atom(model: Model, layer: Layer, options: Options) -> Decision:
     return no("routed and shared experts have different specs", *evidence)
 
 
-def atom_first_entry(model: Model, layer: Layer, options: Options) -> Decision:
+def atom_first_entry(model: GateModel, layer: MoEBlock, options: Options) -> Decision:
     """ATOM without prefixes: the first entry that contains "shared_expert" speaks for all layers.
 
     It is often `shared_expert_gate`, or belongs to the draft, and then switches fusion off for no reason.
@@ -64,7 +64,7 @@ def atom_first_entry(model: Model, layer: Layer, options: Options) -> Decision:
     return no("the first entry with the word shared_expert is not quantised", Evidence.of(hit), *note)
 
 
-def _refusal(model: Model, options: Options) -> Decision | None:
+def _refusal(model: GateModel, options: Options) -> Decision | None:
     if options.dp_size > 1 and options.moe_ep_flatten_tp_across_dp:
         return no("data parallel ranks are flattened into expert parallel ones")
     mori = options.dp_size > 1 and options.a2a_backend == "mori" and options.dp_attention
@@ -125,7 +125,7 @@ def _quark_key(raw: Mapping[str, Any] | None) -> Key:
     if not weights:
         return "bf16", "no", bool(inputs[0].get("is_dynamic", True)) if inputs else True
     dtype = re.sub(r"_e\d+m\d+.*", "", str(weights[0].get("dtype")))
-    dtype = "nvfp4" if len(weights) > 1 else dtype if dtype in DTYPES else "bf16"
+    dtype = "nvfp4" if len(weights) > 1 else dtype if dtype in AITER_DTYPES else "bf16"
     scheme = weights[0].get("qscheme")
     return dtype, scheme if scheme in QSCHEMES else "no", bool(inputs[0].get("is_dynamic", True)) if inputs else True
 

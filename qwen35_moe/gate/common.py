@@ -10,9 +10,9 @@ from .declared import QuantConfig
 from .exclude import Hit, first_match
 from .module_names import expand_fused
 from .readings import exact, glob, occurs_in_key
-from .records import Decision, Evidence, Layer, Model, Options
+from .records import Decision, Evidence, GateModel, MoEBlock, Options
 
-Rule = Callable[[Model, Layer, Options], Decision]
+Rule = Callable[[GateModel, MoEBlock, Options], Decision]
 
 
 def yes(reason: str, *evidence: Evidence, online: bool = False) -> Decision:
@@ -29,7 +29,7 @@ def stops(reason: str, *evidence: Evidence) -> Decision:
 
 
 # A refusal is a Decision, and so is false: callers compare with None.
-def refuse_sizes(model: Model) -> Decision | None:
+def refuse_sizes(model: GateModel) -> Decision | None:
     """A slot has the routed experts' shape, so the shared expert must have it too."""
     if model.shared_size <= 0:
         return no("the model has no shared expert", Evidence(f"shared_expert_intermediate_size = {model.shared_size}"))

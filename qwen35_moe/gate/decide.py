@@ -17,8 +17,8 @@ from typing import Any
 from ..errors import Qwen35Error
 from .declared import BF16, UNSTATED, ModuleSpec
 from .engines import ENGINE_RULES, NEWEST
-from .records import PROJECTIONS, Decision, Evidence, Layer, Model, Options
-from .strict import LayerFacts, Stored, layer_facts, read_stored, strict
+from .records import PROJECTIONS, Decision, Evidence, GateModel, MoEBlock, Options
+from .strict import LayerFacts, SpecLookup, layer_facts, read_stored, strict
 
 RULES = ("strict", *ENGINE_RULES)
 
@@ -41,7 +41,7 @@ def can_fuse_shared_expert(
     quant_config: Any = None,
     rule: str = "strict",
     *,
-    stored: Stored | Mapping[str, ModuleSpec] | None = None,
+    stored: SpecLookup | Mapping[str, ModuleSpec] | None = None,
     **options: Any,
 ) -> Decision:
     """Whether the shared expert may be fused, under one rule, for the whole target model.
@@ -53,7 +53,7 @@ def can_fuse_shared_expert(
     True only if every MoE layer agrees; the draft has its own decision, in `decide_layers`.
     Error: unknown rule, option or quantisation method.
     """
-    return summarise(_decide(Model.from_config(config, quant_config), rule, stored, options), rule)
+    return summarise(_decide(GateModel.from_config(config, quant_config), rule, stored, options), rule)
 
 
 def summarise(decisions: Iterable[Decision], rule: str) -> Decision:
@@ -75,14 +75,14 @@ def decide_layers(
     quant_config: Any = None,
     rule: str = "strict",
     *,
-    stored: Stored | Mapping[str, ModuleSpec] | None = None,
+    stored: SpecLookup | Mapping[str, ModuleSpec] | None = None,
     **options: Any,
 ) -> list[Decision]:
     """One decision per MoE layer, then one per MTP draft layer. Arguments as for `can_fuse_shared_expert`."""
-    return _decide(Model.from_config(config, quant_config), rule, stored, options)
+    return _decide(GateModel.from_config(config, quant_config), rule, stored, options)
 
 
-def _decide(model: Model, rule: str, stored: Any, options: Mapping[str, Any]) -> list[Decision]:
+def _decide(model: GateModel, rule: str, stored: Any, options: Mapping[str, Any]) -> list[Decision]:
     rule, checked, lookup = rule_named(rule), Options.from_kwargs(options), read_stored(stored)
     layers = (*model.layers, *model.drafts)
     if rule == "strict":
@@ -107,19 +107,19 @@ def hazards(
     config: Any,
     quant_config: Any,
     decisions: Iterable[Decision],
-    stored: Stored | Mapping[str, ModuleSpec] | None = None,
+    stored: SpecLookup | Mapping[str, ModuleSpec] | None = None,
 ) -> dict[str, str]:
     """What would go wrong if an engine acted on its decisions: layer name -> what breaks.
 
     Judged by what is stored, or without bytes by the writer's reading of the exclude list. Two kinds: bytes that do not
     fit the fused slot (the failure of PR 22948), and a loader that takes a module for something it is not.
     """
-    model, lookup = Model.from_config(config, quant_config), read_stored(stored)
+    model, lookup = GateModel.from_config(config, quant_config), read_stored(stored)
     layers = {layer.name: layer for layer in (*model.layers, *model.drafts)}
     return {d.layer: text for d in decisions if (text := _hazard(model, layers[d.layer], d, lookup))}
 
 
-def _hazard(model: Model, layer: Layer, decision: Decision, stored: Stored | None) -> str:
+def _hazard(model: GateModel, layer: MoEBlock, decision: Decision, stored: SpecLookup | None) -> str:
     try:
         truth = layer_facts(model, layer, stored)
         if decision:
@@ -145,7 +145,7 @@ def _named(facts: LayerFacts) -> dict[str, ModuleSpec | None]:
     return {f.name: f.spec for f in facts.shared}
 
 
-def _misread(model: Model, truth: LayerFacts, decision: Decision) -> str:
+def _misread(model: GateModel, truth: LayerFacts, decision: Decision) -> str:
     """The first module that the engine's loader takes for something that it is not.
 
     It asks for the routed experts as one module, not for their projections.

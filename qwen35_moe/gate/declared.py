@@ -1,6 +1,6 @@
 """One precision per module: what a quantization_config says a module is, and the entry that says so.
 
-Every dialect that has a reader (`dialects.READERS`) becomes one question, `QuantConfig.spec_of(name)`.
+Every dialect that has a reader (`dialects.DIALECT_READERS`) becomes one question, `QuantConfig.spec_of(name)`.
 It is the refactor that the reviewers of sglang PR 22948 asked for: no gate has to search strings for "shared_expert".
 """
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..errors import Qwen35Error
 from ..quant.precision import BF16, FLOATS, MXFP4, NVFP4, UNSTATED, Activation, ModuleSpec, float_spec
-from .dialects import ALIASES, READERS
+from .dialects import ALIASES, DIALECT_READERS
 from .entry_index import EntryIndex
 from .exclude import ExcludeList, Hit, exclude_list, first_match
 from .module_names import expand_fused, spellings
@@ -72,11 +72,11 @@ class QuantConfig:
         if not raw:
             return cls("none", exclude_list((), "quark"), BF16, "no quantization_config", (), "", {})
         method = stated_method(raw)
-        if method not in READERS:
+        if method not in DIALECT_READERS:
             nothing = exclude_list((), "quark")
             return cls(method, nothing, UNSTATED, f"quant_method {method!r}, which has no reader", raw=raw)
         try:
-            read = READERS[method](raw)
+            read = DIALECT_READERS[method](raw)
             return cls(method=method, raw=raw, num_hidden_layers=num_hidden_layers, shared_word=shared_word, **read)
         except Qwen35Error:
             raise
@@ -113,7 +113,7 @@ class QuantConfig:
     @property
     def is_read(self) -> bool:
         """Whether the method has a reader, so that `spec_of` knows more than that something is quantised."""
-        return self.method in READERS or self.method == "none"
+        return self.method in DIALECT_READERS or self.method == "none"
 
     @cached_property
     def layer_index(self) -> EntryIndex:
@@ -197,11 +197,11 @@ def stated_method(raw: Mapping[str, Any]) -> str:
 def method_of(raw: Mapping[str, Any]) -> str:
     """The quant_method of a quantization_config. Error: one that has no reader."""
     method = stated_method(raw)
-    if method not in READERS:
+    if method not in DIALECT_READERS:
         raise Qwen35Error(
             "unknown quantisation method",
             where="quantization_config.quant_method",
-            expected=", ".join(sorted(READERS)),
+            expected=", ".join(sorted(DIALECT_READERS)),
             found=repr(method),
             do="add a reader to qwen35_moe/gate/dialects.py; nothing is assumed about formats that are not known",
         )

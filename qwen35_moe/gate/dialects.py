@@ -1,4 +1,4 @@
-"""The dialects of quantization_config that are read, method by method: see READERS.
+"""The dialects of quantization_config that are read, method by method: see DIALECT_READERS.
 
 Each reader turns its dialect into the arguments of `QuantConfig`: an exclude list, ordered patterns, a default.
 """
@@ -175,7 +175,7 @@ def _short(dtype: str) -> str:
 ALIASES = {"compressed_tensors": "compressed-tensors", "gptq_marlin": "gptq", "gptqmodel": "gptq"}
 ALIASES |= dict.fromkeys(("modelopt_fp4", "modelopt_fp8", "modelopt_mixed", "modelopt_mxfp8", "nvfp4"), "modelopt")
 
-READERS = {
+DIALECT_READERS = {
     "quark": _quark,
     "fp8": _fp8,
     "mxfp4": _mxfp4,

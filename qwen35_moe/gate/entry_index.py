@@ -14,7 +14,7 @@ from heapq import merge
 
 from .module_names import is_plain
 
-LAYER, EXPERT = re.compile(r"(?:layers|blocks)\.\d+(?=\.|$)"), re.compile(r"experts\.(\d+)(?:\.|$)")
+LAYER_PART, EXPERT = re.compile(r"(?:layers|blocks)\.\d+(?=\.|$)"), re.compile(r"experts\.(\d+)(?:\.|$)")
 EXPERT_NUMBER = re.compile(r"(?<=experts\.)\d+|(?<=experts\\\.)\d+")
 GLOB_CHARACTER = re.compile(r"\*|\?|\[[^\]]*\]")
 # A regular expression made of letters, escaped dots, `.*` and anchors only: its literal runs occur in what it matches.
@@ -26,7 +26,7 @@ Numbers = tuple[str | None, int | None]  # "layers.3" or "blocks.3", and the exp
 @lru_cache(maxsize=65536)
 def numbers_of(name: str) -> Numbers:
     """The numbers of layer and expert in a module's name."""
-    layer, expert = LAYER.search(name), EXPERT.search(name)
+    layer, expert = LAYER_PART.search(name), EXPERT.search(name)
     return (layer[0] if layer else None, int(expert[1]) if expert else None)
 
 

@@ -32,7 +32,7 @@ def spellings(name: str, num_hidden_layers: int | None = None, shared_word: str 
     num_hidden_layers (GLM-5.2, sglang #36124). shared_word: what the model calls its shared expert; `*experts*` covers
     DeepSeek's `shared_experts`, and not the `shared_expert` of Qwen.
     """
-    core = canonical(name).replace(".shared_expert.", f".{shared_word}.")
+    core = canonical_module(name).replace(".shared_expert.", f".{shared_word}.")
     names = [core]
     if core.startswith(("layers.", "embed_tokens", "norm")):
         names = [p + core for p in TEXT_PREFIXES] + [core]
@@ -51,7 +51,7 @@ def shared_word(model_type: object) -> str:
     return "shared_experts" if str(model_type).startswith(("deepseek", "glm", "kimi")) else "shared_expert"
 
 
-def canonical(name: str) -> str:
+def canonical_module(name: str) -> str:
     """A text module without its prefix: `model.language_model.layers.0.mlp.gate` -> `layers.0.mlp.gate`."""
     for prefix in (*TEXT_PREFIXES, "model.language_model.model."):
         if name.startswith(prefix + "layers.") or name in (prefix + "embed_tokens", prefix + "norm"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .module_names import canonical
+from .module_names import canonical_module
 
 Renames = tuple[tuple[str, str], ...]  # prefix of an entry -> what stands there instead
 
@@ -29,7 +29,7 @@ class Namespace:
 
     def module(self, name: str, nested: bool, layers: int = 0) -> str:
         """The engine's name of a module, given by any spelling. layers: of the target. The draft is `mtp.` to all."""
-        core = canonical(name)
+        core = canonical_module(name)
         return (
             (self.nested if nested else self.flat) + core if core.startswith("layers.") else self._draft(core, layers)
         )

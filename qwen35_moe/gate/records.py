@@ -136,7 +136,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Layer:
+class MoEBlock:
     """One MoE block: its canonical name, and whether it belongs to the MTP draft."""
 
     name: str
@@ -153,11 +153,11 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Model:
+class GateModel:
     """What the gate needs of a config.json, nested or flat."""
 
-    layers: tuple[Layer, ...]
-    drafts: tuple[Layer, ...]
+    layers: tuple[MoEBlock, ...]
+    drafts: tuple[MoEBlock, ...]
     shared_size: int
     routed_size: int
     num_experts: int
@@ -172,9 +172,9 @@ class Model:
         return "text_config" in self.top
 
     @classmethod
-    def from_config(cls, config: Any, quant_config: Any = None) -> Model:
+    def from_config(cls, config: Any, quant_config: Any = None) -> GateModel:
         """From a config.json's dictionary or a config object. quant_config None: taken from the configuration."""
-        if isinstance(config, Model):
+        if isinstance(config, GateModel):
             return config
         top = as_dict(config)
         text = as_dict(top.get("text_config") or top)
@@ -203,8 +203,8 @@ class Model:
         word = shared_word(text.get("model_type"))
         quant = raw if isinstance(raw, QuantConfig) else QuantConfig.from_dict(raw, count, word)
         return cls(
-            layers=tuple(Layer(f"layers.{i}") for i in range(count) if (i + 1) % step == 0 and i not in dense),
-            drafts=tuple(Layer(f"mtp.layers.{i}", draft=True) for i in range(drafts)),
+            layers=tuple(MoEBlock(f"layers.{i}") for i in range(count) if (i + 1) % step == 0 and i not in dense),
+            drafts=tuple(MoEBlock(f"mtp.layers.{i}", draft=True) for i in range(drafts)),
             shared_size=shared,
             routed_size=text["moe_intermediate_size"],
             num_experts=experts,

@@ -10,10 +10,10 @@ from .common import first_entry, no, refuse_platform, refuse_sizes, sglang_layer
 from .declared import QuantConfig
 from .module_names import is_draft_entry, mentions_shared_body
 from .namespaces import SGLANG
-from .records import PER_RANK_SLOT_BACKENDS, PROJECTIONS, Decision, Evidence, Layer, Model, Options
+from .records import PER_RANK_SLOT_BACKENDS, PROJECTIONS, Decision, Evidence, GateModel, MoEBlock, Options
 
 
-def sglang_22948(model: Model, layer: Layer, options: Options) -> Decision:
+def sglang_22948(model: GateModel, layer: MoEBlock, options: Options) -> Decision:
     """The seed PR, sgl-project/sglang #22948 (2026-04-16): a substring test over Quark's exclude list.
 
     Only Quark's configuration has a list under the name that is searched, so every other method passes.
@@ -29,7 +29,7 @@ def sglang_22948(model: Model, layer: Layer, options: Options) -> Decision:
     return yes("no entry of the exclude list names a shared expert's body")
 
 
-def sglang_0_5_23(model: Model, layer: Layer, options: Options) -> Decision:
+def sglang_0_5_23(model: GateModel, layer: MoEBlock, options: Options) -> Decision:
     """SGLang 0.5.23: qwen2_moe.py:137-152, 283-302, quark.py:1085-1297, modelopt_quant.py:1552, qwen3_5_mtp.py:50."""
     if (trouble := _cannot_start(model)) is not None:
         return trouble
@@ -46,7 +46,7 @@ def sglang_0_5_23(model: Model, layer: Layer, options: Options) -> Decision:
     return decision
 
 
-def _refuse_unseen(model: Model, options: Options) -> Decision | None:
+def _refuse_unseen(model: GateModel, options: Options) -> Decision | None:
     """What SGLang 0.5.23 asks before it looks at the quantisation."""
     if options.cutedsl_ar_fusion:
         return no("the CuTe-DSL all-reduce fusion needs the shared expert apart")
@@ -57,7 +57,7 @@ def _refuse_unseen(model: Model, options: Options) -> Decision | None:
     return None
 
 
-def _refuse_before_quantisation(model: Model, options: Options) -> Decision | None:
+def _refuse_before_quantisation(model: GateModel, options: Options) -> Decision | None:
     """What both versions ask first: platform, flag, sizes."""
     if (refusal := refuse_platform(options)) is not None:
         return refusal
@@ -66,7 +66,7 @@ def _refuse_before_quantisation(model: Model, options: Options) -> Decision | No
     return refuse_sizes(model)
 
 
-def _cannot_start(model: Model) -> Decision | None:
+def _cannot_start(model: GateModel) -> Decision | None:
     """What raises while SGLang reads the configuration, whether it would fuse or not."""
     raw = model.quant.raw
     if model.quant.method == "modelopt":
@@ -97,7 +97,7 @@ def _modelopt_cannot_start(raw: Mapping[str, Any]) -> Decision | None:
     return None
 
 
-def _cannot_build(model: Model, layer: Layer, decision: Decision) -> Decision | None:
+def _cannot_build(model: GateModel, layer: MoEBlock, decision: Decision) -> Decision | None:
     """Modules of Quark's without one spec: a pair of which one part is excluded, entries for single experts with gaps.
 
     The shared expert is a module of its own only where it is not fused.
@@ -117,7 +117,7 @@ def _cannot_build(model: Model, layer: Layer, decision: Decision) -> Decision | 
     return None
 
 
-def _sglang_draft(model: Model) -> Decision | None:
+def _sglang_draft(model: GateModel) -> Decision | None:
     """The draft's own quantisation: None means "as the target"; otherwise the draft is built in BF16 and may fuse."""
     quant = model.quant
     if quant.method == "quark":
@@ -130,7 +130,7 @@ def _sglang_draft(model: Model) -> Decision | None:
     return None
 
 
-def _sglang_quant(model: Model, options: Options) -> Decision:
+def _sglang_quant(model: GateModel, options: Options) -> Decision:
     quant = model.quant
     if quant.method == "modelopt" and quant.default.kind == "nvfp4":
         # The same words as for Quark, but no exemption for the draft: an `mtp.` entry vetoes the whole model.
@@ -148,7 +148,7 @@ def _sglang_quant(model: Model, options: Options) -> Decision:
     return _sglang_layer_specs(quant)
 
 
-def _sglang_online(model: Model, options: Options, entry: Evidence) -> Decision:
+def _sglang_online(model: GateModel, options: Options, entry: Evidence) -> Decision:
     """An excluded shared expert fuses only if asked to be converted to MXFP4, and only on what that was measured on."""
     if not options.enforce_shared_experts_fusion:
         return no("the exclude list names a shared expert", entry)

@@ -16,12 +16,12 @@ from .declared import BF16, UNSTATED, ModuleSpec, QuantConfig, Resolution
 from .entry_index import numbers_of
 from .exclude import Hit
 from .module_names import tells_experts_apart
-from .records import PROJECTIONS, Decision, Evidence, Layer, Model, Options
+from .records import PROJECTIONS, Decision, Evidence, GateModel, MoEBlock, Options
 
-Stored = Callable[[str], ModuleSpec | None]
+SpecLookup = Callable[[str], ModuleSpec | None]
 
 # Method -> who else reads such a list. vLLM reads Quark's as SGLang does.
-READERS = {"quark": ("sglang", "atom"), "fp8": ("vllm", "atom")}
+OTHER_READERS = {"quark": ("sglang", "atom"), "fp8": ("vllm", "atom")}
 
 
 class Fact(NamedTuple):
@@ -41,17 +41,17 @@ class Fact(NamedTuple):
 class LayerFacts:
     """The modules of one MoE block that fusion puts into one tensor."""
 
-    layer: Layer
+    layer: MoEBlock
     shared: tuple[Fact, ...]
     routed: tuple[Fact, ...]
 
 
-def read_stored(stored: Stored | Mapping[str, ModuleSpec] | None) -> Stored | None:
+def read_stored(stored: SpecLookup | Mapping[str, ModuleSpec] | None) -> SpecLookup | None:
     """A lookup of what is stored. Names are canonical (`layers.3.mlp.experts.17.up_proj`); None means "not known"."""
     return stored.get if isinstance(stored, Mapping) else stored
 
 
-def layer_facts(model: Model, layer: Layer, stored: Stored | None) -> LayerFacts:
+def layer_facts(model: GateModel, layer: MoEBlock, stored: SpecLookup | None) -> LayerFacts:
     """The facts of one layer, under the writer's reading of the exclude list and beside it those of others.
 
     Collected once: the rules of all engines are judged by them.
@@ -62,14 +62,14 @@ def layer_facts(model: Model, layer: Layer, stored: Stored | None) -> LayerFacts
     return known
 
 
-def _collect(model: Model, layer: Layer, stored: Stored | None) -> LayerFacts:
+def _collect(model: GateModel, layer: MoEBlock, stored: SpecLookup | None) -> LayerFacts:
     quant = model.quant
-    others = tuple(quant.read_as(reader) for reader in READERS.get(quant.method, ()))
+    others = tuple(quant.read_as(reader) for reader in OTHER_READERS.get(quant.method, ()))
     shared = tuple(_fact(name, quant, others, stored) for name in layer.shared.values())
     return LayerFacts(layer, shared, tuple(_routed(model, layer, quant, others, stored)))
 
 
-def _fact(name: str, quant: QuantConfig, others: Sequence[QuantConfig], stored: Stored | None) -> Fact:
+def _fact(name: str, quant: QuantConfig, others: Sequence[QuantConfig], stored: SpecLookup | None) -> Fact:
     declared = quant.spec_of(name)
     readings = [other.spec_of(name) for other in others]
     if hit := quant.view(_block(name), lambda: _block_above(name, quant)):
@@ -97,7 +97,7 @@ def _block_above(name: str, quant: QuantConfig) -> Hit | None:
 
 
 def _routed(
-    model: Model, layer: Layer, quant: QuantConfig, others: Sequence[QuantConfig], stored: Stored | None
+    model: GateModel, layer: MoEBlock, quant: QuantConfig, others: Sequence[QuantConfig], stored: SpecLookup | None
 ) -> list[Fact]:
     """The routed experts, each kind once. Experts of whom list and bytes say the same are asked once."""
     whole = stored(layer.experts) if stored else None
@@ -121,7 +121,7 @@ def _routed(
     return list(facts.values())
 
 
-def _said(layer: Layer, quant: QuantConfig) -> Mapping[int, Hashable] | None:
+def _said(layer: MoEBlock, quant: QuantConfig) -> Mapping[int, Hashable] | None:
     """What the configuration says of single experts of a layer; None if a pattern may tell any two of them apart."""
     found: dict[int, list[Hashable]] = {}
     for name in {numbers_of(name): name for name in quant.names(layer.experts)}.values():
@@ -133,7 +133,7 @@ def _said(layer: Layer, quant: QuantConfig) -> Mapping[int, Hashable] | None:
     return {expert: tuple(said) for expert, said in found.items()}
 
 
-def strict(model: Model, layer: Layer, options: Options, stored: Stored | None) -> Decision:
+def strict(model: GateModel, layer: MoEBlock, options: Options, stored: SpecLookup | None) -> Decision:
     """The strict rule for one layer. Platform and transport do not enter: can is not may."""
     if options.disable_shared_experts_fusion:
         return no("fusion is switched off")

@@ -15,12 +15,12 @@ from .declared import QuantConfig
 from .exclude import Hit
 from .module_names import expand_fused
 from .namespaces import VLLM
-from .records import Decision, Evidence, Layer, Model, Options
+from .records import Decision, Evidence, GateModel, MoEBlock, Options
 
-SHARED = ("gate_up_proj", "down_proj")
+SHARED_MODULES = ("gate_up_proj", "down_proj")
 
 
-def vllm_0_33(model: Model, layer: Layer, options: Options) -> Decision:
+def vllm_0_33(model: GateModel, layer: MoEBlock, options: Options) -> Decision:
     """vLLM 0.33; 0.32 decides the same for Quark and FP8, and has no check for MXFP8."""
     quant = model.quant.read_as("vllm", VLLM, model.nested)
     decision = _decide(model, quant, layer, options)
@@ -30,7 +30,7 @@ def vllm_0_33(model: Model, layer: Layer, options: Options) -> Decision:
     return decision
 
 
-def _decide(model: Model, quant: QuantConfig, layer: Layer, options: Options) -> Decision:
+def _decide(model: GateModel, quant: QuantConfig, layer: MoEBlock, options: Options) -> Decision:
     if not options.vllm_opt_in:
         return no("VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS is not set")
     if not (options.hip and options.aiter):
@@ -62,11 +62,11 @@ def all_or_none(decisions: list[Decision]) -> list[Decision]:
     return [d if d.draft or not d.starts else replace(stop, rule=d.rule, layer=d.layer) for d in decisions]
 
 
-def _shared_hit(quant: QuantConfig, layer: Layer, part: str) -> Hit | None:
+def _shared_hit(quant: QuantConfig, layer: MoEBlock, part: str) -> Hit | None:
     return quant.exclude.hit(quant.names(f"{layer.name}.mlp.shared_expert.{part}"))
 
 
-def _cannot_start(quant: QuantConfig, layer: Layer, converted: bool) -> Decision | None:
+def _cannot_start(quant: QuantConfig, layer: MoEBlock, converted: bool) -> Decision | None:
     """What raises when the shared expert's linear layers are built, whether it would be fused or not."""
     if quant.raw.get("exclude", ()) is None:
         return stops("exclude is null, and vLLM iterates over it", Evidence("exclude = null"))
@@ -83,9 +83,9 @@ def _cannot_start(quant: QuantConfig, layer: Layer, converted: bool) -> Decision
     return None
 
 
-def _quark(quant: QuantConfig, layer: Layer) -> Decision:
+def _quark(quant: QuantConfig, layer: MoEBlock) -> Decision:
     try:
-        hit = next((hit for part in SHARED if (hit := _shared_hit(quant, layer, part))), None)
+        hit = next((hit for part in SHARED_MODULES if (hit := _shared_hit(quant, layer, part))), None)
     except Qwen35Error:
         return no("only one of a fused pair is excluded")  # does not start, see `_cannot_start`
     if hit:
@@ -97,7 +97,7 @@ def _quark(quant: QuantConfig, layer: Layer) -> Decision:
     return yes("the shared expert is not excluded and has the routed experts' spec")
 
 
-def _online(quant: QuantConfig, layer: Layer, target: str) -> Decision:
+def _online(quant: QuantConfig, layer: MoEBlock, target: str) -> Decision:
     """The shared expert is quantised while loading, where `--quantization-config.targets` covers it.
 
     Only to the routed experts' own format, and of these only to MXFP4.
@@ -113,11 +113,11 @@ def _online(quant: QuantConfig, layer: Layer, target: str) -> Decision:
     return replace(yes("--quantization-config.targets converts the shared expert to MXFP4"), online=True)
 
 
-def _fp8(quant: QuantConfig, layer: Layer) -> Decision:
+def _fp8(quant: QuantConfig, layer: MoEBlock) -> Decision:
     if quant.default.kind != "fp8-block":
         return no("FP8 without blocks is not implemented")
     try:
-        shared = [_fp8_ignored(quant, f"{layer.name}.mlp.shared_expert.{part}") for part in SHARED]
+        shared = [_fp8_ignored(quant, f"{layer.name}.mlp.shared_expert.{part}") for part in SHARED_MODULES]
     except Qwen35Error as error:
         return stops("only one of a fused pair is ignored", Evidence(f"{error.where}: {error.found}"))
     routed = _fp8_ignored(quant, layer.experts)
@@ -146,10 +146,10 @@ def _fp8_ignored(quant: QuantConfig, module: str) -> Hit | None:
     return next((Hit(listed.list, i, listed.written[i], "the module's name occurs in it") for i, _ in found), None)
 
 
-def _mxfp8(quant: QuantConfig, layer: Layer) -> Decision:
+def _mxfp8(quant: QuantConfig, layer: MoEBlock) -> Decision:
     routed = _modelopt_excluded(quant, layer.experts)
     try:
-        shared = [_modelopt_excluded(quant, f"{layer.name}.mlp.shared_expert.{part}") for part in SHARED]
+        shared = [_modelopt_excluded(quant, f"{layer.name}.mlp.shared_expert.{part}") for part in SHARED_MODULES]
     except Qwen35Error as error:
         return stops("only one of a fused pair is excluded", Evidence(f"{error.where}: {error.found}"))
     if any((hit is None) != (routed is None) for hit in shared):

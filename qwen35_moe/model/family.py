@@ -9,7 +9,7 @@ from ..errors import Qwen35Error
 
 # Qwen3.6 and Qwen3.8 carry the same names.
 FAMILY = ("qwen3_5_moe", "qwen3_5_moe_text")
-OTHERS = {
+OTHER_MODELS = {
     "qwen4_exp": "Qwen4-Exp has hyper-connections, n-gram embeddings and an indexer",
     "qwen3_8_flash_next": "Qwen3.8-Flash-Next (125B) is Qwen4-Exp: hyper-connections, n-gram embeddings and an indexer",
     "qwen3_next": "Qwen3-Next stores the DeltaNet projections interleaved by head group (in_proj_qkvz)",
@@ -27,7 +27,7 @@ def check_family(top: Mapping[str, Any], text: Mapping[str, Any], ignore: Iterab
     for kind in (top.get("model_type"), text.get("model_type")):
         if kind in (None, "", *FAMILY):
             continue
-        why = next((text for name, text in OTHERS.items() if kind in (name, f"{name}_text")), "")
+        why = next((text for name, text in OTHER_MODELS.items() if kind in (name, f"{name}_text")), "")
         raise Qwen35Error(
             "a model of another family" + (f": {why}" if why else ""),
             where="config.json: model_type",

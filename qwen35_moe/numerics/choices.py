@@ -12,7 +12,7 @@ from ..errors import Qwen35Error
 from ..quant.fp8 import round_to_e4m3
 from .arithmetics import Arithmetic
 
-KV, STATES = "fp8_e4m3", ("bf16",)
+KV, STATE_DTYPES = "fp8_e4m3", ("bf16",)
 
 
 def in_fp8(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -34,8 +34,8 @@ def scale_of(text: str) -> float:
 
 def with_choices(table: Arithmetic, kv_cache: str | None = None, state: str | None = None) -> Arithmetic:
     """`table`, with keys and values kept in FP8 (`fp8_e4m3[:scale]`), or DeltaNet's state in bf16 after each token."""
-    if state not in (None, *STATES):
-        raise Qwen35Error("unknown dtype of DeltaNet's state", expected=", ".join(STATES), found=repr(state))
+    if state not in (None, *STATE_DTYPES):
+        raise Qwen35Error("unknown dtype of DeltaNet's state", expected=", ".join(STATE_DTYPES), found=repr(state))
     rounds, switches, name = dict(table.rounds), dict(table.switches), table.name
     if kv_cache is not None:
         quantise = partial(in_fp8, scale=scale_of(kv_cache))

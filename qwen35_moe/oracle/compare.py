@@ -36,17 +36,17 @@ from .dumps.dump import Dump
 from .dumps.holes import holes
 from .dumps.readers import read_dump
 from .dumps.sequences import placed, sequences_of
-from .judge.added import Work
-from .judge.envelope import LIMIT, Class, declared, legal
-from .judge.envelope_file import Stored, stored_envelope
+from .judge.added import Judgement
+from .judge.envelope import LIMIT, Class, legal, with_declared_caches
+from .judge.envelope_file import RowErrors, stored_envelope
 from .judge.function import computed, truth_in, usual
 from .judge.growth import growth
 from .judge.inherited import inherited
 from .judge.log_p import LOG_P
 from .judge.logits import compare_logits
 from .judge.positions import POSITIONS, engine_positions, judge_positions, moved_alike
-from .judge.records import Comparison, Place, Record, block_of, layer_of
-from .judge.rerun import Rerun, Tokens
+from .judge.records import BlockId, Comparison, Record, block_of, layer_of
+from .judge.rerun import Rerun, TruthTokens
 from .judge.second_look import second_look
 from .judge.suspects import accuse, suspects
 from .judge.weights_check import check_weights
@@ -153,7 +153,7 @@ def diagnose(
         return result
 
 
-def known(identity: Mapping[str, Any]) -> str:
+def checkpoint_in_words(identity: Mapping[str, Any]) -> str:
     """The truth's checkpoint in words: where it was, and hashes of its headers and of samples of its bytes."""
     hashes = [f"{key} {str(identity[key])[:16]}" for key in ("headers_sha256", "sample_sha256") if key in identity]
     return ", ".join([str(identity.get("path") or "unknown"), *hashes])
@@ -181,12 +181,12 @@ def _compare(truth: Trace, dump: Dump, source: WeightSource | None, options: Com
         extra=alignment.extra, unknown=list(dump.unknown), problems=list(alignment.problems),
         notes=list(alignment.notes), limit=limit, truth=f"{table.name}, {truth.path or 'in memory'}",
         engine=f"{dump.format}, {dump.path}", tokens=(alignment.matched, alignment.tokens),
-        checkpoint=known(truth.meta.get("checkpoint") or {}),
+        checkpoint=checkpoint_in_words(truth.meta.get("checkpoint") or {}),
         absent=alignment.tokens_of.absent, partial=options.partial,
     )  # fmt: skip
     if all(key.startswith("next_token_") for key in alignment.keys):
         result.notes.append(ONLY_LOGITS)
-    work = Work(result, alignment, limit)
+    work = Judgement(result, alignment, limit)
     if (record := judge_positions(alignment)) is not None:
         work.records[POSITIONS] = record
         result.diagnoses += moved_alike(alignment)
@@ -198,15 +198,16 @@ def _compare(truth: Trace, dump: Dump, source: WeightSource | None, options: Com
         fused = options.fused or False
         flags = [fused] * config.num_hidden_layers if isinstance(fused, bool) else list(fused)
         result.weights = check_weights(dump, source) if dump.weights else result.weights
-        tokens = Tokens(truth.ids, engine_positions(alignment), truth.mask, work.steps(), images, draft_ids_of(truth))
+        at, drafts = engine_positions(alignment), draft_ids_of(truth)
+        tokens = TruthTokens(truth.ids, at, truth.mask, work.steps(), images, drafts)
         captured = work.captured(config.num_experts)
         again = partial(Rerun, source, flags, tokens, captured, with_log_p=LOG_P in alignment.keys, where=options.where)
         function = computed(table, source, work, again) if members is None else table
         members = legal(function.name, options.engine) if members is None else members
-        members = [*members, *declared(members, options.kv_cache, options.state)]
+        members = [*members, *with_declared_caches(members, options.kv_cache, options.state)]
         result.members = tuple(m.name for m in members)
         rerun = again([function, *members])
-        places, cleared, nan = suspects(captured, result.layers), set[Place](), False
+        places, cleared, nan = suspects(captured, result.layers), set[BlockId](), False
         with noted(result, "the layers that follow were not rerun"):
             for layer, seen in rerun:
                 if layers is None or layer is None or layer in layers:
@@ -266,7 +267,7 @@ def noted(result: Comparison, what: str, counts: bool = True) -> Iterator[None]:
             result.notes.append(f"{what}: {said[:200]}")
 
 
-def _finish(work: Work, stored: Mapping[str, Tensor], layers: Sequence[int] | None) -> None:
+def _finish(work: Judgement, stored: Mapping[str, Tensor], layers: Sequence[int] | None) -> None:
     """Every tap of the truth (of these layers) gets its record; holes and logits are looked for."""
     truth, shared = work.alignment.truth, set(work.alignment.keys)
     names = truth.comparable
@@ -300,10 +301,10 @@ def _finish(work: Work, stored: Mapping[str, Tensor], layers: Sequence[int] | No
         _judge_logits(work, stored, logits)
 
 
-def _judge_logits(work: Work, stored: Mapping[str, Tensor], logits: str | None) -> None:
+def _judge_logits(work: Judgement, stored: Mapping[str, Tensor], logits: str | None) -> None:
     if logits is not None:
         pair = work.alignment.pair(logits)
         if pair.engine is not None and pair.chosen is None:
             known = stored.get("next_token_logits")
-            noise = None if known is None else Stored.of(known, work.index(pair)).error.max
+            noise = None if known is None else RowErrors.of(known, work.index(pair)).error.max
             work.result.logits = compare_logits(pair, noise, work.alignment.truth.ids)

@@ -13,7 +13,7 @@ from ..numerics.arithmetics import get
 from ..run.load import build
 from ..trace.recorder import trace
 from .diagnose.catalogue import FAULTS
-from .diagnose.faults import Fault, Place
+from .diagnose.faults import Fault, FaultSite
 from .dumps.writers import DUMPED, write_sglang_dump
 from .truth import open_checkpoint
 
@@ -45,7 +45,7 @@ def play_engine(
     handlers = []
     if fault is not None:
         broken = known_fault(fault)
-        place = Place(source.config, torch.arange(ids.shape[1]).expand_as(ids), frozenset({layer}))
+        place = FaultSite(source.config, torch.arange(ids.shape[1]).expand_as(ids), frozenset({layer}))
         table, handlers = broken.arithmetic(table), broken.handlers(place)
         source, fused[layer] = broken.source(source, place), broken.fused
     model = build(source, table, fused, torch.device("cpu"), "decoded")

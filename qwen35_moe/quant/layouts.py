@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from .mxfp4 import MXFP4
+from .mxfp4 import PackedMXFP4
 
 
-def from_compressed_tensors(weight_packed: Tensor, weight_scale: Tensor) -> MXFP4:
+def from_compressed_tensors(weight_packed: Tensor, weight_scale: Tensor) -> PackedMXFP4:
     """`mxfp4-pack-quantized`: the same bytes under other names; torch's own names for such bytes are accepted."""
-    return MXFP4(as_bytes(weight_packed), as_bytes(weight_scale))
+    return PackedMXFP4(as_bytes(weight_packed), as_bytes(weight_scale))
 
 
-def to_compressed_tensors(weight: MXFP4) -> dict[str, Tensor]:
+def to_compressed_tensors(weight: PackedMXFP4) -> dict[str, Tensor]:
     """The inverse of `from_compressed_tensors`."""
     return {"weight_packed": weight.codes, "weight_scale": weight.scales}
 

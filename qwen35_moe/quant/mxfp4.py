@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from .mxfp4_decode import BLOCK, E2M1, check, decode, decode_in_pieces, decode_plain, products
+from .mxfp4_decode import E2M1, MXFP4_BLOCK, check, decode, decode_in_pieces, decode_plain, products
 
 __all__ = [
-    "BLOCK",
+    "MXFP4_BLOCK",
     "E2M1",
-    "MXFP4",
+    "PackedMXFP4",
     "QUANTISERS",
     "SCALE_RULES",
     "check",
@@ -74,7 +74,7 @@ def encode(
     """
     if not x.is_floating_point():
         raise Qwen35Error("MXFP4 encodes floating-point tensors", expected="float16 to float64", found=x.dtype)
-    if x.dim() == 0 or x.shape[-1] % BLOCK or not x.shape[-1]:
+    if x.dim() == 0 or x.shape[-1] % MXFP4_BLOCK or not x.shape[-1]:
         raise Qwen35Error(
             "MXFP4 blocks are 32 columns", expected="[..., I] with I a multiple of 32", found=list(x.shape)
         )
@@ -82,7 +82,7 @@ def encode(
         raise Qwen35Error("unknown scale rule", expected=", ".join(SCALE_RULES), found=scale_rule)
     if ties not in ("even", "half-up"):
         raise Qwen35Error("unknown rule for ties", expected="even, half-up", found=ties)
-    x_QB = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, BLOCK))
+    x_QB = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, MXFP4_BLOCK))
     amax_Q = x_QB.abs().amax(-1)
     if absmax_floor is not None:
         amax_Q = amax_Q.clamp_min(absmax_floor)
@@ -116,7 +116,7 @@ def quantise_dequantise(
 
 
 @dataclass(frozen=True, eq=False)
-class MXFP4:
+class PackedMXFP4:
     """A packed weight [..., O, I]: `codes` uint8 [..., O, Z] and `scales` uint8 [..., O, Q]."""
 
     codes: Tensor

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import Qwen35Error
 
-BLOCK = 32
+MXFP4_BLOCK = 32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -44,7 +44,7 @@ def products(dtype: torch.dtype, device: torch.device) -> Tensor:
 def decode_plain(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The formula as it stands, one look-up for each value: what `decode` is tested against."""
     codes_I = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).long()
-    scales_I = scales.repeat_interleave(BLOCK, dim=-1).long()
+    scales_I = scales.repeat_interleave(MXFP4_BLOCK, dim=-1).long()
     return products(dtype, codes.device)[scales_I, codes_I]
 
 
@@ -98,7 +98,7 @@ def decode_flat(codes: Tensor, scales: Tensor, values: Tensor, worth: Tensor, ou
     """The formula for one long row, as single operations that a compiler makes one pass over memory of. Exact in the
     dtype of `values` [16] and `worth` [256], at least float32, subnormals included; rounded once into `out`."""
     codes_I = torch.stack((codes & 15, codes >> 4), dim=-1).flatten()
-    worth_I = worth[scales.int()].repeat_interleave(BLOCK, output_size=codes_I.shape[0])
+    worth_I = worth[scales.int()].repeat_interleave(MXFP4_BLOCK, output_size=codes_I.shape[0])
     out.copy_(values[codes_I.int()] * worth_I)
 
 
@@ -112,7 +112,8 @@ def decode_in_pieces(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Ten
     table = products(dtype, codes.device)
     if dtype not in (torch.bfloat16, torch.float32, torch.float64) or out.storage_offset() % 2:  # it writes pairs
         return out.copy_(decode_plain(codes, scales, dtype))
-    blocks, scale_bytes, out_blocks = codes.reshape(-1, BLOCK // 2), scales.reshape(-1, 1), out.view(-1, BLOCK)
+    blocks, scale_bytes = codes.reshape(-1, MXFP4_BLOCK // 2), scales.reshape(-1, 1)
+    out_blocks = out.view(-1, MXFP4_BLOCK)
     decode_piece = _decode_float
     if dtype == torch.bfloat16:
         decode_piece = _decode_bfloat16_compiled if compiled else _decode_bfloat16
@@ -146,8 +147,8 @@ class _Scratch(NamedTuple):
     @classmethod
     @torch.inference_mode(False)  # it may be used outside of the mode that it was made in
     def of(cls, blocks: int, device: torch.device) -> _Scratch:
-        lanes = torch.empty((blocks, BLOCK // 2), dtype=torch.int32, device=device)
-        values = torch.empty((blocks, BLOCK), dtype=torch.float32, device=device)
+        lanes = torch.empty((blocks, MXFP4_BLOCK // 2), dtype=torch.int32, device=device)
+        values = torch.empty((blocks, MXFP4_BLOCK), dtype=torch.float32, device=device)
         exponent = torch.empty((blocks, 1), dtype=torch.int32, device=device)
         return cls(
             lanes, lanes.view(torch.int16), lanes.view(torch.float16), values, exponent, exponent.view(torch.float32)
@@ -237,9 +238,9 @@ def check(codes: Tensor, scales: Tensor) -> None:
             found=f"codes {codes.dtype}, scales {scales.dtype}",
             do="float8 scales are NVFP4 (block 16), which is another format" if scales.dtype.is_floating_point else "",
         )
-    if codes.dim() == 0 or codes.shape[-1] % (BLOCK // 2):
+    if codes.dim() == 0 or codes.shape[-1] % (MXFP4_BLOCK // 2):
         raise Qwen35Error("an MXFP4 row is whole blocks of 16 bytes", expected="[..., 16 n]", found=list(codes.shape))
-    expected = (*codes.shape[:-1], codes.shape[-1] // (BLOCK // 2))
+    expected = (*codes.shape[:-1], codes.shape[-1] // (MXFP4_BLOCK // 2))
     if scales.shape != expected:
         raise Qwen35Error(
             "MXFP4 scales do not belong to these codes",

@@ -13,13 +13,13 @@ from functools import cache
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..checkpoint.checkpoint import Layout
+from ..checkpoint.checkpoint import TensorLayout
 from ..checkpoint.foreign import foreign_spec
 from ..errors import Qwen35Error
 from ..gate.decide import NEWEST, VARIANTS, decide_layers, hazards
 from ..gate.declared import ModuleSpec, QuantConfig
 from ..gate.engines import ENGINE_RULES
-from ..gate.records import Model
+from ..gate.records import GateModel
 from ..model.config import Config
 from ..quant.precision import UNSTATED
 from .lint_files import Finding, check_files, check_ids
@@ -27,7 +27,7 @@ from .validate import model_config, validate
 
 # Linear modules of the target that engines build quantised where the configuration says so. The draft's are judged by
 # the gate, and routers, norms and convolutions are never quantised.
-LINEAR = re.compile(
+LINEAR_NAMES = re.compile(
     r"layers\.\d+\.(self_attn\.[qkvo]_proj|linear_attn\.(in_proj_qkv|in_proj_z|out_proj)"
     r"|mlp\.shared_expert\.(gate|up|down)_proj)"
 )
@@ -63,7 +63,7 @@ def _as_finding(rule: str, error: Qwen35Error, level: str = "error") -> Finding:
 
 def _formats(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Modules whose tensors do not fit together: a scale that is missing, of another shape, or beside a float."""
-    alike: dict[Layout, list[str]] = {}
+    alike: dict[TensorLayout, list[str]] = {}
     for module in checkpoint.modules:
         alike.setdefault(checkpoint.layout(module), []).append(module)
     for modules in alike.values():
@@ -101,7 +101,7 @@ def _names(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _gate(checkpoint: Checkpoint, engines: tuple[str, ...]) -> Iterator[Finding]:
-    model, stored = Model.from_config(checkpoint.config), cache(checkpoint.spec)
+    model, stored = GateModel.from_config(checkpoint.config), cache(checkpoint.spec)
     labels: dict[tuple[str, str, str], list[str]] = {}  # (rule, layer, text) -> the variants of engines that do so
     for label, rule, options in VARIANTS:
         if rule in {NEWEST[engine] for engine in engines}:
@@ -116,7 +116,7 @@ def _gate(checkpoint: Checkpoint, engines: tuple[str, ...]) -> Iterator[Finding]
 
 
 def _variant(
-    model: Model, stored: Callable[[str], ModuleSpec | None], rule: str, options: dict[str, Any]
+    model: GateModel, stored: Callable[[str], ModuleSpec | None], rule: str, options: dict[str, Any]
 ) -> Iterator[tuple[str, str, str]]:
     """(rule of the lint, layer, text): why an engine would not start, or what its loader would spoil."""
     decisions = decide_layers(model, rule=rule, stored=stored, **options)
@@ -133,7 +133,7 @@ def _variant(
 
 
 def _linear(
-    checkpoint: Checkpoint, model: Model, stored: Callable[[str], ModuleSpec | None], engine: str
+    checkpoint: Checkpoint, model: GateModel, stored: Callable[[str], ModuleSpec | None], engine: str
 ) -> Iterator[Finding]:
     """Linear modules that an engine's loader takes for something else, once for each kind of module and of mistake."""
     rule, seen = ENGINE_RULES[NEWEST[engine]], dict[tuple[str, str, str], list[str]]()
@@ -141,7 +141,7 @@ def _linear(
         model.quant.read_as(rule.semantics, rule.names, model.nested) if model.quant.method == "quark" else model.quant
     )
     for module in checkpoint.modules:
-        if LINEAR.fullmatch(module) and (spec := stored(module)) is not None:
+        if LINEAR_NAMES.fullmatch(module) and (spec := stored(module)) is not None:
             believed = quant.spec_of(module).spec
             if believed != UNSTATED and not (spec.is_float and believed.is_float or spec.same_bytes(believed)):
                 kind = re.sub(r"\d+", "*", module)

@@ -12,7 +12,7 @@ from ..checkpoint.weight import StoredWeight
 from ..errors import Qwen35Error
 from ..gate.decide import slot_guard
 from ..model.config import Config
-from ..quant.mxfp4 import MXFP4, encode
+from ..quant.mxfp4 import PackedMXFP4, encode
 from ..quant.packed import Packed, concatenate
 from ..quant.precision import ModuleSpec
 from .experts import PackedExpert
@@ -91,7 +91,7 @@ def fuse(gate_proj: Packed, up_proj: Packed, down_proj: Packed) -> PackedExpert:
 
 def _convert(weight: Packed) -> Packed:
     """A float weight as MXFP4, scale rule "even", as SGLang's online conversion does; MXFP4 stays as it is."""
-    return weight if isinstance(weight, MXFP4) else MXFP4(*encode(weight.decode(torch.float32), "even"))
+    return weight if isinstance(weight, PackedMXFP4) else PackedMXFP4(*encode(weight.decode(torch.float32), "even"))
 
 
 def _distance(converted: Sequence[Packed], stored: Sequence[Packed]) -> float:

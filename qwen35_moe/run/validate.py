@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import Checkpoint
-from ..checkpoint.checkpoint import Layout
+from ..checkpoint.checkpoint import TensorLayout
 from ..checkpoint.recognise import CACHE_SCALES
 from ..checkpoint.stored_experts import EXPERT_PROJECTIONS
 from ..checkpoint.tensor_names import split_role
@@ -180,7 +180,7 @@ def _check_experts(ck: Checkpoint, prefix: str, shape: tuple[int, ...]) -> Itera
     if experts.count != E:
         where = experts.weights(0)[0].values.stored.where
         raise Qwen35Error("wrong number of experts", where=where, expected=f"num_experts = {E}", found=experts.count)
-    seen: set[tuple[Layout, ...]] = set()
+    seen: set[tuple[TensorLayout, ...]] = set()
     for e in range(1 if experts.fused else E):
         layouts = () if experts.fused else tuple(ck.layout(f"{prefix}.{e}.{name}") for name in EXPERT_PROJECTIONS)
         if layouts in seen:

@@ -19,7 +19,7 @@ from ..model.config import Config
 from ..numerics.arithmetics import Arithmetic, get, using
 from ..numerics.taps import Handler, attach, scope
 from ..oracle.diagnose.catalogue import FAULTS
-from ..oracle.diagnose.faults import Fault, Place
+from ..oracle.diagnose.faults import Fault, FaultSite
 from ..oracle.judge.envelope import legal
 from ..oracle.judge.split_k import splitting
 from .drawn import config_of
@@ -133,7 +133,7 @@ class Case:
         inputs, table, handlers = dict(self._inputs), get(wrong.function or self.function), []
         if wrong.fault is not None:
             table = wrong.fault.arithmetic(table)
-            handlers = wrong.fault.handlers(Place(self.config, self.positions))
+            handlers = wrong.fault.handlers(FaultSite(self.config, self.positions))
         inputs = wrong.inputs(inputs) if wrong.inputs else inputs
         found = self.run(table, widened(inputs), wrong.compute, handlers)
         return wrong.outputs(found, widened(inputs)) if wrong.outputs else found

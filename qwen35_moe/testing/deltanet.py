@@ -16,7 +16,7 @@ from .case import Case, Inputs, Make, Outputs, WrongKernel
 from .drawn import config_of, drawn, heads, matrix
 from .judging import Check, check_legal, require
 
-CONV, CONV_STATE, G, BETA, OUT, STATE = (
+CONV, CONV_STATE, G, BETA, GDN_OUTPUT, GDN_STATE = (
     "gdn_conv_act", "gdn_conv_state", "gdn_g", "gdn_beta", "gdn_core_out", "gdn_state",
 )  # fmt: skip
 
@@ -134,7 +134,7 @@ def _operands(i: Inputs, l2: bool, tiled: bool = False) -> list[Tensor]:
 
 
 def _finish(o: Tensor, state: Tensor) -> Outputs:
-    return {OUT: tap(OUT, o), STATE: tap(STATE, state)}
+    return {GDN_OUTPUT: tap(GDN_OUTPUT, o), GDN_STATE: tap(GDN_STATE, state)}
 
 
 def _step_by_step(i: Inputs, l2: bool, recall: bool, rounded: bool) -> Outputs:
@@ -171,17 +171,17 @@ def _delta_rule(name: str, make: Make, l2: bool) -> Case:
         WrongKernel("g one token late", lambda i: i | {"g": F.pad(i["g"][:, :-1], (0, 0, 1, 0))}),
         WrongKernel("state ignored", lambda i: i | {"state": torch.zeros_like(i["state"])}),
         WrongKernel("state transposed", lambda i: i | {"state": transposed(i["state"])}),
-        WrongKernel("state returned transposed", outputs=lambda o, i: o | {STATE: transposed(o[STATE])}),
-        WrongKernel("state not updated", outputs=lambda o, i: o | {STATE: i["state"]}),
-        WrongKernel("q not scaled", outputs=lambda o, i: o | {OUT: o[OUT] * i["q"].shape[-1] ** 0.5}),
-        WrongKernel("q scaled twice", outputs=lambda o, i: o | {OUT: o[OUT] * i["q"].shape[-1] ** -0.5}),
+        WrongKernel("state returned transposed", outputs=lambda o, i: o | {GDN_STATE: transposed(o[GDN_STATE])}),
+        WrongKernel("state not updated", outputs=lambda o, i: o | {GDN_STATE: i["state"]}),
+        WrongKernel("q not scaled", outputs=lambda o, i: o | {GDN_OUTPUT: o[GDN_OUTPUT] * i["q"].shape[-1] ** 0.5}),
+        WrongKernel("q scaled twice", outputs=lambda o, i: o | {GDN_OUTPUT: o[GDN_OUTPUT] * i["q"].shape[-1] ** -0.5}),
         WrongKernel("beta left out", lambda i: i | {"beta": torch.ones_like(i["beta"])}),
         WrongKernel("value heads in another order", compute=lambda i: _rule(i, l2, tiled=True)),
     ]
     if l2:
         wrong.append(WrongKernel("eps left out of the L2 norm", longer))
         wrong.append(WrongKernel("q and k not normalised", compute=lambda i: _rule(i, l2=False)))
-    return Case(name, (OUT, STATE), make, lambda i: _rule(i, l2), wrong=tuple(wrong))
+    return Case(name, (GDN_OUTPUT, GDN_STATE), make, lambda i: _rule(i, l2), wrong=tuple(wrong))
 
 
 def check_gdn(

@@ -18,7 +18,7 @@ from ..weights.draw import Values, draw, hash_bits, key
 
 CONFIGS = Path(weights.__path__[0]) / "configs"
 OUTLIER = 30.0  # the loudest channel of a hidden state, in units of the others
-SHORT = -10  # binary exponent of a head of norm 1e-3, beside which the eps of a norm shows
+SHORT_HEAD_EXPONENT = -10  # binary exponent of a head of norm 1e-3, beside which the eps of a norm shows
 
 
 @cache
@@ -56,10 +56,10 @@ def matrix(seed: int, name: str, *shape: int, spread: float = 1.0, mixed: bool =
 
 
 def heads(seed: int, name: str, *shape: int) -> Tensor:
-    """[..., heads, width], the second head 2^SHORT times as long as the others."""
+    """[..., heads, width], the second head 2^SHORT_HEAD_EXPONENT times as long as the others."""
     x = drawn(seed, name, *shape)
     if shape[-2] > 1:
-        x[..., 1, :] *= 2.0**SHORT
+        x[..., 1, :] *= 2.0**SHORT_HEAD_EXPONENT
     return x
 
 

@@ -26,7 +26,7 @@ ENTRIES = (
     "re:model.language_model.layers.{l}.mlp.shared.*", "*mlp.shared_expert.{p}_proj*", "mtp.layers.0.mlp.experts.*",
     "model.language_model.layers.{l}.mlp.experts", "re:.*gate$", "*layers.{l}.mlp*",
 )  # fmt: skip
-LISTS = 1000
+CONFIG_COUNT = 1000
 
 
 def real_configs() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -35,7 +35,7 @@ def real_configs() -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, load(name).config
 
 
-def random_configs(count: int = LISTS, seed: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+def random_configs(count: int = CONFIG_COUNT, seed: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
     """A small model under exclude lists of up to four entries, drawn from an integer hash."""
     config = json.loads((CONFIGS / "tiny.json").read_text(encoding="utf-8"))
     weight = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0", "is_dynamic": False}
@@ -52,7 +52,9 @@ def random_configs(count: int = LISTS, seed: int = 0) -> Iterator[tuple[str, dic
         yield f"list {i}", config | {"quantization_config": quark | {"exclude": entries}}
 
 
-def check_gate(mine: Gate, rule: str = "strict", lists: int = LISTS, seed: int = 0, **options: Any) -> list[Check]:
+def check_gate(
+    mine: Gate, rule: str = "strict", lists: int = CONFIG_COUNT, seed: int = 0, **options: Any
+) -> list[Check]:
     """`mine(config) -> whether the shared expert is fused` against a rule of the gate, under its options.
 
     config is a config.json's dictionary with `quantization_config`. The record of a difference names the list, and the
@@ -79,6 +81,6 @@ def check_gate(mine: Gate, rule: str = "strict", lists: int = LISTS, seed: int =
     return announce([check])
 
 
-def assert_gate(mine: Gate, rule: str = "strict", lists: int = LISTS, seed: int = 0, **options: Any) -> None:
+def assert_gate(mine: Gate, rule: str = "strict", lists: int = CONFIG_COUNT, seed: int = 0, **options: Any) -> None:
     """`check_gate` as an assertion."""
     require(check_gate(mine, rule, lists, seed, **options))

@@ -85,7 +85,7 @@ def check_legal(found: Kernel, case: Case) -> list[Check]:
     checks = [_check(name, x, case) for name, x in named.items()]
     bad = [check for check in checks if not check.ok and check.rows]
     if bad:
-        looks_like, share = explain(named, case, bad)
+        looks_like, share = explaining_fault(named, case, bad)
         for check in bad:
             check.looks_like, check.explains = looks_like, share
         if any(check.note == BF16_GRID for check in bad) and not looks_like:
@@ -141,7 +141,7 @@ def significant_bits(x: Tensor) -> int:
     return 1 if not len(bits) else 24 - int((bits & -bits).min().to(torch.float64).log2())
 
 
-def explain(named: Outputs, case: Case, bad: Sequence[Check]) -> tuple[str, float]:
+def explaining_fault(named: Outputs, case: Case, bad: Sequence[Check]) -> tuple[str, float]:
     """The known fault that explains most of the error, and the share of the squared error that it explains."""
     rows = None
     if case.rowwise:
@@ -154,14 +154,14 @@ def explain(named: Outputs, case: Case, bad: Sequence[Check]) -> tuple[str, floa
     found = {name: named[name].to(torch.float64).reshape(-1, *case.truth[name].shape[1:]) for name in names}
     found = {name: x if rows is None else x[rows] for name, x in found.items()}
     best, share = "", 0.0
-    for name, outputs in hypotheses(case):
+    for name, outputs in broken_outputs(case):
         explained = explained_share(found, case.truth, outputs)
         if explained > share:
             best, share = name, explained
     return (best, share) if share >= NAMED else ("", 0.0)
 
 
-def hypotheses(case: Case) -> Iterator[tuple[str, Outputs]]:
+def broken_outputs(case: Case) -> Iterator[tuple[str, Outputs]]:
     """What each known fault would return."""
     for wrong in case.wrong:
         yield wrong.name, case.broken(wrong)

@@ -15,13 +15,13 @@ from ..numerics.arithmetics import current, using
 from ..numerics.tables import SGLANG_BF16
 from ..numerics.taps import tap
 from ..quant.fp8 import FP8_BLOCK
-from ..quant.mxfp4 import MXFP4
+from ..quant.mxfp4 import PackedMXFP4
 from .case import Case, Inputs, Make, Outputs, WrongKernel, known_faults
 from .drawn import config_of, hidden, matrix, packed_bytes
 from .moe_faults import wrong_experts
 
-OUT, SLOT_IDS, SLOT_WEIGHTS = "mlp_output", "moe_slot_ids", "moe_slot_weights"
-LAYOUTS = ("bf16", "fp8", "mxfp4")
+BLOCK_OUTPUT, SLOT_IDS, SLOT_WEIGHTS = "mlp_output", "moe_slot_ids", "moe_slot_weights"
+WEIGHT_FORMATS = ("bf16", "fp8", "mxfp4")
 # How the inputs of both products are quantised -> the arithmetic of the truth.
 FUNCTIONS = {
     "none": "exact", "aiter-hip": "exact+a4-round-up", "aiter-triton": "exact+a4", "quark": "exact+a4",
@@ -50,7 +50,7 @@ def decoded(i: Inputs, name: str, dtype: torch.dtype, e: int | None = None) -> T
         return parts[0].to(dtype)
     codes, scales = parts
     if codes.dtype == torch.uint8:
-        return MXFP4(codes, scales).decode(dtype)
+        return PackedMXFP4(codes, scales).decode(dtype)
     spread = scales.to(dtype).repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)
     return codes.to(dtype) * spread[..., : codes.shape[-2], : codes.shape[-1]]
 
@@ -152,8 +152,8 @@ def moe_case(
     stand for w13. activations: `none` (W4A16), `fp8` (W8A8: e4m3 per token and 128 columns, amax/448), or the MXFP4
     quantiser of `aiter-hip`, `aiter-triton` or `quark` (W4A4). experts: fewer than the model has, to save memory.
     """
-    if layout not in LAYOUTS or activations not in FUNCTIONS:
-        raise Qwen35Error("unknown format", expected=f"layout {', '.join(LAYOUTS)}; activations {', '.join(FUNCTIONS)}",
+    if layout not in WEIGHT_FORMATS or activations not in FUNCTIONS:
+        raise Qwen35Error("unknown format", expected=f"{', '.join(WEIGHT_FORMATS)}; activations {', '.join(FUNCTIONS)}",
                           found=f"{layout}, {activations}")  # fmt: skip
     config = config_of(model)
     D, N, E, A = config.hidden_size, config.moe_intermediate_size, config.num_experts, config.num_experts_per_tok
@@ -185,7 +185,7 @@ def moe_given(make: Make, name: str, activations: str = "none", config: Config |
     """The case of such inputs, by a function that returns them."""
     config = config or config_of("tiny")
     wrong = wrong_experts(lambda i: block(i, quantised=True), activations != "none")
-    return Case(name, (OUT,), make, lambda i: block(i, activations != "none"), FUNCTIONS[activations], wrong,
+    return Case(name, (BLOCK_OUTPUT,), make, lambda i: block(i, activations != "none"), FUNCTIONS[activations], wrong,
                 ("x", "ids", "weights"), config=config, top_k=config.num_experts_per_tok)  # fmt: skip
 
 
@@ -193,8 +193,8 @@ def block(i: Inputs, quantised: bool) -> Outputs:
     """The experts' weighted sum, and the shared expert beside them where it is unfused."""
     routed = GivenExperts(i, quantised).combine(i["x"], i["ids"].long(), i["weights"])
     if "shared_w13" not in i:
-        return {OUT: tap(OUT, routed)}
+        return {BLOCK_OUTPUT: tap(BLOCK_OUTPUT, routed)}
     dtype = current().dtype
     shared = expert(i["x"], i["shared_w13"].to(dtype), i["shared_w2"].to(dtype))
     shared = multiply("moe_shared_gated", shared_gate(i["x"], i["shared_gate"]), shared)
-    return {OUT: add(OUT, tap("moe_routed_output", routed), shared)}
+    return {BLOCK_OUTPUT: add(BLOCK_OUTPUT, tap("moe_routed_output", routed), shared)}

@@ -11,7 +11,7 @@ from .case import Compute, Inputs, WrongKernel, known_faults, on
 
 GATE_UP = ("w13", "w13_codes", "w13_scales")
 DOWN = ("w2", "w2_codes", "w2_scales")
-CODES, SCALES = ("w13_codes", "w2_codes"), ("w13_scales", "w2_scales")
+CODE_TENSORS, SCALE_TENSORS = ("w13_codes", "w2_codes"), ("w13_scales", "w2_scales")
 
 
 def wrong_experts(quantised_block: Compute, quantised: bool) -> tuple[WrongKernel, ...]:
@@ -27,10 +27,10 @@ def wrong_experts(quantised_block: Compute, quantised: bool) -> tuple[WrongKerne
         WrongKernel("routing weights in another order", on(lambda w: w.flip(1), "weights")),
         WrongKernel("experts shifted by one", on(lambda w: w.roll(-1, 0), *GATE_UP, *DOWN)),
         WrongKernel("gate and up taken for interleaved", on(_interleaved, *GATE_UP)),
-        WrongKernel("nibbles swapped", on(_nibbles, *CODES)),
-        WrongKernel("scales one step high", on(lambda s: _step(s, 1), *SCALES)),
-        WrongKernel("scales one step low", on(lambda s: _step(s, -1), *SCALES)),
-        WrongKernel("scales rotated", on(lambda s: s.roll(1, -1), *SCALES)),
+        WrongKernel("nibbles swapped", on(_nibbles, *CODE_TENSORS)),
+        WrongKernel("scales one step high", on(lambda s: _step(s, 1), *SCALE_TENSORS)),
+        WrongKernel("scales one step low", on(lambda s: _step(s, -1), *SCALE_TENSORS)),
+        WrongKernel("scales rotated", on(lambda s: s.roll(1, -1), *SCALE_TENSORS)),
     ]  # fmt: skip
     if quantised:
         found.append(WrongKernel("activation scales rounded up", function="exact+a4-round-up"))

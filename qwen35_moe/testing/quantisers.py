@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import Qwen35Error
 from ..quant.layouts import interleave_gate_up, shuffle_scales, shuffle_weight
-from ..quant.mxfp4 import BLOCK, QUANTISERS, SCALE_RULES, encode
+from ..quant.mxfp4 import MXFP4_BLOCK, QUANTISERS, SCALE_RULES, encode
 from .judging import Check, announce, require
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -77,18 +77,18 @@ def _equal(mine: Encoded, right: Encoded) -> bool:
 
 
 def _first_difference(mine: Encoded, right: Encoded, x: Tensor) -> str:
-    codes, expected = (c[0].unflatten(-1, (-1, BLOCK // 2)) for c in (mine, right))
+    codes, expected = (c[0].unflatten(-1, (-1, MXFP4_BLOCK // 2)) for c in (mine, right))
     wrong_scale, wrong_codes = mine[1] != right[1], (codes != expected).any(-1)
     bad = wrong_scale | wrong_codes
     first = tuple(int(i) for i in bad.nonzero()[0])
-    amax = float(x.unflatten(-1, (-1, BLOCK))[first].abs().max())
+    amax = float(x.unflatten(-1, (-1, MXFP4_BLOCK))[first].abs().max())
     text = f"{int(bad.sum())} of {bad.numel()} blocks differ, in {int(wrong_scale.sum())} the scale; first: row "
     text += f"{', '.join(map(str, first[:-1]))}, block {first[-1]}, amax {amax:.8g}, scale {int(mine[1][first])} for "
     text += str(int(right[1][first]))
     ours, theirs = (torch.stack((c[first] & 15, c[first] >> 4), -1).flatten() for c in (codes, expected))
     if (differs := (ours != theirs).nonzero().flatten()).numel():
         at = int(differs[0])
-        value = float(x.unflatten(-1, (-1, BLOCK))[first][at])
+        value = float(x.unflatten(-1, (-1, MXFP4_BLOCK))[first][at])
         text += f", element {at} ({value:.8g}): code {int(ours[at])} for {int(theirs[at])}"
     return text
 

@@ -16,7 +16,7 @@ from ..oracle.judge.routing import Flip, compare_ids
 from .case import Case, Compute, Inputs, Outputs, WrongKernel, narrowed, widened
 from .judging import Check, announce, check_legal, require
 
-IDS, WEIGHTS, LOGITS = "moe_topk_ids", "moe_topk_weights", "moe_router_logits"
+TOPK_IDS, TOPK_WEIGHTS, ROUTER_LOGITS = "moe_topk_ids", "moe_topk_weights", "moe_router_logits"
 
 
 class ReplayIds(Handler):
@@ -28,7 +28,7 @@ class ReplayIds(Handler):
         self.ids = ids
 
     def __call__(self, site: Site, x: Tensor) -> Tensor | None:
-        return self.ids if site.name == IDS else None
+        return self.ids if site.name == TOPK_IDS else None
 
 
 def check_routing(ids: Tensor, weights: Tensor, case: Case) -> list[Check]:
@@ -46,7 +46,7 @@ def check_routing(ids: Tensor, weights: Tensor, case: Case) -> list[Check]:
     delta = envelope(exact, members, torch.bfloat16).max
     truth = exact.sort(dim=-1, descending=True, stable=True).indices[:, :A]
     routing = compare_ids(truth, ids, exact, delta)
-    check = Check(case.name, IDS, "bit-equal" if not routing.flips else "within rounding", rows=0)
+    check = Check(case.name, TOPK_IDS, "bit-equal" if not routing.flips else "within rounding", rows=0)
     if routing.nonsense:
         check.verdict, check.ratio = "wrong", float("inf")
         note = f"{routing.nonsense} of {routing.tokens} rows with an id twice or out of range"
@@ -83,10 +83,12 @@ def _logits(case: Case, table: Arithmetic, inputs: Inputs) -> Tensor:
     kept: list[Tensor] = []
 
     def keep(site: Site, x: Tensor) -> None:
-        if site.name == LOGITS:
+        if site.name == ROUTER_LOGITS:
             kept.append(x)
 
-    case.run(table, inputs, lambda i: {WEIGHTS: route(i["x"], i["router"], case.top_k)[1]}, [FunctionHandler(keep)])
+    case.run(
+        table, inputs, lambda i: {TOPK_WEIGHTS: route(i["x"], i["router"], case.top_k)[1]}, [FunctionHandler(keep)]
+    )
     return kept[0]
 
 
@@ -96,10 +98,10 @@ def weights_case(case: Case, ids: Tensor) -> Case:
 
     def compute(i: Inputs) -> Outputs:
         with attach(ReplayIds(i["ids"])):
-            return {WEIGHTS: route(i["x"], i["router"], A)[1]}
+            return {TOPK_WEIGHTS: route(i["x"], i["router"], A)[1]}
 
     def by(probabilities: Callable[[Tensor, Tensor], Tensor]) -> Compute:
-        return lambda i: {WEIGHTS: probabilities(i["x"] @ i["router"].T, i["ids"])}
+        return lambda i: {TOPK_WEIGHTS: probabilities(i["x"] @ i["router"].T, i["ids"])}
 
     def softmax(logits: Tensor, ids: Tensor) -> Tensor:
         return logits.softmax(-1).gather(-1, ids)
@@ -111,9 +113,11 @@ def weights_case(case: Case, ids: Tensor) -> Case:
     wrong = (
         WrongKernel("routing weights not renormalised", compute=by(softmax)),
         WrongKernel("sigmoid for softmax", compute=by(sigmoid)),
-        WrongKernel("weights in another order than ids", outputs=lambda o, i: {WEIGHTS: o[WEIGHTS].flip(1)}),
-        WrongKernel("routing weights times 2.5", outputs=lambda o, i: {WEIGHTS: 2.5 * o[WEIGHTS]}),
-        WrongKernel("all weights equal", outputs=lambda o, i: {WEIGHTS: torch.full_like(o[WEIGHTS], 1 / A)}),
+        WrongKernel("weights in another order than ids", outputs=lambda o, i: {TOPK_WEIGHTS: o[TOPK_WEIGHTS].flip(1)}),
+        WrongKernel("routing weights times 2.5", outputs=lambda o, i: {TOPK_WEIGHTS: 2.5 * o[TOPK_WEIGHTS]}),
+        WrongKernel("all weights equal", outputs=lambda o, i: {TOPK_WEIGHTS: torch.full_like(o[TOPK_WEIGHTS], 1 / A)}),
     )
     inputs = {"x": case["x"], "router": case["router"], "ids": ids}
-    return Case(case.name, (WEIGHTS,), lambda: inputs, compute, wrong=wrong, rowwise=("x", "ids"), config=case.config)
+    return Case(
+        case.name, (TOPK_WEIGHTS,), lambda: inputs, compute, wrong=wrong, rowwise=("x", "ids"), config=case.config
+    )

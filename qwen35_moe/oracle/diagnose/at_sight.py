@@ -11,7 +11,7 @@ from torch import Tensor
 from ..judge.records import Comparison, Diagnosis, Hypothesis, Record
 
 OWN_LOGITS = "ids are not the top k of the engine's own logits"
-SCALED = "a scale, or a temperature"
+SCALE_NOTE = "a scale, or a temperature"
 VICTIM = "its input holds NaN already: a victim"
 OTHER_CHECKPOINT = "is this the checkpoint that the engine loaded?"
 
@@ -28,7 +28,7 @@ def against_own_logits(ids_RA: Tensor, logits_RE: Tensor) -> Tensor:
 
 def known_at_sight(layer: int | None, first: Record) -> Diagnosis | None:
     """The diagnosis of a layer whose first bad record says it itself."""
-    if SCALED in first.note:
+    if SCALE_NOTE in first.note:
         cause = Hypothesis(f"logits {first.note}", 1.0, "", "in all rows alike, whatever was chosen before")
         return Diagnosis(layer, "head", first.key, [cause], True)
     if OWN_LOGITS not in first.note:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...quant.mxfp4 import MXFP4
+from ...quant.mxfp4 import PackedMXFP4
 from ...quant.packed import Float
 from .fault_parts import (
     QK_NORMS,
@@ -36,11 +36,11 @@ from .fault_parts import (
     without_one,
 )
 from .faults import Fault
-from .rank_faults import RANKS
-from .rope_faults import ROTARY
-from .vision_faults import VISION
+from .rank_faults import RANK_FAULTS
+from .rope_faults import ROTARY_FAULTS
+from .vision_faults import VISION_FAULTS
 
-SHARED = (
+SHARED_FAULTS = (
     Fault("shared expert dropped", "mlp", "its weights were never loaded, or its output never added",
           "sglang 35719, 40754", scaled(0)),
     Fault("shared expert counted twice", "mlp", "replicated on 2 ranks and summed by the all-reduce",
@@ -59,7 +59,7 @@ SHARED = (
           "sglang 22948, 27936", weight=bf16_as_fp4, needs="mxfp4", fused=True),
 )  # fmt: skip
 
-ROUTED = (
+ROUTED_FAULTS = (
     Fault("routing weights not renormalised", "mlp", "norm_topk_prob ignored", "vLLM 31523",
           {"moe_topk_weights": lambda x, kept, _: kept["moe_topk_probs"]}, ("moe_topk_probs",)),
     Fault("routed experts times 2.5", "mlp", "routed_scaling_factor, which Qwen3.5 has not", "sglang 8333",
@@ -78,21 +78,21 @@ ROUTED = (
           {"moe_expert_act": half}),
     Fault("experts shifted by one", "mlp", "expert map off by one", "sglang 31793", slot=neighbour),
     Fault("nibbles swapped", "mlp", "high nibble read as the even column", "imp 567",
-          slot=on_packed(lambda w: MXFP4((w.codes << 4) | (w.codes >> 4), w.scales)), needs="mxfp4"),
+          slot=on_packed(lambda w: PackedMXFP4((w.codes << 4) | (w.codes >> 4), w.scales)), needs="mxfp4"),
     Fault("nibbles split GGML-wise", "mlp", "byte j of a block read as columns j and j + 16", "imp 567",
-          slot=on_packed(lambda w: MXFP4(ggml(w.codes), w.scales)), needs="mxfp4"),
+          slot=on_packed(lambda w: PackedMXFP4(ggml(w.codes), w.scales)), needs="mxfp4"),
     Fault("E8M0 scales one step high", "mlp", "exponent bias 126", "vLLM 46676",
-          slot=on_packed(lambda w: MXFP4(w.codes, (w.scales.int() + 1).clamp(max=254).to(torch.uint8))),
+          slot=on_packed(lambda w: PackedMXFP4(w.codes, (w.scales.int() + 1).clamp(max=254).to(torch.uint8))),
           needs="mxfp4"),
     Fault("E8M0 scales one step low", "mlp", "exponent bias 128", "FlyDSL 590",
-          slot=on_packed(lambda w: MXFP4(w.codes, (w.scales.int() - 1).clamp(min=0).to(torch.uint8))),
+          slot=on_packed(lambda w: PackedMXFP4(w.codes, (w.scales.int() - 1).clamp(min=0).to(torch.uint8))),
           needs="mxfp4"),
     Fault("scales rotated", "mlp", "each block scaled as its neighbour", "flashinfer 4087",
-          slot=on_packed(lambda w: MXFP4(w.codes, w.scales.roll(1, -1) if w.scales.shape[-1] > 1 else
+          slot=on_packed(lambda w: PackedMXFP4(w.codes, w.scales.roll(1, -1) if w.scales.shape[-1] > 1 else
                                          w.scales.roll(1, 0))), needs="mxfp4"),
     Fault("scales not unshuffled", "mlp", "scales in a kernel's tile order read row by row",
           "flashinfer 4093, vLLM 54773",
-          slot=on_packed(lambda w: MXFP4(w.codes, tiled(w.scales))), needs="mxfp4"),
+          slot=on_packed(lambda w: PackedMXFP4(w.codes, tiled(w.scales))), needs="mxfp4"),
     Fault("FP8 scales of the experts rotated", "mlp", "each block scaled as its neighbour", "vLLM 54773",
           slot=fp8_experts(rolled), needs="fp8"),
     Fault("FP8 scales of the experts ignored", "mlp", "values multiplied as they are stored", "Model-Optimizer 2276",
@@ -108,17 +108,17 @@ ROUTED = (
 )  # fmt: skip
 
 
-ONE_EXPERT = (
+ONE_EXPERT_FAULTS = (
     Fault("one expert's slot is zero", "mlp", "never loaded, or on a rank that does not answer", "sglang 40754",
           {"moe_expert_down": lambda x, _, __: x * 0}, single=True),
     Fault("one expert's slot is stale", "mlp", "holds another expert", "vllm-plugin-das 15", slot=neighbour,
           single=True),
     Fault("one expert's scales rotated", "mlp", "", "flashinfer 4087",
-          slot=on_packed(lambda w: MXFP4(w.codes, w.scales.roll(1, -1) if w.scales.shape[-1] > 1 else
+          slot=on_packed(lambda w: PackedMXFP4(w.codes, w.scales.roll(1, -1) if w.scales.shape[-1] > 1 else
                                          w.scales.roll(1, 0))), needs="mxfp4", single=True),
 )  # fmt: skip
 
-NORMS = (
+NORM_FAULTS = (
     Fault("input norm without 1 +", "input_layernorm", "w for 1 + w", "", {"input_layernorm.gain": without_one}),
     Fault("post-attention norm without 1 +", "post_attention_layernorm", "w for 1 + w", "",
           {"pre_mlp_layernorm_output.gain": without_one}),
@@ -131,7 +131,7 @@ NORMS = (
           {"final_norm.gain": one_more}),
 )  # fmt: skip
 
-ATTENTION = (
+ATTENTION_FAULTS = (
     Fault("q and k norms without 1 +", "attn", "w for 1 + w", "",
           {"attn_q_norm.gain": without_one, "attn_k_norm.gain": without_one}),
     Fault("q and k norms with 1 + twice", "attn", "1 was added at conversion, and again", "mlx-vlm 1548",
@@ -158,7 +158,7 @@ ATTENTION = (
 )  # fmt: skip
 
 
-DELTANET = (
+DELTANET_FAULTS = (
     Fault("b and a swapped", "gdn", "in_proj_ba sharded or split in the wrong order", "vLLM 36242",
           weight=swap_b_and_a),
     Fault("decay with the wrong sign", "gdn", "exp(+A softplus(a)): the memory grows", "",
@@ -190,7 +190,7 @@ DELTANET = (
           tensor={"linear_attn.A_log": lambda x: x.to(torch.bfloat16).to(x.dtype)}, weights=True, rounds=True),
 )  # fmt: skip
 
-DRAFT = (
+DRAFT_FAULTS = (
     Fault("MTP shared expert dropped", "mtp", "the draft's loader lacks the remap", "sglang 35719", scaled(0),
           weight=lambda _, module, w: Float(torch.zeros(w.shape, dtype=torch.bfloat16)) if ".shared_expert." in module
           else w, weights=True),
@@ -203,14 +203,14 @@ DRAFT = (
 )  # fmt: skip
 
 FAULTS: tuple[Fault, ...] = (
-    *SHARED,
-    *ROUTED,
-    *ONE_EXPERT,
-    *NORMS,
-    *ATTENTION,
-    *ROTARY,
-    *DELTANET,
-    *RANKS,
-    *DRAFT,
-    *VISION,
+    *SHARED_FAULTS,
+    *ROUTED_FAULTS,
+    *ONE_EXPERT_FAULTS,
+    *NORM_FAULTS,
+    *ATTENTION_FAULTS,
+    *ROTARY_FAULTS,
+    *DELTANET_FAULTS,
+    *RANK_FAULTS,
+    *DRAFT_FAULTS,
+    *VISION_FAULTS,
 )

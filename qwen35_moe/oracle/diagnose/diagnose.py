@@ -22,9 +22,9 @@ from torch import Tensor
 from ...numerics.arithmetics import Arithmetic
 from ...numerics.tap_table import base_name
 from ..judge.envelope import envelope, judge
-from ..judge.records import BF16_GRID, Diagnosis, Hypothesis, Place, Record, span
+from ..judge.records import BF16_GRID, BlockId, Diagnosis, Hypothesis, Record, span
 from ..judge.rerun import Rerun
-from ..judge.second_look import AGAIN, Taps, batches
+from ..judge.second_look import DOUBTFUL_LIMITS, Taps, batches
 from .at_sight import known_at_sight
 from .catalogue import FAULTS
 from .faults import Fault
@@ -34,7 +34,7 @@ from .steps import hypotheses
 WORTH, TRIES = 0.4, 3  # hypotheses that explain less are not looked at closely, nor more than so many
 OUTPUT = {"mlp": "mlp_output", "gdn": "attn_output", "attn": "attn_output"}
 DIAGNOSED = (*OUTPUT, "input_layernorm", "post_attention_layernorm", "final_norm", "stream", "mtp", "vision")
-PARTS = ("moe_routed_output", "moe_shared_gated", "moe_shared_output")
+MLP_PARTS = ("moe_routed_output", "moe_shared_gated", "moe_shared_output")
 HOLD_MLP = ("mlp_output", "layer_input", "layer_output_sum")
 
 
@@ -86,7 +86,7 @@ class _Case:
         outputs = [run(i, table) for i, table in enumerate(tables)]
         ratio, limit = self.left(outputs), self.work.limit
         more = batches(tables[1:], lambda some: [{self.key: run(i + 1, table)} for i, table in some])
-        while limit < ratio <= AGAIN * limit and (batch := next(more, None)):
+        while limit < ratio <= DOUBTFUL_LIMITS * limit and (batch := next(more, None)):
             outputs += [taps[self.key] for taps in batch]
             ratio = self.left(outputs)
         return ratio
@@ -170,7 +170,7 @@ def explain(
 
 
 def _candidates(
-    rerun: Rerun, places: Sequence[Place], truth: str, case: _Case, seen: Sequence[Taps], bad: Mapping[int, int]
+    rerun: Rerun, places: Sequence[BlockId], truth: str, case: _Case, seen: Sequence[Taps], bad: Mapping[int, int]
 ) -> Iterator[tuple[int | None, Fault, int]]:
     """The faults of the blocks that are suspect, with their layer, and the experts that a fault of one could be of;
     then those of the steps at which the sequences begin to go wrong (`bad`)."""
@@ -203,7 +203,7 @@ def _suspects(case: _Case, ids_key: str, rerun: Rerun, seen: Sequence[Taps]) -> 
 def _fit(diagnosis: Diagnosis, case: _Case, rerun: Rerun, layer: int) -> tuple[Hypothesis, float]:
     """Fit engine = rest + a R + b gS + c S, rows in units of their size. The hypothesis that it stands for, and the
     ratio that this leaves: one number, of which it takes the best, or all three where none of them is enough."""
-    names = [f"layers.{layer}.{name}" for name in PARTS]
+    names = [f"layers.{layer}.{name}" for name in MLP_PARTS]
 
     def parts(i: int, table: Arithmetic) -> list[Tensor]:
         taps = rerun.run_layer(layer, table, rerun.streams[i], fused=False)[0]

@@ -11,19 +11,19 @@ from torch import Tensor
 from ...numerics.choices import in_fp8
 from ...quant.fp8 import FP8
 from ...quant.layouts import shuffle_scales
-from ...quant.mxfp4 import MXFP4, quantise_dequantise
+from ...quant.mxfp4 import PackedMXFP4, quantise_dequantise
 from ...quant.packed import Float, Packed, Stacked
 from ...run.experts import PackedExpert
-from .faults import BrokenSource, Change, ExpertChange, Place
+from .faults import BrokenSource, ExpertChange, FaultSite, TapChange
 
 
-def on_packed(change: Callable[[MXFP4], MXFP4]) -> ExpertChange:
+def on_packed(change: Callable[[PackedMXFP4], PackedMXFP4]) -> ExpertChange:
     """A change of the packed weights of routed experts."""
 
     def leaf(packed: Packed) -> Packed:
         if isinstance(packed, Stacked):
             return Stacked(tuple(leaf(part) for part in packed.parts))
-        return change(packed) if isinstance(packed, MXFP4) else packed
+        return change(packed) if isinstance(packed, PackedMXFP4) else packed
 
     def both(source: BrokenSource, mlp: str, e: int, slot: PackedExpert) -> PackedExpert:
         return (leaf(slot[0]), leaf(slot[1])) if e < source.config.num_experts else slot
@@ -73,7 +73,9 @@ def bf16_as_fp4(source: BrokenSource, module: str, packed: Packed) -> Packed:
     gate_up, down = source.inner.slot(mlp, 0)
     gate, up = scales_of(gate_up).chunk(2)
     scales = {"gate_proj": gate, "up_proj": up, "down_proj": scales_of(down)}[name]
-    return MXFP4(packed.values.to(torch.bfloat16).view(torch.uint8)[:, : packed.shape[1] // 2].contiguous(), scales)
+    return PackedMXFP4(
+        packed.values.to(torch.bfloat16).view(torch.uint8)[:, : packed.shape[1] // 2].contiguous(), scales
+    )
 
 
 def swap_b_and_a(source: BrokenSource, module: str, packed: Packed) -> Packed:
@@ -92,7 +94,7 @@ def neighbour(source: BrokenSource, mlp: str, e: int, slot: PackedExpert) -> Pac
     return source.inner.slot(mlp, (e + 1) % E) if e < E else slot
 
 
-def scaled(factor: float) -> Mapping[str, Change]:
+def scaled(factor: float) -> Mapping[str, TapChange]:
     """The shared expert's share times a factor, fused or not."""
 
     def last_slot(x: Tensor, _: Any, __: Any) -> Tensor:
@@ -101,7 +103,7 @@ def scaled(factor: float) -> Mapping[str, Change]:
     return {"moe_shared_gated": lambda x, _, __: x * factor, "moe_slot_weights": last_slot}
 
 
-def routed(factor: float) -> Mapping[str, Change]:
+def routed(factor: float) -> Mapping[str, TapChange]:
     def but_last(x: Tensor, _: Any, __: Any) -> Tensor:
         return torch.cat((x[:, :-1] * factor, x[:, -1:]), 1)
 
@@ -110,10 +112,10 @@ def routed(factor: float) -> Mapping[str, Change]:
 
 def rotate_with(
     norm: str, theta: float | None = None, full: bool = False, interleaved: bool = False, offset: int = 0
-) -> Change:
+) -> TapChange:
     """What a norm gave, rotated anew: with another base, the whole head, in pairs (2i, 2i+1), or by other positions."""
 
-    def change(x: Tensor, kept: dict[str, Tensor], place: Place) -> Tensor:
+    def change(x: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
         c, x_BTNH = place.config, kept[norm].to(x.dtype)
         R = x.shape[-1] if full else c.rotary_dim
         j = torch.arange(R // 2, dtype=torch.float64)
@@ -132,20 +134,20 @@ def rotate_with(
     return change
 
 
-def rotary(**ways: Any) -> Mapping[str, Change]:
+def rotary(**ways: Any) -> Mapping[str, TapChange]:
     return {"attn_q": rotate_with("attn_q_norm", **ways), "attn_k": rotate_with("attn_k_norm", **ways)}
 
 
 QK_NORMS = ("attn_q_norm", "attn_k_norm")
 
 
-def gate_first(x: Tensor, kept: dict[str, Tensor], place: Place) -> Tensor:
+def gate_first(x: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
     """The norm of core_out * silu(z), where it should be norm(core_out) * silu(z)."""
     y = kept["gdn_core_out"].to(x.dtype) * torch.nn.functional.silu(kept["gdn_z"].to(x.dtype)).view_as(x)
     return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + place.config.rms_norm_eps)
 
 
-def other_head_order(x_BTJP: Tensor, _: Any, place: Place) -> Tensor:
+def other_head_order(x_BTJP: Tensor, _: Any, place: FaultSite) -> Tensor:
     """Value heads tiled over the key heads (0, 2, 1, 3 of 2 x 2) instead of grouped; one key head: reversed."""
     M = place.config.linear_num_key_heads
     J = x_BTJP.shape[2]
@@ -153,7 +155,7 @@ def other_head_order(x_BTJP: Tensor, _: Any, place: Place) -> Tensor:
     return x_BTJP[:, :, order]
 
 
-def without_last(x_RA: Tensor, _: Any, place: Place) -> Tensor:
+def without_last(x_RA: Tensor, _: Any, place: FaultSite) -> Tensor:
     """The last of the chosen experts dropped. Of two that weigh alike either may be the last: the engine's own weights
     tell, where it dumped them with one zero in a row."""
     last_R = torch.full((len(x_RA),), x_RA.shape[1] - 1, device=x_RA.device)
@@ -163,7 +165,7 @@ def without_last(x_RA: Tensor, _: Any, place: Place) -> Tensor:
     return x_RA.scatter(1, last_R[:, None], 0)
 
 
-def split_halves(x: Tensor, _: Any, place: Place) -> Tensor:
+def split_halves(x: Tensor, _: Any, place: FaultSite) -> Tensor:
     """q_proj's output read as all queries, then all gates."""
     q, gate = x.unflatten(-1, (2, place.config.num_attention_heads, -1)).unbind(-3)
     return torch.cat((q, gate), -1).flatten(-2)
@@ -174,7 +176,7 @@ def half(x: Tensor, _: Any, __: Any) -> Tensor:
     return torch.cat((x[..., :F], torch.zeros_like(x[..., F:])), -1)
 
 
-def activations(rule: str) -> Mapping[str, Change]:
+def activations(rule: str) -> Mapping[str, TapChange]:
     names = ("moe_a1", "moe_a2", "moe_shared_a1", "moe_shared_a2")
     return dict.fromkeys(names, lambda x, _, __: quantise_dequantise(x, scale_rule=rule))
 
@@ -206,18 +208,18 @@ def ggml(codes: Tensor) -> Tensor:
     return (flat[..., 0::2] | flat[..., 1::2] << 4).flatten(-2)
 
 
-def gate_logit(kept: dict[str, Tensor], place: Place) -> Tensor:
+def gate_logit(kept: dict[str, Tensor], place: FaultSite) -> Tensor:
     return kept["attn_q_gate"].unflatten(-1, (place.config.num_attention_heads, -1)).chunk(2, -1)[1]
 
 
 QKV = ("attn_q", "attn_k", "attn_v")
 
 
-def fp8_keys_and_values(own_step: bool) -> Change:
+def fp8_keys_and_values(own_step: bool) -> TapChange:
     """The context of queries that read earlier steps' keys and values from a cache in FP8 (scale 1), and those of their
     own step from there, too, or as they are."""
 
-    def change(x: Tensor, kept: dict[str, Tensor], place: Place) -> Tensor:
+    def change(x: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
         q, k, v = (kept[name].to(x.dtype) for name in QKV)
         v = v.unflatten(-1, (-1, q.shape[-1])) if v.dim() == 3 else v
         steps = torch.zeros(q.shape[:2], dtype=torch.long) if place.steps is None else place.steps

@@ -24,7 +24,7 @@ from .seen import Seen
 
 
 @dataclass(frozen=True)
-class Place:
+class FaultSite:
     """Where a fault is at work: on these layers (None: all), and on this expert, where it is a fault of one."""
 
     config: Config
@@ -39,7 +39,7 @@ class Place:
         return self.layers is None or layer in self.layers
 
 
-Change = Callable[[Tensor, dict[str, Tensor], Place], Tensor]
+TapChange = Callable[[Tensor, dict[str, Tensor], FaultSite], Tensor]
 ExpertChange = Callable[["BrokenSource", str, int, PackedExpert], PackedExpert]
 WeightChange = Callable[["BrokenSource", str, Packed], Packed]
 
@@ -57,7 +57,7 @@ class Fault:
               prompt, a "scaled" rotary embedding, several "kv heads",
               "drafts" in the dump, if it does
     fused     the shared expert is a slot when this happens
-    single    the fault of one expert (`Place.expert`)
+    single    the fault of one expert (`FaultSite.expert`)
     weights   found by comparing weights: activations differ by no more than roundings
     rounds    it is a coarser format, and changes no more than roundings do
     hand_over what a step gets from the one before, where that is the fault (`steps.py`);  where: its first token
@@ -69,7 +69,7 @@ class Fault:
     block: str
     doc: str = ""
     seen: str = ""
-    taps: Mapping[str, Change] = field(default_factory=dict)
+    taps: Mapping[str, TapChange] = field(default_factory=dict)
     remembers: tuple[str, ...] = ()
     slot: ExpertChange | None = None
     weight: WeightChange | None = None
@@ -85,11 +85,11 @@ class Fault:
     draft: str = ""
     late: bool = False
 
-    def handlers(self, place: Place) -> list[Handler]:
+    def handlers(self, place: FaultSite) -> list[Handler]:
         """Fresh handlers; each run needs its own, since they remember."""
         return [Break(self, place)] if self.taps else []
 
-    def source(self, source: WeightSource, place: Place) -> WeightSource:
+    def source(self, source: WeightSource, place: FaultSite) -> WeightSource:
         broken = self.slot or self.weight or self.tensor or self.fused
         return BrokenSource(source, self, place) if broken else source
 
@@ -116,7 +116,7 @@ class Break(Handler):
     def stage(self) -> int:
         return OBSERVE + 2 if self.fault.late else BREAK
 
-    def __init__(self, fault: Fault, place: Place):
+    def __init__(self, fault: Fault, place: FaultSite):
         self.fault, self.place = fault, place
         self.remembered: dict[str, Tensor] = {}
 
@@ -138,7 +138,7 @@ class BrokenSource(WeightSource):
 
     as_stored = False
 
-    def __init__(self, inner: WeightSource, fault: Fault, place: Place):
+    def __init__(self, inner: WeightSource, fault: Fault, place: FaultSite):
         super().__init__(inner.checkpoint, inner.config, inner.online)
         self.inner, self.fault, self.place = inner, fault, place
 

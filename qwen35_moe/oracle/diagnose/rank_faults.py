@@ -5,30 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .faults import Change, Fault, Place
+from .faults import Fault, FaultSite, TapChange
 
 
-def first_share(ranks: int) -> Change:
+def first_share(ranks: int) -> TapChange:
     """What the first of some ranks holds of the last dimension; nothing of the others'."""
 
-    def change(x: Tensor, _: dict[str, Tensor], __: Place) -> Tensor:
+    def change(x: Tensor, _: dict[str, Tensor], __: FaultSite) -> Tensor:
         width = x.shape[-1] // ranks
         return torch.cat((x[..., :width], torch.zeros_like(x[..., width:])), -1)
 
     return change
 
 
-def other_half(x: Tensor, _: dict[str, Tensor], __: Place) -> Tensor:
+def other_half(x: Tensor, _: dict[str, Tensor], __: FaultSite) -> Tensor:
     """[B, T, heads, width]: each of two ranks has the other's heads."""
     return x.roll(x.shape[2] // 2, 2)
 
 
-def other_half_flat(x: Tensor, _: dict[str, Tensor], __: Place) -> Tensor:
+def other_half_flat(x: Tensor, _: dict[str, Tensor], __: FaultSite) -> Tensor:
     """The same of heads that lie side by side."""
     return x.roll(x.shape[-1] // 2, -1)
 
 
-def beta_of_strided_b(x: Tensor, kept: dict[str, Tensor], _: Place) -> Tensor:
+def beta_of_strided_b(x: Tensor, kept: dict[str, Tensor], _: FaultSite) -> Tensor:
     """b is a view of the rows (b, a) of one product. Read as if it were contiguous: the first half of all rows."""
     b, a = (kept[name].to(x.dtype) for name in ("gdn_b", "gdn_a"))
     return torch.cat((b, a), -1).flatten()[: b.numel()].view_as(b).sigmoid()
@@ -39,7 +39,7 @@ SHARDED = tuple(
           "vLLM 37856, 38795, 39181", {"moe_shared_act": first_share(ranks)})
     for ranks in (2, 4, 8)
 )  # fmt: skip
-RANKS = (
+RANK_FAULTS = (
     *SHARDED,
     Fault("output gates of another rank", "attn", "heads gated by another rank's gates", "ROLL 497",
           {"attn_gate": other_half}),

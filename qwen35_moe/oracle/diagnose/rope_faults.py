@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .faults import Change, Fault, Place
+from .faults import Fault, FaultSite, TapChange
 
-Positions = Callable[[Tensor], Tensor]  # [3, B, T] -> [3, B, T]
+PositionChange = Callable[[Tensor], Tensor]  # [3, B, T] -> [3, B, T]
 
 
 def same(x_3BT: Tensor) -> Tensor:
@@ -40,12 +40,12 @@ def counted_after(x_3BT: Tensor) -> Tensor:
 
 
 def turned(
-    positions: Positions, blocks: bool = False, scaled: bool = True, theta: float | None = None
-) -> Mapping[str, Change]:
+    positions: PositionChange, blocks: bool = False, scaled: bool = True, theta: float | None = None
+) -> Mapping[str, TapChange]:
     """cos and sin of the angles at other positions; `blocks`: the axes' frequencies side by side, not interleaved;
     not `scaled`: without `rope_scaling`; of another `theta`."""
 
-    def angles(place: Place) -> tuple[Tensor, float]:
+    def angles(place: FaultSite) -> tuple[Tensor, float]:
         c, R = place.config, place.config.rotary_dim
         at_3BT = positions(place.positions if place.positions.dim() == 3 else place.positions.expand(3, -1, -1))
         j = torch.arange(R // 2)
@@ -60,8 +60,8 @@ def turned(
             frequency_j = c.rope_scaling.frequencies(c.rope_theta, rotated, c.head_dim, at_3BT, torch.float64)
         return at_3BT[axis_j].movedim(0, -1).double() * frequency_j, amplitude
 
-    def of(function: Callable[[Tensor], Tensor]) -> Change:
-        def change(_: Tensor, __: dict[str, Tensor], place: Place) -> Tensor:
+    def of(function: Callable[[Tensor], Tensor]) -> TapChange:
+        def change(_: Tensor, __: dict[str, Tensor], place: FaultSite) -> Tensor:
             angle_BTj, amplitude = angles(place)
             return function(angle_BTj) * amplitude
 
@@ -70,7 +70,7 @@ def turned(
     return {"rope_cos": of(torch.cos), "rope_sin": of(torch.sin)}
 
 
-ROTARY = (
+ROTARY_FAULTS = (
     Fault("M-RoPE height and width dropped", "attn", "all axes have the position in time", "sglang 34446",
           turned(time_only), needs="images"),
     Fault("M-RoPE height and width swapped", "attn", "", "", turned(swapped), needs="images"),

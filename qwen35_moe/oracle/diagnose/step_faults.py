@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ...model.cache import LayerState
-from ..judge.hand_over import Change, Handed, Shift
+from ..judge.hand_over import Handed, HandOverChange, Shift
 
 PAGES = (1, 2, 4, 8, 16, 32, 64, 128)  # rows of a page of a KV cache
 Needs = Literal["", "earlier", "other", "rejected", "padding", "square"]
-STATES = {"state": ("state", "conv"), "recurrent state": ("state",), "conv state": ("conv",), "KV": ("k", "v")}
+STATE_PARTS = {"state": ("state", "conv"), "recurrent state": ("state",), "conv state": ("conv",), "KV": ("k", "v")}
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class StepFault:
 
     name: str
     block: str
-    change: Change | None = None
+    change: HandOverChange | None = None
     shift: Shift | None = None
     needs: Needs = ""
     seen: str = ""
     rows: int = 0
 
 
-def taken(which: str, source: Callable[[Handed], LayerState | None]) -> Change:
+def taken(which: str, source: Callable[[Handed], LayerState | None]) -> HandOverChange:
     """Some tensors of a state taken from elsewhere, or zero where that has none: the beginning of a sequence."""
-    names = STATES[which]
+    names = STATE_PARTS[which]
 
     def change(handed: Handed) -> LayerState:
         found, right = dict((source(handed) or LayerState()).tensors()), dict(handed.right.tensors())
@@ -46,11 +46,11 @@ def taken(which: str, source: Callable[[Handed], LayerState | None]) -> Change:
     return change
 
 
-def altered(name: str, function: Callable[[Tensor], Tensor]) -> Change:
+def altered(name: str, function: Callable[[Tensor], Tensor]) -> HandOverChange:
     return lambda handed: replace(handed.right, **{name: function(dict(handed.right.tensors())[name])})
 
 
-def rows(function: Callable[[Tensor, int], Tensor]) -> Change:
+def rows(function: Callable[[Tensor, int], Tensor]) -> HandOverChange:
     """Keys and values changed alike; the second argument is how many tokens the step before had."""
 
     def change(handed: Handed) -> LayerState:
@@ -61,7 +61,7 @@ def rows(function: Callable[[Tensor, int], Tensor]) -> Change:
     return change
 
 
-def rows_of_another(most: int = 1 << 30) -> Change:
+def rows_of_another(most: int = 1 << 30) -> HandOverChange:
     """As many rows as both sequences have, or the first so many of them."""
 
     def other(mine: Tensor | None, theirs: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from ..judge.rerun import Rerun
 from .faults import Fault
 from .step_faults import STEP_FAULTS, StepFault
 
-OTHERS = 3  # other sequences that a state may be of: more are not tried
+OTHER_SEQUENCES = 3  # other sequences that a state may be of: more are not tried
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _plans(
         if fault.needs != "other":
             yield fault.name, plan, kind
             continue
-        for number in range(1, min(len(cuts), OTHERS + 1)):
+        for number in range(1, min(len(cuts), OTHER_SEQUENCES + 1)):
             other = {o.b: found for o in begun if (found := _other(o, cuts, number, rerun.tokens.mask))}
             if len(other) == len(begun) and all(fault.rows < min(o.cuts[0].at, other[o.b][1]) for o in begun):
                 yield f"{fault.name} ({other[begun[0].b][0]})", _with_other(plan, other), kind

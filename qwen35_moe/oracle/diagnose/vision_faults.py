@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from ...model.vision.tower import interpolate, patch_places
-from .faults import Change, Fault, Place
+from .faults import Fault, FaultSite, TapChange
 from .seen import Seen
 
 
-def seeing(change: Callable[[Tensor, Seen], Tensor]) -> Change:
+def seeing(change: Callable[[Tensor, Seen], Tensor]) -> TapChange:
     """A change that needs what the tower was given; without images nothing is changed."""
     return lambda x, _, place: x if place.seen is None else change(x, place.seen)
 
 
-def reversed_images(block: int) -> Change:
+def reversed_images(block: int) -> TapChange:
     """Rows of images, and of videos, last one first. block: patches that a row stands for, in units of m x m."""
 
     def change(x: Tensor, seen: Seen) -> Tensor:
@@ -78,7 +78,7 @@ def gathered_again(x_LD: Tensor, seen: Seen) -> Tensor:
     return torch.cat(found)
 
 
-def slices(change: Callable[[Tensor], Tensor]) -> Change:
+def slices(change: Callable[[Tensor], Tensor]) -> TapChange:
     """A change of the frames that one patch holds, [L, channels, frames, values]."""
 
     def flat(x: Tensor, seen: Seen) -> Tensor:
@@ -92,12 +92,12 @@ def first_slice(x_LCfv: Tensor) -> Tensor:
     return torch.cat((x_LCfv[:, :, :1], torch.zeros_like(x_LCfv[:, :, 1:])), 2)
 
 
-def turned_over(x: Tensor, _: dict[str, Tensor], __: Place) -> Tensor:
+def turned_over(x: Tensor, _: dict[str, Tensor], __: FaultSite) -> Tensor:
     """Cosines or sines of rows where those of columns should be, and the other way round."""
     return x.roll(x.shape[-1] // 2, -1)
 
 
-VISION = (
+VISION_FAULTS = (
     Fault("images in the wrong order", "vision", "embeddings put in the place of another image's", "",
           {"image_embeds": reversed_images(block=1)}, late=True, needs="images"),
     Fault("pixels in another order than the grids", "vision", "", "", {"vis_pixels": reversed_images(block=0)},

@@ -23,6 +23,7 @@ from .dump import Dump
 from .match import Matched, match
 from .pair import Pair, broken_rows, fit, is_log_p, source_of, take
 from .scores import scores
+from .sequences import LOGITS
 
 # Paths; a down_proj that was dumped beside them has no gate, and is preferred.
 WITH_GATE = (
@@ -33,8 +34,7 @@ TWO_MEANINGS = (
     ("moe_routed_output", "mlp_output", "the experts' output was taken for the block's"),
     ("moe_shared_output", "moe_shared_gated", "the shared expert's output was taken for the gated one"),
 )
-LOGITS = "next_token_logits"
-STATES = ("gdn_state", "gdn_conv_state")
+STATE_TAPS = ("gdn_state", "gdn_conv_state")
 
 
 @dataclass
@@ -162,7 +162,7 @@ def align(dump: Dump, truth: Trace, only: list[int] | None = None) -> Alignment:
     hit = torch.zeros_like(mask)
     for table in where.values():
         hit[table[:, 1], table[:, 2]] = True
-    if early := [k for k in keys if base_name(k) in STATES and not _after_last_token(dump, truth, matched, k)]:
+    if early := [k for k in keys if base_name(k) in STATE_TAPS and not _after_last_token(dump, truth, matched, k)]:
         keys = [key for key in keys if key not in early]
         notes.append(f"{len(early)} states were not compared: they are not those after the truth's last tokens")
     common = set(keys)

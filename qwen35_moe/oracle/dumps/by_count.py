@@ -8,12 +8,12 @@ from torch import Tensor
 from ...errors import Qwen35Error
 from ...numerics.tap_table import base_name
 from ...trace.file import Trace
-from .dump import Dump, Tokens
+from .dump import Dump, StepTokens
 
 EMBEDDINGS = ("embed_tokens", "layers.0.layer_input")  # the first layer reads them
 
 
-def ids_by_embeddings(dump: Dump, truth: Trace) -> dict[int, Tokens]:
+def ids_by_embeddings(dump: Dump, truth: Trace) -> dict[int, StepTokens]:
     """Tokens of each step whose embeddings are the truth's, bit by bit; -1 for those that are not of the truth. Empty
     where the dump has no embeddings, or none that the truth has."""
     key = next((k for k in EMBEDDINGS if k in dump.sources and k in truth), None)
@@ -31,7 +31,7 @@ def ids_by_embeddings(dump: Dump, truth: Trace) -> dict[int, Tokens]:
         ids = torch.tensor([known.get(_bits(row), -1) for row in x.to(dtype)])
         one_each = [1] * len(x) if len(x) == len(truth.ids) else None
         batch = (shape[0], shape[1]) if len(shape) == 3 and shape[0] * shape[1] == len(x) else None
-        found[step] = Tokens(ids, seq_lens=one_each, batch=batch, mask=ids >= 0 if batch else None)
+        found[step] = StepTokens(ids, seq_lens=one_each, batch=batch, mask=ids >= 0 if batch else None)
     return found if any((t.ids >= 0).any() for t in found.values() if t.ids is not None) else {}
 
 

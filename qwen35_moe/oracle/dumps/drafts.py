@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .pieces import Piece
 
 HEAD_ONLY = re.compile(r"(mtp\.)?(pre_fc_norm_embedding|pre_fc_norm_hidden|fc)\.")
-ATTENTION, LINEAR = ("qkv_proj.", "self_attn.", "attn.", "o_proj."), ("linear_attn.",)
+FULL_MODULES, LINEAR_MODULES = ("qkv_proj.", "self_attn.", "attn.", "o_proj."), ("linear_attn.",)
 
 
 def draft_steps(pieces: Sequence[Piece], config: Mapping[str, Any] | None) -> set[int]:
@@ -33,7 +33,7 @@ def draft_steps(pieces: Sequence[Piece], config: Mapping[str, Any] | None) -> se
 
 
 def _kind(paths: set[str]) -> str:
-    linear, full = (any(path.startswith(names) for path in paths) for names in (LINEAR, ATTENTION))
+    linear, full = (any(path.startswith(names) for path in paths) for names in (LINEAR_MODULES, FULL_MODULES))
     return "linear" if linear else "full" if full else ""
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from ...errors import Qwen35Error
 from ...numerics.tap_table import TAPS, base_name, by_rows, is_vision, per_token
 from .drafts import mark
-from .engine_names import Rule, letters, rule_for
+from .engine_names import TapRule, letters, rule_for
 from .fusion import fused_layers
-from .join import by_row, declared, join_ranks
-from .pieces import Piece, Source, Tokens, fenced_load, readable
+from .join import by_row, declared_join, join_ranks
+from .pieces import Piece, Source, StepTokens, fenced_load, readable
 from .ranks import check_ranks
 
 # What a name of the engine's means where its shared expert is a slot (True), and where it is none (False).
@@ -52,7 +52,7 @@ class Dump(Mapping[str, Tensor]):
         format: str,
         path: str | Path,
         pieces: Sequence[Piece],
-        tokens: Mapping[int, Tokens] | None = None,
+        tokens: Mapping[int, StepTokens] | None = None,
         problems: Sequence[Qwen35Error] = (),
         notes: Sequence[str] = (),
         family: str = "sglang",
@@ -86,7 +86,7 @@ class Dump(Mapping[str, Tensor]):
     def _place(self, pieces: list[Piece]) -> None:
         first = pieces[0]
         if first.key:
-            found: tuple[Rule, int] | None = (Rule("same", ((base_name(first.key), ""),)), 0)
+            found: tuple[TapRule, int] | None = (TapRule("same", ((base_name(first.key), ""),)), 0)
         else:
             tower = first.part == "visual"
             whole = not tower and first.layer is None and first.path.startswith(("output", "inputs"))  # of the model
@@ -103,7 +103,7 @@ class Dump(Mapping[str, Tensor]):
             known = self.sources[key].get(first.step)
             if known is None or preference < known.preference:
                 blocks = tuple((tap if n == name else n, w) for n, w in rule.blocks)
-                self.sources[key][first.step] = Source(pieces, Rule(rule.join, blocks), preference)
+                self.sources[key][first.step] = Source(pieces, TapRule(rule.join, blocks), preference)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sources)
@@ -168,7 +168,7 @@ class Dump(Mapping[str, Tensor]):
             loaded = [x.squeeze(0).squeeze(1) if x.dim() == 3 else x for x in loaded]
         count = None if source.pieces[0].rows is not None or is_vision(key) else self.count(step)
         ranks = [by_row(x, count) for x in loaded]
-        join, order = declared(source.pieces) or (source.rule.join, list(range(len(ranks))))
+        join, order = declared_join(source.pieces) or (source.rule.join, list(range(len(ranks))))
         return join_ranks(key, [ranks[i] for i in order], join, source.rule.blocks, self.sizes)
 
     def width(self, key: str) -> int | None:
@@ -183,7 +183,7 @@ class Dump(Mapping[str, Tensor]):
         for step, source in self.sources.pop(key).items():
             blocks = tuple((base_name(new) if n == base_name(key) else n, w) for n, w in source.rule.blocks)
             self.sources.setdefault(new, {}).setdefault(
-                step, Source(source.pieces, Rule(source.rule.join, blocks), source.preference)
+                step, Source(source.pieces, TapRule(source.rule.join, blocks), source.preference)
             )
 
     def dtype(self, key: str, step: int | None = None) -> torch.dtype:

@@ -25,7 +25,7 @@ from .vision_names import VISION_NAMES
 # SGLang 0.5.23, and vLLM and ATOM, which descend from the same module names. `o_proj.output` and friends are partial
 # because SGLang's layers leave the all-reduce to the layer boundary; engines that reduce inside are recognised by
 # their ranks being equal bit by bit.
-SGLANG = {
+SGLANG_NAMES = {
     "embed_tokens.output": "same embed_tokens",
     "pre_fc_norm_embedding.output": "same mtp_embedding",
     "pre_fc_norm_hidden.output": "same mtp_hidden",
@@ -97,7 +97,7 @@ SGLANG = {
     "moe_expert_output": "sum moe_routed_output",
 }
 
-TRANSFORMERS = {
+TRANSFORMERS_NAMES = {
     "embed_tokens.output": "same embed_tokens",
     "model.inputs.inputs_embeds": "same inputs_embeds",
     "rotary_emb.output.0": "same rope_cos:1 -:1",
@@ -162,18 +162,18 @@ LETTERS = {
 }
 
 # Of a name that is ours already: how SGLang's ranks share it, when the dump does not say.
-OURS = {tap: rule.split()[0] for rule in SGLANG.values() for tap in re.findall(r"\b(?:[a-z]+_)+[a-z]+\b", rule)}
+OURS = {tap: rule.split()[0] for rule in SGLANG_NAMES.values() for tap in re.findall(r"\b(?:[a-z]+_)+[a-z]+\b", rule)}
 
 
 @dataclass(frozen=True)
-class Rule:
+class TapRule:
     """How ranks join ("same", "cat", "sum"), and blocks of columns: (tap name, width expression or "")."""
 
     join: str
     blocks: tuple[tuple[str, str], ...]
 
     @classmethod
-    def parse(cls, text: str) -> Rule:
+    def parse(cls, text: str) -> TapRule:
         join, *blocks = text.split()
         return cls(join, tuple((name, width) for name, _, width in (b.partition(":") for b in blocks)))
 
@@ -197,15 +197,15 @@ def family_of(paths: Iterable[str]) -> str:
     return "transformers" if any(f"{path}.".startswith(theirs) for path in paths) else "sglang"
 
 
-def rule_for(path: str, family: str) -> tuple[Rule, int] | None:
+def rule_for(path: str, family: str) -> tuple[TapRule, int] | None:
     """The rule of a path below the layer, and its rank of preference (0 is best); None for names without meaning."""
-    table = {"transformers": TRANSFORMERS, "vision": VISION_NAMES}.get(family, SGLANG)
-    if table is SGLANG and not path.startswith("self_attn.output"):  # "output" alone is the layer's
+    table = {"transformers": TRANSFORMERS_NAMES, "vision": VISION_NAMES}.get(family, SGLANG_NAMES)
+    if table is SGLANG_NAMES and not path.startswith("self_attn.output"):  # "output" alone is the layer's
         path = path.removeprefix("self_attn.")
     if path in table:
-        return Rule.parse(table[path]), 1 + list(table).index(path)
+        return TapRule.parse(table[path]), 1 + list(table).index(path)
     if path in TAPS:
-        return Rule(OURS.get(path, "same"), ((path, ""),)), 0
+        return TapRule(OURS.get(path, "same"), ((path, ""),)), 0
     if not re.search(r"(^|\.)(output|inputs)(\.|$)", path):  # a module: what it returns
         return rule_for(f"{path}.output".lstrip("."), family)
     return None

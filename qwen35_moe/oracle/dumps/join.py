@@ -98,7 +98,7 @@ def by_row(x: Tensor, count: int | None) -> Tensor:
     return x.reshape(x.shape[0], -1) if x.dim() else x.reshape(1, 1)
 
 
-def declared(pieces: Sequence[Ranked]) -> tuple[str, list[int]] | None:
+def declared_join(pieces: Sequence[Ranked]) -> tuple[str, list[int]] | None:
     """What the dump's own dims say, "t (n*h)[attn_tp] # moe_ep:replicated": the join, and which pieces, in order."""
     dims = pieces[0].dims
     if not dims or len(pieces) == 1:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
-from .engine_names import Rule, place
+from .engine_names import TapRule, place
 
 
 @dataclass
@@ -78,7 +78,7 @@ def fenced_load(piece: Piece) -> Callable[[], Tensor]:
 
 
 @dataclass
-class Tokens:
+class StepTokens:
     """The tokens of one step, flat in the order of the rows. `batch` is (B, T) for padded batches, with `mask`."""
 
     ids: Tensor | None = None
@@ -94,7 +94,7 @@ class Tokens:
         return None if self.ids is None else self.ids.numel()
 
 
-def readable(tokens: Tokens, where: str, problems: list[Qwen35Error]) -> Tokens:
+def readable(tokens: StepTokens, where: str, problems: list[Qwen35Error]) -> StepTokens:
     """The tokens without what is no row of whole numbers, one a token; each of that is a problem."""
     held = {"ids": tokens.ids, "positions": tokens.positions, "mask": tokens.mask}
     count = tokens.count
@@ -116,5 +116,5 @@ class Source:
     """Where one tap of one step comes from: its pieces by rank, and the rule that reads them."""
 
     pieces: list[Piece]
-    rule: Rule
+    rule: TapRule
     preference: int

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import Qwen35Error
 from .engine_names import width
-from .join import by_row, declared, join_ranks
+from .join import by_row, declared_join, join_ranks
 from .pieces import Source
 
 RANK_FILES = {
@@ -72,7 +72,7 @@ def _world(dump: RankedDump) -> int:
 def owners(dump: RankedDump, key: str) -> Tensor | None:
     """[features] the rank that each column of a tap came from; None where ranks hold no columns of it."""
     step, source = next(iter(dump.sources[key].items()))
-    join, order = declared(source.pieces) or (source.rule.join, list(range(len(source.pieces))))
+    join, order = declared_join(source.pieces) or (source.rule.join, list(range(len(source.pieces))))
     if join != "cat" or len(source.pieces) < 2:
         return None
     count = None if source.pieces[0].rows is not None else dump.count(step)

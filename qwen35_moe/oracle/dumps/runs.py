@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .dump import Dump, Tokens
+    from .dump import Dump, StepTokens
 
 
 @dataclass
@@ -46,12 +46,12 @@ def runs(dump: Dump, steps: Iterable[int] | None = None) -> Iterator[Run]:
     for step in dump.target_steps if steps is None else steps:
         tokens = dump.tokens.get(step)
         if tokens is not None and tokens.ids is not None:
-            for rows, request in split(tokens):
+            for rows, request in split_runs(tokens):
                 at = None if tokens.positions is None else tokens.positions[rows]
                 yield Run(step, rows, tokens.ids[rows], at, request)
 
 
-def split(tokens: Tokens) -> Iterator[tuple[Tensor, object]]:
+def split_runs(tokens: StepTokens) -> Iterator[tuple[Tensor, object]]:
     """(rows, request) of each run of a step."""
     assert tokens.ids is not None
     positions = None if tokens.positions is None else tokens.positions.tolist()

@@ -12,10 +12,10 @@ from torch import Tensor
 from ...errors import Qwen35Error
 from .dump import Dump
 
-Where = dict[int, Tensor]  # step -> [n, 3]: row in the dump, b, t
+TokenRows = dict[int, Tensor]  # step -> [n, 3]: row in the dump, b, t
 
 
-def keys_of(dump: Dump, where: Where, step: int, width: int) -> Tensor:
+def keys_of(dump: Dump, where: TokenRows, step: int, width: int) -> Tensor:
     """[rows of the batch, width, 2]: which (b, t) of the truth each key of a step is; -1 for those that are none.
 
     Raises Qwen35Error where the batches of the steps before do not lead to so many keys.
@@ -39,7 +39,7 @@ def keys_of(dump: Dump, where: Where, step: int, width: int) -> Tensor:
     return torch.nn.functional.pad(keys, (0, 0, 0, width - keys.shape[1]), value=-1)
 
 
-def scores(dump: Dump, where: Where, source: str, step: int, truth_BTNS: Tensor) -> Tensor:
+def scores(dump: Dump, where: TokenRows, source: str, step: int, truth_BTNS: Tensor) -> Tensor:
     """A step's rows [B * T, n * S] with S keys of the truth: the engine's values, and the truth's own where the engine
     had no such key."""
     batch = dump.tokens[step].batch or (1, dump.count(step) or 1)

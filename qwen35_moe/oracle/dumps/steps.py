@@ -6,7 +6,7 @@ import torch
 
 from ...errors import Qwen35Error
 from ...numerics.tap_table import base_name
-from .dump import Dump, Tokens
+from .dump import Dump, StepTokens
 
 
 def check_steps(dump: Dump) -> None:
@@ -54,6 +54,6 @@ def _equal(dump: Dump, key: str, a: int, b: int) -> bool:
     return x.shape == y.shape and bool(x.any()) and torch.equal(x, y)
 
 
-def _moved(one: Tokens, two: Tokens) -> bool:
+def _moved(one: StepTokens, two: StepTokens) -> bool:
     a, b = one.positions, two.positions
     return a is not None and b is not None and not torch.equal(a, b)

@@ -16,9 +16,9 @@ from ...errors import Qwen35Error
 from ...numerics.tap_table import TAPS, base_name
 from ...run.files import whole
 from ...trace.file import Trace
-from ..judge.log_p import encode, log_p
+from ..judge.log_p import log_p, to_codes
 from .align import joined
-from .engine_names import SGLANG, Rule, features
+from .engine_names import SGLANG_NAMES, TapRule, features
 
 # What engines' dumps usually hold.
 DUMPED = (
@@ -77,8 +77,8 @@ def _by_hook(trace: Trace, real: Tensor, model: str) -> Written:
     last = real & (real.cumsum(1) == real.sum(1, keepdim=True))
     for layer in layers:
         prefix = "" if layer is None else f"layers.{layer}."
-        for path, text in SGLANG.items():
-            taps = list(dict.fromkeys(name for name, _ in Rule.parse(text).blocks))
+        for path, text in SGLANG_NAMES.items():
+            taps = list(dict.fromkeys(name for name, _ in TapRule.parse(text).blocks))
             top = path.startswith(("embed_tokens", "norm.", "model.", "logits_processor"))
             if top != (layer is None) or "." not in path or any(prefix + tap not in trace for tap in taps):
                 continue
@@ -127,7 +127,7 @@ def write_kl_base(path: str | Path, ids: Tensor, logits: Tensor) -> None:
         file.write(b"_logits_" + struct.pack("<3i", n_ctx, n_vocab, chunks))
         file.write(ids.to(torch.int32).contiguous().numpy().tobytes())
         for chunk in logits:
-            scale, least, q = encode(log_p(chunk[first : n_ctx - 1]))
+            scale, least, q = to_codes(log_p(chunk[first : n_ctx - 1]))
             head = torch.cat((scale, least), 1).numpy().astype("<f4")
             rows = np.zeros((len(q), 2 * ((n_vocab + 1) // 2) + 4), "<u2")
             rows[:, :4] = head.view("<u2")

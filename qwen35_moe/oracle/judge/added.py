@@ -13,21 +13,21 @@ from torch import Tensor
 from ...errors import Qwen35Error
 from ...numerics.tap_table import base_name, part_of
 from ...trace.layers import HEAD
-from ..diagnose.at_sight import OWN_LOGITS, SCALED, against_own_logits
+from ..diagnose.at_sight import OWN_LOGITS, SCALE_NOTE, against_own_logits
 from ..dumps.align import Alignment
 from ..dumps.pair import Pair
 from ..dumps.ranks import owners
 from . import log_p as kl_base
 from .columns import wrong_columns
-from .constant_factor import scale_errors, size_error, sizes
+from .constant_factor import log_sizes, scale_errors, size_error
 from .envelope import Class, envelope, judge
-from .envelope_file import WEIGHTS, as_rows
+from .envelope_file import SLOT_ORDERED, as_rows
 from .records import BF16_GRID, Comparison, Record, block_of
 from .replay import RESTARTS, STREAMS, Captured
 from .routing import Routing, compare_ids, could_flip
 
-IDS = ("moe_topk_ids", "moe_slot_ids")
-ROUTED = ("mlp_output", "moe_routed_output", "layer_output_sum", "layer_input", *WEIGHTS)
+ID_TAPS = ("moe_topk_ids", "moe_slot_ids")
+ROUTED_TAPS = ("mlp_output", "moe_routed_output", "layer_output_sum", "layer_input", *SLOT_ORDERED)
 # What reads a stream that was not captured since the layer before, unless the dump has this tap in between.
 READ_STREAM = {
     "input_layernorm": "", "pre_mlp_residual": "", "pre_mlp_layernorm_output": "pre_mlp_residual",
@@ -36,7 +36,7 @@ READ_STREAM = {
 BOUNDARIES = {STREAMS.get(name, name) for name in RESTARTS} | {"layer_input", "layer_output_sum", "moe_topk_weights"}
 
 
-class Work:
+class Judgement:
     """The state of one comparison."""
 
     def __init__(self, result: Comparison, alignment: Alignment, limit: float):
@@ -69,7 +69,7 @@ class Work:
         for key in self.alignment.keys:
             if base_name(key) in BOUNDARIES:
                 pair = self.alignment.pair(key)
-                x, are_ids = pair.engine, base_name(key) in IDS
+                x, are_ids = pair.engine, base_name(key) in ID_TAPS
                 if x is not None and not pair.nan and not (are_ids and bool(((x < 0) | (x >= experts)).any())):
                     captured.add(key, self.index(pair), x)
         return captured
@@ -84,7 +84,7 @@ class Work:
             self.loose[layer] = loose if known and not passed else None
         kinds = self.result.layers
         turns = layer is None or kinds[layer] == "attn" or "attn" not in kinds
-        for key in [k for k in seen[0] if k in self.alignment.keys and base_name(k) not in IDS]:
+        for key in [k for k in seen[0] if k in self.alignment.keys and base_name(k) not in ID_TAPS]:
             if key in self.records or (key.startswith("rope_") and not turns):
                 continue  # the angles belong to the first layer that turns by them
             with self.fenced(key, layer):
@@ -94,7 +94,7 @@ class Work:
         pair = self.alignment.pair(key)
         truth, *members = (self.rows(s[key], pair) for s in seen if key in s)
         name, exclude = base_name(key), None
-        if name in ROUTED:
+        if name in ROUTED_TAPS:
             exclude = loose
         elif part := part_of(key):
             after = name in ("final_norm", "next_token_logits")
@@ -126,7 +126,7 @@ class Work:
         """Judge taps of a layer anew, under more arithmetics."""
         for key in keys:
             del self.records[key]
-        if any(base_name(key) in IDS for key in keys):
+        if any(base_name(key) in ID_TAPS for key in keys):
             self.result.routing = [r for r in self.result.routing if r.layer != layer]
         self.added(layer, seen)
 
@@ -144,14 +144,14 @@ class Work:
         if exclude is not None:
             keep = pair.judged(~exclude[self.index(pair)])
             record.excluded = int((~keep).sum())
-        if base_name(key) in WEIGHTS and self._unordered(key):
+        if base_name(key) in SLOT_ORDERED and self._unordered(key):
             x, truth, *members = (y.sort(1, descending=True).values for y in (x, truth, *members))
             record.note = "compared in order of size: the dump's ids are sorted, or missing"
         if not keep.any():
             record.note = "experts could have flipped at every token, and the dump does not say which were chosen"
             return
         x, truth, members = x[keep], truth[keep], [m[keep] for m in members]
-        rounding = kl_base.one_rounding(truth) if key == kl_base.LOG_P else None
+        rounding = kl_base.loss_in_file(truth) if key == kl_base.LOG_P else None
         bound = envelope(truth, members, pair.dtype, rounding=rounding)
         verdict = judge(x, truth, bound, pair.dtype, self.limit)
         record.cls, record.ratio_l2, record.ratio_max = verdict.cls, verdict.ratio_l2, verdict.ratio_max
@@ -168,7 +168,7 @@ class Work:
         if base_name(key) in ("mlp_output", "attn_output"):
             self._judge_scale(record, x, truth, self.index(pair)[keep])
         if key == HEAD:
-            judge_size(record, x, truth, max(abs(sizes(m, truth)[0]) for m in members), self.limit)
+            judge_size(record, x, truth, max(abs(log_sizes(m, truth)[0]) for m in members), self.limit)
         equal = (m for m, y in zip(self.result.members, members, strict=False) if torch.equal(y.to(x.dtype), x))
         record.equal_to = next(equal, "")
 
@@ -198,7 +198,7 @@ class Work:
             return None
         at = logits_key.removesuffix("moe_router_logits")
         logits_TE, *members = (s[logits_key] for s in seen)
-        ids_key = next((k for n in IDS if (k := f"{at}{n}") in self.alignment.keys and k in seen[0]), "")
+        ids_key = next((k for n in ID_TAPS if (k := f"{at}{n}") in self.alignment.keys and k in seen[0]), "")
         delta_T = envelope(logits_TE, members, torch.bfloat16).max
         pair = self.alignment.pair(ids_key) if ids_key else None
         if pair is None or pair.engine is None:
@@ -254,7 +254,7 @@ def judge_size(record: Record, x: Tensor, truth: Tensor, legal: float, limit: fl
     """Logits that are too large or too small in all rows, however much may have been rounded before them."""
     off, ratio = size_error(x, truth, legal)
     if ratio > max(limit, record.ratio or 0.0):
-        record.note = f"{100 * math.expm1(off):+.1f} % in all rows: {SCALED}"
+        record.note = f"{100 * math.expm1(off):+.1f} % in all rows: {SCALE_NOTE}"
         record.cls = "suspicious" if ratio <= 2 * limit else "wrong"
         if record.added is None:
             record.inherited = ratio

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MOST = 0.99  # of the squared error
+ERROR_SHARE = 0.99  # of the squared error
 
 
 def wrong_columns(engine: Tensor, truth: Tensor, owners: Tensor | None = None) -> str:
@@ -19,9 +19,9 @@ def wrong_columns(engine: Tensor, truth: Tensor, owners: Tensor | None = None) -
     n, share_n = len(error_n), error_n / error_n.sum()
     ranks = [] if owners is None else owners.unique().tolist()
     for rank in ranks if len(ranks) > 1 else ():
-        if float(share_n[owners == rank].sum()) >= MOST:
+        if float(share_n[owners == rank].sum()) >= ERROR_SHARE:
             return f"in columns of rank {int(rank)} only"
-    some = (share_n.cumsum(0) > (1 - MOST) / 2) & (share_n.flip(0).cumsum(0).flip(0) > (1 - MOST) / 2)
+    some = (share_n.cumsum(0) > (1 - ERROR_SHARE) / 2) & (share_n.flip(0).cumsum(0).flip(0) > (1 - ERROR_SHARE) / 2)
     if int(some.sum()) > 0.75 * n or not some.any():
         return ""
     first, last = some.nonzero().flatten()[[0, -1]].tolist()

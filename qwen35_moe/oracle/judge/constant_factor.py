@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 FACTOR = 2.0**-8
-ENOUGH = 16  # rows; a standard error from fewer is none
+FEWEST_ROWS = 16  # rows; a standard error from fewer is none
 
 
 def scale_errors(engine: Tensor, truth: Tensor, parts: Sequence[Tensor]) -> list[tuple[float, float]]:
@@ -24,7 +24,7 @@ def scale_errors(engine: Tensor, truth: Tensor, parts: Sequence[Tensor]) -> list
     of a few rows, or of parts that are alike."""
     size_R1 = truth.to(torch.float64).norm(dim=1, keepdim=True)
     rows = engine.isfinite().all(1) & (size_R1 > 0).flatten()
-    if int(rows.sum()) < ENOUGH:
+    if int(rows.sum()) < FEWEST_ROWS:
         return []
     x_RIn = torch.stack([part.to(torch.float64) / size_R1 for part in parts], 1)[rows]
     error_Rn = ((engine.to(torch.float64) - truth.to(torch.float64)) / size_R1)[rows]
@@ -39,13 +39,13 @@ def scale_errors(engine: Tensor, truth: Tensor, parts: Sequence[Tensor]) -> list
     return list(zip(d_I.tolist(), ratio_I.tolist(), strict=True))
 
 
-def sizes(x: Tensor, truth: Tensor) -> tuple[float, float]:
+def log_sizes(x: Tensor, truth: Tensor) -> tuple[float, float]:
     """(d, standard error) of the size of all rows of logits, or of log p, each without its mean: d = mean log |x| /
     |truth|. Rows that took other experts are other values, yet as large as the right ones, so that least squares would
     call them small. (0, 0) where nothing can be said."""
     theirs_R, ours_R = ((y.to(torch.float64) - y.to(torch.float64).mean(1, True)).norm(dim=1) for y in (x, truth))
     rows = theirs_R.isfinite() & (ours_R > 0) & (theirs_R > 0)
-    if int(rows.sum()) < ENOUGH:
+    if int(rows.sum()) < FEWEST_ROWS:
         return 0.0, 0.0
     log_R = (theirs_R / ours_R)[rows].log()
     return float(log_R.mean()), float(log_R.std()) / len(log_R) ** 0.5
@@ -53,5 +53,5 @@ def sizes(x: Tensor, truth: Tensor) -> tuple[float, float]:
 
 def size_error(x: Tensor, truth: Tensor, legal: float) -> tuple[float, float]:
     """(d, ratio): ratio = |d| / max(legal, 2 standard errors of d, 2^-8). legal: the largest |d| of legal roundings."""
-    d, error = sizes(x, truth)
+    d, error = log_sizes(x, truth)
     return d, abs(d) / max(legal, 2 * error, FACTOR)

@@ -40,12 +40,12 @@ from ...numerics.tables import (
     function_of,
     with_fp8_inputs,
 )
-from .split_k import split
+from .split_k import split_products
 
 LIMIT = 2.7
 NUMBER, TENSOR = 1.44, 1.6
 ENOUGH = 16  # rows; of fewer no root mean square is taken
-BLOCK = 1 << 18  # numbers that are worked on at once
+NUMBERS_PER_BLOCK = 1 << 18  # numbers that are worked on at once
 NARROW = 16  # rows of fewer numbers than this
 
 Class = Literal["bit-equal", "within rounding", "suspicious", "wrong", "not comparable", "missing"]
@@ -59,7 +59,7 @@ _BY_NAME = {a.name.rpartition("/")[2]: a for a in AITER_VARIANTS}
 # By the arithmetic of the truth: which roundings are legal. What is computed must be the same function, so that W4A4
 # engines are measured against a truth with the same quantiser of activations.
 LEGAL: dict[str, tuple[Arithmetic, ...]] = {
-    "exact": (SGLANG_BF16, TRANSFORMERS_BF16, ALL_BF16, split(SGLANG_BF16, 2)),
+    "exact": (SGLANG_BF16, TRANSFORMERS_BF16, ALL_BF16, split_products(SGLANG_BF16, 2)),
     "exact+a4-round-up": (AITER, _BY_NAME["atomic-reversed"], _BY_NAME["scatter"]),
     "exact+a4": (_BY_NAME["triton"], replace(_BY_NAME["triton"], name="sglang-aiter-mxfp4/triton-reversed",
                  switches={**AITER.switches, "moe_sum_order": "slot-reversed"})),
@@ -70,7 +70,7 @@ LEGAL: dict[str, tuple[Arithmetic, ...]] = {
 LEGAL |= {
     f"exact{suffix}": (ARITHMETICS[f"sglang-bf16{suffix}"], ARITHMETICS[f"transformers-bf16{suffix}"],
                        with_fp8_inputs(ALL_BF16, suffix, "multiply-up"),
-                       split(with_fp8_inputs(SGLANG_BF16, suffix, "multiply-down"), 2))
+                       split_products(with_fp8_inputs(SGLANG_BF16, suffix, "multiply-down"), 2))
     for suffix in A8
 }  # fmt: skip
 _FLOAT32 = {suffix: tuple(with_fp8_inputs(a, suffix) for a in LEGAL["float32"]) for suffix in A8}
@@ -89,7 +89,7 @@ def legal(truth: str, engine: str | Arithmetic | None = None) -> tuple[Arithmeti
     return members if engine is None or engine in members else (engine, *members)
 
 
-def declared(members: Sequence[Arithmetic], kv_cache: str | None, state: str | None) -> list[Arithmetic]:
+def with_declared_caches(members: Sequence[Arithmetic], kv_cache: str | None, state: str | None) -> list[Arithmetic]:
     """The first two members again, with the caches that the engine says it has."""
     if kv_cache is None and state is None:
         return []
@@ -108,7 +108,7 @@ class Norms:
         """Norms of x, or of a difference, in float64. A few rows at a time: they stay in the processor's cache."""
         x = x.reshape(x.shape[0], -1)
         minus = None if minus is None else minus.reshape(x.shape)
-        step = min(len(x), max(1, BLOCK // max(1, x.shape[1])))
+        step = min(len(x), max(1, NUMBERS_PER_BLOCK // max(1, x.shape[1])))
         l2, most = x.new_zeros(len(x), dtype=torch.float64), x.new_zeros(len(x), dtype=torch.float64)
         block = x.new_empty(step, x.shape[1], dtype=torch.float64)
         for rows in (slice(i, i + step) for i in range(0, len(x) if x.shape[1] else 0, step)):
@@ -136,7 +136,7 @@ class Norms:
         return Norms(torch.maximum(self.l2, other.l2), torch.maximum(self.max, other.max))
 
 
-def one_rounding(truth: Tensor, dtype: torch.dtype) -> Norms:
+def rounding_loss(truth: Tensor, dtype: torch.dtype) -> Norms:
     """What the truth loses when it is stored in `dtype`."""
     return Norms.of(truth, minus=truth.to(dtype))
 
@@ -149,7 +149,7 @@ def envelope(
     size and rounding (to `dtype`) are the truth's, where they are known already."""
     narrow = truth[0].numel() < NARROW if len(truth) else False
     size = Norms.of(truth) if size is None else size
-    bound = (one_rounding(truth, dtype) if rounding is None else rounding).pooled(size, narrow)
+    bound = (rounding_loss(truth, dtype) if rounding is None else rounding).pooled(size, narrow)
     for member in members:
         errors = member if isinstance(member, Norms) else Norms.of(member, minus=truth)
         bound = bound.largest(errors.pooled(size, narrow))
@@ -157,7 +157,7 @@ def envelope(
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TensorVerdict:
     """Of one tensor. `worst` is the row of the largest ratio; `ratios` has one entry a row."""
 
     cls: Class
@@ -172,7 +172,7 @@ class Verdict:
 def judge(
     engine: Tensor, truth: Tensor, bound: Norms, dtype: torch.dtype, limit: float = LIMIT,
     size: Norms | None = None, rounding: Norms | None = None,
-) -> Verdict:  # fmt: skip
+) -> TensorVerdict:  # fmt: skip
     """Compare rows. NaN or infinity in the engine where the truth is finite is an infinite error."""
     error = Norms.of(engine, minus=truth)
     if not error.l2.isfinite().all():  # equal infinities are no error
@@ -191,7 +191,7 @@ def judge(
         cls = "within rounding" if ratio <= limit else "suspicious" if ratio <= 2 * limit else "wrong"
     whole, off = float((Norms.of(truth) if size is None else size).l2.norm()), float(error.l2.norm())
     rel = off / whole if whole else float(off > 0)
-    return Verdict(cls, ratio, float(l2.max()), float(most.max()), worst, ratios, rel)
+    return TensorVerdict(cls, ratio, float(l2.max()), float(most.max()), worst, ratios, rel)
 
 
 def _ratio(e: Tensor, bound: Tensor) -> Tensor:

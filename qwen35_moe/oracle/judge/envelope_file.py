@@ -27,16 +27,16 @@ from ...trace.layers import HEAD, begin, rounded_blocks
 from ...trace.progress import Progress
 from ...trace.resume import check_threads
 from ...untrusted import tensor_file
-from .envelope import Norms, one_rounding
+from .envelope import Norms, rounding_loss
 from .replay import ReplayRouting
 from .split_k import splitting
 
-ENVELOPE, STATE = "envelope.safetensors", "envelope-state.safetensors"
+ENVELOPE, ENVELOPE_STATE = "envelope.safetensors", "envelope-state.safetensors"
 # Taps whose columns follow the order of the ids.
-WEIGHTS = ("moe_topk_weights", "moe_topk_probs", "moe_slot_weights")
+SLOT_ORDERED = ("moe_topk_weights", "moe_topk_probs", "moe_slot_weights")
 
 
-class Stored(NamedTuple):
+class RowErrors(NamedTuple):
     """Of the rows of one tap: the largest legal error, the size of the truth, its loss when it is stored in bf16."""
 
     error: Norms
@@ -44,13 +44,13 @@ class Stored(NamedTuple):
     bf16: Norms
 
     @classmethod
-    def of(cls, rows_R6: Tensor, index: Tensor) -> Stored:
+    def of(cls, rows_R6: Tensor, index: Tensor) -> RowErrors:
         columns = rows_R6.to(torch.float64)[index].unbind(1)
         return cls(*(Norms(*columns[i : i + 2]) for i in (0, 2, 4)))
 
 
 def stored_envelope(truth: Trace) -> dict[str, Tensor]:
-    """Key -> [rows, 6], the columns of `Stored`."""
+    """Key -> [rows, 6], the columns of `RowErrors`."""
     path = None if truth.path is None else truth.path / ENVELOPE
     if path is None or not path.is_file():
         return truth.meta.get("_envelope", {})
@@ -92,7 +92,7 @@ class _Errors(Handler):
         if key not in self.truth or site.index is not None or not x.is_floating_point():
             return  # a turn of a loop is another thing in another arithmetic
         truth, x = self.truth[key], x.cpu()
-        if site.name in WEIGHTS:
+        if site.name in SLOT_ORDERED:
             truth, x = truth.sort(-1, descending=True).values, x.sort(-1, descending=True).values
         self.add(key, Norms.of(as_rows(key, x, self.tokens), minus=as_rows(key, truth, self.tokens)))
 
@@ -134,7 +134,7 @@ def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, 
     """
     if len(truth.steps) != 1:
         raise Qwen35Error("an envelope needs a truth of one forward pass", where=truth.path, found=len(truth.steps))
-    errors, state = _Errors(truth), None if truth.path is None else truth.path / STATE
+    errors, state = _Errors(truth), None if truth.path is None else truth.path / ENVELOPE_STATE
     if resume and state is not None and (state.parent / ENVELOPE).is_file():
         state.unlink(missing_ok=True)
         return
@@ -177,9 +177,9 @@ def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, 
 
 def remaining(truth: Trace, tables: Iterable[Arithmetic]) -> list[Arithmetic]:
     """Those of the arithmetics that an interrupted `write_envelope` has not done."""
-    if truth.path is None or not (truth.path / STATE).is_file():
+    if truth.path is None or not (truth.path / ENVELOPE_STATE).is_file():
         return list(tables)
-    done = json.loads(_Errors(truth).read(truth.path / STATE)[0]["done"])
+    done = json.loads(_Errors(truth).read(truth.path / ENVELOPE_STATE)[0]["done"])
     return [table for table in tables if table.name not in done]
 
 
@@ -204,14 +204,14 @@ def _head(model: Model, errors: _Errors, sum_BTD: Tensor) -> None:
 
 
 def _of_truth(truth: Trace, key: str) -> Tensor:
-    """The truth's own columns of `Stored`: its size, and what one rounding to bf16 loses.  -> [rows, 4]"""
+    """The truth's own columns of `RowErrors`: its size, and what one rounding to bf16 loses.  -> [rows, 4]"""
     if key != HEAD:
         x = as_rows(key, truth[key], truth.ids.numel())
-        return torch.cat((_columns(Norms.of(x)), _columns(one_rounding(x, torch.bfloat16))), 1)
+        return torch.cat((_columns(Norms.of(x)), _columns(rounding_loss(x, torch.bfloat16))), 1)
     V = truth.sites[key].shape[-1]
     blocks = [slice(v, min(v + HEAD_ROWS, V)) for v in range(0, V, HEAD_ROWS)]
     parts = (
-        [f(_slice(truth, which).flatten(0, 1)) for f in (Norms.of, lambda x: one_rounding(x, torch.bfloat16))]
+        [f(_slice(truth, which).flatten(0, 1)) for f in (Norms.of, lambda x: rounding_loss(x, torch.bfloat16))]
         for which in blocks
     )
     return torch.cat([_columns(_side_by_side(norms)) for norms in zip(*parts, strict=True)], 1)

@@ -21,9 +21,9 @@ from ...run.load import build
 from ...run.source import WeightSource
 from ...trace.file import Trace
 from ...trace.recorder import trace
-from .added import IDS, Work
+from .added import ID_TAPS, Judgement
 from .envelope import Norms, legal
-from .envelope_file import WEIGHTS, write_envelope
+from .envelope_file import SLOT_ORDERED, write_envelope
 from .rerun import Rerun
 
 BY_KIND = {"fp8-block": ("+a8", ""), "fp8-channel": ("+a8-token", "+a8", ""), "fp8-tensor": ("+a8-token", "+a8", "")}
@@ -47,7 +47,7 @@ def usual(source: WeightSource, arithmetic: str) -> str:
 
 
 def computed(
-    table: Arithmetic, source: WeightSource, work: Work, rerun: Callable[[Sequence[Arithmetic]], Rerun]
+    table: Arithmetic, source: WeightSource, work: Judgement, rerun: Callable[[Sequence[Arithmetic]], Rerun]
 ) -> Arithmetic:
     """The truth's arithmetic, or the one of its family whose function the engine computes. Says so in the notes."""
     family, choices = table.name.partition("+")[0], functions(source)
@@ -66,11 +66,11 @@ def computed(
     return table
 
 
-def _tells(key: str, work: Work) -> bool:
-    return key in work.alignment.keys and base_name(key) not in (*IDS, *WEIGHTS) and not key.endswith(".gain")
+def _tells(key: str, work: Judgement) -> bool:
+    return key in work.alignment.keys and base_name(key) not in (*ID_TAPS, *SLOT_ORDERED) and not key.endswith(".gain")
 
 
-def _errors(key: str, seen: Sequence[dict[str, Tensor]], work: Work) -> list[float]:
+def _errors(key: str, seen: Sequence[dict[str, Tensor]], work: Judgement) -> list[float]:
     """The median relative error of the engine's rows against each function; empty where they do not differ."""
     pair = work.alignment.pair(key)
     if pair.engine is None or not len(pair.rows):

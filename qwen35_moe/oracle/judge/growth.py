@@ -7,8 +7,8 @@ import torch
 from ...numerics.tap_table import base_name, per_token
 from ..dumps.align import Alignment
 
-SHORTEST, PARTS = 256, 6  # tokens of a sequence that it is told for; equal parts of it
-SHOWN = ("final_norm", "layer_input", "layer_output_sum", "next_token_logits", "mlp_output")
+SHORTEST, SEQUENCE_PARTS = 256, 6  # tokens of a sequence that it is told for; equal parts of it
+GROWTH_TAPS = ("final_norm", "layer_input", "layer_output_sum", "next_token_logits", "mlp_output")
 
 
 def growth(alignment: Alignment) -> list[str]:
@@ -20,17 +20,19 @@ def growth(alignment: Alignment) -> list[str]:
     """
     T = alignment.truth.ids.shape[1]
     keys = [
-        k for k in alignment.keys if per_token(k) and base_name(k) in SHOWN and not k.startswith(("mtp.", "visual."))
+        k
+        for k in alignment.keys
+        if per_token(k) and base_name(k) in GROWTH_TAPS and not k.startswith(("mtp.", "visual."))
     ]
     if T < SHORTEST or not keys:
         return []
-    pair = alignment.pair(min(keys, key=lambda k: (SHOWN.index(base_name(k)), -alignment.keys.index(k))))
+    pair = alignment.pair(min(keys, key=lambda k: (GROWTH_TAPS.index(base_name(k)), -alignment.keys.index(k))))
     if pair.engine is None:
         return []
     truth, engine = pair.truth.double(), pair.engine.double()
     relative = (engine - truth).norm(dim=1) / truth.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
     index = pair.rows[:, 1].long()
-    bounds = [T * i // PARTS for i in range(PARTS + 1)]
+    bounds = [T * i // SEQUENCE_PARTS for i in range(SEQUENCE_PARTS + 1)]
     said = []
     for low, high in zip(bounds, bounds[1:], strict=False):
         some = relative[(index >= low) & (index < high)]

@@ -44,7 +44,7 @@ class Handed:
     ran_on: LayerState | None = None
 
 
-Change = Callable[[Handed], LayerState]
+HandOverChange = Callable[[Handed], LayerState]
 Shift = Callable[[int, int], int]  # (position of the step's first token, padding) -> what is added to positions
 
 
@@ -69,7 +69,7 @@ class HandOver:
 
     broken: Mapping[int, tuple[int, ...]]
     earlier: Mapping[int, int]
-    change: Change | None = None
+    change: HandOverChange | None = None
     shift: Shift | None = None
     other: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     foreign: Mapping[tuple[int, int], Foreign] = field(default_factory=dict)

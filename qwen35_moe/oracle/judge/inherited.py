@@ -18,11 +18,11 @@ from ...errors import Qwen35Error
 from ...numerics.tap_table import base_name, per_token
 from ...trace.layers import HEAD
 from ..dumps.pair import Pair
-from .added import IDS, ROUTED, Work, judge_size
+from .added import ID_TAPS, ROUTED_TAPS, Judgement, judge_size
 from .columns import wrong_columns
 from .envelope import Norms, envelope, judge
-from .envelope_file import ENVELOPE, WEIGHTS, Stored
-from .log_p import LOG_P, error_of_log_p, one_rounding
+from .envelope_file import ENVELOPE, SLOT_ORDERED, RowErrors
+from .log_p import LOG_P, error_of_log_p, loss_in_file
 from .records import Record, block_of, layer_of
 from .routing import compare_ids, could_flip
 
@@ -44,7 +44,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
-def inherited(work: Work, stored: Mapping[str, Tensor]) -> None:
+def inherited(work: Judgement, stored: Mapping[str, Tensor]) -> None:
     """Judge all taps that both sides have and that the envelope knows, and all choices of experts."""
     if not stored and work.result.layers == ():
         raise Qwen35Error(
@@ -52,12 +52,12 @@ def inherited(work: Work, stored: Mapping[str, Tensor]) -> None:
             expected=ENVELOPE, do="write the truth with `qwen35-moe trace`, or give --checkpoint",
         )  # fmt: skip
     for key, first_B in _first_others(work, stored):
-        if base_name(key) not in IDS and (HEAD if key == LOG_P else key) in stored:
+        if base_name(key) not in ID_TAPS and (HEAD if key == LOG_P else key) in stored:
             with work.fenced(key, layer_of(key)):
                 work.records[key] = _judge(work, key, stored, first_B)
 
 
-def _first_others(work: Work, stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _first_others(work: Judgement, stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """(key, [B] the first token of each sequence that other experts than the truth's have touched by then; T: none).
 
     Experts touch what their layer computes from them, and everything in the layers after.
@@ -67,9 +67,9 @@ def _first_others(work: Work, stored: Mapping[str, Tensor]) -> Iterator[tuple[st
     of: int | None = None  # the layer whose experts were chosen last
     for key in work.alignment.keys:
         name, layer = base_name(key), layer_of(key)
-        if layer != of or name in ROUTED:
+        if layer != of or name in ROUTED_TAPS:
             first_B = torch.minimum(first_B, chosen_B)
-        if name in IDS:
+        if name in ID_TAPS:
             pair = work.alignment.pair(key)
             if layer is not None and pair.engine is not None:
                 differ = (pair.truth.long().sort(1).values != pair.engine.long().sort(1).values).any(1)
@@ -81,16 +81,16 @@ def _first_others(work: Work, stored: Mapping[str, Tensor]) -> Iterator[tuple[st
         yield key, first_B
 
 
-def _could_differ(work: Work, key: str, stored: Mapping[str, Tensor]) -> Tensor:
+def _could_differ(work: Judgement, key: str, stored: Mapping[str, Tensor]) -> Tensor:
     """[B] the first token of each sequence that other legal experts may have touched by then, in layers whose ids the
     dump does not have; T: none. The truth's router logits and their legal errors tell; without them it is any token."""
     truth, layer, sizes = work.alignment.truth, layer_of(key), work.alignment.truth.meta.get("config") or {}
     B, T = truth.ids.shape
     first_B = torch.full((B,), T)
-    after = base_name(key) in ROUTED and base_name(key) != "layer_input"
+    after = base_name(key) in ROUTED_TAPS and base_name(key) != "layer_input"
     stop = layer + after if layer is not None else sizes.get("num_hidden_layers", 0) * (block_of(key) in AFTER)
     for i in range(stop):
-        if any(f"layers.{i}.{name}" in work.alignment.keys for name in IDS):
+        if any(f"layers.{i}.{name}" in work.alignment.keys for name in ID_TAPS):
             continue
         logits_key = f"layers.{i}.moe_router_logits"
         if logits_key not in truth or logits_key not in stored:
@@ -100,14 +100,14 @@ def _could_differ(work: Work, key: str, stored: Mapping[str, Tensor]) -> Tensor:
     return first_B
 
 
-def _router(work: Work, key: str, stored: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _router(work: Judgement, key: str, stored: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The truth's router logits [B*T, E], and the largest legal error of one in each row."""
     logits = work.alignment.truth[key].flatten(0, -2)
-    errors = Stored.of(stored[key], torch.arange(len(logits))).error
+    errors = RowErrors.of(stored[key], torch.arange(len(logits))).error
     return logits, envelope(logits, [errors], torch.bfloat16).max
 
 
-def _judge_ids(work: Work, key: str, pair: Pair, layer: int | None, stored: Mapping[str, Tensor]) -> None:
+def _judge_ids(work: Judgement, key: str, pair: Pair, layer: int | None, stored: Mapping[str, Tensor]) -> None:
     logits_key = f"layers.{layer}.moe_router_logits"
     if logits_key not in work.alignment.truth or pair.engine is None or logits_key not in stored:
         return
@@ -121,7 +121,7 @@ def _judge_ids(work: Work, key: str, pair: Pair, layer: int | None, stored: Mapp
     work.record_routing(key, layer, pair, compare_ids(pair.truth, pair.engine, logits[index], noise[index], layer))
 
 
-def _judge(work: Work, key: str, stored: Mapping[str, Tensor], first_B: Tensor) -> Record:
+def _judge(work: Judgement, key: str, stored: Mapping[str, Tensor], first_B: Tensor) -> Record:
     """The record of one tap, or what is known of it already with the inherited error in it."""
     pair = work.alignment.pair(key)
     layer = layer_of(key)
@@ -134,7 +134,7 @@ def _judge(work: Work, key: str, stored: Mapping[str, Tensor], first_B: Tensor) 
     else:
         untouched = bool((first_B == work.T).all())
         keep = torch.full((len(index),), key.endswith(".gain") or untouched)
-    if base_name(key) in WEIGHTS:
+    if base_name(key) in SLOT_ORDERED:
         x, truth = x.sort(1, descending=True).values, truth.sort(1, descending=True).values
     if not keep.any():
         if record.added is None:
@@ -142,10 +142,10 @@ def _judge(work: Work, key: str, stored: Mapping[str, Tensor], first_B: Tensor) 
         return record
     if not keep.all():
         index, x, truth = index[keep], x[keep], truth[keep]
-    error, size, bf16 = Stored.of(stored[HEAD if key == LOG_P else key], index)
+    error, size, bf16 = RowErrors.of(stored[HEAD if key == LOG_P else key], index)
     rounding = bf16 if pair.dtype == torch.bfloat16 else None
     if key == LOG_P:
-        error, size, rounding = error_of_log_p(error, truth.shape[1]), Norms.of(truth), one_rounding(truth)
+        error, size, rounding = error_of_log_p(error, truth.shape[1]), Norms.of(truth), loss_in_file(truth)
     if pair.as_log_p:
         error, size, rounding = error_of_log_p(error, truth.shape[1]), Norms.of(truth), None
     bound = envelope(truth, [error], pair.dtype, size, rounding)

@@ -24,16 +24,16 @@ def log_p(logits: Tensor) -> Tensor:
     return torch.maximum(x, x.amax(-1, keepdim=True) - DEPTH)
 
 
-def encode(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def to_codes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log p of `log_p` -> scale [..., 1], least [..., 1], q in 0 ... STEPS: x = scale * q + least, but for rounding."""
     least = x.amin(-1, keepdim=True)
     scale = (x.amax(-1, keepdim=True) - least) / STEPS
     return scale, least, ((x - least) / torch.where(scale > 0, scale, 1)).round()
 
 
-def one_rounding(x: Tensor) -> Norms:
+def loss_in_file(x: Tensor) -> Norms:
     """What log p [rows, V] loses in the file."""
-    scale, least, q = encode(x)
+    scale, least, q = to_codes(x)
     return Norms.of(scale * q + least, minus=x)
 
 

@@ -51,7 +51,7 @@ def block_of(key: str, kind: str = "") -> str:
     return kind if name == "attn_output" and kind else block
 
 
-Place = tuple[int | None, str]  # layer and block
+BlockId = tuple[int | None, str]  # layer and block
 
 
 def layer_of(key: str) -> int | None:
@@ -87,7 +87,7 @@ class Record:
     where: str = ""  # in which columns
     equal_to: str = ""
     note: str = ""
-    suspects: list[Place] = field(default_factory=list)
+    suspects: list[BlockId] = field(default_factory=list)
     starts: list[tuple[int, int, str]] = field(default_factory=list)
     by_rows: float = 0.0  # the ratio by rows, where `added` may be that of a constant factor
 
@@ -242,7 +242,7 @@ class Comparison:
             if record.key == POSITIONS:
                 return f"DIVERGES: first at positions: {record.note}"
             places = record.suspects or [(record.layer, record.block)]
-            tap, where = f"tap {record.key}, {show(record.ratio)} x the legal error", span(places)
+            tap, where = f"tap {record.key}, {ratio_text(record.ratio)} x the legal error", span(places)
             if len(places) == 1:
                 return f"DIVERGES: first at {where}, {tap}"
             return f"DIVERGES: first seen at {tap}; made somewhere in {where}"
@@ -283,7 +283,7 @@ class Comparison:
         return lines
 
 
-def span(places: Sequence[Place]) -> str:
+def span(places: Sequence[BlockId]) -> str:
     """The first and the last of some blocks.
 
     >>> span([(0, "gdn"), (0, "mlp"), (1, "gdn")])
@@ -294,7 +294,7 @@ def span(places: Sequence[Place]) -> str:
     return first if len(places) == 1 else f"{first} to {end}" if layer == last else f"{first}, to {other}"
 
 
-def show(ratio: float | None) -> str:
+def ratio_text(ratio: float | None) -> str:
     """A ratio in at most five characters."""
     if ratio is None:
         return "-"

@@ -25,7 +25,7 @@ from ...run.fill import fill
 from ...run.load import build, build_part
 from ...run.prompt import Images, embed_prompt, placeholders
 from ...run.source import WeightSource
-from ..diagnose.faults import Fault, Place
+from ..diagnose.faults import Fault, FaultSite
 from ..diagnose.seen import Seen
 from .drafted import Drafting, drafted
 from .hand_over import HandOver, stepped
@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass
-class Tokens:
+class TruthTokens:
     """The tokens of the truth. ids, positions, mask [B, T], with images positions [3, B, T]; steps [B, T]: in which of
     its steps an engine ran each."""
 
@@ -50,7 +50,7 @@ class Tokens:
     images: Images | None = None
     drafts: Sequence[Tensor] = ()  # [B, T] what each draft started from, where the draft head was traced
 
-    def on(self, device: torch.device) -> Tokens:
+    def on(self, device: torch.device) -> TruthTokens:
         """The same on a device."""
         if device.type == "cpu":
             return self
@@ -83,7 +83,7 @@ class Rerun:
     """Reruns the parts of a checkpoint's model on captured values. `tables`: the truth's arithmetic first."""
 
     def __init__(
-        self, source: WeightSource, fused: Sequence[bool], tokens: Tokens, captured: Captured,
+        self, source: WeightSource, fused: Sequence[bool], tokens: TruthTokens, captured: Captured,
         tables: Sequence[Arithmetic], with_log_p: bool = False, where: Where = HERE,
     ):  # fmt: skip
         self.source, self.fused, self.tokens, self.captured = source, list(fused), tokens, captured
@@ -101,11 +101,11 @@ class Rerun:
         self.chosen: Tensor | None = None  # the experts that were chosen there
         self.shared: Tensor | None = None  # what the shared expert adds to the first table's mlp_output [tokens, D]
 
-    def place(self, layer: int | None, expert: int = 0) -> Place:
+    def place(self, layer: int | None, expert: int = 0) -> FaultSite:
         tokens = self.tokens.on(self.device("norm" if layer is None else f"layers.{layer}"))
         layers = None if layer is None else frozenset({layer})
         weights = self.captured.whole(f"layers.{layer}.moe_topk_weights", tokens.count)
-        return Place(self.config, tokens.positions, layers, expert, tokens.steps, self._seen(), weights)
+        return FaultSite(self.config, tokens.positions, layers, expert, tokens.steps, self._seen(), weights)
 
     def device(self, part: str) -> torch.device:
         """Where a part of the model runs."""

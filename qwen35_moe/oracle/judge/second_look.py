@@ -3,8 +3,8 @@
 The envelope of a few arithmetics is a few samples of a random error; where one number decides a token's error (a
 routing weight, a logit), all of them may be small by luck. A Gaussian error exceeds 2.7 times the largest of 4 of its
 own kind once in 65 rows, of 20 once in 30,000. So up to SAMPLES more are made, a few at a time, and only where it
-matters: from LOOK on, so that what is said of a clean tap is no luck either, and up to AGAIN limits, since what is
-beyond that is none that rounding makes.
+matters: from LOOK on, so that what is said of a clean tap is no luck either, and up to DOUBTFUL_LIMITS limits: no
+rounding makes a larger error.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .records import Record
 from .rerun import Rerun
 from .split_k import samples
 
-SAMPLES, BATCH = 24, 4
-LOOK, AGAIN = 2.0, 4.0
+SAMPLES, TABLES_PER_BATCH = 24, 4
+LOOK, DOUBTFUL_LIMITS = 2.0, 4.0
 
 Taps = dict[str, Tensor]
 
@@ -28,16 +28,16 @@ Taps = dict[str, Tensor]
 def batches(
     tables: Sequence[Arithmetic], run: Callable[[Sequence[tuple[int, Arithmetic]]], list[Taps]]
 ) -> Iterator[list[Taps]]:
-    """Taps under BATCH more arithmetics at a time. `run` gets (member, table): `table` is made from that member's."""
+    """Taps under TABLES_PER_BATCH more arithmetics at a time. `run` gets (member, its table)."""
     more = [(i % len(tables), table) for i, table in enumerate(samples(tables, SAMPLES))]
-    for start in range(0, SAMPLES, BATCH):
-        yield run(more[start : start + BATCH])
+    for start in range(0, SAMPLES, TABLES_PER_BATCH):
+        yield run(more[start : start + TABLES_PER_BATCH])
 
 
 def doubtful(record: Record, limit: float) -> bool:
     """Whether more samples could clear a tap: by the size of its error, row by row."""
     ratio = record.by_rows or record.ratio or 0.0
-    return (record.bad or ratio > LOOK) and ratio <= AGAIN * limit
+    return (record.bad or ratio > LOOK) and ratio <= DOUBTFUL_LIMITS * limit
 
 
 def second_look(rerun: Rerun, layer: int | None, work: Any, seen: Sequence[Taps]) -> list[Taps]:

@@ -62,7 +62,7 @@ class SplitK(TorchFunctionMode):
         return x.chunk(self.parts, -1)
 
 
-def split(table: Arithmetic, parts: int, order: int | None = None) -> Arithmetic:
+def split_products(table: Arithmetic, parts: int, order: int | None = None) -> Arithmetic:
     """An arithmetic with all its products split."""
     seed = "" if order is None else f".{order}"
     return replace(table, name=f"{table.name}/split-{parts}{seed}", doc=f"{table.name}, products split in {parts}.")
@@ -84,5 +84,5 @@ def samples(tables: Sequence[Arithmetic], count: int) -> list[Arithmetic]:
     for i in range(count):
         turn, table = divmod(i, len(tables))
         parts, order = ((2, 4, 8)[turn % 3], turn * (len(tables) + 1) + table) if i < 16 else (8, 2 * i + 1)
-        found.append(split(tables[table], parts, order))
+        found.append(split_products(tables[table], parts, order))
     return found

@@ -10,20 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...numerics.tap_table import base_name
-from .records import Place, Record
+from .records import BlockId, Record
 from .replay import Captured
 
 RESIDUAL = "pre_mlp_residual"
 
 
-def suspects(captured: Captured, kinds: Sequence[str]) -> dict[Place, list[Place]]:
+def suspects(captured: Captured, kinds: Sequence[str]) -> dict[BlockId, list[BlockId]]:
     """(layer, block) -> (layer, block) of all that may have made an error there, in order of execution.
 
     The two sums of a layer stand under RESIDUAL and "stream".
     """
-    found: dict[Place, list[Place]] = {}
+    found: dict[BlockId, list[BlockId]] = {}
 
-    def through(before: list[Place], layer: int | None, *steps: tuple[str, str]) -> list[Place]:
+    def through(before: list[BlockId], layer: int | None, *steps: tuple[str, str]) -> list[BlockId]:
         for block, output in steps:
             before = found[layer, block] = [*before, (layer, block)]
             if output in captured:
@@ -48,7 +48,7 @@ def suspects(captured: Captured, kinds: Sequence[str]) -> dict[Place, list[Place
     return found
 
 
-def accuse(records: Sequence[Record], found: Mapping[Place, list[Place]], cleared: set[Place]) -> None:
+def accuse(records: Sequence[Record], found: Mapping[BlockId, list[BlockId]], cleared: set[BlockId]) -> None:
     """Say of the bad records of a layer who is suspect. `cleared` are the blocks that good ones, from the embedding on,
     saw the output of: all but their own, of which a tap sees a part. Ids agree in spite of many an error."""
     names = {r.key: (r.layer, RESIDUAL if base_name(r.key).startswith(RESIDUAL) else r.block) for r in records}

@@ -17,19 +17,19 @@ from torch import Tensor
 from ...errors import Qwen35Error
 from ...quant.fp8 import FP8
 from ...quant.layouts import interleave_gate_up, unshuffle_scales, unshuffle_weight
-from ...quant.mxfp4 import MXFP4
+from ...quant.mxfp4 import PackedMXFP4
 from ...quant.packed import Float, Packed, Stacked
 from ...run.source import WeightSource
 from ..dumps.dump import Dump
 from .records import Weight
 
-JOINED = {
+JOINED_MODULES = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
-SCALES = ("weight_scale", "weight_scale_inv")
+SCALE_NAMES = ("weight_scale", "weight_scale_inv")
 ANEW = "weights with one scale each are quantised anew where an engine joins them"
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")  # engines append rows of zeros, then split them
 
@@ -56,20 +56,20 @@ def _check(name: str, x: Tensor, source: WeightSource, parallel: Mapping[str, An
     if module.startswith("layers.") and re.fullmatch(r"layers\.\d+\.(qkv_proj|o_proj|q_norm|k_norm)", module):
         parent += ".self_attn"  # SGLang keeps these on the layer itself
         module = f"{parent}.{leaf}"
-    if leaf in JOINED and last in ("weight", *SCALES):
-        parts = [source.weight(f"{parent}.{part}") for part in JOINED[leaf]]
+    if leaf in JOINED_MODULES and last in ("weight", *SCALE_NAMES):
+        parts = [source.weight(f"{parent}.{part}") for part in JOINED_MODULES[leaf]]
         if any(isinstance(part, FP8) and part.kind == "fp8-tensor" for part in parts):
             yield Weight(name, "unknown", ANEW)
         else:
-            truth = torch.cat([_stored(part, x.dtype, last in SCALES) for part in parts])
-            yield _plain(name, x, truth, last in SCALES)
+            truth = torch.cat([_stored(part, x.dtype, last in SCALE_NAMES) for part in parts])
+            yield _plain(name, x, truth, last in SCALE_NAMES)
     else:
         full = f"{module}.{last}" if module else name
         if full not in source.checkpoint:
             yield Weight(name, "unknown", "the checkpoint has no such tensor")
             return
-        if last in ("weight", *SCALES) and not re.search(r"norm|conv1d", full):
-            truth = _stored(source.weight(module), x.dtype, last in SCALES)
+        if last in ("weight", *SCALE_NAMES) and not re.search(r"norm|conv1d", full):
+            truth = _stored(source.weight(module), x.dtype, last in SCALE_NAMES)
         else:
             truth = source.tensor(full)
         if full in VOCABULARY and x.shape[1:] == truth.shape[1:]:
@@ -78,14 +78,14 @@ def _check(name: str, x: Tensor, source: WeightSource, parallel: Mapping[str, An
                 return
             if not x[len(truth) :].any():
                 x = x[: len(truth)]
-        yield _plain(name, x, truth, last in SCALES)
+        yield _plain(name, x, truth, last in SCALE_NAMES)
 
 
 def _stored(packed: Packed, dtype: torch.dtype, scales: bool) -> Tensor:
     """What a parameter of this dtype is held against: the scales or the codes, as they are stored, or the values."""
     if isinstance(packed, Stacked):
         return torch.cat([_stored(part, dtype, scales) for part in packed.parts])
-    if isinstance(packed, MXFP4) and (scales or dtype == torch.uint8):
+    if isinstance(packed, PackedMXFP4) and (scales or dtype == torch.uint8):
         return packed.scales if scales else packed.codes
     if isinstance(packed, FP8) and (scales or dtype == torch.uint8):
         return packed.scale if scales else packed.values.view(torch.uint8)

@@ -12,7 +12,7 @@ import torch
 
 from ...run.load import usable
 
-EVERY = 10.0  # seconds between two lines of progress in a file
+SECONDS_BETWEEN_LINES = 10.0  # seconds between two lines of progress in a file
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Where:
     def progress(self, done: int, layers: int, arithmetics: int, begin: float, said: float) -> float:
         """Says that `done` layers are done, unless it was said just now. Returns when something was said last."""
         now, tty = time.monotonic(), sys.stderr.isatty()
-        if self.quiet or (not tty and now - said < EVERY):
+        if self.quiet or (not tty and now - said < SECONDS_BETWEEN_LINES):
             return said
         left = f"{(now - begin) / done * (layers - done):.0f} s left" if done else "time left not known yet"
         start, end = ("\r\033[K", "" if done < layers else "\n") if tty else ("", "\n")

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from ...numerics.tap_table import base_name
-from ..judge.records import Comparison, Record, show
-from .page_parts import ADDED, COLOURS, FITTED, INHERITED, LINES, ROUTED, STYLE, linked, say
+from ..judge.records import Comparison, Record, ratio_text
+from .page_parts import ADDED, COLOURS, FITTED, INHERITED, LINES, ROUTING_NOTE, STYLE, linked, say
 from .text import SYMBOLS, broken, fold, grid, short, weights_line, worst
 
 
@@ -75,7 +75,7 @@ def _cell(r: Record | None, first: Record | None) -> str:
     mark = "&#9655; " if r is first else ""
     kind = f"c {r.cls.split()[0]}{' first' if r is first else ''}"
     return (f'<td class="{kind}" style="background-color:{COLOURS[r.cls]}" '
-            f'title="{title}">{mark}{show(r.ratio)} <i>{SYMBOLS[r.cls]}</i></td>')  # fmt: skip
+            f'title="{title}">{mark}{ratio_text(r.ratio)} <i>{SYMBOLS[r.cls]}</i></td>')  # fmt: skip
 
 
 def _growth(result: Comparison) -> str:
@@ -138,12 +138,12 @@ def _routing(result: Comparison) -> str:
                     f'<td class="num">{legal}</td><td class="num">{len(r.illegal) + r.nonsense}</td>'
                     f"<td>{detail}</td></tr>")  # fmt: skip
     head = "<tr><th>layer</th><th>agree</th><th></th><th>legal flips</th><th>illegal</th><th></th></tr>"
-    return f'<h2>Routing</h2><section>{say(ROUTED)}<table class="plain">{head}{"".join(rows)}</table></section>'
+    return f'<h2>Routing</h2><section>{say(ROUTING_NOTE)}<table class="plain">{head}{"".join(rows)}</table></section>'
 
 
 def _rest(result: Comparison) -> str:
     rows = "".join(
-        f"<tr><td><code>{escape(r.key)}</code></td>{_cell(r, result.first)}<td>{show(r.inherited)} inherited</td>"
+        f"<tr><td><code>{escape(r.key)}</code></td>{_cell(r, result.first)}<td>{ratio_text(r.inherited)} inherited</td>"
         f"<td>{escape(r.note)}</td></tr>"
         for r in result.records if not r.key.startswith("layers.") and r.cls != "missing"
     )  # fmt: skip

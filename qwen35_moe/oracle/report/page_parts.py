@@ -58,9 +58,10 @@ COLOURS = {"bit-equal": "#eef3f8", "within rounding": "#d5e5f2", "suspicious": "
 ADDED = ("Added: the error that a block makes by itself. It is computed anew in float64 from the engine's own input to "
          "it, so that errors of earlier layers do not count.")  # fmt: skip
 INHERITED = "Inherited: the distance from the truth's own run, in which errors of all earlier layers are included."
-ROUTED = ("A set agrees if it holds the experts that float64 chooses on the engine's own input to that layer; the "
-          "truth's own run, on other inputs, may have chosen others. A flip is legal where the margin is within the "
-          "logits' noise.")  # fmt: skip
+ROUTING_NOTE = (
+    "A set agrees if it holds the experts that float64 chooses on the engine's own input to that layer; the truth's "
+    "own run, on other inputs, may have chosen others. A flip is legal where the margin is within the logits' noise."
+)
 FITTED = "The factors of the block's parts that come closest to the engine's output; 1, 1 and 0 are right."
 LINES = (("var(--one)", "", "circle"), ("var(--two)", "6 4", "rect"))
 

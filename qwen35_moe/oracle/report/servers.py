@@ -19,7 +19,7 @@ def listed(label: str, names: Sequence[str], most: int = 12) -> str:
     return textwrap.fill(f"{label:<9}{words}", WIDTH, subsequent_indent=" " * 9)
 
 
-def text(v: Verdict) -> str:
+def verdict_text(v: Verdict) -> str:
     lines = [f"judged   {v.positions} positions of {v.sequences} prompts"]
     lines += [textwrap.fill(f"evidence {line}", WIDTH, subsequent_indent=" " * 9) for line in v.evidence]
     lines += [textwrap.fill(f"note     {line}", WIDTH, subsequent_indent=" " * 9) for line in v.notes]
@@ -44,7 +44,7 @@ def _looks(v: Verdict) -> str:
     return ""
 
 
-def html(v: Verdict, buckets: Sequence[str] = ()) -> str:
+def verdict_page(v: Verdict, buckets: Sequence[str] = ()) -> str:
     """The page: no scripts, no network."""
     bad = "" if v.finding == "agrees" else " bad"
     rows = "".join(

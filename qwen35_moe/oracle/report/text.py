@@ -12,10 +12,10 @@ from pathlib import Path
 
 from ...numerics.tap_table import base_name
 from ...run.files import whole
-from ..judge.records import CLASSES, Comparison, Record, show
+from ..judge.records import CLASSES, Comparison, Record, ratio_text
 
 SYMBOLS = {"bit-equal": "=", "within rounding": ".", "suspicious": "?", "wrong": "X", "not comparable": "!"}
-SHORT = {
+SHORT_NAMES = {
     "embed_tokens": "embed", "layer_input": "input", "input_layernorm": "norm1", "attn_output": "mixer",
     "pre_mlp_residual": "resid", "pre_mlp_layernorm_output": "norm2", "moe_router_logits": "router",
     "moe_topk_ids": "ids", "moe_topk_weights": "weight", "mlp_output": "mlp", "layer_output_sum": "output",
@@ -24,12 +24,12 @@ SHORT = {
     "gdn_state": "state", "gdn_core_out": "core", "final_norm": "norm", "next_token_logits": "logits",
 }  # fmt: skip
 
-LAYER = re.compile(r"layers\.\d+\.")
+LAYER_PREFIX = re.compile(r"layers\.\d+\.")
 QUIET = 8
 
 
 def short(tap: str) -> str:
-    return SHORT.get(tap, tap.removeprefix("moe_").removeprefix("gdn_"))
+    return SHORT_NAMES.get(tap, tap.removeprefix("moe_").removeprefix("gdn_"))
 
 
 def grid(result: Comparison) -> tuple[list[int], list[str], dict[tuple[int, str], Record]]:
@@ -82,7 +82,8 @@ def text(result: Comparison, width: int = 80) -> str:
     rest = [r for r in result.records if not r.key.startswith("layers.") and r.cls != "missing"]
     for r in rest:
         note = f" ({r.note})" if r.note else ""
-        say(SHORT.get(r.key, r.key)[:8], f"{r.cls}, {show(r.added)} x added, {show(r.inherited)} x inherited{note}")
+        added, inherited = ratio_text(r.added), ratio_text(r.inherited)
+        say(SHORT_NAMES.get(r.key, r.key)[:8], f"{r.cls}, {added} x added, {inherited} x inherited{note}")
     lines.append("")
     if result.routing:
         total, agree = sum(r.tokens for r in result.routing), sum(r.agree for r in result.routing)
@@ -140,7 +141,7 @@ def fold(keys: Iterable[str]) -> list[str]:
     """One name for a tap of many layers: `layers.*.gdn_q (3)`."""
     found: dict[str, list[str]] = {}
     for key in keys:
-        name = f"layers.*.{base_name(key)}" if key.startswith("layers.") else LAYER.sub("layers.*.", key)
+        name = f"layers.*.{base_name(key)}" if key.startswith("layers.") else LAYER_PREFIX.sub("layers.*.", key)
         found.setdefault(name, []).append(key)
     return [all_[0] if len(all_) == 1 else f"{name} ({len(all_)})" for name, all_ in found.items()]
 
@@ -204,7 +205,7 @@ def _cell(record: Record | None, first: Record | None) -> str:
     if record is None:
         return " " * 8
     mark = ">" if record is first else " "
-    return f"{mark}{show(record.ratio):>6}{SYMBOLS[record.cls]}"
+    return f"{mark}{ratio_text(record.ratio):>6}{SYMBOLS[record.cls]}"
 
 
 def jsonl(result: Comparison) -> str:
@@ -220,7 +221,7 @@ def _plain(x: object) -> object:
     return [_plain(v) for v in x] if isinstance(x, list | tuple) else x
 
 
-def write(path: str | Path, content: str) -> None:
+def write_report(path: str | Path, content: str) -> None:
     """Complete or not at all."""
     with whole(Path(path)) as temporary:
         temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # of paths that are not UTF-8

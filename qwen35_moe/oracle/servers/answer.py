@@ -15,7 +15,7 @@ from ...errors import Qwen35Error
 API_KEY = "QWEN35_MOE_API_KEY"
 UNKNOWN = -1  # an id that the answer does not tell
 LEAST = -9000.0  # SGLang and vLLM write -9999 for log 0
-MOST = 1e-3  # a log p above 0 by more than float noise is none
+LARGEST_LOG_P = 1e-3  # a log p above 0 by more than float noise is none
 NO_LOG_P = "the answer holds no log-probabilities"
 FAR = 3.5  # a quantile of the answers' errors, in legal ones, that is surely beyond it is wrong
 MAX_TOKENS = 1 << 20  # of one answer
@@ -86,13 +86,13 @@ def number(found: Any, where: str) -> float | None:
     """A log p; None for log 0, which engines write for tokens that a filter took away. NaN is kept: it is a verdict."""
     if type(found) not in (int, float):
         raise bad("not a log-probability", where, found, "a number, 0 or less")
-    if found > MOST:
+    if found > LARGEST_LOG_P:
         do = "ask for log p, not probabilities (llama.cpp: without post_sampling_probs)"
         raise bad("log-probability above 0", where, found, "0 or less", do)
     return None if found < LEAST else float(found)
 
 
-def listed(found: Any, where: str) -> list[Any]:
+def checked_list(found: Any, where: str) -> list[Any]:
     if not isinstance(found, list):
         raise bad("not a list", where, found)
     if len(found) > MAX_TOKENS:
@@ -101,7 +101,7 @@ def listed(found: Any, where: str) -> list[Any]:
 
 
 def ids_in(found: Any, where: str) -> list[int]:
-    return [token(i, where) for i in listed(found, where)]
+    return [token(i, where) for i in checked_list(found, where)]
 
 
 def mapping(found: Any, where: str) -> dict[str, Any]:

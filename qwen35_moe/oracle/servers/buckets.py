@@ -15,7 +15,7 @@ import torch
 from .answer import FAR, Answer
 from .dialects import Asker
 
-NEW = 4  # tokens generated after each prompt: decode steps with as many rows as there are prompts
+DECODE_TOKENS = 4  # tokens generated after each prompt: decode steps with as many rows as there are prompts
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,10 @@ Known = dict[tuple[int, ...], dict[int, float]]
 
 def buckets(asker: Asker, prompt: Sequence[int], sizes: Sequence[int], typical: float) -> list[Bucket]:
     """Asks for each size. `typical`: the legal error of a position, the median of sigma."""
-    alone = _rows(asker.together([prompt], NEW), 0)
-    found = [_bucket("once more, perhaps from a cache", alone, [_rows(asker.together([prompt], NEW), 0)], typical)]
+    alone = _rows(asker.together([prompt], DECODE_TOKENS), 0)
+    found = [
+        _bucket("once more, perhaps from a cache", alone, [_rows(asker.together([prompt], DECODE_TOKENS), 0)], typical)
+    ]
     for n in sizes:
         cut = asker.together([prompt[:n]], 1)
         found.append(_bucket(f"{n} tokens alone", alone, [_rows(cut, 0)], typical))
@@ -49,7 +51,7 @@ def buckets(asker: Asker, prompt: Sequence[int], sizes: Sequence[int], typical: 
         found.append(_bucket(f"fed {n} at a time", alone, fed, typical))
         if n == 1:
             continue
-        many = asker.together([prompt] * n, NEW)
+        many = asker.together([prompt] * n, DECODE_TOKENS)
         first = len(prompt)
         found.append(_bucket(f"batch of {n}, prompt", alone, [_rows([a], 0, first + 1) for a in many], typical))
         found.append(_bucket(f"batch of {n}, decode", alone, [_rows([a], first + 1) for a in many], typical))

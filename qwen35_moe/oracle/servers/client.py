@@ -22,10 +22,10 @@ from ...errors import Qwen35Error
 from ...untrusted import parse_json
 from .answer import API_KEY, clean, secret
 
-LARGEST = 1 << 28  # bytes of an answer: all of a vocabulary of 250,000 for 100 tokens
+LARGEST_ANSWER = 1 << 28  # bytes of an answer: all of a vocabulary of 250,000 for 100 tokens
 RETRIES, PAUSE = 2, 0.5  # further attempts, and seconds before the first of them; twice as long before the next
 MOST_PAUSE = 30.0  # seconds, however long a server wants us to wait ("Retry-After")
-AGAIN = (429, 500, 502, 503, 504)
+RETRIED_STATUS = (429, 500, 502, 503, 504)
 
 
 class Refused(Qwen35Error):
@@ -35,7 +35,7 @@ class Refused(Qwen35Error):
 class Server:
     """One address. `call` gives the parsed JSON of an answer with status 200."""
 
-    def __init__(self, url: str, timeout: float = 120.0, retries: int = RETRIES, largest: int = LARGEST):
+    def __init__(self, url: str, timeout: float = 120.0, retries: int = RETRIES, largest: int = LARGEST_ANSWER):
         try:
             parts = urlsplit(url)
             port = parts.port
@@ -70,7 +70,7 @@ class Server:
                 if status == 200:
                     return parse_json(data, where)
                 failed = self._refused(where, status, data)
-                if status not in AGAIN:
+                if status not in RETRIED_STATUS:
                     raise failed
                 pause = max(pause, min(later, MOST_PAUSE))
             if attempt < self.retries:

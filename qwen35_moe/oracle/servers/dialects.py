@@ -25,7 +25,9 @@ from .client import Refused, Server
 from .readers import from_json
 
 ALL = -1  # of `top`: the whole vocabulary
-NEW = 24  # tokens generated after each prompt, where prompts are told in one request: 8 prompts make 184 decode steps
+TOKENS_PER_REQUEST = (
+    24  # tokens generated after each prompt, where prompts are told in one request: 8 prompts make 184 decode steps
+)
 ASCII = 65  # ids of llama-server's texts are not known; this one is a letter in byte-level vocabularies
 
 Ids = Sequence[int]
@@ -94,7 +96,7 @@ class Asker:
     def ask(self, prompts: Sequence[Ids]) -> Iterator[Answer]:
         """Answers for each prompt, one request each, or one request a token."""
         for ids in prompts:
-            yield from self.together([ids], NEW) if self.dialect.whole else self.grown(ids, 1)
+            yield from self.together([ids], TOKENS_PER_REQUEST) if self.dialect.whole else self.grown(ids, 1)
 
     def together(self, prompts: Sequence[Ids], new: int = 1) -> list[Answer]:
         """All prompts in one request, so that the engine may run them as one batch, and `new` tokens after each."""

@@ -11,17 +11,17 @@ import torch
 from ...numerics.arithmetics import Arithmetic
 from ...run.prompt import padded
 from ...run.source import WeightSource
-from ..judge.envelope import declared, legal
+from ..judge.envelope import legal, with_declared_caches
 from ..judge.split_k import samples
 from ..judge.where import HERE, Where
 from .answer import Answer, Row
 from .judge import Judge, Positions
-from .replay import Branch, Hypothesis, Replay, hypotheses
+from .replay import Branch, PlacedFault, Replay, placed_faults
 from .routing import judge_routing
 from .verdict import Told, Verdict, decide, told
 
 MORE = 4  # legal arithmetics besides those of the envelope: their products in other orders
-FEWEST = 16  # positions of generated tokens that are worth a truth of their own
+FEWEST_POSITIONS = 16  # positions of generated tokens that are worth a truth of their own
 GIVEN = 20  # likeliest tokens that a server is asked for
 
 
@@ -49,7 +49,7 @@ class Work:
 
     truth: str | Arithmetic
     tables: Sequence[Arithmetic]
-    listed: Sequence[Hypothesis]
+    listed: Sequence[PlacedFault]
     where: Where
 
 
@@ -118,8 +118,10 @@ class Prepared:
     def _with_decode(self, verdict: Verdict, longer: Sequence[Answer]) -> Verdict:
         """The verdict, and what the generated tokens say, which come from other kernels and from cached states. Their
         truth is computed now: they were not known before. No fault is replayed on them."""
-        if (count := sum(len(a.rows) for a in longer)) < FEWEST:
-            verdict.notes += [f"{count} generated tokens are not judged: {FEWEST} are worth it"] if count else []
+        if (count := sum(len(a.rows) for a in longer)) < FEWEST_POSITIONS:
+            verdict.notes += (
+                [f"{count} generated tokens are not judged: {FEWEST_POSITIONS} are worth it"] if count else []
+            )
             return verdict
         r, tables = self.replay, [b.table for b in self.branches[1 : self.members + 1]]
         work = Work(self.branches[0].table, tables, [], r.where)
@@ -136,9 +138,9 @@ def prepare(
 ) -> Prepared:
     how = how or How()
     tables = list(legal(how.arithmetic, how.engine))
-    tables += declared(tables, how.kv_cache, how.state)
+    tables += with_declared_caches(tables, how.kv_cache, how.state)
     tables += samples(tables, how.more) if tables[0].name != "float32" else []
-    listed = hypotheses(source, how.faults, a4=how.arithmetic.startswith("exact+a4"))
+    listed = placed_faults(source, how.faults, a4=how.arithmetic.startswith("exact+a4"))
     said = {"attn": how.kv_cache, "gdn": how.state}
     listed = [h for h in listed if not (h.fault.rounds and said.get(h.fault.block))]
     return _replayed(source, fused, ids, Work(how.arithmetic, tables, listed, how.where))

@@ -17,7 +17,7 @@ def ordinary(config: Config) -> int:
     return min([*special, config.vocab_size - 1])
 
 
-def drawn(config: Config, prompts: int, tokens: int, seed: int = 0) -> list[list[int]]:
+def drawn_prompts(config: Config, prompts: int, tokens: int, seed: int = 0) -> list[list[int]]:
     """`prompts` lists of `tokens` ids, uniform over the ordinary ones: id = floor(u(seed, place) n)."""
     n = ordinary(config)
     return [[int(uniform(seed, p * tokens + t) * n) for t in range(tokens)] for p in range(prompts)]

@@ -12,17 +12,31 @@ from typing import Any
 
 from ...errors import Qwen35Error
 from ...untrusted import parse_json, read_bytes
-from .answer import NO_LOG_P, UNKNOWN, Answer, Row, agreed, bad, ids_in, listed, mapping, number, prompt_of, row, token
+from .answer import (
+    NO_LOG_P,
+    UNKNOWN,
+    Answer,
+    Row,
+    agreed,
+    bad,
+    checked_list,
+    ids_in,
+    mapping,
+    number,
+    prompt_of,
+    row,
+    token,
+)
 from .routed import from_base64, from_npy
 
-Json = Mapping[str, Any]
-LARGEST = 1 << 30  # bytes of a file of answers
+JsonObject = Mapping[str, Any]
+LARGEST_ANSWER_FILE = 1 << 30  # bytes of a file of answers
 BY_TEXT = "lists of likeliest tokens are keyed by text, and left out: ask for return_tokens_as_token_ids"
 
 
 def read_answers(path: str | Path) -> list[Answer]:
     """All answers in a file: JSON, or one JSON object a line. Raises Qwen35Error for anything else."""
-    return from_bytes(read_bytes(Path(path), LARGEST), str(path))
+    return from_bytes(read_bytes(Path(path), LARGEST_ANSWER_FILE), str(path))
 
 
 def from_bytes(data: bytes, where: str) -> list[Answer]:
@@ -39,10 +53,10 @@ def from_bytes(data: bytes, where: str) -> list[Answer]:
     return answers
 
 
-def from_json(found: Any, where: str, request: Json | None = None) -> list[Answer]:
+def from_json(found: Any, where: str, request: JsonObject | None = None) -> list[Answer]:
     """Answers in one JSON value, each of its sequences one."""
     if isinstance(found, list):
-        requests = _requests(request, len(listed(found, where)))
+        requests = _requests(request, len(checked_list(found, where)))
         return [a for x, r in zip(found, requests, strict=True) for a in from_json(_object(x, where), where, r)]
     found = mapping(found, where)
     if "response" in found:
@@ -61,12 +75,12 @@ def from_json(found: Any, where: str, request: Json | None = None) -> list[Answe
     raise bad(NO_LOG_P, where, ", ".join(map(str, found)), "meta_info, choices or completion_probabilities")
 
 
-def _object(found: Any, where: str) -> Json:
+def _object(found: Any, where: str) -> JsonObject:
     """An entry of a list, which is no list again: nothing here recurses as deep as a stranger likes."""
     return mapping(found, where)
 
 
-def _requests(request: Json | None, count: int) -> list[Json]:
+def _requests(request: JsonObject | None, count: int) -> list[JsonObject]:
     """The request of each answer of a batch."""
     ids = (request or {}).get("input_ids")
     if isinstance(ids, list) and ids and isinstance(ids[0], list) and len(ids) == count:
@@ -74,14 +88,14 @@ def _requests(request: Json | None, count: int) -> list[Json]:
     return [request or {}] * count
 
 
-def sglang(found: Json, request: Json, where: str) -> Answer:
+def sglang(found: JsonObject, request: JsonObject, where: str) -> Answer:
     """/generate: [[log p, id, text], ...] of prompt and output, and the same of the likeliest. Output values are after
     temperature: they are read at 0 (computed at 1 then) and 1."""
     meta = mapping(found["meta_info"], where)
     if not (isinstance(meta.get("input_token_logprobs"), list) or meta.get("output_token_logprobs")):
         raise bad(NO_LOG_P, f"{where}: meta_info", expected="input_token_logprobs",
                   do='ask with "return_logprob": true, "logprob_start_len": 0')  # fmt: skip
-    given = [_triple(x, where) for x in listed(meta.get("input_token_logprobs") or [], where)]
+    given = [_triple(x, where) for x in checked_list(meta.get("input_token_logprobs") or [], where)]
     said = [i for i, _ in given]
     sent = prompt_of(request, where, "input_ids")
     if sent is None and isinstance(found.get("prompt_token_ids"), list):
@@ -93,7 +107,7 @@ def sglang(found: Json, request: Json, where: str) -> Answer:
     ids = said if sent is None else [*sent[:start], *agreed(sent[start:], said, where, clamped)]
     top = meta.get("input_top_logprobs") or []
     answer = Answer("sglang", ids, [*_sglang_rows(given, top, ids, start, where)], clamped=clamped)
-    out = [_triple(x, where) for x in listed(meta.get("output_token_logprobs") or [], where)]
+    out = [_triple(x, where) for x in checked_list(meta.get("output_token_logprobs") or [], where)]
     temperature = mapping(request.get("sampling_params") or {}, where).get("temperature", 0 if not request else 1)
     if temperature in (0, 1):
         answer.ids = [*ids, *(i for i, _ in out)]
@@ -107,7 +121,7 @@ def sglang(found: Json, request: Json, where: str) -> Answer:
 
 
 def _triple(found: Any, where: str) -> tuple[int, float | None]:
-    found = listed(found, where)
+    found = checked_list(found, where)
     if len(found) < 2:
         raise bad("not [log p, id, text]", where, found)
     return token(found[1], where), None if found[0] is None else number(found[0], where)
@@ -117,11 +131,11 @@ def _sglang_rows(
     given: list[tuple[int, float | None]], tops: list[Any], ids: list[int], start: int, where: str
 ) -> Iterator[Row]:
     for i, (_, log_p) in enumerate(given):
-        top = [] if i >= len(tops) or tops[i] is None else [_triple(x, where) for x in listed(tops[i], where)]
+        top = [] if i >= len(tops) or tops[i] is None else [_triple(x, where) for x in checked_list(tops[i], where)]
         yield row(start + i, [*top, (ids[start + i], log_p)], bool(top))
 
 
-def llama_cpp(found: Json, request: Json, where: str) -> Answer:
+def llama_cpp(found: JsonObject, request: JsonObject, where: str) -> Answer:
     """llama-server's /completion: what was generated, and n_probs alternatives of it. The prompt is in the request."""
     if not isinstance(found.get("completion_probabilities"), list):
         do = 'ask with "n_probs"; none are sent where the token ends inside of a character: add a logit_bias then'
@@ -137,10 +151,10 @@ def llama_cpp(found: Json, request: Json, where: str) -> Answer:
 def _content(found: Any, start: int, where: str) -> tuple[list[int], list[Row]]:
     """Entries {id or token, logprob, top_logprobs}, one a token: their ids and rows."""
     ids, rows = list[int](), list[Row]()
-    for place, entry in enumerate((mapping(x, where) for x in listed(found, where)), start):
+    for place, entry in enumerate((mapping(x, where) for x in checked_list(found, where)), start):
         if "prob" in entry:
             raise bad("probabilities after the samplers", where, do="ask without post_sampling_probs")
-        pairs = [_named(x, where) for x in [entry, *listed(entry.get("top_logprobs") or [], where)]]
+        pairs = [_named(x, where) for x in [entry, *checked_list(entry.get("top_logprobs") or [], where)]]
         ids.append(pairs[0][0])
         rows.append(row(place, pairs[::-1], len(pairs) > 1))
     return ids, rows
@@ -154,11 +168,11 @@ def _named(found: Any, where: str) -> tuple[int, float | None]:
     return token(name, where), number(found.get("logprob"), where)
 
 
-def openai(found: Json, request: Json, where: str) -> Iterator[Answer]:
+def openai(found: JsonObject, request: JsonObject, where: str) -> Iterator[Answer]:
     """vLLM's and any OpenAI-like server's /v1/completions and chat: `prompt_logprobs`, echo, and generated tokens."""
     prompts = request.get("prompt", request.get("token_ids"))
     many = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], list)
-    for n, choice in enumerate(mapping(x, where) for x in listed(found["choices"], where)):
+    for n, choice in enumerate(mapping(x, where) for x in checked_list(found["choices"], where)):
         index = choice.get("index", n)
         if many and not (type(index) is int and 0 <= index < len(prompts)):
             raise bad("a choice of no prompt", where, index, f"0 to {len(prompts) - 1}")
@@ -168,7 +182,7 @@ def openai(found: Json, request: Json, where: str) -> Iterator[Answer]:
                       agreed(sent, ids_in(said, where), where) if said else sent, request, where)  # fmt: skip
 
 
-def _choice(choice: Json, prompt_log_p: Any, sent: list[int] | None, request: Json, where: str) -> Answer:
+def _choice(choice: JsonObject, prompt_log_p: Any, sent: list[int] | None, request: JsonObject, where: str) -> Answer:
     rows, notes, ids = list[Row](), list[str](), sent
     if prompt_log_p:
         rows, ids = _prompt_rows(prompt_log_p, sent, where)
@@ -192,7 +206,7 @@ def _choice(choice: Json, prompt_log_p: Any, sent: list[int] | None, request: Js
 
 def _prompt_rows(found: Any, sent: list[int] | None, where: str) -> tuple[list[Row], list[int]]:
     """[null, {"id": {logprob, rank}}, ...]: the token that stands there first, then the likeliest."""
-    entries = [None if x is None else mapping(x, where) for x in listed(found, where)]
+    entries = [None if x is None else mapping(x, where) for x in checked_list(found, where)]
     said = [token(next(iter(x)), where) if x else UNKNOWN for x in entries]
     ids, rows = agreed(sent, said, where), list[Row]()
     for place, entry in enumerate(entries):
@@ -206,17 +220,17 @@ def _prompt_rows(found: Any, sent: list[int] | None, where: str) -> tuple[list[R
 
 
 def _echo(
-    found: Json, ids: list[int] | None, rows: list[Row], echo: bool, where: str
+    found: JsonObject, ids: list[int] | None, rows: list[Row], echo: bool, where: str
 ) -> tuple[list[int] | None, list[Row], list[str]]:
     """{tokens, token_logprobs, top_logprobs}, of prompt and output with echo, else of output. Lists keyed by text are
     left out: tokens that are parts of a character share one."""
-    values, names = listed(found["token_logprobs"], where), listed(found.get("tokens") or [], where)
+    values, names = checked_list(found["token_logprobs"], where), checked_list(found.get("tokens") or [], where)
     start = 0 if echo else len(ids or ())
     by_id = len(names) == len(values) and all(isinstance(x, str) and x.startswith("token_id:") for x in names)
     given = ids_in(found["token_ids"], where) if found["token_ids"] and not echo and not by_id else []
     new = [token(x, where) for x in names] if by_id else given if len(given) == len(values) else (ids or [])[start:]
     new = new[: len(values)] if by_id or echo or given else []
-    tops = listed(found.get("top_logprobs") or [], where)
+    tops = checked_list(found.get("top_logprobs") or [], where)
     known = {r.place for r in rows}
     for i, (name, value) in enumerate(zip(new, values, strict=False)):
         top = mapping(tops[i], where) if i < len(tops) and tops[i] and by_id else {}

@@ -29,19 +29,19 @@ from ...run.fill import fill
 from ...run.load import build
 from ...run.source import WeightSource
 from ..diagnose.catalogue import FAULTS
-from ..diagnose.faults import Fault, Place
+from ..diagnose.faults import Fault, FaultSite
 from ..judge.split_k import splitting
 from ..judge.where import HERE, Where
 
 TOGETHER = 1 << 13  # tokens that one layer is run on at once
-ROWS = 1 << 26  # logits that are held at once
+LOGITS_HELD = 1 << 26  # logits that are held at once
 BYTES = 18  # of an expert's number, decoded side by side for float64, float32 (twice, with a fault) and bf16
-ROOM = 0.6  # of the memory that there is may be taken by them: else experts are decoded when they are chosen
+SHARE_OF_MEMORY = 0.6  # that they may take: else experts are decoded when they are chosen
 KINDS = {"attn": "full_attention", "gdn": "linear_attention"}
 
 
 @dataclass(frozen=True)
-class Hypothesis:
+class PlacedFault:
     """A fault at work on one layer, or on all that can have it (None); `expert` is that of a fault of one expert."""
 
     fault: Fault
@@ -58,11 +58,11 @@ class Hypothesis:
         return hash((self.fault.name, self.layer))
 
 
-def hypotheses(source: WeightSource, which: str = "each", a4: bool = False) -> list[Hypothesis]:
+def placed_faults(source: WeightSource, which: str = "each", a4: bool = False) -> list[PlacedFault]:
     """What the catalogue can say of this checkpoint: `all` (layers at once), `each` (also layer by layer), or `none`.
     A fault of the draft head shows in no log p, one of the hand-over between steps in none of a prompt; one of one
     expert is in one layer only."""
-    kinds, found = source.config.layer_types, list[Hypothesis]()
+    kinds, found = source.config.layer_types, list[PlacedFault]()
     for fault in () if which == "none" else FAULTS:
         if fault.block == "mtp" or fault.hand_over is not None:
             continue
@@ -71,9 +71,9 @@ def hypotheses(source: WeightSource, which: str = "each", a4: bool = False) -> l
         if not layers:
             continue
         if not fault.single:
-            found.append(Hypothesis(fault))
+            found.append(PlacedFault(fault))
         if which == "each" and fault.block != "final_norm":
-            found += [Hypothesis(fault, i) for i in layers]
+            found += [PlacedFault(fault, i) for i in layers]
     return found
 
 
@@ -98,8 +98,8 @@ class Held(WeightSource):
 
 def has_room(size: int, device: torch.device) -> bool:
     if device.type == "cuda":
-        return size < ROOM * torch.cuda.mem_get_info(device)[0]
-    return size < ROOM * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return size < SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0]
+    return size < SHARE_OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class _Watch(Handler):
@@ -123,10 +123,10 @@ class Branch:
     name: str
     table: Arithmetic
     stream: Tensor
-    hypothesis: Hypothesis | None = None
+    hypothesis: PlacedFault | None = None
     source: WeightSource | None = None
     handlers: list[Handler] = field(default_factory=list)
-    place: Place | None = None
+    place: FaultSite | None = None
     watch: _Watch | None = None
     routing: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # a layer: router logits [N, E], ids [N, A]
 
@@ -201,7 +201,11 @@ class Replay:
 
     @torch.inference_mode()
     def run(
-        self, truth: str | Arithmetic, tables: Sequence[Arithmetic], faults: Sequence[Hypothesis], routing: bool = False
+        self,
+        truth: str | Arithmetic,
+        tables: Sequence[Arithmetic],
+        faults: Sequence[PlacedFault],
+        routing: bool = False,
     ) -> list[Branch]:
         """Branches after the last layer: the truth's, one a table, one a hypothesis, in this order."""
         base = arithmetics.get(truth)
@@ -220,7 +224,7 @@ class Replay:
             ids = branches[0].watch.ids  # type: ignore[union-attr]
             busiest = int(ids.flatten().bincount().argmax()) if ids is not None else 0
             here = [h for h in later if h.layer == i]
-            here = [Hypothesis(h.fault, i, busiest) if h.fault.single else h for h in here]
+            here = [PlacedFault(h.fault, i, busiest) if h.fault.single else h for h in here]
             struck += [self._struck(h, quick, before) for h in here]
             rest = [clean, *(b for b in struck if not b.strikes(i))]
             for branch in struck:
@@ -234,9 +238,9 @@ class Replay:
         with using(table):
             return Branch(name, table, tap("embed_tokens", self._end(table).embed_tokens(self.ids)))
 
-    def _struck(self, h: Hypothesis, table: Arithmetic, stream: Tensor) -> Branch:
+    def _struck(self, h: PlacedFault, table: Arithmetic, stream: Tensor) -> Branch:
         layers = None if h.layer is None else frozenset({h.layer})
-        place = Place(self.config, self.positions, layers, h.expert)
+        place = FaultSite(self.config, self.positions, layers, h.expert)
         source = h.fault.source(self.source, place)
         return Branch(str(h), h.fault.arithmetic(table), stream, h, None if source is self.source else source,
                       h.fault.handlers(place), place)  # fmt: skip
@@ -276,7 +280,7 @@ class Replay:
     @torch.inference_mode()
     def log_p(self, b: Branch, rows: tuple[Tensor, Tensor]) -> Iterator[tuple[slice, Tensor]]:
         """log p over the vocabulary after the tokens rows = (sequence [R], place [R]), some rows at a time."""
-        step = max(1, ROWS // self.config.vocab_size)
+        step = max(1, LOGITS_HELD // self.config.vocab_size)
         end = self._end(b.table)
         head = b.hypothesis is not None and b.hypothesis.fault.block == "final_norm"
         for some in (slice(k, k + step) for k in range(0, len(rows[0]), step)):

@@ -13,7 +13,7 @@ from ...untrusted import parse_npy
 from .answer import bad
 
 
-def decoded(text: object, where: str) -> bytes:
+def decoded_bytes(text: object, where: str) -> bytes:
     try:
         return base64.b64decode(text if isinstance(text, str) else "?", validate=True)
     except binascii.Error as error:
@@ -22,7 +22,7 @@ def decoded(text: object, where: str) -> bytes:
 
 def from_base64(text: object, where: str) -> Tensor:
     """SGLang: bare int32, in a row. The shape [tokens, layers, A] is known with the model."""
-    data = decoded(text, where)
+    data = decoded_bytes(text, where)
     if len(data) % 4:
         raise bad("routed_experts are cut off", where, f"{len(data)} bytes", "a multiple of 4")
     return torch.from_numpy(np.frombuffer(data, "<i4").astype(np.int64))
@@ -30,7 +30,7 @@ def from_base64(text: object, where: str) -> Tensor:
 
 def from_npy(text: object, where: str) -> Tensor:
     """vLLM: a .npy file [tokens, layers, A]; nothing is unpickled."""
-    found = parse_npy(decoded(text, where), f"{where}: routed_experts")
+    found = parse_npy(decoded_bytes(text, where), f"{where}: routed_experts")
     if found.ndim != 3 or found.dtype.kind not in "iu":
         raise bad("routed_experts have the wrong shape", where, found.shape, "[tokens, layers, A]")
     return torch.from_numpy(found.astype(np.int64))

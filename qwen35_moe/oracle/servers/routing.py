@@ -2,7 +2,7 @@
 
 The noise is what the legal arithmetics make of a router logit of that token by then, flips in the layers before among
 it. Since those move logits by more than a few runs show, a layer counts as wrong only if it has more illegal flips than
-FAR times what a legal arithmetic has when it is judged by the others, and FEW besides.
+FAR times what a legal arithmetic has when it is judged by the others, and FLIPS_ALLOWED besides.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .answer import FAR, Answer
 from .replay import Branch
 from .routed import shaped
 
-FEW = 3
+FLIPS_ALLOWED = 3
 
 
 def judge_routing(
@@ -51,7 +51,7 @@ def judge_routing(
         ]
         flips, total = flips + len(result.flips), total + result.tokens
         most = max(_illegal(r) for r in others)
-        if _illegal(result) > FAR * most + FEW:
+        if _illegal(result) > FAR * most + FLIPS_ALLOWED:
             wrong.append(f"layer {i}: {_illegal(result)} of {result.tokens} sets of experts are none that rounding "
                          "makes "
                          f"(legal arithmetics: {most})")  # fmt: skip

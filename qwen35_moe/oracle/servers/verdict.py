@@ -20,16 +20,16 @@ from ...errors import Qwen35Error
 from .answer import FAR, UNKNOWN, Answer
 from .judge import Explanation, Judge, Look, Positions, Quantile
 
-Finding = Literal["agrees", "diverges", "cannot tell without a dump"]
-EXIT: dict[Finding, int] = {"agrees": 0, "diverges": 1, "cannot tell without a dump": 2}
+Outcome = Literal["agrees", "diverges", "cannot tell without a dump"]
+EXIT: dict[Outcome, int] = {"agrees": 0, "diverges": 1, "cannot tell without a dump": 2}
 ALIKE = 5.0  # nats: hypotheses that are no further apart are not told apart
-MOST = 64  # tokens of one position that the tests look at
+TOKENS_PER_POSITION = 64  # tokens of one position that the tests look at
 
 
 @dataclass
 class Told:
     """What answers tell of the prompts: positions, log p [R, K] there, the likeliest token (-1: not told) [R]; and the
-    same with all tokens that are told, where these are more than MOST."""
+    same with all tokens that are told, where these are more than TOKENS_PER_POSITION."""
 
     at: Positions
     log_p: Tensor
@@ -43,7 +43,7 @@ class Verdict:
     """`evidence`: lines of text, what was measured and what it says. `alike`: the hypotheses that explain best, and
     cannot be told apart; empty where nothing has to be explained, or nothing explains it."""
 
-    finding: Finding
+    finding: Outcome
     why: str
     evidence: list[str]
     alike: list[Explanation]
@@ -105,7 +105,7 @@ def told(answers: Sequence[Answer], ids: Sequence[Sequence[int]], vocab: int) ->
     best = torch.tensor([b for _, b in rows.values()])
     found = Told(*_table(keys, [_few(t, _next(ids[b], p)) for t, (b, p) in zip(tables, keys, strict=True)]), best,
                  list(dict.fromkeys(notes)))  # fmt: skip
-    if max(map(len, tables)) > MOST:
+    if max(map(len, tables)) > TOKENS_PER_POSITION:
         found.whole = _table(keys, tables)
     return found
 
@@ -115,8 +115,8 @@ def _next(ids: Sequence[int], place: int) -> int:
 
 
 def _few(log_p: dict[int, float], given: int) -> dict[int, float]:
-    """The given token and the likeliest, MOST in all."""
-    first = sorted(log_p, key=lambda i: (i != given, -log_p[i], i))[:MOST]
+    """The given token and the likeliest, TOKENS_PER_POSITION in all."""
+    first = sorted(log_p, key=lambda i: (i != given, -log_p[i], i))[:TOKENS_PER_POSITION]
     return {i: log_p[i] for i in first}
 
 
@@ -157,7 +157,7 @@ def decide(judge: Judge, found: Told, routing: Sequence[str] = ()) -> Verdict:
     return Verdict(finding, why, evidence, group, nearest, positions, sequences, look.quantiles, best, notes, unseen)
 
 
-def _finding(look: Look, best: Explanation | None, routing: Sequence[str], blind: str) -> tuple[Finding, str]:
+def _finding(look: Look, best: Explanation | None, routing: Sequence[str], blind: str) -> tuple[Outcome, str]:
     for q in look.quantiles:
         if q.low > FAR:
             return "diverges", f"the {q.name} of the differences is {q.ratio:.3g} x the legal one"

@@ -83,7 +83,7 @@ class BatchedExperts(GroupedExperts):
 class StackedExperts(BatchedExperts):
     """MXFP4 experts that stay packed on the device, stacked: codes [E, 2F, Z], scales [E, 2F, Q], and so for down."""
 
-    def __init__(self, gate_up: mxfp4.MXFP4, down: mxfp4.MXFP4, dtype: torch.dtype, quantised: bool = True):
+    def __init__(self, gate_up: mxfp4.PackedMXFP4, down: mxfp4.PackedMXFP4, dtype: torch.dtype, quantised: bool = True):
         super().__init__(gate_up.shape[0], down.shape[-1], quantised)
         self.gate_up, self.down, self.dtype = gate_up, down, dtype
 
@@ -126,12 +126,12 @@ def stack_experts(
     return None if gate_up is None or down is None else StackedExperts(gate_up, down, dtype, quantised)
 
 
-def as_one_mxfp4(weights: Sequence[Packed], device: torch.device) -> mxfp4.MXFP4 | None:
+def as_one_mxfp4(weights: Sequence[Packed], device: torch.device) -> mxfp4.PackedMXFP4 | None:
     """Weights [O, I] of equal shape as one [n, O, I] on the device; None unless all are MXFP4."""
     parts = [part for weight in weights for part in (weight.parts if isinstance(weight, Stacked) else (weight,))]
-    packed = [part for part in parts if isinstance(part, mxfp4.MXFP4)]
+    packed = [part for part in parts if isinstance(part, mxfp4.PackedMXFP4)]
     if len(packed) < len(parts):
         return None
     codes, scales = ([x.to(device) for x in xs] for xs in zip(*((p.codes, p.scales) for p in packed), strict=True))
     n = len(weights)
-    return mxfp4.MXFP4(*(torch.cat(xs).view(n, -1, xs[0].shape[-1]) for xs in (codes, scales)))
+    return mxfp4.PackedMXFP4(*(torch.cat(xs).view(n, -1, xs[0].shape[-1]) for xs in (codes, scales)))

@@ -14,16 +14,15 @@ from typing import Any
 
 from ....errors import Qwen35Error
 from ....untrusted import check_regular
-from ..dump import Dump, Piece, Tokens
+from ..dump import Dump, Piece, StepTokens
 from ..steps import check_steps
 from . import answers, atom, llama_cpp, own, plain, sglang, sglang_passes, transformers, vllm
 
 # The first that recognises a path reads it; `plain` takes what is left.
-TORCH = (".pt", ".pth", ".pkl", ".bin")
-TENSORS = (*TORCH, ".npy", ".npz", ".safetensors")
+TENSORS = (*plain.TORCH_SUFFIXES, ".npy", ".npz", ".safetensors")
 READERS = (own, sglang, sglang_passes, atom, transformers, llama_cpp, answers, vllm, plain)
 
-__all__ = ["Dump", "Piece", "Tokens", "read_dump", "transformers"]
+__all__ = ["Dump", "Piece", "StepTokens", "read_dump", "transformers"]
 
 
 def _sniffs(reader: Any, path: Path) -> bool:
@@ -97,6 +96,6 @@ def read_dump(
 
 def _not_understood(path: Path, reader: Any) -> list[str]:
     """Files of tensors in the folder that its reader does not read. Those that it failed to read are problems."""
-    known = getattr(reader, "known", lambda file: file.suffix not in TORCH)
+    known = getattr(reader, "known", lambda file: file.suffix not in plain.TORCH_SUFFIXES)
     files = (p for p in path.rglob("*") if p.suffix in TENSORS) if path.is_dir() else ()
     return sorted(str(p.relative_to(path)) for p in files if p.is_file() and not known(p))

@@ -17,13 +17,13 @@ from ....errors import Qwen35Error
 from ...servers.answer import UNKNOWN, Answer
 from ...servers.readers import read_answers
 from ...servers.routed import shaped
-from ..dump import Dump, Piece, Tokens
+from ..dump import Dump, Piece, StepTokens
 
-SUFFIXES = (".json", ".jsonl")
+JSON_SUFFIXES = (".json", ".jsonl")
 
 
 def known(file: Path) -> bool:
-    return file.suffix in SUFFIXES
+    return file.suffix in JSON_SUFFIXES
 
 
 def sniff(path: Path) -> bool:
@@ -39,7 +39,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
     answers = read_answers(path)
     text = (config or {}).get("text_config", config or {})
     pieces: list[Piece] = []
-    tokens: dict[int, Tokens] = {}
+    tokens: dict[int, StepTokens] = {}
     notes, problems = [], list[Qwen35Error]()
     width = max((len(row.log_p) for answer in answers for row in answer.rows), default=0)
     for step, answer in enumerate(answers):
@@ -49,7 +49,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
                                         do="ask with ids in the answer, or save the request with it"))  # fmt: skip
             continue
         ids = torch.tensor(answer.ids)
-        tokens[step] = Tokens(ids, torch.arange(len(ids)))
+        tokens[step] = StepTokens(ids, torch.arange(len(ids)))
         if answer.routed is not None and text.get("num_hidden_layers"):
             pieces += _routing(answer, step, text, str(path))
         pieces += _log_p(answer, step, width, str(path))

@@ -20,7 +20,7 @@ from .common import load_pt, load_tensor
 NAME = re.compile(r"layer(\d+)(?:_(\w+?))?_rank(\d+)(?:_call(\d+))?((?:_ctx(\d+))?(?:_fp\w+?)?(?:_bs\d+)?)\.pt")
 WEIGHT = re.compile(r"weight_rank(\d+)_layer(\d+)\.pt")
 # Class names (beginning or end) -> the path whose rule applies. The first that fits counts.
-CLASSES = (
+MODULE_CLASSES = (
     (r".*GatedDeltaNet|.*LinearAttention|.*GDN.*", "linear_attn.output"),
     (r".*Attention", "o_proj.output"),
     (r"FusedMoE|.*Experts", "mlp.experts.output"),
@@ -60,7 +60,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
                 problems.append(error)
         elif found := NAME.fullmatch(file.name):
             layer, kind, rank = int(found[1]), found[2] or "", int(found[3])
-            path_below = next((p for pattern, p in CLASSES if re.fullmatch(pattern, kind)), f"{kind}.output")
+            path_below = next((p for pattern, p in MODULE_CLASSES if re.fullmatch(pattern, kind)), f"{kind}.output")
             try:
                 load_tensor(file, "hidden")
             except Qwen35Error as error:

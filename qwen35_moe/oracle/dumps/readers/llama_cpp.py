@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ....errors import Qwen35Error
 from ....untrusted import check_regular
-from ..dump import Dump, Piece, Tokens
+from ..dump import Dump, Piece, StepTokens
 
 MAGIC = b"_logits_"
 
@@ -54,7 +54,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
     tokens, rows = {}, None
     if tokens_file.is_file():
         ids = torch.from_numpy(np.fromfile(tokens_file, np.int32).astype(np.int64))
-        tokens, rows = {0: Tokens(ids, torch.arange(ids.numel()))}, torch.tensor([ids.numel() - 1])
+        tokens, rows = {0: StepTokens(ids, torch.arange(ids.numel()))}, torch.tensor([ids.numel() - 1])
     load = partial(lambda p: torch.from_numpy(np.fromfile(p, np.float32))[None], path)
     piece = Piece("logits", load, path="next_token_logits", where=str(path), rows=rows)
     return Dump("llama.cpp logits", path, [piece], tokens, config=config)
@@ -84,7 +84,7 @@ def _read_base(path: Path, config: Any) -> Dump:
     ids = torch.from_numpy(np.fromfile(path, np.int32, n_chunk * n_ctx, offset=20).astype(np.int64)).view(
         n_chunk, n_ctx
     )
-    tokens = {i: Tokens(ids[i], torch.arange(n_ctx)) for i in range(n_chunk)}
+    tokens = {i: StepTokens(ids[i], torch.arange(n_ctx)) for i in range(n_chunk)}
     rows = torch.arange(first, first + count)
     pieces = [
         Piece(f"chunk {i}", partial(_log_probs, path, start + i * chunk_bytes, count, width, n_vocab), i,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ....trace.file import Trace
-from ..dump import Dump, Piece, Tokens
+from ..dump import Dump, Piece, StepTokens
 
 
 def sniff(path: Path) -> bool:
@@ -32,5 +32,5 @@ def from_trace(trace: Trace, config: Any = None) -> Dump:
         ids, mask = torch.tensor(step["ids"]), torch.tensor(step["mask"], dtype=torch.bool)
         # With images in the prompt, time alone orders no tokens.
         positions = None if "axes" in step else torch.tensor(step["positions"]).flatten()
-        tokens[number] = Tokens(ids.flatten(), positions, batch=(ids.shape[0], ids.shape[1]), mask=mask.flatten())
+        tokens[number] = StepTokens(ids.flatten(), positions, batch=(ids.shape[0], ids.shape[1]), mask=mask.flatten())
     return Dump("qwen35-moe trace", trace.path or "memory", pieces, tokens, config=config or trace.meta.get("config"))

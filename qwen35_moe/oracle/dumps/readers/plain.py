@@ -1,7 +1,7 @@
 """Plain safetensors, npz, npy and torch files, with a name map.
 
 The map says what each tensor is: {"engine's name": "our key"}, names being exact or regular expressions, whose groups
-may be used in the key: {"blk\\.(\\d+)\\.ffn_out": "layers.\\1.mlp_output"}. Keys of CORE say which tokens they are of.
+may be used in the key: {"blk\\.(\\d+)\\.ffn_out": "layers.\\1.mlp_output"}. TOKEN_KEYS say which tokens it is.
 Without a map, names.json beside the files counts, and names that are keys already, that an engine's module has, or that
 people give (saved.py) need none.
 """
@@ -23,15 +23,15 @@ from ....errors import Qwen35Error
 from ....gate.patterns import MAX_NAME, bounded_pattern
 from ....numerics.tap_table import TAPS, base_name
 from ....untrusted import check_regular, parse_npy, read_json, tensor_file
-from ..dump import Dump, Piece, Tokens
+from ..dump import Dump, Piece, StepTokens
 from ..engine_names import family_of, rule_for
 from ..pieces import plain_values
 from . import saved
 from .common import costs_itself, whole_numbers
 
-TORCH = (".pt", ".pth", ".bin", ".pkl")
-SUFFIXES = (".safetensors", ".npz", ".npy", *TORCH)
-CORE = ("input_ids", "sequences", "positions", "position_ids", "seq_lens", "attention_mask")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".pkl")
+SUFFIXES = (".safetensors", ".npz", ".npy", *TORCH_SUFFIXES)
+TOKEN_KEYS = ("input_ids", "sequences", "positions", "position_ids", "seq_lens", "attention_mask")
 
 
 def known(file: Path) -> bool:
@@ -60,7 +60,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, name_map: Any =
     for step, name, load, where in entries:
         own, name = saved.step_of(name)
         at = step if own is None else own
-        if name.rpartition(".")[2] in CORE and "layers." not in name:
+        if name.rpartition(".")[2] in TOKEN_KEYS and "layers." not in name:
             with costs_itself(problems, where):
                 core.setdefault(at or 0, {})[name.rpartition(".")[2]] = plain_values(load(), where)
         else:
@@ -122,8 +122,8 @@ def _mapped(raw: str, names: Mapping[str, str]) -> str:
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    if file.suffix in TORCH:
-        for name, x in saved.tensors(saved.load(file), file.stem):
+    if file.suffix in TORCH_SUFFIXES:
+        for name, x in saved.tensors(saved.load_torch_file(file), file.stem):
             yield name, partial(_same, x)
     elif file.suffix == ".npy":
         yield file.stem, partial(_from_npy, file)
@@ -170,7 +170,7 @@ def _from_safetensors(file: Path, name: str) -> Tensor:
         return opened.get_tensor(name)
 
 
-def tokens_of(core: Mapping[int, Mapping[str, Tensor]], pieces: Sequence[Piece]) -> dict[int, Tokens]:
+def tokens_of(core: Mapping[int, Mapping[str, Tensor]], pieces: Sequence[Piece]) -> dict[int, StepTokens]:
     """The tokens of each step that has ids. One list of ids is shared out among several steps, in their order: what
     `generate` returns has all ids, and one row of logits a step."""
     steps = sorted({piece.step for piece in pieces})
@@ -191,7 +191,7 @@ def tokens_of(core: Mapping[int, Mapping[str, Tensor]], pieces: Sequence[Piece])
         stop = min(T, start + rows[step])
         mask = torch.ones(B, stop - start, dtype=torch.bool) if real is None else real[:, start:stop]
         if stop > start:
-            shared[step] = Tokens(ids[:, start:stop].flatten(), batch=(B, stop - start), mask=mask.flatten())
+            shared[step] = StepTokens(ids[:, start:stop].flatten(), batch=(B, stop - start), mask=mask.flatten())
         start = stop
     return shared
 
@@ -202,7 +202,7 @@ def _rows(piece: Piece, B: int) -> int:
     return x.shape[1] if x.dim() > 2 and x.shape[0] == B else max(1, x.shape[0] // B)
 
 
-def _tokens(core: Mapping[str, Tensor]) -> Tokens:
+def _tokens(core: Mapping[str, Tensor]) -> StepTokens:
     ids = core["input_ids"] if "input_ids" in core else core["sequences"]
     positions = core.get("positions", core.get("position_ids"))
     if positions is not None and positions.dim() == 3:  # text, height, width
@@ -212,5 +212,5 @@ def _tokens(core: Mapping[str, Tensor]) -> Tokens:
     given = core.get("attention_mask")
     if batch and given is not None and given.numel() == ids.numel():
         mask = given.flatten().bool()
-    return Tokens(ids.flatten().long(), None if positions is None else positions.flatten().long(),
+    return StepTokens(ids.flatten().long(), None if positions is None else positions.flatten().long(),
                   whole_numbers(core.get("seq_lens")), batch=batch, mask=mask)  # fmt: skip

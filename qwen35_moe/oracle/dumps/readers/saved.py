@@ -25,7 +25,7 @@ from .common import load_pt
 
 LIST = re.compile(r"(?:.*[./])?(hidden_states|router_logits|scores|logits)[._](\d+)(?:[._](\d+))?")
 STEP = re.compile(r"(?:^|[./_-])step[._-]?(\d+)(?=[./_-]|$)[./_-]?", re.IGNORECASE)
-LOGITS = re.compile(r"(?<!router)[._-]logits?$|^logits?[._-]", re.IGNORECASE)
+LOGITS_NAME = re.compile(r"(?<!router)[._-]logits?$|^logits?[._-]", re.IGNORECASE)
 STEPS_OF = {"scores", "logits"}  # lists with one entry a step
 WHOLE = {"logits": "next_token_logits", "last_hidden_state": "final_norm", "log_probs": "next_token_logits",
          "logprobs": "next_token_logits", "lm_logits": "next_token_logits"}  # fmt: skip
@@ -42,7 +42,7 @@ def _record(*_: Any) -> OrderedDict[str, Any]:
     return OrderedDict()
 
 
-def load(path: Path) -> Any:
+def load_torch_file(path: Path) -> Any:
     """What a torch file holds, with `weights_only=True`. Objects of transformers come as dicts, or as nothing."""
     check_regular(path)
     try:
@@ -88,7 +88,7 @@ def meaning(name: str, last: int | None) -> tuple[int | None, str] | None:
         return None, whole
     found = LIST.fullmatch(name)
     if found is None:
-        return (None, "next_token_logits") if LOGITS.search(name) else None
+        return (None, "next_token_logits") if LOGITS_NAME.search(name) else None
     kind, first, second = found[1], int(found[2]), found[3]
     if kind in STEPS_OF:
         return (first, "next_token_logits") if second is None else None

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ....errors import Qwen35Error
-from ..dump import Dump, Piece, Tokens
+from ..dump import Dump, Piece, StepTokens
 from ..engine_names import family_of
 from .common import a_dict, costs_itself, load_pt, load_tensor, once, whole_numbers
 
 HELD = 1 << 13  # files that stay mapped until they are used; a process may have 65,530 mappings
-CORE = ("input_ids", "positions", "seq_lens", "req_pool_indices", "rids")
+BATCH_FIELDS = ("input_ids", "positions", "seq_lens", "req_pool_indices", "rids")
 
 
 def sniff(path: Path) -> bool:
@@ -46,8 +46,8 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
             wrapped = isinstance(loaded, dict) and set(loaded) == {"value", "meta"}
             value, meta = (loaded["value"], a_dict(loaded["meta"])) if wrapped else (loaded, {})
             name, step, rank = tags["name"], int(tags["step"]), int(tags["rank"])
-            if name in CORE:
-                if name in CORE[:2] and not isinstance(value, Tensor):
+            if name in BATCH_FIELDS:
+                if name in BATCH_FIELDS[:2] and not isinstance(value, Tensor):
                     raise Qwen35Error("not a tensor", where=file, found=type(value).__name__)
                 here = core.setdefault((step, rank), {})  # again for every layer: the first counts
                 here.setdefault(name, value)
@@ -98,7 +98,7 @@ def _tags(file: Path) -> dict[str, str]:
     return dict(part.partition("=")[::2] for part in file.name.removesuffix(".pt").split("___"))
 
 
-def _tokens(found: Mapping[str, Any]) -> Tokens:
+def _tokens(found: Mapping[str, Any]) -> StepTokens:
     positions, rotary = (
         x[0] if isinstance(x, Tensor) and x.dim() == 2 else x  # text, height, width
         for x in (found.get("positions"), found.get("rotary"))
@@ -106,7 +106,7 @@ def _tokens(found: Mapping[str, Any]) -> Tokens:
     requests = found.get("rids", found.get("req_pool_indices"))
     ids = found["input_ids"]
     batch = (ids.shape[0], ids.shape[1]) if ids.dim() == 2 else None
-    return Tokens(
+    return StepTokens(
         ids.flatten().to(torch.int64),
         positions.flatten().to(torch.int64) if isinstance(positions, Tensor) else None,
         whole_numbers(found.get("seq_lens")),

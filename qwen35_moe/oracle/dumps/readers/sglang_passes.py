@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ....errors import Qwen35Error
-from ..dump import Dump, Piece, Tokens
+from ..dump import Dump, Piece, StepTokens
 from .common import load_pt, whole_numbers
 
-CORE = ".forward_batch_info."
+BATCH_INFO = ".forward_batch_info."
 
 
 def sniff(path: Path) -> bool:
@@ -31,7 +31,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
     """The folder that was given to SGLang, or one of its TP*_PP*_Rank*_pid* folders."""
     pieces: list[Piece] = []
     problems: list[Qwen35Error] = []
-    tokens: dict[int, Tokens] = {}
+    tokens: dict[int, StepTokens] = {}
     folders = _folders(path)
     seen: dict[int, list[str]] = {}
     for folder in folders:
@@ -49,12 +49,12 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
                 problems.append(error)
                 continue
             if rank == 0:
-                core = {name.partition(CORE)[2]: x for name, x in loaded.items() if CORE in name}
+                core = {name.partition(BATCH_INFO)[2]: x for name, x in loaded.items() if BATCH_INFO in name}
                 if isinstance(core.get("input_ids"), Tensor):
                     tokens[number] = _tokens(core)
             for name, value in loaded.items():
                 late = "." not in name  # `model` and what comes after it
-                if CORE in name or (late and number == 0):
+                if BATCH_INFO in name or (late and number == 0):
                     continue
                 many = isinstance(value, (list, tuple))
                 for index in range(len(value)) if many else (None,):
@@ -86,8 +86,8 @@ def _folders(path: Path) -> list[Path]:
     return sorted(p for p in path.glob("TP*_PP*_Rank*_pid*") if any(p.glob("Pass*.pt")))
 
 
-def _tokens(core: Mapping[str, Any]) -> Tokens:
+def _tokens(core: Mapping[str, Any]) -> StepTokens:
     positions = core.get("positions")
     if isinstance(positions, Tensor) and positions.dim() == 2:
         positions = positions[0]
-    return Tokens(core["input_ids"].flatten().to(torch.int64), positions, whole_numbers(core.get("seq_lens")))
+    return StepTokens(core["input_ids"].flatten().to(torch.int64), positions, whole_numbers(core.get("seq_lens")))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ....errors import Qwen35Error
 from ....untrusted import read_json, tensor_file
-from ..dump import Dump, Piece, Tokens
+from ..dump import Dump, Piece, StepTokens
 
 TREE = "_debug_tree_FULL_TENSORS.json"
 
@@ -40,7 +40,7 @@ class TransformersCapture:
     def __init__(self, model: nn.Module):
         self.model = model
         self.pieces: list[Piece] = []
-        self.tokens: dict[int, Tokens] = {}
+        self.tokens: dict[int, StepTokens] = {}
         self.step = -1
         self._handles: list[Any] = []
 
@@ -111,7 +111,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
         raise Qwen35Error("not a debug tree", where=files[0], expected="an object with module_path and children")
     pieces: list[Piece] = []
     problems: list[Qwen35Error] = []
-    tokens: dict[int, Tokens] = {}
+    tokens: dict[int, StepTokens] = {}
     root = tree["module_path"]
     for raw, found in _tensors(tree):
         name = raw.removeprefix(root).removeprefix(".")
@@ -155,11 +155,11 @@ def _load(file: Path) -> Tensor:
         return opened.get_tensor("data")
 
 
-def _batch_tokens(ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tokens:
+def _batch_tokens(ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> StepTokens:
     """Tokens of a [B, T] batch. A mask may cover cached tokens too: its last T columns count."""
     B, T = ids.shape
     real = torch.ones(B, T, dtype=torch.bool) if mask is None else mask[:, -T:].bool()
-    return Tokens(ids.flatten(), _flat_positions(positions, (B, T)), batch=(B, T), mask=real.flatten())
+    return StepTokens(ids.flatten(), _flat_positions(positions, (B, T)), batch=(B, T), mask=real.flatten())
 
 
 def _flat_positions(positions: Tensor | None, batch: tuple[int, int] | None) -> Tensor | None:

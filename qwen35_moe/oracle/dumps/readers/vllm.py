@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ....errors import Qwen35Error
 from ....untrusted import check_regular, parse_json, parse_npy, read_bytes, tensor_file
-from ..dump import Dump, Piece, Tokens
+from ..dump import Dump, Piece, StepTokens
 
 
 def sniff(path: Path) -> bool:
@@ -69,7 +69,7 @@ def _read_hidden(path: Path, files: list[Path], config: Any, layers: list[int] |
         if len(numbers) != count or len(set(numbers) & known) != count:
             expected = f"{count} different layer ids" + ("" if last is None else f", 0 to {last}")
             raise Qwen35Error("layers do not fit", where=file, expected=expected, found=numbers)
-        tokens[step] = Tokens(ids.flatten().to(torch.int64), torch.arange(ids.numel()))
+        tokens[step] = StepTokens(ids.flatten().to(torch.int64), torch.arange(ids.numel()))
         for i, layer in enumerate(numbers):
             name, at = ("layer_output_sum", layer - 1) if layer == last else ("layer_input", layer)
             raw = f"hidden_states[{layer}]"
