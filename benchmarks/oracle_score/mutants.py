@@ -227,6 +227,8 @@ def run(source: WeightSource, ids: Tensor, regime: str, function: str = "", shar
     faults = [f for f in FAULTS if f.name not in IN_STEPS] + ([] if function else [*SMALL])
     for outcomes, kind in zip(found, (faults, [*UNLISTED, *UNSEEN]), strict=False):
         can = [f for f in kind if f.applies(source, bench.layer_of(f) or 0, a4)]
+        if regime in LISTS:  # SGLang's hooks do not see the state
+            can = [f for f in can if f.name != "state in bf16"]
         if regime == "fused lists":
             can = [f for f in can if not f.taps or not UNFUSED.issuperset(f.taps)]
         outcomes += map(bench.planted, can[share])

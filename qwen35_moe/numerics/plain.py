@@ -123,13 +123,11 @@ SGLANG_BF16 = Arithmetic(
 VLLM_BF16 = Arithmetic(
     name="vllm-bf16",
     dtype=torch.bfloat16,
-    doc="vLLM 0.33, unquantised weights. Kernels that vLLM shares with SGLang round as there; norms, positions and the "
-    "shared expert's gate as in transformers.",
+    doc="vLLM 0.33, unquantised weights. Kernels that vLLM shares with SGLang round as there; positions and the shared "
+    "expert's gate as in transformers.",
     rounds={
         **{name: how for name, how in SGLANG_BF16.rounds.items() if not name.startswith("moe_shared")},
-        # The norm reads the stream as it is stored; cos and sin come from a cache in bf16.
-        "pre_mlp_residual_sum": torch.bfloat16,
-        "layer_output_sum": torch.bfloat16,
+        # The norm sees the fp32 sum (measured on hidden states of 0.25.1); cos and sin come from a cache in bf16.
         "rope_cos": torch.bfloat16,
         "rope_sin": torch.bfloat16,
         # The router's product is kept in fp32, and so are its weights; ties go to the lowest id.
