@@ -136,6 +136,7 @@ OPEN_HERE = {
     "checkpoint.header": "calls check_regular, then reads a header of bounded size",
     "checkpoint.reader": "maps files whose header was read by the one reader",
     "cli.estimate": "reads /proc of this process",
+    "cli.main": "opens the null device",
     "oracle.dumps.readers.common": "torch.load of weights only, after check_regular",
     "oracle.dumps.readers.llama_cpp": "float32 of a size that is checked, after check_regular",
     "oracle.dumps.readers.plain": "numpy maps the file, after check_regular",

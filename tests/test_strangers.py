@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -59,6 +61,13 @@ def test_a_bug_is_not_a_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr("qwen35_moe.cli.gate.config_and_specs", lambda *_: 1 / 0)
     assert cli.main(["gate", "anything"]) == 2
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 0), (">&- 2>&-", 0), ("<&- >&- 2>&-", 0), (">/dev/full", 2)])
+def test_streams_that_are_closed_or_full_are_no_verdict(closed: str, code: int) -> None:
+    """Python has None for a closed stream, and the next file that is opened gets its number."""
+    command = f"{sys.executable} -m qwen35_moe dump-config sglang {closed}"
+    assert subprocess.run(["sh", "-c", command], cwd=Path(__file__).parents[1], timeout=60).returncode == code
 
 
 def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -72,10 +73,25 @@ class _Escaped(io.TextIOBase):
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
     with redirect_stdout(_Escaped(sys.stdout)):
         return _run(argv)
+
+
+def _open_closed_streams() -> None:
+    """A standard stream that the caller closed becomes the null device: the next file that is opened, or a message that
+    nobody can see, must not cost the verdict."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which takes the lowest number that is free
+    if sys.stdout is None:  # as Python has it for a closed stream, whatever its type says
+        sys.stdout = os.fdopen(os.dup(1), "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.dup(2), "w")
 
 
 def _run(argv: Sequence[str]) -> int:
