@@ -37,9 +37,10 @@ from qwen35_moe.oracle.judge.envelope import ALL_BF16, legal
 from qwen35_moe.oracle.judge.rerun import CPU
 from qwen35_moe.oracle.judge.split_k import split_products, splitting
 from qwen35_moe.oracle.servers.answer import Answer, row
+from qwen35_moe.oracle.servers.placed_faults import PlacedFault, placed_faults
 from qwen35_moe.oracle.servers.probe import How, Prepared, prepare
 from qwen35_moe.oracle.servers.prompts import drawn_prompts
-from qwen35_moe.oracle.servers.replay import Branch, PlacedFault, Replay, placed_faults
+from qwen35_moe.oracle.servers.replay import Branch, Replay
 from qwen35_moe.oracle.servers.verdict import Verdict
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.run.load import build as build_model

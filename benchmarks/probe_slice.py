@@ -28,9 +28,10 @@ from qwen35_moe.numerics.tables import SGLANG_BF16
 from qwen35_moe.oracle.judge.where import Where
 from qwen35_moe.oracle.servers.dialects import TOKENS_PER_REQUEST
 from qwen35_moe.oracle.servers.judge import Judge
+from qwen35_moe.oracle.servers.placed_faults import PlacedFault
 from qwen35_moe.oracle.servers.probe import How, Prepared, prepare
 from qwen35_moe.oracle.servers.prompts import drawn_prompts
-from qwen35_moe.oracle.servers.replay import Branch, PlacedFault, Replay
+from qwen35_moe.oracle.servers.replay import Branch, Replay
 from qwen35_moe.oracle.servers.verdict import Told, decide
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.run.source import WeightSource

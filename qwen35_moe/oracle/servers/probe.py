@@ -16,7 +16,8 @@ from ..judge.split_k import samples
 from ..judge.where import HERE, Where
 from .answer import Answer, Row
 from .judge import Judge, Positions
-from .replay import Branch, PlacedFault, Replay, placed_faults
+from .placed_faults import PlacedFault, placed_faults
+from .replay import Branch, Replay
 from .routing import judge_routing
 from .verdict import Told, Verdict, decide, told
 
@@ -41,16 +42,6 @@ class How:
     faults: str = "each"
     more: int = MORE
     where: Where = HERE
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is run: the truth's arithmetic, legal ones, hypotheses."""
-
-    truth: str | Arithmetic
-    tables: Sequence[Arithmetic]
-    listed: Sequence[PlacedFault]
-    where: Where
 
 
 @dataclass
@@ -124,8 +115,7 @@ class Prepared:
             )
             return verdict
         r, tables = self.replay, [b.table for b in self.branches[1 : self.members + 1]]
-        work = Work(self.branches[0].table, tables, [], r.where)
-        known = _replayed(r.source, r.fused, [a.ids for a in longer], work)
+        known = _replayed(r.source, r.fused, [a.ids for a in longer], self.branches[0].table, tables, [], r.where)
         found = told(longer, known.ids, r.config.vocab_size)
         wrong, _ = judge_routing(longer, known.ids, known.replay.ids.shape[1], known.branches, known.members)
         decode = decide(Judge(known.replay, known.branches, known.members, found.at), found, wrong)
@@ -143,11 +133,14 @@ def prepare(
     listed = placed_faults(source, how.faults, a4=how.arithmetic.startswith("exact+a4"))
     said = {"attn": how.kv_cache, "gdn": how.state}
     listed = [h for h in listed if not (h.fault.rounds and said.get(h.fault.block))]
-    return _replayed(source, fused, ids, Work(how.arithmetic, tables, listed, how.where))
+    return _replayed(source, fused, ids, how.arithmetic, tables, listed, how.where)
 
 
-def _replayed(source: WeightSource, fused: Sequence[bool], ids: Sequence[Sequence[int]], work: Work) -> Prepared:
+def _replayed(
+    source: WeightSource, fused: Sequence[bool], ids: Sequence[Sequence[int]], truth: str | Arithmetic,
+    tables: Sequence[Arithmetic], listed: Sequence[PlacedFault], where: Where,
+) -> Prepared:  # fmt: skip
     rows, mask = padded([torch.tensor(list(one)) for one in ids])
-    replay = Replay(source, fused, rows, mask, work.where)
-    branches = replay.run(work.truth, work.tables, work.listed, routing=True)
-    return Prepared([list(one) for one in ids], replay, branches, len(work.tables))
+    replay = Replay(source, fused, rows, mask, where)
+    branches = replay.run(truth, tables, listed, routing=True)
+    return Prepared([list(one) for one in ids], replay, branches, len(tables))

@@ -28,53 +28,15 @@ from ...run.experts import PackedExpert, moved
 from ...run.fill import fill
 from ...run.load import build
 from ...run.source import WeightSource
-from ..diagnose.catalogue import FAULTS
-from ..diagnose.faults import Fault, FaultSite
+from ..diagnose.faults import FaultSite
 from ..judge.split_k import splitting
 from ..judge.where import HERE, Where
+from .placed_faults import PlacedFault
 
 TOGETHER = 1 << 13  # tokens that one layer is run on at once
 LOGITS_HELD = 1 << 26  # logits that are held at once
 BYTES = 18  # of an expert's number, decoded side by side for float64, float32 (twice, with a fault) and bf16
 SHARE_OF_MEMORY = 0.6  # that they may take: else experts are decoded when they are chosen
-KINDS = {"attn": "full_attention", "gdn": "linear_attention"}
-
-
-@dataclass(frozen=True)
-class PlacedFault:
-    """A fault at work on one layer, or on all that can have it (None); `expert` is that of a fault of one expert."""
-
-    fault: Fault
-    layer: int | None = None
-    expert: int = 0
-
-    def __str__(self) -> str:
-        if self.fault.block == "final_norm":
-            return self.fault.name
-        one = f" (expert {self.expert})" if self.fault.single else ""
-        return f"{self.fault.name}{one}, {'all layers' if self.layer is None else f'layer {self.layer}'}"
-
-    def __hash__(self) -> int:
-        return hash((self.fault.name, self.layer))
-
-
-def placed_faults(source: WeightSource, which: str = "each", a4: bool = False) -> list[PlacedFault]:
-    """What the catalogue can say of this checkpoint: `all` (layers at once), `each` (also layer by layer), or `none`.
-    A fault of the draft head shows in no log p, one of the hand-over between steps in none of a prompt; one of one
-    expert is in one layer only."""
-    kinds, found = source.config.layer_types, list[PlacedFault]()
-    for fault in () if which == "none" else FAULTS:
-        if fault.block == "mtp" or fault.hand_over is not None:
-            continue
-        layers = [i for i, kind in enumerate(kinds) if KINDS.get(fault.block, kind) == kind]
-        layers = [i for i in layers if fault.applies(source, i, a4)]
-        if not layers:
-            continue
-        if not fault.single:
-            found.append(PlacedFault(fault))
-        if which == "each" and fault.block != "final_norm":
-            found += [PlacedFault(fault, i) for i in layers]
-    return found
 
 
 class Held(WeightSource):
@@ -126,7 +88,6 @@ class Branch:
     hypothesis: PlacedFault | None = None
     source: WeightSource | None = None
     handlers: list[Handler] = field(default_factory=list)
-    place: FaultSite | None = None
     watch: _Watch | None = None
     routing: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # a layer: router logits [N, E], ids [N, A]
 
@@ -242,15 +203,13 @@ class Replay:
         layers = None if h.layer is None else frozenset({h.layer})
         place = FaultSite(self.config, self.positions, layers, h.expert)
         source = h.fault.source(self.source, place)
-        return Branch(str(h), h.fault.arithmetic(table), stream, h, None if source is self.source else source,
-                      h.fault.handlers(place), place)  # fmt: skip
+        broken = None if source is self.source else source
+        return Branch(str(h), h.fault.arithmetic(table), stream, h, broken, h.fault.handlers(place))
 
     def _step(self, i: int, b: Branch) -> None:
-        strikes = b.strikes(i)
-        fault = b.hypothesis.fault if strikes and b.hypothesis else None
-        if fault is not None and not fault.applies(self.source, i, a4=b.table.name.startswith("exact+a4")):
-            strikes, fault = False, None
-        fused = self.fused[i] or bool(fault and fault.fused)
+        fault = b.hypothesis.fault if b.hypothesis and b.strikes(i) else None
+        strikes = fault is not None and fault.applies(self.source, i, a4=b.table.name.startswith("exact+a4"))
+        fused = self.fused[i] or bool(strikes and fault and fault.fused)
         layer = self._broken(i, b, fused) if strikes and b.source is not None else self._layer(i, b.table, fused)
         watch = [b.watch] if b.watch else []
         b.stream = self._forward(i, layer, b.table, b.stream, [*(b.handlers if strikes else ()), *watch], 1)
