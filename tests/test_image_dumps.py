@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.model.text import Model
 from qwen35_moe.model.vision.config import VisionConfig
 from qwen35_moe.model.vision.positions import token_types
+from qwen35_moe.model.vision.tower import patch_places
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.diagnose.faults import Fault, FaultSite
 from qwen35_moe.oracle.diagnose.rope_faults import counted, counted_after, swapped, time_only
@@ -36,15 +38,19 @@ from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.images import axes_in
 
 CHECKPOINT = FIXTURES / "bf16-hub"
-IMAGE = 252
+IMAGE, VIDEO = 252, 253
 IDS = torch.tensor([[3, 17, 250, *[IMAGE] * 6, 251, 99, 250, *[IMAGE] * 4, 251, 7, 8, 91, 40, 12]])
 GRIDS = torch.tensor([[1, 4, 6], [1, 8, 2]])
 PIXELS = torch.randn(40, 96, generator=torch.Generator().manual_seed(5))
+IMAGES = Images(PIXELS, GRIDS)
+# As the processor writes a video of two frames: a timestamp, and the frame between vision_start and vision_end.
+FILM = torch.tensor([[3, 40, 41, 250, *[VIDEO] * 6, 251, 40, 42, 250, *[VIDEO] * 6, 251, 7, 8, 91, 40, 12]])
+VIDEOS = Images(pixel_values_videos=torch.cat((PIXELS, PIXELS[:8].flip(1))), video_grid_thw=torch.tensor([[2, 4, 6]]))
 
 
 @pytest.fixture(scope="module")
 def truth() -> Trace:
-    return q.trace(q.load(CHECKPOINT, shared_expert="unfused"), IDS, images=Images(PIXELS, GRIDS))
+    return q.trace(q.load(CHECKPOINT, shared_expert="unfused"), IDS, images=IMAGES)
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +58,28 @@ def source():
     return open_checkpoint(CHECKPOINT)[1].source
 
 
-def transformers_dump(positions: Callable[[Tensor], Tensor] | None = None, images: bool = True) -> Dump:
-    """transformers in bf16, live; `positions` is what it makes of the right ones."""
-    model = load_transformers(CHECKPOINT, torch.bfloat16)
-    rotary = model.model.language_model.rotary_emb
-    if positions is not None:
-        rotary.register_forward_pre_hook(lambda _, args: (args[0], positions(args[1])))
+def captured(
+    images: Images = IMAGES, ids: Tensor = IDS, dtype: torch.dtype = torch.bfloat16, plant: Callable[[Any], Any] = len
+) -> TransformersCapture:
+    """transformers, live, after `plant` did something to its model."""
+    model = load_transformers(CHECKPOINT, dtype)
+    if plant is not len:
+        plant(model.model)
+    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in images.given().items()}
     with quiet(), torch.no_grad(), TransformersCapture(model) as capture:
-        model(
-            input_ids=IDS, pixel_values=PIXELS.bfloat16(), image_grid_thw=GRIDS,
-            mm_token_type_ids=token_types(IDS, IMAGE, 253), use_cache=False,
-        )  # fmt: skip
-    return capture.dump()
+        model(input_ids=ids, mm_token_type_ids=token_types(ids, IMAGE, VIDEO), use_cache=False, **inputs)
+    return capture
+
+
+def transformers_dump(positions: Callable[[Tensor], Tensor] | None = None) -> Dump:
+    """transformers in bf16, live; `positions` is what it makes of the right ones."""
+    return captured(plant=len if positions is None else wrong_positions(positions)).dump()
+
+
+def wrong_positions(positions: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    return lambda model: model.language_model.rotary_emb.register_forward_pre_hook(
+        lambda _, args: (args[0], positions(args[1]))
+    )
 
 
 def test_positions_have_three_axes(truth: Trace) -> None:
@@ -101,7 +117,7 @@ def test_trace_of_pixels_by_the_command(tmp_path: Path) -> None:
     arguments = ["trace", str(CHECKPOINT), "--ids", short, "--out", out, "--quiet"]
     assert cli.main([*arguments, "--pixel-values", str(tmp_path / "pixels.safetensors")]) == 0
     written = Trace.open(out)
-    expected = q.trace(q.load(CHECKPOINT, shared_expert="unfused"), written.ids, images=Images(PIXELS, GRIDS))
+    expected = q.trace(q.load(CHECKPOINT, shared_expert="unfused"), written.ids, images=IMAGES)
     assert written.ids.tolist() == IDS.tolist()
     assert (
         "visual.layers.0.vis_qkv" in written and [k for k in expected if not torch.equal(expected[k], written[k])] == []
@@ -114,7 +130,7 @@ def test_trace_of_pixels_by_the_command(tmp_path: Path) -> None:
 def seen_by_the_tower(source) -> Seen:
     vision = VisionConfig.from_dict(source.config.raw["vision_config"], source.config.hidden_size)
     table = source.tensor("visual.pos_embed.weight").double()
-    return Seen.of(Images(PIXELS, GRIDS), placeholders(source.config, IDS), table, vision)
+    return Seen.of(IMAGES, placeholders(source.config, IDS), table, vision)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +156,7 @@ INSIDE_OF_THE_TOWER = ["vis_pos_embed", "vis_embed", "vis_rope_*", "vis_q", "vis
 def test_faults_of_the_tower_are_named_at_their_block(truth: Trace, source, engine: Model, fault: Fault) -> None:
     """In an engine-like run, whose dump has what modules return."""
     place = FaultSite(source.config, axes_in(truth), seen=seen_by_the_tower(source))
-    run = q.trace(engine, IDS, taps=TAPS, images=Images(PIXELS, GRIDS), replay=fault.handlers(place))
+    run = q.trace(engine, IDS, taps=TAPS, images=IMAGES, replay=fault.handlers(place))
     dumped = {k: e for k, e in run.sites.items() if not any(fnmatch(e.name, p) for p in INSIDE_OF_THE_TOWER)}
     found = compare(truth, from_trace(Trace(dumped, run.meta, memory=run.memory)), source, diagnoses=1)
     said = found.diagnoses[0]
@@ -150,7 +166,7 @@ def test_faults_of_the_tower_are_named_at_their_block(truth: Trace, source, engi
 def test_the_tower_by_sglangs_names(truth: Trace, source, engine: Model, tmp_path: Path) -> None:
     """One file a call: SGLang may run the tower image by image. q, k and v are one product; ids of placeholders are
     hashes beyond the vocabulary."""
-    run = q.trace(engine, IDS, images=Images(PIXELS, GRIDS))
+    run = q.trace(engine, IDS, images=IMAGES)
     names = {rule.split()[1].partition(":")[0]: name for name, rule in VISION_NAMES.items() if "-:" not in rule}
     names |= {"vis_qkv": "attn.qkv_proj.output", "vis_mlp_act": "mlp.act.output", "vis_hidden": "merger.inputs.0"}
     values = []
@@ -169,6 +185,91 @@ def test_the_tower_by_sglangs_names(truth: Trace, source, engine: Model, tmp_pat
     found = compare(truth, dump, source)
     assert found.exit_code == 0 and found.tokens == (IDS.shape[1],) * 2, found.verdict
     assert sum(r.key.startswith("visual.") and r.cls != "missing" for r in found.records) == len(names)
-    assert q.diagnose(CHECKPOINT, dump, images=Images(PIXELS, GRIDS)).exit_code == 0
+    assert q.diagnose(CHECKPOINT, dump, images=IMAGES).exit_code == 0
     with pytest.raises(Qwen35Error, match="there are no pixels"):
         q.diagnose(CHECKPOINT, dump)
+
+
+def in_another_place(model: Any) -> None:
+    """Embeddings of the second image first."""
+
+    def change(_: Any, __: Any, out: Any) -> Any:
+        out.pooler_output = torch.cat((out.pooler_output[6:], out.pooler_output[:6]))
+        return out
+
+    model.visual.register_forward_hook(change)
+
+
+def without_slice(model: Any) -> None:
+    model.visual.patch_embed.proj.weight.data[:, :, 1] = 0
+
+
+def column_by_column(model: Any) -> None:
+    model.visual.merger.linear_fc1.register_forward_pre_hook(
+        lambda _, args: (args[0].unflatten(-1, (2, 2, -1)).transpose(1, 2).flatten(1),)
+    )
+
+
+def cut_from_the_table(model: Any) -> None:
+    """Rows of the position table for the first row and column of the image on, and no weights between them."""
+    row, column, _, _ = patch_places(GRIDS.tolist(), 2)
+    at = row.clamp(max=3) * 4 + column.clamp(max=3)
+    model.visual.pos_embed.register_forward_hook(lambda _, args, out: args_at(model, at).expand_as(out))
+
+
+def args_at(model: Any, at: Tensor) -> Tensor:
+    return model.visual.pos_embed.weight[at][:, None]
+
+
+def axes_turned(model: Any) -> None:
+    model.visual.rotary_pos_emb.register_forward_hook(
+        lambda _, __, out: tuple(x.unflatten(-1, (4, -1))[:, [1, 0, 3, 2]].flatten(1) for x in out)
+    )
+
+
+def in_blocks(model: Any) -> None:
+    """The first 2 frequencies turn with time, the third with the height, the fourth with the width."""
+    rotary = model.language_model.rotary_emb
+    rotary.recomposition_frequencies = lambda f: torch.cat((f[0, ..., :2], f[1, ..., 2:3], f[2, ..., 3:]) * 2, -1)
+
+
+@pytest.mark.parametrize(
+    ("plant", "name", "block"),
+    [
+        (in_another_place, "images in the wrong order", "images"),
+        (without_slice, "only the first temporal slice of the patch kernel", "vision patches"),
+        (cut_from_the_table, "position table not interpolated", "vision positions"),
+        (axes_turned, "rows and columns swapped in the tower's rotary embedding", "vision positions"),
+        (column_by_column, "merge blocks read column by column", "vision merger"),
+        (in_blocks, "M-RoPE sections in blocks", "attn"),
+    ],
+)
+def test_faults_planted_in_transformers(truth: Trace, source, plant: Any, name: str, block: str) -> None:
+    found = compare(truth, captured(plant=plant).dump(), source, diagnoses=1)
+    said = found.diagnoses[0]
+    assert (said.name, said.block) == (name, block), str(said)
+
+
+def record_of(found: Any) -> Any:
+    return next(r for r in found.records if r.key == "visual.image_embeds")
+
+
+def test_float32_and_saved_files(truth: Trace, source, tmp_path: Path) -> None:
+    capture = captured(dtype=torch.float32)
+    found = compare(truth, capture.dump(), source, engine="float32")
+    assert found.exit_code == 0 and record_of(found).cls == "within rounding", found.verdict
+    tensors = {piece.raw: piece.load().contiguous() for piece in capture.pieces if ".inputs." not in piece.raw}
+    save_file({**tensors, "input_ids": IDS}, tmp_path / "run.safetensors")
+    saved = compare(truth, read_dump(tmp_path / "run.safetensors", config=source.config.raw), source, engine="float32")
+    assert saved.exit_code == 0 and record_of(saved).cls == "within rounding", saved.verdict
+
+
+def test_videos(source) -> None:
+    """Positions of a right engine agree; time that moves on within the video is named."""
+    truth = q.trace(q.load(CHECKPOINT, shared_expert="unfused"), FILM, images=VIDEOS)
+    right = compare(truth, captured(VIDEOS, FILM).dump(), source)
+    assert right.exit_code == 0, right.verdict
+    later = torch.where((FILM == VIDEO) & (torch.arange(FILM.shape[1]) > 12), 1, 0)
+    plant = wrong_positions(lambda x: torch.cat((x[:1] + later, x[1:])))
+    found = compare(truth, captured(VIDEOS, FILM, plant=plant).dump(), source, diagnoses=1)
+    assert found.diagnoses[0].name == "frames of a video counted in time", str(found.diagnoses[0])

@@ -7,29 +7,32 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ...model.vision.positions import VIDEO
 from .faults import Fault, FaultSite, TapChange
+from .seen import Seen
 
-PositionChange = Callable[[Tensor], Tensor]  # [3, B, T] -> [3, B, T]
+PositionChange = Callable[[Tensor, Seen | None], Tensor]  # [3, B, T] -> [3, B, T]
 
 
-def same(x_3BT: Tensor) -> Tensor:
+
+def same(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
     return x_3BT
 
 
-def time_only(x_3BT: Tensor) -> Tensor:
+def time_only(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
     return x_3BT[:1].expand(3, -1, -1)
 
 
-def swapped(x_3BT: Tensor) -> Tensor:
+def swapped(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
     return x_3BT[[0, 2, 1]]
 
 
-def counted(x_3BT: Tensor) -> Tensor:
+def counted(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
     """Every token one further on, on all axes."""
     return torch.arange(x_3BT.shape[2]).expand_as(x_3BT)
 
 
-def counted_after(x_3BT: Tensor) -> Tensor:
+def counted_after(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
     """Images stand where they should, and what follows goes on after as many positions as they have tokens. Where all
     axes are equal a token is text, or an image's first."""
     index_T = torch.arange(x_3BT.shape[2])
@@ -37,6 +40,16 @@ def counted_after(x_3BT: Tensor) -> Tensor:
     last_BT = torch.where(text_BT, index_T, -1).cummax(1).values.clamp(min=0)
     ahead_BT = (index_T - x_3BT[0]).gather(1, last_BT)
     return x_3BT + ahead_BT
+
+
+def frames_counted(x_3BT: Tensor, seen: Seen | None) -> Tensor:
+    """Each frame of a video one further on in time, as in Qwen2.5-VL. Here time stands in the text between frames."""
+    if seen is None or not seen.videos:
+        return x_3BT
+    size, x_3BT = seen.config.spatial_merge_size**2, x_3BT.clone()
+    frames = [torch.full((h * w // size,), k) for t, h, w in seen.videos for k in range(t)]
+    x_3BT[0, seen.types == VIDEO] += torch.cat(frames).to(x_3BT)
+    return x_3BT
 
 
 def turned(
@@ -47,7 +60,8 @@ def turned(
 
     def angles(place: FaultSite) -> tuple[Tensor, float]:
         c, R = place.config, place.config.rotary_dim
-        at_3BT = positions(place.positions if place.positions.dim() == 3 else place.positions.expand(3, -1, -1))
+        at_3BT = place.positions if place.positions.dim() == 3 else place.positions.expand(3, -1, -1)
+        at_3BT = positions(at_3BT, place.seen)
         j = torch.arange(R // 2)
         time, height, width = c.mrope_section
         if blocks:
@@ -80,6 +94,8 @@ ROTARY_FAULTS = (
           turned(counted), needs="images"),
     Fault("positions after an image counted by tokens", "attn", "text goes on after as many positions as an image has "
           "tokens", "", turned(counted_after), needs="images"),
+    Fault("frames of a video counted in time", "attn", "as in Qwen2.5-VL", "", turned(frames_counted),
+          needs="images"),
     Fault("rotary scaling ignored", "attn", "rope_type (YaRN, ...) of config.json not read", "omlx 3347, mlx-lm 1507",
           turned(same, scaled=False), needs="scaled"),
 )  # fmt: skip

@@ -73,7 +73,9 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, name_map: Any =
 def _piece(name: str, load: Any, step: int | None, where: str, last: int | None, vocabulary: int | None) -> Piece:
     """A key, a name that people give, or an engine's module."""
     found = (None, name) if base_name(name) in TAPS else saved.meaning(name, last)
-    if found is None and rule_for(Piece.named(name, load).path, "sglang") is None and _is_wide(load, vocabulary):
+    path = Piece.named(name, load).path
+    unnamed = found is None and not any(rule_for(path, family) for family in ("sglang", "transformers", "vision"))
+    if unnamed and _is_wide(load, vocabulary):
         found = (None, "next_token_logits")
     if found is None:
         return Piece.named(name, load, step=step or 0, where=where)
