@@ -167,6 +167,7 @@ def align(dump: Dump, truth: Trace, only: list[int] | None = None) -> Alignment:
         notes.append(f"{len(early)} states were not compared: they are not those after the truth's last tokens")
     common = set(keys)
     missing = [key for key in names if key not in common]
+    used.add("inputs_embeds")  # of text: the embeddings, once more
     extra = [key for key in dump.sources if key not in used and not TURN.search(key)]
     total, found = int(mask.sum()), int((hit & mask).sum())
     if found < total:
