@@ -14,7 +14,6 @@ from .seen import Seen
 PositionChange = Callable[[Tensor, Seen | None], Tensor]  # [3, B, T] -> [3, B, T]
 
 
-
 def same(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
     return x_3BT
 
