@@ -11,15 +11,19 @@ from torch import Tensor
 
 import qwen35_moe as q
 from qwen35_moe.cli import main as cli
-from qwen35_moe.model.mtp import draft_chains, with_hidden
+from qwen35_moe.model.cache import Cache
+from qwen35_moe.model.mtp import draft_chains, draft_head, with_hidden
 from qwen35_moe.numerics.tap_table import part_of
 from qwen35_moe.numerics.taps import Site, attach
 from qwen35_moe.oracle.compare import compare
-from qwen35_moe.oracle.dumps.dump import Dump
+from qwen35_moe.oracle.dumps.align import align
+from qwen35_moe.oracle.dumps.dump import Dump, Piece, Tokens
 from qwen35_moe.oracle.dumps.readers.own import from_trace
+from qwen35_moe.oracle.dumps.writers import DUMPED
+from qwen35_moe.oracle.judge.acceptance import Acceptance, acceptance
 from qwen35_moe.trace.drafts import draft_ids_of
-from qwen35_moe.trace.file import Trace
-from qwen35_moe.trace.recorder import record, step_record
+from qwen35_moe.trace.file import Entry, Trace
+from qwen35_moe.trace.recorder import record, sizes_of, step_record
 
 IDS = torch.arange(20)[None] * 7919 % 251
 
@@ -53,21 +57,47 @@ def engine(path: Path, truth: Trace, how: str = "") -> Dump:
         if site.key == "layers.3.layer_output_sum":
             stream.append(x)
 
+    if how in SHIFTS:
+        return stepped_engine(model, next_ids, how)
+    if how == "zero":
+        [p.data.zero_() for name, p in model.mtp.layers.named_parameters() if "norm" not in name]
+    places = [torch.arange(20)[None]] * 3 if how == "chain in place" else None
     if how == "halves":
         weight = model.mtp.fc.weight
         weight.data = weight.data.roll(weight.shape[1] // 2, 1)
     with record("*", meta={"steps": [step_record(IDS, None, None, None)]}) as recorder, attach(keep):
         _, hidden = with_hidden(model, IDS)
         hidden = stream[0].to(hidden.dtype) if how == "pre-norm" else hidden
-        draft_chains(model, model.mtp, [IDS if how == "same token" else next_ids, *more], hidden)
+        draft_chains(model, model.mtp, [IDS if how == "same token" else next_ids, *more], hidden, None, places)
     return from_trace(recorder.trace)
 
 
-def test_a_right_draft_head_agrees(built: Callable[[str], Path], truth: Trace) -> None:
-    found = compare(truth, engine(built("tiny"), truth))
+SHIFTS = {"in steps": 0, "positions high": 1, "positions low": -1, "cache lost": 0}
+
+
+def stepped_engine(model: q.Model, next_ids: Tensor, how: str) -> Dump:
+    """The same in two steps, and without a chain."""
+    assert model.mtp is not None
+    cache, own = Cache(), Cache()
+    with record(f"{DUMPED},mtp_*", meta={"config": sizes_of(model.config), "steps": []}) as recorder:
+        for start, stop in ((0, 12), (12, 20)):
+            if start:
+                recorder.next_step()
+            at = torch.arange(start, stop)[None]
+            recorder.meta["steps"].append(step_record(IDS[:, start:stop], None, at, None))
+            _, hidden = with_hidden(model, IDS[:, start:stop], cache=cache)
+            own = Cache() if how == "cache lost" else own
+            places = at + (SHIFTS[how] if start else 0)
+            draft_head(model, model.mtp, next_ids[:, start:stop], hidden, cache=own, position_ids=places)
+    return from_trace(recorder.trace)
+
+
+@pytest.mark.parametrize("how", ["", "in steps"])
+def test_a_right_draft_head_agrees(built: Callable[[str], Path], truth: Trace, how: str) -> None:
+    found = compare(truth, engine(built("tiny"), truth, how))
     assert found.exit_code == 0, found.verdict
-    for part in ("mtp", "mtp.2", "mtp.3"):
-        assert sum(part_of(r.key) == part and r.added is not None for r in found.records) > 30
+    for part in ("mtp",) if how else ("mtp", "mtp.2", "mtp.3"):
+        assert sum(part_of(r.key) == part and r.added is not None for r in found.records) > (10 if how else 30)
 
 
 @pytest.mark.parametrize(
@@ -76,9 +106,44 @@ def test_a_right_draft_head_agrees(built: Callable[[str], Path], truth: Trace) -
         ("pre-norm", "draft from hidden states before the final norm"),
         ("same token", "draft with the embedding of the same token"),
         ("halves", "halves of the draft's input swapped"),
+        ("zero", "draft weights are zero"),
+        ("chain in place", "positions of chained drafts do not move on"),
+        ("positions high", "draft positions one too high after the first step"),
+        ("positions low", "draft positions one too low after the first step"),
+        ("cache lost", "draft cache of the steps before lost"),
     ],
 )
 def test_faults_of_the_draft_head_are_named(built: Callable[[str], Path], truth: Trace, how: str, name: str) -> None:
     found = compare(truth, engine(built("tiny"), truth, how), diagnoses=1)
     assert found.exit_code == 1 and found.first is not None and found.first.block == "mtp", found.verdict
     assert found.diagnoses[0].name == name, str(found.diagnoses[0])
+
+
+def test_acceptance_of_drafts() -> None:
+    """Two drafts behind token 3: the first is right; of the second the truth's head knew better."""
+    ids = [5, 6, 7, 8, 9, 1]
+
+    def one_hot(said: dict[int, int]) -> Tensor:
+        rows = torch.zeros(1, 6, 10)
+        for t, token in said.items():
+            rows[0, t, token] = 1.0
+        return rows
+
+    truth = Trace(meta={"steps": [step_record(torch.tensor([ids]), None, None, None)],
+                        "draft_ids": [[[6, 7, 8, 9, 1, 2]], [[0, 0, 9, 0, 0, 0]]]})  # fmt: skip
+    for part, said in (("", {t: ids[t + 1] for t in range(5)}), ("mtp", {2: 9}), ("mtp.2", {2: 1})):
+        x = one_hot(said)
+        truth.add(Entry.of(Site("next_token_logits", part=part), x, "b t v"), x)
+    steps = [Tokens(torch.tensor(some), torch.arange(at, at + len(some)))
+             for some, at in (([5, 6, 7], 0), ([6, 7, 8], 0), ([9], 3), ([8, 9, 4], 3), ([9, 1, 0], 3))]  # fmt: skip
+    pieces = [Piece("x", lambda n=t.count: torch.zeros(n, 10), s, path="next_token_logits", key="next_token_logits")
+              for s, t in enumerate(steps)]  # fmt: skip
+    dump = Dump("test", "test", pieces, dict(enumerate(steps)))
+    dump.drafts = {1: 1, 2: 2, 4: 1}
+    alignment = align(dump, truth)
+    assert {step: table.tolist() for step, table in alignment.tokens_of.drafts.items()} == {
+        1: [[0, 0, 0], [1, 0, 1], [2, 0, 2]], 2: [[0, 0, 2]], 4: [[0, 0, 3], [1, 0, 4]],
+    }  # fmt: skip
+    assert acceptance(alignment) == [Acceptance(1, 1, 1, 1, 1, 1), Acceptance(2, 1, 0, 0, 0, 1)]
+    dump.accepted = {0: (3, [1, 1])}  # a server: twice verified, once one was accepted
+    assert acceptance(alignment) == [Acceptance(1, 2, 1, None, None, 1), Acceptance(2, 2, 0, None, None, 1)]

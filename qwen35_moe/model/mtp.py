@@ -116,6 +116,8 @@ def draft_chains(
     ids: Sequence[Tensor],
     hidden_BTD: Tensor,
     attention_mask: Tensor | None = None,
+    position_ids: Sequence[Tensor] | None = None,
+    may_BTT: Tensor | None = None,
 ) -> list[Tensor]:
     """At every token of whole sequences, a chain of `len(ids)` drafts. Returns the ids that they started from.
 
@@ -124,21 +126,26 @@ def draft_chains(
     `draft_head`. Draft k+1 starts from the hidden state of draft k, stands k positions on, and sees the first drafts'
     keys up to row t, and those of its own chain: what `draft` computes from row t. Its taps are under part `mtp.K`,
     K = 2, 3, ...
+
+    position_ids: others, one [B, T] a draft; may_BTT: which rows a first draft may see, not later ones in any case.
     """
-    cache, used = Cache(), [ids[0]]
-    real_BT, position_ids = extend(Cache(), hidden_BTD, attention_mask, None)
-    own_TT = torch.eye(hidden_BTD.shape[1], dtype=torch.bool, device=hidden_BTD.device)
-    may_BTS = torch.ones_like(own_TT).tril().expand(len(hidden_BTD), -1, -1)
-    may_BTS = may_BTS if real_BT is None else may_BTS & real_BT[:, None]
-    logits_BTV, hidden_BTD = draft_head(model, mtp, ids[0], hidden_BTD, attention_mask, cache)
-    for k, given_BT in enumerate(ids[1:], 1):
-        used.append(torch.where(given_BT < 0, greedy(logits_BTV), given_BT))
-        may_BTS = torch.cat((may_BTS, own_TT.expand(len(hidden_BTD), -1, -1)), 2)
-        with arithmetics.using(model.arithmetic), scope(part=f"mtp.{k + 1}"):
-            embeds_BTD = tap("embed_tokens", model.embed_tokens(used[k]))
-            angles = rotary_angles(model.config, position_ids + k, hidden_BTD.dtype)
-            hidden_BTD = mtp(embeds_BTD, hidden_BTD, angles, may_BTS, cache.layer(0))
-            logits_BTV = model.lm_head("next_token_logits", hidden_BTD)
+    real_BT, first_BT = extend(Cache(), hidden_BTD, attention_mask, None)
+    past, used, B, T = LayerState(), list[Tensor](), *hidden_BTD.shape[:2]
+    own_BTT = torch.eye(T, dtype=torch.bool, device=hidden_BTD.device).expand(B, T, T)
+    sees, likeliest_BT = real_BT, None
+    if may_BTT is not None or len(ids) > 1:
+        sees = torch.ones_like(own_BTT).tril() if may_BTT is None else may_BTT.tril()
+        sees = sees if real_BT is None else sees & real_BT[:, None]
+    for k, given_BT in enumerate(ids):
+        if likeliest_BT is not None and sees is not None:
+            given_BT, sees = torch.where(given_BT < 0, likeliest_BT, given_BT), torch.cat((sees, own_BTT), 2)
+        used.append(given_BT)
+        at_BT = first_BT + k if position_ids is None else position_ids[k]
+        with arithmetics.using(model.arithmetic), scope(part=f"mtp.{k + 1}" if k else "mtp"):
+            embeds_BTD = tap("embed_tokens", model.embed_tokens(given_BT))
+            angles = rotary_angles(model.config, at_BT, hidden_BTD.dtype)
+            hidden_BTD = mtp(embeds_BTD, hidden_BTD, angles, sees, past)
+            likeliest_BT = greedy(model.lm_head("next_token_logits", hidden_BTD))
     return used
 
 

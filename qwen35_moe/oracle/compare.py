@@ -36,6 +36,7 @@ from .dumps.dump import Dump
 from .dumps.holes import holes
 from .dumps.readers import read_dump
 from .dumps.sequences import placed, sequences_of
+from .judge.acceptance import acceptance
 from .judge.added import Judgement
 from .judge.envelope import LIMIT, Class, legal, with_declared_caches
 from .judge.envelope_file import RowErrors, stored_envelope
@@ -297,6 +298,8 @@ def _finish(work: Judgement, stored: Mapping[str, Tensor], layers: Sequence[int]
     with noted(work.result, "the error along the sequence could not be said", counts=False):
         work.result.notes += growth(work.alignment)
     logits = next((k for k in work.alignment.keys if k.startswith("next_token_log")), None)
+    with noted(work.result, "which drafts were accepted could not be said", counts=False):
+        work.result.acceptance = acceptance(work.alignment)
     with noted(work.result, "what the logits mean could not be said", counts=False):
         _judge_logits(work, stored, logits)
 

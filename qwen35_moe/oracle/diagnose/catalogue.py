@@ -198,6 +198,12 @@ DRAFT_FAULTS = (
           draft="pre-norm", needs="drafts"),
     Fault("draft with the embedding of the same token", "mtp", "of token t, not t + 1", "", draft="same token",
           needs="drafts"),
+    Fault("draft positions one too high after the first step", "mtp", draft="positions high", needs="drafts"),
+    Fault("draft positions one too low after the first step", "mtp", draft="positions low", needs="drafts"),
+    Fault("positions of chained drafts do not move on", "mtp", draft="chain in place", needs="drafts"),
+    Fault("draft cache of the steps before lost", "mtp", draft="cache lost", needs="drafts"),
+    Fault("draft weights are zero", "mtp", "never loaded: the layer that the module was made with", "", needs="drafts",
+          weight=lambda _, module, w: Float(torch.zeros(w.shape, dtype=torch.bfloat16))),
     Fault("halves of the draft's input swapped", "mtp", "hidden state first, embedding second", "",
           weight=halves_swapped, needs="drafts"),
 )  # fmt: skip

@@ -24,7 +24,7 @@ from .runs import runs
 class DraftRows:
     """where   step -> [n, 4]: row in the dump, b, t, the id that it starts from
     ends       step -> [runs, 3]: run, and b, t of its last token, or -1
-    left_out   rows after a rejected draft, or of more than one chain
+    left_out   rows after a rejected draft, of more than one chain, or that do not stand where the chain goes on
     """
 
     where: dict[int, Tensor] = field(default_factory=dict)
@@ -52,10 +52,12 @@ def draft_rows(dump: Dump, mask_BT: Tensor, next_BT: Tensor) -> DraftRows:
         else:
             tables = []
             for name, run in own:
-                if (b := owner.get(name)) is None or len(run) > 1:
+                b = owner.get(name)
+                at = 0 if b is None else matching.filled[b] - 1
+                if b is None or len(run) > 1 or run.start not in (None, at + number - 1):
                     found.left_out += len(run)
                 else:
-                    tables.append(torch.tensor([[int(run.rows[0]), b, int(matching.real[b][matching.filled[b] - 1])]]))
+                    tables.append(torch.tensor([[int(run.rows[0]), b, int(matching.real[b][at])]]))
         if tables:
             table, ids = torch.cat(tables), dump.tokens[step].ids
             assert ids is not None

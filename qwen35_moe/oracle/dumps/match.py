@@ -77,7 +77,7 @@ class Matching:
     """The truth's sequences, and how far each was seen."""
 
     def __init__(self, dump: Dump, mask_BT: Tensor, ids_BT: Tensor):
-        """ids_BT: -1 fits any."""
+        """ids_BT: -1 fits any, at the beginning of a run."""
         self.dump = dump
         self.real = [row.nonzero().flatten() for row in mask_BT.bool()]  # columns of the real tokens, in order
         self.ids = [row[columns] for row, columns in zip(ids_BT, self.real, strict=True)]
@@ -157,7 +157,9 @@ class Matching:
         if n <= 0 or at < 0:
             return 0
         ours = self.ids[b][at : at + n]
-        differ = ((ours != run.ids[:n]) & (ours >= 0)).nonzero()
+        differ = (ours != run.ids[:n]).nonzero()
+        if len(differ) and not int(differ[0]) and int(ours[0]) < 0:  # not further on: engines fill up rejected rows
+            return 1
         return int(differ[0]) if len(differ) else n
 
     def _find(self, run: Run) -> tuple[int, int, int]:
@@ -175,7 +177,15 @@ class Matching:
                     continue
                 others = known is None and b in self.owner.values()
                 more = -n if run.undivided else 0
-                rank = (not whole, more, known is not None and b != known, _how(at, filled, start), others, b)
+                rank = (
+                    int(ids[at]) < 0,
+                    not whole,
+                    more,
+                    known is not None and b != known,
+                    _how(at, filled, start),
+                    others,
+                    b,
+                )
                 best = min(best, (tuple(map(int, rank)), (b, at, n)))
         return best[1]
 

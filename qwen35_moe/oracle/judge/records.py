@@ -180,6 +180,7 @@ class Comparison:
     routing: list[Routing] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)
     diagnoses: list[Diagnosis] = field(default_factory=list)
+    acceptance: list[Any] = field(default_factory=list)  # of drafts, one a draft of a chain
     logits: Any = None
     problems: list[Qwen35Error] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -274,6 +275,7 @@ class Comparison:
                           "nonsense": r.nonsense, "flips": [asdict(f) for f in r.flips]})  # fmt: skip
         lines += [{"type": "weight", **asdict(w)} for w in self.weights]
         lines += [{"type": "diagnosis", "text": str(d), "name": d.name, **asdict(d)} for d in self.diagnoses]
+        lines += [{"type": "acceptance", **asdict(a)} for a in self.acceptance]
         if self.logits is not None:
             lines.append({"type": "logits", **asdict(self.logits)})
         lines += [{"type": "problem", "text": str(p)} for p in self.problems]

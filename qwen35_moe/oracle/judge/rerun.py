@@ -214,10 +214,11 @@ class Rerun:
 
     def _drafting(self, source: WeightSource) -> Drafting | None:
         """What the draft head starts from; None where the truth has none."""
-        t, mask = self.tokens, None if self.tokens.real is None else self.tokens.mask
+        t = self.tokens
         if not t.drafts:
             return None
-        return Drafting(t.ids, t.drafts, mask, self.captured, source, self.device("norm"))
+        steps = torch.zeros_like(t.ids) if t.steps is None else t.steps
+        return Drafting(t.ids, t.drafts, t.mask, steps, self.captured, source, self.device("norm"))
 
     def _begin(
         self, model: Model, table: Arithmetic, handlers: Sequence[Handler] = ()

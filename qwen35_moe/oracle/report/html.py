@@ -148,6 +148,7 @@ def _rest(result: Comparison) -> str:
         for r in result.records if not r.key.startswith("layers.") and r.cls != "missing"
     )  # fmt: skip
     out = f"<h2>Outside of the layers</h2><section><table>{rows}</table>" if rows else "<section>"
+    out += "".join(f"<p>{escape(str(said))}.</p>" for said in result.acceptance)
     if (x := result.logits) is not None:
         legal = "" if x.legal_flips is None else f", {x.legal_flips} of {x.flips} flips within noise"
         out += (f"<p>KL divergence mean {x.kl_mean:.2g}, max {x.kl_max:.2g} nat. Same best token {100 * x.top1:.1f} %"

@@ -94,6 +94,8 @@ def text(result: Comparison, width: int = 80) -> str:
             "routing",
             f"{agree} of {total} sets of experts agree; {flips - illegal} legal flips, {illegal} illegal{more}",
         )
+    for i, said in enumerate(result.acceptance):
+        say("" if i else "drafts", str(said))
     if (x := result.logits) is not None:
         legal = "" if x.legal_flips is None or not x.flips else f" ({x.legal_flips} of {x.flips} flips within noise)"
         say("logits", f"KL mean {x.kl_mean:.2g}, max {x.kl_max:.2g}; top-1 {100 * x.top1:.1f} %{legal}, "

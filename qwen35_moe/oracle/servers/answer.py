@@ -41,6 +41,7 @@ class Answer:
     ids      the prompt and what was generated, UNKNOWN where the answer does not tell
     routed   the experts [tokens, layers, A], or one flat row where the engine tells no shape
     clamped  ids that were sent and came back as 0
+    accepted tokens of the prompt, and how often 0, 1, ... drafts were accepted behind it
     """
 
     engine: str
@@ -49,6 +50,7 @@ class Answer:
     routed: Tensor | None = None
     notes: list[str] = field(default_factory=list)
     clamped: list[int] = field(default_factory=list)
+    accepted: tuple[int, list[int]] | None = None
 
 
 def bad(what: str, where: str, found: Any = "", expected: str = "", do: str = "") -> Qwen35Error:

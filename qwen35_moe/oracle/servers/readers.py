@@ -115,6 +115,9 @@ def sglang(found: JsonObject, request: JsonObject, where: str) -> Answer:
         answer.rows += _sglang_rows(out, tops, answer.ids, len(ids), where)
     elif out:
         answer.notes.append(f"{len(out)} generated tokens are not judged: their log p are after temperature")
+    counts = meta.get("spec_accept_histogram")
+    if isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts):
+        answer.accepted = len(ids), counts
     if meta.get("routed_experts"):
         answer.routed = from_base64(meta["routed_experts"], where)
     return answer

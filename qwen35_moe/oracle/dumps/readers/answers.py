@@ -53,7 +53,9 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
         if answer.routed is not None and text.get("num_hidden_layers"):
             pieces += _routing(answer, step, text, str(path))
         pieces += _log_p(answer, step, width, str(path))
-    return Dump("answers", path, pieces, tokens, problems, list(dict.fromkeys(notes)), config=config)
+    dump = Dump("answers", path, pieces, tokens, problems, list(dict.fromkeys(notes)), config=config)
+    dump.accepted = {step: answer.accepted for step, answer in enumerate(answers) if answer.accepted is not None}
+    return dump
 
 
 def _routing(answer: Answer, step: int, text: Mapping[str, Any], where: str) -> list[Piece]:

@@ -1,0 +1,96 @@
+"""How many drafts an engine accepted, draft by draft of a chain, and how many the truth accepts.
+
+A pass of the target verifies K drafts behind a token that is known. Greedily, draft i is accepted where all drafts
+before it are, and it is the likeliest token after them. Said of each draft: how often it was verified, how often the
+engine accepted it, how often the truth does; how often the truth's draft head drafts the same token; and how often the
+truth accepts what its own head drafts there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...model.mtp import greedy
+from ...trace.drafts import draft_ids_of
+from ..dumps.align import Alignment, joined
+from ..dumps.runs import Run, runs
+
+HEAD = "next_token_logits"
+
+
+@dataclass
+class Acceptance:
+    """Of one draft of a chain. None: not known, since the drafts themselves are not."""
+
+    draft: int
+    verified: int = 0
+    accepted: int = 0
+    truth_accepts: int | None = 0
+    alike: int | None = 0
+    own_accepted: int = 0
+
+    def __str__(self) -> str:
+        theirs = f" the truth accepts {self.truth_accepts}, and its head drafts the same token {self.alike} times;"
+        theirs = "" if self.truth_accepts is None else theirs
+        return (f"draft {self.draft}: verified {self.verified} times, accepted {self.accepted} times;{theirs} "
+                f"of what its head drafts, the truth accepts {self.own_accepted}")  # fmt: skip
+
+
+def acceptance(alignment: Alignment) -> list[Acceptance]:
+    """Of a dump's passes, or of what servers say of theirs. Empty where either side has no drafts."""
+    truth, drafts = alignment.truth, draft_ids_of(alignment.truth)
+    heads = [HEAD, *(f"mtp.{k}.{HEAD}" if k > 1 else f"mtp.{HEAD}" for k in range(1, len(drafts) + 1))]
+    if not drafts or any(key not in truth for key in heads):
+        return []
+    best_BT, *own = (greedy(joined(truth, key)) for key in heads)
+    if alignment.dump.accepted:
+        return _of_servers(alignment, own)
+    found = [Acceptance(k + 1) for k in range(len(own))]
+    for run, b, t, right in _verified(alignment, len(own)):
+        truths = True
+        for k, (token, said) in enumerate(zip(run.ids[1:].tolist(), found, strict=True)):
+            known = k < right  # whether the tokens before this draft are the truth's
+            truths = truths and known and int(best_BT[b, t + k]) == token
+            said.verified += 1
+            said.accepted += k + 1 < right
+            said.truth_accepts = (said.truth_accepts or 0) + truths
+            said.alike = (said.alike or 0) + (int(own[k][b, t - 1]) == token)
+            said.own_accepted += known and int(own[k][b, t - 1]) == int(best_BT[b, t + k])
+    return [said for said in found if said.verified]
+
+
+def _verified(alignment: Alignment, count: int) -> Iterator[tuple[Run, int, int, int]]:
+    """(run, b, t of its first token, how many of its tokens are the truth's) of passes that verify `count` drafts."""
+    dump, where = alignment.dump, alignment.tokens_of.where
+    for run in runs(dump):
+        if len(run) == count + 1 and run.start and run.step in where and run.step - 1 in dump.drafts:
+            table = where[run.step]
+            mine = table[(table[:, :1] == run.rows).any(1)]
+            if len(mine) and int(mine[0, 2]):
+                yield run, int(mine[0, 1]), int(mine[0, 2]), len(mine)
+
+
+def _of_servers(alignment: Alignment, own: Sequence[Tensor]) -> list[Acceptance]:
+    """What servers say, answer by answer: how often so many drafts were accepted. The truth's: its chains at the tokens
+    where a server that generates these tokens with its drafts would stand."""
+    truth, found = alignment.truth, [Acceptance(k + 1, truth_accepts=None, alike=None) for k in range(len(own))]
+    for step, (prompt, histogram) in alignment.dump.accepted.items():
+        table = alignment.tokens_of.where.get(step)
+        if table is None or not len(table):
+            continue
+        b = int(table[0, 1])
+        ids = truth.ids[b][truth.mask[b].bool()].tolist()
+        for k, said in enumerate(found):
+            said.verified += sum(histogram)
+            said.accepted += sum(histogram[k + 1 :])
+        at = prompt
+        while at < len(ids) - 1:
+            right = 0
+            while right < len(own) and at + right + 1 < len(ids) and int(own[right][b, at - 1]) == ids[at + right + 1]:
+                found[right].own_accepted += 1
+                right += 1
+            at += right + 1
+    return found
