@@ -17,7 +17,7 @@ from qwen35_moe.numerics.tap_table import part_of
 from qwen35_moe.numerics.taps import Site, attach
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.dumps.align import align
-from qwen35_moe.oracle.dumps.dump import Dump, Piece, Tokens
+from qwen35_moe.oracle.dumps.dump import Dump, Piece, StepTokens
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.dumps.writers import DUMPED
 from qwen35_moe.oracle.judge.acceptance import Acceptance, acceptance
@@ -134,7 +134,7 @@ def test_acceptance_of_drafts() -> None:
     for part, said in (("", {t: ids[t + 1] for t in range(5)}), ("mtp", {2: 9}), ("mtp.2", {2: 1})):
         x = one_hot(said)
         truth.add(Entry.of(Site("next_token_logits", part=part), x, "b t v"), x)
-    steps = [Tokens(torch.tensor(some), torch.arange(at, at + len(some)))
+    steps = [StepTokens(torch.tensor(some), torch.arange(at, at + len(some)))
              for some, at in (([5, 6, 7], 0), ([6, 7, 8], 0), ([9], 3), ([8, 9, 4], 3), ([9, 1, 0], 3))]  # fmt: skip
     pieces = [Piece("x", lambda n=t.count: torch.zeros(n, 10), s, path="next_token_logits", key="next_token_logits")
               for s, t in enumerate(steps)]  # fmt: skip
