@@ -90,10 +90,8 @@ def text(result: Comparison, width: int = 80) -> str:
         illegal, flips = sum(len(r.illegal) for r in result.routing), sum(len(r.flips) for r in result.routing)
         nonsense = sum(r.nonsense for r in result.routing)
         more = f", {nonsense} with ids that are repeated or no expert's" if nonsense else ""
-        say(
-            "routing",
-            f"{agree} of {total} sets of experts agree; {flips - illegal} legal flips, {illegal} illegal{more}",
-        )
+        agreed = f"{agree} of {total} sets of experts agree"
+        say("routing", f"{agreed}; {flips - illegal} legal flips, {illegal} illegal{more}")
     for i, said in enumerate(result.acceptance):
         say("" if i else "drafts", str(said))
     if (x := result.logits) is not None:
