@@ -17,9 +17,10 @@ from benchmarks.real_engine.vllm_bugs import PLANT as VLLM
 from qwen35_moe.numerics.tap_table import part_of
 from qwen35_moe.oracle.compare import diagnose
 from qwen35_moe.oracle.dumps.readers import read_dump
+from qwen35_moe.oracle.report import html, text
 
 Built = Callable[[str], Path]
-DUMPS = [Path(__file__).parent / "data" / "real_gpu" / f"{name}.tar.xz" for name in ("dumps", "spec")]
+DUMPS = [Path(__file__).parent / "data" / "real_gpu" / f"{name}.tar.xz" for name in ("dumps", "spec", "last-expert")]
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +32,20 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("bug", ["shared-dropped", "no-renormalisation", "gdn-state-zeroed", "full-rotary"])
+BROKEN = ("shared-dropped", "no-renormalisation", "last-expert-dropped", "gdn-state-zeroed", "full-rotary")
+
+
+@pytest.mark.parametrize("bug", BROKEN)
 def test_a_bug_planted_in_a_running_sglang_is_found_and_named(built: Built, dumps: Path, bug: str) -> None:
     layer = BUGS[bug].layer
     assert layer is not None
     result = diagnose(built("engine-size"), read_dump(dumps / f"bf16.{bug}"), layers=[layer])
     assert judge.said(result, f"bf16.{bug}").right, result.verdict
+    if bug == "gdn-state-zeroed":  # before the second decode step
+        first = result.first
+        assert first is not None and first.starts == [(0, 17, "first of a step"), (1, 10, "first of a step")]
+        said = "first bad row: sequence 0, token 17 (first of a step), sequence 1, token 10 (first of a step)"
+        assert said in text.worst(first) and said in html.html(result)
 
 
 def test_a_clean_sglang_on_a_gpu_agrees(built: Built, dumps: Path) -> None:
