@@ -160,6 +160,74 @@ def test_output_of_sglang_after_temperature_is_not_judged() -> None:
     assert from_json(found, "here", {**request, "sampling_params": {"temperature": 0}})[0].ids == [3, 4, 7]
 
 
+def vllm(*rows: object) -> dict[str, object]:
+    return {"choices": [{"prompt_logprobs": [None, *rows]}]}
+
+
+def echoed(value: float | None, top: object) -> dict[str, object]:
+    tokens = {"tokens": ["token_id:4", "token_id:5"], "token_logprobs": [None, value], "top_logprobs": [None, top]}
+    return {"choices": [{"logprobs": tokens}]}
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("found", "log_p", "best"),
+    [
+        (vllm({"5": {"logprob": -1.0, "rank": 3}, "9": {"logprob": -0.5, "rank": 1}}), {5: -1.0, 9: -0.5}, 9),
+        (vllm({"token_id:5": {"logprob": -1, "rank": 1, "decoded_token": "\ufffd"}}), {5: -1.0}, None),
+        (vllm({"5": {"logprob": -INF}, "9": {"logprob": -0.5}}), {9: -0.5}, 9),
+        (vllm({"5": {"logprob": -9999.0}, "9": {"logprob": -0.5}}), {9: -0.5}, 9),
+        (vllm({"5": {"logprob": 1e-7}, "9": {"logprob": -20}}), {5: 1e-7, 9: -20.0}, 5),
+        (echoed(-1.0, {"token_id:9": -0.5, "token_id:5": -1.0}), {5: -1.0, 9: -0.5}, 9),
+        (echoed(-1.0, None), {5: -1.0}, None),
+        (sglang([4, 5], input_top_logprobs=[None, [[-0.5, 9, None], [-2.0, 5, None], [-2.0, 5, "x"]]]),
+         {5: -2.0, 9: -0.5}, 9),
+        (sglang([4, 5], input_top_logprobs=[None]), {5: -2.0}, None),
+        (sglang([4, 5], input_top_logprobs=None), {5: -2.0}, None),
+        ({"choices": [{"token_ids": [5], "logprobs": {"tokens": ["x"], "token_logprobs": [-1.0],
+                                                      "top_logprobs": [{"x": -1.0, "y": -2.0}]}}]}, {5: -1.0}, None),
+        ({"choices": [{"logprobs": {"content": [{"token_id": 5, "token": "x", "logprob": -1.0, "top_logprobs": []}]}}]},
+         {5: -1.0}, None),
+    ],
+)  # fmt: skip
+def test_values_in_every_form(found: object, log_p: dict[int, float], best: int | None) -> None:
+    whole = "prompt_logprobs" in str(found) or "input_token" in str(found) or "token_id:4" in str(found)
+    request = {"prompt": [4, 5] if whole else [4], "input_ids": [4, 5], "echo": "token_id:4" in str(found)}
+    (answer,) = from_json(found, "here", request)
+    assert answer.ids == [4, 5]
+    (row,) = (r for r in answer.rows if r.log_p)
+    assert (row.place, row.log_p, row.best) == (1, log_p, best)
+
+
+@pytest.mark.parametrize(
+    ("found", "what"),
+    [
+        (vllm(None), "the answer holds no log-probabilities"),
+        (vllm({}), "the answer holds no log-probabilities"),
+        (vllm({"5": {"logprob": INF}}), "log-probability above 0"),
+        (vllm({"5": {"logprob": "-1"}}), "not a log-probability"),
+        (vllm({"5": {}}), "not a log-probability"),
+        (vllm({"-5": {"logprob": -1}}), "not a token id"),
+        (vllm({"5" * 12: {"logprob": -1}}), "not a token id"),
+        (sglang([4, 5], input_top_logprobs=[None, [[]]]), "not [log p, id, text]"),
+        (sglang([4, 5], input_top_logprobs=[None, {"5": -1}]), "not a list"),
+    ],
+)
+def test_values_that_are_none(found: object, what: str) -> None:
+    with pytest.raises(Qwen35Error) as error:
+        from_json(found, "here", {"prompt": [4, 5], "input_ids": [4, 5]})
+    assert error.value.what == what
+
+
+def test_nan_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "answer.json").write_text(json.dumps({"request": {"prompt": [4, 5]}, "response": vllm(
+        {"5": {"logprob": NAN}})}))  # fmt: skip
+    (answer,) = read_answers(tmp_path / "answer.json")
+    assert str(answer.rows[0].log_p) == "{5: nan}" and answer.rows[0].best is None
+
+
 def npy(x: np.ndarray) -> str:
     file = io.BytesIO()
     np.save(file, x, allow_pickle=True)
