@@ -48,9 +48,9 @@ def experts(i: Inputs, **more: Any) -> Tensor:
     w13, w2 = (i[n] if n in i else i[f"{n}_codes"] for n in ("w13", "w2"))
     X, N, D = w13.shape[0], w13.shape[1] // 2, w13.shape[2]
     config = MoeRunnerConfig(num_experts=X, num_local_experts=X, hidden_size=D, intermediate_size_per_partition=N,
-                             top_k=i["ids"].shape[1], inplace=False, activation="silu")  # fmt: skip
+                             top_k=i["ids"].shape[1], inplace=True, activation="silu")  # fmt: skip
     chosen = StandardTopKOutput(i["weights"].float(), i["ids"].to(torch.int32), i["weights"])
-    return fused_experts(i["x"], w13, w2, chosen, config, **more)
+    return fused_experts(i["x"].clone(), w13, w2, chosen, config, **more)
 
 
 def moe(model: str, slots: int) -> Tried:

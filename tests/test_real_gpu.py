@@ -20,7 +20,8 @@ from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.oracle.report import html, text
 
 Built = Callable[[str], Path]
-DUMPS = [Path(__file__).parent / "data" / "real_gpu" / f"{name}.tar.xz" for name in ("dumps", "spec", "last-expert")]
+NAMES = ("dumps", "spec", "last-expert", "ranks")
+DUMPS = [Path(__file__).parent / "data" / "real_gpu" / f"{name}.tar.xz" for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,29 @@ def test_the_drafts_of_a_sglang_with_a_bug_in_its_target_are_right(built: Built,
     assert [len(rows) for rows in drafts.values()] == [16, 16]
     assert not [r for rows in drafts.values() for r in rows if r.bad]
     assert {r.rows for r in drafts["mtp.2"]} == {4}
+
+
+@pytest.mark.parametrize("setup", ["tp2", "ep2"])
+def test_two_ranks_of_a_clean_sglang_are_joined_and_agree(built: Built, dumps: Path, setup: str) -> None:
+    """Columns of its projections, partial sums of both, and what both hold."""
+    result = diagnose(built("engine-size"), read_dump(dumps / f"{setup}.clean"), layers=[1])
+    assert not result.diverges and not result.problems, result.verdict
+    assert result.compared == 13 and result.tokens == (47, 47)
+
+
+RANKS = [
+    "ep2.rank-1-shared-twice",
+    "tp2.rank-1-experts-swapped",
+    "ep2.rank-1-experts-swapped",
+    "tp2.rank-1-not-reduced",
+]
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_a_bug_of_one_rank_is_named_with_its_rank(built: Built, dumps: Path, name: str) -> None:
+    result = diagnose(built("engine-size"), read_dump(dumps / name), layers=[1])
+    assert judge.said(result, name).right, result.verdict
+    assert "on rank 1" in result.diagnoses[0].name
 
 
 @pytest.mark.parametrize("name", ["vllm.clean", "vllm.shared-twice"])

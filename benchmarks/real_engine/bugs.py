@@ -15,7 +15,8 @@ CLEAN = "clean"
 @dataclass(frozen=True)
 class Bug:
     """layer and block where the oracle should find it (None: outside of the layers), and the catalogue's name for it.
-    An empty name: the catalogue has none, so the answer is "unknown". A name may go on: with which expert or step."""
+    An empty name: the catalogue has none, so the answer is "unknown". A name may go on: with which expert or step; * is
+    which experts these are."""
 
     layer: int | None
     block: str
@@ -30,7 +31,7 @@ BUGS: dict[str, Bug] = {
     "no-renormalisation": Bug(GDN, "mlp", "routing weights not renormalised"),
     "last-expert-dropped": Bug(GDN, "mlp", "last chosen expert dropped"),
     "routed-times-2.5": Bug(GDN, "mlp", "routed experts times 2.5"),
-    "experts-swapped": Bug(GDN, "mlp"),
+    "experts-swapped": Bug(GDN, "mlp", "experts 0 and 1 swapped"),
     "experts-shifted": Bug(GDN, "mlp", "experts shifted by one"),
     "expert-zero": Bug(GDN, "mlp", "one expert's slot is zero"),
     "gate-up-swapped": Bug(GDN, "mlp", "gate and up swapped"),
@@ -54,7 +55,7 @@ BUGS: dict[str, Bug] = {
     "conv-state-lost": Bug(GDN, "gdn", "conv state not handed over"),
     "gdn-state-zeroed": Bug(GDN, "gdn", "recurrent state not handed over"),
     "gdn-state-lost": Bug(GDN, "gdn", "recurrent state not handed over"),
-    "rank-1-shared-twice": Bug(GDN, "mlp"),
-    "rank-1-experts-swapped": Bug(GDN, "mlp"),
-    "rank-1-not-reduced": Bug(GDN, "mlp"),
+    "rank-1-shared-twice": Bug(GDN, "mlp", "shared expert counted twice on rank 1"),
+    "rank-1-experts-swapped": Bug(GDN, "mlp", "experts * and * swapped on rank 1"),
+    "rank-1-not-reduced": Bug(GDN, "mlp", "not reduced on rank 1"),
 }

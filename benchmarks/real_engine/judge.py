@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -56,5 +57,5 @@ def said(result: Comparison, name: str) -> Line:
     place, called = (expected.layer, expected.block), expected.called or "unknown"
     places = (first.suspects or [(first.layer, first.block)]) if first is not None else [(None, "positions")]
     found = [d for d in result.diagnoses if (d.layer, d.block) == place or place in places or place[0] is None]
-    right = any(d.name.startswith(called) for d in found[:1]) or (called == "unknown" and place in places)
+    right = any(fnmatchcase(d.name, f"{called}*") for d in found[:1]) or (called == "unknown" and place in places)
     return Line(verdict, result.exit_code == 1 and right)

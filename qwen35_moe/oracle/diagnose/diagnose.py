@@ -13,7 +13,7 @@ than rounding, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,14 @@ from torch import Tensor
 
 from ...numerics.arithmetics import Arithmetic
 from ...numerics.tap_table import base_name
-from ..judge.envelope import envelope, judge
 from ..judge.records import BF16_GRID, BlockId, Diagnosis, Hypothesis, Record, span
 from ..judge.rerun import Rerun
-from ..judge.second_look import DOUBTFUL_LIMITS, Taps, batches
+from ..judge.second_look import Taps
 from .at_sight import known_at_sight
 from .catalogue import FAULTS
 from .faults import Fault
+from .guilty import GuiltyTap
+from .rank_shares import blame, faults_of_sums
 from .rope_faults import ANGLES
 from .steps import hypotheses
 
@@ -36,60 +37,6 @@ OUTPUT = {"mlp": "mlp_output", "gdn": "attn_output", "attn": "attn_output"}
 DIAGNOSED = (*OUTPUT, "input_layernorm", "post_attention_layernorm", "final_norm", "stream", "mtp", "vision")
 MLP_PARTS = ("moe_routed_output", "moe_shared_gated", "moe_shared_output")
 HOLD_MLP = ("mlp_output", "layer_input", "layer_output_sum")
-
-
-class _Case:
-    """One tap that went wrong: what the engine had, and what was right. Numbers that are not finite count as 0 in both,
-    and rows without any other are left out."""
-
-    def __init__(self, key: str, pair: Any, work: Any, truth: Tensor):
-        self.key, self.pair, self.work = key, pair, work
-        engine, truth = pair.engine.to(torch.float64), work.rows(truth, pair).to(torch.float64)
-        finite = engine.isfinite() & truth.isfinite()
-        self.used, self.broken = finite.any(1), not finite.all()
-        self.finite = finite[self.used]
-        self.engine, self.truth = (torch.where(self.finite, x[self.used], 0.0) for x in (engine, truth))
-        self.size = (self.engine.norm(dim=1) + self.truth.norm(dim=1)).clamp(min=torch.finfo(torch.float64).tiny)
-        self.error = self.engine - self.truth
-
-    def rows(self, y: Tensor) -> Tensor:
-        return torch.where(self.finite, self.work.rows(y, self.pair).to(torch.float64)[self.used], 0.0)
-
-    def first_bad(self, members: Sequence[Taps]) -> dict[int, int]:
-        """Sequence -> index of its first real token that is beyond the limit. States that are not of one token are
-        those after the last one."""
-        legal = [self.rows(taps[self.key]) for taps in members if self.key in taps]
-        bound = envelope(self.truth, legal, self.pair.dtype)
-        bad = judge(self.engine, self.truth, bound, self.pair.dtype).ratios > self.work.limit
-        index_BT = self.work.alignment.truth.mask.long().cumsum(1) - 1
-        found: dict[int, int] = {}
-        for b, t in self.pair.rows.long()[self.used][bad].tolist():
-            at = int(index_BT[b, t])  # -1: the last
-            found[b] = min(at, found.get(b, at))
-        return dict(sorted(found.items(), key=lambda one: one[0]))
-
-    def explains(self, y_Rn: Tensor) -> float:
-        before, after = ((e.norm(dim=1) / self.size).square().sum() for e in (self.error, self.engine - y_Rn))
-        share = 1 - float(after / before)
-        return share if share == share else float("-inf")
-
-    def left(self, outputs: Sequence[Tensor]) -> float:
-        """The ratio of what a hypothesis leaves: its exact output first, then what legal arithmetics make of it."""
-        good = torch.stack([y.isfinite() for y in outputs]).all(0)
-        if not good.any():
-            return float("inf")
-        engine, y, *members = (torch.where(good, x, 0.0) for x in (self.engine, *outputs))
-        return judge(engine, y, envelope(y, members, self.pair.dtype), self.pair.dtype).ratio
-
-    def settled(self, run: Callable[[int, Arithmetic], Tensor], tables: Sequence[Arithmetic]) -> float:
-        """The ratio that `run(i, table)` leaves under the tables, and under more where that could clear it."""
-        outputs = [run(i, table) for i, table in enumerate(tables)]
-        ratio, limit = self.left(outputs), self.work.limit
-        more = batches(tables[1:], lambda some: [{self.key: run(i + 1, table)} for i, table in some])
-        while limit < ratio <= DOUBTFUL_LIMITS * limit and (batch := next(more, None)):
-            outputs += [taps[self.key] for taps in batch]
-            ratio = self.left(outputs)
-        return ratio
 
 
 def explain(
@@ -126,15 +73,16 @@ def explain(
         or not {first.block, *blocks} & {*DIAGNOSED}
     ):
         return Diagnosis(layer, where, first.key, [], False, note="nothing that can be recomputed was captured")
-    case = _Case(key, work.alignment.pair(key), work, seen[0][key])
+    case = GuiltyTap(key, work.alignment.pair(key), work, seen[0][key])
     if not case.used.any():  # another tap of the block may have kept something, as states of other heads do
         key = first.key
-        case = _Case(key, work.alignment.pair(key), work, seen[0][key])
+        case = GuiltyTap(key, work.alignment.pair(key), work, seen[0][key])
     if not case.used.any():
         return Diagnosis(layer, where, key, [], False, note="every number of it is NaN or infinity")
     table = rerun.tables[0]
     tried: list[tuple[Hypothesis, int | None, Fault, int]] = []
     bad_rows = {} if sees else case.first_bad(seen[1:])
+    case.blamed = blame(first.key, work, rerun, layer, seen)
     for at, fault, expert in _candidates(rerun, places, table.name, case, seen, bad_rows):
         taps = rerun.fault(at, fault, table, 0, expert, to_head=layer is None)
         if key in taps:
@@ -143,6 +91,11 @@ def explain(
             tried.append((Hypothesis(name, share, fault.seen, fault.doc, fault.where), at, fault, expert))
     tried.sort(key=lambda one: -one[0].explains)
     diagnosis = Diagnosis(layer, first.block, key, [h for h, *_ in tried], False)
+    diagnosis.note = "" if case.blamed is None else str(case.blamed)
+    if case.blamed is not None and case.blamed.reduced:
+        diagnosis.hypotheses.insert(0, Hypothesis(diagnosis.note, 1.0, "", "it goes on with its own share of the sum"))
+        diagnosis.named, diagnosis.note = True, ""
+        return diagnosis
     if first.note == BF16_GRID:
         diagnosis.hypotheses.sort(key=lambda h: h.name != "state in bf16")
         diagnosis.named, diagnosis.note = True, BF16_GRID
@@ -163,6 +116,7 @@ def explain(
             diagnosis.hypotheses.append(fitted)
     diagnosis.hypotheses.sort(key=lambda h: (h is not answer, -h.explains))
     diagnosis.named = answer is not None
+    diagnosis.note = "" if diagnosis.named else diagnosis.note
     own = (layer, where if answer is None else "mlp")
     found = ((at, fault.block) for hypothesis, at, fault, _ in tried if hypothesis is answer)
     diagnosis.layer, diagnosis.block = (None, first.block.replace("stream", "images")) if sees else next(found, own)
@@ -170,7 +124,7 @@ def explain(
 
 
 def _candidates(
-    rerun: Rerun, places: Sequence[BlockId], truth: str, case: _Case, seen: Sequence[Taps], bad: Mapping[int, int]
+    rerun: Rerun, places: Sequence[BlockId], truth: str, case: GuiltyTap, seen: Sequence[Taps], bad: Mapping[int, int]
 ) -> Iterator[tuple[int | None, Fault, int]]:
     """The faults of the blocks that are suspect, with their layer, and the experts that a fault of one could be of;
     then those of the steps at which the sequences begin to go wrong (`bad`)."""
@@ -181,17 +135,18 @@ def _candidates(
             yield from ((at, fault, expert) for expert in suspects)
     for at, block in places:
         if at is not None:
+            if block == "mlp":
+                sources = case.work.alignment.dump.sources.get(f"layers.{at}.mlp_output", {})
+                ids, error_T = _ids(case, f"layers.{at}.moe_topk_ids", rerun, seen), case.error.square().sum(1)
+                for fault in faults_of_sums(sources, case.blamed, error_T, ids, rerun.config.num_experts):
+                    yield at, fault, 0
             for fault in hypotheses(rerun, at, block, case.work.alignment, bad):
                 yield at, fault, 0
 
 
-def _suspects(case: _Case, ids_key: str, rerun: Rerun, seen: Sequence[Taps]) -> list[int]:
+def _suspects(case: GuiltyTap, ids_key: str, rerun: Rerun, seen: Sequence[Taps]) -> list[int]:
     """Experts whose tokens hold nearly all of the error, those with the fewest tokens first."""
-    alignment = case.work.alignment
-    ids = alignment.pair(ids_key).engine if ids_key in alignment.keys else None
-    if ids is None or len(ids) != len(case.used):
-        ids = case.work.rows(seen[0].get(ids_key, rerun.chosen), case.pair)
-    ids, energy = ids[case.used].long(), case.error.square().sum(1)
+    ids, energy = _ids(case, ids_key, rerun, seen), case.error.square().sum(1)
     found = []
     for e in ids.unique().tolist():
         hit = (ids == e).any(1)
@@ -200,7 +155,16 @@ def _suspects(case: _Case, ids_key: str, rerun: Rerun, seen: Sequence[Taps]) -> 
     return [e for _, e in sorted(found)[:3]]
 
 
-def _fit(diagnosis: Diagnosis, case: _Case, rerun: Rerun, layer: int) -> tuple[Hypothesis, float]:
+def _ids(case: GuiltyTap, ids_key: str, rerun: Rerun, seen: Sequence[Taps]) -> Tensor:
+    """The experts of each row that is used: the engine's, or the truth's."""
+    alignment = case.work.alignment
+    ids = alignment.pair(ids_key).engine if ids_key in alignment.keys else None
+    if ids is None or len(ids) != len(case.used):
+        ids = case.work.rows(seen[0].get(ids_key, rerun.chosen), case.pair)
+    return ids[case.used].long()
+
+
+def _fit(diagnosis: Diagnosis, case: GuiltyTap, rerun: Rerun, layer: int) -> tuple[Hypothesis, float]:
     """Fit engine = rest + a R + b gS + c S, rows in units of their size. The hypothesis that it stands for, and the
     ratio that this leaves: one number, of which it takes the best, or all three where none of them is enough."""
     names = [f"layers.{layer}.{name}" for name in MLP_PARTS]

@@ -136,15 +136,16 @@ class Diagnosis:
         first, rest = self.hypotheses[0], self.hypotheses[1:]
         if self.named and self.note:
             return f"{where}: {first.name} ({self.note}); see {first.seen}"
+        shown = "" if self.named or not self.note else f"{self.note}; "
         if not self.named and first.explains < LITTLE:
-            return f"{where}: unknown (no known bug explains any of it)"
+            return f"{where}: unknown ({shown}no known bug explains any of it)"
         start = f"{first.where}; " if first.where else ""
         best = f"{start}explains {_percent(first.explains)} of the error"
         after = f"; next best {_percent(rest[0].explains)}" if rest else ""
         seen = f"; see {first.seen}" if first.seen and self.named else ""
         if self.named:
             return f"{where}: {first.name} ({best}{after}){seen}"
-        return f"{where}: unknown (the best guess, {first.name!r}, {best})"
+        return f"{where}: unknown ({shown}the best guess, {first.name!r}, {best})"
 
 
 def _percent(share: float) -> str:

@@ -24,7 +24,7 @@ from ...checkpoint.reader import STORED_DTYPES, Reader, Rows
 from ...checkpoint.weight import StoredWeight
 from ...errors import Qwen35Error
 
-READ_AT_ONCE = 4 * 2**20  # bytes that a thread reads, and copies, at a time
+READ_AT_ONCE = 16 * 2**20  # bytes that a thread reads, and copies, at a time
 BUFFERS = 2  # of this size that it has
 READER_THREADS = max(1, min(12, (os.cpu_count() or 1) * 3 // 4))  # threads; the other cores are left to what computes
 ALIGN = 256  # bytes; each part begins at a multiple, as memory that torch allocates: kernels choose by it

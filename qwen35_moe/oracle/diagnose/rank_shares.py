@@ -1,0 +1,197 @@
+"""Which rank is it? What each rank holds of a sum, against the truth's share of that rank.
+
+Tensor parallelism gives a rank some columns of each expert's intermediate, expert parallelism some of the experts. A
+rank's share of the truth is the block run again with nothing but these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...numerics.tap_table import base_name
+from ...quant.packed import Float
+from ...run.experts import PackedExpert
+from ..dumps.align import Alignment, Pair
+from ..dumps.dump import Dump
+from ..dumps.engine_names import TapRule
+from ..dumps.pieces import Source
+from ..judge.envelope import envelope, judge
+from ..judge.rerun import Rerun
+from .faults import BrokenSource, Fault, FaultSite
+
+SUMS = ("moe_routed_output", "mlp_output")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of how many a rank has: of all columns (tp), of routed experts (ep), and of their columns (moe_tp)."""
+
+    rank: int
+    tp: tuple[int, int]
+    ep: tuple[int, int]
+    moe_tp: tuple[int, int]
+
+    def columns(self, x: Tensor, inside: float, outside: float = 1.0, of: tuple[int, int] | None = None) -> Tensor:
+        """x times a factor in this rank's part of the last dimension, and times another elsewhere."""
+        i, n = self.tp if of is None else of
+        begin, end = (k * x.shape[-1] // n for k in (i, i + 1))
+        factor = torch.full_like(x[0], outside) if x.dim() > 1 else torch.full_like(x, outside)
+        factor[..., begin:end] = inside
+        return x * factor
+
+    def experts(self, weights_TA: Tensor, ids_TA: Tensor, count: int, inside: float, outside: float) -> Tensor:
+        """Routing weights times a factor for experts of this rank, and times another for the others."""
+        i, n = self.ep
+        mine = (ids_TA * n // count) == i
+        return weights_TA * torch.where(mine, inside, outside).to(weights_TA)
+
+    @property
+    def alone(self) -> Fault:
+        """The block as this rank alone computes it: its partial sums."""
+
+        def weights(x: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
+            return self.experts(x, kept["moe_topk_ids"], place.config.num_experts, 1.0, 0.0)
+
+        return Fault("", "mlp", taps={
+            "moe_shared_act": lambda x, _, __: self.columns(x, 1.0, 0.0),
+            "moe_expert_act": lambda x, _, __: self.columns(x, 1.0, 0.0, self.moe_tp),
+            "moe_topk_weights": weights,
+        }, remembers=("moe_topk_ids",))  # fmt: skip
+
+
+def shares_of(source: Source) -> list[Share]:
+    """Those of the ranks whose tensors these are; none if there is one rank alone, or groups of another kind."""
+    found, count = [], len(source.pieces)
+    for i, piece in enumerate(source.pieces if count > 1 else ()):
+        known = {name: int(piece.parallel.get(name, default)) for name, default in (
+            ("tp_rank", i), ("tp_size", count), ("moe_ep_rank", 0), ("moe_ep_size", 1))}  # fmt: skip
+        n = known["tp_size"] // known["moe_ep_size"]
+        moe_tp = (int(piece.parallel.get("moe_tp_rank", known["tp_rank"] % n)), n)
+        ep = (known["moe_ep_rank"], known["moe_ep_size"])
+        found.append(Share(piece.rank, (known["tp_rank"], known["tp_size"]), ep, moe_tp))
+    return found if all(share.tp[1] == count for share in found) else []
+
+
+def faults_of_ranks(shares: Sequence[Share]) -> list[Fault]:
+    """What one rank may do wrong with its share of the MoE block."""
+    found = []
+    for share in shares:
+        for factor, what in ((2.0, "counted twice"), (0.0, "lost")):
+
+            def columns(x: Tensor, _: Any, __: Any, share: Share = share, factor: float = factor) -> Tensor:
+                return share.columns(x, factor)
+
+            name = f"shared expert {what} on rank {share.rank}"
+            found.append(Fault(name, "mlp", "its share of the sum", "sglang 23084", {"moe_shared_act": columns}))
+    return found
+
+
+def swapped(a: int, b: int, share: Share | None = None) -> Fault:
+    """The weights of two experts, one for the other: on all ranks, or on one that holds them."""
+
+    def change(source: BrokenSource, mlp: str, e: int, slot: PackedExpert) -> PackedExpert:
+        if e not in (a, b):
+            return slot
+        other = source.inner.slot(mlp, a + b - e)
+        if share is None or share.moe_tp[1] == 1:
+            return other
+        (gate_up, down), (gate_up_2, down_2) = ([w.decode(torch.float64) for w in some] for some in (slot, other))
+        gate_up, gate_up_2 = (w.unflatten(0, (2, -1)).mT for w in (gate_up, gate_up_2))
+        mixed = [share.columns(x, 0.0, 1.0, share.moe_tp) + share.columns(y, 1.0, 0.0, share.moe_tp)
+                 for x, y in ((gate_up, gate_up_2), (down, down_2))]  # fmt: skip
+        return Float(mixed[0].mT.flatten(0, 1).contiguous()), Float(mixed[1])
+
+    where = "" if share is None else f" on rank {share.rank}"
+    return Fault(f"experts {a} and {b} swapped{where}", "mlp", "each computes with the other's weights", slot=change)
+
+
+def swaps(error_T: Tensor, ids_TA: Tensor, count: int, at_most: int = 3) -> list[tuple[int, int]]:
+    """Pairs of experts that hold nearly all of the squared error [T], those with the fewest tokens first."""
+    hit_TE = torch.zeros(len(ids_TA), count, dtype=torch.float64).scatter(1, ids_TA.long(), 1.0)
+    both_EE = hit_TE.T @ (error_T[:, None] * hit_TE)
+    own_E, tokens_E = both_EE.diagonal(), hit_TE.sum(0)
+    either_EE = own_E[:, None] + own_E - both_EE
+    cost_EE = tokens_E[:, None] + tokens_E
+    good = (either_EE >= 0.98 * error_T.sum()).triu(1) & (own_E > 0)[:, None] & (own_E > 0)
+    pairs = good.nonzero().tolist()
+    return sorted(((a, b) for a, b in pairs), key=lambda ab: float(cost_EE[ab[0], ab[1]]))[:at_most]
+
+
+@dataclass
+class Blame:
+    """The ranks whose share of a sum is wrong, where others' are right, and the squared error of each row. reduced: the
+    sum was to be on all ranks, and these hold no more than their own share of it."""
+
+    ranks: list[Share]
+    reduced: bool
+    error_T: Tensor
+
+    def __str__(self) -> str:
+        which = ", ".join(str(share.rank) for share in self.ranks)
+        return f"not reduced on rank {which}" if self.reduced else f"in the share of rank {which} only"
+
+
+def blame(key: str, work: Any, rerun: Rerun, layer: int | None, seen: Sequence[Mapping[str, Tensor]]) -> Blame | None:
+    """Which ranks hold a wrong value of a sum; None where that cannot be said, or is true of all of them.
+
+    Where other layers hold the same sum on all ranks, it was reduced: a rank is compared with all of it. Elsewhere it
+    is compared with its own share.
+    """
+    sources = work.alignment.dump.sources
+    if layer is None or base_name(key) not in SUMS or key not in sources:
+        return None
+    shares, bad, own, error = shares_of(next(iter(sources[key].values()))), [], [], torch.empty(0)
+    reduced = _reduced(work.alignment.dump, key)
+    for i, share in enumerate(shares):
+        pair = _of_rank(work.alignment, key, i)
+        if pair.engine is None:
+            return None
+        part = [work.rows(rerun.fault(layer, share.alone, table, j)[key], pair) for j, table in enumerate(rerun.tables)]
+        right = [work.rows(taps[key], pair) for taps in seen] if reduced else part
+        if _ratio(pair, right) > work.limit:
+            bad.append(share)
+            own.append(_ratio(pair, part) <= work.limit)
+            error = (pair.engine.double() - right[0]).square().sum(1)
+    if not bad or len(bad) == len(shares):
+        return None
+    return Blame(bad, reduced and all(own), error)
+
+
+def _ratio(pair: Pair, right: Sequence[Tensor]) -> float:
+    assert pair.engine is not None and pair.dtype is not None
+    return judge(pair.engine, right[0], envelope(right[0], right[1:], pair.dtype), pair.dtype).ratio
+
+
+def _of_rank(alignment: Alignment, key: str, i: int) -> Pair:
+    """A tap as one rank holds it."""
+    dump = copy(alignment.dump)
+    alone = {step: Source([source.pieces[i]], TapRule("same", source.rule.blocks), source.preference)
+             for step, source in dump.sources[key].items()}  # fmt: skip
+    dump.sources = {**dump.sources, key: alone}
+    return replace(alignment, dump=dump).pair(key)
+
+
+def _reduced(dump: Dump, key: str) -> bool:
+    """Whether the ranks hold the same values of this sum in another layer."""
+    for other in dump.sources:
+        if other != key and base_name(other) == base_name(key) and "mtp." not in other:
+            first, *rest = (piece.load() for piece in next(iter(dump.sources[other].values())).pieces)
+            return all(torch.equal(first, x) for x in rest)
+    return False
+
+
+def faults_of_sums(
+    sources: Mapping[int, Source], blamed: Blame | None, error_T: Tensor, ids_TA: Tensor, E: int
+) -> list[Fault]:
+    """What may be wrong with the experts of one rank, or of all, that the catalogue cannot list: ranks and pairs."""
+    shares = shares_of(next(iter(sources.values()))) if sources else []
+    error_T = error_T if blamed is None else blamed.error_T
+    some = [None, *shares] if blamed is None else blamed.ranks
+    pairs = swaps(error_T, ids_TA, E) if len(error_T) == len(ids_TA) else []
+    return [*faults_of_ranks(shares), *(swapped(a, b, share) for a, b in pairs for share in some)]
