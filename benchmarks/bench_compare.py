@@ -29,7 +29,8 @@ from qwen35_moe.numerics.taps import Site
 from qwen35_moe.oracle.dumps.writers import write_sglang_dump
 from qwen35_moe.oracle.judge.envelope import Norms, rounding_loss
 from qwen35_moe.oracle.judge.envelope_file import ENVELOPE, as_rows
-from qwen35_moe.trace.file import Entry, Trace
+from qwen35_moe.trace.file import Trace
+from qwen35_moe.trace.head import Entry
 from qwen35_moe.trace.writer import TraceWriter
 from qwen35_moe.trace.writer import write as write_trace
 

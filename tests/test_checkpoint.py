@@ -17,7 +17,8 @@ import torch
 from layouts import CONFIG, LAYOUTS, D, E, F, config_with, tensors, write
 
 from qwen35_moe.checkpoint import Checkpoint
-from qwen35_moe.checkpoint.reader import Rows, read_together
+from qwen35_moe.checkpoint.adjoining import read_together
+from qwen35_moe.checkpoint.reader import Rows
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.model.config import Config
 from qwen35_moe.run.validate import validate

@@ -13,7 +13,7 @@ import qwen35_moe as q
 from qwen35_moe.cli import main as cli
 from qwen35_moe.model.cache import Cache
 from qwen35_moe.model.mtp import draft_chains, draft_head, with_hidden
-from qwen35_moe.numerics.tap_table import part_of
+from qwen35_moe.numerics.tap_keys import part_of
 from qwen35_moe.numerics.taps import Site, attach
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.dumps.align import align
@@ -22,7 +22,8 @@ from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.dumps.writers import DUMPED
 from qwen35_moe.oracle.judge.acceptance import Acceptance, acceptance
 from qwen35_moe.trace.drafts import draft_ids_of
-from qwen35_moe.trace.file import Entry, Trace
+from qwen35_moe.trace.file import Trace
+from qwen35_moe.trace.head import Entry
 from qwen35_moe.trace.recorder import record, sizes_of, step_record
 
 IDS = torch.arange(20)[None] * 7919 % 251

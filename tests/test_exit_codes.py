@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from qwen35_moe.errors import Qwen35Error
-from qwen35_moe.oracle.judge.records import Comparison, Record, Weight
+from qwen35_moe.oracle.judge.diagnosis import Weight
+from qwen35_moe.oracle.judge.records import Comparison, Record
 
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]

@@ -20,7 +20,8 @@ import qwen35_moe as q
 from qwen35_moe.model.mtp import draft_head, with_hidden
 from qwen35_moe.numerics import arithmetics as arithmetic
 from qwen35_moe.numerics import taps
-from qwen35_moe.numerics.tap_table import TAPS, base_name, dims_of
+from qwen35_moe.numerics.tap_keys import base_name, dims_of
+from qwen35_moe.numerics.tap_table import TAPS
 from qwen35_moe.run.generate import Sampling, Step, generate, score, uniform
 from qwen35_moe.run.prompt import embed_prompt
 

@@ -24,7 +24,7 @@ from qwen35_moe.model.vision.positions import token_types
 from qwen35_moe.model.vision.tower import patch_places
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.diagnose.faults import Fault, FaultSite
-from qwen35_moe.oracle.diagnose.rope_faults import counted, counted_after, swapped, time_only
+from qwen35_moe.oracle.diagnose.rope_faults import axes_swapped, counted, counted_after, time_only
 from qwen35_moe.oracle.diagnose.seen import Seen
 from qwen35_moe.oracle.diagnose.vision_faults import VISION_FAULTS
 from qwen35_moe.oracle.dumps.dump import Dump
@@ -99,7 +99,7 @@ def test_a_right_engine_agrees(truth: Trace, source) -> None:
     ("positions", "name"),
     [
         (time_only, "M-RoPE height and width dropped"),
-        (swapped, "M-RoPE height and width swapped"),
+        (axes_swapped, "M-RoPE height and width swapped"),
         (counted, "image positions counted by tokens"),
         (counted_after, "positions after an image counted by tokens"),
     ],

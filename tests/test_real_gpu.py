@@ -14,7 +14,7 @@ from benchmarks.real_engine.prompts import VOCABULARY, prompts
 from benchmarks.real_engine.sglang_bugs import PLANT as SGLANG
 from benchmarks.real_engine.transformers_bugs import PLANT as TRANSFORMERS
 from benchmarks.real_engine.vllm_bugs import PLANT as VLLM
-from qwen35_moe.numerics.tap_table import part_of
+from qwen35_moe.numerics.tap_keys import part_of
 from qwen35_moe.oracle.compare import diagnose
 from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.oracle.report import html, text

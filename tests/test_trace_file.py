@@ -14,12 +14,14 @@ from engine_like import padded_truth, tiny_model
 
 from qwen35_moe import Cache, Qwen35Error
 from qwen35_moe.cli.main import main
-from qwen35_moe.numerics.tap_table import TAPS, base_name, check_patterns, dims_of
+from qwen35_moe.numerics.tap_keys import base_name, check_patterns, dims_of
+from qwen35_moe.numerics.tap_table import TAPS
 from qwen35_moe.numerics.taps import Site, scope, tap
 from qwen35_moe.oracle.judge.envelope_file import write_envelope
 from qwen35_moe.run.load import load
 from qwen35_moe.trace import writer as writer_module
-from qwen35_moe.trace.file import Entry, Trace
+from qwen35_moe.trace.file import Trace
+from qwen35_moe.trace.head import Entry
 from qwen35_moe.trace.recorder import record, trace
 from qwen35_moe.trace.writer import TraceWriter, write
 

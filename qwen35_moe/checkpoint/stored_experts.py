@@ -8,7 +8,7 @@ from itertools import islice
 
 from ..errors import Qwen35Error
 from ..quant.packed import Packed, concatenate
-from .reader import read_together
+from .adjoining import read_together
 from .weight import StoredWeight
 
 GATE_AND_UP = ("gate_proj", "up_proj")

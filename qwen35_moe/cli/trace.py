@@ -17,7 +17,8 @@ from ..errors import Qwen35Error
 from ..model.text import Model
 from ..model.vision.config import VisionConfig
 from ..numerics.arithmetics import ARITHMETICS
-from ..numerics.tap_table import TAPS, matching, split_patterns
+from ..numerics.tap_keys import matching, split_patterns
+from ..numerics.tap_table import TAPS
 from ..oracle.judge.envelope import legal
 from ..oracle.judge.envelope_file import ENVELOPE, remaining, with_ids, write_envelope
 from ..run.files import Claim

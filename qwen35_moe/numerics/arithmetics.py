@@ -31,7 +31,8 @@ from torch import Tensor
 
 from ..errors import Qwen35Error
 from . import taps
-from .tap_table import NAMES, check_patterns, refuse
+from .tap_keys import check_patterns, refuse
+from .tap_table import NAMES
 
 KEEP = None
 Rounding = torch.dtype | Callable[[Tensor], Tensor] | None

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor
 
-from .tap_table import NAMES, refuse
+from .tap_keys import refuse
+from .tap_table import NAMES
 
 REPLAY, BREAK, ROUND, OBSERVE = range(4)
 

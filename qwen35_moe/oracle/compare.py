@@ -7,8 +7,7 @@ engine's own choice of experts: it names the block that is wrong. It needs the c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import Qwen35Error
 from ..model.config import Config
 from ..numerics import arithmetics
 from ..numerics.arithmetics import Arithmetic
-from ..numerics.tap_table import is_vision
+from ..numerics.tap_keys import is_vision
 from ..run.prompt import Images, placeholders
 from ..run.source import WeightSource
 from ..trace.drafts import draft_ids_of
@@ -33,20 +31,18 @@ from .diagnose.diagnose import explain
 from .dumps.align import align
 from .dumps.draft_rows import drafts_of
 from .dumps.dump import Dump
-from .dumps.holes import holes
 from .dumps.readers import read_dump
-from .dumps.sequences import placed, sequences_of
-from .judge.acceptance import acceptance
+from .dumps.sequences import placed, sequences_in, sequences_of
 from .judge.added import Judgement
-from .judge.envelope import LIMIT, Class, legal, with_declared_caches
-from .judge.envelope_file import RowErrors, stored_envelope
+from .judge.conclude import conclude, noted
+from .judge.envelope import LIMIT, legal, with_declared_caches
+from .judge.envelope_file import stored_envelope
 from .judge.function import computed, truth_in, usual
-from .judge.growth import growth
 from .judge.inherited import inherited
 from .judge.log_p import LOG_P
-from .judge.logits import compare_logits
 from .judge.positions import POSITIONS, engine_positions, judge_positions, moved_alike
-from .judge.records import BlockId, Comparison, Record, block_of, layer_of
+from .judge.records import BlockId, Comparison
+from .judge.replay import Captured
 from .judge.rerun import Rerun, TruthTokens
 from .judge.second_look import second_look
 from .judge.suspects import accuse, suspects
@@ -208,19 +204,8 @@ def _compare(truth: Trace, dump: Dump, source: WeightSource | None, options: Com
         members = [*members, *with_declared_caches(members, options.kv_cache, options.state)]
         result.members = tuple(m.name for m in members)
         rerun = again([function, *members])
-        places, cleared, nan = suspects(captured, result.layers), set[BlockId](), False
         with noted(result, "the layers that follow were not rerun"):
-            for layer, seen in rerun:
-                if layers is None or layer is None or layer in layers:
-                    work.shared = rerun.shared
-                    work.added(layer, seen)
-                    seen = second_look(rerun, layer, work, seen)
-                    accuse([r for r in work.records.values() if r.layer == layer], places, cleared)
-                    bad = spare_victims(guilty := work.guilty(layer, seen), nan)
-                    nan = nan or any(r.nan for r in guilty)
-                    if sum(d.key != POSITIONS for d in result.diagnoses) < options.diagnoses and bad:
-                        with noted(result, "the diagnosis failed; the verdict stands", counts=False):
-                            result.diagnoses.append(explain(rerun, layer, bad, work, seen))
+            _judge_layers(work, rerun, captured, options)
     else:
         if options.kv_cache or options.state:
             what, do = "a declared cache needs the checkpoint", "give the checkpoint, too"
@@ -236,78 +221,23 @@ def _compare(truth: Trace, dump: Dump, source: WeightSource | None, options: Com
                 stored = stored_envelope(own)
                 work.alignment = align(dump, own, None if options.ids is None else sequences_in(truth, options.ids))
     inherited(work, stored)
-    _finish(work, stored, layers)
+    conclude(work, stored, layers)
     ask_for_checkpoint(result)
     return result
 
 
-def sequences_in(truth: Trace, rows: Sequence[Sequence[int]]) -> list[int]:
-    """Which sequences of the truth these are: one begins with the other. Raises Qwen35Error for others."""
-    real = [row[mask.bool()].tolist() for row, mask in zip(truth.ids, truth.mask, strict=True)]
-    found = []
-    for row in rows:
-        some = [b for b, ids in enumerate(real) if b not in found and ids[: len(row)] == list(row)[: len(ids)]]
-        if not some:
-            raise Qwen35Error("ids are of another sequence than the truth's", where="--ids", found=list(row)[:6],
-                              expected=f"ids {[ids[:6] for ids in real[:2]]}", do="trace these ids")  # fmt: skip
-        found.append(some[0])
-    return found
-
-
-@contextmanager
-def noted(result: Comparison, what: str, counts: bool = True) -> Iterator[None]:
-    """Whatever fails inside is said in the report, and takes no verdict with it. counts: it is a hole in what was
-    compared."""
-    try:
-        yield
-    except Exception as error:
-        said = str(error).partition("\n")[0] if isinstance(error, Qwen35Error) else f"{type(error).__name__}: {error}"
-        if counts:
-            result.problems.append(Qwen35Error(what, found=said[:200]))
-        else:
-            result.notes.append(f"{what}: {said[:200]}")
-
-
-def _finish(work: Judgement, stored: Mapping[str, Tensor], layers: Sequence[int] | None) -> None:
-    """Every tap of the truth (of these layers) gets its record; holes and logits are looked for."""
-    truth, shared = work.alignment.truth, set(work.alignment.keys)
-    names = truth.comparable
-    if layers is not None:
-        last = len(work.result.layers) - 1
-        shown = {f"layers.{i + 1}.layer_input": i for i in range(-1, last)}  # what one layer made, under another's name
-        shown |= dict.fromkeys(("final_norm", "next_token_logits"), last)
-        names = [k for k in names if shown.get(k, layer_of(k)) in layers]
-        work.result.routing = [r for r in work.result.routing if r.layer in layers]
-        work.records = {k: work.records[k] for k in (POSITIONS, *names) if k in work.records}
-        work.result.notes.append(f"only layers {', '.join(map(str, layers))} were judged")
-    order = {key: i for i, key in enumerate([POSITIONS, *names, LOG_P])}  # of execution
-    for key in dict.fromkeys([*names, *(work.alignment.keys if layers is None else ())]):
-        if key in work.records or (layers is not None and key in shared):
-            continue
-        cls: Class = "not comparable" if key in shared else "missing"
-        note = work.alignment.pair(key).problem or "no envelope for this tap" if key in shared else ""
-        work.records[key] = Record(key, cls, block_of(key), layer_of(key), note=note)
-    work.result.records = sorted(work.records.values(), key=lambda r: order[r.key])
-    work.result.holes = list(holes(work.alignment))
-    if some := [r for r in work.result.records if r.excluded]:
-        most = max(some, key=lambda r: r.excluded)
-        work.result.notes.append(
-            f"up to {most.excluded} of {most.excluded + most.rows} rows of {len(some)} taps were not judged, where "
-            "experts may legally be others; with moe_topk_ids in the dump, and the checkpoint, all are"
-        )
-    with noted(work.result, "the error along the sequence could not be said", counts=False):
-        work.result.notes += growth(work.alignment)
-    logits = next((k for k in work.alignment.keys if k.startswith("next_token_log")), None)
-    with noted(work.result, "which drafts were accepted could not be said", counts=False):
-        work.result.acceptance = acceptance(work.alignment)
-    with noted(work.result, "what the logits mean could not be said", counts=False):
-        _judge_logits(work, stored, logits)
-
-
-def _judge_logits(work: Judgement, stored: Mapping[str, Tensor], logits: str | None) -> None:
-    if logits is not None:
-        pair = work.alignment.pair(logits)
-        if pair.engine is not None and pair.chosen is None:
-            known = stored.get("next_token_logits")
-            noise = None if known is None else RowErrors.of(known, work.index(pair)).error.max
-            work.result.logits = compare_logits(pair, noise, work.alignment.truth.ids)
+def _judge_layers(work: Judgement, rerun: Rerun, captured: Captured, options: CompareOptions) -> None:
+    """Runs each layer on the engine's own inputs, judges its taps, and diagnoses the first blocks that are wrong."""
+    result = work.result
+    places, cleared, nan = suspects(captured, result.layers), set[BlockId](), False
+    for layer, seen in rerun:
+        if options.layers is None or layer is None or layer in options.layers:
+            work.shared = rerun.shared
+            work.added(layer, seen)
+            seen = second_look(rerun, layer, work, seen)
+            accuse([r for r in work.records.values() if r.layer == layer], places, cleared)
+            bad = spare_victims(guilty := work.guilty(layer, seen), nan)
+            nan = nan or any(r.nan for r in guilty)
+            if sum(d.key != POSITIONS for d in result.diagnoses) < options.diagnoses and bad:
+                with noted(result, "the diagnosis failed; the verdict stands", counts=False):
+                    result.diagnoses.append(explain(rerun, layer, bad, work, seen))

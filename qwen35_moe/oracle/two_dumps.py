@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..numerics.tap_table import TAPS, base_name, per_token
+from ..numerics.tap_keys import base_name, per_token
+from ..numerics.tap_table import TAPS
 from ..run.prompt import padded
-from ..trace.file import Entry, Trace
+from ..trace.file import Trace
+from ..trace.head import Entry
 from .compare import compare, diagnose
 from .dumps.align import Alignment, align
 from .dumps.dump import Dump

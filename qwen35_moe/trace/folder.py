@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import Qwen35Error
 from ..run.files import Claim, check_claim
 from ..untrusted import tensor_file
-from .file import FORMAT, PARTIAL
+from .head import FORMAT, PARTIAL
 
 HEAD_FILE = "trace.json"
 GROUPS, GROUPS_RUN = "groups", "run.json"

@@ -21,14 +21,15 @@ from ..model.cache import Cache, LayerState, extend
 from ..model.rope import rotary_angles
 from ..model.text import Model
 from ..numerics import arithmetics
-from ..numerics.tap_table import dims_of, split_patterns
+from ..numerics.tap_keys import dims_of, split_patterns
 from ..numerics.taps import Handler, Site, attach, scope, tap
 from ..run.origin import origin_of
 from ..run.prompt import Images, embed_prompt
 from ..run.streamed import StreamedHead
 from .drafts import trace_drafts
-from .file import PARTIAL, RESUME, Trace
+from .file import RESUME, Trace
 from .folder import finish, sweep
+from .head import PARTIAL
 from .images import PIXELS, axes_of, images_meta
 from .progress import Progress
 from .recorder import Patterns, Recorder, sizes_of, step_record
@@ -215,10 +216,8 @@ def _is_left(name: str, layer: int, used: set[str]) -> bool:
 @contextmanager
 def resumable(out: Path, layer: int) -> Iterator[None]:
     """Says of an error on the way what can be done about it."""
-    if layer:
-        do = f"make it work again and add --resume: layers below {layer} are done"
-    else:
-        do = "make it work, and run again"
+    done = f" again and add --resume: layers below {layer} are done" if layer else ", and run again"
+    do = f"make it work{done}"
     try:
         yield
     except Qwen35Error as error:

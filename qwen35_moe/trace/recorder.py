@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from ..numerics.tap_table import TAPS, check_patterns, dims_of, matching, split_patterns
+from ..numerics.tap_keys import check_patterns, dims_of, matching, split_patterns
+from ..numerics.tap_table import TAPS
 from ..numerics.taps import Handler, Site, attach
 from ..run.origin import identity_of
 from ..run.prompt import Images, embed_prompt
-from .file import Entry, Trace
+from .file import Trace
+from .head import Entry
 from .images import PIXELS, images_meta
 from .writer import TraceWriter
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..run.files import read_checked
 from ..untrusted import parse_json
-from .file import PARTIAL, RESUME
+from .file import RESUME
+from .head import PARTIAL
 from .writer import TraceWriter
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..judge.records import Comparison, Diagnosis, Hypothesis, Record
+from ..judge.diagnosis import Diagnosis, Hypothesis
+from ..judge.records import Comparison, Record
 
 OWN_LOGITS = "ids are not the top k of the engine's own logits"
 SCALE_NOTE = "a scale, or a temperature"

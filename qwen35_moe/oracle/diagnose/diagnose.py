@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ...numerics.arithmetics import Arithmetic
-from ...numerics.tap_table import base_name
-from ..judge.records import BF16_GRID, BlockId, Diagnosis, Hypothesis, Record, span
+from ...numerics.tap_keys import base_name
+from ..judge.diagnosis import Diagnosis, Hypothesis
+from ..judge.records import BF16_GRID, BlockId, Record, span
 from ..judge.rerun import Rerun
 from ..judge.second_look import Taps
 from .at_sight import known_at_sight

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...numerics.tap_table import base_name
+from ...numerics.tap_keys import base_name
 from ...quant.packed import Float
 from ...run.experts import PackedExpert
 from ..dumps.align import Alignment, Pair

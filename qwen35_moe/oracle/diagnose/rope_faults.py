@@ -22,7 +22,7 @@ def time_only(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
     return x_3BT[:1].expand(3, -1, -1)
 
 
-def swapped(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
+def axes_swapped(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
     return x_3BT[[0, 2, 1]]
 
 
@@ -86,7 +86,7 @@ def turned(
 ROTARY_FAULTS = (
     Fault("M-RoPE height and width dropped", "attn", "all axes have the position in time", "sglang 34446",
           turned(time_only), needs="images"),
-    Fault("M-RoPE height and width swapped", "attn", "", "", turned(swapped), needs="images"),
+    Fault("M-RoPE height and width swapped", "attn", "", "", turned(axes_swapped), needs="images"),
     Fault("M-RoPE sections in blocks", "attn", "frequencies of the axes side by side, not interleaved", "",
           turned(same, blocks=True), needs="images"),
     Fault("image positions counted by tokens", "attn", "an image has one position a token", "",

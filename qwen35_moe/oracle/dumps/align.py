@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
-from ...numerics.tap_table import TAPS, base_name, is_vision, part_of, per_token
+from ...numerics.tap_keys import base_name, is_vision, part_of, per_token
+from ...numerics.tap_table import TAPS
 from ...trace.file import TURN, Trace
 from ...trace.images import stands_for_images
 from ..judge.log_p import LOG_P, log_p

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
-from ...numerics.tap_table import base_name
+from ...numerics.tap_keys import base_name
 from ...trace.file import Trace
 from .dump import Dump, StepTokens
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
-from ...numerics.tap_table import TAPS, base_name, by_rows, is_vision, per_token
+from ...numerics.tap_keys import base_name, by_rows, is_vision, per_token
+from ...numerics.tap_table import TAPS
 from .drafts import mark
 from .engine_names import TapRule, letters, rule_for
 from .fusion import fused_layers

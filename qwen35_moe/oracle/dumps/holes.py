@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from ...numerics.tap_table import base_name, per_token
+from ...numerics.tap_keys import base_name, per_token
 from ..judge.records import layer_of
 from .align import Alignment
 

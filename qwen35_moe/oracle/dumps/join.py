@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
-from ...numerics.tap_table import base_name
+from ...numerics.tap_keys import base_name
 from .engine_names import features, width
 
 Blocks = tuple[tuple[str, str], ...]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
-from ...numerics.tap_table import base_name
+from ...numerics.tap_keys import base_name
 from ...trace.file import Trace
 from ..judge.log_p import LOG_P
 from .dump import Dump

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
 from ...model.config import Config
-from ...numerics.tap_table import is_vision
+from ...numerics.tap_keys import is_vision
 from ...run.prompt import Images, placeholders
+from ...trace.file import Trace
 from ...trace.images import images_meta
 from .dump import Dump
 from .runs import Run, runs
@@ -100,3 +103,16 @@ def _drafted(dump: Dump, run: Run) -> int:
     best = logits[run.rows].argmax(1)
     right = (best[:-1] == run.ids[1:]).int().cumprod(0)
     return len(run) - 1 - int(right.sum())
+
+
+def sequences_in(truth: Trace, rows: Sequence[Sequence[int]]) -> list[int]:
+    """Which sequences of the truth these are: one begins with the other. Raises Qwen35Error for others."""
+    real = [row[mask.bool()].tolist() for row, mask in zip(truth.ids, truth.mask, strict=True)]
+    found = []
+    for row in rows:
+        some = [b for b, ids in enumerate(real) if b not in found and ids[: len(row)] == list(row)[: len(ids)]]
+        if not some:
+            raise Qwen35Error("ids are of another sequence than the truth's", where="--ids", found=list(row)[:6],
+                              expected=f"ids {[ids[:6] for ids in real[:2]]}", do="trace these ids")  # fmt: skip
+        found.append(some[0])
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import Qwen35Error
-from ...numerics.tap_table import base_name
+from ...numerics.tap_keys import base_name
 from .dump import Dump, StepTokens
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
-from ...numerics.tap_table import TAPS, base_name
+from ...numerics.tap_keys import base_name
+from ...numerics.tap_table import TAPS
 from ...run.files import whole
 from ...trace.file import Trace
 from ..judge.log_p import log_p, to_codes

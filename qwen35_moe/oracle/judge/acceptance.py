@@ -17,8 +17,7 @@ from ...model.mtp import greedy
 from ...trace.drafts import draft_ids_of
 from ..dumps.align import Alignment, joined
 from ..dumps.runs import Run, runs
-
-HEAD = "next_token_logits"
+from ..dumps.sequences import LOGITS
 
 
 @dataclass
@@ -42,7 +41,7 @@ class Acceptance:
 def acceptance(alignment: Alignment) -> list[Acceptance]:
     """Of a dump's passes, or of what servers say of theirs. Empty where either side has no drafts."""
     truth, drafts = alignment.truth, draft_ids_of(alignment.truth)
-    heads = [HEAD, *(f"mtp.{k}.{HEAD}" if k > 1 else f"mtp.{HEAD}" for k in range(1, len(drafts) + 1))]
+    heads = [LOGITS, *(f"mtp.{k}.{LOGITS}" if k > 1 else f"mtp.{LOGITS}" for k in range(1, len(drafts) + 1))]
     if not drafts or any(key not in truth for key in heads):
         return []
     best_BT, *own = (greedy(joined(truth, key)) for key in heads)

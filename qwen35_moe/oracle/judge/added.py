@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
-from ...numerics.tap_table import base_name, part_of
+from ...numerics.tap_keys import base_name, part_of
 from ...trace.layers import HEAD
 from ..diagnose.at_sight import OWN_LOGITS, SCALE_NOTE, against_own_logits
 from ..dumps.align import Alignment

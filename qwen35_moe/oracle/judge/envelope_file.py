@@ -16,7 +16,8 @@ from ...model.cache import LayerState
 from ...model.text import Model
 from ...numerics import arithmetics
 from ...numerics.arithmetics import Arithmetic
-from ...numerics.tap_table import TAPS, base_name, matching, per_token, split_patterns
+from ...numerics.tap_keys import base_name, matching, per_token, split_patterns
+from ...numerics.tap_table import TAPS
 from ...numerics.taps import Handler, Site, attach, scope
 from ...run.files import read_checked, save_checked
 from ...run.origin import identity_of

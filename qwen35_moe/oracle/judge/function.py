@@ -16,7 +16,7 @@ from ...model.text import Model
 from ...numerics import arithmetics
 from ...numerics.arithmetics import Arithmetic
 from ...numerics.tables import function_of
-from ...numerics.tap_table import base_name
+from ...numerics.tap_keys import base_name
 from ...run.load import build
 from ...run.source import WeightSource
 from ...trace.file import Trace

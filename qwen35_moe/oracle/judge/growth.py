@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...numerics.tap_table import base_name, per_token
+from ...numerics.tap_keys import base_name, per_token
 from ..dumps.align import Alignment
 
 SHORTEST, SEQUENCE_PARTS = 256, 6  # tokens of a sequence that it is told for; equal parts of it

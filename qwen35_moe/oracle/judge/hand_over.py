@@ -19,7 +19,8 @@ from ...model.cache import LayerState
 from ...model.config import FULL, Config
 from ...model.rope import rotary_angles
 from ...model.text import Layer
-from ...numerics.tap_table import TAPS, base_name
+from ...numerics.tap_keys import base_name
+from ...numerics.tap_table import TAPS
 from ...numerics.taps import OBSERVE, Handler, Site, attach
 from .replay import Restart
 

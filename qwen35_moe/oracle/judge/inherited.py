@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
-from ...numerics.tap_table import base_name, per_token
+from ...numerics.tap_keys import base_name, per_token
 from ...trace.layers import HEAD
 from ..dumps.pair import Pair
 from .added import ID_TAPS, ROUTED_TAPS, Judgement, judge_size

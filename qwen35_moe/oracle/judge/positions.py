@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ...trace.images import axes_in
 from ..dumps.align import Alignment
-from .records import POSITIONS, Diagnosis, Hypothesis, Record
+from .diagnosis import Diagnosis, Hypothesis
+from .records import POSITIONS, Record
 
 __all__ = ["POSITIONS", "engine_positions", "judge_positions"]
 

@@ -19,7 +19,7 @@ from ...model.rope import rotary_angles
 from ...model.text import Layer, Model
 from ...model.vision.config import VisionConfig
 from ...numerics.arithmetics import Arithmetic, using
-from ...numerics.tap_table import part_of
+from ...numerics.tap_keys import part_of
 from ...numerics.taps import Handler, Site, attach, scope, tap
 from ...run.fill import fill
 from ...run.load import build, build_part

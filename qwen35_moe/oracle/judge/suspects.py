@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ...numerics.tap_table import base_name
+from ...numerics.tap_keys import base_name
 from .records import BlockId, Record
 from .replay import Captured
 

@@ -21,7 +21,7 @@ from ...quant.mxfp4 import PackedMXFP4
 from ...quant.packed import Float, Packed, Stacked
 from ...run.source import WeightSource
 from ..dumps.dump import Dump
-from .records import Weight
+from .diagnosis import Weight
 
 JOINED_MODULES = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),

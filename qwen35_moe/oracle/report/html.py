@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from ...numerics.tap_table import base_name
+from ...numerics.tap_keys import base_name
 from ..judge.records import Comparison, Record, ratio_text
 from .page_parts import ADDED, COLOURS, FITTED, INHERITED, LINES, ROUTING_NOTE, STYLE, linked, say
 from .text import SYMBOLS, broken, fold, grid, short, weights_line, worst

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from ...numerics.tap_table import base_name
+from ...numerics.tap_keys import base_name
 from ...run.files import whole
 from ..judge.records import CLASSES, Comparison, Record, ratio_text
 

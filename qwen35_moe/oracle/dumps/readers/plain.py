@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ....errors import Qwen35Error
 from ....gate.patterns import MAX_NAME, bounded_pattern
-from ....numerics.tap_table import TAPS, base_name
+from ....numerics.tap_keys import base_name
+from ....numerics.tap_table import TAPS
 from ....untrusted import check_regular, parse_npy, read_json, tensor_file
 from ..dump import Dump, Piece, StepTokens
 from ..engine_names import family_of, rule_for

@@ -10,8 +10,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..errors import MOST_LAYERS, Qwen35Error
-from ..untrusted import read_json
+from ...errors import MOST_LAYERS, Qwen35Error
+from ...untrusted import read_json
 from .family import check_family
 from .rope_scaling import RopeScaling
 

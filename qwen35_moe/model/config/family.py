@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import Qwen35Error
+from ...errors import Qwen35Error
 
 # Qwen3.6 and Qwen3.8 carry the same names.
 FAMILY = ("qwen3_5_moe", "qwen3_5_moe_text")

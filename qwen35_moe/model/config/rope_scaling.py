@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import Qwen35Error
+from ...errors import Qwen35Error
 
 WHERE = "config.json: rope_parameters"
 MAX_POSITION = 32768  # `max_position_embeddings` of the family in transformers, where a file has none
