@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_like import Engine, tiny_model, write_dumper
+from engine_like import Engine, Value, tiny_model, write_dumper
 
 import qwen35_moe as q
 from qwen35_moe.cli import main as cli
@@ -81,3 +81,25 @@ def test_ranks(tmp_path: Path) -> None:
 def test_dumps_of_other_tokens(runs: dict[str, Path], built: Callable[[str], Path], tmp_path: Path) -> None:
     q.trace(q.load(built("tiny"), text_only=True), IDS + 1, taps=DUMPED, out=tmp_path / "other")
     assert cli.main(["compare-dumps", str(runs["cold"]), str(tmp_path / "other")]) == 2
+
+
+def test_fused_columns_need_no_sizes_and_ranks_say_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a checkpoint, a fused projection of one rank is compared whole; of two, nobody knows where it is cut."""
+    model, sequences = tiny_model(), [[5, 9, 2, 7, 1, 30]]
+    for name, tp in (("a", 1), ("b", 1), ("c", 2), ("d", 2)):
+        write_dumper(tmp_path / name, Engine(model, sequences, tp).values([[(0, 0, 6)]]), tp)
+    assert cli.main(["compare-dumps", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    out = capsys.readouterr().out
+    assert "BIT-EQUAL" in out and "problem" not in out
+    assert cli.main(["compare-dumps", str(tmp_path / "c"), str(tmp_path / "d")]) == 2
+    assert capsys.readouterr().out.count("problem") == 1
+
+
+def test_a_request_that_begins_is_another_sequence(tmp_path: Path) -> None:
+    """Its ids are those that come next in an earlier one, of which the other dump holds the beginning only."""
+    model, whole = tiny_model(), [5, 9, 2, 7, 1, 30, 8, 3]
+    write_dumper(tmp_path / "whole", Engine(model, [whole]).values([[(0, 0, 8)]]))
+    parts = Engine(model, [whole[:5], whole[5:]]).values([[(0, 0, 5), (1, 0, 3)]])
+    write_dumper(tmp_path / "parts", (*parts, Value("req_pool_indices", torch.tensor([1, 2]), 0)))
+    found = compare_dumps(*(read_dump(tmp_path / name) for name in ("whole", "parts")))
+    assert found.tokens == (8, 5) and max(tap.rel for tap in found.taps) < 1e-12, found.verdict

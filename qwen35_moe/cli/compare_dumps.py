@@ -62,8 +62,12 @@ def two_dumps_text(result: TwoDumps, a: str, b: str, width: int) -> str:
     for name, keys in zip("AB", result.only, strict=True):
         if keys:
             lines += textwrap.wrap(f"only in {name}: {len(keys)} taps: {', '.join(keys[:4])}", width)
-    for problem in [f"{tap.key}: {tap.problem}" for tap in result.taps if tap.problem][:TAPS_SHOWN]:
-        lines += textwrap.wrap(f"problem  {' '.join(problem.split())}", width)
+    alike: dict[str, list[Difference]] = {}
+    for tap in result.taps:
+        alike.setdefault(" ".join(tap.problem.split()).partition(" where: ")[0], []).append(tap)
+    for problem, taps in [(p, taps) for p, taps in alike.items() if p][:TAPS_SHOWN]:
+        more = f" and {len(taps) - 1} taps more" if len(taps) > 1 else ""
+        lines += textwrap.wrap(f"problem  {taps[0].key}{more}: {problem}", width)
     lines += [line for note in result.notes for line in textwrap.wrap(f"note     {note}", width)]
     return "\n".join(line[:width] for line in lines)
 

@@ -141,7 +141,8 @@ class TwoDumps:
     def verdict(self) -> str:
         first, count = self.first, sum(not tap.problem for tap in self.taps)
         if first is None:
-            return f"BIT-EQUAL: {count} taps of {self.tokens[1]} tokens" if self.exit_code == 0 else "NOT COMPARED"
+            some = f"{self.tokens[1]} of {self.tokens[0]}" if self.tokens[1] < self.tokens[0] else self.tokens[1]
+            return f"BIT-EQUAL: {count} taps on {some} tokens" if self.exit_code == 0 else "NOT COMPARED"
         where = "" if first.first is None else f", sequence {first.first[0]}, token {first.first[1]}"
         said = f"first at {first.key}{where}: {first.differ} of {first.rows} rows, relative difference {first.rel:.2g}"
         equal = f"{count - len(self.differing)} of {count} taps are bit-equal"
@@ -168,6 +169,8 @@ def compare_dumps(
     Values are compared in the narrower of the dtypes that were written: partial sums of ranks are added exactly first.
     options: those of `diagnose`. Errors: a dump without ids; no token or tap in common.
     """
+    for dump in (a, b):
+        dump.keep_fused()
     truth = DumpTrace(a)
     alignment = align(b, truth)
     taps = list(_differences(truth, alignment))

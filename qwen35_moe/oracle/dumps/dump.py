@@ -181,6 +181,21 @@ class Dump(Mapping[str, Tensor]):
         except Qwen35Error:
             return None
 
+    def keep_fused(self) -> None:
+        """Without the model's sizes, fused columns of one rank cannot be split: all of them, under the first's name."""
+        for key, steps in list(self.sources.items()):
+            for step, source in list(steps.items()):
+                names = [name for name, _ in source.rule.blocks]
+                digits = all(w.isdigit() for _, w in source.rule.blocks)
+                if self.sizes or digits or len(set(names)) == 1 or len(source.pieces) > 1:
+                    continue
+                if base_name(key) == names[0]:
+                    steps[step] = replace(source, rule=TapRule(source.rule.join, ((names[0], ""),)))
+                else:
+                    del steps[step]
+            if not steps:
+                del self.sources[key]
+
     def rename(self, key: str, new: str) -> None:
         """Another meaning for a tap."""
         for step, source in self.sources.pop(key).items():

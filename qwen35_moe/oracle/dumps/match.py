@@ -169,7 +169,9 @@ class Matching:
         best: tuple[tuple[int, ...], tuple[int, int, int]] = ((9,), (0, 0, 0))
         for b, ids in enumerate(self.ids):
             filled = self.filled[b]
-            for at in dict.fromkeys((filled, filled if start is None else start)):
+            # A request that begins is another sequence, though its ids may go on where an earlier one stands.
+            begins = run.request is not None and start == 0 and run.request not in self.owner and filled > 0
+            for at in (0,) if begins and b in self.owner.values() else {filled, filled if start is None else start}:
                 n = self._common(run, b, at)
                 whole = n == len(run) or (n > 0 and at + n == len(ids) and not run.undivided)
                 goes_on = 0 < filled == at and (known == b or (known is None and start == at))
