@@ -149,3 +149,31 @@ def test_the_first_layer_has_no_residual(model, truth: Trace, tmp_path: Path) ->
     assert list(holes(read(tmp_path / "lost", write(2), truth)[1])) == ["layers.2.layer_input"]
     never = (v for v in write(None) if not v.name.endswith("input_layernorm.output.1"))
     assert not list(holes(read(tmp_path / "never", never, truth)[1]))  # what no layer has is no hole
+
+
+def test_layers_that_a_filter_lets_through_are_no_holes(model, truth: Trace, tmp_path: Path) -> None:
+    """A dump of layers 0 and 1: what the others hand on carries no layer's number, and is dumped all the same."""
+    outside = ("output.0", "output.1", "inputs.hidden_states", "inputs.residual")
+    some = (v for v in values(model, fused=False)
+            if v.layer in (None, 0, 1) or v.name.partition(f"layers.{v.layer}.")[2] in outside)  # fmt: skip
+    assert not list(holes(read(tmp_path / "d", some, truth)[1]))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_gate_inside_of_the_shared_expert_is_seen(model, truth: Trace, tmp_path: Path, gated: bool) -> None:
+    """vLLM's module returns its sum times the gate, SGLang's the sum: what the values are nearer to."""
+
+    def written() -> Iterator[Value]:
+        logits = {v.layer: v.x for v in values(model, fused=False) if v.name.endswith("shared_expert_gate.output")}
+        for v in values(model, fused=False):
+            if v.name.endswith("shared_expert.down_proj.output"):
+                gate = truth[f"layers.{v.layer}.moe_shared_gate"][truth.mask.bool()] if v.layer not in logits else (
+                    logits[v.layer].sigmoid())  # fmt: skip
+                v.name, v.x = v.name.replace("down_proj.", ""), v.x * gate.to(v.x) if gated else v.x
+            elif v.name.endswith("mlp.shared_expert.output"):
+                continue
+            yield v
+
+    alignment = read(tmp_path / "d", written(), truth)[1]
+    close(alignment, f"layers.1.moe_shared_{'gated' if gated else 'output'}")
+    assert ("layers.1.moe_shared_output" in alignment.missing) is gated

@@ -188,3 +188,19 @@ def test_dumps_without_ids(tmp_path: Path, with_embeddings: bool) -> None:
 def test_a_dump_that_says_nothing_of_its_tokens() -> None:
     with pytest.raises(Qwen35Error, match="which tokens it is of(.|\n)*--ids"):
         sequences_of(Dump("test", "test", [], {}))
+
+
+def test_a_sequence_whose_first_tokens_were_cached_elsewhere_is_absent(truth: Trace) -> None:
+    """Its ids are not in the dump: what was compared is not all that there is, unless they are given."""
+    a, b = SEQUENCES
+    dump = dump_of([flat((0, a), (2, b[2:]), requests=["a", "b"], seq_lens=[7, 5])])
+    assert [row.tolist() for row in sequences_of(dump)] == [a]
+    alone = padded_truth(tiny_model(), [a], taps="final_norm")
+    absent = align(dump, alone).tokens_of.absent
+    assert absent == ["a sequence from token 2 on, whose first were cached: give --ids"]
+    record = Record("final_norm", "bit-equal", "final_norm", None, 0.0)
+    result = Comparison(records=[record], tokens=(7, 7), absent=absent)
+    assert result.exit_code == 2 and "AGREES on 7 of 7 tokens" in result.verdict
+    result.partial = True
+    assert result.exit_code == 0
+    assert not align(dump, truth).tokens_of.absent  # a truth of both: the ids are known

@@ -7,13 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+import qwen35_moe as q
 from benchmarks.real_engine import judge
 from benchmarks.real_engine.bugs import BUGS
 from benchmarks.real_engine.prompts import VOCABULARY, prompts
 from benchmarks.real_engine.sglang_bugs import PLANT as SGLANG
 from benchmarks.real_engine.transformers_bugs import PLANT as TRANSFORMERS
 from benchmarks.real_engine.vllm_bugs import PLANT as VLLM
+from qwen35_moe.model.cache import LayerState
+from qwen35_moe.numerics.arithmetics import using
 from qwen35_moe.numerics.tap_keys import part_of
 from qwen35_moe.oracle.compare import diagnose
 from qwen35_moe.oracle.dumps.readers import read_dump
@@ -88,6 +92,28 @@ def test_a_bug_of_one_rank_is_named_with_its_rank(built: Built, dumps: Path, nam
     result = diagnose(built("engine-size"), read_dump(dumps / name), layers=[1])
     assert judge.said(result, name).right, result.verdict
     assert "on rank 1" in result.diagnoses[0].name
+
+
+@pytest.mark.parametrize("rolled_back", [True, False])
+def test_a_state_that_saw_rejected_drafts(built: Built, dumps: Path, rolled_back: bool) -> None:
+    """Layer 1 of a clean SGLang; in the second pass that verifies drafts, what its mixer makes of its own inputs with a
+    state that the first pass's rejected drafts are still in."""
+    checkpoint, key = built("engine-size"), "layers.1.attn_output"
+    mixer = q.load(checkpoint, "sglang-bf16", text_only=True).layers[1].linear_attn
+    dump = read_dump(dumps / "spec.clean")
+    x = {step: dump.read("layers.1.input_layernorm", step) for step in (0, 3, 6)}
+    made = []
+    for rows in (slice(30), slice(3)), (slice(30, 47), slice(3, 6)):
+        state = LayerState()
+        with torch.inference_mode(), using("sglang-bf16"):
+            made.append([mixer(x[step][rows[step > 0]][None], None, state)[0] for step in (0, 3, 6)][-1])
+    if not rolled_back:
+        dump.sources[key][6].pieces[0].load = lambda: torch.cat(made)
+    result = diagnose(checkpoint, dump, diagnoses=1)
+    assert result.diverges is not rolled_back, result.verdict
+    if not rolled_back:
+        assert result.diagnoses[0].name == "state not rolled back after rejected drafts at step 6"
+        assert result.first is not None and result.first.starts[0] == (0, 31, "first after a rejected draft")
 
 
 @pytest.mark.parametrize("name", ["vllm.clean", "vllm.shared-twice"])

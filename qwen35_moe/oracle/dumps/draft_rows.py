@@ -16,7 +16,7 @@ from ...run.prompt import padded
 from ...trace.drafts import draft_ids_of
 from ...trace.file import Trace
 from .dump import Dump
-from .match import Matched, Matching
+from .match import FIRST, Matched, Matching
 from .runs import runs
 
 
@@ -40,7 +40,7 @@ class DraftRows:
 
 
 def draft_rows(dump: Dump, mask_BT: Tensor, next_BT: Tensor) -> DraftRows:
-    """next_BT: token t+1 of row t, -1 where it is not known."""
+    """next_BT: token t+1 of row t, FIRST where it is not known."""
     matching, found = Matching(dump, mask_BT, next_BT), DraftRows()
     owner: dict[object, int | None] = {}
     for step, number in sorted(dump.drafts.items()):
@@ -71,8 +71,8 @@ def drafts_of(dump: Dump, rows: Sequence[Tensor]) -> list[Tensor]:
     sequences, -1 where it does not say. Empty without draft steps."""
     ids_BT, mask = padded(list(rows))
     mask_BT = torch.ones_like(ids_BT) if mask is None else mask
-    next_BT = torch.where(mask_BT.roll(-1, 1).bool(), ids_BT.roll(-1, 1), -1)
-    next_BT[:, -1] = -1
+    next_BT = torch.where(mask_BT.roll(-1, 1).bool(), ids_BT.roll(-1, 1), FIRST)
+    next_BT[:, -1] = FIRST
     return draft_rows(dump, mask_BT, next_BT).ids(dump.drafts, ids_BT)
 
 

@@ -19,6 +19,7 @@ from .by_count import by_count, ids_by_embeddings
 from .dump import Dump
 from .runs import Run, runs
 
+ANY, FIRST = -1, -2  # in the place of ids
 NO_TOKENS = torch.empty(0, 5, dtype=torch.long)
 
 
@@ -62,7 +63,7 @@ def match(dump: Dump, truth: Trace, only: list[int] | None = None) -> Matched:
             return Matched(where, ends, notes)
         dump.tokens, told = {**dump.tokens, **found}, ["the dump has no token ids: its embeddings tell them"]
     # In the place of an image's ids SGLang has a hash, beyond the vocabulary or clamped to it.
-    matching = Matching(dump, truth.mask, truth.ids.masked_fill(stands_for_images(truth), -1))
+    matching = Matching(dump, truth.mask, truth.ids.masked_fill(stands_for_images(truth), ANY))
     for run in runs(dump):
         matching.place(run)
     matching.second_chance()
@@ -77,7 +78,7 @@ class Matching:
     """The truth's sequences, and how far each was seen."""
 
     def __init__(self, dump: Dump, mask_BT: Tensor, ids_BT: Tensor):
-        """ids_BT: -1 fits any, at the beginning of a run."""
+        """ids_BT: ANY fits all, FIRST those that begin a run (engines fill up rejected rows)."""
         self.dump = dump
         self.real = [row.nonzero().flatten() for row in mask_BT.bool()]  # columns of the real tokens, in order
         self.ids = [row[columns] for row, columns in zip(ids_BT, self.real, strict=True)]
@@ -157,8 +158,8 @@ class Matching:
         if n <= 0 or at < 0:
             return 0
         ours = self.ids[b][at : at + n]
-        differ = (ours != run.ids[:n]).nonzero()
-        if len(differ) and not int(differ[0]) and int(ours[0]) < 0:  # not further on: engines fill up rejected rows
+        differ = ((ours != run.ids[:n]) & (ours != ANY)).nonzero()
+        if len(differ) and not int(differ[0]) and int(ours[0]) == FIRST:
             return 1
         return int(differ[0]) if len(differ) else n
 
@@ -180,7 +181,7 @@ class Matching:
                 others = known is None and b in self.owner.values()
                 more = -n if run.undivided else 0
                 rank = (
-                    int(ids[at]) < 0,
+                    int(ids[at]) == FIRST,
                     not whole,
                     more,
                     known is not None and b != known,
@@ -225,7 +226,8 @@ class Matching:
         ends = {step: torch.tensor(self.last[step]) for step in where}
         b, t, *theirs = torch.cat(self.compared).unbind(1)
         positions = torch.stack((b, t, positions_BT[b, t], *theirs), 1)
-        return Matched(where, ends, notes, positions, [*self._absent(), *self.dump.absent], self.firsts)
+        absent = self._absent() + (self.dump.absent if strange or self.beyond else [])
+        return Matched(where, ends, notes, positions, absent, self.firsts)
 
     def _absent(self) -> list[str]:
         found = []

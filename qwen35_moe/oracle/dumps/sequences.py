@@ -62,7 +62,10 @@ def placed(rows: list[Tensor], dump: Dump, config: Config, images: Images | None
     """
     size = config.vocab_size
     outside = any(bool(((x < 0) | (x >= size)).any()) for x in rows)
-    seen = any(bool(placeholders(config, x).any()) for x in rows) or any(map(is_vision, dump))
+    begins = config.raw.get("vision_start_token_id")  # a placeholder that a text model happens to say is no image
+    seen = any(map(is_vision, dump)) or any(
+        bool((placeholders(config, x)[1:] & ((x[:-1] == begins) | (begins is None))).any()) for x in rows
+    )
     if images is None and (seen or outside):
         do = "give the images: --image, or --pixel-values"
         raise Qwen35Error("the dump is of a prompt with images, and there are no pixels", where=dump.path, do=do)
