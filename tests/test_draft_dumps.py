@@ -120,6 +120,15 @@ def test_faults_of_the_draft_head_are_named(built: Callable[[str], Path], truth:
     assert found.diagnoses[0].name == name, str(found.diagnoses[0])
 
 
+def test_rows_that_draft_other_tokens_are_not_compared(truth: Trace) -> None:
+    """A trace as the dump, whose chain starts from other ids at three tokens, and from there on."""
+    first, second, third = draft_ids_of(truth)
+    dump = from_trace(truth)
+    dump.draft_ids = [first, torch.where(torch.arange(20) < 3, second + 1, second), third]
+    alignment = align(dump, truth)
+    assert [len(alignment.pair(f"{part}.final_norm").rows) for part in ("mtp", "mtp.2", "mtp.3")] == [20, 17, 17]
+
+
 def test_acceptance_of_drafts() -> None:
     """Two drafts behind token 3: the first is right; of the second the truth's head knew better."""
     ids = [5, 6, 7, 8, 9, 1]

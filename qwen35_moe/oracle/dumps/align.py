@@ -16,10 +16,11 @@ from torch import Tensor
 from ...errors import Qwen35Error
 from ...numerics.tap_keys import base_name, is_vision, part_of, per_token
 from ...numerics.tap_table import TAPS
+from ...trace.drafts import draft_ids_of
 from ...trace.file import TURN, Trace
 from ...trace.images import stands_for_images
 from ..judge.log_p import LOG_P, log_p
-from .draft_rows import match_drafts
+from .draft_rows import match_drafts, same_drafts
 from .dump import Dump
 from .match import Matched, match
 from .pair import Pair, broken_rows, fit, is_log_p, source_of, take
@@ -96,6 +97,8 @@ class Alignment:
             if theirs and x.shape[1] != theirs[0].shape[1]:
                 raise Qwen35Error(f"misshapen: {x.shape[1]} features in step {step}, {theirs[0].shape[1]} before")
             table = self.table(x, source, step)
+            if self.dump.draft_ids and part_of(key).startswith("mtp"):
+                table = same_drafts(self.dump.draft_ids, draft_ids_of(self.truth), part_of(key), table)
             if base_name(key) == "embed_tokens":  # engines put the images in afterwards
                 table = table[~stands_for_images(self.truth)[table[:, 1], table[:, 2]]]
             ours.append(take(truth.reshape(B * T, -1), table[:, 1] * T + table[:, 2]))

@@ -98,3 +98,11 @@ def match_drafts(dump: Dump, truth: Trace, matched: Matched) -> None:
     for count, why in ((other, "start from other tokens than the truth's"), (deeper, "are of later drafts than its")):
         if count:
             matched.notes.append(f"draft head: {count} rows {why}, and were not compared")
+
+
+def same_drafts(theirs: Sequence[Tensor], ours: Sequence[Tensor], part: str, table: Tensor) -> Tensor:
+    """Rows (row, b, t) of a draft's part where both chains [B, T] started from the same ids, up to that draft."""
+    number = int(part.partition(".")[2] or 1)
+    for a_BT, b_BT in zip(theirs[:number], ours[:number], strict=False):
+        table = table[a_BT.flatten()[table[:, 0]] == b_BT[table[:, 1], table[:, 2]]]
+    return table

@@ -42,6 +42,7 @@ class Dump(Mapping[str, Tensor]):
     problems         what is wrong with the dump, as Qwen35Errors that were not raised, in the order of discovery
     notes            what was assumed or repaired
     unknown          names of tensors that have no meaning here
+    draft_ids        [B, T] what each draft of a chain started from, where one of our traces is the dump
     accepted         step -> tokens of the prompt, and how often 0, 1, ... drafts were accepted, as a server says
     absent           sequences that cannot be compared, since the dump lacks their first ids, in words
     weights          name -> piece, for parameters that were dumped
@@ -71,6 +72,7 @@ class Dump(Mapping[str, Tensor]):
         self.weights = dict(weights or {})
         self.unknown: list[str] = []
         self.absent: list[str] = []
+        self.draft_ids: list[Tensor] = []
         self.accepted: dict[int, tuple[int, list[int]]] = {}
         self.sources: dict[str, dict[int, Source]] = defaultdict(dict)
         self._counts: dict[int, int | None] = {}

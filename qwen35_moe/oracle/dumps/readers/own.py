@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ....trace.drafts import draft_ids_of
 from ....trace.file import Trace
 from ..dump import Dump, Piece, StepTokens
 
@@ -33,4 +34,6 @@ def from_trace(trace: Trace, config: Any = None) -> Dump:
         # With images in the prompt, time alone orders no tokens.
         positions = None if "axes" in step else torch.tensor(step["positions"]).flatten()
         tokens[number] = StepTokens(ids.flatten(), positions, batch=(ids.shape[0], ids.shape[1]), mask=mask.flatten())
-    return Dump("qwen35-moe trace", trace.path or "memory", pieces, tokens, config=config or trace.meta.get("config"))
+    dump = Dump("qwen35-moe trace", trace.path or "memory", pieces, tokens, config=config or trace.meta.get("config"))
+    dump.draft_ids = draft_ids_of(trace)
+    return dump
