@@ -14,6 +14,7 @@ from qwen35_moe.oracle.diagnose.at_sight import OTHER_CHECKPOINT, OWN_LOGITS, VI
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.fault_parts import on_packed
 from qwen35_moe.oracle.diagnose.faults import BrokenSource, Fault, FaultSite
+from qwen35_moe.oracle.diagnose.other_experts import OTHERS
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.quant.mxfp4 import PackedMXFP4
@@ -75,3 +76,19 @@ def test_another_checkpoint_is_asked_about(bench: Bench) -> None:
     assert not result.diagnoses[0].named and any(OTHER_CHECKPOINT in note for note in result.notes)
     one = bench.compare(bench.engine(Fault("one", "mlp", slot=change)), diagnoses=1)
     assert not any(OTHER_CHECKPOINT in note for note in one.notes)
+
+
+def test_experts_other_than_those_dumped_are_solved_for(bench: Bench) -> None:
+    """The experts' kernel of an engine reads other ids than its router wrote, for some tokens."""
+
+    def others(ids: Tensor, _: dict[str, Tensor], place: FaultSite) -> Tensor:
+        free = torch.ones(len(ids), place.config.num_experts).scatter(1, ids, 0).argmax(1)
+        ids = ids.clone()
+        ids[8:12, 0] = free[8:12]
+        return ids
+
+    fault = Fault("others", "mlp", taps={"moe_topk_ids": others}, late=True)
+    run = bench.engine(fault)
+    result = bench.compare(run, diagnoses=1)
+    said = result.diagnoses[0]
+    assert said.name == OTHERS and said.layer == 1 and said.hypotheses[0].where.startswith("4 tokens, token 8: "), said
