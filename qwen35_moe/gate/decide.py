@@ -18,7 +18,7 @@ from ..errors import Qwen35Error
 from .declared import BF16, UNSTATED, ModuleSpec
 from .engines import ENGINE_RULES, NEWEST
 from .records import PROJECTIONS, Decision, Evidence, GateModel, MoEBlock, Options
-from .strict import LayerFacts, SpecLookup, layer_facts, read_stored, strict
+from .strict import LayerFacts, SpecLookup, TooManyPatterns, layer_facts, read_stored, strict
 
 RULES = ("strict", *ENGINE_RULES)
 
@@ -127,6 +127,8 @@ def _hazard(model: GateModel, layer: MoEBlock, decision: Decision, stored: SpecL
                 return uneven
             slot_guard(layer.experts, truth.routed[0].spec, _named(truth), convert=decision.online)
         return "" if decision.rule == "strict" or not decision.starts else _misread(model, truth, decision)
+    except TooManyPatterns:
+        return ""  # nothing is known, so nothing is said to break
     except Qwen35Error as error:
         return f"{error.what}: {error.where} is {error.found}, expected {error.expected}"
 
