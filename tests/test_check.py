@@ -255,4 +255,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "sglang-0.5.23; sglang-0.5.23 --enforce"
     }
     assert main(["check", str(built("tiny"))]) == 0
+    odd = shutil.copytree(built("tiny"), tmp_path / "odd one")
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(config | {"text_config": config["text_config"] | {"odd_note": 1}}))
+    for command, more in (("check", ["--sarif", str(outputs[0])]), ("info", [])):
+        assert main([command, str(odd)]) != 0
+        assert main([command, str(odd), "--ignore-config-keys", "odd_note", *more]) == 0
+    uri = json.loads(outputs[0].read_text())["runs"][0]["results"][0]["locations"][0]["physicalLocation"]
+    assert uri["artifactLocation"]["uri"].endswith("/odd%20one"), "a URI holds no spaces"
     assert main(["check", str(tmp_path / "absent")]) == 2

@@ -6,9 +6,11 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from .. import __version__
 from ..gate.engines import NEWEST
+from .device_options import add_ignored_keys
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
@@ -26,8 +28,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="check for this engine's loader (default: %(default)s)",
     )
     parser.add_argument("--bytes", action="store_true", help="also read every value: NaN, infinity, zero scales")
-    parser.add_argument("--sarif", metavar="FILE", help="write the findings as SARIF 2.1.0")
+    parser.add_argument("--sarif", metavar="FILE", help="write the findings as SARIF 2.1.0, required fields only")
     parser.add_argument("--json", metavar="FILE", help="write the findings as JSON")
+    add_ignored_keys(parser)
     parser.set_defaults(run=run)
 
 
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     engines = tuple(NEWEST) if args.engine == "all" else (args.engine,)
     with Checkpoint.open(args.checkpoint) as checkpoint:
-        found = lint(checkpoint, engines)
+        found = lint(checkpoint, engines, args.ignore_config_keys)
         found += check_bytes(checkpoint) if args.bytes else []
     records = [vars(finding) for finding in found]
     if args.json:
@@ -63,7 +66,7 @@ def sarif(path: str, records: list[dict[str, Any]]) -> dict[str, Any]:
             "message": {"text": record["text"] + (f" [{record['engine']}]" if record["engine"] else "")},
             "locations": [
                 {
-                    "physicalLocation": {"artifactLocation": {"uri": Path(path).as_posix()}},
+                    "physicalLocation": {"artifactLocation": {"uri": quote(Path(path).as_posix())}},
                     "logicalLocations": [{"fullyQualifiedName": record["where"]}],
                 }
             ],

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from math import prod
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..gate.records import GateModel
 from ..model.config import FULL
 from ..oracle.judge.envelope import legal
 from ..run.validate import model_config, validate
+from .device_options import add_ignored_keys
 from .estimate import estimate
 from .gate import lines_of, result_of
 
@@ -27,6 +29,7 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--json", action="store_true", help="print JSON")
     p.add_argument("--verify", action="store_true", help="read everything and compare all known checksums")
     p.add_argument("--manifest", help="file of expected checksums, lines `sha256 ... name`; implies --verify")
+    add_ignored_keys(p)
     p.set_defaults(run=run)
 
 
@@ -35,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if not 1 <= args.tokens <= 10**9:
         raise Qwen35Error("nothing to estimate", where="--tokens", expected="1 to 10^9", found=args.tokens)
     with Checkpoint.open(args.checkpoint) as checkpoint:
-        found = checkpoint_facts(checkpoint, args.tokens, args.arithmetic)
+        found = checkpoint_facts(checkpoint, args.tokens, args.arithmetic, args.ignore_config_keys)
         failed = 0
         if args.verify or args.manifest is not None:
             sums = list(checkpoint.verify(args.manifest))
@@ -45,9 +48,11 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def checkpoint_facts(checkpoint: Checkpoint, tokens: int, arithmetic: str) -> dict[str, Any]:
+def checkpoint_facts(
+    checkpoint: Checkpoint, tokens: int, arithmetic: str, ignore_config_keys: Iterable[str] = ()
+) -> dict[str, Any]:
     """All that `info` prints, as plain data."""
-    config = model_config(checkpoint)
+    config = model_config(checkpoint, ignore_config_keys)
     validate(checkpoint, config)
     rows = modules(checkpoint)
     return {

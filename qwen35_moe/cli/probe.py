@@ -28,6 +28,7 @@ from ..oracle.truth import open_checkpoint, weights_of
 from ..run.load import SHARED_EXPERT_MODES, usable
 from ..run.prompt import load_tokenizer, read_ids
 from ..trace.file import Trace
+from .device_options import add_ignored_keys
 from .dump_config import layer_lines
 from .report_options import new_file, where
 
@@ -70,6 +71,7 @@ def configure(p: argparse.ArgumentParser) -> None:
         choices=SHARED_EXPERT_MODES,
         help="how to compute it (default: %(default)s)",
     )
+    add_ignored_keys(p)
     p.add_argument("--kv-cache", metavar="fp8_e4m3[:SCALE]", help="the server's dtype for keys and values")
     p.add_argument("--state", choices=STATE_DTYPES, help="the server's dtype for DeltaNet's state")
     p.add_argument("--device", default="cpu", help="where the truth is computed: cpu, cuda or cuda:N (default: "
@@ -109,7 +111,7 @@ def sizes(word: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> int:
     server = Server(args.url, args.timeout, args.retries)
-    model, loaded = open_checkpoint(args.checkpoint, args.shared_expert, args.arithmetic)
+    model, loaded = open_checkpoint(args.checkpoint, args.shared_expert, args.arithmetic, args.ignore_config_keys)
     ids = prompts(args, model.config)
     asker = Asker(server, args.api, args.top, model.config.vocab_size, args.model,
                   saver(args.save) if args.save else lambda _: None)  # fmt: skip
@@ -189,7 +191,7 @@ def print_verdict(verdict: Verdict, args: argparse.Namespace, found: Sequence[Bu
 
 def saved(truth: Trace, path: Path, args: argparse.Namespace) -> int:
     """`compare TRUTH answers.json`: answers of any engine that were kept, to the tokens of a truth."""
-    source, fused = weights_of(truth, args.checkpoint)
+    source, fused = weights_of(truth, args.checkpoint, args.ignore_config_keys)
     if source is None:
         do = "say where it is with --checkpoint"
         raise Qwen35Error("answers are judged by the checkpoint, which is not there", where=args.truth, do=do)

@@ -20,7 +20,7 @@ from ..oracle.report import report
 from ..oracle.report.text import write_report
 from ..run.load import MODES, SHARED_EXPERT_MODES
 from ..run.prompt import read_ids
-from .device_options import add_device_options, device_options
+from .device_options import add_device_options, add_ignored_keys, device_options
 from .parsing import layers
 
 
@@ -49,6 +49,7 @@ def add_report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--kv-cache", metavar="fp8_e4m3[:SCALE]", help="the engine's dtype for keys and values")
     p.add_argument("--state", choices=STATE_DTYPES, help="the engine's dtype for DeltaNet's state")
     add_device_options(p)
+    add_ignored_keys(p)
     p.add_argument(
         "--mode", choices=MODES, help="how weights are held while a layer is computed anew (default: by size)"
     )
@@ -69,7 +70,7 @@ def where(args: argparse.Namespace) -> Where:
     options = device_options(args)
     if options.get("max_memory") or options.get("offload_folder"):
         raise Qwen35Error("one layer is held at a time", where="--max-memory, --offload-folder", do="leave them out")
-    return Where(args.device, options.get("device_map"), args.mode, args.quiet)
+    return Where(args.device, options.get("device_map"), args.mode, args.quiet, args.ignore_config_keys)
 
 
 def new_file(text: str) -> Path:

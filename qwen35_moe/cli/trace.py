@@ -207,7 +207,7 @@ def pixels_of(args: argparse.Namespace, rows: list[list[int]]) -> Images | None:
         return None
     if len(rows) > 1:
         raise Qwen35Error("one prompt with images at a time", where="command line", expected="one prompt")
-    config = model_config(Checkpoint.open(args.checkpoint))
+    config = model_config(Checkpoint.open(args.checkpoint), args.ignore_config_keys)
     if images.image_grid_thw is not None:
         vision = VisionConfig.from_dict(config.raw.get("vision_config") or {}, config.hidden_size)
         rows[0] = place_images(config, rows[0], images.image_grid_thw, vision.spatial_merge_size)

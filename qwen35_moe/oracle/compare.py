@@ -110,7 +110,7 @@ def compare(
     dump = dump if isinstance(dump, Dump) else read_dump(dump, config=truth.meta.get("config"))
     chosen = CompareOptions(**options)
     check_layers(chosen.layers, 1 + max((entry.layer or 0 for entry in truth.sites.values()), default=0))
-    source, fused = weights_of(truth, checkpoint)
+    source, fused = weights_of(truth, checkpoint, chosen.where.ignore_config_keys)
     return _compare(truth, dump, source, replace(chosen, fused=fused if chosen.fused is None else chosen.fused))
 
 
@@ -124,9 +124,9 @@ def diagnose(
     arithmetic  that of the truth (default: exact, or exact+a8 of an FP8 checkpoint), shared_expert how it was loaded
     options     the fields of `CompareOptions`
     """
-    model, loaded = open_checkpoint(checkpoint, shared_expert)
-    dump = dump if isinstance(dump, Dump) else read_dump(dump, config=model.config.raw)
     chosen = CompareOptions(**options)
+    model, loaded = open_checkpoint(checkpoint, shared_expert, ignore_config_keys=chosen.where.ignore_config_keys)
+    dump = dump if isinstance(dump, Dump) else read_dump(dump, config=model.config.raw)
     check_layers(chosen.layers, model.config.num_hidden_layers)
     ids = sequences_of(dump) if chosen.ids is None else [torch.as_tensor(row) for row in chosen.ids]
     has_head = any(name.startswith("mtp.") for name in loaded.source.checkpoint.names())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,18 @@ class Loaded:
 
 
 def open_checkpoint(
-    path: str | Path, shared_expert: str = "unfused", arithmetic: str = "exact"
+    path: str | Path, shared_expert: str = "unfused", arithmetic: str = "exact", ignore_config_keys: Iterable[str] = ()
 ) -> tuple[Model, Loaded]:
     """A streamed model of a checkpoint, its weights, and which layers fuse the shared expert."""
-    model = load(path, arithmetic, shared_expert, mode="stream", text_only=True)
+    model = load(
+        path, arithmetic, shared_expert, mode="stream", text_only=True, ignore_config_keys=tuple(ignore_config_keys)
+    )
     return model, Loaded(origin_of(model).source, [layer.mlp.fused for layer in model.layers.empty])  # type: ignore[union-attr]
 
 
-def weights_of(truth: Trace, checkpoint: WeightSource | str | Path | None) -> tuple[WeightSource | None, list[bool]]:
+def weights_of(
+    truth: Trace, checkpoint: WeightSource | str | Path | None, ignore_config_keys: Iterable[str] = ()
+) -> tuple[WeightSource | None, list[bool]]:
     """The weights that a truth was computed from, where they are known or were given, and which layers were fused.
     Error: the checkpoint is another one."""
     flags = list(truth.meta.get("fused") or [])
@@ -48,7 +52,7 @@ def weights_of(truth: Trace, checkpoint: WeightSource | str | Path | None) -> tu
     path = checkpoint or known
     if not path or (checkpoint is None and not Path(path).exists()):
         return None, flags
-    model, loaded = open_checkpoint(path)
+    model, loaded = open_checkpoint(path, ignore_config_keys=ignore_config_keys)
     if not truth.is_of(origin_of(model).identity):
         do = "trace this checkpoint, or give the other one as checkpoint"
         where = truth.path or "a truth in memory"
@@ -85,6 +89,7 @@ def write_truth(
 def _load(
     path: str | Path, shared_expert: str, arithmetic: str | Arithmetic, where: Where, text_only: bool = True
 ) -> Model:
-    device: Any = {"device": where.device} if where.device_map is None else {"device_map": where.device_map}
+    device: dict[str, Any] = {"ignore_config_keys": where.ignore_config_keys}
+    device |= {"device": where.device} if where.device_map is None else {"device_map": where.device_map}
     mode = where.mode or ("stream" if where.device_map is None else "packed")
     return load(path, arithmetic, shared_expert, mode=mode, text_only=text_only, **device)

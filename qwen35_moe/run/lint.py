@@ -33,14 +33,16 @@ LINEAR_NAMES = re.compile(
 )
 
 
-def lint(checkpoint: Checkpoint, engines: tuple[str, ...] = tuple(NEWEST)) -> list[Finding]:
+def lint(
+    checkpoint: Checkpoint, engines: tuple[str, ...] = tuple(NEWEST), ignore_config_keys: tuple[str, ...] = ()
+) -> list[Finding]:
     """All findings that headers, configuration and the files beside them give, the worst first."""
     broken = list(_formats(checkpoint))
     found = [*broken]
     layouts = {checkpoint.layout(module): roles for module, roles in checkpoint.modules.items()}
     foreign = any(foreign_spec(roles) for roles in layouts.values())
     try:
-        config: Config | None = model_config(checkpoint)
+        config: Config | None = model_config(checkpoint, ignore_config_keys)
     except Qwen35Error as error:
         found.append(_as_finding("config", error))
         config = None

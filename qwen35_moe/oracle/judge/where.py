@@ -18,12 +18,14 @@ SECONDS_BETWEEN_LINES = 10.0  # seconds between two lines of progress in a file
 @dataclass(frozen=True)
 class Where:
     """device, device_map and mode as of `load`: a map gives each layer's device, "auto" and its like spread the layers
-    evenly over all GPUs. One layer is held at a time, wherever it is. quiet: nothing on stderr."""
+    evenly over all GPUs. One layer is held at a time, wherever it is. quiet: nothing on stderr. ignore_config_keys: as
+    of `load`."""
 
     device: str = "cpu"
     device_map: str | Mapping[str, Any] | None = None
     mode: str | None = None
     quiet: bool = True
+    ignore_config_keys: tuple[str, ...] = ()
 
     def of(self, part: str, layers: int) -> torch.device:
         """The device of "layers.3", "embed_tokens", "norm" or "lm_head"."""
