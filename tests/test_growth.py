@@ -9,9 +9,13 @@ from pathlib import Path
 import torch
 
 import qwen35_moe as q
+from qwen35_moe.oracle.compare import compare
+from qwen35_moe.oracle.diagnose.catalogue import FAULTS
+from qwen35_moe.oracle.diagnose.faults import FaultSite
 from qwen35_moe.oracle.dumps.align import align
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.judge.growth import growth
+from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.trace.file import Trace
 
 IDS = torch.arange(300)[None] * 7919 % 251
@@ -31,3 +35,17 @@ def test_an_error_that_grows_is_told(built: Callable[[str], Path]) -> None:
 def test_short_sequences_are_not_cut(built: Callable[[str], Path]) -> None:
     truth = q.trace(q.load(built("tiny"), text_only=True), IDS[:, :100], taps=TAPS)
     assert growth(align(from_trace(truth), truth)) == []
+
+
+def test_a_wrong_base_of_the_angles_grows_in_the_first_wrong_tap(built: Callable[[str], Path]) -> None:
+    """The stream after it shows no more than roundings: an angle is wrong by more, the further on a token stands."""
+    source = open_checkpoint(built("tiny"))[1].source
+    truth = q.trace(q.load(built("tiny"), text_only=True), IDS, taps=f"{TAPS},attn_q,moe_topk_ids")
+    engine = q.load(built("tiny"), "sglang-bf16", text_only=True)
+    fault = next(f for f in FAULTS if f.name == "rotary theta 10000")
+    handlers = fault.handlers(FaultSite(source.config, truth.positions))
+    run = q.trace(engine, IDS, taps=f"{TAPS},attn_q,moe_topk_ids", replay=handlers)
+    notes = [note for note in compare(truth, from_trace(run), source).notes if "along the sequence" in note]
+    assert len(notes) == 2 and "layers.3.attn_q" in notes[1]
+    parts = [float(x) for x in re.findall(r"\d+-\d+: ([\d.e-]+)", notes[1])]
+    assert parts[-1] > 3 * parts[0], notes

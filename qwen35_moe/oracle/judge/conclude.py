@@ -64,7 +64,8 @@ def conclude(work: Judgement, stored: Mapping[str, Tensor], layers: Sequence[int
     with noted(work.result, "which drafts were accepted could not be said", counts=False):
         work.result.acceptance = acceptance(work.alignment)
     with noted(work.result, "the error along the sequence could not be said", counts=False):
-        work.result.notes += growth(work.alignment)
+        first = work.result.first
+        work.result.notes += growth(work.alignment, "" if first is None else first.key)
     logits = next((k for k in work.alignment.keys if k.startswith("next_token_log")), None)
     with noted(work.result, "what the logits mean could not be said", counts=False):
         _judge_logits(work, stored, logits)

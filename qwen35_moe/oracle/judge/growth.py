@@ -11,9 +11,9 @@ SHORTEST, SEQUENCE_PARTS = 256, 6  # tokens of a sequence that it is told for; e
 GROWTH_TAPS = ("final_norm", "layer_input", "layer_output_sum", "next_token_logits", "mlp_output")
 
 
-def growth(alignment: Alignment) -> list[str]:
-    """The median relative error of tokens, part by part, in the last tap that shows the stream; nothing for
-    short sequences.
+def growth(alignment: Alignment, first: str = "") -> list[str]:
+    """The median relative error of tokens, part by part, in the last tap that shows the stream, and in the `first` that
+    is wrong, where a wrong angle or state is not yet lost among roundings; nothing for short sequences.
 
     It is the error against the truth, inherited from all layers before. A median, since a token whose experts are
     others has another computation behind it.
@@ -26,9 +26,16 @@ def growth(alignment: Alignment) -> list[str]:
     ]
     if T < SHORTEST or not keys:
         return []
-    pair = alignment.pair(min(keys, key=lambda k: (GROWTH_TAPS.index(base_name(k)), -alignment.keys.index(k))))
+    shown = min(keys, key=lambda k: (GROWTH_TAPS.index(base_name(k)), -alignment.keys.index(k)))
+    some = [shown, first] if first != shown and first in alignment.keys and per_token(first) else [shown]
+    return [said for key in some if (said := _along(alignment, key))]
+
+
+def _along(alignment: Alignment, key: str) -> str:
+    """One line, of one tap."""
+    pair, T = alignment.pair(key), alignment.truth.ids.shape[1]
     if pair.engine is None:
-        return []
+        return ""
     truth, engine = pair.truth.double(), pair.engine.double()
     relative = (engine - truth).norm(dim=1) / truth.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
     index = pair.rows[:, 1].long()
@@ -38,4 +45,4 @@ def growth(alignment: Alignment) -> list[str]:
         some = relative[(index >= low) & (index < high)]
         if len(some):
             said.append(f"{low}-{high - 1}: {float(some.median()):.2g}")
-    return [f"median relative error of {pair.key} along the sequence: {', '.join(said)}"]
+    return f"median relative error of {key} along the sequence: {', '.join(said)}"
