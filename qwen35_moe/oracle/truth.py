@@ -81,7 +81,10 @@ def write_truth(
     if with_envelope:
         write_envelope(
             truth,
-            (_load(checkpoint, shared_expert, table, where, text_only=images is None) for table in legal(arithmetic)),
+            (
+                _load(checkpoint, shared_expert, table, where, text_only=not drafts and images is None)
+                for table in legal(arithmetic)
+            ),
         )
     return truth
 

@@ -86,10 +86,10 @@ class Trace(Mapping[str, Tensor]):
     @property
     def comparable(self) -> list[str]:
         """Keys of the first step, without turns of loops, which are experts to one arithmetic and slots to another, and
-        without the scores of further drafts of a chain, whose columns are no tokens."""
+        without the scores of drafts, whose columns are no tokens that both sides need have."""
         return [
             key for key, entry in self.sites.items()
-            if entry.step == 0 and not TURN.search(key) and not (entry.part.startswith("mtp.") and "s" in entry.dims)
+            if entry.step == 0 and not TURN.search(key) and not (entry.part.startswith("mtp") and "s" in entry.dims)
         ]  # fmt: skip
 
     @property

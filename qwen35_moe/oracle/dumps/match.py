@@ -180,15 +180,8 @@ class Matching:
                     continue
                 others = known is None and b in self.owner.values()
                 more = -n if run.undivided else 0
-                rank = (
-                    int(ids[at]) == FIRST,
-                    not whole,
-                    more,
-                    known is not None and b != known,
-                    _how(at, filled, start),
-                    others,
-                    b,
-                )
+                unknown, foreign = int(ids[at]) == FIRST, known is not None and b != known
+                rank = (unknown, not whole, more, foreign, _how(at, filled, start), others, b)
                 best = min(best, (tuple(map(int, rank)), (b, at, n)))
         return best[1]
 

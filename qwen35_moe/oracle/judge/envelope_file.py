@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...errors import Qwen35Error
 from ...model.cache import LayerState
+from ...model.mtp import draft_chains
 from ...model.text import Model
 from ...numerics import arithmetics
 from ...numerics.arithmetics import Arithmetic
@@ -22,6 +23,7 @@ from ...numerics.taps import Handler, Site, attach, scope
 from ...run.files import read_checked, save_checked
 from ...run.origin import identity_of
 from ...run.streamed import HEAD_ROWS, StreamedHead
+from ...trace.drafts import draft_ids_of
 from ...trace.file import Trace
 from ...trace.images import images_of
 from ...trace.layers import HEAD, begin, rounded_blocks
@@ -162,7 +164,10 @@ def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, 
                 errors.write(state, at, h_BTD)
                 for said in progress:
                     said.done(i)
-            _head(model, errors, h_BTD)
+            hidden_BTD = _head(model, errors, h_BTD)
+            if model.mtp is not None and (drafts := draft_ids_of(truth)):
+                mask, ids = truth.mask.to(hidden_BTD.device), [x.to(hidden_BTD.device) for x in drafts]
+                draft_chains(model, model.mtp, ids, hidden_BTD, None if mask.all() else mask)
         done, first, sum_BTD = [*done, name], 0, None
         errors.write(state, {"done": json.dumps(done), "threads": str(threads)}, None)
     out = {
@@ -190,18 +195,19 @@ def _begin(model: Model, truth: Trace, sum_BTD: Tensor | None) -> tuple[Tensor, 
     return begin(model, truth.ids.to(device), mask, truth.positions.to(device), sum_BTD, images=images_of(truth))
 
 
-def _head(model: Model, errors: _Errors, sum_BTD: Tensor) -> None:
-    """Norm and head; the logits of a streamed head are many, and never all there."""
+def _head(model: Model, errors: _Errors, sum_BTD: Tensor) -> Tensor:
+    """Norm (which is returned) and head; the logits of a streamed head are many, and never all there."""
     with arithmetics.using(model.arithmetic):
         x_BTD = model.norm(sum_BTD)
         if HEAD not in errors.truth or not isinstance(model.lm_head, StreamedHead):
             model.lm_head(HEAD, x_BTD)
-            return
+            return x_BTD
         parts = (
             Norms.of(part.cpu().flatten(0, 1), minus=_slice(errors.truth, which).flatten(0, 1))
             for which, part in rounded_blocks(model, x_BTD)
         )
         errors.add(HEAD, _side_by_side(parts))
+        return x_BTD
 
 
 def _of_truth(truth: Trace, key: str) -> Tensor:
