@@ -1,4 +1,10 @@
-"""Deciding functions of ATOM, lifted out of a folder with its sources: it has no wheel."""
+"""Deciding functions of ATOM, lifted out of a folder with its sources: it has no wheel.
+
+Run on config.py of commit 00afbe32, quant_spec.py of 09e30b6b, models/qwen3_5.py of 15951655, models/qwen3_5_mtp.py of
+22da013e and the topK.py of their time. Modules are named as the text-only classes name them, `model.layers.N`. A later
+model_runner.py maps Qwen3.5 to the multimodal class, `language_model.model.layers.N`; entries of the exclude list are
+renamed for it, keys of layer_quant_config are not, so that keys with the hub's prefix then match nothing.
+"""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def _misread(model: GateModel, truth: LayerFacts, decision: Decision) -> str:
     rule = ENGINE_RULES[decision.rule]
     if quant.method == "quark":
         quant = quant.read_as(rule.semantics, rule.names, model.nested)
-    plain = layer.draft and decision.rule == "sglang-0.5.23" and "draft" in decision.reason
+    plain = layer.draft and rule.semantics == "sglang" and "draft" in decision.reason
     excluded = quant.exclude.hit(quant.names(layer.experts)) is not None
     inside = quant.without_exclusions() if quant.exclude.semantics.children else quant
     whole = inside.spec_of(layer.experts)
