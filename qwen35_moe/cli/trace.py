@@ -26,10 +26,11 @@ from ..run.load import MODES, SHARED_EXPERT_MODES, load
 from ..run.origin import origin_of
 from ..run.prompt import Images, load_tokenizer, padded, place_images, read_ids
 from ..run.validate import model_config
+from ..trace.complete import complete_trace, resumable, resumed_complete
 from ..trace.drafts import check_parts, unknown_drafts
 from ..trace.file import Trace, in_utf8
 from ..trace.folder import GROUPS, GROUPS_RUN, remove_groups
-from ..trace.layers import aside_of, check_request, complete_trace, meta_of, resumable, resumed_complete, trace_layers
+from ..trace.layers import aside_of, check_request, meta_of, trace_layers
 from ..trace.resume import run_of
 from .device_options import add_device_options, add_ignored_keys, device_options
 from .image_options import add_image_options, given_images
@@ -99,9 +100,7 @@ def run(args: argparse.Namespace) -> int:
         with Claim(Path(args.out)) if processes.rank == 0 else nullcontext():
             _trace(args, ids, mask, groups, processes)
     except KeyboardInterrupt:
-        print(
-            "qwen35-moe: interrupted; the same command with --resume goes on after the last layer done", file=sys.stderr
-        )
+        print("qwen35-moe: interrupted; the same command with --resume goes on after the last layer", file=sys.stderr)
         return 2
     return 0
 
@@ -130,7 +129,7 @@ def _trace(
         label = "" if len(groups) == 1 else f"prompts {rows.start} to {rows.stop - 1}"
         try:
             with Claim(parts[i]) if label else nullcontext():
-                _trace_group(args, model, ids[rows], None if mask is None else mask[rows], parts[i], last, more, label)
+                _trace_group(args, model, ids[rows], None if mask is None else mask[rows], parts[i], more, label)
         except Qwen35Error as error:
             where = f"{error.where} ({label}, process {processes.rank})" if label else error.where
             raise Qwen35Error(
@@ -179,13 +178,19 @@ def _wants_envelope(args: argparse.Namespace, layers: int) -> bool:
 
 
 def _trace_group(
-    args: argparse.Namespace, model: Model, ids: Tensor, mask: Tensor | None, out: Path, last: int | None,
-    more: dict[str, Any], label: str,
-) -> None:  # fmt: skip
+    args: argparse.Namespace,
+    model: Model,
+    ids: Tensor,
+    mask: Tensor | None,
+    out: Path,
+    more: dict[str, Any],
+    label: str,
+) -> None:
     """What one forward pass holds, and its envelope."""
     mask = None if mask is None else mask.to(args.device)
     truth, _ = trace_layers(
-        model, ids.to(args.device), out, mask=mask, taps=args.taps, experts=args.experts, last=last,
+        model, ids.to(args.device), out, mask=mask, taps=args.taps, experts=args.experts,
+        last=_last_layer(args.layers),
         resume=args.resume, meta=more, quiet=args.quiet, label=label,
         images=args.images, drafts=unknown_drafts(ids, args.drafts),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..model.attention import attend
 from ..model.ops import apply, multiply
 from ..model.rope import rotary_angles, rotate
-from .case import Case, Compute, Inputs, Outputs, WrongKernel
+from .case import Case, Compute, Inputs, Outputs, WrongKernel, on
 from .drawn import config_of, drawn, heads
 
 Q, CONTEXT = "attn_q", "attn_pre_o_proj"
@@ -103,18 +103,8 @@ def attention_case(
         y = attend(i["q"], cached(i, "k"), cached(i, "v"))
         return {CONTEXT: multiply(CONTEXT, y, apply("attn_gate", torch.sigmoid, i["gate"]))}
 
-    def with_kv(change: Compute) -> Compute:
-        def broken(i: Inputs) -> Outputs:
-            return compute(change(i))
-
-        return broken  # fmt: skip
-
     def at(positions: Tensor) -> Compute:
-        def broken(i: Inputs) -> Outputs:
-            y = attend(i["q"], cached(i, "k"), cached(i, "v"), at_T=positions)
-            return {CONTEXT: y * i["gate"].sigmoid()}
-
-        return broken  # fmt: skip
+        return lambda i: {CONTEXT: attend(i["q"], cached(i, "k"), cached(i, "v"), at_T=positions) * i["gate"].sigmoid()}
 
     def tiled(x: Tensor) -> Tensor:  # head n reads n % G
         return x.repeat(1, 1, N // G, 1)
@@ -127,10 +117,8 @@ def attention_case(
         WrongKernel("scores scaled twice", lambda i: i | {"q": i["q"].double() * H**-0.5}),
         WrongKernel("no causal mask", compute=at(torch.full_like(t, past + tokens))),
         WrongKernel("the token itself is masked", compute=at((t - 1).clamp(min=0))),
-        WrongKernel("key heads tiled, not grouped",
-                    compute=with_kv(lambda i: i | {name: tiled(i[name]) for name in "kv"})),
-        WrongKernel("cached tokens not seen",
-                    compute=with_kv(lambda i: i | {name: i[name][:, past:] for name in "kv"})),
+        WrongKernel("key heads tiled, not grouped", on(tiled, "k", "v")),
+        WrongKernel("cached tokens not seen", on(lambda x: x[:, past:], "k", "v")),
     ]  # fmt: skip
     if kv == "fp8":
         one = torch.ones(())

@@ -3,16 +3,13 @@ are on disk, and a later run goes on from there with the same bytes (`run_state.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..checkpoint import UsageReport
@@ -26,53 +23,63 @@ from ..numerics.taps import Handler, Site, attach, scope, tap
 from ..run.origin import origin_of
 from ..run.prompt import Images, embed_prompt
 from ..run.streamed import StreamedHead
+from .complete import complete_trace, resumable, resumed_complete
 from .drafts import trace_drafts
 from .file import RESUME, Trace
-from .folder import finish, sweep
-from .head import PARTIAL
 from .images import PIXELS, axes_of, images_meta
 from .progress import Progress
 from .recorder import Patterns, Recorder, sizes_of, step_record
-from .resume import State, check_same, run_of
+from .resume import State, run_of
 from .writer import TraceWriter
 
 HEAD = "next_token_logits"
 
 
-@torch.inference_mode()
-def trace_layers(
-    model: Model,
-    ids_BT: Tensor,
-    out: str | Path,
-    *,
-    mask: Tensor | None = None,
-    taps: Patterns = "*",
-    experts: bool = False,
-    last: int | None = None,
-    resume: bool = False,
-    meta: dict[str, Any] | None = None,
-    quiet: bool = False,
-    label: str = "",
-    images: Images | None = None,
-    drafts: Sequence[Tensor] = (),
-) -> tuple[Trace, UsageReport]:
-    """As `trace`, for one forward pass over ids [B, T]: to a directory, and it can be resumed.
+@dataclass(frozen=True)
+class LayerOptions:
+    """What `trace_layers` is asked for.
 
-    last: the last layer to compute; None: all layers, norm and head. resume: continue after the last layer of an
-    earlier run, which was killed or had a smaller `last`; the bytes are those of an undisturbed run. label: begins each
-    line of progress. images: take the place of placeholders. drafts: see `trace_drafts`.
+    taps, experts  as of `trace`
+    last           the last layer to compute; None: all layers, norm and head
+    resume         continue after the last layer of an earlier run, which was killed or had a smaller `last`; the bytes
+                   are those of an undisturbed run
+    meta           what the trace says beside its own
+    quiet, label   no progress; how each line of it begins
+    images         take the place of placeholders
+    drafts         see `trace_drafts`
+    """
+
+    mask: Tensor | None = None
+    taps: Patterns = "*"
+    experts: bool = False
+    last: int | None = None
+    resume: bool = False
+    meta: dict[str, Any] | None = None
+    quiet: bool = False
+    label: str = ""
+    images: Images | None = None
+    drafts: Sequence[Tensor] = ()
+
+
+@torch.inference_mode()
+def trace_layers(model: Model, ids_BT: Tensor, out: str | Path, **options: Any) -> tuple[Trace, UsageReport]:
+    """As `trace`, for one forward pass over ids [B, T]: to a directory, and it can be resumed. options: the fields of
+    `LayerOptions`.
+
     Error: disk full, unreadable shard (what is done can be resumed); another run's state.
     """
+    asked = LayerOptions(**options)
+    mask, taps, last, images, drafts = asked.mask, asked.taps, asked.last, asked.images, asked.drafts
     out, count = Path(out), len(model.layers)
     stop = count if last is None else last + 1
     check_request(model, ids_BT, taps, last)
     aside = [x for x in aside_of(model, taps, last, images) if not (drafts and x == "mtp.*")]
-    meta = meta_of(model, ids_BT, mask, taps, experts, meta, images)
+    meta = meta_of(model, ids_BT, mask, taps, asked.experts, asked.meta, images)
     taps = taps if images is None else (*split_patterns(taps), PIXELS)
-    if resume and (there := complete_trace(out, count)) is not None:
+    if asked.resume and (there := complete_trace(out, count)) is not None:
         return there, resumed_complete(model, there, meta, aside)
     now = State(run_of(meta, ids_BT.device.type))
-    state, sum_BTD, base = now.resumed(out) if resume else (now, None, None)
+    state, sum_BTD, base = now.resumed(out) if asked.resume else (now, None, None)
     start = state.next
     if start > stop:
         do = "leave out --resume to start anew"
@@ -84,7 +91,10 @@ def trace_layers(
     used.update(name for name in origin_of(model).checkpoint.names() if _is_done(name, start))
     used.difference_update(state.unused)
     writer = TraceWriter(out, {**meta, "layers": stop}, state.files, base)
-    recorder, progress = Recorder(taps, experts=experts, out=writer), Progress(model, range(start, stop), quiet, label)
+    recorder, progress = (
+        Recorder(taps, experts=asked.experts, out=writer),
+        Progress(model, range(start, stop), asked.quiet, asked.label),
+    )
     recorder.first_nan = state.nan
     with resumable(out, start):
         h_BTD, given = begin(model, ids_BT, mask, sum_BTD=sum_BTD, handlers=(recorder,), images=images)
@@ -108,7 +118,7 @@ def trace_layers(
     if stop == count:
         (out / RESUME).unlink(missing_ok=True)
     if recorder.first_nan:
-        of = f" of {label}" if label else ""
+        of = f" of {asked.label}" if asked.label else ""
         print(f"qwen35-moe: the trace{of} holds NaN or infinity, from {recorder.first_nan} on", file=sys.stderr)
     used |= before  # by prompts that the same model was run on
     return Trace.open(out), origin_of(model).checkpoint.report(aside)
@@ -211,39 +221,3 @@ def _is_done(name: str, below: int) -> bool:
 
 def _is_left(name: str, layer: int, used: set[str]) -> bool:
     return name.startswith(f"layers.{layer}.") and name not in used
-
-
-@contextmanager
-def resumable(out: Path, layer: int) -> Iterator[None]:
-    """Says of an error on the way what can be done about it."""
-    done = f" again and add --resume: layers below {layer} are done" if layer else ", and run again"
-    do = f"make it work{done}"
-    try:
-        yield
-    except Qwen35Error as error:
-        do = f"{error.do}; {do}" if error.do else do
-        raise Qwen35Error(error.what, where=error.where, expected=error.expected, found=error.found, do=do) from error
-    except (OSError, SafetensorError) as error:
-        raise Qwen35Error("cannot write the trace", where=out, found=error, do=do) from error
-
-
-def complete_trace(out: Path, layers: int) -> Trace | None:
-    """The complete trace in OUT; None if there is none, or one of the first layers, or an unfinished one beside it."""
-    finish(out)
-    if (out / PARTIAL / RESUME).is_file() or not (out / "trace.json").is_file():
-        return None
-    trace = Trace.open(out)
-    return trace if trace.meta.get("layers", layers) == layers else None
-
-
-def resumed_complete(model: Model, trace: Trace, meta: dict[str, Any], aside: Sequence[str]) -> UsageReport:
-    """A trace whose run was killed after its last layer. Error: it belongs to another run."""
-    assert trace.path is not None
-    what, do = "a complete trace of another run is here", "leave out --resume to write it anew"
-    then = {key: value for key, value in trace.meta.items() if key not in ("layers", "draft_ids")}
-    check_same(trace.path, json.dumps(then), json.dumps(meta, default=str), what, do)
-    sweep(trace.path)
-    (trace.path / RESUME).unlink(missing_ok=True)
-    checkpoint = origin_of(model).checkpoint
-    checkpoint.used.update(n for n in checkpoint.names() if not any(fnmatchcase(n, pattern) for pattern in aside))
-    return checkpoint.report(aside)

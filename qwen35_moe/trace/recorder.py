@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -154,25 +154,27 @@ def trace(
     taps = taps if images is None else (*split_patterns(taps), PIXELS)
     known |= {} if images is None else {"images": images_meta(model.config, images)}
     with record(taps, experts=experts, out=out, meta={**known, **(meta or {})}) as recorder, attach(*handlers):
-        start, embeds = 0, None
+        embeds = None
         if images is not None:
             prompt = embed_prompt(model, input_ids, attention_mask=attention_mask, **images.given())
             embeds, position_ids = prompt["inputs_embeds"], prompt["position_ids"]
-        for index, size in enumerate(sizes):
+        for index, (at, mask) in enumerate(_pieces(sizes, attention_mask)):
             if index:
                 recorder.next_step()
-            stop = start + size
-            ids = input_ids[:, start:stop]
-            mask = attention_mask
-            if mask is not None and len(sizes) > 1:
-                mask = mask[:, : mask.shape[1] - input_ids.shape[1] + stop]
-            at = None if position_ids is None else position_ids[..., start:stop]
-            recorder.meta["steps"].append(step_record(ids, mask, at, cache))
+            ids, positions = input_ids[:, at], None if position_ids is None else position_ids[..., at]
+            recorder.meta["steps"].append(step_record(ids, mask, positions, cache))
             with torch.no_grad():
-                fed = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds[:, start:stop]}
-                model(**fed, attention_mask=mask, cache=cache, position_ids=at)
-            start = stop
+                fed = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds[:, at]}
+                model(**fed, attention_mask=mask, cache=cache, position_ids=positions)
     return recorder.trace
+
+
+def _pieces(sizes: list[int], mask: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
+    """Tokens of each piece, and the mask of all tokens so far; its last sum(sizes) columns are these tokens."""
+    stop = 0
+    for size in sizes:
+        start, stop = stop, stop + size
+        yield slice(start, stop), None if mask is None else mask[:, : mask.shape[1] - sum(sizes) + stop]
 
 
 def sizes_of(config: Any) -> dict[str, int]:

@@ -82,18 +82,38 @@ def explain(
         case = GuiltyTap(key, work.alignment.pair(key), work, seen[0][key])
     if not case.used.any():
         return Diagnosis(layer, where, key, [], False, note="every number of it is NaN or infinity")
-    table = rerun.tables[0]
-    tried: list[tuple[Hypothesis, int | None, Fault, int]] = []
-    bad_rows = {} if sees else case.first_bad(seen[1:])
     case.blamed = blame(first.key, work, rerun, layer, seen)
+    bad_rows = {} if sees else case.first_bad(seen[1:])
+    tried = _tried(rerun, layer, places, case, seen, bad_rows)
+    diagnosis = Diagnosis(layer, first.block, key, [h for h, *_ in tried], False)
+    return _named(diagnosis, tried, first, case, rerun, where, sees)
+
+
+Tried = list[tuple[Hypothesis, int | None, Fault, int]]  # with the layer, and the expert where it is a fault of one
+
+
+def _tried(
+    rerun: Rerun, layer: int | None, places: Sequence[BlockId], case: GuiltyTap, seen: Sequence[Taps],
+    bad_rows: Mapping[int, int],
+) -> Tried:  # fmt: skip
+    """What each fault that may be at work there explains of the error, the best first."""
+    tried: Tried = []
+    table = rerun.tables[0]
     for at, fault, expert in _candidates(rerun, places, table.name, case, seen, bad_rows):
         taps = rerun.fault(at, fault, table, 0, expert, to_head=layer is None)
-        if key in taps:
+        if case.key in taps:
             name = f"{fault.name} (expert {expert})" if fault.single else fault.name
-            share = case.explains(case.rows(taps[key]))
+            share = case.explains(case.rows(taps[case.key]))
             tried.append((Hypothesis(name, share, fault.seen, fault.doc, fault.where), at, fault, expert))
-    tried.sort(key=lambda one: (one[0].name == OTHERS) * NEARLY - one[0].explains)
-    diagnosis = Diagnosis(layer, first.block, key, [h for h, *_ in tried], False)
+    return sorted(tried, key=lambda one: (one[0].name == OTHERS) * NEARLY - one[0].explains)
+
+
+def _named(
+    diagnosis: Diagnosis, tried: Tried, first: Record, case: GuiltyTap, rerun: Rerun, where: str, sees: bool
+) -> Diagnosis:
+    """The diagnosis, with the fault that is the answer, if one is: it leaves no more than rounding. where: the block in
+    words, without an answer; sees: it is the vision tower."""
+    layer, limit = diagnosis.layer, case.work.limit
     diagnosis.note = "" if case.blamed is None else str(case.blamed)
     if case.blamed is not None and case.blamed.reduced:
         diagnosis.hypotheses.insert(0, Hypothesis(diagnosis.note, 1.0, "", "it goes on with its own share of the sum"))
@@ -108,13 +128,13 @@ def explain(
         if answer is None and hypothesis.explains > WORTH:
 
             def run(i: int, table: Arithmetic, at: Any = at, fault: Fault = fault, expert: int = expert) -> Tensor:
-                return case.rows(rerun.fault(at, fault, table, i, expert, to_head=layer is None)[key])
+                return case.rows(rerun.fault(at, fault, table, i, expert, to_head=layer is None)[case.key])
 
-            answer = hypothesis if case.settled(run, rerun.tables) <= work.limit else None
-    if layer is not None and base_name(key) in HOLD_MLP:
+            answer = hypothesis if case.settled(run, rerun.tables) <= limit else None
+    if layer is not None and base_name(case.key) in HOLD_MLP:
         fitted, leaves = _fit(diagnosis, case, rerun, layer)
-        in_all_rows = first.by_rows <= work.limit  # and in none alone: see constant_factor.py
-        if answer is None and (fitted.explains > WORTH or in_all_rows) and leaves <= work.limit:
+        in_all_rows = first.by_rows <= limit  # and in none alone: see constant_factor.py
+        if answer is None and (fitted.explains > WORTH or in_all_rows) and leaves <= limit:
             answer = fitted
             diagnosis.hypotheses.append(fitted)
     diagnosis.hypotheses.sort(key=lambda h: (h is not answer, -h.explains))

@@ -11,8 +11,12 @@ from ..judge.rerun import Rerun
 from .faults import Fault, FaultSite
 from .guilty import GuiltyTap
 
-TOKENS, OFF, LEFT = 32, 0.01, 0.05  # tokens that it is solved for; relative errors: of those; what solving may leave
-LEAST = 0.03  # of the largest weight: what is less is no expert, but rounding
+TOKENS_SOLVED, OFF, LEFT = (
+    32,
+    0.01,
+    0.05,
+)  # tokens that it is solved for; relative errors: of those; what solving may leave
+LEAST_SHARE = 0.03  # of the largest weight: what is less is no expert, but rounding
 OTHERS = "experts other than those dumped"
 
 
@@ -36,7 +40,7 @@ def solved(case: GuiltyTap, rerun: Rerun, layer: int, taps: Mapping[str, Tensor]
     needed = [at + name for name in ("moe_routed_output", "pre_mlp_layernorm_output")]
     off = case.error.norm(dim=1) / case.size
     bad = (off > OFF).nonzero().flatten()
-    if not all(key in taps for key in needed) or not len(bad) or len(bad) > TOKENS or len(ids_TA) != len(off):
+    if not all(key in taps for key in needed) or not len(bad) or len(bad) > TOKENS_SOLVED or len(ids_TA) != len(off):
         return []
     routed, x = (case.work.rows(taps[key], case.pair).double()[case.used][bad] for key in needed)
     if routed.shape != case.truth[bad].shape or config.num_experts > x.shape[1]:
@@ -50,7 +54,7 @@ def solved(case: GuiltyTap, rerun: Rerun, layer: int, taps: Mapping[str, Tensor]
     sum_TD = (some @ w)[..., 0]
     left = (wanted - sum_TD).norm(dim=1) / wanted.norm(dim=1)
     same = (chosen.sort(1).values == ids_TA[bad].sort(1).values).all(1)
-    if bool(same.any()) or left.max() > LEFT or bool((w.amin(1) < LEAST * w.amax(1)).any()):
+    if bool(same.any()) or left.max() > LEFT or bool((w.amin(1) < LEAST_SHARE * w.amax(1)).any()):
         return []
     rows = case.work.index(case.pair)[case.used][bad]
 
