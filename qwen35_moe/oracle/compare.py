@@ -43,7 +43,8 @@ from .judge.log_p import LOG_P
 from .judge.positions import POSITIONS, engine_positions, judge_positions, moved_alike
 from .judge.records import BlockId, Comparison
 from .judge.replay import Captured
-from .judge.rerun import Rerun, TruthTokens
+from .judge.rerun import Rerun
+from .judge.rerun_parts import TruthTokens
 from .judge.second_look import second_look
 from .judge.suspects import accuse, suspects
 from .judge.weights_check import check_weights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,14 +12,14 @@ from torch import Tensor
 from ...errors import Qwen35Error
 from ...numerics.tap_keys import base_name, part_of
 from ...trace.layers import HEAD
-from ..diagnose.at_sight import OWN_LOGITS, SCALE_NOTE, against_own_logits
+from ..diagnose.at_sight import OWN_LOGITS, against_own_logits
 from ..dumps.align import Alignment
 from ..dumps.pair import Pair
 from ..dumps.ranks import owners
 from . import log_p as kl_base
 from .columns import wrong_columns
-from .constant_factor import log_sizes, scale_errors, size_error
-from .envelope import Class, envelope, judge
+from .constant_factor import judge_size, log_sizes, scale_errors
+from .envelope import Class, envelope, is_bf16, judge
 from .envelope_file import SLOT_ORDERED, as_rows
 from .records import BF16_GRID, Comparison, Record, block_of
 from .replay import RESTARTS, STREAMS, Captured
@@ -163,7 +162,7 @@ class Judgement:
         if record.bad:
             record.starts = self.alignment.tokens_of.starts(pair.rows[keep][bad])
             record.where = wrong_columns(x[bad], truth[bad], self.owners(key, x))
-        if base_name(key) == "gdn_state" and _is_bf16(x) and not any(_is_bf16(m) for m in members):
+        if base_name(key) == "gdn_state" and is_bf16(x) and not any(is_bf16(m) for m in members):
             record.cls, record.note = "wrong", BF16_GRID
         if base_name(key) in ("mlp_output", "attn_output"):
             self._judge_scale(record, x, truth, self.index(pair)[keep])
@@ -231,9 +230,8 @@ class Judgement:
         ratio = max((f.margin / f.noise if f.noise else float("inf") for f in routing.flips), default=0.0)
         row = routing.senseless if routing.nonsense else None if worst is None else worst.row
         where = None if row is None else (int(pair.rows[row][0]), int(pair.rows[row][1]))
-        note = (
-            f"{routing.agree} of {routing.tokens} sets agree, {len(routing.flips) - len(routing.illegal)} legal flips"
-        )
+        legal = len(routing.flips) - len(routing.illegal)
+        note = f"{routing.agree} of {routing.tokens} sets agree, {legal} legal flips"
         note += f"; in {own} rows {OWN_LOGITS}" if own else ""
         ratio = float("inf") if routing.nonsense or own else ratio
         record = Record(key, cls, "mlp", layer, ratio, rows=routing.tokens, bad_rows=bad, worst=where, note=note)
@@ -248,19 +246,3 @@ class Judgement:
     def guilty(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> list[Record]:
         """Those of them that are bad."""
         return [r for r in self.judged(layer, seen) if r.bad]
-
-
-def judge_size(record: Record, x: Tensor, truth: Tensor, legal: float, limit: float) -> None:
-    """Logits that are too large or too small in all rows, however much may have been rounded before them."""
-    off, ratio = size_error(x, truth, legal)
-    if ratio > max(limit, record.ratio or 0.0):
-        record.note = f"{100 * math.expm1(off):+.1f} % in all rows: {SCALE_NOTE}"
-        record.cls = "suspicious" if ratio <= 2 * limit else "wrong"
-        if record.added is None:
-            record.inherited = ratio
-        else:
-            record.added = ratio
-
-
-def _is_bf16(x: Tensor) -> bool:
-    return torch.equal(x.to(torch.bfloat16).to(x.dtype), x)

@@ -10,10 +10,14 @@ squares, each row in units of the truth's norm. How well d is known, the rows sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ..diagnose.at_sight import SCALE_NOTE
+from .records import Record
 
 FACTOR = 2.0**-8
 FEWEST_ROWS = 16  # rows; a standard error from fewer is none
@@ -55,3 +59,15 @@ def size_error(x: Tensor, truth: Tensor, legal: float) -> tuple[float, float]:
     """(d, ratio): ratio = |d| / max(legal, 2 standard errors of d, 2^-8). legal: the largest |d| of legal roundings."""
     d, error = log_sizes(x, truth)
     return d, abs(d) / max(legal, 2 * error, FACTOR)
+
+
+def judge_size(record: Record, x: Tensor, truth: Tensor, legal: float, limit: float) -> None:
+    """Logits that are too large or too small in all rows, however much may have been rounded before them."""
+    off, ratio = size_error(x, truth, legal)
+    if ratio > max(limit, record.ratio or 0.0):
+        record.note = f"{100 * math.expm1(off):+.1f} % in all rows: {SCALE_NOTE}"
+        record.cls = "suspicious" if ratio <= 2 * limit else "wrong"
+        if record.added is None:
+            record.inherited = ratio
+        else:
+            record.added = ratio

@@ -197,3 +197,8 @@ def judge(
 def _ratio(e: Tensor, bound: Tensor) -> Tensor:
     e = e.nan_to_num(nan=torch.inf, posinf=torch.inf)
     return torch.where(e == 0, 0.0, e / bound)
+
+
+def is_bf16(x: Tensor) -> bool:
+    """Whether all its numbers are bf16's, in whatever dtype."""
+    return torch.equal(x.to(torch.bfloat16).to(x.dtype), x)

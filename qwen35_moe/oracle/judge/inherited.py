@@ -18,8 +18,9 @@ from ...errors import Qwen35Error
 from ...numerics.tap_keys import base_name, per_token
 from ...trace.layers import HEAD
 from ..dumps.pair import Pair
-from .added import ID_TAPS, ROUTED_TAPS, Judgement, judge_size
+from .added import ID_TAPS, ROUTED_TAPS, Judgement
 from .columns import wrong_columns
+from .constant_factor import judge_size
 from .envelope import Norms, envelope, judge
 from .envelope_file import ENVELOPE, SLOT_ORDERED, RowErrors
 from .log_p import LOG_P, error_of_log_p, loss_in_file

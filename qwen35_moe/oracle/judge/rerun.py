@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +19,10 @@ from ...model.text import Layer, Model
 from ...model.vision.config import VisionConfig
 from ...numerics.arithmetics import Arithmetic, using
 from ...numerics.tap_keys import part_of
-from ...numerics.taps import Handler, Site, attach, scope, tap
+from ...numerics.taps import Handler, attach, scope, tap
 from ...run.fill import fill
 from ...run.load import build, build_part
-from ...run.prompt import Images, embed_prompt, placeholders
+from ...run.prompt import embed_prompt, placeholders
 from ...run.source import WeightSource
 from ..diagnose.faults import Fault, FaultSite
 from ..diagnose.seen import Seen
@@ -31,52 +30,12 @@ from .drafted import Drafting, drafted
 from .hand_over import HandOver, stepped
 from .log_p import LOG_P, log_p
 from .replay import Captured, Restart
+from .rerun_parts import SharedPart, TruthTokens
 from .split_k import splitting
 from .where import HERE, Where
 
 SMALL = 1 << 26
 CPU = torch.device("cpu")
-
-
-@dataclass
-class TruthTokens:
-    """The tokens of the truth. ids, positions, mask [B, T], with images positions [3, B, T]; steps [B, T]: in which of
-    its steps an engine ran each."""
-
-    ids: Tensor
-    positions: Tensor
-    mask: Tensor
-    steps: Tensor | None = None
-    images: Images | None = None
-    drafts: Sequence[Tensor] = ()  # [B, T] what each draft started from, where the draft head was traced
-
-    def on(self, device: torch.device) -> TruthTokens:
-        """The same on a device."""
-        if device.type == "cpu":
-            return self
-        steps = None if self.steps is None else self.steps.to(device)
-        ids, positions, mask = (x.to(device) for x in (self.ids, self.positions, self.mask))
-        return replace(self, ids=ids, positions=positions, mask=mask, steps=steps)
-
-    @property
-    def count(self) -> int:
-        return self.ids.numel()
-
-    @property
-    def real(self) -> Tensor | None:
-        return None if bool(self.mask.all()) else self.mask.bool()
-
-
-class SharedPart(Handler):
-    """Sees what the shared expert adds to mlp_output, where it stands beside the others and where it is a slot."""
-
-    def __init__(self, experts: int, table: Arithmetic):
-        self.slot = experts if table.switch("moe_sum_order") == "expert" else None
-        self.value: Tensor | None = None
-
-    def __call__(self, site: Site, x: Tensor) -> None:
-        if site.name == "moe_shared_gated" or (site.name == "moe_expert_weighted" and site.index == self.slot):
-            self.value = x
 
 
 class Rerun:

@@ -9,7 +9,6 @@ of what bf16 makes.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,44 +23,17 @@ from ...model.text import Layer, Model
 from ...numerics import arithmetics
 from ...numerics.arithmetics import Arithmetic, using
 from ...numerics.taps import Handler, Site, attach, scope, tap
-from ...run.experts import PackedExpert, moved
 from ...run.fill import fill
 from ...run.load import build
 from ...run.source import WeightSource
 from ..diagnose.faults import FaultSite
 from ..judge.split_k import splitting
 from ..judge.where import HERE, Where
+from .held import BYTES, Held, has_room
 from .placed_faults import PlacedFault
 
 TOGETHER = 1 << 13  # tokens that one layer is run on at once
 LOGITS_HELD = 1 << 26  # logits that are held at once
-BYTES = 18  # of an expert's number, decoded side by side for float64, float32 (twice, with a fault) and bf16
-SHARE_OF_MEMORY = 0.6  # that they may take: else experts are decoded when they are chosen
-
-
-class Held(WeightSource):
-    """A source whose experts are fetched to the device once a layer, as they are stored, and decoded there."""
-
-    as_stored = False
-
-    def __init__(self, inner: WeightSource, device: torch.device):
-        super().__init__(inner.checkpoint, inner.config, inner.online)
-        self.inner, self.device = inner, device
-        self.mlp, self.kept = "", dict[int, PackedExpert]()
-
-    def slot(self, mlp: str, e: int) -> PackedExpert:
-        if mlp != self.mlp:
-            self.mlp, self.kept = mlp, {}
-        if e not in self.kept:
-            gate_up, down = self.inner.slot(mlp, e)
-            self.kept[e] = moved(gate_up, self.device), moved(down, self.device)
-        return self.kept[e]
-
-
-def has_room(size: int, device: torch.device) -> bool:
-    if device.type == "cuda":
-        return size < SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0]
-    return size < SHARE_OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class _Watch(Handler):
