@@ -120,6 +120,18 @@ def test_faults_of_the_draft_head_are_named(built: Callable[[str], Path], truth:
     assert found.diagnoses[0].name == name, str(found.diagnoses[0])
 
 
+def test_a_truth_of_drafts_has_their_envelope(built: Callable[[str], Path], tmp_path: Path) -> None:
+    """In bf16 some chains start from other ids; without the checkpoint, too, all taps are compared."""
+    for name, options in (("truth", []), ("bf16", ["--arithmetic", "sglang-bf16", "--no-envelope"])):
+        run = ["trace", str(built("tiny")), "--ids", "1,2,3,4,5,6,7,8", "--drafts", "2", "--quiet"]
+        assert cli.main([*run, *options, "--out", str(tmp_path / name)]) == 0
+    truth = Trace.open(tmp_path / "truth")
+    truth.meta["checkpoint"]["path"] = str(tmp_path / "nowhere")
+    found = compare(truth, tmp_path / "bf16")
+    assert found.exit_code == 0, found.verdict
+    assert sum(part_of(r.key) == "mtp.2" and r.inherited is not None for r in found.records) > 30
+
+
 def test_rows_that_draft_other_tokens_are_not_compared(truth: Trace) -> None:
     """A trace as the dump, whose chain starts from other ids at three tokens, and from there on."""
     first, second, third = draft_ids_of(truth)

@@ -109,7 +109,7 @@ def _router(work: Judgement, key: str, stored: Mapping[str, Tensor]) -> tuple[Te
 
 
 def _judge_ids(work: Judgement, key: str, pair: Pair, layer: int | None, stored: Mapping[str, Tensor]) -> None:
-    logits_key = f"layers.{layer}.moe_router_logits"
+    logits_key = key.removesuffix(base_name(key)) + "moe_router_logits"
     if logits_key not in work.alignment.truth or pair.engine is None or logits_key not in stored:
         return
     try:
