@@ -28,7 +28,7 @@ A tap is a name for a value of the model. In a trace it is part of a key: `layer
 recorded, rounded, replaced by an engine's value, or broken (`qwen35_moe/numerics/taps.py`).
 
 Engine columns: the path of the module below the layer (or below the model, for taps without a layer), and which of its
-inputs or outputs. `*`: the engine's tensor holds more than this value; the readers split it (`oracle/names.py`). vLLM
+inputs or outputs. `*`: the engine's tensor holds more than this value; the readers split it (`engine_names.py`). vLLM
 and ATOM call their modules as SGLang does, except where the last column says otherwise. An empty cell: no
 hook sees it, or, in the vision tower, no reader has a name for it.
 

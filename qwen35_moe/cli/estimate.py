@@ -74,7 +74,7 @@ def _layers(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def tap_bytes(config: Config, kind: str, tokens: int, width: int) -> list[int]:
-    """Bytes of each tap of a layer: the product of its dims (tap_names.py), for one sequence of so many tokens."""
+    """Bytes of each tap of a layer: the product of its dims (tap_table.py), for one sequence of so many tokens."""
     c, elsewhere = config, "gdn_" if kind == FULL else "attn_"
     J, K, P, M = c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim, c.linear_num_key_heads
     sizes = {

@@ -3,7 +3,7 @@
 `TAPS[name]` documents a tap, spells the dims that a trace records, and is the one place where names of engines meet
 ours: `sglang` and `transformers` are module paths below the layer (or below the model, for taps without a layer),
 with `.output`, `.output.<i>` or `.inputs.<i>`; `sglang` may also be a bare name, for a value that no hook can see. A
-`*` says that the engine's tensor holds more than this value and that a reader splits it (`oracle/names.py`). vLLM
+`*` says that the engine's tensor holds more than this value and that a reader splits it (`engine_names.py`). vLLM
 and ATOM name their modules as SGLang does, except where `other` says so.
 
 Dims are the letters of the legend in lower case, one a dimension (after "b" the "t" is one sequence's tokens; a "t"

@@ -14,7 +14,7 @@ trace.json is one JSON object:
     sha256    of the bytes of trace.json before `, "sha256"`
     tensors   list, in order, of {key, name, layer, expert, part, step, dims, dtype, shape, file}
 
-`key` is the tensor's name in its file. `dims` names its dimensions (legend in tap_names.py): "b t d", "t e". `layer`
+`key` is the tensor's name in its file. `dims` names its dimensions (legend in tap_table.py): "b t d", "t e". `layer`
 and `expert` are null where they do not apply; `part` is "", "mtp" or "visual"; keys of step 1 and later start with
 "step.1.". `mask` is 1 for real tokens and 0 for padding. Each file carries its records a second time, as JSON in the
 safetensors header's `__metadata__["tensors"]`, so that the files of an interrupted run can be read (`partial=True`).

@@ -1,5 +1,5 @@
 """Tracing a model layer by layer, so that a run of hours survives: after each layer its values and the residual stream
-are on disk, and a later run goes on from there with the same bytes (`run_state.py`)."""
+are on disk, and a later run goes on from there with the same bytes (`resume.py`)."""
 
 from __future__ import annotations
 
