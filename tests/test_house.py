@@ -189,9 +189,6 @@ MANY_PARAMETERS = {
     "model.mtp.draft_head": "what `Model.forward` takes, and the draft's own inputs",
     "model.mtp.draft": "the same for a chain",
     "oracle.dumps.dump.__init__": "each reader gives what its format holds",
-    "testing.deltanet.check_gdn": "public: the tensors that a kernel of a delta rule takes and returns",
-    "testing.deltanet.assert_gdn": "public: the same",
-    "testing.moe.moe_case": "public: what kernels differ in",
 }
 # Names that several modules define: one meaning each, which every one of them offers under the same name.
 SHARED_NAMES = {

@@ -96,6 +96,23 @@ def test_quantised_kernels_pass():
     assert not qt.check_legal(kernels.moe(weights_alone, rule="fp8"), weights_alone)[0].ok
 
 
+def test_the_record_says_which_function_was_computed():
+    """A kernel that does not quantise activations is nearer to the true values, and may be within the limit."""
+    fp8 = qt.moe_case(tokens=16, layout="fp8", activations="fp8", fused=False)
+    found = [qt.check_legal(kernels.moe(fp8, rule=rule), fp8)[0].function for rule in ("fp8", "")]
+    assert found == ["exact+a8", "exact"]
+    (other,) = qt.check_legal(hip(HIP, 'activation scales by the "even" rule'), HIP)
+    assert "it computes the function exact+a4;" in str(other)
+    assert qt.check_legal(hip(HIP), HIP)[0].function == "exact+a4-round-up"
+
+
+def test_a_draft_layer_with_a_fault_is_named():
+    case = qt.draft_layer_case(tokens=16)
+    for wrong in case.wrong:
+        with pytest.raises(AssertionError, match=re.escape(f'looks like "{wrong.name}"')):
+            qt.assert_legal(case.broken(wrong), case)
+
+
 def test_router():
     for case in qt.cases("router")[:4]:
         qt.assert_routing(*kernels.router(case), case)

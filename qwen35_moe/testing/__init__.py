@@ -20,7 +20,7 @@ from .moe import append_case, append_given, moe_case, moe_given, router_case
 from .norms import gated_norm_case, l2_norm_case, rms_norm_case
 from .quantisers import assert_fp8, assert_layout, assert_mxfp4, check_fp8, check_layout, check_mxfp4
 from .routing import assert_routing, check_routing
-from .tail import draft_case, log_p_case
+from .tail import draft_case, draft_layer_case, log_p_case
 
 __all__ = [
     "OPERATIONS",
@@ -48,6 +48,7 @@ __all__ = [
     "config_of",
     "conv_case",
     "draft_case",
+    "draft_layer_case",
     "drawn",
     "gated_norm_case",
     "gating_case",

@@ -11,7 +11,7 @@ from .case import Case
 from .deltanet import conv_case, gating_case, gdn_case
 from .moe import append_case, moe_case, router_case
 from .norms import gated_norm_case, l2_norm_case, rms_norm_case
-from .tail import draft_case, log_p_case
+from .tail import draft_case, draft_layer_case, log_p_case
 
 # One token, two, around a tile and a chunk: where kernels take another path.
 TOKENS = (1, 2, 40, 41, 257)
@@ -54,6 +54,7 @@ OPERATIONS: dict[str, Callable[[str], list[Case]]] = {
     "append": lambda model: [append_case(model, t, scale) for t in TOKENS for scale in (1.0, 0.25)],
     "moe": _moe,
     "draft": _sizes(draft_case),
+    "draft_layer": _sizes(draft_layer_case),
     "log_p": lambda _: [log_p_case(tokens=t, temperature=s) for t in TOKENS for s in (1.0, 0.7)],
 }
 

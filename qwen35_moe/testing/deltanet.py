@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -185,25 +187,23 @@ def _delta_rule(name: str, make: Make, l2: bool) -> Case:
 
 
 def check_gdn(
-    out: Tensor, state_out: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
-    state: Tensor | None = None, *, l2: bool = True, state_layout: str = "kv",
+    out: Tensor, state_out: Tensor, *inputs: Tensor | None, state: Tensor | None = None, l2: bool = True,
+    state_layout: str = "kv",
 ) -> list[Check]:  # fmt: skip
     """Output and state of a delta rule kernel, prefill or decode, against the float64 truth of these very inputs.
 
-    q, k [B, T, M, K], v [B, T, J, P], g (log decay) and beta [B, T, J], state [B, J, K, P] or None (empty);
+    inputs: q, k [B, T, M, K], v [B, T, J, P], g (log decay) and beta [B, T, J], state [B, J, K, P] or None (empty);
     state_layout `vk`: states are [B, J, P, K], as SGLang's and fla's newer kernels keep them. l2: the kernel normalises
     q and k. A state whose digits are all bf16 is wrong, whatever its error.
     """
     if state_layout not in ("kv", "vk"):
         raise Qwen35Error("unknown layout of a state", expected="kv, vk", found=state_layout)
+    before = inputs[5] if len(inputs) > 5 else state
     if state_layout == "vk":
-        state_out, state = state_out.mT, None if state is None else state.mT
-    return check_legal((out, state_out), gdn_given(q, k, v, g, beta, state, l2=l2))
+        state_out, before = state_out.mT, None if before is None else before.mT
+    return check_legal((out, state_out), gdn_given(*inputs[:5], before, l2=l2))
 
 
-def assert_gdn(
-    out: Tensor, state_out: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
-    state: Tensor | None = None, *, l2: bool = True, state_layout: str = "kv",
-) -> None:  # fmt: skip
+def assert_gdn(out: Tensor, state_out: Tensor, *inputs: Tensor | None, **options: Any) -> None:
     """`check_gdn` as an assertion."""
-    require(check_gdn(out, state_out, q, k, v, g, beta, state, l2=l2, state_layout=state_layout))
+    require(check_gdn(out, state_out, *inputs, **options))

@@ -140,7 +140,7 @@ def _routed(inputs: Inputs, top_k: int) -> tuple[Tensor, Tensor]:
 
 def moe_case(
     model: str = "tiny", tokens: int = 41, seed: int = 0, layout: str = "bf16", fused: bool = True,
-    activations: str = "none", experts: int | None = None, ties: bool = False,
+    activations: str = "none", experts: int | None = None,
 ) -> Case:  # fmt: skip
     """The experts of an MoE block -> `mlp_output` [T, D]. Inputs, with X = E + 1 slots if fused, else E:
 
@@ -160,7 +160,7 @@ def moe_case(
     E = E if experts is None else experts
 
     def make() -> Inputs:
-        inputs = routing_inputs(config, tokens, seed, ties)
+        inputs = routing_inputs(config, tokens, seed, ties=False)
         inputs["router"] = inputs["router"][:E]
         inputs["shared_gate"] = matrix(seed, "shared_gate", 1, D)
         ids, weights = _routed(inputs, A)

@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
+from torch.func import functional_call
 
+from ..model.cache import LayerState
+from ..model.config import FULL
 from ..model.norms import rms_norm
 from ..model.ops import linear, promote
+from ..model.rope import rotary_angles
+from ..model.text import Layer
 from .case import Case, Inputs, Outputs, WrongKernel, on
 from .drawn import config_of, drawn, hidden, matrix
 
-DRAFT_FC, CHOSEN_LOG_P = "mtp_fc", "log_p"
+DRAFT_FC, DRAFT_OUTPUT, CHOSEN_LOG_P = "mtp_fc", "final_norm", "log_p"
 DRAFT_NORMS = ("embedding_norm", "hidden_norm")
 
 
@@ -43,6 +49,46 @@ def draft_case(model: str = "tiny", tokens: int = 41, seed: int = 0) -> Case:
         WrongKernel("hidden state of token t+1", on(lambda x: x.roll(-1, 0), "hidden")),
     )  # fmt: skip
     return Case(f"draft-{model}-{tokens}", (DRAFT_FC,), make, compute, wrong=wrong, config=config)
+
+
+def draft_layer_case(model: str = "tiny", tokens: int = 41, seed: int = 0) -> Case:
+    """The rest of a draft step: its layer (attention with an output gate, and the experts with a fused shared one) and
+    its final norm. `x` [1, T, D], which is what `draft_case` returns, `position_ids` [1, T], and the weights under the
+    names of the checkpoint, below `mtp.layers.0` and `mtp` -> `final_norm` [1, T, D].
+
+    All of it is decoded at once: for small models.
+    """
+    config = config_of(model)
+    with torch.device("meta"):
+        layer = Layer(config, FULL, fused=True)
+    shapes = {name: tuple(x.shape) for name, x in layer.named_parameters()} | {"norm.weight": (config.hidden_size,)}
+
+    def make() -> Inputs:
+        gains = {n: drawn(seed, n, *shape, spread=0.25) for n, shape in shapes.items() if len(shape) == 1}
+        weights = {n: matrix(seed, n, *shape) for n, shape in shapes.items() if len(shape) > 1}
+        weights["mlp.gate.weight"] *= 4  # few choices of experts within rounding of each other
+        x = hidden(seed, "x", tokens, config.hidden_size)[None]
+        return {"x": x, "position_ids": torch.arange(tokens)[None], **gains, **weights}
+
+    def compute(i: Inputs) -> Outputs:
+        angles = rotary_angles(config, i["position_ids"], i["x"].dtype)
+        held = {name: i[name] for name in shapes if name != "norm.weight"}
+        h_BTD = functional_call(layer, held, (i["x"], angles, None, LayerState()))
+        return {DRAFT_OUTPUT: rms_norm(DRAFT_OUTPUT, h_BTD, i["norm.weight"], config.rms_norm_eps)}
+
+    def without_shared(w: Tensor) -> Tensor:
+        return torch.cat((w[:-1], torch.zeros_like(w[-1:])))
+
+    gains = [name for name in shapes if name.endswith("norm.weight")]
+    wrong = (
+        WrongKernel("draft norms without 1 +", on(lambda w: w - 1, *gains)),
+        WrongKernel("gain of the final norm left out", on(torch.zeros_like, "norm.weight")),
+        WrongKernel("attention left out of the draft", on(torch.zeros_like, "self_attn.o_proj.weight")),
+        WrongKernel("experts left out of the draft", on(torch.zeros_like, "mlp.experts.down_proj")),
+        WrongKernel("shared expert dropped", on(without_shared, "mlp.experts.down_proj")),
+        WrongKernel("positions of the draft all 0", on(torch.zeros_like, "position_ids")),
+    )
+    return Case(f"draft_layer-{model}-{tokens}", (DRAFT_OUTPUT,), make, compute, wrong=wrong, config=config)
 
 
 def log_p_case(vocabulary: int = 1000, tokens: int = 41, temperature: float = 0.7, seed: int = 0) -> Case:
