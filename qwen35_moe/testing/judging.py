@@ -16,7 +16,10 @@ from ..oracle.judge.envelope import LIMIT, envelope, judge
 from ..oracle.judge.records import BF16_GRID
 from .case import Case, Outputs
 
-NAMED = 0.8  # a fault is named if it explains this share of the squared error
+# A fault is named if it explains this share of the squared error. Measured over the 62 wrong kernels of the tests: the
+# right name explains at least 99.94 %; a wrong one at most 95 % ("shared gate not squashed" for a missing 1/ep_size),
+# then 83 %. Names that explain more belong to faults that differ in nothing that the inputs show.
+NAMED = 0.97
 ROWS_TRIED = 8  # of tokens that do not see each other, so many bad ones are looked at for the cause
 BF16_BITS = 8  # significant bits of bfloat16
 
