@@ -18,7 +18,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 body{{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem}}
 table{{border-collapse:collapse;width:100%}}td,th{{text-align:left;padding:.25rem .6rem;border-bottom:1px solid #8886}}
 td{{overflow-wrap:anywhere}}.bad{{color:var(--bad);font-weight:600}}</style>
-<h1>{bad} of {count} checks failed</h1><p>qwen35-moe {version}; limit: 2.7 times the largest legal error.</p>
+<h1>{bad} of {count} checks failed</h1><p>qwen35-moe {version}; limit: 3.0 times the largest legal error.</p>
 <table><tr><th>test</th><th>case</th><th>verdict</th><th>what</th></tr>
 {rows}</table></html>
 """

@@ -75,7 +75,7 @@ def test_reports(tmp_path, ending):
     for factor in (1.0, 2.0):
         report(qt.check_legal(factor * case.truth["input_layernorm"].float(), case)[0])
     text = report.text()
-    assert "x the legal error (limit 2.7)" in text
+    assert "x the legal error (limit 3)" in text
     if ending == "html":
         assert "1 of 2 checks failed" in text and "test_&lt;norm&gt;" in text and "prefers-color-scheme:dark" in text
     elif ending == "json":

@@ -156,7 +156,7 @@ def _one_element(x: Tensor, _: Any, __: Any) -> Tensor:
 def _one_row(x: Tensor, _: Any, __: Any) -> Tensor:
     y = x.clone()
     rows = y.view(-1, x.shape[-1])
-    rows[5] = rows[4]
+    rows[5:6] = rows[4:5]  # a step of few rows has none
     return y
 
 

@@ -1,8 +1,8 @@
 """A second look at what lies just beyond the limit: more legal roundings are tried before an engine is blamed.
 
 The envelope of a few arithmetics is a few samples of a random error; where one number decides a token's error (a
-routing weight, a logit), all of them may be small by luck. A Gaussian error exceeds 2.7 times the largest of 4 of its
-own kind once in 65 rows, of 20 once in 30,000. So up to SAMPLES more are made, a few at a time, and only where it
+routing weight, a logit), all of them may be small by luck. A Gaussian error exceeds 3 times the largest of 4 of its
+own kind once in 70 rows, of 20 once in 60,000. So up to SAMPLES more are made, a few at a time, and only where it
 matters: from LOOK on, so that what is said of a clean tap is no luck either, and up to DOUBTFUL_LIMITS limits: no
 rounding makes a larger error.
 """
