@@ -18,7 +18,7 @@ from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.quant.mxfp4 import E2M1, SCALE_RULES, decode, encode, quantise_dequantise
 from weights.build import build
 
-assert q.quant.mxfp4.BLOCK == 32 and len(E2M1) == 16 and len(SCALE_RULES) == 5
+assert q.quant.mxfp4.MXFP4_BLOCK == 32 and len(E2M1) == 16 and len(SCALE_RULES) == 5
 
 # %% [markdown]
 # ## Sixteen values

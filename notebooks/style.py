@@ -55,12 +55,29 @@ plt.rcParams.update(
 
 def show() -> None:
     """Show the figures in a notebook; in a script draw them and let them go."""
-    if INLINE:
-        plt.show()
-    else:
-        for number in plt.get_fignums():
-            plt.figure(number).canvas.draw()
+    for figure in map(plt.figure, plt.get_fignums()):
+        if INLINE:
+            from IPython.display import display
+
+            display(figure, metadata={"image/png": {"alt": in_words(figure)}})
+        else:
+            figure.canvas.draw()
     plt.close("all")
+
+
+def in_words(figure: plt.Figure) -> str:
+    """The alternative text of a figure: its titles, what its axes are, the names in its legends and on its drawing."""
+    parts = []
+    for ax in figure.axes:
+        x, y, legend = ax.get_xlabel(), ax.get_ylabel(), ax.get_legend()
+        if ax.get_label() == "<colorbar>":
+            parts.append(f"colour: {y or x}")
+            continue
+        names = [text.get_text() for text in (legend.get_texts() if legend else ax.texts)]
+        axes = " over ".join(label for label in (y, x) if label)
+        said = [ax.get_title(loc="left") or ax.get_title(), axes, ", ".join(name for name in names if name.strip())]
+        parts.append(": ".join(text for text in said if text))
+    return " ".join("; ".join([figure.get_suptitle(), *parts] if figure.get_suptitle() else parts).split())
 
 
 def page(text: str, folder: Path) -> None:

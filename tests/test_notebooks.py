@@ -84,6 +84,7 @@ def test_executed_file_is_small_and_says_nothing_of_a_machine(source: Path) -> N
     assert not any(o.get("name") == "stderr" for o in outputs)
     for output in outputs:
         if "image/png" in output.get("data", {}):
+            assert len(output.metadata["image/png"]["alt"]) > 20, "a picture has an alternative text"
             kinds = chunks(base64.b64decode(output.data["image/png"]))
             assert kinds <= {b"IHDR", b"IDAT", b"IEND", b"pHYs"}, "no dates, no programs"
 
