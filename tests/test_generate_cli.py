@@ -255,7 +255,7 @@ def test_what_cannot_be_done_is_said(capsys: pytest.CaptureFixture[str], words: 
 def test_what_cannot_be_read_is_said(
     capsys: pytest.CaptureFixture[str], folder: Path, png: Path, tmp_path: Path
 ) -> None:
-    assert "cannot read the image" in call(capsys, folder, "--ids", "1", "--image", tmp_path)[2]
+    assert "not a regular file" in call(capsys, folder, "--ids", "1", "--image", tmp_path)[2]
     for data in (b"P6 x", b"BM" + bytes(12) + struct.pack("<IIIHH", 40, 20000, 20000, 1, 24) + bytes(24)):
         (tmp_path / "bad").write_bytes(data)  # where Pillow raises no OSError
         assert "cannot read the image" in call(capsys, folder, "--ids", "1", "--image", tmp_path / "bad")[2]

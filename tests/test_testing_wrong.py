@@ -133,6 +133,6 @@ def test_a_failure_reads_as_promised():
     with pytest.raises(AssertionError) as failure:
         qt.assert_legal(kernels.moe(MOE, "expert dropped"), MOE)
     pattern = (
-        r"mlp_output: [\d.]+ x the legal error \(limit 2\.7\), worst row \d+, column \d+, \d+ of 16 rows; looks like "
+        r"mlp_output: [\d.]+ x the legal error \(limit 3\), worst row \d+, column \d+, \d+ of 16 rows; looks like "
     )
     assert re.search(pattern + r'"expert dropped" \(\d+ %\)', str(failure.value))

@@ -57,7 +57,7 @@ class Check:
         if self.note and not self.rows:
             text += self.note
         else:
-            text += f"{self.ratio:.3g} x the legal error (limit {self.limit})"
+            text += f"{self.ratio:.3g} x the legal error (limit {self.limit:g})"
             text += f", worst row {', '.join(map(str, self.row))}, column {self.column}"
             text += f", {self.bad_rows} of {self.rows} rows" + (f"; {self.note}" if self.note else "")
         if self.function:
