@@ -17,6 +17,7 @@ import qwen35_moe as q
 from qwen35_moe.cli.main import main
 from qwen35_moe.oracle import compare as comparing
 from qwen35_moe.oracle.dumps.pieces import plain_values
+from qwen35_moe.oracle.dumps.readers.common import lengths, request_ids
 from qwen35_moe.trace.file import Trace
 
 Build = Callable[[str], Path]
@@ -185,3 +186,10 @@ def test_a_trace_edited_by_hand_is_one_clear_error(
     code = main(["compare", str(truth), str(files / "dump")])
     said = capsys.readouterr()
     assert code == 2 and "a bug in qwen35-moe" not in said.err and "Traceback" not in said.err
+
+
+def test_lengths_and_requests_of_other_types_are_none() -> None:
+    assert lengths(torch.tensor([3, 4])) == [3, 4] and lengths([3, 4]) == [3, 4] and request_ids(["a", 7]) == ["a", 7]
+    for odd in ([[1], 2], [1.5], torch.tensor([0.5]), [-7], torch.tensor([-7]), {"a": 1}, None, 3):
+        assert lengths(odd) is None
+    assert request_ids([[1], {}]) is None

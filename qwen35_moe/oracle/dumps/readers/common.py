@@ -110,8 +110,13 @@ def once(x: Tensor, load: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return lambda: first.pop() if first else load()
 
 
-def whole_numbers(x: Any) -> list[int] | None:
-    """A tensor or a list of ids as a list; None for anything else."""
-    if isinstance(x, Tensor):
-        return [int(i) for i in x.flatten().tolist()]
-    return list(x) if isinstance(x, (list, tuple)) else None
+def lengths(x: Any) -> list[int] | None:
+    """A tensor or a list of counts as a list; None for anything else."""
+    counts = request_ids(x)
+    return None if counts is None or any(type(n) is not int or n < 0 for n in counts) else counts
+
+
+def request_ids(x: Any) -> list[Any] | None:
+    """A tensor or a list of numbers or words as a list; None for anything else."""
+    items = x.flatten().tolist() if isinstance(x, Tensor) else x
+    return list(items) if isinstance(items, (list, tuple)) and all(isinstance(i, (int, str)) for i in items) else None

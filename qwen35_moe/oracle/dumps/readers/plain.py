@@ -28,7 +28,7 @@ from ..dump import Dump, Piece, StepTokens
 from ..engine_names import family_of, rule_for
 from ..pieces import plain_values
 from . import saved
-from .common import costs_itself, whole_numbers
+from .common import costs_itself, lengths
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".pkl")
 SUFFIXES = (".safetensors", ".npz", ".npy", *TORCH_SUFFIXES)
@@ -216,4 +216,4 @@ def _tokens(core: Mapping[str, Tensor]) -> StepTokens:
     if batch and given is not None and given.numel() == ids.numel():
         mask = given.flatten().bool()
     return StepTokens(ids.flatten().long(), None if positions is None else positions.flatten().long(),
-                  whole_numbers(core.get("seq_lens")), batch=batch, mask=mask)  # fmt: skip
+                  lengths(core.get("seq_lens")), batch=batch, mask=mask)  # fmt: skip

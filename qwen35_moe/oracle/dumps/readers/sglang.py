@@ -18,7 +18,7 @@ from torch import Tensor
 from ....errors import Qwen35Error
 from ..dump import Dump, Piece, StepTokens
 from ..engine_names import family_of
-from .common import a_dict, costs_itself, load_pt, load_tensor, once, whole_numbers
+from .common import a_dict, costs_itself, lengths, load_pt, load_tensor, once, request_ids
 
 HELD = 1 << 13  # files that stay mapped until they are used; a process may have 65,530 mappings
 BATCH_FIELDS = ("input_ids", "positions", "seq_lens", "req_pool_indices", "rids")
@@ -109,8 +109,8 @@ def _tokens(found: Mapping[str, Any]) -> StepTokens:
     return StepTokens(
         ids.flatten().to(torch.int64),
         positions.flatten().to(torch.int64) if isinstance(positions, Tensor) else None,
-        whole_numbers(found.get("seq_lens")),
-        whole_numbers(requests),
+        lengths(found.get("seq_lens")),
+        request_ids(requests),
         batch,
         rotary=rotary.flatten().to(torch.int64) if isinstance(rotary, Tensor) else None,
     )

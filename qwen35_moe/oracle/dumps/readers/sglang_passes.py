@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ....errors import Qwen35Error
 from ..dump import Dump, Piece, StepTokens
-from .common import load_pt, whole_numbers
+from .common import lengths, load_pt
 
 BATCH_INFO = ".forward_batch_info."
 
@@ -90,4 +90,4 @@ def _tokens(core: Mapping[str, Any]) -> StepTokens:
     positions = core.get("positions")
     if isinstance(positions, Tensor) and positions.dim() == 2:
         positions = positions[0]
-    return StepTokens(core["input_ids"].flatten().to(torch.int64), positions, whole_numbers(core.get("seq_lens")))
+    return StepTokens(core["input_ids"].flatten().to(torch.int64), positions, lengths(core.get("seq_lens")))
