@@ -115,7 +115,7 @@ class StoredWeight:
     def of(self, parts: Iterable[Tensor], doubts: list[Tensor], count: int | None = None) -> Packed:
         """As `assemble`, on any device, without waiting for it. Adds a check for NaN and infinite scales to `doubts`.
 
-        For float and MXFP4 weights, the parts may be stacks of many, of which the first `count` are used.
+        The parts of float and MXFP4 weights may be stacks: then the first `count` are used.
         """
         values, *scales = parts
         doubts += [_not_finite(scale[:count]).any() for scale in scales]

@@ -27,10 +27,10 @@ from ..oracle.judge.envelope_file import ENVELOPE, stored_envelope
 from ..run.files import save_checked, whole
 from ..run.streamed import HEAD_ROWS
 from ..trace.complete import complete_trace
-from ..trace.file import RESUME, Trace
+from ..trace.file import Trace
 from ..trace.folder import GROUPS, GROUPS_RUN, check_ours, remove_groups
-from ..trace.head import PARTIAL, Entry
-from ..trace.resume import check_same
+from ..trace.head import Entry
+from ..trace.resume import check_same, state_folder
 from ..trace.writer import TraceWriter
 from ..untrusted import read_bytes, tensor_file
 
@@ -96,7 +96,7 @@ def begin_groups(out: Path, count: int, run: str, resume: bool, processes: Proce
     begun = resume and said.is_file()
     if begun:
         check_same(out, read_bytes(said).decode("utf-8", "replace"), run)
-    elif resume and unfinished(out):
+    elif resume and state_folder(out) is not None:
         raise _other_way(out, "groups of prompts", "all prompts in one pass")
     processes.wait()
     if processes.rank == 0 and not begun:
@@ -110,13 +110,8 @@ def begin_groups(out: Path, count: int, run: str, resume: bool, processes: Proce
 
 def check_one_pass(out: Path, layers: int) -> None:
     """Error if the run that was begun there, and not finished, is one over groups of prompts."""
-    if (out / GROUPS / GROUPS_RUN).is_file() and not unfinished(out) and complete_trace(out, layers) is None:
+    if (out / GROUPS / GROUPS_RUN).is_file() and state_folder(out) is None and complete_trace(out, layers) is None:
         raise _other_way(out, "all prompts in one pass", "groups of prompts")
-
-
-def unfinished(out: Path) -> bool:
-    """Whether a run of one pass can be continued there."""
-    return any((folder / RESUME).is_file() for folder in (out / PARTIAL, out))
 
 
 def _other_way(out: Path, expected: str, found: str) -> Qwen35Error:

@@ -95,7 +95,7 @@ def _seen(quant: QuantConfig, module: str) -> tuple[Key, Hit]:
 
 
 def _list(quant: QuantConfig) -> ExcludeList:
-    """The list that ATOM reads. GPTQ's `dynamic` is none, nor is ModelOpt's `ignore`."""
+    """The list that ATOM reads. ATOM ignores GPTQ's `dynamic` and ModelOpt's `ignore`."""
     raw = _inner(quant.raw) if quant.method == "modelopt" else quant.raw
     places = {"quark": ("exclude",), "modelopt": ("exclude_modules",)}.get(quant.method, LISTS)
     key = next((key for key in places if raw.get(key)), "")

@@ -96,7 +96,7 @@ def _decide(model: GateModel, rule: str, stored: Any, options: Mapping[str, Any]
 
 
 def rule_named(rule: str) -> str:
-    """The rule with its version: `sglang` means the newest. Error: there is none of that name."""
+    """The rule with its version: `sglang` means the newest. Error: an unknown name."""
     rule = NEWEST.get(rule, rule)
     if rule not in RULES:
         raise Qwen35Error("unknown rule of the gate", expected=", ".join((*RULES, *NEWEST)), found=rule)

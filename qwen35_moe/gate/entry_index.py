@@ -107,7 +107,7 @@ class EntryIndex:
         return self._merged((*names, *(self._fit(self._patterns, key, name) for key in keys)))
 
     def _fit(self, lists: Mapping[Any, list[int]], key: object, name: str) -> list[int]:
-        """Of one of the lists: patterns whose runs occur in the shape of a name. A few are not sorted out."""
+        """The patterns of a list whose runs occur in the shape of a name; all patterns of a short list."""
         patterns = lists.get(key, [])
         if len(patterns) < FEW:
             return patterns

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-# Of the hub, older vision-language exports, text-only saves. A longer one stands before what it begins with.
+# Prefixes of the hub, of older vision-language exports and of text-only saves; a longer one before its own beginning.
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "language_model.")
 
 # Modules that engines build as one, and the names under which a checkpoint stores the parts.

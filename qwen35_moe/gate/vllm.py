@@ -159,7 +159,7 @@ def _mxfp8(quant: QuantConfig, layer: MoEBlock) -> Decision:
 
 
 def _modelopt_excluded(quant: QuantConfig, module: str) -> Hit | None:
-    """modelopt.py:191-287: exact names, parts of names, and wildcards, of which `path*` becomes `path` and `path.*`."""
+    """modelopt.py:191-287: exact names, parts of names, and wildcards; `path*` becomes `path` and `path.*`."""
     (name,) = quant.names(module)
     if (exact := _fp8_ignored(quant, module)) is not None:
         return exact

@@ -49,7 +49,7 @@ def matmul(name: str, a: Tensor, b: Tensor) -> Tensor:
 
 
 def add(name: str, a: Tensor, b: Tensor) -> Tensor:
-    """a + b, tapped as `name`. As for a product, one operation rounds once, in whichever dtype it is stored."""
+    """a + b, tapped as `name`. Like a product, the sum rounds once, to the dtype of its tap."""
     return tap(name, one_wide(name, a, b) + b)
 
 

@@ -17,7 +17,7 @@ from ..model.text import Model
 from ..run.origin import origin_of
 from .file import RESUME, Trace
 from .folder import finish, sweep
-from .head import PARTIAL
+from .head import HEAD_FILE, PARTIAL
 from .resume import check_same
 
 
@@ -38,7 +38,7 @@ def resumable(out: Path, layer: int) -> Iterator[None]:
 def complete_trace(out: Path, layers: int) -> Trace | None:
     """The complete trace in OUT; None if there is none, or one of the first layers, or an unfinished one beside it."""
     finish(out)
-    if (out / PARTIAL / RESUME).is_file() or not (out / "trace.json").is_file():
+    if (out / PARTIAL / RESUME).is_file() or not (out / HEAD_FILE).is_file():
         return None
     trace = Trace.open(out)
     return trace if trace.meta.get("layers", layers) == layers else None

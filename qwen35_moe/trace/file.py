@@ -36,7 +36,7 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..run.files import check_sha256
 from ..untrusted import read_bytes, tensor_file
-from .head import CHUNK_NAME, PARTIAL, Entry, bad_head, check_meta, entries_of, read_head
+from .head import CHUNK_NAME, HEAD_FILE, PARTIAL, Entry, bad_head, check_meta, entries_of, read_head
 
 RESUME = "resume.safetensors"  # the state that `--resume` continues from (resume.py); no part of the trace
 SUM_BEGINS = ', "sha256": '  # the checksum of all before it in trace.json
@@ -121,11 +121,11 @@ class Trace(Mapping[str, Tensor]):
         Raises Qwen35Error where there is no trace, an unfinished one (unless `partial`), or another version.
         """
         path = in_utf8(path)
-        if partial and not (path / "trace.json").is_file():
+        if partial and not (path / HEAD_FILE).is_file():
             path = path / PARTIAL
         head = read_head(path, partial)
-        entries = entries_of(head.get("tensors"), path / "trace.json")
-        check_meta(head.get("meta"), path / "trace.json")
+        entries = entries_of(head.get("tensors"), path / HEAD_FILE)
+        check_meta(head.get("meta"), path / HEAD_FILE)
         lost = sorted({e.file for e in entries} - {p.name for p in path.iterdir()})
         if lost:
             raise Qwen35Error("trace has lost files", where=path, found=", ".join(lost), do="write the trace again")
@@ -133,7 +133,7 @@ class Trace(Mapping[str, Tensor]):
         if not isinstance(files, dict) or not all(
             CHUNK_NAME.fullmatch(k) and isinstance(v, str) for k, v in files.items()
         ):
-            raise bad_head(path / "trace.json", "files", "name of a file -> its sha256", files)
+            raise bad_head(path / HEAD_FILE, "files", "name of a file -> its sha256", files)
         return cls({entry.key: entry for entry in entries}, head["meta"], path, files=files)
 
     def verify(self) -> None:
@@ -144,10 +144,10 @@ class Trace(Mapping[str, Tensor]):
             if name not in self.files:
                 raise Qwen35Error("no checksum is known of this file", where=self.path / name, do=do)
             check_sha256(self.path / name, self.files[name], do)
-        head, _, known = read_bytes(self.path / "trace.json").rpartition(SUM_BEGINS.encode())
+        head, _, known = read_bytes(self.path / HEAD_FILE).rpartition(SUM_BEGINS.encode())
         if (found := f'"{sha256(head).hexdigest()}"}}').encode() != known:
             what = "the file is damaged: its checksum is another"
-            raise Qwen35Error(what, where=self.path / "trace.json", expected=known[1:65].decode("ascii", "replace"),
+            raise Qwen35Error(what, where=self.path / HEAD_FILE, expected=known[1:65].decode("ascii", "replace"),
                               found=found[1:-2], do=do)  # fmt: skip
 
 

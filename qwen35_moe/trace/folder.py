@@ -15,9 +15,8 @@ from pathlib import Path
 from ..errors import Qwen35Error
 from ..run.files import Claim, check_claim
 from ..untrusted import tensor_file
-from .head import FORMAT, PARTIAL
+from .head import FORMAT, HEAD_FILE, PARTIAL
 
-HEAD_FILE = "trace.json"
 GROUPS, GROUPS_RUN = "groups", "run.json"
 _OURS = re.compile(r"(\d{5}|envelope|envelope-state|resume)\.safetensors")  # envelope: envelope_file.py
 # What a kill leaves of a file that was being written: ours, and those that safetensors writes first, with random names.

@@ -14,6 +14,7 @@ from ..numerics.taps import Site
 from ..untrusted import parse_json, read_json, tensor_file
 
 FORMAT, VERSION = "qwen35-moe-trace", 1
+HEAD_FILE = "trace.json"  # written last
 PARTIAL = "partial"  # folder of an unfinished trace, in that of the trace
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _KINDS = {
@@ -50,8 +51,8 @@ class Entry:
 def read_head(path: Path, partial: bool) -> dict[str, Any]:
     unfinished = path if partial else path / PARTIAL
     chunks = sorted(p for p in unfinished.glob("*.safetensors") if CHUNK_NAME.fullmatch(p.name))
-    if (path / "trace.json").is_file():
-        head = read_json(path / "trace.json")
+    if (path / HEAD_FILE).is_file():
+        head = read_json(path / HEAD_FILE)
         if not isinstance(head, dict) or (head.get("format"), head.get("version")) != (FORMAT, VERSION):
             found = f"{head.get('format')} {head.get('version')}" if isinstance(head, dict) else type(head).__name__
             raise Qwen35Error(

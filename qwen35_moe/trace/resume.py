@@ -56,6 +56,11 @@ def _on_threads(then: object) -> str:
     return f"OMP_NUM_THREADS={then} goes on to the same bits; or leave out --resume to start anew"
 
 
+def state_folder(out: Path) -> Path | None:
+    """The folder of a state that a run of one pass can continue: OUT/partial, or OUT after the first layers alone."""
+    return next((folder for folder in (out / PARTIAL, out) if (folder / RESUME).is_file()), None)
+
+
 @dataclass
 class State:
     """run: what must be equal for equal bytes (`run_of`). next: the layer to continue with. files: finished files and
@@ -71,10 +76,8 @@ class State:
         writer.save_state({"sum": sum_BTD.cpu().contiguous()}, {"state": json.dumps(asdict(self))})
 
     def resumed(self, out: Path) -> tuple[State, Tensor | None, Path | None]:
-        """The state of an earlier run, which must be equal to this one, its residual stream, and the folder of both:
-        OUT/partial, or OUT for a trace of the first layers."""
-        folder = next((folder for folder in (out / PARTIAL, out) if (folder / RESUME).is_file()), None)
-        if folder is None:
+        """The state of an earlier run, which must be equal to this one, its residual stream, and the folder of both."""
+        if (folder := state_folder(out)) is None:
             return self, None, None  # killed before the first layer was done, or never begun
         do = "start without --resume"
         try:

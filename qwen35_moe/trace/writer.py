@@ -21,8 +21,8 @@ from ..errors import Qwen35Error
 from ..numerics.taps import Site
 from ..run.files import check_claim, check_sha256, checked, file_sha256, save, whole
 from .file import CHUNK_BYTES, RESUME, SUM_BEGINS, Trace, in_utf8
-from .folder import HEAD_FILE, check_ours, finish, link, remove_older
-from .head import FORMAT, PARTIAL, VERSION, Entry, entries_of, records_of
+from .folder import check_ours, finish, link, remove_older
+from .head import FORMAT, HEAD_FILE, PARTIAL, VERSION, Entry, entries_of, records_of
 
 
 def write(trace: Trace, path: str | Path) -> Trace:

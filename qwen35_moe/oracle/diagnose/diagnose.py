@@ -190,8 +190,8 @@ def _ids(case: GuiltyTap, ids_key: str, rerun: Rerun, seen: Sequence[Taps]) -> T
 
 
 def _fit(diagnosis: Diagnosis, case: GuiltyTap, rerun: Rerun, layer: int) -> tuple[Hypothesis, float]:
-    """Fit engine = rest + a R + b gS + c S, rows in units of their size. The hypothesis that it stands for, and the
-    ratio that this leaves: one number, of which it takes the best, or all three where none of them is enough."""
+    """Fit engine = rest + a R + b gS + c S, rows in units of their size. Returns the hypothesis that fits, and the
+    ratio that it leaves: the best single factor, or all three factors if none alone is enough."""
     names = [f"layers.{layer}.{name}" for name in MLP_PARTS]
 
     def parts(i: int, table: Arithmetic) -> list[Tensor]:

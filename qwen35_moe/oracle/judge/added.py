@@ -19,7 +19,7 @@ from ..dumps.ranks import owners
 from . import log_p as kl_base
 from .columns import wrong_columns
 from .constant_factor import judge_size, log_sizes, scale_errors
-from .envelope import Class, envelope, is_bf16, judge
+from .envelope import Class, class_of, envelope, is_bf16, judge
 from .envelope_file import SLOT_ORDERED, as_rows
 from .records import BF16_GRID, Comparison, Record, block_of
 from .replay import RESTARTS, STREAMS, Captured
@@ -181,7 +181,7 @@ class Judgement:
             for part, (off, ratio) in zip(some, scale_errors(x, truth, list(some.values())), strict=False):
                 if ratio > max(self.limit, record.added or 0.0):
                     record.added, record.note = ratio, f"{part}: {100 * off:+.1f} % in all rows"
-                    record.cls = "suspicious" if ratio <= 2 * self.limit else "wrong"
+                    record.cls = class_of(ratio, self.limit)
 
     def _unordered(self, key: str) -> bool:
         ids = re.sub(r"(weights|probs)$", "ids", key)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..diagnose.at_sight import SCALE_NOTE
+from .envelope import class_of
 from .records import Record
 
 FACTOR = 2.0**-8
@@ -66,7 +67,7 @@ def judge_size(record: Record, x: Tensor, truth: Tensor, legal: float, limit: fl
     off, ratio = size_error(x, truth, legal)
     if ratio > max(limit, record.ratio or 0.0):
         record.note = f"{100 * math.expm1(off):+.1f} % in all rows: {SCALE_NOTE}"
-        record.cls = "suspicious" if ratio <= 2 * limit else "wrong"
+        record.cls = class_of(ratio, limit)
         if record.added is None:
             record.inherited = ratio
         else:

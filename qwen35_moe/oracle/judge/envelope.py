@@ -169,6 +169,11 @@ class TensorVerdict:
     rel: float  # |e| / |truth| of the whole tensor
 
 
+def class_of(ratio: float, limit: float) -> Class:
+    """From the limit to twice that a tensor is "suspicious", above it (or NaN) "wrong"."""
+    return "within rounding" if ratio <= limit else "suspicious" if ratio <= 2 * limit else "wrong"
+
+
 def judge(
     engine: Tensor, truth: Tensor, bound: Norms, dtype: torch.dtype, limit: float = LIMIT,
     size: Norms | None = None, rounding: Norms | None = None,
@@ -188,7 +193,7 @@ def judge(
     if could_be_equal and torch.equal(engine.to(dtype), truth.to(dtype).reshape(engine.shape)):
         cls: Class = "bit-equal"
     else:
-        cls = "within rounding" if ratio <= limit else "suspicious" if ratio <= 2 * limit else "wrong"
+        cls = class_of(ratio, limit)
     whole, off = float((Norms.of(truth) if size is None else size).l2.norm()), float(error.l2.norm())
     rel = off / whole if whole else float(off > 0)
     return TensorVerdict(cls, ratio, float(l2.max()), float(most.max()), worst, ratios, rel)
