@@ -79,6 +79,10 @@ def test_swapped_arguments_and_a_checkpoint_as_output(built, tmp_path, capsys, m
     assert code == 2 and "the two arguments are swapped" in text and "qwen35-moe compare truth dump" in text
     code, text = said(capsys, "diagnose", "dump", checkpoint)
     assert code == 2 and f"qwen35-moe diagnose {checkpoint} dump" in text
+    code, text = said(capsys, "diagnose", "truth", "dump")
+    assert code == 2 and "found: a truth" in text and "do: qwen35-moe compare truth dump" in text
+    code, text = said(capsys, "compare", checkpoint, "dump")
+    assert code == 2 and "found: a checkpoint" in text and f"do: qwen35-moe diagnose {checkpoint} dump" in text
     code, text = said(capsys, "trace", checkpoint, "--ids", "1,2", "--out", checkpoint)
     assert code == 2 and "this is a checkpoint: choose another directory" in text and "remove" not in text
     code, text = said(capsys, "trace", checkpoint, "--ids", "1,2", "--out", "out", "--layers", "1")
@@ -91,7 +95,9 @@ def test_diagnose_keeps_its_truth(built, tmp_path, capsys, monkeypatch):
     assert said(capsys, "trace", checkpoint, "--ids", "1,2,3", "--out", "mine", "--no-envelope", "--quiet")[0] == 0
     code, text = said(capsys, "diagnose", checkpoint, "mine", "--layer", "0-1")
     assert code == 0 and "computed for the tokens of the dump, and not kept" in text
-    code, text = said(capsys, "diagnose", checkpoint, "mine", "--out", "truth")
+    assert re.search(r"layer 4/4  expert .* \d+ s left", text), "progress of the truth"
+    code, text = said(capsys, "diagnose", checkpoint, "mine", "--out", "truth", "--quiet")
+    assert " left" not in text
     assert code == 0 and (tmp_path / "truth/trace.json").is_file() and "truth" in text
     code, text = said(capsys, "compare", "truth", "mine", "--layer", "1,2")
     assert code == 0 and "only layers 1, 2 were judged" in text

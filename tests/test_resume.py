@@ -27,7 +27,8 @@ from qwen35_moe.oracle.judge import envelope_file
 from qwen35_moe.run import files, placement
 from qwen35_moe.run.files import whole
 from qwen35_moe.trace import folder as trace_folder
-from qwen35_moe.trace.file import RESUME, Trace
+from qwen35_moe.trace.file import Trace
+from qwen35_moe.trace.head import RESUME
 
 Build = Callable[[str], Path]
 PROMPTS, OTHERS = [[1, 2, 3, 4, 5], [9, 8, 7], [5, 5, 5, 6]], [[4, 4], [3, 2, 1], [6]]

@@ -79,6 +79,22 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert capsys.readouterr().err == "qwen35-moe: interrupted\n"
 
 
+def test_an_interrupt_during_imports_ends_the_command() -> None:
+    """Some callbacks of torch and of the import system drop the exception that an interrupt raises."""
+    code = """if True:
+        import os, signal
+        from qwen35_moe.cli import main as cli
+        def dropping(name):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                pass
+        cli.importlib.import_module = dropping
+        cli.main(["gate", "anything"])"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, b"qwen35-moe: interrupted\n")
+
+
 def test_the_output_of_attention_is_not_taken_for_the_layers(built: Build, tmp_path: Path) -> None:
     model = q.load(built("tiny"), text_only=True)
     truth = q.trace(model, torch.tensor(IDS[:1]), taps="attn_output")

@@ -10,7 +10,7 @@ import pytest
 
 from qwen35_moe.cli.main import main
 from qwen35_moe.oracle.judge.envelope_file import ENVELOPE, ENVELOPE_STATE
-from qwen35_moe.trace.file import RESUME
+from qwen35_moe.trace.head import RESUME
 
 Build = Callable[[str], Path]
 

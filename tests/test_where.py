@@ -43,7 +43,7 @@ def test_compare_and_diagnose_take_the_options_of_trace(
     assert said[0] == said[1] == said[2]
     monkeypatch.setattr(where, "SECONDS_BETWEEN_LINES", 0.0)
     assert main(["diagnose", path, engine, "--device", "cpu"]) == 0
-    assert "layer 4/4  run again under 5 arithmetics" in capsys.readouterr().err
+    assert "layer 4/4  run again under 5 arithmetics  0 s left" in capsys.readouterr().err
     assert main(["diagnose", path, engine, "--quiet"]) == 0
     assert not capsys.readouterr().err
     assert main(["compare", truth, engine, "--device", "nowhere"]) == 2

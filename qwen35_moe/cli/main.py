@@ -9,10 +9,12 @@ import argparse
 import importlib
 import io
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TextIO
 
 from .. import __version__
@@ -97,7 +99,9 @@ def _open_closed_streams() -> None:
 def _run(argv: Sequence[str]) -> int:
     """The exit code of a command. Only a verdict is 1: whatever is raised, arguments and environment included, is 2."""
     try:
-        args = parser_for(argv).parse_args(argv)
+        with _stopped_at_once():
+            parser = parser_for(argv)
+        args = parser.parse_args(argv)
         code = args.run(args)
         sys.stdout.flush()
         return code
@@ -112,6 +116,26 @@ def _run(argv: Sequence[str]) -> int:
     except Exception:  # left alone it would exit with 1, and a caller would read a verdict
         print(printable(traceback.format_exc()), end="", file=sys.stderr)
         return _failed("a bug in qwen35-moe; please report it with the lines above")
+
+
+@contextmanager
+def _stopped_at_once() -> Iterator[None]:
+    """An interrupt ends the process here. While modules are imported, a KeyboardInterrupt may be raised in a callback
+    of torch or of the import system, which drops it."""
+
+    def stop(*_: object) -> None:
+        os.write(2, b"qwen35-moe: interrupted\n")
+        os._exit(2)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _failed(text: str) -> int:

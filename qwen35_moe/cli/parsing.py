@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -111,9 +112,16 @@ def layers(text: str, where: str = "--layer") -> list[int]:
 
 
 def check_order(first: str, second: str, command: str) -> None:
-    """Error: two arguments that were given in each other's place."""
-    marks = {"compare": "trace.json", "diagnose": "config.json"}
-    a, b = (Path(path) / marks[command] for path in (first, second))
-    if b.is_file() and not a.exists() and not first.endswith(".safetensors"):
-        do = f"qwen35-moe {command} {second} {first}"
+    """Error: the two arguments are swapped, or a truth stands where a checkpoint belongs, or the other way round."""
+    kinds = {"compare": "trace.json", "diagnose": "config.json"}  # the file that shows what a command's first one is
+    (other,) = kinds.keys() - {command}
+    a, b = Path(first), Path(second)
+    if (a / kinds[command]).exists() or a.suffix == ".safetensors":
+        return
+    if (b / kinds[command]).is_file():
+        do = shlex.join(["qwen35-moe", command, second, first])
         raise Qwen35Error("the two arguments are swapped", where=f"{first} {second}", do=do)
+    if (a / kinds[other]).is_file():
+        found, expected = ("a checkpoint", "a truth") if command == "compare" else ("a truth", "a checkpoint")
+        do = shlex.join(["qwen35-moe", other, first, second])
+        raise Qwen35Error(f"not what {command} starts from", where=first, expected=expected, found=found, do=do)

@@ -77,7 +77,8 @@ def write_truth(
     if where.device_map is None:
         ids, mask = ids.to(where.device), None if mask is None else mask.to(where.device)
     taps = with_ids(taps) if with_envelope else taps
-    truth, _ = trace_layers(model, ids, out, mask=mask, taps=taps, meta=meta, quiet=True, drafts=drafts, images=images)
+    truth, _ = trace_layers(model, ids, out, mask=mask, taps=taps, meta=meta, quiet=where.quiet, drafts=drafts,
+                            images=images)  # fmt: skip
     if with_envelope:
         write_envelope(
             truth,

@@ -15,9 +15,9 @@ from ..checkpoint import UsageReport
 from ..errors import Qwen35Error
 from ..model.text import Model
 from ..run.origin import origin_of
-from .file import RESUME, Trace
+from .file import Trace
 from .folder import finish, sweep
-from .head import HEAD_FILE, PARTIAL
+from .head import HEAD_FILE, PARTIAL, RESUME
 from .resume import check_same
 
 

@@ -38,7 +38,6 @@ from ..run.files import check_sha256
 from ..untrusted import read_bytes, tensor_file
 from .head import CHUNK_NAME, HEAD_FILE, PARTIAL, Entry, bad_head, check_meta, entries_of, read_head
 
-RESUME = "resume.safetensors"  # the state that `--resume` continues from (resume.py); no part of the trace
 SUM_BEGINS = ', "sha256": '  # the checksum of all before it in trace.json
 TURN = re.compile(r"\.\d+$")  # how the key of a turn of a loop ends
 CHUNK_BYTES = 1 << 28  # a chunk is closed at a new layer, or here: bounds memory for the logits and for 397B layers

@@ -16,6 +16,7 @@ from ..untrusted import parse_json, read_json, tensor_file
 FORMAT, VERSION = "qwen35-moe-trace", 1
 HEAD_FILE = "trace.json"  # written last
 PARTIAL = "partial"  # folder of an unfinished trace, in that of the trace
+RESUME = "resume.safetensors"  # the state that `--resume` continues from (resume.py); no part of the trace
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _KINDS = {
     "key": str, "name": str, "dims": str, "dtype": str, "file": str, "part": str, "step": int, "layer": int | None,

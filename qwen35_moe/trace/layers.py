@@ -25,7 +25,8 @@ from ..run.prompt import Images, embed_prompt
 from ..run.streamed import StreamedHead
 from .complete import complete_trace, resumable, resumed_complete
 from .drafts import trace_drafts
-from .file import RESUME, Trace
+from .file import Trace
+from .head import RESUME
 from .images import PIXELS, axes_of, images_meta
 from .progress import Progress
 from .recorder import Patterns, Recorder, sizes_of, step_record

@@ -19,8 +19,7 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..run.files import read_checked
 from ..untrusted import parse_json
-from .file import RESUME
-from .head import PARTIAL
+from .head import PARTIAL, RESUME
 from .writer import TraceWriter
 
 

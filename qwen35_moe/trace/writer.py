@@ -20,9 +20,9 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..numerics.taps import Site
 from ..run.files import check_claim, check_sha256, checked, file_sha256, save, whole
-from .file import CHUNK_BYTES, RESUME, SUM_BEGINS, Trace, in_utf8
+from .file import CHUNK_BYTES, SUM_BEGINS, Trace, in_utf8
 from .folder import check_ours, finish, link, remove_older
-from .head import FORMAT, HEAD_FILE, PARTIAL, VERSION, Entry, entries_of, records_of
+from .head import FORMAT, HEAD_FILE, PARTIAL, RESUME, VERSION, Entry, entries_of, records_of
 
 
 def write(trace: Trace, path: str | Path) -> Trace:

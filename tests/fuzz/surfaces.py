@@ -35,7 +35,8 @@ from qwen35_moe.cli.main import main
 from qwen35_moe.gate.decide import VARIANTS, decide_layers
 from qwen35_moe.oracle.servers.readers import from_bytes
 from qwen35_moe.run.prompt import read_ids
-from qwen35_moe.trace.file import RESUME, Trace
+from qwen35_moe.trace.file import Trace
+from qwen35_moe.trace.head import RESUME
 from qwen35_moe.trace.resume import State
 from weights import gate_recipes
 from weights.build import build
