@@ -213,3 +213,16 @@ def test_bits_on_a_gpu_do_not_depend_on_the_place(
                 assert rel_l2(model(IDS.cuda()), plain) <= FLOAT64_REORDERED
             else:
                 assert torch.equal(model(IDS.cuda()), plain)
+
+
+@pytest.mark.gpu
+def test_a_trace_over_gpus_has_the_bits_of_one(built: Build, tmp_path: Path) -> None:
+    """The tables of rotary positions, too: the CPU's cosine differs in its last bit."""
+    command = ["trace", str(built("tiny-mxfp4")), "--ids", "3,7,11,5,100", "--arithmetic", "sglang-bf16", "--quiet"]
+    command.append("--no-envelope")
+    assert main([*command, "--out", str(tmp_path / "one"), "--device", "cuda", "--mode", "packed"]) == 0
+    one = q.Trace.open(tmp_path / "one")
+    for how in ("balanced", "auto"):
+        assert main([*command, "--out", str(tmp_path / how), "--device-map", how]) == 0
+        spread_out = q.Trace.open(tmp_path / how)
+        assert set(spread_out) == set(one) and all(torch.equal(one[key], spread_out[key]) for key in one)

@@ -110,6 +110,7 @@ def _trace(
 ) -> None:
     """Traces those groups of prompts that are this process's; the first process joins them."""
     out, last, model = Path(args.out), _last_layer(args.layers), _load(args, args.arithmetic)
+    args.device = str(model.norm.weight.device)  # with a device map, the first GPU: positions have its bits, too
     path = str(Path(args.checkpoint).resolve())
     more = {
         "checkpoint": {**origin_of(model).identity, "path": path},
