@@ -19,6 +19,7 @@ from qwen35_moe.cli.main import main
 from qwen35_moe.numerics.metrics import rel_l2
 from qwen35_moe.run.files import Claim
 from qwen35_moe.run.origin import origin_of
+from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.layers import trace_layers
 
 Build = Callable[[str], Path]
@@ -221,8 +222,8 @@ def test_a_trace_over_gpus_has_the_bits_of_one(built: Build, tmp_path: Path) -> 
     command = ["trace", str(built("tiny-mxfp4")), "--ids", "3,7,11,5,100", "--arithmetic", "sglang-bf16", "--quiet"]
     command.append("--no-envelope")
     assert main([*command, "--out", str(tmp_path / "one"), "--device", "cuda", "--mode", "packed"]) == 0
-    one = q.Trace.open(tmp_path / "one")
+    one = Trace.open(tmp_path / "one")
     for how in ("balanced", "auto"):
         assert main([*command, "--out", str(tmp_path / how), "--device-map", how]) == 0
-        spread_out = q.Trace.open(tmp_path / how)
+        spread_out = Trace.open(tmp_path / how)
         assert set(spread_out) == set(one) and all(torch.equal(one[key], spread_out[key]) for key in one)
