@@ -21,7 +21,7 @@ from qwen35_moe.cli.main import main
 from qwen35_moe.gate.declared import BF16, MXFP4, NVFP4, ModuleSpec
 from qwen35_moe.quant.precision import MXFP8
 from qwen35_moe.run.lint import _gate, lint
-from qwen35_moe.run.lint_files import check_bytes
+from qwen35_moe.run.lint_files import BYTES_AT_ONCE, check_bytes
 from weights import gate_recipes
 from weights.build import build
 
@@ -210,6 +210,36 @@ def test_values_are_read_on_demand(damaged: Any, capsys: pytest.CaptureFixture[s
     assert main(["check", str(folder), "--bytes"]) == 1
     out = capsys.readouterr().out
     assert out.count("1 values are NaN or infinite") == 2 and "1 scales are zero" in out
+
+
+INF, NAN, DTYPES = float("inf"), float("nan"), (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# what is stored behind ones that fill more than one piece, and what is found
+VALUES: list[tuple[str, list[float], torch.dtype, str]] = [
+    *(("x.weight", [value], dtype, "1 values") for dtype in DTYPES for value in (NAN, -NAN, INF, -INF)),
+    *(("x.weight", [0.0, -0.0, torch.finfo(d).max, torch.finfo(d).min, torch.finfo(d).tiny], d, "") for d in DTYPES),
+    *(("x.weight_scale", [0.0, -0.0], dtype, "2 scales are zero") for dtype in DTYPES),
+    ("x.weight", [NAN, -NAN], torch.float8_e4m3fn, "2 values"),
+    ("x.weight", [448.0, -448.0, 0.0], torch.float8_e4m3fn, ""),
+    ("x.weight_scale", [0.0, -0.0], torch.float8_e4m3fn, "2 scales are zero"),
+    ("x.weight", [INF, -INF, NAN], torch.float8_e5m2, "3 values"),
+    ("x.weight_scale", [255, 0], torch.uint8, "1 values"),
+    ("x.weight", [255, 0], torch.uint8, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "values", "dtype", "expected"), VALUES)
+def test_every_value_is_seen(name: str, values: list[float], dtype: torch.dtype, expected: str, tmp_path: Path) -> None:
+    tensor = torch.cat([torch.ones(BYTES_AT_ONCE + 3), torch.tensor(values, dtype=torch.float64)]).to(dtype)
+    save_file({name: tensor, "y.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    found = [finding.text for finding in check_bytes(Checkpoint.open(tmp_path))]
+    assert len(found) == bool(expected) and all(text.startswith(expected) for text in found), found
+
+
+def test_a_tensor_that_was_never_downloaded(tmp_path: Path) -> None:
+    tensors = {"a.weight": torch.zeros(2, 2), "a.bias": torch.zeros(2), "b.weight_packed": torch.zeros(2, 2).byte()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = {finding.where.rpartition(" ")[2]: finding.rule for finding in check_bytes(Checkpoint.open(tmp_path))}
+    assert found == {"a.weight": "zeros", "b.weight_packed": "zeros"}
 
 
 def test_static_inputs_need_a_scale() -> None:

@@ -6,16 +6,18 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
+import numpy as np
 
 from ..checkpoint import Checkpoint
 from ..errors import Qwen35Error
 from ..model.config import Config
 from ..untrusted import read_json
 
-BYTES_AT_ONCE = 1 << 26
+BYTES_AT_ONCE = 1 << 20  # a piece stays in a core's cache until it has been looked at
+# dtype -> bytes of a value, and its bits without the sign from which on it is infinite or NaN.
+FIRST_NOT_FINITE = {"BF16": (2, 0x7F80), "F16": (2, 0x7C00), "F32": (4, 0x7F80_0000), "F64": (8, 0x7FF0 << 48),
+                    "F8_E4M3": (1, 0x7F), "F8_E5M2": (1, 0x7C)}  # fmt: skip
 SPECIAL = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "eos_token_id",
            "bos_token_id", "pad_token_id")  # fmt: skip
 
@@ -69,38 +71,38 @@ def _has_template(root: Path) -> bool:
 
 
 def check_bytes(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Reads every tensor, in the order of the files: NaN and infinite values, scales that are zero."""
+    """Reads every tensor, in the order of the files: NaN and infinite values, scales that are zero, zeros only."""
+    buffer = np.empty(BYTES_AT_ONCE, np.uint8)
     for name, stored in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].file, item[1].begin)):
-        scale = "scale" in name.rpartition(".")[2]
-        if stored.dtype not in ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E8M0") and not (
-            scale and stored.dtype == "U8"
-        ):
-            continue
-        bad = zero = 0
-        for part in _pieces(checkpoint, name):
-            wrong, nothing = _wrong(part, scale)
-            bad, zero = bad + wrong, zero + nothing
+        scale, sizes = "scale" in name.rpartition(".")[2], range(0, stored.nbytes, BYTES_AT_ONCE)
+        bad = zero = largest = 0
+        for at in sizes:
+            piece = buffer[: min(BYTES_AT_ONCE, stored.nbytes - at)]
+            checkpoint.reader.read(stored, at, piece.data)
+            wrong, nothing, top = _count(piece, stored.dtype, scale)
+            bad, zero, largest = bad + wrong, zero + nothing, max(largest, top)
         if bad:
             yield Finding("error", "nan", stored.where, f"{bad} values are NaN or infinite")
-        if zero and scale:
+        if zero:
             yield Finding("warning", "zero-scale", stored.where, f"{zero} scales are zero: what they scale is lost")
+        if not scale and not largest and sizes and len(stored.shape) > 1:
+            text = "every byte is zero: an interrupted download leaves such tensors"
+            yield Finding("warning", "zeros", stored.where, text)
 
 
-def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[Any]:
-    stored = checkpoint.stored(name)
-    if not stored.shape or stored.nbytes <= BYTES_AT_ONCE:
-        yield checkpoint.read(name)
-        return
-    rows = max(1, stored.shape[0] * BYTES_AT_ONCE // stored.nbytes)
-    for at in range(0, stored.shape[0], rows):
-        yield checkpoint.read(name, slice(at, min(at + rows, stored.shape[0])))
+def _count(piece: np.ndarray, dtype: str, scale: bool) -> tuple[int, int, int]:
+    """(values that are NaN or infinite, scales that are zero, the largest bit pattern).
 
-
-def _wrong(x: torch.Tensor, scale: bool) -> tuple[int, int]:
-    """(values that are NaN or infinite, scales that are zero). E8M0: 255 is NaN, 0 a small power of two."""
-    if x.element_size() == 1:
-        codes = x.view(torch.uint8)
-        nan = codes == 255 if x.dtype != torch.float8_e4m3fn else (codes & 127) == 127
-        zero = (codes & 127) == 0 if scale and x.dtype == torch.float8_e4m3fn else codes.new_zeros(1)
-        return int(nan.sum()), int(zero.sum())
-    return int((~x.isfinite()).sum()), int((x == 0).sum()) if scale else 0
+    Of a positive value that is not finite the bits are at least `limit`, as signed numbers; of a negative one they are
+    at least sign + limit, as unsigned numbers. Two maxima tell whether there is anything to count.
+    """
+    size, limit = FIRST_NOT_FINITE.get(dtype, (1, 0))
+    bits, sign = piece.view(f"u{size}"), 1 << 8 * size - 1
+    largest = int(bits.max())
+    if dtype in ("U8", "F8_E8M0"):  # E8M0 has no sign and no zero, and 255 is NaN
+        return int((bits == 255).sum()) if scale and largest == 255 else 0, 0, largest
+    if not limit:
+        return 0, 0, largest
+    odd = largest >= sign + limit or int(bits.view(f"i{size}").max()) >= limit
+    magnitudes = bits & (sign - 1) if odd or scale else bits
+    return int((magnitudes >= limit).sum()) if odd else 0, int((magnitudes == 0).sum()) if scale else 0, largest
