@@ -20,8 +20,8 @@ from qwen35_moe.cli import main as cli
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.model.text import Model
 from qwen35_moe.model.vision.config import VisionConfig
+from qwen35_moe.model.vision.position_table import patch_places
 from qwen35_moe.model.vision.positions import token_types
-from qwen35_moe.model.vision.tower import patch_places
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.diagnose.faults import Fault, FaultSite
 from qwen35_moe.oracle.diagnose.rope_faults import axes_swapped, counted, counted_after, time_only

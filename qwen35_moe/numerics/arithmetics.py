@@ -59,6 +59,12 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
     # Whether DeltaNet's memory fades over padding. In transformers it does: harmless left of a new sequence, where the
     # memory is empty (only the running sum of decays rounds differently), wrong before a continued one.
     "gdn_padding": ("still", "fades"),
+    # How the place of a patch in the vision tower's position table is rounded, before its whole part is taken away: not
+    # at all; to fp32, once; to fp32 as evenly spaced places; or so, with weights and products stored in the dtype.
+    "vis_places": ("exact", "fp32", "spaced", "stored"),
+    # How the tower's norms take the mean away: from x; from x, after both are scaled; or from x, where the variance is
+    # mean(x^2) - mean^2.
+    "vis_norm": ("centred", "scaled", "moments"),
 }
 
 

@@ -11,49 +11,21 @@ The taps of a block carry its number as their `index`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import isqrt, pi, sqrt
+from math import pi, sqrt
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import Qwen35Error
+from ...numerics import arithmetics as arithmetic
 from ...numerics.taps import scope, tap
 from ..ops import linear, matmul, promote
 from .config import ROPE_THETA, VisionConfig
+from .position_table import Grid, interpolate, patch_places
 from .positions import check_grids
 
 NORM_EPS = 1e-6
 ATTENTION_ELEMENTS = 2**24  # scores held at a time: 128 MiB of float64
-
-Grid = tuple[int, int, int]
-
-
-def patch_places(grids: Sequence[Grid], m: int) -> Tensor:
-    """For each patch, in merge-block order: its row, its column, and the rows and columns of its frame: [4, L]."""
-    places = []
-    for t, h, w in grids:
-        row = torch.arange(h).view(h // m, 1, m, 1).expand(-1, w // m, -1, m).flatten()
-        column = torch.arange(w).view(1, w // m, 1, m).expand(h // m, -1, m, -1).flatten()
-        places.append(torch.stack((row, column, torch.full_like(row, h), torch.full_like(row, w))).repeat(1, t))
-    return torch.cat(places, dim=1)
-
-
-def interpolate(table: Tensor, row: Tensor, column: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The position table [s * s, D], a square grid of side s, resampled where the patches are: [L, D].
-
-    Bilinear with aligned corners: patch i of n stands at y = i (s-1) / (n-1) of the table (at 0 when n = 1), between
-    its rows floor(y) and floor(y) + 1. The floor is taken in integers, so that it is right where y is an integer.
-    """
-    table, side = promote(table), isqrt(table.shape[0])
-
-    def neighbours(i: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scaled, step = i * (side - 1), (n - 1).clamp(min=1)
-        low = scaled // step
-        return low, (low + 1).clamp(max=side - 1), ((scaled % step).to(table.dtype) / step)[:, None]
-
-    (top, bottom, y), (left, right, x) = neighbours(row, rows), neighbours(column, columns)
-    upper = table[top * side + left] * ((1 - y) * (1 - x)) + table[top * side + right] * ((1 - y) * x)
-    return upper + table[bottom * side + left] * (y * (1 - x)) + table[bottom * side + right] * (y * x)
 
 
 def patch_angles(row: Tensor, column: Tensor, head_width: int, dtype: torch.dtype) -> Tensor:
@@ -96,10 +68,14 @@ def attention(q_LNH: Tensor, k_LNH: Tensor, v_LNH: Tensor, grids: Sequence[Grid]
 
 
 def layer_norm(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(x - mean) / sqrt(mean((x - mean)^2) + 1e-6) * w + b: an ordinary LayerNorm, not the text model's `1 + w`."""
-    x = promote(x)
-    x = x - x.mean(-1, keepdim=True)
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS)
+    """(x - mean) r w + b, r = 1 / sqrt(mean((x - mean)^2) + 1e-6): an ordinary LayerNorm, not the text model's `1 + w`.
+    The switch `vis_norm` says in which order."""
+    x, how = promote(x), arithmetic.current().switch("vis_norm")
+    mean = x.mean(-1, keepdim=True)
+    centred = x - mean
+    variance = x.square().mean(-1, True) - mean**2 if how == "moments" else centred.square().mean(-1, True)
+    r = torch.rsqrt(variance + NORM_EPS)
+    x = x * r - mean * r if how == "scaled" else centred * r
     return tap(name, x * promote(weight) + promote(bias))
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...model.vision.config import VisionConfig
+from ...model.vision.position_table import Grid
 from ...model.vision.positions import check_grids
-from ...model.vision.tower import Grid
 from ...run.prompt import Images
 
 

@@ -8,7 +8,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from ...model.vision.tower import interpolate, patch_places
+from ...model.vision.position_table import interpolate, patch_places
 from .faults import Fault, FaultSite, TapChange
 from .seen import Seen
 

@@ -52,7 +52,8 @@ Class = Literal["bit-equal", "within rounding", "suspicious", "wrong", "not comp
 
 ALL_BF16 = Arithmetic(
     name="all-bf16", dtype=torch.bfloat16, doc="Every value with a name is stored in bf16; experts last slot first.",
-    rounds={"gdn_state": KEEP, "gdn_recall": KEEP}, switches={"moe_sum_order": "slot-reversed"},
+    rounds={"gdn_state": KEEP, "gdn_recall": KEEP},
+    switches={"moe_sum_order": "slot-reversed", "vis_places": "stored"},
 )  # fmt: skip
 _BY_NAME = {a.name.rpartition("/")[2]: a for a in AITER_VARIANTS}
 
@@ -63,8 +64,13 @@ LEGAL: dict[str, tuple[Arithmetic, ...]] = {
     "exact+a4-round-up": (AITER, _BY_NAME["atomic-reversed"], _BY_NAME["scatter"]),
     "exact+a4": (_BY_NAME["triton"], replace(_BY_NAME["triton"], name="sglang-aiter-mxfp4/triton-reversed",
                  switches={**AITER.switches, "moe_sum_order": "slot-reversed"})),
-    "float32": (FLOAT32, replace(FLOAT32, name="float32/reversed", switches={"moe_sum_order": "slot-reversed"}),
-                replace(FLOAT32, name="float32/recurrent", switches={"gdn_rule": "recurrent"})),
+    "float32": (
+        FLOAT32,
+        replace(FLOAT32, name="float32/reversed",
+                switches={"moe_sum_order": "slot-reversed", "vis_places": "fp32", "vis_norm": "scaled"}),
+        replace(FLOAT32, name="float32/recurrent",
+                switches={"gdn_rule": "recurrent", "vis_places": "spaced", "vis_norm": "moments"}),
+    ),
 }  # fmt: skip
 # Members differ in how ties of FP8 codes fall, too.
 LEGAL |= {
