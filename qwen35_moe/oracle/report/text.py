@@ -82,8 +82,9 @@ def text(result: Comparison, width: int = 80) -> str:
     rest = [r for r in result.records if not r.key.startswith("layers.") and r.cls != "missing"]
     for r in rest:
         note = f" ({r.note})" if r.note else ""
-        added, inherited = ratio_text(r.added), ratio_text(r.inherited)
-        say(SHORT_NAMES.get(r.key, r.key)[:8], f"{r.cls}, {added} x added, {inherited} x inherited{note}")
+        kinds = (("added", r.added), ("inherited", r.inherited))
+        errors = [f", {ratio_text(ratio)} x {kind}" for kind, ratio in kinds if ratio is not None]
+        say(SHORT_NAMES.get(r.key, r.key)[:8], f"{r.cls}{''.join(errors)}{note}")
     lines.append("")
     if result.routing:
         total, agree = sum(r.tokens for r in result.routing), sum(r.agree for r in result.routing)
@@ -155,11 +156,12 @@ def _heat(result: Comparison, width: int) -> list[str]:
     layers, taps, cells = grid(result)
     if not layers:
         return []
-    lines = ["ratio of each tap: = bit-equal, . within rounding, ? suspicious, X wrong,"[:width],
-             "! not comparable; > marks the first divergence"]  # fmt: skip
+    legend = ("error of each tap, in units of the legal error: = bit-equal to the rounded truth, . within rounding, "
+              "? suspicious, X wrong, ! not comparable; > marks the first divergence")  # fmt: skip
+    lines = textwrap.wrap(legend, width)
     rows = _quiet_as_one(layers, cells)
     if len(rows) < len(layers):
-        lines += ["a range of layers with nothing to see: the largest ratio in it"]
+        lines += ["a range of layers in which nothing is wrong shows its largest error"]
     for part in _parts(taps, max(1, (width - 9) // 8), result.first):
         lines += ["", *_head([short(t).split("_") for t in part])]
         for row in rows:
