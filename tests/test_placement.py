@@ -17,6 +17,7 @@ from tolerances import FLOAT64_REORDERED
 import qwen35_moe as q
 from qwen35_moe.cli.main import main
 from qwen35_moe.numerics.metrics import rel_l2
+from qwen35_moe.run.device_map import fill_devices, unit_sizes
 from qwen35_moe.run.files import Claim
 from qwen35_moe.run.origin import origin_of
 from qwen35_moe.trace.file import Trace
@@ -104,6 +105,39 @@ def test_auto_fills_the_memory_that_it_may_take(built: Build, tmp_path: Path, mo
     places = [part.hf_device_map[f"layers.{i}"] for i in range(4)]
     assert {"cpu", "disk"} == set(places) and places == sorted(places)  # the first layers stay in memory
     assert torch.equal(part(IDS), plain(IDS))
+
+
+@pytest.mark.parametrize(
+    ("how", "limits", "places"),
+    [
+        ("balanced", {"cpu": 99, 0: 99, 1: 99}, [0, 0, 0, 1, 1]),  # 5 and 6
+        ("balanced", {0: 4, 1: 9}, [0, 0, 1, 1, 1]),
+        ("balanced_low_0", {0: 99, 1: 99, "cpu": 99}, [1, 1, 1, 1, 1]),
+        ("balanced_low_0", {0: 99, 1: 5, 2: 6}, [1, 1, 1, 2, 2]),
+        ("sequential", {0: 8, 1: 99}, [0, 0, 0, 1, 1]),
+        ("auto", {0: 7, 1: 3, "cpu": 99}, [0, 1, 1, "cpu", "cpu"]),  # the first GPU keeps room for 4
+        ("auto", {"cpu": 8}, ["cpu", "cpu", "disk", "disk", "disk"]),
+        ("auto", {0: 3, "cpu": 99}, ["cpu"] * 5),
+    ],
+)
+def test_units_fill_devices(how: str, limits: dict[Any, int], places: list[Any]) -> None:
+    sizes = {"embed_tokens": 3, "layers.0": 1, "layers.1": 1, "layers.2": 4, "lm_head": 2}
+    assert list(fill_devices(sizes, limits, how).values()) == places
+
+
+@pytest.mark.parametrize("mode", ["decoded", "packed"])
+def test_a_map_counts_the_bytes_that_units_will_have(built: Build, mode: str) -> None:
+    model = q.load(built("tiny-mxfp4"), "float32", mode=mode)
+    sizes = unit_sizes(model, origin_of(model), mode)
+    for unit, size in sizes.items():
+        part = model.get_submodule(unit)
+        held = sum(p.nbytes for p in part.parameters())
+        if mode == "packed":
+            modules = origin_of(model).checkpoint.modules.items()
+            stored = [x.nbytes for m, roles in modules if m.startswith(f"{unit}.mlp.experts.") for x in roles.values()]
+            held += sum(stored)
+            assert stored or not unit.startswith("layers.")
+        assert size == held
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Qwen35Error
+from ..run.device_map import AUTOMATIC
 from ..run.load import usable
-from ..run.placement import AUTOMATIC
 from ..untrusted import read_json
 
 

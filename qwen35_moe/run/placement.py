@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import Qwen35Error, extra
 from ..model.moe import MoE
-from .devices import usable
+from .device_map import AUTOMATIC, DeviceName, automatic_map, by_unit
 from .experts import PackedExperts, ViewedExperts
 from .files import Claim
 from .gpu.grouped_experts import ResidentExperts
@@ -35,9 +35,7 @@ if TYPE_CHECKING:
     from ..numerics.arithmetics import Arithmetic
     from .source import WeightSource
 
-DeviceName = int | str | torch.device
 UNITS = ["Layer", "MTP", "VisionTower"]  # classes that are never split: each is loaded as a whole
-AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's words
 OFFLOADED = ("cpu", "disk")
 OFFLOAD, MARK = "qwen35-moe-", ".qwen35-moe"  # how names of folders with offloaded weights begin; a file in them
 
@@ -55,8 +53,9 @@ def place_model(
 
     device_map: unit -> GPU number, "cuda:1", "cpu" or "disk"; or "auto" (that is "balanced"): GPUs are filled evenly,
     then the CPU, then the disk, within `max_memory` ({0: "20GiB", "cpu": "60GiB"}; without it, what is free);
-    "sequential" fills one GPU after the other. offload_folder: where decoded weights on "disk" are written; they are
-    removed with the model. `model.hf_device_map` then says what is where.
+    "balanced_low_0" leaves the first GPU empty if the others hold all; "sequential" fills one GPU after the other.
+    offload_folder: where decoded weights on "disk" are written; they are removed with the model. `model.hf_device_map`
+    then says what is where.
     Error: a map that leaves out a unit, or names none; a disk without a folder.
     """
     with extra("placement"):
@@ -66,9 +65,9 @@ def place_model(
     from .fill import fill
 
     if isinstance(device_map, str) and device_map in AUTOMATIC:
-        places = _automatic(model, source, mode, device_map, max_memory)
+        places = automatic_map(model, source, mode, device_map, max_memory)
     else:
-        places = _by_unit(model, device_map)
+        places = by_unit(model, device_map)
     main = next((where for where in places.values() if where not in OFFLOADED), "cpu")
     places["norm"] = main
     folder = _folder(model, offload_folder) if "disk" in places.values() else None
@@ -96,93 +95,6 @@ def place_model(
         model, dict(places), main, offload_dir=folder, preload_module_classes=UNITS, force_hooks=True
     )  # which also says on stderr that parameters are offloaded
     return model
-
-
-def units(model: Model) -> list[str]:
-    """What a map places, in the order of computing."""
-    ends = [name for name, part in (("mtp", model.mtp), ("visual", model.visual)) if part is not None]
-    return ["embed_tokens", *(f"layers.{i}" for i in range(len(model.layers))), "norm", "lm_head", *ends]
-
-
-def _by_unit(model: Model, device_map: str | Mapping[str, DeviceName]) -> dict[str, str]:
-    """The map with an entry for each unit: that of the longest name which the unit lies in."""
-    known = units(model)
-    if not isinstance(device_map, Mapping):
-        expected = f'{" | ".join(AUTOMATIC)}, or unit -> device, as {{"": "cpu", "layers.3": "disk"}}'
-        raise Qwen35Error("unknown device_map", where="load()", expected=expected, found=repr(device_map))
-    unknown = sorted({*device_map} - {"", "layers", "mtp", "visual", *known})
-    lost = [unit for unit in known if not any(_holds(name, unit) for name in device_map)]
-    if unknown or lost:
-        raise Qwen35Error(
-            "device_map does not fit the model",
-            where="load()",
-            expected=f"{known[0]}, layers.0 .. {len(model.layers) - 1}, {', '.join(known[len(model.layers) + 1 :])}",
-            found=", ".join([*(f"{name}: no such unit" for name in unknown), *(f"{unit}: no place" for unit in lost)]),
-            do='{"": "cpu"} places all that is not named',
-        )
-    return {unit: _name(device_map[max((n for n in device_map if _holds(n, unit)), key=len)]) for unit in known}
-
-
-def _holds(name: str, unit: str) -> bool:
-    return name in ("", unit) or unit.startswith(f"{name}.")
-
-
-def _name(where: DeviceName) -> str:
-    """As torch spells it; "disk" is accelerate's word."""
-    if where == "disk":
-        return "disk"
-    expected = '0, "cuda:0", "cpu", "disk"'
-    try:
-        device = torch.device(where)
-        if device.type == "meta":
-            raise TypeError
-    except (RuntimeError, TypeError) as error:
-        raise Qwen35Error("no such device", where="device_map", expected=expected, found=where) from error
-    usable(device, f"device_map: {where}")
-    return f"{device.type}:{device.index or 0}" if device.type != "cpu" else "cpu"
-
-
-def _automatic(
-    model: Model, source: WeightSource, mode: str, how: str, max_memory: Mapping[int | str, int | str] | None
-) -> dict[str, str]:
-    """accelerate's map, from the sizes that the weights will have."""
-    with extra("placement"):
-        from accelerate import infer_auto_device_map
-        from accelerate.utils import get_balanced_memory
-
-    dtypes = {name: model.arithmetic.weight_dtype(name) for name, _ in model.named_parameters()}
-    options = {"no_split_module_classes": UNITS, "special_dtypes": dtypes}
-    with _packed_sizes(model, source, mode):
-        memory = dict(max_memory) if max_memory else None
-        try:
-            if how != "sequential":
-                memory = get_balanced_memory(model, memory, low_zero=how == "balanced_low_0", **options)
-            places = infer_auto_device_map(model, memory, **options)
-        except ValueError as error:
-            expected = '{0: "20GiB", "cpu": "60GiB"}'
-            raise Qwen35Error("accelerate makes no map", where="max_memory", expected=expected, found=error) from error
-    return _by_unit(model, places)
-
-
-@contextmanager
-def _packed_sizes(model: Model, source: WeightSource, mode: str) -> Iterator[None]:
-    """Puts, for a while, as many bytes as are stored into the place of experts that stay packed."""
-    blocks = {path: m for path, m in model.named_modules() if isinstance(m, MoE)} if mode == "packed" else {}
-    experts = {path: block.experts for path, block in blocks.items()}
-    modules = source.checkpoint.modules
-    for path, block in blocks.items():
-        kept = [f"{path}.experts."] + [f"{path}.shared_expert."] * (block.shared_expert is None)
-        nbytes = sum(
-            x.nbytes for name, roles in modules.items() if name.startswith(tuple(kept)) for x in roles.values()
-        )
-        stand_in = nn.Module()
-        stand_in.register_buffer("stored", torch.empty(nbytes, dtype=torch.uint8, device="meta"))
-        block.experts = stand_in  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for path, block in blocks.items():
-            block.experts = experts[path]
 
 
 def _reach(module: nn.Module, main: torch.device) -> None:
