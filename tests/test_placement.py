@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -134,7 +135,9 @@ def test_a_map_counts_the_bytes_that_units_will_have(built: Build, mode: str) ->
         held = sum(p.nbytes for p in part.parameters())
         if mode == "packed":
             modules = origin_of(model).checkpoint.modules.items()
-            mine = [roles.values() for m, roles in modules if m.startswith(f"{unit}.") and ".experts." in m]
+            apart = any(".shared_expert." in name for name, _ in part.named_parameters())  # or it is packed, too
+            kinds = r"\.experts\." if apart else r"\.(experts|shared_expert)\."
+            mine = [roles.values() for m, roles in modules if m.startswith(f"{unit}.") and re.search(kinds, m)]
             held += sum(x.nbytes for weights in mine for x in weights)
             assert mine or unit in ("embed_tokens", "norm", "lm_head", "visual")
         assert size == held
