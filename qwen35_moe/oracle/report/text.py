@@ -81,10 +81,9 @@ def text(result: Comparison, width: int = 80) -> str:
     lines += ["", *_heat(result, width)]
     rest = [r for r in result.records if not r.key.startswith("layers.") and r.cls != "missing"]
     for r in rest:
-        note = f" ({r.note})" if r.note else ""
         kinds = (("added", r.added), ("inherited", r.inherited))
         errors = [f", {ratio_text(ratio)} x {kind}" for kind, ratio in kinds if ratio is not None]
-        say(SHORT_NAMES.get(r.key, r.key)[:8], f"{r.cls}{''.join(errors)}{note}")
+        say(SHORT_NAMES.get(r.key, r.key)[:8], f"{r.cls}{''.join(errors)}{f' ({r.note})' if r.note else ''}")
     lines.append("")
     if result.routing:
         total, agree = sum(r.tokens for r in result.routing), sum(r.agree for r in result.routing)
