@@ -653,7 +653,7 @@ def test_commands(built: Callable[[str], Path], tmp_path: Path, capsys: pytest.C
         (["compare", *both, "--limit", "0"], "limit"),
         (["compare", *both, "--width", "0"], "width"),
         (["compare", *both, "--json", str(tmp_path)], f"{tmp_path} is a folder"),
-        (["compare", *both, "--html", str(tmp_path / "no/r.html")], "no/r.html is a folder, or in none that can"),
+        (["compare", *both, "--html", str(tmp_path / "no/r.html")], "no/r.html cannot be written"),
     ):
         try:
             code: object = cli.main(strange)

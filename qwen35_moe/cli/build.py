@@ -8,6 +8,8 @@ from ..weights.build import add_arguments, run
 
 
 def configure(p: argparse.ArgumentParser) -> None:
-    p.description = "Real names, dtypes and sizes (or small ones), values from an integer hash: no trained weights."
+    p.description = (
+        "Builds a checkpoint of real names, dtypes and sizes (or small ones). An integer hash draws its values."
+    )
     add_arguments(p)
     p.set_defaults(run=run)

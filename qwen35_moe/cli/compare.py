@@ -18,8 +18,9 @@ ANSWERS = (".json", ".jsonl")
 
 
 def configure(p: argparse.ArgumentParser) -> None:
-    p.add_argument("truth", help="directory that `trace` wrote")
-    p.add_argument("dump", help="dump of an engine: a directory or a file; or answers of a server (JSON, JSONL)")
+    p.description = "Compares an engine's dump with a truth. Says whether the dump is wrong, where first, and why."
+    p.add_argument("truth", help="folder that `trace` wrote")
+    p.add_argument("dump", help="dump of an engine: a folder or a file; or answers of a server (JSON, JSONL)")
     p.add_argument("--checkpoint", help="the truth's checkpoint, if it was moved")
     add_report_options(p)
     p.set_defaults(run=run)

@@ -21,18 +21,21 @@ TAPS_SHOWN = 12
 
 
 def configure(p: argparse.ArgumentParser) -> None:
-    p.description = "Compares two dumps of the same tokens. No truth is needed; a checkpoint tells what is legal."
-    p.add_argument("a", metavar="A", help="dump of an engine: a directory or a file")
+    p.description = (
+        "Compares two dumps of the same tokens. It needs no truth. With --checkpoint it knows the legal errors."
+    )
+    p.add_argument("a", metavar="A", help="dump of an engine: a folder or a file")
     p.add_argument("b", metavar="B", help="another dump of the same tokens")
-    p.add_argument("--checkpoint", help="compare the difference with legal rounding, and say which dump is wrong")
+    p.add_argument("--checkpoint", help="divide differences by the legal error, and say which dump is wrong")
     p.add_argument("--arithmetic", help="arithmetic of the truth (default: exact; exact+a8 for an FP8 checkpoint)")
-    p.add_argument("--engine", help="the engine's arithmetic, if you know it: joins the envelope")
+    p.add_argument("--engine", help="the engine's arithmetic, a name of `trace --list`: its errors are legal, too")
     add_shared(p)
     p.add_argument("--json", type=new_file, help="write the records, one JSON object a line")
     p.add_argument(
         "--width", type=page_width, default=80, help="width of the text in columns, 20 or more (default: %(default)s)"
     )
-    p.add_argument("--limit", type=limit, default=LIMIT, help="largest legal ratio of errors (default: %(default)s)")
+    p.add_argument("--limit", type=limit, default=LIMIT, help="largest error that passes, in units "
+                   "of the legal error (default: %(default)s)")  # fmt: skip
     p.set_defaults(run=run)
 
 

@@ -13,10 +13,11 @@ from .report_options import add_report_options, add_shared, chosen, print_compar
 
 
 def configure(p: argparse.ArgumentParser) -> None:
+    p.description = "Computes the truth for the tokens of a dump. Says whether the dump is wrong, where first, and why."
     p.add_argument("checkpoint", help="checkpoint folder or .safetensors file")
-    p.add_argument("dump", help="dump of an engine: a directory or a file")
+    p.add_argument("dump", help="dump of an engine: a folder or a file")
     p.add_argument("--arithmetic", help="arithmetic of the truth (default: exact; exact+a8 for an FP8 checkpoint)")
-    p.add_argument("--out", metavar="TRUTH", help="keep the truth in this directory, for `compare`")
+    p.add_argument("--out", metavar="TRUTH", help="keep the truth in this folder, for `compare`")
     add_image_options(p)
     add_shared(p)
     add_report_options(p)

@@ -27,9 +27,9 @@ patches:
 """
 
 _SGLANG = f"""\
-# SGLang 0.5.23: its own dumper on every module.
-# Graphs off, or decode steps are replays that no hook sees; radix cache off, or cached prefixes are missing; no
-# warm-up, MTP or EPLB. Layers to dump are in the filter.
+# SGLang 0.5.23: its own dumper on every module. The filter names the layers to dump.
+# Graphs are off, since hooks do not see the decode steps of a graph. The radix cache is off, since the dump would lack
+# a cached prefix. Leave out warm-up, MTP and EPLB.
 cat > patches.yaml <<'YAML'
 {SGLANG_PATCHES}YAML
 export DUMPER_ENABLE=1 DUMPER_NON_INTRUSIVE_MODE=all DUMPER_DIR=$PWD/engine_dump
@@ -40,16 +40,17 @@ python -m sglang.launch_server --model-path MODEL --disable-radix-cache --skip-s
 # Send ids, not text, so that both sides see the same tokens:
 curl -s localhost:30000/generate -H 'Content-Type: application/json' \\
     -d '{{"input_ids": [1, 2, 3], "sampling_params": {{"max_new_tokens": 4, "temperature": 0}}}}'
-qwen35-moe compare truth/ engine_dump/
-# Not to be seen: a shared_expert_gate inside of a fused kernel, the router of gfx950's small-batch kernel, the residual
-# stream, conv and recurrent states. With several ranks, bring the files of all of them to one place.
+qwen35-moe diagnose MODEL engine_dump/
+# With several ranks, first bring the files of all of them into one folder.
+# The dump cannot hold: a shared_expert_gate inside of a fused kernel, the router of gfx950's small-batch kernel, the
+# residual stream, conv and recurrent states.
 # A coarser dump, without logits of the last pass: --debug-tensor-dump-output-folder engine_dump
 """
 
 _VLLM = """\
-# vLLM 0.32: it has no dump of layers. The residual stream comes from a connector, the routing with the answer.
-# Two runs: routed experts are refused at start with prefix caching off or chunked prefill off, and hidden states of a
-# cached prefix are in no file. Prompts shorter than max_num_batched_tokens run in one piece.
+# vLLM 0.32 has no dump of layers. A connector writes the residual stream; the answer brings the routed experts.
+# These are two runs. vLLM does not start with routed experts while prefix caching or chunked prefill is off. It writes
+# no hidden states of a cached prefix. Prompts shorter than max_num_batched_tokens run in one piece.
 python - <<'PY'
 from vllm import LLM, SamplingParams
 layers = list(range(61))  # 0 .. number of layers: entry of each, and the end
@@ -73,47 +74,52 @@ llm = LLM(model="MODEL", enforce_eager=True, enable_return_routed_experts=True)
 answer = llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=1, temperature=0))[0]
 numpy.save("routed_experts.npy", answer.outputs[0].routed_experts)
 PY
-# Then, where fewer layers were asked for, with --layer-ids 2,18,33 (in any order: vLLM writes them in the layers'):
-qwen35-moe compare truth/ engine_dump/
-qwen35-moe compare truth/ routed_experts.npy  # ids only, no weights
+# If you asked for fewer layers, add --layer-ids 2,18,33. Their order does not matter: vLLM writes layers by number.
+qwen35-moe diagnose MODEL engine_dump/
+qwen35-moe diagnose MODEL routed_experts.npy --ids 1,2,3  # ids of experts only, no weights
 """
 
 _TRANSFORMERS = """\
-# transformers 5.23: no files needed.
+# transformers 5.23, in the Python that holds the model. No files are needed.
 import qwen35_moe as q
 dump = q.capture_transformers(model, input_ids=ids, attention_mask=mask, use_cache=False)
-# compared with what `qwen35-moe trace CHECKPOINT --ids ... --out truth` wrote of the same ids:
+# The truth of the same ids: qwen35-moe trace CHECKPOINT --ids ids.json --out truth
 print(q.report(q.compare("truth", dump, "CHECKPOINT")))
-# Or as files, which leave out what containers return (the MoE block's sum):
+# Or as files, for: qwen35-moe diagnose CHECKPOINT engine_dump/
+# They leave out what a container module returns (the MoE block's sum).
 from transformers.model_debugging_utils import model_addition_debugger_context
 with model_addition_debugger_context(model, debug_path="engine_dump", do_prune_layers=False, use_repr=False):
     model(input_ids=ids)
 """
 
 _LLAMA_CPP = """\
-# llama.cpp: logits after the last token of a prompt ...
+# llama.cpp, one of three. The logits after the last token of a prompt:
 llama-debug -m MODEL.gguf -p "PROMPT" --save-logits --logits-output-dir engine_dump
-# ... or all of a text against the truth: write the truth's base file with write_kl_base(...), then
-llama-perplexity -m MODEL.gguf --kl-divergence-base truth.kld --kl-divergence
-# ... or the engine's own log-probabilities, to be compared here (resolution 2.4e-4 nat):
+qwen35-moe diagnose CHECKPOINT engine_dump/
+# The engine's log-probabilities of a text (resolution 2.4e-4 nat):
 llama-perplexity -m MODEL.gguf -f text.txt --kl-divergence-base engine.kld
+qwen35-moe diagnose CHECKPOINT engine.kld
+# llama.cpp compares by itself: write_kl_base of qwen35_moe.oracle.dumps.writers writes the truth's file, then
+llama-perplexity -m MODEL.gguf --kl-divergence-base truth.kld --kl-divergence
+# CHECKPOINT is the folder that MODEL.gguf was converted from.
 """
 
 _ATOM = """\
-# ROCm ATOM: every call, or the one file holds the warm-up.
+# ROCm ATOM. ONE_SHOT=0 dumps every call; with 1 the only file would hold the warm-up.
 export ATOM_FWD_DUMP_DIR=$PWD/engine_dump
 export ATOM_FWD_DUMP_ONE_SHOT=0
 export ATOM_FWD_DUMP_LAYERS=0,1,2,3
-# The MoE block and full attention keep the names of Qwen3-Next. FusedMoE returns the block's output where the shared
-# expert is a slot; with both in the dump, the files say so.
+# The MoE block and full attention keep the names of Qwen3-Next. If the shared expert is a slot, FusedMoE returns the
+# block's output. The dump has both modules, so the reader can tell.
 CLASSES=Qwen3_5DecoderLayer,Qwen3_5GatedDeltaNet,Qwen3NextAttention,Qwen3NextSparseMoeBlock,FusedMoE
 export ATOM_FWD_DUMP_BLOCK_CLASS=$CLASSES
 export ATOM_FWD_DUMP_LAYER_ATTR=layer_idx
 # Class and attribute names are those of the model file in use: print them with
 #   for name, module in model.named_modules(): print(name, type(module).__name__)
-# Weights first (this run exits after loading):
-export ATOM_WEIGHT_DUMP_DIR=$PWD/engine_weights ATOM_WEIGHT_DUMP_LAYERS=0,1,2,3
-# Run eagerly (--enforce-eager or --level 0), one prompt, prefix cache off.
+# To dump weights, set this for a run of its own, which exits after loading:
+# export ATOM_WEIGHT_DUMP_DIR=$PWD/engine_weights ATOM_WEIGHT_DUMP_LAYERS=0,1,2,3
+# Run eagerly (--enforce-eager or --level 0), one prompt, prefix cache off. Then:
+qwen35-moe diagnose CHECKPOINT engine_dump/
 """
 
 ENGINES = {
@@ -143,6 +149,7 @@ def layer_lines(layers: list[int]) -> list[str]:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Prints what to set in an engine so that it dumps its values. The lines are ready to paste."
     parser.add_argument("engine", choices=list(ENGINES))
     parser.set_defaults(run=run)
 

@@ -24,8 +24,8 @@ RULE_NAMES = ", ".join((*RULES, *(f"{name} ({rule})" for name, rule in NEWEST.it
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Whether the shared expert may become one more slot of the routed experts. "
-        "Reads a checkpoint folder (and then judges by what its tensors are) or a config.json alone."
+        "Says whether the shared expert may become one more slot of the routed experts. "
+        "Judges a checkpoint by its tensors, and a config.json by its exclude list."
     )
     parser.add_argument("path", help="checkpoint folder, .safetensors file or config.json")
     parser.add_argument(

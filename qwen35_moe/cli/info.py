@@ -25,7 +25,7 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.description = "Reads headers: sizes, formats, the gate's decision, and the memory and disk that a run needs."
     p.add_argument("checkpoint", help="checkpoint folder or .safetensors file")
     p.add_argument("--tokens", type=int, default=512, help="estimate a run of so many tokens (default: %(default)s)")
-    p.add_argument("--arithmetic", default="exact", help="estimate a run in it (default: %(default)s)")
+    p.add_argument("--arithmetic", default="exact", help="estimate a run in this arithmetic (default: %(default)s)")
     p.add_argument("--json", action="store_true", help="print JSON")
     p.add_argument("--verify", action="store_true", help="read everything and compare all known checksums")
     p.add_argument("--manifest", help="file of expected checksums, lines `sha256 ... name`; implies --verify")

@@ -31,7 +31,7 @@ COMMANDS = {
     "generate": ("generate", "continue a prompt, or score an engine's tokens"),
     "dump-config": ("dump_config", "print the settings that make an engine dump its values"),
     "compare": ("compare", "compare an engine's dump with the truth: wrong or not, where first, and why"),
-    "diagnose": ("diagnose", "the same, but compute the truth for the tokens of the dump"),
+    "diagnose": ("diagnose", "compute the truth for the tokens of a dump, then do what `compare` does"),
     "probe": ("probe", "ask a running server for log p, and compare with its checkpoint"),
     "build": ("build", "build a checkpoint of the real structure from a recipe"),
     "compare-dumps": ("compare_dumps", "compare two dumps of the same tokens, without a truth"),

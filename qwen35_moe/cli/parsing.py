@@ -17,7 +17,7 @@ CHECKPOINT = (
 )
 DUMP = ("DUMP: SGLang's dumper or Pass*.pt, vLLM's hidden states, ATOM's layer files, transformers' debug tree, "
         "llama.cpp's logits and KL base files, safetensors, npz, npy, pt")  # fmt: skip
-VERDICT = "0 all of it agrees, 1 something diverges, 2 not compared, in part or at all (docs/exit-codes.md)"
+VERDICT = "0 all of it agrees, 1 something diverges, 2 something was not compared (docs/exit-codes.md)"
 DONE = "0 done, 2 could not be done"
 # command -> an example, its exit codes, the formats that it takes.
 HELP: dict[str, tuple[str, str, str]] = {
@@ -28,7 +28,7 @@ HELP: dict[str, tuple[str, str, str]] = {
              CHECKPOINT + "; or a config.json alone"),
     "check": ("qwen35-moe check CHECKPOINT --engine sglang --sarif check.sarif",
               "0 no error, 1 errors, 2 could not be read", CHECKPOINT),
-    "verify": ("qwen35-moe verify truth", "0 the bytes that were written, 2 others, or not to be read",
+    "verify": ("qwen35-moe verify truth", "0 all checksums hold, 2 a file differs or cannot be read",
                "TRUTH: what `trace` wrote"),
     "trace": ("qwen35-moe trace CHECKPOINT --ids ids.json --out truth", DONE,
               CHECKPOINT + ". ids.json: [1, 2, 3] or [[1, 2], [3]]. The trace: docs/trace-format.md"),
@@ -37,17 +37,17 @@ HELP: dict[str, tuple[str, str, str]] = {
     "compare": ("qwen35-moe compare truth DUMP --html report.html", VERDICT, "TRUTH: what `trace` wrote. " + DUMP),
     "compare-dumps": ("qwen35-moe compare-dumps before after", VERDICT, DUMP),
     "diagnose": ("qwen35-moe diagnose CHECKPOINT DUMP --out truth", VERDICT, CHECKPOINT + ". " + DUMP),
-    "probe": ("qwen35-moe probe CHECKPOINT http://127.0.0.1:30000", "0 agrees, 1 diverges, 2 cannot tell, or not asked",
+    "probe": ("qwen35-moe probe CHECKPOINT http://127.0.0.1:30000", "0 agrees, 1 diverges, 2 cannot tell or ask",
               CHECKPOINT + ". Servers: SGLang, vLLM, llama-server, OpenAI-like"),
     "build": ("qwen35-moe build tiny-mxfp4 --out ckpt", "0 built, 1 not the pinned bytes, 2 could not be built",
               "RECIPE: a name above, or a .toml file of the same form"),
-    "demo": ("qwen35-moe demo --out build/demo", "0 all that is claimed holds, 1 it does not, 2 could not be run",
-             "takes nothing but what it builds"),
+    "demo": ("qwen35-moe demo --out build/demo", "0 all claims hold, 1 a claim fails, 2 could not be run",
+             "takes no files"),
 }  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
-    """No abbreviations; choices in any case; an unknown option or choice comes with the nearest known one."""
+    """No abbreviations; choices in any case. An error names the nearest known option or choice, and shows no usage."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"formatter_class": Formatter, "allow_abbrev": False, **kwargs})
@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
             word = next(iter(message.removeprefix(start).split()), "").partition("=")[0]
             if near := get_close_matches(word, list(self.options()), 1):
                 message += f" (did you mean {near[0]}?)"
-        super().error(message)
+        self.exit(2, f"{self.prog}: {message}\n  do: see the options in `{self.prog} -h`\n")
 
     def options(self) -> Iterator[str]:
         """All option strings, those of subcommands too."""

@@ -38,7 +38,7 @@ SHORTEST_PROMPT, LAYERS_ONE_BY_ONE = 2, 8  # tokens of a prompt; layers up to wh
 def configure(p: argparse.ArgumentParser) -> None:
     p.description = (
         "Asks a server for log-probabilities of tokens, computes them from the checkpoint, and says whether they "
-        f"agree, diverge, or cannot tell. An API key is taken from {API_KEY}. Only URL is contacted."
+        f"agree or diverge, or that it cannot tell. Takes an API key from {API_KEY}. Contacts only URL."
     )
     p.add_argument("checkpoint", help="checkpoint folder or .safetensors file")
     p.add_argument("url", help="http://HOST:PORT of the server")
@@ -61,7 +61,7 @@ def configure(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--api", default="auto", choices=("auto", *APIS), help="the server's API (default: %(default)s)")
     p.add_argument("--model", default="", help="the model to ask, if the server has several")
-    p.add_argument("--engine", help="the server's arithmetic, if it is no usual one (float32, ...)")
+    p.add_argument("--engine", help="the server's arithmetic, if it is not a usual one: a name of `trace --list`")
     p.add_argument(
         "--arithmetic", default="exact", help="arithmetic of the truth: exact+a8 for W8A8, exact+a4-round-up for W4A4"
     )
@@ -69,7 +69,7 @@ def configure(p: argparse.ArgumentParser) -> None:
         "--shared-expert",
         default="unfused",
         choices=SHARED_EXPERT_MODES,
-        help="how to compute it (default: %(default)s)",
+        help="how to compute the shared expert (default: %(default)s)",
     )
     add_ignored_keys(p)
     p.add_argument("--kv-cache", metavar="fp8_e4m3[:SCALE]", help="the server's dtype for keys and values")

@@ -29,7 +29,7 @@ def add_shared(p: argparse.ArgumentParser) -> None:
         "--shared-expert",
         default="unfused",
         choices=SHARED_EXPERT_MODES,
-        help="how to compute it (default: %(default)s)",
+        help="how to compute the shared expert (default: %(default)s)",
     )
 
 
@@ -39,10 +39,11 @@ def add_report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--width", type=page_width, default=80, help="width of the text in columns, 20 or more (default: %(default)s)"
     )
-    p.add_argument("--engine", help="the engine's arithmetic: joins the envelope (float32 replaces it)")
+    p.add_argument("--engine", help="the engine's arithmetic, a name of `trace --list`: its errors are legal, "
+                   "too (of float32: they alone)")  # fmt: skip
     p.add_argument("--layer", metavar="LAYERS", action="append", help="judge only these layers: 3, or 1,2, or 1-3")
     p.add_argument("--layer-ids", type=layers, help="the layer ids that you gave to vLLM: 2,18,33")
-    p.add_argument("--name-map", help="JSON file for plain tensors: the engine's name or regular expression -> key")
+    p.add_argument("--name-map", help="JSON file for plain tensors: {engine's name or regular expression: key}")
     p.add_argument("--ids", help="token ids, if the dump holds none: 1,2,3, or a file with a list of ids, or with "
                    "one list a request, in the order of the dump's rows")  # fmt: skip
     p.add_argument("--partial", action="store_true", help="exit with 0 although the dump lacks tokens of the truth")
@@ -50,11 +51,10 @@ def add_report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--state", choices=STATE_DTYPES, help="the engine's dtype for DeltaNet's state")
     add_device_options(p)
     add_ignored_keys(p)
-    p.add_argument(
-        "--mode", choices=MODES, help="how weights are held while a layer is computed anew (default: by size)"
-    )
+    p.add_argument("--mode", choices=MODES, help="how weights are held in memory (default: by size)")
     p.add_argument("--quiet", action="store_true", help="print no progress to stderr")
-    p.add_argument("--limit", type=limit, default=LIMIT, help="largest legal ratio of errors (default: %(default)s)")
+    p.add_argument("--limit", type=limit, default=LIMIT, help="largest error that passes, in units "
+                   "of the legal error (default: %(default)s)")  # fmt: skip
 
 
 def chosen(args: argparse.Namespace) -> dict[str, Any]:
@@ -77,7 +77,9 @@ def new_file(text: str) -> Path:
     path = Path(text)
     is_device = path.exists() and not path.is_file()  # /dev/stdout, which whole() writes to as it is
     if path.is_dir() or not os.access(path if is_device else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} is a folder, or in none that can be written to")
+        raise argparse.ArgumentTypeError(
+            f"{text} cannot be written: it is a folder, or its folder is missing or read-only"
+        )
     return path
 
 

@@ -39,22 +39,24 @@ from .shares import Processes, begin_groups, check_one_pass, join
 
 
 def configure(p: argparse.ArgumentParser) -> None:
-    p.description = "Computes layer by layer. What is done is on disk after each layer, and --resume goes on."
+    p.description = (
+        "Computes the truth layer by layer. It writes each layer to disk when it is done, and --resume goes on."
+    )
     p.add_argument("checkpoint", nargs="?", help="checkpoint folder or .safetensors file")
     p.add_argument("--ids", help="1,2,3 or a file: a list of token ids, or a list of lists (padded on the right)")
     p.add_argument("--prompt", help="a prompt as text; needs the folder's tokenizer")
     add_image_options(p)
     p.add_argument("--drafts", type=positive, nargs="?", const=1, default=0, metavar="N", help="trace the draft head "
                    "as well: at each token a chain of N drafts (default: 1)")  # fmt: skip
-    p.add_argument("--out", help="directory to write the trace to")
+    p.add_argument("--out", help="folder to write the trace to")
     p.add_argument("--arithmetic", default="exact", help="who rounds where; --list names all (default: %(default)s)")
-    p.add_argument("--taps", default="*", help="globs, separated by commas (default: all but --experts); "
-                   "an envelope adds moe_topk_ids, which it needs")  # fmt: skip
+    p.add_argument("--taps", default="*", help="taps to record: globs, separated by commas (default: all but "
+                   "--experts). moe_topk_ids is added unless --no-envelope is given")  # fmt: skip
     p.add_argument("--experts", action="store_true", help="also trace each expert and each turn of a loop")
     p.add_argument("--layers", metavar="0-N", help="trace only the first layers; --resume with a larger N continues")
     p.add_argument(
         "--batch", type=positive, metavar="N", help="prompts in one forward pass (default: all; under `accelerate "
-        "launch`, where each process takes prompts of its own, 1)",
+        "launch`: 1, and each process takes other prompts)",
     )  # fmt: skip
     p.add_argument("--resume", action="store_true", help="continue an earlier run that was stopped")
     p.add_argument(
@@ -67,7 +69,7 @@ def configure(p: argparse.ArgumentParser) -> None:
         "--shared-expert",
         default="unfused",
         choices=SHARED_EXPERT_MODES,
-        help="how to compute it (default: %(default)s)",
+        help="how to compute the shared expert (default: %(default)s)",
     )
     p.add_argument("--no-envelope", action="store_true", help="do not compute the errors of legal rounding")
     p.add_argument("--quiet", action="store_true", help="print no progress to stderr")
@@ -82,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
         print("\narithmetics: " + ", ".join(ARITHMETICS))
         return 0
     if not (args.checkpoint and (args.ids or args.prompt is not None) and args.out):
-        raise Qwen35Error("nothing to trace", expected="trace CHECKPOINT --ids FILE --out DIRECTORY")
+        missing = "--out" if args.checkpoint and (args.ids or args.prompt is not None) else "a checkpoint or a prompt"
+        raise Qwen35Error(f"{missing} is missing", expected="trace CHECKPOINT --ids IDS --out FOLDER")
     if args.offload_folder is not None and Path(args.offload_folder).resolve().is_relative_to(Path(args.out).resolve()):
         where = f"--offload-folder {args.offload_folder}"
         raise Qwen35Error("in the trace's own directory", where=where, do="name another")

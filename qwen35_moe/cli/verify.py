@@ -9,8 +9,10 @@ from ..trace.file import Trace
 
 
 def configure(p: argparse.ArgumentParser) -> None:
-    p.description = "Reads all files of a trace and its envelope, and compares their checksums with those it holds."
-    p.add_argument("truth", help="directory that `trace` wrote")
+    p.description = (
+        "Reads all files of a trace and of its envelope, and compares their checksums with those in the trace."
+    )
+    p.add_argument("truth", help="folder that `trace` wrote")
     p.set_defaults(run=run)
 
 

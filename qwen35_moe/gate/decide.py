@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 from ..errors import Qwen35Error
@@ -99,7 +100,10 @@ def rule_named(rule: str) -> str:
     """The rule with its version: `sglang` means the newest. Error: an unknown name."""
     rule = NEWEST.get(rule, rule)
     if rule not in RULES:
-        raise Qwen35Error("unknown rule of the gate", expected=", ".join((*RULES, *NEWEST)), found=rule)
+        names = (*RULES, *NEWEST)
+        near = get_close_matches(rule, names, n=1)
+        do = f"did you mean {near[0]!r}?" if near else ""
+        raise Qwen35Error("unknown rule of the gate", expected=", ".join(names), found=rule, do=do)
     return rule
 
 

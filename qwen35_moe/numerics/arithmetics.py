@@ -144,7 +144,7 @@ def get(arithmetic: str | Arithmetic) -> Arithmetic:
     arithmetic = str(arithmetic).lower() if str(arithmetic).lower() in ARITHMETICS else arithmetic
     if arithmetic not in ARITHMETICS:
         near = get_close_matches(str(arithmetic), ARITHMETICS, n=1)
-        expected = f"one of {', '.join(ARITHMETICS)}, or an Arithmetic"
+        expected = "an Arithmetic, or a name that `qwen35-moe trace --list` prints"
         do = f"did you mean {near[0]!r}?" if near else "see qwen35_moe.numerics.arithmetics"
         raise Qwen35Error("unknown arithmetic", expected=expected, found=repr(arithmetic), do=do)
     return ARITHMETICS[arithmetic]

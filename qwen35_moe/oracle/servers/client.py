@@ -42,7 +42,8 @@ class Server:
         except ValueError as error:
             raise Qwen35Error("not a URL", where=clean(url), found=error) from error
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise Qwen35Error("not a server's URL", where=clean(url), expected="http://HOST:PORT, or https")
+            raise Qwen35Error("not a server's URL", where=clean(url), expected="http://HOST:PORT, or https",
+                              do="qwen35-moe probe CHECKPOINT http://127.0.0.1:30000")  # fmt: skip
         if parts.username or parts.password:
             do = f"set the environment variable {API_KEY}"
             raise Qwen35Error("a key in the URL would be shown in logs", where="URL", do=do)
@@ -64,7 +65,10 @@ class Server:
             except (OSError, http.client.HTTPException) as error:
                 found = clean(str(error) or type(error).__name__)
                 failed = Qwen35Error(
-                    "the server cannot be reached", where=where, found=found, do="check URL and server"
+                    "the server cannot be reached",
+                    where=where,
+                    found=found,
+                    do="check the URL, and that the server runs",
                 )
             else:
                 if status == 200:
