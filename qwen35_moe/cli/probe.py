@@ -25,12 +25,12 @@ from ..oracle.servers.prompts import drawn_prompts
 from ..oracle.servers.readers import read_answers
 from ..oracle.servers.verdict import Verdict
 from ..oracle.truth import open_checkpoint, weights_of
-from ..run.load import SHARED_EXPERT_MODES, usable
+from ..run.load import usable
 from ..run.prompt import load_tokenizer, read_ids
 from ..trace.file import Trace
 from .device_options import add_ignored_keys
 from .dump_config import layer_lines
-from .report_options import new_file, where
+from .report_options import add_shared, new_file, where
 
 SHORTEST_PROMPT, LAYERS_ONE_BY_ONE = 2, 8  # tokens of a prompt; layers up to which faults are replayed layer by layer
 
@@ -65,12 +65,7 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--arithmetic", default="exact", help="arithmetic of the truth: exact+a8 for W8A8, exact+a4-round-up for W4A4"
     )
-    p.add_argument(
-        "--shared-expert",
-        default="unfused",
-        choices=SHARED_EXPERT_MODES,
-        help="how to compute the shared expert (default: %(default)s)",
-    )
+    add_shared(p)
     add_ignored_keys(p)
     p.add_argument("--kv-cache", metavar="fp8_e4m3[:SCALE]", help="the server's dtype for keys and values")
     p.add_argument("--state", choices=STATE_DTYPES, help="the server's dtype for DeltaNet's state")

@@ -76,10 +76,10 @@ def where(args: argparse.Namespace) -> Where:
 def new_file(text: str) -> Path:
     path = Path(text)
     is_device = path.exists() and not path.is_file()  # /dev/stdout, which whole() writes to as it is
-    if path.is_dir() or not os.access(path if is_device else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(
-            f"{text} cannot be written: it is a folder, or its folder is missing or read-only"
-        )
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder")
+    if not os.access(path if is_device else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: its folder is missing or read-only")
     return path
 
 

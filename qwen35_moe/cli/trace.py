@@ -22,7 +22,7 @@ from ..numerics.tap_table import TAPS
 from ..oracle.judge.envelope import legal
 from ..oracle.judge.envelope_file import ENVELOPE, remaining, with_ids, write_envelope
 from ..run.files import Claim
-from ..run.load import MODES, SHARED_EXPERT_MODES, load
+from ..run.load import MODES, load
 from ..run.origin import origin_of
 from ..run.prompt import Images, load_tokenizer, padded, place_images, read_ids
 from ..run.validate import model_config
@@ -35,13 +35,12 @@ from ..trace.resume import run_of
 from .device_options import add_device_options, add_ignored_keys, device_options
 from .image_options import add_image_options, given_images
 from .parsing import layers
+from .report_options import add_shared
 from .shares import Processes, begin_groups, check_one_pass, join
 
 
 def configure(p: argparse.ArgumentParser) -> None:
-    p.description = (
-        "Computes the truth layer by layer. It writes each layer to disk when it is done, and --resume goes on."
-    )
+    p.description = "Computes the truth layer by layer, and writes each layer to disk when it is done."
     p.add_argument("checkpoint", nargs="?", help="checkpoint folder or .safetensors file")
     p.add_argument("--ids", help="1,2,3 or a file: a list of token ids, or a list of lists (padded on the right)")
     p.add_argument("--prompt", help="a prompt as text; needs the folder's tokenizer")
@@ -58,19 +57,14 @@ def configure(p: argparse.ArgumentParser) -> None:
         "--batch", type=positive, metavar="N", help="prompts in one forward pass (default: all; under `accelerate "
         "launch`: 1, and each process takes other prompts)",
     )  # fmt: skip
-    p.add_argument("--resume", action="store_true", help="continue an earlier run that was stopped")
+    p.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     p.add_argument(
         "--mode", choices=MODES, help="how weights are held in memory (default: stream; packed with --device-map)"
     )
     p.add_argument("--stream", dest="mode", action="store_const", const="stream", help="the same as --mode stream")
     add_device_options(p)
     add_ignored_keys(p)
-    p.add_argument(
-        "--shared-expert",
-        default="unfused",
-        choices=SHARED_EXPERT_MODES,
-        help="how to compute the shared expert (default: %(default)s)",
-    )
+    add_shared(p)
     p.add_argument("--no-envelope", action="store_true", help="do not compute the errors of legal rounding")
     p.add_argument("--quiet", action="store_true", help="print no progress to stderr")
     p.add_argument("--list", action="store_true", help="list all taps and arithmetics, and exit")
