@@ -62,10 +62,16 @@ def parse_npy(held: bytes, where: object) -> np.ndarray:
         shape, fortran, dtype = read(stream)
         if dtype.hasobject or (size := prod(shape) * dtype.itemsize) != len(held) - stream.tell():
             raise ValueError("an array of objects" if dtype.hasobject else f"{size} bytes announced, others are there")
-        return np.frombuffer(held, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran else "C").copy()
+        flat = np.frombuffer(held, dtype, offset=stream.tell())
+        return native(flat.reshape(shape, order="F" if fortran else "C"))
     except Exception as error:  # a header is a literal of Python: a broken one may raise anything
         found = f"{len(held)} bytes; {error}"[:200]
         raise Qwen35Error("no whole .npy file", where=where, found=found) from error
+
+
+def native(x: np.ndarray) -> np.ndarray:
+    """A copy in the byte order of this machine, the only one that torch takes."""
+    return x.astype(x.dtype.newbyteorder("="))
 
 
 @contextmanager

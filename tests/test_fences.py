@@ -97,6 +97,32 @@ def test_an_odd_tensor_of_no_layer_is_told(
     assert code == 2, said
 
 
+@pytest.mark.parametrize(("tap", "at"), [("moe_topk_ids", "___layer_id=1"), ("input_ids", ""), ("positions", "")])
+def test_fractions_are_no_ids(tap: str, at: str, files: Path, tmp_path: Path, built: Build) -> None:
+    """A cast would cut them off, and make the right ids of them."""
+    found = q.compare(files / "truth", saved(files, tmp_path, lambda x: x + 0.25, tap, at), built("tiny"), diagnoses=0)
+    assert found.exit_code == 2 and str(found.problems + found.records).count("not whole numbers") == 1
+
+
+@pytest.mark.parametrize("world", [10**9, 0, "x"])
+def test_a_size_that_no_group_of_ranks_has_costs_its_tensor(world: Any, files: Path, tmp_path: Path) -> None:
+    dump = saved(files, tmp_path, lambda x: x)
+    file = next(dump.glob("*name=mlp_output___layer_id=1.pt"))
+    held = torch.load(file, weights_only=True)
+    torch.save({**held, "meta": {**held["meta"], "world_size": world}}, file)
+    found = q.read_dump(dump)
+    assert [error.what for error in found.problems] == ["world_size is none"]
+    assert "layers.1.mlp_output" not in found and "layers.0.mlp_output" in found
+
+
+def test_a_file_with_an_odd_name_costs_itself(files: Path, tmp_path: Path) -> None:
+    dump = saved(files, tmp_path, lambda x: x)
+    file = next(dump.glob("*name=mlp_output___layer_id=1.pt"))
+    file.rename(dump / file.name.replace("dump_index=", "dump_index=x"))
+    found = q.read_dump(dump)
+    assert "layers.1.mlp_output" not in found and "1 files were not understood" in " ".join(found.notes)
+
+
 def test_ids_of_experts_in_a_dtype_without_comparisons(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +193,11 @@ MEANINGLESS: list[tuple[str, Any]] = [
     ("tensors.0.file", 5), ("tensors.0.key", 5), ("tensors.0.layer", "a"), ("tensors.0.dtype", None),
     ("version", 2), ("format", None), ("tensors.0.name", []), ("tensors.0.step", -1), ("tensors.0.extra", 1),
     ("meta.steps", [{"ids": [[2**70]], "positions": [[0]], "mask": [[1]]}]),
+    ("meta.steps.0.ids", [[-1] * 12]), ("meta.steps.0.axes", 5), ("meta.steps.0.axes", [[[0] * 12]] * 2 + [[["a"]]]),
+    ("meta.steps", [{"ids": [[0]], "positions": [[0]], "mask": [[1]]}]),  # the tensors are of 12 tokens
+    ("meta.steps.1", None), ("meta.images", 5), ("meta.images", {}), ("meta.images", {"grids": {}, "placeholders": []}),
+    ("meta.images", {"grids": {"image": [[1, 2]]}, "placeholders": [1]}), ("meta.draft_ids", 5),
+    ("meta.draft_ids", [[["a"]]]), ("tensors.0.layer", 10**18), ("tensors.0.shape", [2**70]),
 ]  # fmt: skip
 
 
@@ -181,7 +212,10 @@ def test_a_trace_edited_by_hand_is_one_clear_error(
     place = head
     for name in path:
         place = place[int(name) if name.isdigit() else name]
-    place[last] = value
+    if isinstance(place, list) and int(last) == len(place):  # one more, as the last
+        place.append(value or place[-1])
+    else:
+        place[int(last) if last.isdigit() else last] = value
     (truth / "trace.json").write_text(json.dumps(head))
     code = main(["compare", str(truth), str(files / "dump")])
     said = capsys.readouterr()

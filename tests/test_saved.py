@@ -16,8 +16,9 @@ from torch import Tensor
 
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.oracle.dumps.align import align
+from qwen35_moe.oracle.dumps.pair import fit
 from qwen35_moe.oracle.dumps.readers import read_dump
-from qwen35_moe.oracle.dumps.readers.saved import meaning, step_of
+from qwen35_moe.oracle.dumps.readers.saved import meaning, step_of, tensors
 from qwen35_moe.run.prompt import padded
 from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.recorder import trace
@@ -173,3 +174,32 @@ def test_nothing_of_a_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(Qwen35Error, match="was not executed"):
             read_dump(tmp_path / name)
     assert not (tmp_path / "executed").exists()
+
+
+def test_what_holds_itself_ends_and_counts_once() -> None:
+    held: dict[str, Any] = {"logits": torch.zeros(1, 3, 7)}
+    held |= {str(i): held for i in range(200)}
+    assert [name for name, _ in tensors(held, "a")] == ["logits"]
+
+
+def test_steps_that_are_missing_keep_their_tokens(tmp_path: Path) -> None:
+    ids = torch.arange(12)[None]
+    torch.save({"logits.0": torch.zeros(1, 7), "logits.7": torch.ones(1, 7), "input_ids": ids}, tmp_path / "a.pt")
+    tokens = read_dump(tmp_path).tokens
+    assert tokens[0].ids.tolist() == [0, 1, 2, 3] and tokens[7].ids.tolist() == [10]
+    torch.save({"logits.0": torch.zeros(1, 7), f"logits.{10**30}": torch.ones(1, 7)}, tmp_path / "a.pt")
+    assert [error.what for error in read_dump(tmp_path).problems] == ["no such step"]
+
+
+def test_a_vocabulary_is_padded_by_less_than_itself() -> None:
+    assert fit("next_token_logits", torch.zeros(1, 7), torch.zeros(1, 8))[0].shape == (1, 7)
+    with pytest.raises(Qwen35Error, match="misshapen"):
+        fit("next_token_logits", torch.zeros(1, 7), torch.zeros(1, 14))
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz"])
+def test_the_byte_order_of_another_machine(name: str, tmp_path: Path) -> None:
+    x = np.arange(6, dtype=">f4").reshape(2, 3)
+    np.save(tmp_path / name, x) if name == "a.npy" else np.savez(tmp_path / name, next_token_logits=x)
+    (tmp_path / "names.json").write_text('{"a": "next_token_logits"}')
+    assert read_dump(tmp_path)["next_token_logits"].tolist() == [[0, 1, 2], [3, 4, 5]]

@@ -36,7 +36,7 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..run.files import check_sha256
 from ..untrusted import read_bytes, tensor_file
-from .head import CHUNK_NAME, HEAD_FILE, PARTIAL, Entry, bad_head, check_meta, entries_of, read_head
+from .head import CHUNK_NAME, HEAD_FILE, PARTIAL, Entry, bad_head, check_meta, check_tokens, entries_of, read_head
 
 SUM_BEGINS = ', "sha256": '  # the checksum of all before it in trace.json
 TURN = re.compile(r"\.\d+$")  # how the key of a turn of a loop ends
@@ -125,6 +125,7 @@ class Trace(Mapping[str, Tensor]):
         head = read_head(path, partial)
         entries = entries_of(head.get("tensors"), path / HEAD_FILE)
         check_meta(head.get("meta"), path / HEAD_FILE)
+        check_tokens(entries, head["meta"].get("steps") or [], path / HEAD_FILE)
         lost = sorted({e.file for e in entries} - {p.name for p in path.iterdir()})
         if lost:
             raise Qwen35Error("trace has lost files", where=path, found=", ".join(lost), do="write the trace again")

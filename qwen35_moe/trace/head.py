@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import Qwen35Error
+from ..errors import MOST_LAYERS, Qwen35Error
 from ..numerics.taps import Site
 from ..untrusted import parse_json, read_json, tensor_file
 
@@ -75,23 +75,49 @@ def read_head(path: Path, partial: bool) -> dict[str, Any]:
 
 
 def check_meta(meta: Any, where: Path) -> None:
-    """Error where what a trace says of its run has not the types that this module's docstring gives."""
+    """Error where what a trace says of its run has not the types that file.py's docstring gives."""
     if not isinstance(meta, dict):
         raise Qwen35Error("trace.json has no meta", where=where, expected="{...}", do="write the trace again")
-    kinds = {"config": dict, "checkpoint": dict, "arithmetic": str, "fused": list, "layers": int, "steps": list}
+    kinds = {"config": dict, "checkpoint": dict, "arithmetic": str, "fused": list, "layers": int, "steps": list,
+             "images": dict, "draft_ids": list}  # fmt: skip
     for key, kind in kinds.items():
         if meta.get(key) is not None and not isinstance(meta[key], kind):
             raise bad_head(where, f"meta.{key}", kind.__name__, meta[key])
     for i, step in enumerate(meta.get("steps") or ()):
-        tables = [step.get(name) for name in ("ids", "positions", "mask")] if isinstance(step, dict) else [None]
-        if not all(map(_is_table, tables)) or len({(len(x), len(x[0])) for x in tables if x}) != 1:
+        found = step if isinstance(step, dict) else {}
+        axes = found.get("axes", [])
+        tables = [_shape(found.get("ids"), 0), *(_shape(found.get(name)) for name in ("positions", "mask")),
+                  *(map(_shape, axes) if isinstance(axes, list) and len(axes) in (0, 3) else [None])]  # fmt: skip
+        if None in tables or len(set(tables)) != 1:
             raise bad_head(where, f"meta.steps.{i}", "ids, positions and mask, each [B][T] whole numbers", step)
+    if bad := [ids for ids in meta.get("draft_ids") or () if _shape(ids, -1) is None]:
+        raise bad_head(where, "meta.draft_ids", "[B][T] token ids a draft", bad[0])
+    if (images := meta.get("images")) is not None:
+        grids, ids = images.get("grids"), images.get("placeholders")
+        shapes = [_shape(grid, 1) for grid in grids.values()] if isinstance(grids, dict) else [None]
+        if not all(shape is not None and shape[1] == 3 for shape in shapes) or _shape([ids], 0) is None:
+            raise bad_head(where, "meta.images", "{grids: {image: [n][3]}, placeholders: token ids}", images)
 
 
-def _is_table(x: Any) -> bool:
-    """Whether this is [B][T] of whole numbers that fit an int64."""
+def _shape(x: Any, least: int = -(2**63)) -> tuple[int, int] | None:
+    """[B, T] of a table of whole numbers from `least` on that fit an int64; None where it is none."""
     rows = isinstance(x, list) and bool(x) and all(isinstance(row, list) and len(row) == len(x[0]) for row in x)
-    return rows and all(type(i) is int and -(2**63) <= i < 2**63 for row in x for i in row)
+    return (len(x), len(x[0])) if rows and all(type(i) is int and least <= i < 2**63 for r in x for i in r) else None
+
+
+def check_tokens(entries: list[Entry], steps: list[dict[str, Any]], where: Path) -> None:
+    """Error where values of tokens are not of as many tokens as the trace says."""
+    if not steps or not entries:
+        return
+    if (last := max(entry.step for entry in entries)) != len(steps) - 1:
+        raise bad_head(where, "meta.steps", f"{last + 1} steps, as many as the tensors are of", len(steps))
+    for entry in entries:
+        if entry.part or entry.expert is not None or not entry.dims.startswith(("b t", "t ")):
+            continue
+        B, T = len(ids := steps[entry.step]["ids"]), len(ids[0])
+        wanted = (B, T) if entry.dims.startswith("b") else (B * T,)
+        if entry.shape[: len(wanted)] != wanted:
+            raise bad_head(where, f"shape of {entry.key}", f"{list(wanted)} tokens", list(entry.shape))
 
 
 def bad_head(where: Path, key: str, expected: str, found: Any) -> Qwen35Error:
@@ -111,8 +137,9 @@ def entries_of(records: Any, where: Path) -> list[Entry]:
             value = entry.__dict__[key]
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise bad_head(where, f"{key} of a tensor", str(kind), value)
-        if not all(type(n) is int and n >= 0 for n in entry.shape) or entry.step < 0:
-            raise bad_head(where, f"shape or step of {entry.key}", "whole numbers", [entry.shape, entry.step])
+        counts = (*entry.shape, entry.step, entry.layer or 0, entry.expert or 0)
+        if not all(type(n) is int and 0 <= n < 2**63 for n in counts) or (entry.layer or 0) >= MOST_LAYERS:
+            raise bad_head(where, f"shape or place of {entry.key}", "whole numbers", counts)
         if entry.dtype not in DTYPES:
             raise bad_head(where, f"dtype of {entry.key}", ", ".join(DTYPES), entry.dtype)
         if entry.file and not CHUNK_NAME.fullmatch(entry.file):

@@ -61,9 +61,10 @@ def images_of(trace: Trace) -> Images | None:
     if known is None:
         return None
     grids = {kind: torch.tensor(grid) for kind, grid in known["grids"].items()}
-    parts = dict(
-        zip(grids, trace[f"visual.{PIXELS}"].split([int(g.prod(1).sum()) for g in grids.values()]), strict=True)
-    )
+    pixels, sizes = trace.get(f"visual.{PIXELS}"), [int(g.prod(1).sum()) for g in grids.values()]
+    if pixels is None or len(pixels) != sum(sizes):
+        raise Qwen35Error("the trace has lost its images", where=trace.path or "memory", do="write the trace again")
+    parts = dict(zip(grids, pixels.split(sizes), strict=True))
     return Images(parts.get("image"), grids.get("image"), parts.get("video"), grids.get("video"))
 
 

@@ -23,9 +23,10 @@ from .drafts import mark
 from .engine_names import TapRule, letters, rule_for
 from .fusion import fused_layers
 from .join import by_row, declared_join, join_ranks
-from .pieces import Piece, Source, StepTokens, fenced_load, readable
+from .pieces import Piece, Source, StepTokens, fenced_load, readable, whole_numbers
 from .ranks import check_ranks
 
+MOST_STEPS = 1 << 31
 # What a name of the engine's means where its shared expert is a slot (True), and where it is none (False).
 MEANING: dict[tuple[str, bool | None], str] = {
     ("moe_routed_output", True): "mlp_output",
@@ -64,6 +65,11 @@ class Dump(Mapping[str, Tensor]):
     ):
         self.format, self.path, self.family = format, Path(path), family
         self.problems, self.notes = list(problems), list(notes)
+        if far := [piece for piece in pieces if not 0 <= piece.step < MOST_STEPS]:
+            expected = f"0 to {MOST_STEPS - 1}"
+            self.problems.append(Qwen35Error("no such step", where=far[0].where or far[0].raw, expected=expected,
+                                             found=far[0].step))  # fmt: skip
+            pieces = [piece for piece in pieces if 0 <= piece.step < MOST_STEPS]
         self.tokens = {
             step: readable(found, f"{path}: tokens of step {step}", self.problems)
             for step, found in (tokens or {}).items()
@@ -165,10 +171,12 @@ class Dump(Mapping[str, Tensor]):
             return source.pieces[0].load()
         check_ranks(self, source)
         loaded = [piece.load() for piece in source.pieces]
-        if not loaded[0].is_floating_point() and not base_name(key).endswith("_ids"):
+        self._dtypes[key, step] = loaded[0].dtype
+        if base_name(key).endswith("_ids"):
+            loaded = [whole_numbers(x, source.pieces[0].where) for x in loaded]
+        elif not loaded[0].is_floating_point():
             found, do = str(loaded[0].dtype), "dump what its codes mean, or the tensor before it is quantised"
             raise Qwen35Error("integers where values were expected", where=source.pieces[0].where, found=found, do=do)
-        self._dtypes[key, step] = loaded[0].dtype
         if is_vision(key):  # patches; batches of one are left over in front of them, or behind
             loaded = [x.squeeze(0).squeeze(1) if x.dim() == 3 else x for x in loaded]
         count = None if source.pieces[0].rows is not None or is_vision(key) else self.count(step)

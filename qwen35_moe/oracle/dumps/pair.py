@@ -85,7 +85,7 @@ def fit(key: str, left: Tensor, right: Tensor) -> tuple[Tensor, tuple[str, ...]]
     name, n, more = base_name(key), left.shape[1], right.shape[1] - left.shape[1]
     if more == 0:
         return right, ()
-    if more > 0 and name in ("next_token_logits", LOG_P):
+    if 0 < more < n and name in ("next_token_logits", LOG_P):
         return right[:, :n], (f"{more} padded columns of the vocabulary left out",)
     if more == 1 and name in ("moe_topk_ids", "moe_topk_weights"):
         return right[:, :n], ("the appended shared slot was left out",)

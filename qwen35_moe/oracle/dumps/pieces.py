@@ -42,22 +42,22 @@ def plain_values(x: Any, where: str) -> Tensor:
     """A tensor of a stranger's file as plain values: no gradient, no float8. Error: what has no values here."""
     if not isinstance(x, Tensor):
         raise Qwen35Error("not a tensor", where=where, found=type(x).__name__)
-    odd = (
-        "sparse"
-        if x.layout != torch.strided
-        else "quantised"
-        if x.is_quantized
-        else "complex"
-        if x.is_complex()
-        else ""
-    )
-    if odd or x.is_meta:
-        do = "dump plain values of it"
-        raise Qwen35Error("a tensor without plain values", where=where, found=odd or "on the meta device", do=do)
+    kinds = {"sparse": x.layout != torch.strided, "quantised": x.is_quantized, "complex": x.is_complex(),
+             "on the meta device": x.is_meta}  # fmt: skip
+    if odd := [kind for kind, found in kinds.items() if found]:
+        raise Qwen35Error("a tensor without plain values", where=where, found=odd[0], do="dump plain values of it")
     x = x.detach()
     if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch can hold and hardly compute with
         return x.to(torch.int64)
     return x.to(torch.float32) if x.is_floating_point() and x.element_size() == 1 else x
+
+
+def whole_numbers(x: Any, where: str) -> Tensor:
+    """Ids or positions as int64. Error: fractions, NaN or infinity, which a cast would make other numbers of."""
+    x = plain_values(x, where)
+    if x.is_floating_point() and not bool((x.eq(x.round()) & (x.abs() < 2**62)).all()):
+        raise Qwen35Error("not whole numbers", where=where, found=x.dtype, do="dump ids and positions as integers")
+    return x.to(torch.int64)
 
 
 def fenced_load(piece: Piece) -> Callable[[], Tensor]:
@@ -96,19 +96,21 @@ class StepTokens:
 
 def readable(tokens: StepTokens, where: str, problems: list[Qwen35Error]) -> StepTokens:
     """The tokens without what is no row of whole numbers, one a token; each of that is a problem."""
-    held = {"ids": tokens.ids, "positions": tokens.positions, "mask": tokens.mask}
-    count = tokens.count
-    for name, x in held.items():
+
+    def row(name: str, x: Tensor | None) -> Tensor | None:
         try:
-            x = held[name] = None if x is None else plain_values(x, where)
-            if x is not None and (x.is_floating_point() or x.dim() != 1 or count is not None and len(x) != count):
-                expected = "whole numbers, one a token"
-                raise Qwen35Error("tokens cannot be used", where=where, expected=expected,
-                                  found=f"{name} {x.dtype} {list(x.shape)}", do="dump again")  # fmt: skip
+            x = None if x is None else whole_numbers(x, where)
+            if x is None or x.dim() == 1 and tokens.count in (None, len(x)):
+                return x
+            raise Qwen35Error("tokens cannot be used", where=where, expected="whole numbers, one a token",
+                              found=f"{name} {list(x.shape)}", do="dump again")  # fmt: skip
         except Qwen35Error as error:
             problems.append(error)
-            held[name] = None
-    return replace(tokens, ids=held["ids"], positions=held["positions"], mask=held["mask"])
+            return None
+
+    ids, mask = row("ids", tokens.ids), row("mask", tokens.mask)
+    positions, rotary = row("positions", tokens.positions), row("rotary", tokens.rotary)
+    return replace(tokens, ids=ids, positions=positions, rotary=rotary, mask=None if mask is None else mask.bool())
 
 
 @dataclass

@@ -13,6 +13,7 @@ from .engine_names import width
 from .join import by_row, declared_join, join_ranks
 from .pieces import Source
 
+SOME = 8  # lost ranks that a message names
 RANK_FILES = {
     "sglang dumper": "step=*___rank={}___*.pt",
     "sglang passes": "TP*_Rank{}_pid*/Pass*.pt",
@@ -40,7 +41,8 @@ def check_ranks(dump: RankedDump, source: Source) -> None:
     here = [piece.rank for piece in source.pieces]
     if source.rule.join == "same" or len(here) >= world:
         return
-    lost = ", ".join(str(rank) for rank in range(world) if stages == 1 and rank not in here)
+    ranks = [str(rank) for rank in range(world) if stages == 1 and rank not in here]
+    lost = ", ".join(ranks[:SOME]) + (", ..." if len(ranks) > SOME else "")
     files = RANK_FILES.get(dump.format, "").format(lost if lost.isdigit() else "N")
     raise Qwen35Error(
         f"rank {lost or '?'} is missing", where=dump.path, found=f"rank {', '.join(map(str, here))} of {world}",

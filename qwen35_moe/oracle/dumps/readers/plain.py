@@ -23,7 +23,7 @@ from ....errors import Qwen35Error
 from ....gate.patterns import MAX_NAME, bounded_pattern
 from ....numerics.tap_keys import base_name
 from ....numerics.tap_table import TAPS
-from ....untrusted import check_regular, parse_npy, read_json, tensor_file
+from ....untrusted import check_regular, native, parse_npy, read_json, tensor_file
 from ..dump import Dump, Piece, StepTokens
 from ..engine_names import family_of, rule_for
 from ..pieces import plain_values
@@ -145,7 +145,7 @@ def _same(x: Tensor) -> Tensor:
 
 def _from_npy(file: Path) -> Tensor:
     """Mapped first, which fails where the file is shorter than its header says, before anything is allocated."""
-    return torch.from_numpy(np.array(np.load(file, allow_pickle=False, mmap_mode="r")))
+    return torch.from_numpy(native(np.load(file, allow_pickle=False, mmap_mode="r")))
 
 
 MOST_RATIO, FREE_BYTES = 64, 1 << 26  # an array of an .npz that is packed better than that is a bomb, or all alike
@@ -186,14 +186,16 @@ def tokens_of(core: Mapping[int, Mapping[str, Tensor]], pieces: Sequence[Piece])
         return {steps[0]: whole}
     B, T = whole.batch or (1, whole.ids.numel())
     ids, real = whole.ids.view(B, T), None if whole.mask is None else whole.mask.view(B, T)
-    rows = {step: max(_rows(p, B) for p in pieces if p.step == step) for step in steps}
+    held = {step: max(_rows(p, B) for p in pieces if p.step == step) for step in steps}
+    every = range(steps[0], steps[-1] + 1) if steps[-1] - steps[0] < T else steps
+    rows = {step: held.get(step, 1) for step in every}  # a step that is not there had one token
     if "sequences" in found or all(n == 1 for n in rows.values()):  # the last token was sampled, and never run
-        rows[steps[0]] = T - len(steps)
+        rows[steps[0]] = T - len(rows)
     shared, start = {}, 0
-    for step in steps:
-        stop = min(T, start + rows[step])
+    for step, count in rows.items():
+        stop = min(T, start + count)
         mask = torch.ones(B, stop - start, dtype=torch.bool) if real is None else real[:, start:stop]
-        if stop > start:
+        if step in held and stop > start:
             shared[step] = StepTokens(ids[:, start:stop].flatten(), batch=(B, stop - start), mask=mask.flatten())
         start = stop
     return shared
@@ -215,5 +217,5 @@ def _tokens(core: Mapping[str, Tensor]) -> StepTokens:
     given = core.get("attention_mask")
     if batch and given is not None and given.numel() == ids.numel():
         mask = given.flatten().bool()
-    return StepTokens(ids.flatten().long(), None if positions is None else positions.flatten().long(),
+    return StepTokens(ids.flatten(), None if positions is None else positions.flatten(),
                   lengths(core.get("seq_lens")), batch=batch, mask=mask)  # fmt: skip

@@ -58,16 +58,18 @@ def load_torch_file(path: Path) -> Any:
         return load_pt(path)
 
 
-def tensors(found: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all that an object holds, entries of lists as NAME.N."""
+def tensors(found: Any, name: str, depth: int = 0, seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of all that an object holds, entries of lists as NAME.N. Each container counts once: one that
+    holds itself, or the same one many times, would take for ever."""
+    seen = set() if seen is None else seen
     if isinstance(found, Tensor):
         yield name, found
-    elif isinstance(found, Mapping) and depth < 4:
-        for key, value in found.items():
-            yield from tensors(value, f"{name}.{key}" if depth else str(key), depth + 1)
-    elif isinstance(found, (list, tuple)) and depth < 4:
-        for i, value in enumerate(found):
-            yield from tensors(value, f"{name}.{i}", depth + 1)
+    elif isinstance(found, (Mapping, list, tuple)) and depth < 4 and id(found) not in seen:
+        seen.add(id(found))
+        inner = found.items() if isinstance(found, Mapping) else enumerate(found)
+        for key, value in inner:
+            below = f"{name}.{key}" if depth or not isinstance(found, Mapping) else str(key)
+            yield from tensors(value, below, depth + 1, seen)
 
 
 def step_of(name: str) -> tuple[int | None, str]:

@@ -12,15 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ....errors import Qwen35Error
 from ..dump import Dump, Piece, StepTokens
 from ..engine_names import family_of
+from ..pieces import plain_values
 from .common import a_dict, costs_itself, lengths, load_pt, load_tensor, once, request_ids
 
 HELD = 1 << 13  # files that stay mapped until they are used; a process may have 65,530 mappings
+MOST_RANKS = 1 << 16
 BATCH_FIELDS = ("input_ids", "positions", "seq_lens", "req_pool_indices", "rids")
 
 
@@ -47,15 +48,12 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
             value, meta = (loaded["value"], a_dict(loaded["meta"])) if wrapped else (loaded, {})
             name, step, rank = tags["name"], int(tags["step"]), int(tags["rank"])
             if name in BATCH_FIELDS:
-                if name in BATCH_FIELDS[:2] and not isinstance(value, Tensor):
-                    raise Qwen35Error("not a tensor", where=file, found=type(value).__name__)
+                value = plain_values(value, str(file)) if name in BATCH_FIELDS[:2] else value
                 here = core.setdefault((step, rank), {})  # again for every layer: the first counts
                 here.setdefault(name, value)
                 if name == "positions" and value.dim() == 2:
                     here.setdefault("rotary", value)
                 continue
-            parallel = {**a_dict(meta.get("megatron_parallel_info")), **a_dict(meta.get("sglang_parallel_info"))}
-            parallel = {"world_size": meta.get("world_size", 1), **parallel}
             layer = tags.get("layer_id", meta.get("layer_id"))
             load = partial(load_tensor, file, *(["value"] if wrapped else []))
             piece = Piece.named(
@@ -65,7 +63,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
                 step=step,
                 rank=rank,
                 dims=str(meta.get("dims") or ""),
-                parallel=parallel,
+                parallel=_parallel(meta, file),
                 where=str(file),
             )
             if name.startswith("param__"):
@@ -82,8 +80,22 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
     return Dump("sglang dumper", path, pieces, tokens, problems, family=family, config=config, weights=weights)
 
 
+def _parallel(meta: Mapping[Any, Any], file: Path) -> dict[str, int]:
+    """Sizes of the groups of ranks, and the rank in each. Error: numbers that are none."""
+    found = {"world_size": meta.get("world_size"), **a_dict(meta.get("megatron_parallel_info")),
+             **a_dict(meta.get("sglang_parallel_info"))}  # fmt: skip
+    told = {str(key): x for key, x in found.items() if str(key).endswith(("_size", "_rank")) and x is not None}
+    for key, x in told.items():
+        least = 1 if key.endswith("_size") else 0
+        if type(x) is not int or not least <= x <= MOST_RANKS:
+            expected = f"a whole number, {least} to {MOST_RANKS}"
+            raise Qwen35Error(f"{key} is none", where=file, expected=expected, found=repr(x)[:100])
+    return told
+
+
 def known(file: Path) -> bool:
-    return {"step", "rank", "dump_index", "name"} <= set(_tags(file))
+    tags = _tags(file)
+    return {"step", "rank", "name"} <= set(tags) and tags.get("dump_index", "").isdecimal()
 
 
 def _files(path: Path) -> list[Path]:
@@ -107,12 +119,12 @@ def _tokens(found: Mapping[str, Any]) -> StepTokens:
     ids = found["input_ids"]
     batch = (ids.shape[0], ids.shape[1]) if ids.dim() == 2 else None
     return StepTokens(
-        ids.flatten().to(torch.int64),
-        positions.flatten().to(torch.int64) if isinstance(positions, Tensor) else None,
+        ids.flatten(),
+        positions.flatten() if isinstance(positions, Tensor) else None,
         lengths(found.get("seq_lens")),
         request_ids(requests),
         batch,
-        rotary=rotary.flatten().to(torch.int64) if isinstance(rotary, Tensor) else None,
+        rotary=rotary.flatten() if isinstance(rotary, Tensor) else None,
     )
 
 

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ....errors import Qwen35Error
@@ -90,4 +89,4 @@ def _tokens(core: Mapping[str, Any]) -> StepTokens:
     positions = core.get("positions")
     if isinstance(positions, Tensor) and positions.dim() == 2:
         positions = positions[0]
-    return StepTokens(core["input_ids"].flatten().to(torch.int64), positions, lengths(core.get("seq_lens")))
+    return StepTokens(core["input_ids"].flatten(), positions, lengths(core.get("seq_lens")))

@@ -69,7 +69,7 @@ def _read_hidden(path: Path, files: list[Path], config: Any, layers: list[int] |
         if len(numbers) != count or len(set(numbers) & known) != count:
             expected = f"{count} different layer ids" + ("" if last is None else f", 0 to {last}")
             raise Qwen35Error("layers do not fit", where=file, expected=expected, found=numbers)
-        tokens[step] = StepTokens(ids.flatten().to(torch.int64), torch.arange(ids.numel()))
+        tokens[step] = StepTokens(ids.flatten(), torch.arange(ids.numel()))
         for i, layer in enumerate(numbers):
             name, at = ("layer_output_sum", layer - 1) if layer == last else ("layer_input", layer)
             raw = f"hidden_states[{layer}]"
@@ -111,7 +111,7 @@ def _routed(path: Path) -> Tensor | None:
             raw = base64.b64decode(text or "", validate=True)
             if raw[:6] == b"\x93NUMPY":
                 x = parse_npy(raw, path)
-                found = torch.from_numpy(x.astype(np.int64)) if x.ndim == 3 else None
+                found = torch.from_numpy(x.astype(np.int64)) if x.ndim == 3 and x.dtype.kind in "iu" else None
             else:  # SGLang: bare int32, and no shape
                 found = torch.frombuffer(bytearray(raw), dtype=torch.int32).long() if raw else None
                 found = found.reshape(shape) if found is not None and shape else found
