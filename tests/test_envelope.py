@@ -48,6 +48,14 @@ def test_split_products_are_sums_of_rounded_parts() -> None:
         assert all(v == v.to(torch.bfloat16) for v in F.linear(x, w).flatten())
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_grouped_products_are_split_as_others(parts: int) -> None:
+    x, w = (y.to(torch.bfloat16) for y in (_random(6, 48), _random(3, 16, 48)))
+    with SplitK(parts, order=1):
+        grouped = torch._grouped_mm(x, w.mT, offs=torch.tensor([2, 2, 6], dtype=torch.int32))
+        assert torch.equal(grouped, torch.cat((F.linear(x[:2], w[0]), F.linear(x[2:], w[2]))))
+
+
 def test_samples_are_all_different_and_said_by_their_names() -> None:
     x, w = _random(3, 64), _random(64, 64)
     seen = []

@@ -81,6 +81,23 @@ def test_experts_of_every_layout(built: Build, recipe: str, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("recipe", ["tiny", "tiny-fp8", "tiny-mxfp4"])
+def test_experts_that_stay_are_read_once_for_all_dtypes(
+    built: Build, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = source(built(recipe))
+    E = found.config.num_experts
+    wide, narrow, alone = (passing_experts(found, "layers.0.mlp", E) for _ in range(3))
+    narrow.dtype = torch.bfloat16
+    for experts in (wide, narrow):
+        experts.stay_with(wide)
+    monkeypatch.setattr(passing, "Fetch", None)  # no more is read
+    for experts in (wide, narrow, narrow):
+        had = {e: stacks[1][i] for some, *stacks in experts.batches([0]) for i, e in enumerate(some)}
+        alone.dtype = experts.dtype
+        assert list(had) == list(range(E)) and all(torch.equal(had[e], alone.at(e)[1]) for e in range(E))
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "tiny-fp8", "tiny-mxfp4"])
 def test_layers_and_head(built: Build, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module("qwen35_moe.run.streamed"), "HEAD_ROWS", 100)
     ids = torch.arange(60)[None]

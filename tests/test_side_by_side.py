@@ -11,6 +11,7 @@ import torch
 
 import qwen35_moe as q
 from qwen35_moe.numerics.taps import Site, attach, scope, tap
+from qwen35_moe.oracle.judge.split_k import SplitK
 from qwen35_moe.run.side_by_side import WORKERS, side_by_side
 
 IDS = torch.tensor([[3, 7, 11, 5, 100, 17, 29, 31], [1, 2, 3, 4, 5, 6, 7, 8]])
@@ -85,3 +86,11 @@ def test_every_mode_has_the_same_bits_watched_or_not(built: Callable[[str], Path
     ]
     for other in traces[1:]:
         assert all(torch.equal(x, other[key]) for key, x in traces[0].items())
+
+
+def test_calls_run_under_the_function_modes_of_the_caller() -> None:
+    x, w = torch.randn(3, 64), torch.randn(8, 64)
+    with SplitK(4):
+        expected = torch.nn.functional.linear(x, w)
+        assert all(torch.equal(y, expected) for y in side_by_side(lambda _: torch.nn.functional.linear(x, w), range(4)))
+    assert not torch.equal(expected, torch.nn.functional.linear(x, w))

@@ -49,7 +49,7 @@ from .judge.second_look import second_look
 from .judge.suspects import accuse, suspects
 from .judge.weights_check import check_weights
 from .judge.where import HERE, Where
-from .truth import open_checkpoint, weights_of, write_truth
+from .truth import names_in, open_checkpoint, weights_of, write_truth
 
 STORED = "the arithmetics that its envelope was made of"
 # Of 61 faults of one layer of a model in bf16, 15 are beyond what bf16 makes of its log p; in float32, all (fixture).
@@ -140,6 +140,7 @@ def diagnose(
             truth or folder,
             arithmetic=arithmetic,
             shared_expert=shared_expert,
+            taps="*" if truth else names_in(dump),
             with_envelope=False,
             where=chosen.where,
             drafts=drafts_of(dump, ids) if has_head and chosen.images is None else (),

@@ -13,14 +13,20 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..model.text import Model
 from ..numerics.arithmetics import Arithmetic
+from ..numerics.tap_keys import base_name, part_of
+from ..numerics.tap_table import NAMES
 from ..run.load import load
 from ..run.origin import origin_of
 from ..run.prompt import Images, padded
 from ..run.source import WeightSource
 from ..trace.file import Trace
-from ..trace.layers import trace_layers
+from ..trace.layers import HEAD, trace_layers
+from .dumps.align import TWO_MEANINGS
+from .dumps.dump import Dump
+from .dumps.pair import INSTEAD
 from .judge.envelope import legal
 from .judge.envelope_file import with_ids, write_envelope
+from .judge.log_p import LOG_P
 from .judge.where import HERE, Where
 
 
@@ -58,6 +64,16 @@ def weights_of(
         where = truth.path or "a truth in memory"
         raise Qwen35Error("truth is of another checkpoint", where=where, expected=known, found=path, do=do)
     return loaded.source, flags or loaded.fused
+
+
+def names_in(dump: Dump) -> str:
+    """Patterns of the taps that a dump can be compared at: of what it holds, and of what that stands for."""
+    held = {base_name(key) for key in dump.sources}
+    names = {name for name, (other, _) in INSTEAD.items() if other in held} | (held & NAMES)
+    for one, other, _ in TWO_MEANINGS:
+        names |= {one, other} if one in held else set()
+    names |= {HEAD} if LOG_P in held or any(map(part_of, dump.sources)) else set()
+    return ",".join(sorted(names)) or "*"
 
 
 def write_truth(

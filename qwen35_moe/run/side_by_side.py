@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from contextvars import copy_context
 from typing import TypeVar
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
 
 WORKERS = 4  # each holds one decoded expert
 In = TypeVar("In")
@@ -30,18 +32,21 @@ def fix_threads() -> None:
 def side_by_side(function: Callable[[In], Out], items: Iterable[In], one_by_one: bool = False) -> Iterator[Out]:
     """function(item) of each item, in their order. The calls overlap, unless `one_by_one`.
 
-    Each runs in the context (`contextvars`) that was current when it was handed out, with torch's threads divided among
-    at most `WORKERS`.
+    Each runs in the context (`contextvars`) that was current when it was handed out, under the caller's function modes
+    of torch, which a thread does not have by itself, and with torch's threads divided among at most `WORKERS`.
     """
     total, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
-    workers = min(total, WORKERS)
+    workers, modes = min(total, WORKERS), _get_current_function_mode_stack()
 
     def run(item: In) -> Out:
-        with torch.inference_mode(inference):
+        with ExitStack() as entered:
+            entered.enter_context(torch.inference_mode(inference))
+            for mode in modes:
+                entered.enter_context(mode)
             return function(item)
 
     if workers == 1:
-        yield from map(run, items)
+        yield from map(function, items)
         return
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(total // workers,)) as pool:
         coming: deque[Future[Out]] = deque()

@@ -185,7 +185,9 @@ def _ids(case: GuiltyTap, ids_key: str, rerun: Rerun, seen: Sequence[Taps]) -> T
     alignment = case.work.alignment
     ids = alignment.pair(ids_key).engine if ids_key in alignment.keys else None
     if ids is None or len(ids) != len(case.used):
-        ids = case.work.rows(seen[0].get(ids_key, rerun.chosen), case.pair)
+        chosen = seen[0].get(ids_key, rerun.chosen)
+        assert chosen is not None  # a layer has run
+        ids = case.of_all(chosen)
     return ids[case.used].long()
 
 

@@ -110,7 +110,7 @@ class Fault:
 
 
 class Break(Handler):
-    """The handler of a fault's taps."""
+    """The handler of a fault's taps. Changes are made on the CPU, wherever the model runs."""
 
     @property
     def stage(self) -> int:
@@ -127,10 +127,10 @@ class Break(Handler):
         if elsewhere or site.part.startswith("mtp") != (self.fault.block == "mtp"):
             return None
         if site.name in self.fault.remembers:
-            self.remembered[site.name] = x
+            self.remembered[site.name] = x.cpu()
         if site.name not in self.fault.taps or (self.fault.single and site.expert != self.place.expert):
             return None
-        return self.fault.taps[site.name](x, self.remembered, self.place).to(x.dtype)
+        return self.fault.taps[site.name](x.cpu(), self.remembered, self.place).to(x)
 
 
 class BrokenSource(WeightSource):

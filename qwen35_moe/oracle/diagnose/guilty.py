@@ -21,7 +21,7 @@ class GuiltyTap:
     def __init__(self, key: str, pair: Any, work: Any, truth: Tensor):
         self.key, self.pair, self.work = key, pair, work
         self.blamed: Blame | None = None
-        engine, truth = pair.engine.to(torch.float64), work.rows(truth, pair).to(torch.float64)
+        engine, truth = pair.engine.to(torch.float64), self.of_all(truth).to(torch.float64)
         finite = engine.isfinite() & truth.isfinite()
         self.used, self.broken = finite.any(1), not finite.all()
         self.finite = finite[self.used]
@@ -29,8 +29,13 @@ class GuiltyTap:
         self.size = (self.engine.norm(dim=1) + self.truth.norm(dim=1)).clamp(min=torch.finfo(torch.float64).tiny)
         self.error = self.engine - self.truth
 
+    def of_all(self, y: Tensor) -> Tensor:
+        """Our value at all rows of the pair, on the CPU."""
+        return self.work.rows(y, self.pair).cpu()
+
     def rows(self, y: Tensor) -> Tensor:
-        return torch.where(self.finite, self.work.rows(y, self.pair).to(torch.float64)[self.used], 0.0)
+        """The same at the rows that are used, in float64."""
+        return torch.where(self.finite, self.of_all(y).to(torch.float64)[self.used], 0.0)
 
     def first_bad(self, members: Sequence[Taps]) -> dict[int, int]:
         """Sequence -> index of its first real token that is beyond the limit. States that are not of one token are

@@ -42,7 +42,7 @@ def solved(case: GuiltyTap, rerun: Rerun, layer: int, taps: Mapping[str, Tensor]
     bad = (off > OFF).nonzero().flatten()
     if not all(key in taps for key in needed) or not len(bad) or len(bad) > TOKENS_SOLVED or len(ids_TA) != len(off):
         return []
-    routed, x = (case.work.rows(taps[key], case.pair).double()[case.used][bad] for key in needed)
+    routed, x = (case.of_all(taps[key]).double()[case.used][bad] for key in needed)
     if routed.shape != case.truth[bad].shape or config.num_experts > x.shape[1]:
         return []
     wanted = case.engine[bad] - (case.truth[bad] - routed)

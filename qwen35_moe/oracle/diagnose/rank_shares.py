@@ -152,8 +152,9 @@ def blame(key: str, work: Any, rerun: Rerun, layer: int | None, seen: Sequence[M
         pair = _of_rank(work.alignment, key, i)
         if pair.engine is None:
             return None
-        part = [work.rows(rerun.fault(layer, share.alone, table, j)[key], pair) for j, table in enumerate(rerun.tables)]
-        right = [work.rows(taps[key], pair) for taps in seen] if reduced else part
+        runs = (rerun.fault(layer, share.alone, table, j)[key] for j, table in enumerate(rerun.tables))
+        part = [work.rows(y, pair).cpu() for y in runs]
+        right = [work.rows(taps[key], pair).cpu() for taps in seen] if reduced else part
         if _ratio(pair, right) > work.limit:
             bad.append(share)
             own.append(_ratio(pair, part) <= work.limit)

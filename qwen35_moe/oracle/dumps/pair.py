@@ -53,7 +53,7 @@ class Pair:
     def ours(self, x: Tensor) -> Tensor:
         """The truth's rows of this tap, as the engine gives them."""
         x = x.to(torch.float64).log_softmax(-1) if self.as_log_p else x
-        return x if self.chosen is None else x.gather(1, self.chosen)
+        return x if self.chosen is None else x.gather(1, self.chosen.to(x.device))
 
     @property
     def nan(self) -> int:

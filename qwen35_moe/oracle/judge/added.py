@@ -59,7 +59,7 @@ class Judgement:
         return found
 
     def rows(self, x: Tensor, pair: Pair) -> Tensor:
-        """Our value at the rows of a pair."""
+        """Our value at the rows of a pair, where it was computed."""
         return pair.ours(as_rows(pair.key, x, self.alignment.truth.ids.numel())[self.index(pair)])
 
     def captured(self, experts: int) -> Captured:
@@ -139,7 +139,7 @@ class Judgement:
         if pair.engine is None or pair.dtype is None:
             record.note = pair.problem
             return
-        x, keep = pair.engine, torch.ones(len(pair.rows), dtype=torch.bool)
+        x, keep = pair.engine.to(truth.device), torch.ones(len(pair.rows), dtype=torch.bool)
         if exclude is not None:
             keep = pair.judged(~exclude[self.index(pair)])
             record.excluded = int((~keep).sum())
@@ -149,7 +149,8 @@ class Judgement:
         if not keep.any():
             record.note = "experts could have flipped at every token, and the dump does not say which were chosen"
             return
-        x, truth, members = x[keep], truth[keep], [m[keep] for m in members]
+        if not keep.all():
+            x, truth, members = x[keep], truth[keep], [m[keep] for m in members]
         rounding = kl_base.loss_in_file(truth) if key == kl_base.LOG_P else None
         bound = envelope(truth, members, pair.dtype, rounding=rounding)
         verdict = judge(x, truth, bound, pair.dtype, self.limit)
@@ -161,7 +162,7 @@ class Judgement:
         record.bad_rows = int(bad.sum())
         if record.bad:
             record.starts = self.alignment.tokens_of.starts(pair.rows[keep][bad])
-            record.where = wrong_columns(x[bad], truth[bad], self.owners(key, x))
+            record.where = wrong_columns(x[bad].cpu(), truth[bad].cpu(), self.owners(key, x))
         if base_name(key) == "gdn_state" and is_bf16(x) and not any(is_bf16(m) for m in members):
             record.cls, record.note = "wrong", BF16_GRID
         if base_name(key) in ("mlp_output", "attn_output"):
@@ -196,7 +197,7 @@ class Judgement:
         if not logits_key:
             return None
         at = logits_key.removesuffix("moe_router_logits")
-        logits_TE, *members = (s[logits_key] for s in seen)
+        logits_TE, *members = (s[logits_key].cpu() for s in seen)
         ids_key = next((k for n in ID_TAPS if (k := f"{at}{n}") in self.alignment.keys and k in seen[0]), "")
         delta_T = envelope(logits_TE, members, torch.bfloat16).max
         pair = self.alignment.pair(ids_key) if ids_key else None
@@ -208,7 +209,7 @@ class Judgement:
         index = self.index(pair)
         width = max(logits_TE.shape[1], int(seen[0][ids_key].max()) + 1)  # a fused slot has an id, and no logit
         logits = torch.nn.functional.pad(logits_TE, (0, width - logits_TE.shape[1]), value=torch.inf)
-        routing = compare_ids(seen[0][ids_key][index], pair.engine, logits[index], delta_T[index], layer)
+        routing = compare_ids(seen[0][ids_key].cpu()[index], pair.engine, logits[index], delta_T[index], layer)
         self.record_routing(ids_key, layer, pair, routing, self._against_own(logits_key, pair))
         return None
 

@@ -80,7 +80,8 @@ def _errors(key: str, seen: Sequence[dict[str, Tensor]], work: Judgement) -> lis
     apart = max(float((Norms.of(v, minus=values[0]).l2 / sizes).nan_to_num().median()) for v in values[1:])
     if apart <= SAME:
         return []
-    found = [float((Norms.of(pair.engine, minus=v).l2 / sizes).nan_to_num(nan=1.0).median()) for v in values]
+    engine = pair.engine.to(values[0].device)
+    found = [float((Norms.of(engine, minus=v).l2 / sizes).nan_to_num(nan=1.0).median()) for v in values]
     return [min(e, 1.0) for e in found]
 
 

@@ -80,7 +80,7 @@ class HandOver:
 class _Collect(Handler):
     """Values of the pieces of one sequence, by key."""
 
-    stage = OBSERVE + 1
+    stage, sees_experts = OBSERVE + 1, False
 
     def __init__(self) -> None:
         self.parts: dict[str, list[Tensor]] = {}
@@ -154,11 +154,12 @@ class _Stepped(nn.Module):
         if foreign is None:
             return None
         state, first = replace(state), self._position(b, columns[at - 1]) + 1 if at else 0
+        weight = next(self.mixer[0].parameters())
+        x_TD = foreign.x.to(weight.device)
+        positions_T = first + torch.arange(len(x_TD), device=weight.device)
         with attach(instead_of=self.restart):
-            x_TD = foreign.x if foreign.normed else self.layer[0].input_layernorm(foreign.x)
-            weight = next(self.mixer[0].parameters())
-            x_1TD = x_TD[None].to(weight.dtype)
-            self._run(b, first + torch.arange(len(x_TD)), x_1TD, state, positions=True)
+            x_TD = x_TD if foreign.normed else self.layer[0].input_layernorm(x_TD)
+            self._run(b, positions_T, x_TD[None].to(weight.dtype), state, positions=True)
         return state
 
     def _position(self, b: int, column: Tensor | int) -> int:

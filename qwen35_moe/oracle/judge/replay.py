@@ -20,7 +20,7 @@ ROUTING = {
 class ReplayRouting(Handler):
     """Repeats a captured routing. `values` maps keys ("layers.3.moe_topk_ids") to tensors of the same shape as ours."""
 
-    stage = REPLAY
+    stage, sees_experts = REPLAY, False
 
     def __init__(self, values: Mapping[str, Tensor], level: str = "ids"):
         self.values, self.names = values, ROUTING[level]
@@ -42,6 +42,18 @@ RESTARTS = (
 STREAMS = {"pre_mlp_residual_sum": "pre_mlp_residual"}
 
 
+BIG_BYTES = 1 << 26  # a tensor of fewer bytes stays on its GPU
+ROOM_FOR = 8  # tensors of its size: with less room on the GPU a tensor goes to the host
+
+
+def kept(x: Tensor) -> Tensor:
+    """x where it is; in the host's memory where its GPU is short of room for others of its size."""
+    if not x.is_cuda or x.nbytes < BIG_BYTES:
+        return x
+    unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+    return x if torch.cuda.mem_get_info(x.device)[0] + unused > ROOM_FOR * x.nbytes else x.cpu()
+
+
 class Captured:
     """Values of an engine by key: rows [n] of the flat [B*T] tokens, and what it had there [n, features]."""
 
@@ -60,13 +72,14 @@ class Captured:
             return None
         rows, x = self.values[key]
         found = torch.full((tokens, x.shape[1]), torch.nan, dtype=torch.float64)
-        found[rows] = x.to(found)
+        found[rows.cpu()] = x.to(found)
         return found
 
     def put(self, key: str, x: Tensor, tokens: int, keep_sums: bool = False) -> Tensor:
         """`x` with the engine's rows in the place of ours. keep_sums: only where ours does not round to theirs, so
         that a stream that was stored rounded keeps the digits that the engine's norm saw."""
-        rows, theirs = (value.to(x.device) for value in self.values[key])
+        rows, theirs = self.values[key]
+        rows, theirs = self.values[key] = rows.to(x.device), theirs.to(x.device)  # moved once
         flat = x.reshape(tokens, -1).clone()
         ours = flat[rows]
         new = theirs.to(x.dtype)
@@ -79,7 +92,7 @@ class Restart(Handler):
     own input, and an error is seen where it is made and not in all that follows.
     """
 
-    stage = OBSERVE + 1
+    stage, sees_experts = OBSERVE + 1, False
 
     def __init__(self, captured: Captured, tokens: int):
         self.captured, self.tokens = captured, tokens
@@ -88,7 +101,7 @@ class Restart(Handler):
     def __call__(self, site: Site, x: Tensor) -> Tensor | None:
         if site.expert is not None or site.index is not None:
             return None
-        self.seen.setdefault(site.key, x.cpu())
+        self.seen.setdefault(site.key, kept(x))
         if site.name not in RESTARTS:
             return None
         stream = STREAMS.get(site.name)
@@ -97,6 +110,6 @@ class Restart(Handler):
             return None
         if stream is not None:
             dtype = current().rounding(stream)
-            self.seen.setdefault(key, (x.to(dtype) if isinstance(dtype, torch.dtype) else x).cpu())
+            self.seen.setdefault(key, kept(x.to(dtype) if isinstance(dtype, torch.dtype) else x))
         rows = x.shape[0] if site.part == "visual" else self.tokens
         return self.captured.put(key, x, rows, keep_sums=stream is not None)

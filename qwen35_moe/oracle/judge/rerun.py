@@ -30,7 +30,7 @@ from .drafted import Drafting, drafted
 from .hand_over import HandOver, stepped
 from .log_p import LOG_P, log_p
 from .replay import Captured, Restart
-from .rerun_parts import SharedPart, TruthTokens
+from .rerun_parts import LayerSource, SharedPart, TruthTokens
 from .split_k import splitting
 from .where import HERE, Where
 
@@ -53,6 +53,7 @@ class Rerun:
         self.mode = where.mode or ("decoded" if size < SMALL else "stream")
         self._layers: dict[Any, Layer] = {}
         self._index: int | None = None
+        self._held = LayerSource(source, CPU)
         self.models: list[Model] = []  # one a table; their layers are not used
         self.streams: list[Tensor] = []  # one a table: what the current layer reads
         self.before: list[Tensor] = []  # one a table: what the layer before it read
@@ -61,8 +62,8 @@ class Rerun:
         self.shared: Tensor | None = None  # what the shared expert adds to the first table's mlp_output [tokens, D]
 
     def place(self, layer: int | None, expert: int = 0) -> FaultSite:
-        tokens = self.tokens.on(self.device("norm" if layer is None else f"layers.{layer}"))
         layers = None if layer is None else frozenset({layer})
+        tokens = self.tokens
         weights = self.captured.whole(f"layers.{layer}.moe_topk_weights", tokens.count)
         return FaultSite(self.config, tokens.positions, layers, expert, tokens.steps, self._seen(), weights)
 
@@ -73,14 +74,16 @@ class Rerun:
     def layer(self, i: int, table: Arithmetic, source: WeightSource, fused: bool) -> Layer:
         """Layer i with the weights of a source, in a table's dtypes; kept while i is the current layer."""
         if self._index != i:
-            self._index, self._layers = i, {}
+            self._index, self._layers, self._held = i, {}, LayerSource(self.source, self.device(f"layers.{i}"))
         key = (id(source), table.dtype, tuple(sorted(table.weights.items())), table.quantised, fused)
         if key not in self._layers:
             with torch.device("meta"):
                 layer = Layer(self.config, self.config.layer_types[i], fused)
-            fill(layer, f"layers.{i}", source, table, self.device(f"layers.{i}"), self.mode)
+            read_from = self._held if source is self.source else source
+            fill(layer, f"layers.{i}", read_from, table, self.device(f"layers.{i}"), self.mode)
             if source is not self.source:
                 return layer
+            self._held.share(layer)
             self._layers[key] = layer
         return self._layers[key]
 
@@ -109,13 +112,7 @@ class Rerun:
         return restart.seen, after
 
     def fault(
-        self,
-        i: int | None,
-        fault: Fault,
-        table: Arithmetic,
-        like: int,
-        expert: int = 0,
-        to_head: bool = False,
+        self, i: int | None, fault: Fault, table: Arithmetic, like: int, expert: int = 0, to_head: bool = False
     ) -> dict[str, Tensor]:
         """What the taps of layer i would hold if it had this fault, under a table that starts where `like` of ours did.
         to_head: what those after the last layer would hold, which may be layer i."""
@@ -154,12 +151,12 @@ class Rerun:
         yield None, seen
         for i in range(count):
             seen, after = [], []
-            part = SharedPart(self.config.num_experts, self.tables[0])
+            part = SharedPart(self.config.num_experts, self.tables[0], self.fused[i])
             for table, stream in zip(self.tables, self.streams, strict=True):
                 taps, out = self.run_layer(i, table, stream, () if seen else (part,))
                 seen.append(taps)
                 after.append(out)
-            self.shared = None if part.value is None else part.value.cpu()
+            self.shared = part.value
             yield i, seen
             said = self.where.progress(i + 1, count, len(self.tables), begin, said)
             self.before, self.streams, self.chosen = self.streams, after, seen[0][f"layers.{i}.moe_topk_ids"]

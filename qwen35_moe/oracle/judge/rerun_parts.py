@@ -8,9 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...model.text import Layer
 from ...numerics.arithmetics import Arithmetic
 from ...numerics.taps import Handler, Site
+from ...quant.packed import Packed
+from ...run.experts import moved
+from ...run.gpu.passing import PassingExperts
 from ...run.prompt import Images
+from ...run.source import WeightSource
 
 
 @dataclass
@@ -42,12 +47,48 @@ class TruthTokens:
         return None if bool(self.mask.all()) else self.mask.bool()
 
 
+class LayerSource(WeightSource):
+    """The weights of one layer: read once, and kept as they are stored on its device, for all arithmetics."""
+
+    def __init__(self, inner: WeightSource, device: torch.device):
+        super().__init__(inner.checkpoint, inner.config, inner.online)
+        self.inner, self.device, self.as_stored, self.conversion = inner, device, inner.as_stored, inner.conversion
+        self.tensors: dict[str, Tensor] = {}
+        self.weights: dict[str, Packed] = {}
+        self.experts: PassingExperts | None = None
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            self.tensors[name] = self.inner.tensor(name).to(self.device)
+        return self.tensors[name]
+
+    def weight(self, module: str, rows: slice | None = None) -> Packed:
+        if rows is not None:
+            return self.inner.weight(module, rows)
+        if module not in self.weights:
+            self.weights[module] = moved(self.inner.weight(module), self.device)
+        return self.weights[module]
+
+    def share(self, layer: Layer) -> None:
+        """Experts that pass a GPU are read by the first layer that is filled, and stay for the others."""
+        experts = layer.mlp.experts
+        if not isinstance(experts, PassingExperts):
+            return
+        if self.experts is None or self.experts.count != experts.count:
+            self.experts = experts
+        experts.stay_with(self.experts)
+
+
 class SharedPart(Handler):
     """Sees what the shared expert adds to mlp_output, where it stands beside the others and where it is a slot."""
 
-    def __init__(self, experts: int, table: Arithmetic):
-        self.slot = experts if table.switch("moe_sum_order") == "expert" else None
+    def __init__(self, experts: int, table: Arithmetic, fused: bool):
+        self.slot = experts if fused and table.switch("moe_sum_order") == "expert" else None
         self.value: Tensor | None = None
+
+    @property
+    def sees_experts(self) -> bool:
+        return self.slot is not None
 
     def __call__(self, site: Site, x: Tensor) -> None:
         if site.name == "moe_shared_gated" or (site.name == "moe_expert_weighted" and site.index == self.slot):

@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -29,8 +30,8 @@ _SPLIT = re.compile(r"/split-(\d+)(?:\.(\d+))?$")
 
 
 class SplitK(TorchFunctionMode):
-    """Linear layers as sums of `parts` products over a share of the inner dimension each, `@` with rounded operands.
-    Float64 is left alone.
+    """Linear layers, grouped ones too, as sums of `parts` products over a share of the inner dimension each, `@` with
+    rounded operands. Float64 is left alone.
 
     order      the inner dimension is permuted at random, by this seed (None: left as it is)
     running    the running sum is rounded too, after each part
@@ -42,13 +43,19 @@ class SplitK(TorchFunctionMode):
         self.parts, self.dtype, self.order, self.running = parts, dtype, order, running
 
     def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if f in PRODUCTS and args[0].dtype == torch.float32:
             return f(*(x.to(self.dtype).to(torch.float32) for x in args))
-        if f is not torch.nn.functional.linear or args[0].dtype == torch.float64:
-            return f(*args, **(kwargs or {}))
-        x, weight = args[0], args[1]
-        shares = zip(self._shares(x), self._shares(weight), strict=True)
-        parts = (f(a, b).to(self.dtype) for a, b in shares)
+        if f not in (F.linear, torch._grouped_mm) or args[0].dtype == torch.float64:
+            return f(*args, **kwargs)
+        x, grouped = args[0], f is torch._grouped_mm
+
+        def product(a: Tensor, b: Tensor) -> Tensor:
+            if grouped:  # rows are whole 16 bytes there
+                a, b = (F.pad(y, (0, -y.shape[-1] % 8)) for y in (a, b))
+            return f(a, b.mT if grouped else b, **kwargs).to(self.dtype)
+
+        parts = map(product, self._shares(x), self._shares(args[1].mT if grouped else args[1]))
         total = next(parts).to(torch.float32)
         for part in parts:
             total = total + part

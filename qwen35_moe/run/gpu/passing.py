@@ -44,25 +44,35 @@ class PassingExperts(BatchedExperts, PackedExperts):
         self.all: list[Batch] = []
         self.coming: list[Fetch | None] = []  # of each batch in `all`, once `begin` was called
         self.later: list[PendingScaleCheck] | None = None  # who owns this list waits for the checks
+        self.stay = False  # what was read stays on the GPU
 
     def begin(self) -> None:
         """Has all experts read, unless that has begun."""
         self.all = self.all or self._batches(range(self.count))
         self.coming = self.coming or self._fetches(self.all)
 
+    def stay_with(self, first: PassingExperts) -> None:
+        """Has all experts read once, by `first`, to stay as they are stored; these are decoded from there."""
+        first.begin()
+        self.all, self.coming, self.stay = first.all, first.coming, True
+
     def batches(self, hit: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
         """Some experts and their gate_up [n, 2F, D] and down [n, D, F], until all that are hit have been had.
 
         Error: what cannot be read; a scale that is NaN or infinite (or a check in `later`).
         """
-        self.nearly_all = 8 * len(hit) > 7 * self.count
+        self.nearly_all = self.stay or 8 * len(hit) > 7 * self.count
         if self.nearly_all:
             self.begin()
         batches = self.all if self.nearly_all else self._batches(hit)
         coming = self.coming if self.nearly_all else self._fetches(batches)
-        self.coming, doubts = [], list[Tensor]()
+        doubts = list[Tensor]()
+        if not self.stay:
+            self.coming = []
         for i, batch in enumerate(batches):
-            fetch, coming[i] = coming[i], None  # its buffer is free once it is decoded
+            fetch = coming[i]
+            if not self.stay:
+                coming[i] = None  # its buffer is free once it is decoded
             if fetch is None:
                 gate_up, down = (x[None] for x in self.at(batch.experts[0]))
             else:
