@@ -13,10 +13,16 @@ FP8 = {"dtype": "fp8_e4m3", "qscheme": "per_channel", "is_dynamic": False}
 SPECS = [
     {"weight": w, "input_tensors": i and i | {"is_dynamic": True}} for w, i in ((FP4, FP4), (FP8, FP8), (FP4, None))
 ]
+NVFP4 = [FP4 | {"group_size": 16}, {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "group_size": None}]
+INT4 = [FP8 | {"qscheme": "per_tensor"}, {"dtype": "int4", "qscheme": "per_channel", "symmetric": True, "ch_axis": 0}]
+STEPS = [{"weight": w, "input_tensors": i} for w, i in (
+    (NVFP4, [NVFP4[0] | {"is_dynamic": True}, NVFP4[1]]), (NVFP4, NVFP4), ([FP4, FP4], [FP4, FP4]),
+    (NVFP4, FP4 | {"is_dynamic": True}), (INT4, FP8 | {"is_dynamic": True}),
+)]  # fmt: skip
 PARTS = ("gate_proj", "up_proj", "down_proj")
 BASES = ("model.language_model.layers.{}",) * 3 + ("model.layers.{}", "layers.{}", "language_model.model.layers.{}")
-ALGOS = ("FP8", "NVFP4", "NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "MXFP8", "FP8_PB_WO", "MIXED_PRECISION",
-         "MIXED_PRECISION")  # fmt: skip
+ALGOS = (*("FP8", "NVFP4", "NVFP4", "NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "nvfp4", "W4A8_NVFP4_FP8", "MXFP8", "MXFP8"),
+         *("FP8_PB_WO", "FP8_BLOCK_SCALES", "INT4_AWQ", *["MIXED_PRECISION"] * 4))  # fmt: skip
 
 
 def names(rng: random.Random) -> str:
@@ -57,12 +63,16 @@ def _quark(rng: random.Random) -> Json:
         layers |= {name: SPECS[1] for name in listed(rng) if not name.startswith("re:")}
     raw: Json = {"quant_method": "quark", "global_quant_config": rng.choice(SPECS), "exclude": listed(rng)}
     raw |= {"layer_quant_config": layers, "layer_type_quant_config": {}}
-    return raw | ({"exclude": None} if rng.random() < 0.01 else {})
+    nulls = ("exclude", "layer_quant_config", "layer_type_quant_config", "global_quant_config")
+    if rng.random() < 0.05:
+        raw["global_quant_config"] = rng.choice(STEPS)
+    return raw | ({rng.choice(nulls): None} if rng.random() < 0.05 else {})
 
 
 def _fp8(rng: random.Random) -> Json:
     key = rng.choice(("ignored_layers", "modules_to_not_convert"))
     block = {"weight_block_size": [128, 128]} if rng.random() < 0.8 else {}
+    block |= {"activation_scheme": rng.choice(("dynamic", "dynamic", "static"))}
     return {"quant_method": "fp8", **block, key: [n for n in listed(rng) if not n.startswith(("re:", "*"))]}
 
 
@@ -77,7 +87,11 @@ def _modelopt(rng: random.Random) -> Json:
         inner["quantized_layers"] = {name: {"quant_algo": rng.choice(words), "group_size": 16} for name in chosen}
     if rng.random() < 0.3:  # hf_quant_config.json
         return {"quant_method": "modelopt", "quantization": inner | {"exclude_modules": plain}}
-    return {"quant_method": "modelopt", **inner, rng.choice(("ignore", "ignore", "exclude_modules")): plain}
+    lists = {key: listed(rng) if rng.random() < 0.1 else plain for key in rng.choice(KEYS)}
+    return {"quant_method": "modelopt", **inner, **(lists if rng.random() < 0.98 else dict.fromkeys(lists))}
+
+
+KEYS = (("ignore",), ("ignore",), ("exclude_modules",), ("ignore", "exclude_modules"), ())
 
 
 def _gptq(rng: random.Random) -> Json:
@@ -106,6 +120,7 @@ def _other(rng: random.Random) -> Json:
     return rng.choice(({}, {"quant_method": "awq", "bits": 4, "group_size": 128}))
 
 
+WORDS = ("quark_mxfp4", "quark_mxfp4", "fp8", "mxfp8", "quark", "modelopt_fp4", "nvfp4_online")  # --quantization
 METHODS: tuple[tuple[float, Callable[[random.Random], Json]], ...] = (
     (0.55, _quark), (0.12, _fp8), (0.15, _modelopt), (0.06, _gptq), (0.09, _compressed_tensors), (0.03, _other),
 )  # fmt: skip
@@ -125,4 +140,5 @@ def draw(rng: random.Random) -> tuple[Json, Json, Json]:
     make = rng.choices([method for _, method in METHODS], [weight for weight, _ in METHODS])[0]
     options: Json = {"enforce_shared_experts_fusion": rng.random() < 0.3, "vllm_opt_in": True}
     options["vllm_online_target"] = rng.choice(("", "", "mxfp4"))
+    options["quantization"] = rng.choice(("",) * 30 + WORDS)
     return top, make(rng), options

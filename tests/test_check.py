@@ -101,7 +101,7 @@ SITUATIONS: list[tuple[str, dict[str, Any], Callable[[str], ModuleSpec], str]] =
     ("one of a fused pair", quark(*body(parts="gate down")), shared(MXFP4), ALL),
     ("exclude: null", quark() | {"exclude": None}, shared(MXFP4), "sglang-0.5.23 vllm-0.33"),
     ("a weight in two steps", quark(global_quant_config={"weight": [FP4, FP4], "input_tensors": FP4}), shared(MXFP4),
-     "sglang-0.5.23 atom-ffdf3bb5"),
+     ALL),
     ("listed, and MXFP4 in the bytes", quark(*body()), shared(MXFP4), ALL),
     ("listed in any order, with the draft first", quark(*DRAFT_BODY, *reversed(body())), shared(BF16), ""),
     ("listed with the prefix of older exports",

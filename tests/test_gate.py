@@ -261,7 +261,7 @@ def test_draft_rows(name: str, quant: dict[str, Any], target: bool, draft: bool)
 
 def test_only_modelopt_drafts_beside_nvfp4_are_bf16() -> None:
     """`_mtp_quant_config` knows NVFP4 and the mix; with FP8 the draft has the target's quantisation."""
-    for algo, broken in (("NVFP4", True), ("FP8", False), ("FP8_PB_WO", False)):
+    for algo, broken in (("NVFP4", True), ("FP8", False), ("MXFP8", False)):
         quant = NV | {"quant_algo": algo}
         decisions = decide_layers(QWEN, quant, "sglang-0.5.23")
         assert all(decisions) and ("mtp.layers.0" in hazards(QWEN, quant, decisions)) is broken
@@ -313,7 +313,8 @@ def test_objects_of_engines_decide_as_the_dictionary_does(rule: str, exclude: li
     file = quark(*exclude)
     as_file = can_fuse_shared_expert(QWEN, file, rule)
     assert bool(can_fuse_shared_expert(QWEN, EngineQuarkConfig(file), rule)) == bool(as_file)
-    assert bool(can_fuse_shared_expert(SimpleNamespace(**TEXT), SimpleNamespace(**file), rule)) == bool(as_file)
+    if rule != "atom-00afbe32":  # whose class for a text model renames no entry
+        assert bool(can_fuse_shared_expert(SimpleNamespace(**TEXT), SimpleNamespace(**file), rule)) == bool(as_file)
 
 
 @pytest.mark.parametrize("rule", ["strict", "sglang-22948", "sglang-0.5.23"])

@@ -78,7 +78,9 @@ def test_a_method_without_a_reader(method: str) -> None:
 @pytest.mark.parametrize("algo", ["FP8_BLOCK_SCALES", "MXFP8", "INT4_AWQ", "W4A8_AWQ"])
 def test_newer_algorithms_of_modelopt(algo: str) -> None:
     config = QWEN | {"quantization_config": NV | {"quant_algo": algo, "exclude_modules": ["mtp*"]}}
-    assert can_fuse_shared_expert(config, rule="sglang")
+    assert can_fuse_shared_expert(config, rule="sglang").fused is (algo == "MXFP8")
+    assert can_fuse_shared_expert(config, rule="sglang").starts is (algo == "MXFP8"), "SGLang reads one FP8 of ModelOpt"
+    assert can_fuse_shared_expert(config, rule="vllm").starts is (algo == "MXFP8")
     assert bool(can_fuse_shared_expert(config, rule="vllm", vllm_opt_in=True)) is (algo == "MXFP8")
     left = QWEN | {"quantization_config": NV | {"quant_algo": "MXFP8", "exclude_modules": ["*.mlp.shared_expert*"]}}
     assert "not excluded alike" in can_fuse_shared_expert(left, rule="vllm", vllm_opt_in=True).reason
@@ -111,6 +113,80 @@ def test_entries_that_vllms_mapper_does_not_rename() -> None:
     anywhere = quark(r"re:.*\.mlp\.shared_expert\..*")
     assert not any(decide_layers(QWEN, anywhere, "vllm", vllm_opt_in=True)[:4])
     assert can_fuse_shared_expert(QWEN, quant, "strict", stored=stored).fused is False
+
+
+CRASHES = [
+    # configuration, who does not start with it
+    (quark() | {"layer_quant_config": None}, "sglang"),
+    (quark() | {"layer_type_quant_config": None}, "sglang vllm"),
+    (quark() | {"global_quant_config": None}, "sglang vllm"),
+    (quark() | {"exclude": None}, "sglang vllm"),
+    (quark(global_quant_config={"weight": [FP4, FP4], "input_tensors": [FP4, FP4]}), "sglang vllm atom"),
+    (quark(global_quant_config={"weight": [FP4], "input_tensors": [FP4]}), "sglang"),
+    (NV | {"quant_algo": "FP8_PB_WO"}, "sglang atom"),
+    (NV | {"quant_algo": "NVFP4_AWQ"}, "vllm atom"),
+    (NV | {"quant_algo": "W4A8_AWQ"}, "sglang vllm atom"),
+    (NV | {"ignore": None}, "sglang vllm atom"),
+    (NV | {"quant_algo": "MIXED_PRECISION"}, "sglang vllm atom"),
+]
+
+
+@pytest.mark.parametrize(("quant", "who"), CRASHES)
+def test_configurations_that_an_engine_cannot_read(quant: dict[str, Any], who: str) -> None:
+    found = {rule: can_fuse_shared_expert(QWEN, quant, rule, vllm_opt_in=True) for rule in ENGINES}
+    assert {rule for rule, decision in found.items() if not decision.starts} == set(who.split())
+    assert all("does not start" in str(decision) for rule, decision in found.items() if rule in who)
+
+
+def test_lists_under_two_keys() -> None:
+    """Without entries the first key does not count: FP8's `ignored_layers`; ModelOpt's `ignore` hides the other."""
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "ignored_layers": []}
+    assert not can_fuse_shared_expert(QWEN, fp8 | {"modules_to_not_convert": body()}, "vllm", vllm_opt_in=True)
+    both = NV | {"ignore": [], "exclude_modules": ["*.mlp.shared_expert*"]}
+    assert can_fuse_shared_expert(QWEN, both, "sglang")
+    assert not can_fuse_shared_expert(QWEN, {"quantization": both}, "sglang")
+
+
+BLOCK = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+NV_STEPS = {"weight": [FP4 | {"group_size": 16}, {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}]}
+ONLINE = [
+    # --quantization, configuration, what SGLang makes of target and draft, what vLLM does; 1 fused, 0 not, - no start
+    ("", None, "11", "11"),
+    ("fp8", None, "11", "00"),
+    ("quark_mxfp4", None, "00", "00"),  # SGLang leaves the shared expert of a qwen3_5_moe out
+    ("quark_mxfp4", BLOCK, "01", "--"),  # a draft keeps the checkpoint's FP8
+    ("quark_mxfp4", BLOCK | {"activation_scheme": "static"}, "--", "--"),
+    ("quark_mxfp4", quark(), "--", "--"),
+    ("quark_mxfp4", quark("lm_head", global_quant_config=NV_STEPS), "1-", "--"),
+    ("quark_mxfp4", quark("*shared_expert.*", global_quant_config=NV_STEPS), "0-", "--"),
+    ("quark_mxfp4", NV | {"ignore": ["lm_head"]}, "11", "00"),
+    ("quark_mxfp4", NV | {"ignore": ["*.mlp.shared_expert*"]}, "01", "00"),
+    ("quark_mxfp4", NV | {"ignore": []}, "01", "00"),  # an empty list is none, so SGLang's own counts
+    ("fp8", quark(), "--", "--"),
+    ("quark", quark(), "11", "11"),
+    ("modelopt_fp4", BLOCK, "11", "--"),
+    ("modelopt_fp4", NV | {"ignore": ["*.mlp.shared_expert*"]}, "01", "00"),
+    ("quark", None, "--", "00"),
+]
+
+
+@pytest.mark.parametrize(("word", "quant", "sglang", "vllm"), ONLINE)
+def test_quantization_on_the_command_line(word: str, quant: dict[str, Any] | None, sglang: str, vllm: str) -> None:
+    config = QWEN | ({"quantization_config": quant} if quant else {})
+    for rule, expected in (("sglang", sglang), ("vllm", vllm)):
+        decisions = decide_layers(config, rule=rule, quantization=word, vllm_opt_in=True)
+        words = ["1" if d else "0" if d.starts else "-" for d in (decisions[0], decisions[-1])]
+        assert "".join(words) == expected, rule
+    flat = can_fuse_shared_expert(TEXT, rule="sglang", quantization="quark_mxfp4")
+    assert flat, "under the model_type of a text model SGLang converts the shared expert as well"
+    forced = {"quantization": "quark_mxfp4", "enforce_shared_experts_fusion": True}
+    assert "not prequantized" in can_fuse_shared_expert(QWEN, rule="sglang", **forced).warnings[0]
+
+
+def test_the_draft_that_vllm_builds_without_gptq() -> None:
+    """qwen3_5_mtp.py: an entry of `dynamic` that leaves mtp out switches the draft's quantisation off."""
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {r"-:^mtp\..*": {}}}
+    assert [bool(d) for d in decide_layers(QWEN, gptq, "vllm", vllm_opt_in=True)] == [False] * 4 + [True]
 
 
 def test_vllm_converts_a_shared_expert_while_loading() -> None:

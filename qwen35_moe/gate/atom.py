@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .common import first_entry, no, refuse_sizes, stops, yes
+from .common import first_entry, no, quark_specs, refuse_sizes, several_steps, steps, stops, yes
 from .declared import QuantConfig
 from .exclude import ExcludeList, Hit, exclude_list, first_match
 from .module_names import is_draft_entry, mentions_shared_body
-from .namespaces import ATOM
+from .namespaces import ATOM, ATOM_MULTIMODAL, Namespace
 from .readings import occurs_in_key
 from .records import Decision, Evidence, GateModel, MoEBlock, Options
 
@@ -25,12 +25,21 @@ ONE_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(?:w[123]|(?:gate|up|down)_proj)")
 
 
 def atom(model: GateModel, layer: MoEBlock, options: Options) -> Decision:
-    """ROCm/ATOM with prefixes: the specs of the two blocks of this very layer.
+    """ROCm/ATOM with prefixes, text only as its guide says: the specs of the two blocks of this very layer.
 
     The shared expert is asked for by its parent's name, so a pattern that only covers its children
     (`*.shared_expert.*`, Quark's own template) is not seen.
     """
-    quant = model.quant.read_as("atom", ATOM, model.nested)
+    return _atom(model, layer, options, ATOM)
+
+
+def atom_multimodal(model: GateModel, layer: MoEBlock, options: Options) -> Decision:
+    """The same, for the class that a later model_runner.py builds of a checkpoint with a vision tower."""
+    return _atom(model, layer, options, ATOM_MULTIMODAL)
+
+
+def _atom(model: GateModel, layer: MoEBlock, options: Options, names: Namespace) -> Decision:
+    quant = model.quant.read_as("atom", names, model.nested)
     if trouble := quant.view("atom stops", lambda: _cannot_start(quant)):
         modelopt = Evidence("atom/quant_spec.py: ModelOptParser", "format")
         return stops(trouble, modelopt if quant.method == "modelopt" else Evidence("atom/quant_spec.py: QuarkParser"))
@@ -101,7 +110,8 @@ def _list(quant: QuantConfig) -> ExcludeList:
     key = next((key for key in places if raw.get(key)), "")
     written = tuple(entry for entry in raw.get(key) or () if isinstance(entry, str))
     count = quant.num_hidden_layers or 0
-    return exclude_list(tuple(ATOM.entry(entry, quant.nested, count) for entry in written), "atom", key, written)
+    names = quant.namespace or ATOM
+    return exclude_list(tuple(names.entry(entry, quant.nested, count) for entry in written), "atom", key, written)
 
 
 def _inner(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -121,7 +131,7 @@ def _mixed(quant: QuantConfig) -> dict[str, Key]:
 
 def _quark_key(raw: Mapping[str, Any] | None) -> Key:
     raw = raw or {}
-    weights, inputs = _steps(raw.get("weight")), _steps(raw.get("input_tensors"))
+    weights, inputs = steps(raw.get("weight")), steps(raw.get("input_tensors"))
     if not weights:
         return "bf16", "no", bool(inputs[0].get("is_dynamic", True)) if inputs else True
     dtype = re.sub(r"_e\d+m\d+.*", "", str(weights[0].get("dtype")))
@@ -130,18 +140,10 @@ def _quark_key(raw: Mapping[str, Any] | None) -> Key:
     return dtype, scheme if scheme in QSCHEMES else "no", bool(inputs[0].get("is_dynamic", True)) if inputs else True
 
 
-def _steps(spec: Any) -> list[Mapping[str, Any]]:
-    """Quark quantises a tensor in one step or in several."""
-    return spec if isinstance(spec, list) else [spec] if spec else []
-
-
 def _cannot_start(quant: QuantConfig) -> str:
     """Why ATOM raises when it reads the configuration; "" if it does not."""
     if quant.method == "quark":
-        specs = (quant.raw.get("global_quant_config"), *quant.key_specs)
-        odd = any(
-            max(len(_steps((s or {}).get(k))) for k in ("weight", "input_tensors")) > 1 and not _nvfp4(s) for s in specs
-        )
+        odd = any(map(several_steps, quark_specs(quant).values()))
         return "a weight in several steps is read as NVFP4 only" if odd else ""
     if quant.method != "modelopt" or quant.raw.get("quant_method") not in ("modelopt", None):
         return ""
@@ -157,19 +159,3 @@ def _cannot_start(quant: QuantConfig) -> str:
         if (match := ONE_EXPERT.fullmatch(name)) and blocks.setdefault(match[1], algo) != algo:
             return f"the experts of {match[1]} are quantised in two ways"
     return ""
-
-
-def _nvfp4(spec: Mapping[str, Any]) -> bool:
-    """Two steps each: FP4 in groups of 16, then FP8 scales per tensor; weights static, inputs dynamic."""
-    weights, inputs = _steps(spec.get("weight")), _steps(spec.get("input_tensors"))
-    if len(weights) != 2 or len(inputs) != 2:
-        return False
-    first = all(
-        str(x.get("dtype")).startswith("fp4") and x.get("qscheme") == "per_group" and x.get("group_size") == 16
-        for x in (weights[0], inputs[0])
-    )
-    second = all(
-        str(x.get("dtype")).startswith("fp8_e4m3") and x.get("qscheme") == "per_tensor" and not x.get("is_dynamic")
-        for x in (weights[1], inputs[1])
-    )
-    return first and second and not weights[0].get("is_dynamic") and inputs[0].get("is_dynamic") is True

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import Qwen35Error
 from .declared import QuantConfig
+from .dialects import modelopt_list
 from .exclude import Hit, first_match
 from .module_names import expand_fused
 from .readings import exact, glob, occurs_in_key
@@ -47,6 +48,56 @@ def refuse_platform(options: Options) -> Decision | None:
     )
 
 
+def modelopt_stops(quant: QuantConfig, algo: str, known: Sequence[str], engine: str) -> Decision | None:
+    """What SGLang and vLLM raise alike while they read a ModelOpt configuration."""
+    inner, key = quant.raw.get("quantization", quant.raw), modelopt_list(quant.raw)
+    if algo not in known:
+        return stops(f"of ModelOpt {engine} reads {', '.join(known)}, not {algo}",
+                     Evidence(f"quant_algo = {algo}", "format"))  # fmt: skip
+    if algo == "MIXED_PRECISION" and not inner.get("quantized_layers"):
+        return stops("MIXED_PRECISION without quantized_layers", Evidence(f"quant_algo = {algo}"))
+    if inner.get(key, ()) is None and (engine == "vLLM" or "NVFP4" in algo):
+        return stops(f"{key} is null, and {engine} wants a list", Evidence(f"{key} = null"))
+    return None
+
+
+def quark_stops(quant: QuantConfig, engine: str, read: Sequence[str]) -> Decision | None:
+    """A Quark configuration with null where the engine reads a list or a dictionary."""
+    null = next((key for key in read if quant.raw.get(key, ()) is None), None)
+    return stops(f"{null} is null, and {engine} iterates over it", Evidence(f"{null} = null")) if null else None
+
+
+def quark_specs(quant: QuantConfig) -> dict[str, Mapping[str, Any]]:
+    """The raw specs of a Quark configuration, by the key that they stand under."""
+    specs = {"global_quant_config": quant.raw.get("global_quant_config"), **(quant.raw.get("layer_quant_config") or {})}
+    return {name: spec for name, spec in specs.items() if isinstance(spec, Mapping)}
+
+
+def steps(spec: Any) -> list[Mapping[str, Any]]:
+    """Quark quantises a tensor in one step or in several."""
+    return spec if isinstance(spec, list) else [spec] if spec else []
+
+
+def several_steps(spec: Mapping[str, Any]) -> bool:
+    """Whether weights or inputs are quantised in several steps, and are not NVFP4.
+
+    NVFP4 has two steps each: FP4 in groups of 16, then FP8 scales per tensor; weights static, inputs dynamic.
+    """
+    weights, inputs = steps(spec.get("weight")), steps(spec.get("input_tensors"))
+    if max(len(weights), len(inputs)) < 2:
+        return False
+    pairs = list(zip(weights, inputs, strict=False))
+    nvfp4 = len(weights) == len(inputs) == 2 and all(
+        str(x.get("dtype")).startswith(dtype)
+        and x.get("qscheme") == scheme
+        and (dtype != "fp4" or x.get("group_size") == 16)
+        for pair, dtype, scheme in zip(pairs, ("fp4", "fp8_e4m3"), ("per_group", "per_tensor"), strict=True)
+        for x in pair
+    )
+    dynamic = [[bool(x.get("is_dynamic")) for x in pair] for pair in pairs]
+    return not nvfp4 or dynamic != [[False, True], [False, False]]
+
+
 def first_entry(quant: QuantConfig, test: Callable[[str], bool], how: str = "substring") -> Hit | None:
     """The first entry of the exclude list that passes a test of the raw string."""
     found = next(((i, e) for i, e in enumerate(quant.exclude.entries) if test(e)), None)
@@ -66,7 +117,11 @@ def sglang_layer_config(quant: QuantConfig, name: str) -> Any:
     if found := first_match(quant.key_index, name, (exact, glob)):
         return quant.key_specs[found[0]]
     single = {key: quant.key_specs[i] for i, key in quant.key_index.below(name)} if name.endswith(".experts") else {}
-    return _one_spec(name, single) if single else quant.raw.get("global_quant_config")
+    if single:
+        return _one_spec(name, single)
+    if quant.raw.get("layer_type_quant_config", ()) is None:
+        raise Qwen35Error("layer_type_quant_config is null, and SGLang looks into it", where=name)
+    return quant.raw.get("global_quant_config")
 
 
 def vllm_layer_config(quant: QuantConfig, name: str) -> Any:

@@ -58,7 +58,7 @@ def _fp8(raw: Mapping[str, Any]) -> dict[str, Any]:
     block = tuple(map(int, raw.get("weight_block_size") or ()))
     activation = Activation("fp8", raw.get("activation_scheme", "dynamic") == "dynamic", block[-1] if block else None)
     return {
-        "exclude": _exclude(raw, "ignored_layers" if "ignored_layers" in raw else "modules_to_not_convert", "fp8"),
+        "exclude": _exclude(raw, "ignored_layers" if raw.get("ignored_layers") else "modules_to_not_convert", "fp8"),
         "default": ModuleSpec("fp8-block" if block else "fp8-tensor", block, "f32", activation),
         "default_from": "weight_block_size" if block else "quant_method",
     }
@@ -110,9 +110,7 @@ def _modelopt(raw: Mapping[str, Any]) -> dict[str, Any]:
     algo = str(inner.get("quant_algo") or raw.get("quant_algo") or "").upper()
     layers = inner.get("quantized_layers") or {}
     return {
-        "exclude": _exclude(
-            inner, "exclude_modules" if inner.get("exclude_modules") is not None else "ignore", "modelopt"
-        ),
+        "exclude": _exclude(inner, modelopt_list(raw), "modelopt"),
         "layers": tuple(
             (name, _algo_spec(str(entry.get("quant_algo")).upper(), entry)) for name, entry in layers.items()
         ),
@@ -120,6 +118,11 @@ def _modelopt(raw: Mapping[str, Any]) -> dict[str, Any]:
         "default": BF16 if algo == "MIXED_PRECISION" else _algo_spec(algo, inner),
         "default_from": f"quant_algo {algo}",
     }
+
+
+def modelopt_list(raw: Mapping[str, Any]) -> str:
+    """Where ModelOpt lists what it leaves out: hf_quant_config.json has one key, config.json either, `ignore` first."""
+    return "ignore" if "quantization" not in raw and "ignore" in raw else "exclude_modules"
 
 
 # "PB_WO" is "per block, weights only"; some exports write it in lower case.

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .atom import atom, atom_first_entry
+from .atom import atom, atom_first_entry, atom_multimodal
 from .common import Rule
-from .namespaces import ATOM, SGLANG, VLLM, Namespace
+from .namespaces import ATOM, ATOM_MULTIMODAL, SGLANG, VLLM, Namespace
 from .records import Decision
 from .sglang import sglang_0_5_23, sglang_22948
 from .vllm import all_or_none, vllm_0_33
@@ -37,6 +37,7 @@ ENGINE_RULES = {
     "sglang-0.5.23": RuleInfo(sglang_0_5_23, "sglang", "SGLang 0.5.23", SGLANG, by_layer=False),
     "vllm-0.33": RuleInfo(vllm_0_33, "vllm", "vLLM 0.33", VLLM, together=all_or_none),
     "atom-ffdf3bb5": RuleInfo(atom, "atom", "ROCm/ATOM ffdf3bb5, with prefixes", ATOM),
+    "atom-00afbe32": RuleInfo(atom_multimodal, "atom", "ROCm/ATOM 00afbe32, with a vision tower", ATOM_MULTIMODAL),
     "atom-first-entry": RuleInfo(atom_first_entry, "atom", "ROCm/ATOM, without prefixes", by_layer=False),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .module_names import canonical_module
 
@@ -80,4 +80,15 @@ ATOM = Namespace(
     key_renames=((".shared_expert_gate", ".gate"),),
     anywhere=True,
     appended_draft=True,
+)
+ATOM_MULTIMODAL = replace(
+    ATOM,
+    nested="language_model.model.",
+    source="ROCm/ATOM 00afbe32 model_engine/model_runner.py: support_model_arch_dict; models/qwen3_5.py",
+    nested_renames=(
+        ("model.visual.", "visual."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.language_model.", "language_model.model."),
+    ),
+    flat_renames=(),
 )

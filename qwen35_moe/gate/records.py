@@ -28,6 +28,7 @@ class Options:
     gfx95: bool = True
     cuda_opt_in: bool = False  # SGLang's enable_cuda_shared_expert_fusion of a model class
     cutedsl_ar_fusion: bool = False
+    quantization: str = ""  # --quantization of SGLang and vLLM: what is converted while loading
     vllm_opt_in: bool = False  # VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS
     vllm_online_target: str = ""  # --quantization-config.targets '{"*shared_expert*": "mxfp4"}'
     atom_fuse_shared_expert: bool = True  # ATOM_FUSE_SHARED_EXPERT

@@ -6,10 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import Qwen35Error
-from .common import first_entry, no, refuse_platform, refuse_sizes, sglang_layer_config, stops, yes
+from .common import (
+    first_entry,
+    modelopt_stops,
+    no,
+    quark_stops,
+    refuse_platform,
+    refuse_sizes,
+    sglang_layer_config,
+    stops,
+    yes,
+)
 from .declared import QuantConfig
 from .module_names import is_draft_entry, mentions_shared_body
 from .namespaces import SGLANG
+from .online import requantised
 from .records import PER_RANK_SLOT_BACKENDS, PROJECTIONS, Decision, Evidence, GateModel, MoEBlock, Options
 
 
@@ -31,6 +42,10 @@ def sglang_22948(model: GateModel, layer: MoEBlock, options: Options) -> Decisio
 
 def sglang_0_5_23(model: GateModel, layer: MoEBlock, options: Options) -> Decision:
     """SGLang 0.5.23: qwen2_moe.py:137-152, 283-302, quark.py:1085-1297, modelopt_quant.py:1552, qwen3_5_mtp.py:50."""
+    model_or_stop = requantised(model, layer, options.quantization.lower())
+    if isinstance(model_or_stop, Decision):
+        return model_or_stop
+    model = model_or_stop
     if (trouble := _cannot_start(model)) is not None:
         return trouble
     decision = _sglang_draft(model) if layer.draft else None
@@ -68,33 +83,33 @@ def _refuse_before_quantisation(model: GateModel, options: Options) -> Decision 
 
 def _cannot_start(model: GateModel) -> Decision | None:
     """What raises while SGLang reads the configuration, whether it would fuse or not."""
-    raw = model.quant.raw
-    if model.quant.method == "modelopt":
-        return _modelopt_cannot_start(raw)
-    if model.quant.method != "quark":
+    quant = model.quant
+    if quant.method == "modelopt":
+        return _modelopt_cannot_start(quant)
+    if quant.method != "quark":
         return None
-    if raw.get("exclude", ()) is None:
-        return stops("exclude is null, and SGLang iterates over it", Evidence("exclude = null"))
-    specs = {"global_quant_config": raw.get("global_quant_config"), **(raw.get("layer_quant_config") or {})}
-    for name, spec in specs.items():
-        if isinstance(spec, Mapping) and any(isinstance(spec.get(key), list) for key in ("weight", "input_tensors")):
-            return stops("a weight in two steps has no scheme in SGLang", Evidence(f"{name}: a list of specs"))
-    return None
+    return quark_stops(quant, "SGLang", ("exclude", "layer_quant_config"))
 
 
-def _modelopt_cannot_start(raw: Mapping[str, Any]) -> Decision | None:
-    """modelopt_quant.py: ModelOptFp4Config.from_config, which takes every algorithm with FP4 in its name."""
-    inner = raw.get("quantization", raw)
+def _modelopt_cannot_start(quant: QuantConfig) -> Decision | None:
+    """configs/model_config.py: _parse_modelopt_quant_config; modelopt_quant.py: from_config of each class.
+
+    An algorithm that is not known is an error in config.json only, see `online.requantised`.
+    """
+    inner = quant.raw.get("quantization", quant.raw)
     algo = str(inner.get("quant_algo", ""))
-    if "FP4" in algo and algo not in ("NVFP4", "NVFP4_AWQ", "W4A16_NVFP4"):
-        return stops(
-            f"SGLang reads NVFP4, NVFP4_AWQ and W4A16_NVFP4, not {algo}", Evidence(f"quant_algo = {algo}", "format")
-        )
-    if "FP4" in algo and inner is not raw and not isinstance(inner.get("group_size", raw.get("group_size")), int):
+    if (trouble := modelopt_stops(quant, algo, SGLANG_ALGOS, "SGLang")) is not None:
+        return trouble
+    if (
+        inner is not quant.raw
+        and "FP4" in algo
+        and not isinstance(inner.get("group_size", quant.raw.get("group_size")), int)
+    ):
         return stops("hf_quant_config.json states no group_size", Evidence(f"quant_algo = {algo}"))
-    if algo == "MIXED_PRECISION" and not inner.get("quantized_layers"):
-        return stops("MIXED_PRECISION without quantized_layers", Evidence(f"quant_algo = {algo}"))
     return None
+
+
+SGLANG_ALGOS = ("FP8", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "MXFP8", "MIXED_PRECISION")
 
 
 def _cannot_build(model: GateModel, layer: MoEBlock, decision: Decision) -> Decision | None:
@@ -105,15 +120,20 @@ def _cannot_build(model: GateModel, layer: MoEBlock, decision: Decision) -> Deci
     if model.quant.method != "quark":
         return None
     quant = model.quant.read_as("sglang", SGLANG, model.nested)
-    for at in model.drafts if layer.draft else model.layers:
+    for i, at in enumerate(model.drafts if layer.draft else model.layers):
         bodies = [] if decision else [f"{at.name}.mlp.shared_expert.gate_up_proj"]
-        for module in (at.experts, *bodies):
+        # One module for all that are neither: the first layer of a target has a DeltaNet, a draft has attention.
+        others = [] if i else [f"{at.name}.{'self_attn.o_proj' if layer.draft else 'linear_attn.out_proj'}"]
+        for module in (at.experts, *bodies, *others):
             names = quant.names(module)
             try:
-                if quant.exclude.hit(names) is None:
-                    sglang_layer_config(quant, *names)
+                spec = {} if quant.exclude.hit(names) else sglang_layer_config(quant, *names)
             except Qwen35Error as error:
                 return stops(f"a module has no single spec: {error.what}", Evidence(str(error.where)))
+            if spec is None and "global_quant_config" in quant.raw:
+                return stops("no spec is stated for a module that is not excluded", Evidence(module))
+            if any(isinstance((spec or {}).get(key), list) for key in ("weight", "input_tensors")):
+                return stops("a weight in two steps has no scheme in SGLang", Evidence(f"{module}: a list of specs"))
     return None
 
 
@@ -124,8 +144,8 @@ def _sglang_draft(model: GateModel) -> Decision | None:
         hit = first_entry(quant, lambda e: e.startswith("mtp.") and "mlp.experts" in e)
         if hit is not None:
             return yes("the draft's routed experts are excluded, so the draft is BF16 throughout", Evidence.of(hit))
-    mixed = quant.default.is_float and not any(name.startswith("mtp.") for name, _ in quant.layers)
-    if quant.method == "modelopt" and (mixed or quant.default.kind == "nvfp4"):
+    nvfp4 = quant.default.kind == "nvfp4" or any(spec.kind == "nvfp4" for _, spec in quant.layers)
+    if quant.method == "modelopt" and nvfp4 and not any(name.startswith("mtp.") for name, _ in quant.layers):
         return yes("ModelOpt checkpoints keep the draft in BF16")
     return None
 
@@ -154,7 +174,9 @@ def _sglang_online(model: GateModel, options: Options, entry: Evidence) -> Decis
         return no("the exclude list names a shared expert", entry)
     raw, kind = model.quant.raw, model.top.get("model_type")
     missing = None
-    if not options.hip:
+    if not raw.get("is_prequantized", True):
+        missing = "the checkpoint is not prequantized"
+    elif not options.hip:
         missing = "this is not ROCm"
     elif not options.aiter:
         missing = "SGLANG_USE_AITER is not set"

@@ -8,25 +8,45 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from ..errors import Qwen35Error
-from .common import no, refuse_sizes, stops, vllm_layer_config, yes
+from .common import (
+    modelopt_stops,
+    no,
+    quark_stops,
+    refuse_sizes,
+    several_steps,
+    steps,
+    stops,
+    vllm_layer_config,
+    yes,
+)
 from .declared import QuantConfig
+from .dialects import ALIASES
 from .exclude import Hit
 from .module_names import expand_fused
 from .namespaces import VLLM
 from .records import Decision, Evidence, GateModel, MoEBlock, Options
 
+# modelopt.py: QUANT_ALGOS
+VLLM_ALGOS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", "MIXED_PRECISION")
 SHARED_MODULES = ("gate_up_proj", "down_proj")
 
 
 def vllm_0_33(model: GateModel, layer: MoEBlock, options: Options) -> Decision:
     """vLLM 0.33; 0.32 decides the same for Quark and FP8, and has no check for MXFP8."""
     quant = model.quant.read_as("vllm", VLLM, model.nested)
+    word = ALIASES.get(options.quantization, options.quantization)
+    if word and quant.method in ("quark", "fp8", "compressed-tensors") and word != quant.method:
+        return stops(f"the checkpoint is {quant.method}, not {word}", Evidence(f"--quantization {word}"))
     decision = _decide(model, quant, layer, options)
-    # A shared expert that is converted while loading is not built as linear layers.
-    if quant.method == "quark" and (trouble := _cannot_start(quant, layer, decision.online)) is not None:
+    if quant.method == "quark" and (trouble := _cannot_start(quant, layer, decision.fused)) is not None:
         return trouble
+    if quant.method == "modelopt":
+        algo = str(quant.raw.get("quantization", quant.raw).get("quant_algo", "")).upper()
+        if (trouble := modelopt_stops(quant, algo, VLLM_ALGOS, "vLLM")) is not None:
+            return trouble
     return decision
 
 
@@ -38,7 +58,11 @@ def _decide(model: GateModel, quant: QuantConfig, layer: MoEBlock, options: Opti
     if (refusal := refuse_sizes(model)) is not None:
         return refusal
     if quant.method == "none":
+        if options.quantization:
+            return no(f"vLLM has no compatibility check for --quantization {options.quantization}")
         return yes("the model is not quantised")
+    if layer.draft and any(k.startswith("-:") and "mtp" in k for k in quant.raw.get("dynamic") or ()):
+        return yes("an entry of `dynamic` names mtp, so the draft is built without a quantisation")
     if options.vllm_online_target:
         return _online(quant, layer, options.vllm_online_target)
     if quant.method == "quark":
@@ -66,11 +90,14 @@ def _shared_hit(quant: QuantConfig, layer: MoEBlock, part: str) -> Hit | None:
     return quant.exclude.hit(quant.names(f"{layer.name}.mlp.shared_expert.{part}"))
 
 
-def _cannot_start(quant: QuantConfig, layer: MoEBlock, converted: bool) -> Decision | None:
-    """What raises when the shared expert's linear layers are built, whether it would be fused or not."""
-    if quant.raw.get("exclude", ()) is None:
-        return stops("exclude is null, and vLLM iterates over it", Evidence("exclude = null"))
-    if converted:
+def _cannot_start(quant: QuantConfig, layer: MoEBlock, fused: bool) -> Decision | None:
+    """What raises while the experts are built, and the shared expert's linear layers if it is not fused."""
+    if (null := quark_stops(quant, "vLLM", ("exclude", "layer_type_quant_config"))) is not None:
+        return null
+    names = quant.names(layer.experts)
+    if quant.exclude.hit(names) is None and (text := _no_scheme(quant, vllm_layer_config(quant, *names), int4=True)):
+        return stops(text, Evidence(layer.experts))
+    if fused:
         return None
     try:
         if _shared_hit(quant, layer, "gate_up_proj"):
@@ -80,7 +107,17 @@ def _cannot_start(quant: QuantConfig, layer: MoEBlock, converted: bool) -> Decis
     gate, up = (vllm_layer_config(quant, *quant.names(layer.shared[part])) for part in ("gate_proj", "up_proj"))
     if gate != up:
         return stops("gate_proj and up_proj have different specs", Evidence(layer.shared["gate_proj"]))
-    return None
+    text = _no_scheme(quant, gate)
+    return stops(text, Evidence(layer.shared["gate_proj"])) if text else None
+
+
+def _no_scheme(quant: QuantConfig, spec: Any, int4: bool = False) -> str:
+    """Why vLLM has no method for a spec. int4: INT4 weights in two steps with FP8 inputs, which only experts have."""
+    if spec is None:
+        stated = "global_quant_config" in quant.raw
+        return "no spec is stated for a module that is not excluded" if stated else ""
+    w4a8 = int4 and any(step.get("dtype") == "int4" for step in steps(spec.get("weight")))
+    return "a weight in several steps is read as NVFP4 only" if several_steps(spec) and not w4a8 else ""
 
 
 def _quark(quant: QuantConfig, layer: MoEBlock) -> Decision:
@@ -114,8 +151,8 @@ def _online(quant: QuantConfig, layer: MoEBlock, target: str) -> Decision:
 
 
 def _fp8(quant: QuantConfig, layer: MoEBlock) -> Decision:
-    if quant.default.kind != "fp8-block":
-        return no("FP8 without blocks is not implemented")
+    if quant.default.kind != "fp8-block" or quant.raw.get("store_dtype") is not None:
+        return no("FP8 without blocks, or stored as another dtype, is not implemented")
     try:
         shared = [_fp8_ignored(quant, f"{layer.name}.mlp.shared_expert.{part}") for part in SHARED_MODULES]
     except Qwen35Error as error:
