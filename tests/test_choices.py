@@ -67,7 +67,7 @@ def test_an_fp8_kv_cache_is_named_and_can_be_declared(
     source = open_checkpoint(built("tiny"))[1].source
     undeclared = compare(truth, dump, source, diagnoses=1)
     assert undeclared.exit_code == 1 and undeclared.first is not None and undeclared.first.block == "attn"
-    name = "this is what an FP8 KV cache makes of it" + ", read in its own step, too" * own_step
+    name = "undeclared FP8 KV cache" + ", read in its own step, too" * own_step
     assert undeclared.diagnoses[0].named and undeclared.diagnoses[0].name == name, undeclared.diagnoses[0]
     declared = compare(truth, dump, source, kv_cache="fp8_e4m3")
     assert declared.exit_code == 0, declared.verdict

@@ -51,7 +51,7 @@ HOOKED = ",".join(name for name, tap in TAPS.items() if tap.sglang or name in DU
 UNFUSED = {"moe_shared_act"}  # a fused shared expert has no such tap
 ALL = slice(None)
 Found = tuple[list[Outcome], list[Outcome], list[Outcome]]
-IN_STEPS = ("this is what an FP8 KV cache makes of it",)  # faults of later steps, which one pass cannot have
+IN_STEPS = ("undeclared FP8 KV cache",)  # faults of later steps, which one pass cannot have
 LISTS, STEPS = ("unfused lists", "fused lists"), ("chunked", "speculative")
 REGIMES = ("gate 0.5", "gate 0.05", "outputs / 256", *LISTS, *STEPS)
 

@@ -8,8 +8,8 @@ from html import escape
 
 from ...numerics.tap_keys import base_name
 from ..judge.records import Comparison, Record, ratio_text
-from .page_parts import ADDED, COLOURS, FITTED, INHERITED, LINES, ROUTING_NOTE, STYLE, linked, say
-from .text import SYMBOLS, broken, fold, grid, short, weights_line, worst
+from .page_parts import ADDED, COLOURS, FITTED, INHERITED, LEGAL_ERROR, LINES, ROUTING_NOTE, linked, page_head, say
+from .text import GOOD_FIT, SYMBOLS, broken, fold, grid, short, weights_line, worst
 
 
 def html(result: Comparison, title: str = "qwen35-moe compare", made: Mapping[str, str] | None = None) -> str:
@@ -17,13 +17,17 @@ def html(result: Comparison, title: str = "qwen35-moe compare", made: Mapping[st
     bad = result.exit_code != 0
     mark = "&#10007;" if bad else "&#10003;"
     where = worst(result.first) if result.first else ""
-    parts = [f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-             f"<title>{escape(title)}</title><style>{STYLE}</style><main><h1>{escape(title)}</h1>",
+    parts = [page_head(title),
              f'<div class="verdict{" bad" if bad else ""}"><b>{mark} {escape(result.verdict)}</b>',
              *(f"<p>{linked(str(d))}</p>" for d in result.diagnoses[:1]), f"<p>{escape(where)}</p></div>"]  # fmt: skip
     parts += [part(result) for part in (_diagnoses, _heat, _growth, _routing, _rest)]
     parts.append(_facts(result, made or {}))
     return "".join(parts) + "</main></html>\n"
+
+
+def _head(names: Mapping[str, str]) -> str:
+    """A row of names of columns, each with its class."""
+    return "<tr>" + "".join(f'<th class="{kind}">{name}</th>' for name, kind in names.items()) + "</tr>"
 
 
 def _bar(share: float) -> str:
@@ -35,16 +39,16 @@ def _diagnoses(result: Comparison) -> str:
     for d in result.diagnoses:
         rows = "".join(
             f'<tr><td>{escape(h.name)}</td><td class="num">{100 * max(h.explains, 0):.1f} %</td>'
-            f"<td>{_bar(h.explains)}</td>"
+            f'<td class="bars">{_bar(h.explains)}</td>'
             f"<td>{escape(h.doc)}</td><td>{linked(h.seen)}</td></tr>"
             for h in d.hypotheses[:6]
         )
         fit = ""
-        if d.fit:
+        if d.fit and d.fit_left < GOOD_FIT:
             a, b, c = d.fit
             fit = (f"<p>Least squares: engine = {a:.3f} routed + {b:.3f} gated shared + {c:.3f} ungated shared, "
                    f"{100 * d.fit_left:.2g} % of the error left.</p>{say(FITTED)}")  # fmt: skip
-        head = "<tr><th>hypothesis</th><th>explains</th><th></th><th></th><th>see</th></tr>"
+        head = _head({"hypothesis": "", "explains": "num", "": "bars", "what it is": "", "see": ""})
         out.append(f"<h2>Diagnosis</h2><section><p><b>{linked(str(d))}</b></p>"
                    f'<table class="plain">{head}{rows}</table>{fit}</section>')  # fmt: skip
     return "".join(out)
@@ -61,9 +65,10 @@ def _heat(result: Comparison) -> str:
         kind = result.layers[layer] if layer < len(result.layers) else ""
         row = "".join(_cell(cells.get((layer, t)), result.first) for t in taps)
         rows.append(f"<tr><th>{layer} {kind}</th>{row}</tr>")
+    terms = "".join(map(say, (LEGAL_ERROR, ADDED, INHERITED)))
     what = "added by each block on the engine's own input" if result.layers else "inherited from all layers before"
     return (f"<h2>Errors {what}, in units of the legal error (limit {result.limit:g})</h2><section>"
-            f'<div class="key">{key}<span>&#9655; first divergence</span></div>{say(ADDED)}{say(INHERITED)}'
+            f'<div class="key">{key}<span>&#9655; first divergence</span></div>{terms}'
             f'<table class="heat"><tr><th>layer</th>{head}</tr>{"".join(rows)}</table></section>')  # fmt: skip
 
 
@@ -134,16 +139,17 @@ def _routing(result: Comparison) -> str:
         detail = f"largest margin {flip.margin:.2g}, noise {flip.noise:.2g}" if flip else ""
         legal = len(r.flips) - len(r.illegal)
         rows.append(f'<tr><td class="num">{r.layer}</td><td class="num">{r.agree} of {r.tokens}</td>'
-                    f"<td>{_bar(r.agree / max(r.tokens, 1))}</td>"
+                    f'<td class="bars">{_bar(r.agree / max(r.tokens, 1))}</td>'
                     f'<td class="num">{legal}</td><td class="num">{len(r.illegal) + r.nonsense}</td>'
                     f"<td>{detail}</td></tr>")  # fmt: skip
-    head = "<tr><th>layer</th><th>agree</th><th></th><th>legal flips</th><th>illegal</th><th></th></tr>"
+    head = _head({"layer": "num", "agree": "num", "": "bars", "legal flips": "num", "illegal": "num"})
     return f'<h2>Routing</h2><section>{say(ROUTING_NOTE)}<table class="plain">{head}{"".join(rows)}</table></section>'
 
 
 def _rest(result: Comparison) -> str:
     rows = "".join(
-        f"<tr><td><code>{escape(r.key)}</code></td>{_cell(r, result.first)}<td>{ratio_text(r.inherited)} inherited</td>"
+        f"<tr><td><code>{escape(r.key)}</code></td>{_cell(r, result.first)}"
+        f"<td>{'' if r.inherited is None else f'{ratio_text(r.inherited)} inherited'}</td>"
         f"<td>{escape(r.note)}</td></tr>"
         for r in result.records if not r.key.startswith("layers.") and r.cls != "missing"
     )  # fmt: skip
@@ -172,7 +178,7 @@ def _facts(result: Comparison, made: Mapping[str, str]) -> str:
              **{f"problem {i + 1}": str(p) for i, p in enumerate(result.problems)}}  # fmt: skip
     out = "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"
     for name, keys in (("missing in the dump", [r.key for r in result.records if r.cls == "missing"]),
-                       ("in the dump only", result.extra), ("names without meaning", result.unknown),
+                       ("in the dump only", result.extra), ("names that no reader knows", result.unknown),
                        ("dumped for other layers only", result.holes)):  # fmt: skip
         if keys:
             out += _folded(f"{len(keys)} {name}", keys)

@@ -11,6 +11,7 @@ STYLE = """
 body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:var(--ink);background:var(--wash);margin:0}
 main{max-width:1320px;margin:0 auto;padding:28px 24px 60px}
 h1{font-size:15px;font-weight:600;color:var(--soft);margin:0 0 10px}h2{font-size:17px;margin:34px 0 10px}
+ul{margin:0;padding-left:18px}
 section,.verdict{background:var(--paper);border:1px solid var(--line);border-radius:8px;padding:16px 20px}
 section{overflow-x:auto}
 .verdict{border-left:8px solid var(--good)}.verdict.bad{border-left-color:var(--bad)}
@@ -27,7 +28,7 @@ td.first{border-color:#000}
 .key span{display:inline-block;padding:2px 9px;margin:0 8px 6px 0;border-radius:4px;font-size:13px}
 .bar{height:14px;background:#456b9c;border-radius:3px;display:block;min-width:1px}
 .plain td{padding:3px 14px 3px 0;vertical-align:top}.num{text-align:right;white-space:nowrap}
-.plain th:first-child{text-align:left;padding-left:0}
+.plain th{text-align:left;padding-left:0}.plain th.num{text-align:right}
 dl{display:grid;grid-template-columns:130px 1fr;gap:4px 12px;margin:0}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
 details{margin-top:8px}summary{cursor:pointer}code{font-size:13px;overflow-wrap:anywhere}
@@ -37,11 +38,14 @@ td.c,.key span[style]{color:#1b1f24}.say{color:var(--soft);margin:6px 0 10px}a{c
 @media(prefers-color-scheme:dark){
 :root{--ink:#e6e8eb;--soft:#a3acb5;--line:#3a4149;--paper:#1d2126;--wash:#14171a;--bad:#ff8a7a;--good:#6fd39a}
 :root{--one:#8ab4e8;--two:#f0a878}td.first{border-color:#fff}}
-@media(max-width:700px){main{padding:12px 8px 30px}section,.verdict{padding:10px}.verdict b{font-size:17px}
-dl{grid-template-columns:1fr}dt{margin-top:6px}.plain td:nth-child(3),.plain th:nth-child(3){display:none}
+@media(max-width:700px){svg{min-width:560px}
+main{padding:12px 8px 30px}section,.verdict{padding:10px}.verdict b{font-size:17px}
+dl{grid-template-columns:1fr}dt{margin-top:6px}.bars{display:none}
 .plain td{overflow-wrap:anywhere;padding:3px 6px 3px 0;font-size:13px}}
 @media print{body{font-size:10px;background:#fff}main{padding:0;max-width:none}section,.verdict{padding:6px;border:0}
-h2{font-size:12px;margin:8px 0 2px}td.c,.heat th,.key span{font-size:8px;padding:0 1px}details{display:none}
+h1,h2{font-size:12px;margin:8px 0 2px;break-after:avoid}
+.verdict b{font-size:15px}th{font-size:10px}
+td.c,.heat th,.key span{font-size:8px;padding:0 1px}details{display:none}
 .plain td{padding:0 6px 0 0}svg{max-height:120px}*{print-color-adjust:exact}}
 """
 # A report that a fault was seen in, "sglang 22948, 27936", and where it is kept.
@@ -55,15 +59,28 @@ REPOSITORIES = {
 COLOURS = {"bit-equal": "#eef3f8", "within rounding": "#d5e5f2", "suspicious": "#f6d58b", "wrong": "#ee9a80",
            "not comparable": "#e4e4e4"}  # fmt: skip
 
-ADDED = ("Added: the error that a block makes by itself. It is computed anew in float64 from the engine's own input to "
-         "it, so that errors of earlier layers do not count.")  # fmt: skip
-INHERITED = "Inherited: the distance from the truth's own run, in which errors of all earlier layers are included."
-ROUTING_NOTE = (
-    "A set agrees if it holds the experts that float64 chooses on the engine's own input to that layer; the truth's "
-    "own run, on other inputs, may have chosen others. A flip is legal where the margin is within the logits' noise."
+LEGAL_ERROR = (
+    "Legal error: the largest error that the roundings of correct engines make at a tap. "
+    "Bit-equal: equal to the truth, rounded once."
 )
-FITTED = "The factors of the block's parts that come closest to the engine's output; 1, 1 and 0 are right."
+ADDED = (
+    "Added: the error of one block. The block runs again in float64 on the engine's own input, "
+    "so errors of earlier layers do not count."
+)
+INHERITED = "Inherited: the error against the truth. Errors of all earlier layers are in it."
+ROUTING_NOTE = (
+    "A set agrees if float64 chooses the same experts on the engine's own input to that layer. "
+    "The truth has other inputs, and may choose others. "
+    "A flip is legal if the margin of the logits is within their noise."
+)
+FITTED = "The factors that bring the block's parts closest to the engine's output. Right factors are 1, 1 and 0."
 LINES = (("var(--one)", "", "circle"), ("var(--two)", "6 4", "rect"))
+
+
+def page_head(title: str) -> str:
+    """What stands before the verdict."""
+    return ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f"<title>{escape(title)}</title><style>{STYLE}</style><main><h1>{escape(title)}</h1>")  # fmt: skip
 
 
 def say(text: str) -> str:

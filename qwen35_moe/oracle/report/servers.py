@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from ..servers.verdict import Verdict
-from .html import STYLE
+from .page_parts import page_head
 
 WIDTH = 100
 
@@ -19,17 +19,27 @@ def listed(label: str, names: Sequence[str], most: int = 12) -> str:
     return textwrap.fill(f"{label:<9}{words}", WIDTH, subsequent_indent=" " * 9)
 
 
+def grouped(v: Verdict) -> dict[str, list[str]]:
+    """The evidence by the positions that it is of: those of the prompts, then those that `Verdict.add` brought."""
+    groups: dict[str, list[str]] = {f"{v.positions} positions of {v.sequences} prompts": []}
+    first = groups[next(iter(groups))]
+    for line in v.evidence:
+        where, added, what = line.partition(" positions: ")
+        (groups.setdefault(f"{where} positions", []) if added else first).append(what or line)
+    return groups
+
+
 def verdict_text(v: Verdict) -> str:
-    lines = [f"judged   {v.positions} positions of {v.sequences} prompts"]
-    lines += [textwrap.fill(f"evidence {line}", WIDTH, subsequent_indent=" " * 9) for line in v.evidence]
-    lines += [textwrap.fill(f"note     {line}", WIDTH, subsequent_indent=" " * 9) for line in v.notes]
-    lines += [listed("blind to", v.unseen)] if v.unseen else []
-    lines += ["", textwrap.fill(f"{v.finding.upper()}: {v.why}", WIDTH)]
+    lines = ["", textwrap.fill(f"{v.finding.upper()}: {v.why}", WIDTH)]
     if looks := _looks(v):
-        lines += ["", textwrap.fill(looks, WIDTH)]
+        lines.append(textwrap.fill(looks, WIDTH))
     if len(v.alike) > 1:
-        lines.append(listed("no less", [f"{e.name} ({e.gain:+.0f} nats)" for e in v.alike[1:]]))
-    return "\n".join(lines)
+        lines.append(listed("or", [f"{e.name} ({e.gain:+.0f} nats)" for e in v.alike[1:]]))
+    for where, evidence in grouped(v).items():
+        lines += ["", f"evidence {where}"]
+        lines += [textwrap.fill(line, WIDTH, initial_indent=" " * 9, subsequent_indent=" " * 11) for line in evidence]
+    lines += [textwrap.fill(f"note     {line}", WIDTH, subsequent_indent=" " * 9) for line in v.notes]
+    return "\n".join([*lines, *([listed("blind to", v.unseen)] if v.unseen else [])])
 
 
 def _looks(v: Verdict) -> str:
@@ -37,10 +47,11 @@ def _looks(v: Verdict) -> str:
         return ""
     if v.alike:
         best = v.alike[0]
-        return f"it looks like: {best.name} ({best.gain:+.0f} nats; leaves {best.left:.2f} x the legal differences)"
+        return (f"it looks like: {best.name} ({best.gain:+.0f} nats over rounding; the truth with this fault differs "
+                f"by {best.left:.2f} x the legal one)")  # fmt: skip
     if v.nearest is not None and v.finding == "diverges":
-        return (f"it looks like no fault of the catalogue; the nearest, {v.nearest.name}, leaves {v.nearest.left:.3g} "
-                "x the legal differences")  # fmt: skip
+        return (f"it looks like no fault of the catalogue; the truth with the nearest one, {v.nearest.name}, differs "
+                f"by {v.nearest.left:.3g} x the legal one")  # fmt: skip
     return ""
 
 
@@ -51,12 +62,16 @@ def verdict_page(v: Verdict, buckets: Sequence[str] = ()) -> str:
         f'<tr><td>{escape(e.name)}</td><td class="num">{e.gain:+.0f}</td><td class="num">{e.left:.2f}</td></tr>'
         for e in v.alike
     )
-    head = "<tr><th>fault</th><th>nats over clean</th><th>left, x legal</th></tr>"
+    head = '<tr><th>fault</th><th class="num">nats over rounding</th><th class="num">difference left, x legal</th></tr>'
     found = f'<h2>What explains it</h2><section><table class="plain">{head}{rows}</table></section>' if rows else ""
     unseen = [listed("blind to", v.unseen)] if v.unseen else []
-    lines = "".join(f"<p>{escape(line)}</p>" for line in (*v.evidence, *v.notes, *unseen, *buckets))
-    title = '<!doctype html><html lang="en"><meta charset="utf-8"><title>qwen35-moe probe</title>'
-    return (f'{title}<style>{STYLE}</style><main>'
-            f'<h1>qwen35-moe probe</h1><div class="verdict{bad}"><b>{escape(v.finding)}</b><p>{escape(v.why)}</p>'
-            f"<p>{escape(_looks(v))}</p></div><h2>Evidence, {v.positions} positions of {v.sequences} prompts</h2>"
-            f"<section>{lines}</section>{found}</main></html>\n")  # fmt: skip
+    groups = {**grouped(v), "Other batches": list(buckets), "Notes": [*v.notes, *unseen]}
+    lines = "".join(
+        f"<h2>{escape(where)}</h2><section><ul>{''.join(f'<li>{escape(line)}</li>' for line in said)}</ul></section>"
+        for where, said in groups.items() if said
+    )  # fmt: skip
+    mark = "&#10003;" if v.finding == "agrees" else "&#10007;" if v.finding == "diverges" else "?"
+    return (page_head(f"qwen35-moe probe: {v.finding}")
+            + f'<div class="verdict{bad}"><b>{mark} {escape(v.finding.upper())}</b>'
+            f"<p>{escape(v.why)}</p>"
+            f"<p>{escape(_looks(v))}</p></div>{found}{lines}</main></html>\n")  # fmt: skip

@@ -26,6 +26,7 @@ SHORT_NAMES = {
 
 LAYER_PREFIX = re.compile(r"layers\.\d+\.")
 QUIET = 8
+GOOD_FIT = 0.2  # a fit that leaves more of the error explains nothing
 
 
 def short(tap: str) -> str:
@@ -74,7 +75,7 @@ def text(result: Comparison, width: int = 80) -> str:
         lines += textwrap.wrap(worst(result.first), width, initial_indent="  ", subsequent_indent="  ")
     for d in result.diagnoses:
         lines += ["", *textwrap.wrap(str(d), width, subsequent_indent="  ")]
-        if d.fit and d.fit_left < 0.2:
+        if d.fit and d.fit_left < GOOD_FIT:
             a, b, c = d.fit
             fit = f"fit: {a:.3f} routed + {b:.3f} gated shared + {c:.3f} ungated shared, {100 * d.fit_left:.2g} % left"
             lines += textwrap.wrap(fit, width, initial_indent="  ", subsequent_indent="  ")

@@ -53,7 +53,7 @@ class Verdict:
     quantiles: list[Quantile]
     suspect: Explanation | None  # the best of those that would be seen here
     notes: list[str] = field(default_factory=list)
-    unseen: list[str] = field(default_factory=list)  # listed faults that would not be seen in these answers
+    unseen: list[str] = field(default_factory=list)  # faults of the catalogue that these answers would not show
 
     @property
     def exit_code(self) -> int:
@@ -164,16 +164,19 @@ def _finding(look: Look, best: Explanation | None, routing: Sequence[str], blind
     if routing:
         return "diverges", routing[0]
     if best is not None:
-        said = f"{best.name}: {best.sure:.0f} nats likelier than rounding, the loudest prompt left out"
+        said = f"{best.name}: {best.sure:.0f} nats likelier than rounding, without its strongest prompt"
         if best.sure > look.need:
             return "diverges", said
         if best.sure > look.need / 2 or max(e.gain for e in look.explanations if e.visible) > look.need:
-            return "cannot tell without a dump", f"a suspicion, {said}, where {look.need:.0f} decide: ask more prompts"
+            return (
+                "cannot tell without a dump",
+                f"a suspicion: {said}; more than {look.need:.0f} decide. Ask more prompts",
+            )
     if look.quantiles[0].high > FAR:
-        return "cannot tell without a dump", "the differences may be beyond the limit: ask more"
+        return "cannot tell without a dump", "the differences may be beyond the limit: ask more prompts"
     if blind:
         return "cannot tell without a dump", blind
-    return "agrees", "within what legal roundings make, and no listed fault explains it better"
+    return "agrees", "the differences are within legal rounding, and no fault of the catalogue explains them better"
 
 
 def _alike(look: Look) -> list[Explanation]:
@@ -185,11 +188,11 @@ def _alike(look: Look) -> list[Explanation]:
 
 
 def _lines(look: Look, best: Explanation | None) -> list[str]:
-    lines = [f"{q.name} of |delta log p|: {q.ratio:.2f} x the legal one (surely {q.low:.2f} to {q.high:.2f}, limit "
-             f"{FAR:g})" for q in look.quantiles]  # fmt: skip
+    lines = [f"{q.name} of |delta log p|: {q.ratio:.2f} x the legal one (99.9 % sure: {q.low:.2f} to "
+             f"{q.high:.2f}; limit {FAR:g})" for q in look.quantiles]  # fmt: skip
     if best is not None:
-        lines.append(f"best listed fault: {best.name}, {best.gain:+.0f} nats, {best.sure:+.0f} without the loudest "
-                     f"prompt ({look.need:.0f} decide)")  # fmt: skip
+        lines.append(f"likeliest fault: {best.name}, {best.gain:+.0f} nats over rounding, {best.sure:+.0f} without its "
+                     f"strongest prompt (more than {look.need:.0f} decide)")  # fmt: skip
     return lines
 
 
@@ -210,7 +213,7 @@ def _top_k(judge: Judge, found: Told) -> list[str]:
     noise = judge.legal[:, told_best].abs().masked_fill(~known, 0).amax((0, 2))
     excused = flip & (judge.most[told_best] - value <= 2 * noise)
     n = len(flip)
-    return [f"KL of the truth and the engine, at least: median {float(kl.median()):.2g}, legal {max(legal):.2g} nat",
+    return [f"KL of the truth and the engine, at least: median {float(kl.median()):.2g} nat, legal {max(legal):.2g}",
             f"likeliest token: the same at {n - int(flip.sum())} of {n}; {int(excused.sum())} of {int(flip.sum())} "
             "others are near ties"]  # fmt: skip
 
