@@ -33,13 +33,25 @@ def built(recipe: str) -> Path:
     return build(recipe, Path(tempfile.mkdtemp()) / recipe)
 
 
-CLEAN = ("tiny", "tiny-flat", "tiny-fp8", "tiny-inner-prefix", "tiny-mxfp4-mtp", "tiny-per-expert")
+CLEAN = ("tiny", "tiny-drawn-fp8", "tiny-flat", "tiny-fp8", "tiny-inner-prefix", "tiny-mxfp4-mtp", "tiny-per-expert")
+# Recipes with a fault that is there on purpose: rule of the finding, part of its text.
+FAULTY = {
+    # Quark leaves a draft that it does not convert in BF16, and out of its list
+    **dict.fromkeys((f"tiny-{n}" for n in ("mxfp4", "moe-mxfp4", "mxfp4-attnfp8", "drawn-mxfp4", "compressed-tensors")),
+                    {("experts", "takes mtp.layers.0.mlp.experts.0.gate_proj for mxfp4, it is bf16")}),
+    # SGLang's gate does not look at FP8 lists
+    "tiny-fp8-experts": {("experts", "bf16 bytes would be read as fp8-block")},
+    "tiny-odd": {("special-id", "is no row of an embedding of 193")},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", CLEAN)
+@pytest.mark.parametrize("recipe", [*CLEAN, *FAULTY])
 def test_clean_checkpoints_are_silent(recipe: str) -> None:
     checkpoint = Checkpoint.open(built(recipe))
-    assert [str(f) for f in (*lint(checkpoint), *check_bytes(checkpoint)) if f.level != "note"] == []
+    found = [f for f in (*lint(checkpoint), *check_bytes(checkpoint)) if f.level != "note"]
+    known = FAULTY.get(recipe, set())
+    assert {f.rule for f in found} == {rule for rule, _ in known}
+    assert all(any(f.rule == rule and text in f.text for rule, text in known) for f in found), found
 
 
 NEWEST_RULES = ("sglang-0.5.23", "vllm-0.33", "atom-ffdf3bb5")
@@ -198,6 +210,52 @@ def test_damage_is_found(damaged: Any, recipe: str, change: Any, config: Any, ru
     assert {(f.rule, f.level) for f in found} == {(rule, level)}, [str(f) for f in found]
 
 
+def fp8_module(ending: str) -> Callable[[Tensors], None]:
+    """Stores a BF16 module in FP8, with a scale."""
+
+    def change(tensors: Tensors) -> None:
+        name = first(tensors, ending)
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[name + "_scale_inv"] = torch.ones(1, 1)
+
+    return change
+
+
+def listed(keep: Callable[[str], bool] = lambda _: True, short: bool = False) -> Callable[[dict[str, Any]], None]:
+    """Drops entries of the list, or what stands before the layer's module."""
+
+    def change(config: dict[str, Any]) -> None:
+        entries = filter(keep, config["quantization_config"]["modules_to_not_convert"])
+        short_names = (e.split(".", 4)[-1] if e.startswith("model.language_model.layers.") else e for e in entries)
+        config["quantization_config"]["modules_to_not_convert"] = list(short_names if short else entries)
+
+    return change
+
+
+# change of tensors, of config.json, modules that are taken for something else, by whose loaders
+LINEAR: list[tuple[Callable[[Tensors], None] | None, Callable[[dict[str, Any]], None] | None, set[str], str]] = [
+    (fp8_module("layers.0.mlp.gate.weight"), None, {"layers.0.mlp.gate"}, ALL),
+    (fp8_module("layers.1.mlp.shared_expert_gate.weight"), None, {"layers.1.mlp.shared_expert_gate"}, ALL),
+    (None, listed(lambda e: "in_proj_a" not in e), {"layers.0.linear_attn.in_proj_a"}, ALL),
+    (None, listed(lambda e: e != "mtp.fc"), {"mtp.fc"}, "vllm-0.33 atom-ffdf3bb5"),
+    (None, listed(short=True), {f"layers.0.linear_attn.in_proj_{x}" for x in "ab"}, "vllm-0.33 atom-ffdf3bb5"),
+]
+
+
+@pytest.mark.parametrize(("change", "config", "modules", "engines"), LINEAR)
+def test_modules_that_a_loader_takes_for_something_else(
+    change: Any, config: Any, modules: set[str], engines: str, damaged: Any
+) -> None:
+    folder = damaged("tiny-fp8", change)
+    values = json.loads((folder / "config.json").read_text())
+    if config:
+        config(values)
+    (folder / "config.json").write_text(json.dumps(values))
+    found = [f for f in lint(Checkpoint.open(folder)) if f.level != "note"]
+    assert {f.where for f in found} == modules and {f.rule for f in found} == {"declared"}
+    assert {engine for f in found for engine in f.engine.split("; ")} == set(engines.split())
+
+
 def test_values_are_read_on_demand(damaged: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def poison(tensors: Tensors) -> None:
         scale = tensors[first(tensors, "weight_scale_inv")]
@@ -261,7 +319,7 @@ def test_linear_modules_under_each_engines_reading(damaged: Any) -> None:
     values["quantization_config"]["exclude"] = [*kept, "*.self_attn.*"]
     (folder / "config.json").write_text(json.dumps(values))
     found = [f for f in lint(Checkpoint.open(folder)) if f.rule == "declared"]
-    assert {f.engine for f in found} == {"sglang-0.5.23", "vllm-0.33"} and all("bf16" in f.text for f in found)
+    assert {f.engine for f in found} == {"sglang-0.5.23; vllm-0.33"} and all("bf16" in f.text for f in found)
     assert {f.engine for f in lint(Checkpoint.open(folder), ("atom",)) if f.rule == "declared"} == set()
 
 

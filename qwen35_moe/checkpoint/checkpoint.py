@@ -118,7 +118,8 @@ class Checkpoint:
             if f"{match['prefix']}.{whole}" in self.modules:
                 weight = self.find(f"{match['prefix']}.{whole}").expert(int(match["expert"]))
                 return weight if match["projection"] == whole else weight.half(int(match["projection"] == "up_proj"))
-        raise self._missing(f"{module}.weight")
+        bare = module.rpartition(".")[2] in ("A_log", "dt_bias")
+        raise self._missing(module if bare else f"{module}.weight")
 
     def experts(self, prefix: str) -> StoredExperts:
         """The routed experts `layers.N.mlp.experts`. All of them count as used, chosen or not."""

@@ -156,11 +156,8 @@ def _misread(model: GateModel, truth: LayerFacts, decision: Decision) -> str:
 
     It asks for the routed experts as one module, not for their projections.
     """
-    quant, layer = model.quant, truth.layer
-    rule = ENGINE_RULES[decision.rule]
-    if quant.method == "quark":
-        quant = quant.read_as(rule.semantics, rule.names, model.nested)
-    plain = layer.draft and rule.semantics == "sglang" and "draft" in decision.reason
+    rule, layer = ENGINE_RULES[decision.rule], truth.layer
+    quant, plain = rule.reading(model), layer.draft and rule.plain_draft(model)
     excluded = quant.exclude.hit(quant.names(layer.experts)) is not None
     inside = quant.without_exclusions() if quant.exclude.semantics.children else quant
     whole = inside.spec_of(layer.experts)

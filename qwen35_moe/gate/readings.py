@@ -113,6 +113,7 @@ SEMANTICS = {
             children=True,
             layer_tests=(occurs_in_key,),
         ),
+        Semantics("vllm-fp8", (exact,), "vLLM 0.33 utils/quant_utils.py: is_layer_skipped", children=True),
         Semantics("fp8", (exact, segments), "SGLang 0.5.23 quantization/utils.py: is_layer_skipped (since #23467)"),
         Semantics(
             "compressed-tensors",

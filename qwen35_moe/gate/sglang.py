@@ -48,7 +48,7 @@ def sglang_0_5_23(model: GateModel, layer: MoEBlock, options: Options) -> Decisi
     model = model_or_stop
     if (trouble := _cannot_start(model)) is not None:
         return trouble
-    decision = _sglang_draft(model) if layer.draft else None
+    decision = plain_draft(model) if layer.draft else None
     plain = decision is not None  # the draft is built without a quantisation
     decision = decision if decision is not None else _sglang_quant(model, options)
     if (refusal := _refuse_unseen(model, options)) is not None:
@@ -137,7 +137,7 @@ def _cannot_build(model: GateModel, layer: MoEBlock, decision: Decision) -> Deci
     return None
 
 
-def _sglang_draft(model: GateModel) -> Decision | None:
+def plain_draft(model: GateModel) -> Decision | None:
     """The draft's own quantisation: None means "as the target"; otherwise the draft is built in BF16 and may fuse."""
     quant = model.quant
     if quant.method == "quark":

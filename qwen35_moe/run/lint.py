@@ -21,16 +21,17 @@ from ..gate.declared import ModuleSpec, QuantConfig
 from ..gate.engines import ENGINE_RULES
 from ..gate.records import GateModel
 from ..model.config import Config
-from ..quant.precision import UNSTATED
+from ..quant.precision import BF16, UNSTATED
 from .lint_files import Finding, check_files, check_ids
 from .validate import model_config, validate
 
-# Linear modules of the target that engines build quantised where the configuration says so. The draft's are judged by
-# the gate, and routers, norms and convolutions are never quantised.
+# Linear modules that engines build quantised where the configuration says so, and routers, which they never do. The
+# draft's shared expert is judged by the gate.
 LINEAR_NAMES = re.compile(
-    r"layers\.\d+\.(self_attn\.[qkvo]_proj|linear_attn\.(in_proj_qkv|in_proj_z|out_proj)"
-    r"|mlp\.shared_expert\.(gate|up|down)_proj)"
+    r"layers\.\d+\.(linear_attn\.(in_proj_(qkv|z|a|b)|out_proj)|mlp\.shared_expert\.(gate|up|down)_proj)"
+    r"|(mtp\.)?layers\.\d+\.self_attn\.[qkvo]_proj|mtp\.fc"
 )
+NEVER_QUANTISED = re.compile(r"(mtp\.)?layers\.\d+\.mlp\.(gate|shared_expert_gate)")
 
 
 def lint(
@@ -112,8 +113,7 @@ def _gate(checkpoint: Checkpoint, engines: tuple[str, ...]) -> Iterator[Finding]
     for (what, layer, text), names in labels.items():
         level = "error" if any(name in ENGINE_RULES for name in names) else "warning"  # with a switch only
         yield Finding("note" if what == "unread" else level, what, layer, text, "; ".join(names))
-    for engine in engines:
-        yield from _linear(checkpoint, model, stored, engine)
+    yield from _linear(checkpoint, model, engines)
     yield from _input_scales(checkpoint, model.quant)
 
 
@@ -134,24 +134,26 @@ def _variant(
             yield "experts", hit[0], broken[hit[0]] + more
 
 
-def _linear(
-    checkpoint: Checkpoint, model: GateModel, stored: Callable[[str], ModuleSpec | None], engine: str
-) -> Iterator[Finding]:
+def _linear(checkpoint: Checkpoint, model: GateModel, engines: tuple[str, ...]) -> Iterator[Finding]:
     """Linear modules that an engine's loader takes for something else, once for each kind of module and of mistake."""
-    rule, seen = ENGINE_RULES[NEWEST[engine]], dict[tuple[str, str, str], list[str]]()
-    quant = (
-        model.quant.read_as(rule.semantics, rule.names, model.nested) if model.quant.method == "quark" else model.quant
-    )
+    rules = {NEWEST[engine]: ENGINE_RULES[NEWEST[engine]] for engine in engines}
+    readings = {name: (rule.reading(model), rule.plain_draft(model)) for name, rule in rules.items()}
+    seen: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for module in checkpoint.modules:
-        if LINEAR_NAMES.fullmatch(module) and (spec := stored(module)) is not None:
-            believed = quant.spec_of(module).spec
+        never = NEVER_QUANTISED.fullmatch(module)
+        if not (never or LINEAR_NAMES.fullmatch(module)) or (spec := checkpoint.spec(module)) is None:
+            continue
+        for name, (quant, plain_draft) in readings.items():
+            plain = never or module.startswith("mtp.") and (plain_draft or module == "mtp.fc" and "sglang" in name)
+            believed = BF16 if plain else quant.spec_of(module).spec
             if believed != UNSTATED and not (spec.is_float and believed.is_float or spec.same_bytes(believed)):
-                kind = re.sub(r"\d+", "*", module)
-                seen.setdefault((kind, spec.kind, believed.kind), []).append(module)
-    for (_, real, believed_kind), modules in seen.items():
-        loads = "crashes" if "mxfp4" in (real, believed_kind) else "loads garbage, or crashes"
-        text = f"is {real}, and its loader takes it for {believed_kind} ({len(modules)} such modules): {loads}"
-        yield Finding("error", "declared", modules[0], text, NEWEST[engine])
+                key = re.sub(r"\d+", "*", module), spec.kind, believed.kind
+                seen.setdefault(key, {}).setdefault(name, []).append(module)
+    for (_, real, taken), found in seen.items():
+        modules = max(found.values(), key=len)
+        loads = "crashes" if "mxfp4" in (real, taken) else "loads garbage, or crashes"
+        text = f"is {real}, and its loader takes it for {taken} ({len(modules)} such modules): {loads}"
+        yield Finding("error", "declared", modules[0], text, "; ".join(found))
 
 
 def _input_scales(checkpoint: Checkpoint, quant: QuantConfig) -> Iterator[Finding]:
