@@ -16,6 +16,7 @@ import qwen35_moe as q
 from qwen35_moe.model.cache import Cache, LayerState
 from qwen35_moe.numerics.taps import attach
 from qwen35_moe.oracle.compare import compare
+from qwen35_moe.oracle.diagnose.steps import Cut, earlier, onsets
 from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.dumps.readers.transformers import TransformersCapture
@@ -258,3 +259,12 @@ def test_transformers_live(tiny: Setting, plant: Callable[[int, Any], None], nam
         check(found, name, layer, "at step 2 (token 29 on;")
     else:
         assert found.exit_code == 0, found.verdict
+
+
+def test_steps_where_an_error_may_have_begun() -> None:
+    """Where it is first beyond rounding, in all sequences in the earliest step that has one, and before short steps."""
+    cuts = {b: [Cut(0, 0), Cut(20, 1), Cut(29, 2), Cut(30, 3), Cut(31, 4)] for b in (0, 1)}
+    found = onsets(cuts, {0: 30, 1: 33})
+    tried = [[onset.cuts[0].step for onset in begun] for begun in earlier(found, cuts)]
+    assert tried == [[3, 4], [3, 3], [2, 2]]  # step 1 has 9 tokens: there it would have been seen
+    assert list(earlier(onsets(cuts, {}), cuts)) == [[]]

@@ -27,6 +27,7 @@ from benchmarks.oracle_score.variants import SMALL, UNLISTED, UNSEEN, Variant, v
 from qwen35_moe.model.cache import Cache
 from qwen35_moe.model.text import Model
 from qwen35_moe.numerics import arithmetics
+from qwen35_moe.numerics.choices import KV, with_choices
 from qwen35_moe.numerics.tables import A8, AITER, SGLANG_BF16
 from qwen35_moe.numerics.tap_table import TAPS
 from qwen35_moe.numerics.taps import REPLAY, Handler, Site, attach
@@ -97,14 +98,21 @@ class Bench:
         return truth
 
     def layer_of(self, fault: Fault | StepFault) -> int | None:
-        """Where to plant: the last layer of the kind that the fault strikes, or the second."""
+        """Where to plant: the last layer of the kind that the fault strikes, or the second. Positions and the format
+        of a cache are wrong in all layers, and so in the first of their kind."""
         kinds = self.source.config.layer_types
+        if self.in_cache(fault) or (isinstance(fault, StepFault) and fault.shift is not None):
+            return kinds.index("full_attention")
         if fault.block in ("final_norm", "mtp"):
             return None
         if fault.block in ("attn", "gdn"):
             wanted = "full_attention" if fault.block == "attn" else "linear_attention"
             return max(i for i, kind in enumerate(kinds) if kind == wanted)
         return 1
+
+    def in_cache(self, fault: Fault | StepFault) -> bool:
+        """Whether it is in what a step reads of those before, which no handler of its own taps sees."""
+        return self.regime in STEPS and fault.name.startswith(IN_STEPS)
 
     def place(self, layer: int | None, positions: Tensor) -> FaultSite:
         busy = int(self.truth[f"layers.{layer or 0}.moe_topk_ids"].flatten().bincount().argmax())
@@ -115,10 +123,11 @@ class Bench:
         layer = self.layer_of(fault)
         place = self.place(layer, self.truth.positions)
         source, table = fault.source(self.source, place), fault.arithmetic(self.table)
+        table = with_choices(table, KV) if self.in_cache(fault) else table
         fused = [self.regime == "fused lists" or (fault.fused and i == layer) for i in range(len(self.unfused))]
         with attach(self.handler):
             model = build(source, table, fused, CPU, "decoded")
-            dump = self.run(model, lambda at: fault.handlers(self.place(layer, at)))
+            dump = self.run(model, lambda at: () if self.in_cache(fault) else fault.handlers(self.place(layer, at)))
         if fault.weights:
             dump.weights = _parameters(source, fault, layer)
         return dump

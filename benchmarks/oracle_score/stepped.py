@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwen35_moe.model.cache import Cache, LayerState
 from qwen35_moe.model.text import Model
-from qwen35_moe.numerics.taps import Handler, attach
+from qwen35_moe.numerics.taps import REPLAY, FunctionHandler, Handler, Site, attach
 from qwen35_moe.oracle.diagnose.step_faults import STEP_FAULTS, StepFault
 from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.readers.own import from_trace
@@ -99,12 +99,23 @@ def run(
             begun = cache.clone() if number else Cache()
 
             def again(
-                count: int, begun: Cache = begun, fed: Tensor = fed, moved: Tensor = moved, at: Tensor = positions
+                count: int,
+                step_number: int = number,
+                begun: Cache = begun,
+                fed: Tensor = fed,
+                moved: Tensor = moved,
+                at: Tensor = positions,
             ) -> Cache:
-                """The cache after the first tokens of this step alone, which no tap sees."""
-                found = begun.clone()
+                """The cache after the first tokens of this step, of the values that this step's layers read. What an
+                engine keeps of them comes from no other run, which might choose other experts."""
+                found, seen = begun.clone(), recorder.trace
+
+                def read(site: Site, x: Tensor) -> Tensor | None:
+                    key = site.key if not step_number else f"step.{step_number}.{site.key}"
+                    return seen[key][:, : x.shape[1]].to(x) if site.name == "input_layernorm" else None
+
                 if count:
-                    with attach(*handlers(at[:, :count]), instead_of=recorder):
+                    with attach(FunctionHandler(read, REPLAY), *handlers(at[:, :count]), instead_of=recorder):
                         model(fed[:, :count], cache=found, position_ids=moved[:, :count])
                 return found
 

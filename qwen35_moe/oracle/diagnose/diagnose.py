@@ -14,6 +14,7 @@ than rounding, too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,13 +43,7 @@ MLP_PARTS = ("moe_routed_output", "moe_shared_gated", "moe_shared_output")
 HOLD_MLP = ("mlp_output", "layer_input", "layer_output_sum")
 
 
-def explain(
-    rerun: Rerun,
-    layer: int | None,
-    bad: Sequence[Record],
-    work: Any,
-    seen: Sequence[Taps],
-) -> Diagnosis:
+def explain(rerun: Rerun, layer: int | None, bad: Sequence[Record], work: Any, seen: Sequence[Taps]) -> Diagnosis:
     """Why the first of the bad records of a layer is bad."""
     order = {key: i for i, key in enumerate(seen[0])}
     bad = sorted(bad, key=lambda r: order.get(r.key, len(order)))
@@ -81,7 +76,8 @@ def explain(
         key = first.key
         case = GuiltyTap(key, work.alignment.pair(key), work, seen[0][key])
     if not case.used.any():
-        return Diagnosis(layer, where, key, [], False, note="every number of it is NaN or infinity")
+        note = "every number of it is NaN or infinity"
+        return Diagnosis(layer, where, key, [], False, note=note)
     case.blamed = blame(first.key, work, rerun, layer, seen)
     bad_rows = {} if sees else case.first_bad(seen[1:])
     tried = _tried(rerun, layer, places, case, seen, bad_rows)
@@ -99,7 +95,7 @@ def _tried(
     """What each fault that may be at work there explains of the error, the best first."""
     tried: Tried = []
     table = rerun.tables[0]
-    for at, fault, expert in _candidates(rerun, places, table.name, case, seen, bad_rows):
+    for at, fault, expert in _candidates(rerun, places, table.name, case, seen, bad_rows, tried):
         taps = rerun.fault(at, fault, table, 0, expert, to_head=layer is None)
         if case.key in taps:
             name = f"{fault.name} (expert {expert})" if fault.single else fault.name
@@ -147,7 +143,13 @@ def _named(
 
 
 def _candidates(
-    rerun: Rerun, places: Sequence[BlockId], truth: str, case: GuiltyTap, seen: Sequence[Taps], bad: Mapping[int, int]
+    rerun: Rerun,
+    places: Sequence[BlockId],
+    truth: str,
+    case: GuiltyTap,
+    seen: Sequence[Taps],
+    bad: Mapping[int, int],
+    tried: Tried,
 ) -> Iterator[tuple[int | None, Fault, int]]:
     """The faults of the blocks that are suspect, with their layer, and the experts that a fault of one could be of;
     then those of the steps at which the sequences begin to go wrong (`bad`)."""
@@ -165,8 +167,13 @@ def _candidates(
                     yield at, fault, 0
                 for fault in solved(case, rerun, at, seen[0], ids):
                     yield at, fault, 0
-            for fault in hypotheses(rerun, at, block, case.work.alignment, bad):
+            best = partial(_best_of, tried)
+            for fault in hypotheses(rerun, at, block, case.work.alignment, bad, best):
                 yield at, fault, 0
+
+
+def _best_of(tried: Tried) -> float:
+    return max((hypothesis.explains for hypothesis, *_ in tried), default=0.0)
 
 
 def _suspects(case: GuiltyTap, ids_key: str, rerun: Rerun, seen: Sequence[Taps]) -> list[int]:

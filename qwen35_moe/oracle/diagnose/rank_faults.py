@@ -28,10 +28,15 @@ def other_half_flat(x: Tensor, _: dict[str, Tensor], __: FaultSite) -> Tensor:
     return x.roll(x.shape[-1] // 2, -1)
 
 
-def beta_of_strided_b(x: Tensor, kept: dict[str, Tensor], _: FaultSite) -> Tensor:
-    """b is a view of the rows (b, a) of one product. Read as if it were contiguous: the first half of all rows."""
+def beta_of_strided_b(x: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
+    """b is a view of the rows (b, a) of one product. Read as if it were contiguous: the first half of a step's rows."""
     b, a = (kept[name].to(x.dtype) for name in ("gdn_b", "gdn_a"))
-    return torch.cat((b, a), -1).flatten()[: b.numel()].view_as(b).sigmoid()
+    steps = torch.zeros(b.shape[:2]) if place.steps is None else place.steps
+    found = torch.empty_like(b)
+    for step in steps.unique():
+        rows = torch.cat((b, a), -1)[steps == step]
+        found[steps == step] = rows.flatten()[: rows.numel() // 2].view(len(rows), -1).sigmoid()
+    return found
 
 
 SHARDED = tuple(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from .faults import Fault
 from .step_faults import STEP_FAULTS, StepFault
 
 OTHER_SEQUENCES = 3  # other sequences that a state may be of: more are not tried
+SHORT_STEP = 3  # tokens: what is wrong in a step of no more may be within rounding there, and beyond it later
+EXPLAINED = 0.9  # of the error: no other step is tried then
 
 
 @dataclass(frozen=True)
@@ -58,21 +60,47 @@ def onsets(cuts: Mapping[int, Sequence[Cut]], bad: Mapping[int, int]) -> list[On
     return found
 
 
-def hypotheses(rerun: Rerun, layer: int, block: str, alignment: Alignment, bad: Mapping[int, int]) -> Iterator[Fault]:
-    """Faults of the catalogue, bound to the steps where the error of each sequence begins."""
+def earlier(found: Sequence[Onset], cuts: Mapping[int, Sequence[Cut]]) -> Iterator[list[Onset]]:
+    """Where the errors may have begun: where they are first beyond rounding; in all sequences in the earliest step that
+    has one; one step before that, and two, as long as those are short."""
+    yield list(found)
+    step = min((o.cuts[0].step for o in found), default=-1)
+    together = [_from(o.b, cuts[o.b], step) if o.b in cuts else o for o in found]
+    if together != found:
+        yield together
+    for _ in range(2):
+        if not found or any(o.cuts[0].at - o.before.at > SHORT_STEP or o.before.at == 0 for o in together):
+            return
+        together = [_from(o.b, cuts[o.b], o.before.step) for o in together]
+        yield together
+
+
+def _from(b: int, own: Sequence[Cut], step: int) -> Onset:
+    """A sequence whose errors begin in its first step from this one on."""
+    start = next((i for i, cut in enumerate(own) if cut.step >= step), len(own) - 1)
+    return Onset(b, tuple(own[start:]), own[max(start - 1, 0)])
+
+
+def hypotheses(
+    rerun: Rerun, layer: int, block: str, alignment: Alignment, bad: Mapping[int, int], explained: Callable[[], float]
+) -> Iterator[Fault]:
+    """Faults of the catalogue, bound to the steps where the error of each sequence begins, or may have begun.
+    explained: the share of the error that the best of those explains that were tried so far."""
     real_BT = rerun.tokens.mask.bool()
     cuts = cuts_of(alignment, real_BT)
     has = "attn" if rerun.config.layer_types[layer] == FULL else "gdn"
-    begun = onsets(cuts, bad) if block == has else []
-    foreign = _Foreign(alignment, layer, real_BT, cuts)
-    for fault in (f for f in STEP_FAULTS if f.block == block) if begun else ():
-        for name, plan, kind in _plans(fault, begun, foreign, rerun, cuts):
-            step, at = begun[0].cuts[0].step, begun[0].cuts[0].at
-            column = int(real_BT[begun[0].b].nonzero()[at])
-            whose = "" if len(real_BT) == 1 else f"sequence {begun[0].b}, "
-            more = f"; {len(begun)} sequences" if len(begun) > 1 else ""
-            yield Fault(f"{name} at step {step}{kind}", block, seen=fault.seen, hand_over=plan,
-                        where=f"{whose}token {column} on{more}")  # fmt: skip
+    first, foreign = onsets(cuts, bad) if block == has else [], _Foreign(alignment, layer, real_BT, cuts)
+    for number, begun in enumerate(earlier(first, cuts)):
+        if number and explained() > EXPLAINED:
+            return
+        for fault in (f for f in STEP_FAULTS if f.block == block) if begun else ():
+            for name, plan, kind in _plans(fault, begun, foreign, rerun, cuts):
+                step, at = begun[0].cuts[0].step, begun[0].cuts[0].at
+                column = int(real_BT[begun[0].b].nonzero()[at])
+                whose = "" if len(real_BT) == 1 else f"sequence {begun[0].b}, "
+                more = f"; {len(begun)} sequences" if len(begun) > 1 else ""
+                yield Fault(f"{name} at step {step}{kind}", block, seen=fault.seen, hand_over=plan,
+                            where=f"{whose}token {column} on{more}")  # fmt: skip
 
 
 def _plans(
