@@ -180,6 +180,11 @@ def grow_draft(tensors: Tensors) -> None:
     tensors[name] = torch.cat([tensors[name]] * 2)
 
 
+def drop_tower(tensors: Tensors) -> None:
+    for name in [name for name in tensors if ".visual." in name]:
+        del tensors[name]
+
+
 def repeat_prefix(tensors: Tensors) -> None:
     for name in [name for name in tensors if name.startswith("model.language_model.")]:
         tensors["model.language_model.language_model." + name.removeprefix("model.language_model.")] = tensors.pop(name)
@@ -198,6 +203,8 @@ DAMAGE: list[tuple[str, Callable[[Tensors], None] | None, dict[str, Any], str, s
     ("tiny", stray, {}, "tensors", "error"),
     ("tiny", None, {"eos_token_id": 10**6}, "special-id", "error"),
     ("tiny", None, {"rope_parameters": None}, "rope", "warning"),
+    ("tiny", None, {"rope_parameters": {}}, "rope", "warning"),
+    ("tiny", drop_tower, {}, "vision-tower", "warning"),
     ("tiny", None, {"hidden_size": None}, "config", "error"),
 ]  # fmt: skip
 

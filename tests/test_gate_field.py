@@ -138,6 +138,29 @@ def test_configurations_that_an_engine_cannot_read(quant: dict[str, Any], who: s
     assert all("does not start" in str(decision) for rule, decision in found.items() if rule in who)
 
 
+def test_entries_for_all_experts_of_a_layer_as_one() -> None:
+    """Engines ask for `mlp.experts`: a key with that name counts to them, not to those who ask for projections."""
+    key = quark(layers={f"{PREFIX}.{n}.mlp.experts": W8A8 for n in range(4)})
+    assert not any(can_fuse_shared_expert(QWEN, key, rule, vllm_opt_in=True) for rule in ENGINES)
+    assert "readers of the exclude list disagree" in can_fuse_shared_expert(QWEN, key).reason
+    ignored = [f"{PREFIX}.{n}.mlp.experts" for n in range(4)]
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "ignored_layers": [*ignored, *body()]}
+    assert all(can_fuse_shared_expert(QWEN, fp8, rule, vllm_opt_in=True) for rule in ("strict", *ENGINES))
+
+
+def test_a_quantisation_in_text_config() -> None:
+    """vLLM looks there as well; SGLang and ATOM take the model for BF16, and fuse and load MXFP4 bytes as such."""
+    inside = {"model_type": "qwen3_5_moe", "text_config": TEXT | {"quantization_config": quark(*body())}}
+
+    def stored(name: str) -> ModuleSpec:
+        return BF16 if "shared" in name else MXFP4
+
+    found = {rule: decide_layers(inside, rule=rule, vllm_opt_in=True) for rule in ENGINES}
+    assert {rule for rule, decisions in found.items() if decisions[0]} == {"sglang", "atom"}
+    broken = {rule for rule, decisions in found.items() if hazards(inside, None, decisions[:4], stored)}
+    assert broken == {"sglang", "atom"} and not can_fuse_shared_expert(inside)
+
+
 def test_lists_under_two_keys() -> None:
     """Without entries the first key does not count: FP8's `ignored_layers`; ModelOpt's `ignore` hides the other."""
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "ignored_layers": []}

@@ -89,6 +89,7 @@ def _decide(model: GateModel, rule: str, stored: Any, options: Mapping[str, Any]
     if rule == "strict":
         return [replace(strict(model, layer, checked, lookup), rule=rule, layer=layer.name) for layer in layers]
     info, known, found = ENGINE_RULES[rule], dict[object, Decision](), []
+    model = info.sees(model)
     for layer in layers:
         key = layer.name if info.by_layer else layer.draft
         decision = known[key] = known[key] if key in known else info.decide(model, layer, checked)

@@ -6,7 +6,7 @@ They are here to be compared and warned about; `strict` is the rule to use. `doc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .atom import atom, atom_first_entry, atom_multimodal
 from .common import Rule
@@ -35,8 +35,14 @@ class RuleInfo:
     fp8: str = "fp8"
     plain_draft: Callable[[GateModel], bool] = lambda _: False
 
+    def sees(self, model: GateModel) -> GateModel:
+        """The model as the engine reads its config.json."""
+        unseen = model.quant_inside and self.semantics != "vllm"
+        return replace(model, quant=QuantConfig.from_dict(None), facts={}) if unseen else model
+
     def reading(self, model: GateModel) -> QuantConfig:
         """A model's configuration as the engine's loader takes it."""
+        model = self.sees(model)
         how = {"quark": self.semantics, "fp8": self.fp8}.get(model.quant.method)
         return model.quant.read_as(how, self.names, model.nested) if how else model.quant
 

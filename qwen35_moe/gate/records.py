@@ -172,6 +172,13 @@ class GateModel:
         """Whether the text model's settings lie in a text_config: a checkpoint with a vision tower."""
         return "text_config" in self.top
 
+    @property
+    def quant_inside(self) -> bool:
+        """Whether the quantization_config lies in text_config only, where SGLang and ATOM do not look."""
+        text = self.top.get("text_config")
+        inside = text.get("quantization_config") if isinstance(text, Mapping) else None
+        return bool(inside) and not self.top.get("quantization_config") and self.quant.raw == inside
+
     @classmethod
     def from_config(cls, config: Any, quant_config: Any = None) -> GateModel:
         """From a config.json's dictionary or a config object. quant_config None: taken from the configuration."""

@@ -21,7 +21,7 @@ from .records import PROJECTIONS, Decision, Evidence, GateModel, MoEBlock, Optio
 SpecLookup = Callable[[str], ModuleSpec | None]
 
 # Method -> who else reads such a list. vLLM reads Quark's as SGLang does.
-OTHER_READERS = {"quark": ("sglang", "atom"), "fp8": ("vllm", "atom")}
+OTHER_READERS = {"quark": ("sglang", "atom"), "fp8": ("vllm-fp8", "atom")}
 
 # Patterns times experts of a layer. Measured for 512 experts in 60 layers: 10 patterns take 10 s of processor time.
 MOST_QUESTIONS = 5120
@@ -78,11 +78,17 @@ def _collect(model: GateModel, layer: MoEBlock, stored: SpecLookup | None) -> La
 
 def _fact(name: str, quant: QuantConfig, others: Sequence[QuantConfig], stored: SpecLookup | None) -> Fact:
     declared = quant.spec_of(name)
-    readings = [other.spec_of(name) for other in others]
+    readings = [_as_read(name, other) for other in others]
     if hit := quant.view(_block(name), lambda: _block_above(name, quant)):
         readings.append(Resolution(BF16, hit))
     second = next((reading for reading in readings if reading.spec != declared.spec), None)
     return Fact(name, declared, second, stored(name) if stored else None)
+
+
+def _as_read(name: str, other: QuantConfig) -> Resolution:
+    """What an engine takes a module for: it asks for all experts as one, so an entry for the block counts as well."""
+    own, whole = other.spec_of(name), other.spec_of(_block(name))
+    return whole if whole.hit.entry and not own.hit.entry else own
 
 
 def _block(name: str) -> str:

@@ -87,6 +87,11 @@ def _complete(checkpoint: Checkpoint, config: Config) -> Iterator[Finding]:
             yield _as_finding("tensors", trunk)
             return
         yield _as_finding("draft-head" if "mtp." in str(error) else "tensors", error)
+    if isinstance(config.raw.get("vision_config"), dict) and not any(
+        n.startswith("visual.") for n in checkpoint.tensors
+    ):
+        text = "a vision tower is announced, and none is stored: engines leave its weights as they were allocated"
+        yield Finding("warning", "vision-tower", "config.json: vision_config", text)
     stored = any(name.startswith("mtp.") for name in checkpoint.tensors)
     if stored != (config.mtp_num_hidden_layers > 0):
         text = "a draft head is stored, and config.json announces none" if stored else "no draft head is stored"

@@ -47,7 +47,7 @@ def check_ids(checkpoint: Checkpoint, config: Config) -> Iterator[Finding]:
                     text = f"{i} is no row of an embedding of {config.vocab_size}"
                     yield Finding("error", "special-id", f"config.json: {key}", text)
     inner = config.raw.get("text_config", config.raw)
-    if not any(key in inner for key in ("rope_parameters", "rope_scaling", "rope_theta")):
+    if not any(inner.get(key) for key in ("rope_parameters", "rope_scaling", "rope_theta")):
         text = "absent: readers fall back on defaults, and not all on 10,000,000 and a quarter of the head"
         yield Finding("warning", "rope", "config.json: rope_parameters", text)
 
