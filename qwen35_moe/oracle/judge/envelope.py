@@ -13,8 +13,8 @@ cancel to nothing, the largest error of all rows.
 One number scatters more than a row's norm, and that more than all rows together. NUMBER and TENSOR bring the three to
 one scale: without them clean engines, their own arithmetic left out of the envelope, reach 2.1 by
 a row, 3.0 by one number of it, 1.6 by all rows.
-LIMIT is the geometric middle between the worst clean engine and the least fault, both of checkpoints that nothing was
-chosen by (2.13 and 4.13, docs/margin.md). A right kernel reaches 2.88. Constant factors of 1.02 are below
+LIMIT is near the geometric middle between the worst clean engine and the least fault, both of checkpoints that nothing
+was chosen by (2.15 and 4.38, docs/margin.md). A right kernel reaches 2.88. Constant factors of 1.02 are below
 the rounding of a row, and are seen by another statistic (`constant_factor.py`).
 From LIMIT to twice that a tensor is "suspicious", above "wrong"; neither is green.
 """
