@@ -24,13 +24,13 @@ HEAD = """# Taps
 
 A tap is a name for a value of the model. In a trace it is part of a key: `layers.3.attn_q` is tap `attn_q` of layer 3,
 `layers.3.moe_expert_17_down` is `moe_expert_down` of expert 17, `mtp.layers.0.attn_q` belongs to the draft head,
-`step.2.…` to the third forward pass. `<norm>.gain` is `1 + w` of that norm. What happens at a tap is data: it can be
-recorded, rounded, replaced by an engine's value, or broken (`qwen35_moe/numerics/taps.py`).
+`step.2.…` to the third forward pass. `<norm>.gain` is `1 + w` of that norm. Handlers can
+record a value at its tap, round it, replace it by an engine's value, or break it (`qwen35_moe/numerics/taps.py`).
 
-Engine columns: the path of the module below the layer (or below the model, for taps without a layer), and which of its
-inputs or outputs. `*`: the engine's tensor holds more than this value; the readers split it (`engine_names.py`). vLLM
-and ATOM call their modules as SGLang does, except where the last column says otherwise. An empty cell: no
-hook sees it, or, in the vision tower, no reader has a name for it.
+The engines' columns give the path of the module below the layer (below the model, for taps without a layer), and which of
+its inputs or outputs it is. `*` means: the engine's tensor holds more than this value, and the readers split it
+(`engine_names.py`). vLLM and ATOM use SGLang's names of modules, except where the last column says otherwise. An empty
+cell means: no hook sees the value, or, in the vision tower, no reader has a name for it.
 
 """
 

@@ -78,8 +78,9 @@ assert model.config.layer_types == ("linear_attention",) * 3 + ("full_attention"
 # %% [markdown]
 # ## Names and shapes
 #
-# `q.trace` returns an ordered mapping from a key, `layers.3.attn_q`, to a tensor. The table in `tap_names.py` spells
-# the dimensions of each and says what SGLang and transformers call the same value. Here is the layer with attention:
+# `q.trace` returns an ordered mapping from a key, `layers.3.attn_q`, to a tensor. The table in
+# `qwen35_moe/numerics/tap_table.py` gives the dimensions of each value, and its names in SGLang and transformers.
+# Here is the layer with attention:
 
 # %%
 for key, value in trace.items():
@@ -93,8 +94,8 @@ assert trace["layers.3.attn_k"].shape == (1, 24, c.num_key_value_heads, c.head_d
 # %% [markdown]
 # ## The stream of one token
 #
-# The taps suffice to rebuild the stream: what a layer puts out is what came in plus two contributions. In float64 the
-# sum agrees to the last bit, since it *is* how the model computes it.
+# The taps are enough to rebuild the stream: a layer's output is its input plus two contributions. In float64 the sum
+# agrees to the last bit, because the model computes the same sum.
 
 # %%
 t = 23  # the last token
@@ -125,8 +126,8 @@ assert values["layer_input"][3] > values["layer_input"][0]  # blocks mostly add,
 # %% [markdown]
 # ## A norm of the stream
 #
-# The norm before a block scales by the root mean square, and its stored weight `w` is the deviation from 1. Whoever
-# forgets `1 +` gets a model that runs, and talks nonsense:
+# The norm before a block scales by the root mean square, and its stored weight `w` is the deviation from 1. Without
+# `1 +` the model still runs, but it writes nonsense:
 #
 # $$y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \varepsilon}}\,(1 + w)$$
 
@@ -143,7 +144,7 @@ assert w.min() < 0 < w.max() and forgotten > 0.5
 # ## Where the 3 B of 35 B are
 #
 # The names of Qwen3.5-35B-A3B: 35 billion parameters, of which a token uses about 3. On the `meta` device the model
-# costs nothing to build; every parameter is counted with the share that one token reads.
+# takes no memory. We count every parameter, and the share of it that one token reads.
 
 # %%
 

@@ -32,7 +32,7 @@ assert (attention.heads, attention.kv_heads, attention.head_dim) == (N, G, H)
 # ## Query and gate in one projection
 #
 # `q_proj` has `2 N H` rows. They are interleaved *by head*: the first head's `H` query rows, its `H` gate rows, the
-# next head's query rows, and so on. Whoever splits the rows into a first and a second half mixes heads up.
+# next head's query rows, and so on. If you split the rows into a first and a second half, you mix up the heads.
 
 # %%
 q_gate = layer["attn_q_gate"].view(1, T, N, 2 * H)
@@ -45,9 +45,8 @@ assert attention.q_proj.weight.shape[0] == 2 * N * H
 # %% [markdown]
 # ## Norms of q and k
 #
-# Each head is normalised on its own, with the zero-centred RMSNorm of notebook 1. The score of a query and a key can
-# then not grow with their length, whatever the projections learn: before positions enter, every head has length
-# $\sqrt H$ times its gains.
+# Each head is normalised on its own, with the zero-centred RMSNorm of notebook 1. So the score of a query and a key
+# cannot grow with their length. Before positions enter, every head has length $\sqrt H$, times its gains.
 
 # %%
 eps = model.config.rms_norm_eps
@@ -58,8 +57,8 @@ assert (unit.norm(dim=-1) - H**0.5).abs().max() < 1e-4  # all but equal: eps is 
 # %% [markdown]
 # ## Partial rotary positions
 #
-# Of each head only the first `R = H / 4` elements are rotated, in pairs `(j, j + R/2)`, by an angle that grows with
-# the position: $\theta^{-2j/R}$ a token. The other three quarters know nothing of positions.
+# Only the first `R = H / 4` elements of each head are rotated, in pairs `(j, j + R/2)`. The angle grows with the
+# position, by $\theta^{-2j/R}$ a token. The other three quarters do not depend on the position.
 
 # %%
 before, after = layer["attn_q_norm"], layer["attn_q"]
@@ -105,9 +104,9 @@ torch.testing.assert_close(context, attend(layer["attn_q"], layer["attn_k"], lay
 # %% [markdown]
 # ## Before and after the gate
 #
-# Probabilities sum to 1, so plain attention cannot say "nothing here": each query must take a whole unit of values
-# from somewhere, and trained models dump it on the first token, the *attention sink*. The gate, one sigmoid an element,
-# lets a head answer with less. Left: where head 0 looks. Middle: what it would return. Right: what the gate lets pass.
+# Probabilities sum to 1, so a head of plain attention cannot answer with nothing. Trained models then give most of
+# the weight to the first token, the *attention sink*. The gate is one sigmoid for each element. It lets a head answer
+# with less. Left: where head 0 looks. Middle: what it would return. Right: what the gate lets pass.
 
 # %%
 gated = layer["attn_pre_o_proj"].view(1, T, N, H)
@@ -124,8 +123,8 @@ assert torch.allclose(probs.sum(-1), torch.ones(1, N, T, dtype=torch.float64))
 assert (gated.abs() <= context.abs()).all()
 
 # %% [markdown]
-# The gate is not a scale of the head: it differs from element to element and from token to token. One number for all
-# would put all points on a line:
+# The gate is not one scale for the head. It differs from element to element and from token to token. With one number
+# for all, all points would lie on a line:
 
 # %%
 fig, ax = plt.subplots(figsize=(4.6, 3.4))

@@ -7,8 +7,12 @@
 #
 # $$S_t = a_t S_{t-1} + k_t u_t^\top, \qquad u_t = \beta_t\,(v_t - (a_t S_{t-1})^\top k_t), \qquad o_t = S_t^\top q_t$$
 #
-# In words: let the memory fade (`a = exp(g)`), ask it what it already knows about the key (the *recall*), write only
-# the difference (`beta` says how much of it), answer.
+# In words, for each token:
+#
+# 1. let the memory fade (`a = exp(g)`);
+# 2. ask it what it already knows about the key (the *recall*);
+# 3. write only the difference (`beta` says how much of it);
+# 4. answer the query.
 #
 # "Gated Delta Networks" (arXiv 2412.06464); the delta rule as a fast weight programmer: arXiv 2102.11174; chunked form:
 # arXiv 2406.06484.
@@ -50,9 +54,9 @@ print("one pair stored and recalled")
 # %% [markdown]
 # ## Many pairs
 #
-# With orthogonal keys the memory holds `K` pairs exactly. Random keys are only nearly orthogonal, so that older pairs
-# are disturbed by newer ones; the last one written is always exact. Without the recall term, `u = beta v`, this is
-# plain linear attention: nothing is corrected, and even the last pair comes back with noise on it.
+# With orthogonal keys the memory holds `K` pairs exactly. Random keys are only nearly orthogonal, so newer pairs
+# disturb older ones. The last pair is always exact. Without the recall term, `u = beta v`, this is plain linear
+# attention. It corrects nothing, and even the last pair comes back with noise.
 
 # %%
 
@@ -87,8 +91,8 @@ assert delta.mean() < plain.mean()
 # %% [markdown]
 # ## Writing over
 #
-# Write a pair, then another value under the *same* key. The delta rule recalls the old value, subtracts it, and the
-# new one stands in its place. Without the recall term both are added up.
+# Write a pair, then another value under the *same* key. The delta rule recalls the old value, subtracts it, and
+# writes the new one in its place. Without the recall term, the memory holds the sum of both.
 
 # %%
 old, new = draw(1, P), draw(1, P)
@@ -163,8 +167,8 @@ print(f"{T} tokens, not a multiple of 64: relative difference below 1e-13")
 # %% [markdown]
 # ## In the model
 #
-# Gates and memory of the first layer. The convolution before it (a sum over the last 4 tokens, channel by channel, then
-# SiLU) lets a key hold a few tokens; then comes what we saw above.
+# Here are the gates and the memory of the first layer. A convolution comes before them: a sum over the last 4 tokens,
+# channel by channel, then SiLU. So a key can hold a few tokens. The rest is as above.
 
 # %%
 checkpoint = build("tiny", style.scratch() / "tiny")
@@ -192,8 +196,8 @@ assert (trace["layers.0.gdn_g"] < 0).all()
 # ## What breaks without the recall
 #
 # At least one public reimplementation leaves the recall out, and its model still runs and still writes plausible text
-# for a while. Planting the same bug takes one handler: a tap can be changed on its way (`taps.BREAK`). The tap
-# `gdn_recall` exists in the recurrent rule, so we switch the arithmetic to that.
+# for a while. We plant the same bug with one handler, which changes the value at a tap (stage `taps.BREAK`). Only the
+# recurrent rule has the tap `gdn_recall`, so we switch the arithmetic to that rule.
 
 # %%
 
@@ -251,7 +255,8 @@ style.attempt(
 # ```
 # </details>
 #
-# And two values under one key, as above: with which `beta` of both writes is most of the *earlier* one still there?
+# Two values are written under one key, as above, both with the same `beta`. Which `beta` keeps most of the *earlier*
+# value?
 
 # %%
 answer = None
@@ -267,5 +272,5 @@ style.attempt(
 # ```python
 # answer = 0.5
 # ```
-# A quarter of it, beside half of the later one: the later one always weighs more.
+# A quarter of it is left, and half of the later value. The later value always weighs more.
 # </details>

@@ -2,8 +2,8 @@
 # # 4. Router and shared expert
 #
 # Every layer ends in a mixture of experts: `A` of `E` small networks, chosen for each token, and one that all tokens
-# get. Engines like to treat the shared one as expert number `E`, so that one kernel does all. This notebook shows that
-# it is the same function, and what has to be right for that.
+# get. Engines like to treat the shared one as expert number `E`, so that one kernel does all. This notebook shows
+# that the function is the same, and what that needs.
 #
 # $$y = \sum_{a} w_a\, \mathrm{expert}_{id_a}(x) + \sigma(g \cdot x)\; \mathrm{shared}(x)$$
 
@@ -30,8 +30,9 @@ assert layer["moe_topk_ids"].shape == (T, A)
 # %% [markdown]
 # ## Routing as a picture
 #
-# `p = softmax(W x)` over all experts; the `A` largest are chosen, and their probabilities divided by their sum. The
-# sum before this renormalisation says how sure the router is, and differs from token to token; after it, it is 1.
+# `p = softmax(W x)` over all experts; the `A` largest are chosen, and their probabilities divided by their sum.
+# Before this renormalisation, the sum says how sure the router is. It differs from token to token. After it, the sum
+# is 1.
 
 # %%
 ids_TA, weights_TA = route(x_TD, moe.gate.weight, A)
@@ -61,8 +62,8 @@ torch.testing.assert_close(logits_TA.softmax(-1), weights_TA)
 # %% [markdown]
 # ## The shared expert has a gate of its own
 #
-# Its weight is `sigmoid(g . x)`, one number a token. It takes no part in the renormalisation: a token gets a whole
-# unit of routed experts *and* something between none and all of the shared one.
+# Its weight is `sigmoid(g . x)`, one number a token. It takes no part in the renormalisation. The weights of the
+# routed experts sum to 1. The weight of the shared expert, between 0 and 1, comes on top.
 
 # %%
 gate_T1 = shared_gate(x_TD, moe.shared_expert_gate.weight)
@@ -80,9 +81,9 @@ assert gate_T1.min() > 0 and gate_T1.max() < 1
 # %% [markdown]
 # ## Fused
 #
-# Now the shared expert becomes slot `E` of `E + 1`. Its rows are appended to the experts' tensors, which moves bits and
-# computes nothing, and `append_shared` gives every token one more column: id `E`, weight `sigmoid(g . x)`, last.
-# SGLang does this since PR 20736.
+# Now the shared expert becomes slot `E` of `E + 1`. Its rows are appended to the experts' tensors. That copies bits
+# and computes nothing. `append_shared` gives every token one more column, the last one: id `E`, weight `sigmoid(g .
+# x)`. SGLang does this since PR 20736.
 
 # %%
 fused = q.load(checkpoint, arithmetic="exact", shared_expert="fused", text_only=True)
@@ -107,17 +108,17 @@ torch.testing.assert_close(fused(ids), unfused(ids), rtol=1e-11, atol=1e-11)
 print("unfused and fused: one function, to the last digits of float64")
 
 # %% [markdown]
-# That is the function. In bf16 the two differ in where they round (notebook 7), and in MXFP4 the slot must hold what
+# The function is the same. In bf16 the two differ in where they round (notebook 7). In MXFP4 the slot must hold what
 # the kernel reads (notebook 6).
 #
 # ## What `ep_scale` is for
 #
-# With expert parallelism each of `ep_size` ranks holds some of the experts, computes what its tokens need from those,
-# and the ranks' results are summed. A routed expert lives on one rank. The shared slot lives on *every* rank, so its
-# output is summed `ep_size` times, unless each rank gives it the weight `gate * ep_scale` with `ep_scale = 1/ep_size`.
+# With expert parallelism, each of `ep_size` ranks holds some of the experts and computes their outputs. The outputs
+# of all ranks are summed. A routed expert lives on one rank. The shared slot lives on *every* rank, so its output is
+# summed `ep_size` times, unless each rank gives it the weight `gate * ep_scale` with `ep_scale = 1/ep_size`.
 #
-# sglang 23084 and 26845 are about the missing factor. GSM8K fell from 94.2 % to 10.8 % with two ranks and to 0.9 % with
-# four (FP8, as reported there).
+# sglang 23084 and 26845 are about the missing factor. They report that GSM8K, in FP8, fell from 94.2 % to 10.8 % with
+# two ranks. With four ranks it fell to 0.9 %.
 
 # %%
 
@@ -173,8 +174,8 @@ style.attempt(
 # ```
 # </details>
 #
-# Another engine multiplies the routed weights by the unnormalised probabilities (it forgot to renormalise). By which
-# factor `[T]` are its routed outputs too small? Give it as a tensor made of what is above.
+# Another engine forgot to renormalise: its weights are the probabilities. By which factor `[T]` are its routed
+# outputs too small? Give a tensor that is defined above.
 
 # %%
 answer = None

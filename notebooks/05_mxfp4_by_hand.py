@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 5. MXFP4 by hand
 #
-# Four bits a weight: sixteen values, and one scale for every 32 of them. This notebook draws the values, packs and
-# unpacks bytes by hand, and shows that engines which agree on the format still write different bytes, because the
-# standard leaves open how a scale is chosen.
+# Four bits a weight: sixteen values, and one scale for every 32 of them. This notebook draws the values, and packs
+# and unpacks bytes by hand. It also shows why engines that agree on the format write different bytes: the standard
+# leaves open how a scale is chosen.
 #
 # OCP Microscaling Formats (MX) v1.0, sections 5.2 to 6.3. Letters: `O` rows, `I` columns, `Q = I/32` blocks,
 # `Z = I/2` bytes of codes.
@@ -26,7 +26,7 @@ assert q.quant.mxfp4.MXFP4_BLOCK == 32 and len(E2M1) == 16 and len(SCALE_RULES) 
 # A code is `s ee m`: sign, two bits of exponent, one of mantissa (E2M1). Exponent 0 is subnormal: 0 and 0.5. There is
 # no infinity and no NaN. Neighbours are 0.5 apart below 2, 1 up to 4, and 2 up to 6.
 #
-# A scale is one byte `s`, worth $2^{s-127}$ (E8M0); 255 is NaN. It shifts the whole ruler:
+# A scale is one byte `s`, worth $2^{s-127}$ (E8M0); 255 is NaN. It multiplies all values of its block:
 #
 # $$x_i = \mathrm{E2M1}[c_i] \cdot 2^{\,s_{\lfloor i/32 \rfloor} - 127}$$
 
@@ -77,9 +77,10 @@ assert swapped.norm() == x.norm() and not torch.equal(swapped, x)
 # %% [markdown]
 # ## Five ways to choose a scale
 #
-# Let `amax` be the largest magnitude of a block, `amax = fraction * 2^k` with `fraction` in [1, 2). The scale is
-# $2^{k-2}$, so that `amax` falls into [4, 8), where E2M1 ends at 6; or twice that, into [2, 4), where nothing is cut
-# off but the ruler is coarser. From which fraction on? Five rules are in use:
+# Let `amax` be the largest magnitude of a block, `amax = fraction * 2^k` with `fraction` in [1, 2). With the scale
+# $2^{k-2}$, `amax` divided by the scale lies in [4, 8). E2M1 ends at 6, so the rest is cut off. With twice that
+# scale, it lies in [2, 4). Nothing is cut off, but the steps are coarser. From which fraction on is the scale
+# doubled? Five rules are in use:
 #
 # | rule | doubled | who |
 # |---|---|---|
@@ -87,7 +88,7 @@ assert swapped.norm() == x.norm() and not torch.equal(swapped, x)
 # | `even` | from 1.75 on | AMD Quark, Aiter's Triton kernels, compressed-tensors |
 # | `threshold-1.5` | from 1.5 on | Aiter's HIP kernels before June 2026, FlyDSL epilogue |
 # | `round-up` | above 1.5 | Aiter's HIP kernels since (aiter 3212); cuts nothing off |
-# | `ceil` | above 1 | (kept for comparison) `amax` at most 4 on the ruler |
+# | `ceil` | above 1 | (kept for comparison) `amax` is at most 4 times the scale |
 
 # %%
 fraction = torch.arange(1, 2, 1 / 256, dtype=torch.float64)
@@ -111,8 +112,8 @@ print("first fraction that is doubled:", starts)
 assert starts == {"even": 1.75, "round-up": 1.5 + 1 / 256, "threshold-1.5": 1.5, "ceil": 1 + 1 / 256}
 
 # %% [markdown]
-# The same block under all five: its largest value is 7.2, so its fraction is 1.8. `floor` keeps the finer ruler and
-# cuts 7.2 to 6; the others let 7.2 become 8 and round the small values more coarsely.
+# Here is one block. Its largest value is 7.2, so its fraction is 1.8. `floor` keeps the finer steps and cuts 7.2 to
+# 6. The other four, `even` among them, turn 7.2 into 8 and round small values more coarsely.
 
 # %%
 block = torch.tensor([7.2, 5.1, 3.4, 2.6, 1.9, 1.3, 0.9, 0.6, 0.4, 0.2] + 22 * [0.0], dtype=torch.float64)[None]
@@ -128,8 +129,9 @@ assert quantise_dequantise(block, "floor").max() == 6 and quantise_dequantise(bl
 # %% [markdown]
 # ## What each rule costs
 #
-# Neither is better for every block. Over blocks of normal values, sorted by the fraction of their `amax`, the error of
-# the doubled scale and of the undoubled one cross; `even` changes over closer to the crossing than the others.
+# Neither scale is better for every block. Here are blocks of normal values, sorted by the fraction of their `amax`.
+# The errors of the doubled and of the undoubled scale cross. `even` doubles closer to the crossing than the other
+# rules.
 
 # %%
 random = torch.Generator().manual_seed(3)
@@ -162,8 +164,8 @@ assert min(total, key=total.get) == "even" and max(total, key=total.get) == "cei
 # ## An expert's matrix
 #
 # The recipe `tiny-mxfp4` stores the experts of `tiny` as MXFP4, encoded by the rule `even`, as Quark does. Encoding
-# the BF16 matrix must give its very bytes. Then the error of all experts of the layer, by rule: about an eighth of the
-# matrices' size. Under `ceil` three of four scales would be others.
+# the BF16 matrix must give the same bytes. The lines below the figure show the error of all experts of the layer, by
+# rule: about an eighth of the matrices' size. With `ceil`, three of four scales would differ.
 
 # %%
 folder = style.scratch()
@@ -199,8 +201,8 @@ for rule in SCALE_RULES:
 # %% [markdown]
 # ## Two ends of the range
 #
-# A block of zeros has no `amax`; the scale byte is 0, or 92 where a kernel puts a floor of 1e-10 under it (Aiter HIP).
-# Both decode to zeros: compare values first, then bytes. And scale byte 255 is NaN for the whole block.
+# A block of zeros has `amax` 0, and its scale byte is 0. Aiter's HIP kernel takes an `amax` of 1e-10 at least, and
+# writes 92. Both decode to zeros, so compare values first, then bytes. Scale byte 255 makes the whole block NaN.
 
 # %%
 zeros = torch.zeros(1, 32)
@@ -259,5 +261,5 @@ style.attempt(
 # ```python
 # answer = 6.0
 # ```
-# Any 1.5 * 2^k. It is the one value for which nothing would be lost without doubling: 6 is the largest code.
+# Any 1.5 * 2^k. Without doubling, this `amax` becomes 6, the largest value, and nothing is lost.
 # </details>

@@ -27,9 +27,9 @@ print(recipe.doc)
 # %% [markdown]
 # ## The configuration
 #
-# Quark's `quantization_config` has one default, MXFP4, and a list of what it leaves alone. The file itself could not be
-# had when this was written; the list is rebuilt from what PRs report about it, 183 names of a shared expert's body
-# among them: 60 layers and the draft, three each. No entry says "shared expert"; they are names of modules.
+# Quark's `quantization_config` has one default, MXFP4, and a list of what it leaves alone. We did not have the file
+# itself; the list is rebuilt from what PRs report about it. It has 183 names of projections of shared experts: three
+# for each of the 60 layers and for the draft head. Each entry is the name of a module.
 
 # %%
 exclude = recipe.config["quantization_config"]["exclude"]
@@ -63,9 +63,9 @@ assert q.can_fuse_shared_expert(card.config, rule="sglang-22948") and q.can_fuse
 # ## The bytes
 #
 # What had been loaded before the PR? We have a checkpoint with the same structure. Its shared expert is BF16, two
-# bytes a weight, low byte first. A row of the slot takes half a byte a weight. Take the simplest case, a row filled
-# from the front: it gets a quarter of the BF16 row, and reads four weights where one was. The scales of the slot are
-# never filled at all and may be anything; to see something we take them as 1.
+# bytes a weight, low byte first. A row of the slot takes half a byte a weight. Take the simplest case: a row is
+# filled from the front. It gets a quarter of the BF16 row, and the kernel reads four weights where one was. Nothing
+# fills the scales of the slot, so they may be anything. Here we take them as 1.
 
 # %%
 checkpoint = build("tiny-mxfp4", style.scratch() / "tiny-mxfp4")
@@ -92,9 +92,9 @@ correlation = torch.corrcoef(torch.stack((true.flatten(), garbage.flatten())))[0
 assert true.shape == garbage.shape and abs(correlation) < 0.1
 
 # %% [markdown]
-# The stripes are the format showing through. Every fourth weight of the garbage is the top half of a BF16 number's
-# high byte: sign and three bits of the exponent, which weights of similar size share. The value is then the same but
-# for the sign. The column before it has exponent bits too; the other two are mantissa, near enough to dice.
+# The stripes come from the format. Every fourth weight of the garbage is the upper half of a BF16 number's high byte:
+# its sign and three bits of its exponent. Weights of similar size share these bits, so the values differ only in the
+# sign. The column before it has exponent bits, too. The other two columns are mantissa bits, which are almost random.
 
 # %%
 fig, axes = plt.subplots(1, 4, figsize=(8.2, 2.4), sharey=True)
@@ -112,8 +112,8 @@ style.show()
 assert spreads[3] > 0.9 and max(spreads[:2]) < 0.3
 
 # %% [markdown]
-# And the model? One expert of eleven is noise, but every token gets it, in every layer. The weights are also larger
-# than they should be: with scales of 1, BF16 weights of 0.1 are read as values up to 6.
+# And the model? Only one expert of eleven is noise, but every token gets it, in every layer. The weights are also
+# larger than they should be: with scales of 1, BF16 weights of 0.1 are read as values up to 6.
 
 # %%
 model = q.load(checkpoint, arithmetic="exact", shared_expert="unfused", text_only=True)
@@ -144,8 +144,8 @@ assert agree < 0.1 and min(error) > 1
 # %% [markdown]
 # ## The guard
 #
-# The gate decides, and the loader asks the same question of the bytes before it copies any. Whoever forces the fusion
-# gets an error that names the tensor:
+# The gate decides. The loader checks the bytes as well, before it copies any. If you force the fusion, you get an
+# error that names the tensor:
 
 # %%
 try:
@@ -158,9 +158,9 @@ assert "shared_expert" in str(refused.where)
 # %% [markdown]
 # ## Every engine's rule on the same lists
 #
-# The rules of the engines, as they are and with the switches that their users turn, on the lists of thirteen
-# checkpoints and templates (rebuilt from reports; each recipe in `weights/recipes/gate` says from which). "breaks"
-# means: an engine that acts on this answer reads bytes as something they are not, judged by what is stored.
+# Here are the rules of the engines, with their defaults and with the switches that users set, on the lists of
+# thirteen checkpoints and templates. The lists are rebuilt from reports, which the recipes in `weights/recipes/gate`
+# name. "breaks" means: an engine that acts on this answer reads stored bytes in a wrong format.
 
 # %%
 WORDS = ("no", "fused", "fused, converted", "breaks")
@@ -194,14 +194,15 @@ for label, where in breaks.items():
 assert not breaks["strict"] and breaks["sglang-0.5.23"]
 
 # %% [markdown]
-# SGLang asks Quark's and ModelOpt's lists; others pass unchecked. vLLM does not fuse unless told to. ATOM without
-# prefixes lets the first entry with the word speak for all layers, and says no where it could fuse. The last row holds
-# globs, which Quark reads and other loaders do not: they take BF16 modules for MXFP4, fused or not.
+# SGLang reads the lists of Quark and ModelOpt, and no others. vLLM fuses only if it is told to. ATOM without prefixes
+# takes the first entry with the word `shared_expert` for all layers, so it says no where it could fuse. The list of
+# the last row has globs. Quark reads globs, other loaders do not: they take BF16 modules for MXFP4, fused or not.
 #
 # ## What `strict` adds
 #
-# A search for a word is not a reading of the list. Quark writes names, globs and `re:` patterns; engines read names and
-# `re:`, and search for the word in whatever is there. The same small model under lists that a person might write:
+# The engines search for a word, but do not read the whole list. Quark writes names, globs and `re:` patterns. Engines
+# read names and `re:` patterns, and search for the word in every entry. Here is the small model with lists that a
+# person might write:
 
 # %%
 tiny = stored.config
@@ -234,9 +235,9 @@ print(fill(str(answers(lists["glob"], "strict")), 110))
 assert "disagree" in answers(lists["glob"], "strict").reason
 
 # %% [markdown]
-# `strict` reads the list as each reader would and refuses where they differ. And it prefers bytes to words: given the
-# checkpoint, it looks at what is stored. Here is a list that forgot the shared expert, for a checkpoint where it is
-# BF16. The configuration says "fuse"; the bytes say no.
+# `strict` reads the list as each reader would, and refuses if they differ. If it has the checkpoint, it looks at what
+# is stored instead. Here the list lacks the shared expert, which is BF16 in the checkpoint. The configuration says
+# "fuse"; the bytes say no.
 
 # %%
 forgot = tiny["quantization_config"] | {"exclude": ["*shared_expert_gate"]}
@@ -249,8 +250,8 @@ assert by_list and not by_bytes and by_bytes.warnings
 # %% [markdown]
 # ## Try it
 #
-# Write an exclude list of one entry for which `sglang-0.5.23` does not fuse although `strict` does: the entry names no
-# module at all. Which word does the rule search for?
+# Write an exclude list of one entry, which names no module at all. `strict` must fuse, and `sglang-0.5.23` must not.
+# Which word does its rule search for?
 
 # %%
 answer = None

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 7. The precision ladder
 #
-# An engine never agrees with the exact model: it rounds. The question is whether it is *only* rounding. This notebook
-# runs one prompt up and down the ladder, float64, float32, bf16 as transformers rounds it, bf16 as SGLang does, MXFP4
-# activations as Aiter does, looks at where the noise comes from, and at the one place where noise is not small: the
-# router. At the end is a tolerance that one can defend.
+# An engine never agrees with the exact model, because it rounds. The question is whether it *only* rounds. This
+# notebook runs one prompt in six arithmetics: float64, float32, bf16 as transformers rounds it, bf16 as SGLang rounds
+# it, and MXFP4 activations without other rounding and as Aiter computes them. It shows where the noise comes from,
+# and the one place where noise is not small: the router. At the end there is a tolerance that one can defend.
 #
 # An *arithmetic* is a table that says who rounds where, tap by tap (`qwen35_moe/numerics/tables.py`). All of them run
 # the same model code.
@@ -41,12 +41,12 @@ print("\n".join(LADDER))
 # %% [markdown]
 # ## The ladder
 #
-# bf16 has 8 bits: one rounding errs by up to $2^{-9} \approx 0.2\,\%$, fp32 by $2^{-25}$. From layer to layer noise
-# adds up, and later layers amplify what earlier ones made.
+# bf16 has 8 bits: one rounding errs by up to $2^{-9} \approx 0.2\,\%$, fp32 by $2^{-25}$. Noise adds up from layer to
+# layer, and later layers amplify the noise of earlier ones.
 #
-# Aiter quantises the *activations* of the experts to MXFP4 (W4A4). That is not noise but another function: against
-# `exact` it is a third off, whatever else it does right. The fair truth for such an engine has the same quantiser and
-# nothing else rounded, `exact+a4-round-up`.
+# Aiter quantises the *activations* of the experts to MXFP4 (W4A4). That is not noise but another function: it differs
+# from `exact` by a third, even if all else is right. The fair truth for such an engine is `exact+a4-round-up`, which
+# has the same quantiser and rounds nothing else.
 
 # %%
 fig, ax = plt.subplots(figsize=(7.6, 3.4))
@@ -67,8 +67,8 @@ first = "layers.0.layer_output_sum"
 assert error("sglang-aiter-mxfp4", first, "exact+a4-round-up") < 0.7 * error("sglang-aiter-mxfp4", first)
 
 # %% [markdown]
-# Even against its own truth the MXFP4 engine is noisier than bf16. A quantiser is a staircase: two inputs that differ
-# in the last bit may fall on different steps, and then differ by a whole step.
+# Even against its own truth the MXFP4 engine is noisier than bf16. A quantiser has steps. Two inputs that differ in
+# the last bit may fall on two steps, and then they differ by a whole step.
 
 # %%
 a1 = runs["exact"]["layers.0.pre_mlp_layernorm_output"]
@@ -82,9 +82,9 @@ assert after > 10 * before
 # %% [markdown]
 # ## Where it comes from
 #
-# The same layer, tap by tap in the order of execution, for the two bf16 tables. They differ in where they round:
-# SGLang's fused kernels keep fp32 where transformers stores in between (`attn_gate`, the gated norm, the residual that
-# the second norm reads). Both start from the same input, the embedding.
+# Here is one layer, tap by tap in the order of execution, for the two bf16 tables. They differ in where they round:
+# SGLang's fused kernels keep fp32 where transformers stores in between (`attn_gate`, the gated norm, the residual
+# that the second norm reads). Both start from the same input, the embedding.
 
 # %%
 taps = ["input_layernorm", "gdn_qkv", "gdn_conv_act", "gdn_core_out", "gdn_norm_out", "attn_output"]
@@ -107,9 +107,9 @@ for name in ("transformers-bf16", "sglang-bf16"):
 # %% [markdown]
 # ## Near-ties and flips
 #
-# The router takes the largest `A` logits. The *margin* of a token is what separates the last chosen logit from the
-# first that was not. Where the margin is smaller than the noise of the logits, the engine may take another expert: a
-# *flip*. Both choices are right to rounding, and the outputs have little in common.
+# The router takes the largest `A` logits. The *margin* of a token is the distance of the last chosen logit from the
+# first that was not chosen. Where the margin is smaller than the noise of the logits, the engine may take another
+# expert: a *flip*. Both choices are right within rounding, but the outputs have little in common.
 
 # %%
 
@@ -177,9 +177,9 @@ assert fair.median() <= plain.median() and fair.max() < plain.max() and fair[eve
 # %% [markdown]
 # ## What tolerance is honest
 #
-# `allclose` with a tolerance picked by taste fails twice. Too tight, it fails correct engines; too wide, it passes
-# bugs. Here is a bug of 3 % in one place, an output projection decoded with a wrong scale. Its logits lie well within
-# the spread of *correct* engines.
+# `allclose` with a guessed tolerance can fail in two ways. If it is too tight, correct engines fail. If it is too
+# wide, bugs pass. Here is a bug of 3 % in one place, an output projection decoded with a wrong scale. Its logits lie
+# well within the spread of *correct* engines.
 
 
 # %%
@@ -197,10 +197,10 @@ logits = {n: error(n, "next_token_logits") for n in ("transformers-bf16", "sglan
 assert logits["engine with a bug"] < 2 * logits["transformers-bf16"]  # no tolerance on logits separates them
 
 # %% [markdown]
-# What can be defended is a *ratio*: the engine's error in units of the error that legal roundings make on the same
-# input. Take the exact value, the values of the legal arithmetics, and call their largest error the envelope. One more
-# thing is needed. Errors of earlier layers must not count, so the block runs on the engine's own input: here, layer 1's
-# DeltaNet on what the engine's norm gave it.
+# A *ratio* can be defended: the engine's error divided by the error that legal roundings make on the same input. Take
+# the exact value and the values of the legal arithmetics. The largest error of these is the legal error, or
+# *envelope*. Errors of earlier layers must not count. So the block runs on the engine's own input: here, layer 1's
+# DeltaNet on the output of the engine's norm.
 
 # %%
 
@@ -240,13 +240,14 @@ assert all(verdicts["engine with a bug"][layer].ratio <= LIMIT for layer in (0, 
 print("the bug is found, in its layer and in no other")
 
 # %% [markdown]
-# The bf16 arithmetics are members of the envelope themselves and cannot exceed 1; others may, a little. The limit is
-# measured, too: `envelope.py` says how. This is how `qwen35-moe compare` works on a dump, for all blocks (notebook 8).
+# The two bf16 arithmetics belong to the envelope, so they cannot exceed 1. Other correct engines may exceed it a
+# little. The limit is measured, too ([docs/margin.md](../docs/margin.md)). `qwen35-moe compare` does the same for all
+# blocks of a dump (notebook 8).
 #
 # ## Try it
 #
-# How small may such a bug be? From which relative size (a number such as 0.005 or 0.05) of
-# this error on can a bf16 engine's `attn_output` show it at all? Estimate, from the figure "Noise of layer 0".
+# How small a bug can a bf16 engine's `attn_output` show at all? Estimate the relative size of its error, a number
+# such as 0.005 or 0.05, from the figure "Noise of layer 0".
 
 # %%
 answer = None

@@ -4,12 +4,12 @@
 # An engine runs your model, and its text is worse than it should be. Where is it wrong, and why? Three dumps of three
 # engines, each with one planted bug. Two are solved here, the third is yours.
 #
-# On a real engine the hunt is three commands, after the engine has written its dump:
+# For the dump of a real engine, use the first two commands, or the third alone:
 #
 # ```
 # qwen35-moe trace CHECKPOINT --ids ids.json --out truth     # the exact values for the same tokens
 # qwen35-moe compare truth DUMP                              # where first, by how much, and which known bug it is
-# qwen35-moe diagnose CHECKPOINT DUMP                        # both at once, for the tokens in the dump
+# qwen35-moe diagnose CHECKPOINT DUMP                        # both, for the tokens in the dump
 # ```
 #
 # Here we call what the commands call.
@@ -66,14 +66,14 @@ assert (first.first.layer, first.first.block) == (1, "mlp")
 assert first.diagnoses[0].name == "BF16 shared expert read as FP4"
 
 # %% [markdown]
-# The verdict is on one line: the first tap in order of execution that errs more than rounding may, and how much more.
-# Below it is the cause, if a fault of the catalogue explains the error: each is run on the guilty block's own input,
-# and what counts is the share of the error that goes away when the broken truth stands in for the truth. This one is
-# PR 22948, the story of notebook 6.
+# The verdict is on one line: the first tap in order of execution whose error exceeds the legal one, and by how much.
+# Below it is the cause, if a fault of the catalogue explains the error. To find it, the truth runs the guilty block
+# with each fault, on the engine's own input. The share of the error that goes away is what the fault explains. This
+# one is PR 22948, the story of notebook 6.
 #
-# Two kinds of error are behind this. Against the truth, everything after a bug is wrong: the error is *inherited*. But
-# each block of the truth can be run on what the engine had at its input; what is left then is the error that the block
-# *added*, and it is large in one place only:
+# There are two kinds of error. Against the truth, everything after a bug is wrong: the later layers *inherit* the
+# error. But each block of the truth can also run on the engine's own input. What is left then is the error that the
+# block *added*. It is large in one place only:
 
 # %%
 places = [(layer, tap) for layer in range(4) for tap in ("attn_output", "mlp_output")]
@@ -101,8 +101,8 @@ assert min(inherited[3:]) > 0.3  # all that follows is wrong, too
 # %% [markdown]
 # ## The second dump
 #
-# Its text is fine at first and loses the thread. Most of the time the most likely token is the right one; a benchmark
-# would show some points less, and nobody would know why.
+# Its text is fine at first and gets worse. At most positions, the most likely token is the right one. A benchmark
+# would lose some points, and would not say why.
 
 # %%
 second = q.compare(truth, engine("second", "recall term missing", 2), checkpoint)
@@ -118,9 +118,9 @@ assert (second.first.layer, second.first.block) == (2, "gdn")
 assert second.diagnoses[0].name == "recall term missing"
 
 # %% [markdown]
-# Notebook 3 showed what this one does: a memory that adds up what it should correct. Beside the dump of the same
-# engine without the bug one sees the error grow as the memory fills. The first token is right to the bit, and a test
-# of a short prompt might pass.
+# Notebook 3 showed this bug: the memory adds values up, and does not correct them. We compare with the dump of the
+# same engine without the bug. The error grows as the memory fills. The first token is right to the bit, so a test of
+# a short prompt might pass.
 
 # %%
 key = "layers.2.attn_output"
@@ -135,8 +135,8 @@ assert relative[0] == 0 and relative[24:].mean() > 2 * relative[:4].mean()
 # %% [markdown]
 # ## The third dump
 #
-# It is yours. The text reads well, and its author says that the difference is rounding. The fault and its layer are
-# named by their hash, so that reading on does not give them away.
+# This one is yours. The text reads well, and the engine's author says that the difference is rounding. The code names
+# the fault and its layer by a hash, so that it does not give them away.
 
 # %%
 

@@ -21,9 +21,9 @@ for name in case:
 # ## 1. Inputs
 #
 # A case is drawn from an integer hash: the same bytes on every machine. Its numbers are like the real model's: one
-# channel of the hidden state is 30 times as loud as the others, blocks of 32 weights differ by powers of two. `tiny`
-# has 10 experts; `"qwen3.5-35b-a3b"` has the real sizes. `w13` holds the rows of gate, then of up; the last slot is the
-# shared expert's, which every token visits (`ids[:, -1]`).
+# channel of the hidden state is 30 times as large as the others, and blocks of 32 weights differ by powers of two.
+# `tiny` has 10 experts; `"qwen3.5-35b-a3b"` has the real sizes. `w13` holds the rows of gate, then the rows of up.
+# The last slot is the shared expert's, which every token visits (`ids[:, -1]`).
 
 # %%
 assert (case["ids"][:, -1] == 10).all()
@@ -33,7 +33,8 @@ print("with weights", [round(w, 3) for w in case["weights"][0].tolist()])
 # %% [markdown]
 # ## 2. A kernel
 #
-# As engines write it: bf16 in, sums in float32, each expert's output rounded to bf16, added in float32.
+# It computes as engines do: its inputs are bf16, it sums in float32, rounds each expert's output to bf16, and adds
+# these in float32.
 
 
 # %%
@@ -72,8 +73,9 @@ qt.assert_legal(mine, case)
 # %% [markdown]
 # ## 4. A kernel that is wrong
 #
-# One expert was never loaded. Two tokens of sixteen visit it, and only one of them passes the limit. The relative error
-# of the whole is hardly larger than the right kernel's, so a tolerance on the whole does not see it.
+# One expert was never loaded. Two tokens of sixteen visit it, and only one of them exceeds the limit. The relative
+# error of the whole output is hardly larger than that of the right kernel, so a tolerance on the whole output does
+# not see it.
 
 
 # %%
