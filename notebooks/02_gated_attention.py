@@ -131,7 +131,7 @@ fig, ax = plt.subplots(figsize=(4.6, 3.4))
 for n in range(N):
     ax.plot(context[0, :, n].flatten(), gated[0, :, n].flatten(), "osD^"[n], label=f"head {n}", alpha=0.5, linestyle="")
 limit = context.abs().max()
-ax.plot([-limit, limit], [-limit, limit], color=style.GREY, marker="", label="gate wide open")
+ax.plot([-limit, limit], [-limit, limit], color=style.GREY, marker="", label="gate = 1")
 ax.set(xlabel="attn_context", ylabel="attn_pre_o_proj", title="One gate for each element")
 ax.legend()
 style.show()
