@@ -27,8 +27,8 @@ A tap is a name for a value of the model. In a trace it is part of a key: `layer
 `step.2.…` to the third forward pass. `<norm>.gain` is `1 + w` of that norm. Handlers can
 record a value at its tap, round it, replace it by an engine's value, or break it (`qwen35_moe/numerics/taps.py`).
 
-The engines' columns give the path of the module below the layer (below the model, for taps without a layer), and which of
-its inputs or outputs it is. `*` means: the engine's tensor holds more than this value, and the readers split it
+The engines' columns give the path of the module below the layer (below the model, for taps without a layer), and which
+of its inputs or outputs it is. `*` means: the engine's tensor holds more than this value, and the readers split it
 (`engine_names.py`). vLLM and ATOM use SGLang's names of modules, except where the last column says otherwise. An empty
 cell means: no hook sees the value, or, in the vision tower, no reader has a name for it.
 
