@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from qwen35_moe.cli.main import COMMANDS, main
 from qwen35_moe.cli.parsing import HELP, layers
+from qwen35_moe.cli.report_options import write_outputs
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.numerics.arithmetics import get
 from qwen35_moe.oracle.judge.records import Record
@@ -101,3 +104,40 @@ def test_diagnose_keeps_its_truth(built, tmp_path, capsys, monkeypatch):
     assert code == 0 and (tmp_path / "truth/trace.json").is_file() and "truth" in text
     code, text = said(capsys, "compare", "truth", "mine", "--layer", "1,2")
     assert code == 0 and "only layers 1, 2 were judged" in text
+
+
+@pytest.mark.parametrize(("outputs", "found"), [
+    (["--html", "a", "--json", "./a"], "two outputs"), (["--html", "dump"], "what this command reads"),
+    (["--json", "truth/trace.json"], "what this command reads")])  # fmt: skip
+def test_an_output_replaces_nothing_that_is_needed(outputs, found, tmp_path, capsys, monkeypatch, built):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = str(built("tiny"))
+    assert said(capsys, "trace", checkpoint, "--ids", "1,2", "--out", "truth", "--no-envelope", "--quiet")[0] == 0
+    save_file({"layers.0.mlp_output": torch.zeros(2, 64)}, "dump")
+    code, text = said(capsys, "compare", "truth", "dump", *outputs)
+    assert code == 2 and "this would be overwritten" in text and f"found: {found}" in text
+    code, text = said(capsys, "diagnose", checkpoint, "truth", "--out", "truth", "--quiet")
+    assert code == 2 and "this would be overwritten" in text
+    assert said(capsys, "verify", "truth")[0] == 0
+
+
+@pytest.mark.parametrize("argv", [
+    ["compare", "a", "b", "--width", "19"], ["compare", "a", "b", "--limit", "nan"],
+    ["compare-dumps", "a", "b", "--limit", "0"],
+    ["trace", "a", "--ids", "1", "--out", "b", "--drafts", "1000000000"],
+    ["trace", "a", "--ids", "1", "--out", "b", "--batch", "0"], ["probe", "a", "b", "--timeout", "inf"],
+    ["probe", "a", "b", "--retries", "-1"], ["probe", "a", "b", "--timeout", "x"]])  # fmt: skip
+def test_numbers_out_of_range_are_arguments_that_cannot_be_used(argv, capsys):
+    code, text = said(capsys, *argv)
+    assert code == 2 and "is no number from" in text
+
+
+def test_a_million_million_prompts_are_not_drawn(built, capsys):
+    code, text = said(capsys, "probe", str(built("tiny")), "http://127.0.0.1:9", "--prompts", str(10**12))
+    assert code == 2 and "no number of prompts to ask" in text
+
+
+def test_a_verdict_stands_where_a_file_cannot_be_written(capsys):
+    full = {Path("/dev/full"): lambda: "x" * 100_000}
+    assert [write_outputs(code, full) for code in (0, 1, 2)] == [2, 1, 2]
+    assert "cannot write /dev/full" in capsys.readouterr().err

@@ -64,7 +64,7 @@ def load(name: str | Path, **changes: Any) -> Recipe:
         raise Qwen35Error("no such recipe", where=path, expected=", ".join(recipes()), found=name)
     try:
         entries = tomllib.loads(path.read_text(encoding="utf-8")) | changes
-    except (OSError, ValueError) as error:  # bad UTF-8 and bad TOML are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 and bad TOML are ValueErrors
         raise Qwen35Error("cannot read the recipe", where=path, expected="TOML", found=error) from error
     known = get_type_hints(Recipe)
     for entry, value in entries.items():

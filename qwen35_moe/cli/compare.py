@@ -12,7 +12,7 @@ from ..oracle.compare import compare
 from ..oracle.dumps.readers import read_dump
 from ..trace.file import Trace
 from .parsing import check_order
-from .report_options import add_report_options, chosen, print_comparison
+from .report_options import add_report_options, check_outputs, chosen, print_comparison
 
 ANSWERS = (".json", ".jsonl")
 
@@ -28,6 +28,7 @@ def configure(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_order(args.truth, args.dump, "compare")
+    check_outputs(args)
     truth = Trace.open(args.truth)
     if args.dump.endswith(ANSWERS) and Path(args.dump).is_file():
         from .probe import saved  # here: few comparisons are of answers

@@ -11,11 +11,9 @@ import textwrap
 
 from ..checkpoint import Checkpoint
 from ..oracle.dumps.readers import read_dump
-from ..oracle.judge.envelope import LIMIT
 from ..oracle.judge.records import ratio_text
-from ..oracle.report.text import write_report
 from ..oracle.two_dumps import Difference, TwoDumps, compare_dumps
-from .report_options import add_shared, limit, new_file, page_width
+from .report_options import add_common, add_shared, check_outputs, write_outputs
 
 TAPS_SHOWN = 12
 
@@ -30,24 +28,19 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--arithmetic", help="arithmetic of the truth (default: exact; exact+a8 for an FP8 checkpoint)")
     p.add_argument("--engine", help="the engine's arithmetic, a name of `trace --list`: its errors are legal, too")
     add_shared(p)
-    p.add_argument("--json", type=new_file, help="write the records, one JSON object a line")
-    p.add_argument(
-        "--width", type=page_width, default=80, help="width of the text in columns, 20 or more (default: %(default)s)"
-    )
-    p.add_argument("--limit", type=limit, default=LIMIT, help="largest error that passes, in units "
-                   "of the legal error (default: %(default)s)")  # fmt: skip
+    add_common(p)
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    check_outputs(args)
     config = None if args.checkpoint is None else Checkpoint.open(args.checkpoint).config
     a, b = (read_dump(path, config=config) for path in (args.a, args.b))
     options = {"arithmetic": args.arithmetic, "shared_expert": args.shared_expert, "engine": args.engine}
     result = compare_dumps(a, b, args.checkpoint, args.limit, **(options if args.checkpoint else {}))
     print(two_dumps_text(result, args.a, args.b, args.width))
-    if args.json:
-        write_report(args.json, "".join(json.dumps(row) + "\n" for row in result.rows()))
-    return result.exit_code
+    records = "".join(json.dumps(row) + "\n" for row in result.rows())
+    return write_outputs(result.exit_code, {args.json: lambda: records} if args.json else {})
 
 
 def two_dumps_text(result: TwoDumps, a: str, b: str, width: int) -> str:

@@ -9,7 +9,7 @@ from ..oracle.compare import diagnose
 from ..oracle.dumps.readers import read_dump
 from .image_options import add_image_options, given_images
 from .parsing import check_order
-from .report_options import add_report_options, add_shared, chosen, print_comparison
+from .report_options import add_report_options, add_shared, check_outputs, chosen, print_comparison
 
 
 def configure(p: argparse.ArgumentParser) -> None:
@@ -26,6 +26,7 @@ def configure(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_order(args.checkpoint, args.dump, "diagnose")
+    check_outputs(args)
     config = Checkpoint.open(args.checkpoint).config
     dump = read_dump(args.dump, config=config, name_map=args.name_map, layers=args.layer_ids)
     result = diagnose(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -109,6 +109,21 @@ def layers(text: str, where: str = "--layer") -> list[int]:
             raise Qwen35Error("a range of layers that ends before it begins", where=where, found=part)
         found += range(first, last + 1)
     return list(dict.fromkeys(found))
+
+
+def within(kind: type[int] | type[float], least: float, most: float) -> Callable[[str], Any]:
+    """The type of an argument: a number from `least` to `most`."""
+
+    def read(text: str) -> int | float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = kind(most) + 1
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number from {least:g} to {most:g}")
+        return number
+
+    return read
 
 
 def check_order(first: str, second: str, command: str) -> None:

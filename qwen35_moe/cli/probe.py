@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import Qwen35Error
@@ -30,9 +30,12 @@ from ..run.prompt import load_tokenizer, read_ids
 from ..trace.file import Trace
 from .device_options import add_ignored_keys
 from .dump_config import layer_lines
-from .report_options import add_shared, new_file, where
+from .parsing import within
+from .report_options import add_shared, check_outputs, new_file, where, write_outputs
 
 SHORTEST_PROMPT, LAYERS_ONE_BY_ONE = 2, 8  # tokens of a prompt; layers up to which faults are replayed layer by layer
+
+MOST_TOKENS = 1 << 24  # of all drawn prompts
 
 
 def configure(p: argparse.ArgumentParser) -> None:
@@ -81,9 +84,18 @@ def configure(p: argparse.ArgumentParser) -> None:
         help="also ask in batches of these sizes, and with prompts of these lengths",
     )
     p.add_argument(
-        "--timeout", type=float, default=120.0, metavar="S", help="timeout of one request (default: %(default)g s)"
+        "--timeout",
+        type=within(float, 0.01, 86_400),
+        default=120.0,
+        metavar="S",
+        help="timeout of one request (default: %(default)g s)",
     )
-    p.add_argument("--retries", type=int, default=RETRIES, help="retries of a failed request (default: %(default)s)")
+    p.add_argument(
+        "--retries",
+        type=within(int, 0, 100),
+        default=RETRIES,
+        help="retries of a failed request (default: %(default)s)",
+    )
     p.add_argument("--save", type=new_file, help="write the answers, one JSON object a line")
     p.add_argument("--json", type=new_file, help="write the verdict as JSON")
     p.add_argument("--html", type=new_file, help="write the report as one self-contained page")
@@ -105,6 +117,7 @@ def sizes(word: str) -> list[int]:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_outputs(args)
     server = Server(args.url, args.timeout, args.retries)
     model, loaded = open_checkpoint(args.checkpoint, args.shared_expert, args.arithmetic, args.ignore_config_keys)
     ids = prompts(args, model.config)
@@ -130,8 +143,9 @@ def prompts(args: argparse.Namespace, config: Config) -> list[list[int]]:
         ids = [load_tokenizer(args.checkpoint).encode(args.prompt, add_special_tokens=False)]
     elif args.ids is not None:
         ids = read_ids(args.ids, "--ids")
-    elif args.prompts < 1 or args.tokens < SHORTEST_PROMPT:
-        raise Qwen35Error("nothing to ask", where="--prompts, --tokens", expected=f"1 and {SHORTEST_PROMPT}, or more")
+    elif args.prompts < 1 or args.tokens < SHORTEST_PROMPT or args.prompts * args.tokens > MOST_TOKENS:
+        expected = f"1 and {SHORTEST_PROMPT}, or more, and {MOST_TOKENS} tokens together, or fewer"
+        raise Qwen35Error("no number of prompts to ask", where="--prompts, --tokens", expected=expected)
     else:
         ids = drawn_prompts(config, args.prompts, args.tokens, args.seed)
     if short := [one for one in ids if len(one) < SHORTEST_PROMPT]:
@@ -176,12 +190,12 @@ def print_verdict(verdict: Verdict, args: argparse.Namespace, found: Sequence[Bu
         print("\nto be sure, dump these layers (qwen35-moe dump-config ENGINE says how):")
         print("\n".join(f"  {line}" for line in layer_lines(layers or [0, 1])))
     records = {**verdict.to_dict(), "buckets": [{"name": b.name, "rows": b.rows, "ratio": b.ratio} for b in found]}
+    files: dict[Path, Callable[[], str]] = {}
     if args.json:
-        args.json.write_text(json.dumps({"type": "probe", **records}) + "\n", encoding="utf-8")
+        files[args.json] = lambda: json.dumps({"type": "probe", **records}) + "\n"
     if args.html:
-        args.html.write_text(pages.verdict_page(verdict, [str(b) for b in found]), encoding="utf-8")
-        print(f"\n{args.html}")
-    return 1 if any(b.bad for b in found) else verdict.exit_code
+        files[args.html] = lambda: pages.verdict_page(verdict, [str(b) for b in found])
+    return write_outputs(1 if any(b.bad for b in found) else verdict.exit_code, files)
 
 
 def saved(truth: Trace, path: Path, args: argparse.Namespace) -> int:

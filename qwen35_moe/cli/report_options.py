@@ -6,7 +6,9 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from ..oracle.report.text import write_report
 from ..run.load import MODES, SHARED_EXPERT_MODES
 from ..run.prompt import read_ids
 from .device_options import add_device_options, add_ignored_keys, device_options
-from .parsing import layers
+from .parsing import layers, within
 
 
 def add_shared(p: argparse.ArgumentParser) -> None:
@@ -33,12 +35,18 @@ def add_shared(p: argparse.ArgumentParser) -> None:
     )
 
 
+def add_common(p: argparse.ArgumentParser) -> None:
+    """Options of all that compares."""
+    p.add_argument("--json", type=new_file, help="write the records, one JSON object a line")
+    p.add_argument("--width", type=within(int, 20, 10_000), default=80, help="width of the text in columns, 20 or more "
+                   "(default: %(default)s)")  # fmt: skip
+    p.add_argument("--limit", type=within(float, 1e-6, 1e6), default=LIMIT, help="largest error that passes, in units "
+                   "of the legal error (default: %(default)s)")  # fmt: skip
+
+
 def add_report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--html", type=new_file, help="write the report as one self-contained page")
-    p.add_argument("--json", type=new_file, help="write the records, one JSON object a line")
-    p.add_argument(
-        "--width", type=page_width, default=80, help="width of the text in columns, 20 or more (default: %(default)s)"
-    )
+    add_common(p)
     p.add_argument("--engine", help="the engine's arithmetic, a name of `trace --list`: its errors are legal, "
                    "too (of float32: they alone)")  # fmt: skip
     p.add_argument("--layer", metavar="LAYERS", action="append", help="judge only these layers: 3, or 1,2, or 1-3")
@@ -53,8 +61,18 @@ def add_report_options(p: argparse.ArgumentParser) -> None:
     add_ignored_keys(p)
     p.add_argument("--mode", choices=MODES, help="how weights are held in memory (default: by size)")
     p.add_argument("--quiet", action="store_true", help="print no progress to stderr")
-    p.add_argument("--limit", type=limit, default=LIMIT, help="largest error that passes, in units "
-                   "of the legal error (default: %(default)s)")  # fmt: skip
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Error: two outputs in one place, or an output in the place of what the command reads."""
+    given = {name: Path(value).resolve() for name, value in vars(args).items() if isinstance(value, str | Path)}
+    new = [given[name] for name in ("html", "json", "save", "out") if name in given]
+    read = {given[name] for name in ("truth", "checkpoint", "dump", "a", "b", "ids", "name_map") if name in given}
+    folders = {given[name] for name in ("truth", "checkpoint") if name in given}
+    for path in new:
+        if new.count(path) > 1 or path in read or path.is_file() and not folders.isdisjoint(path.parents):
+            found = "two outputs" if new.count(path) > 1 else "what this command reads"
+            raise Qwen35Error("this would be overwritten", where=path, found=found, do="choose another name")
 
 
 def chosen(args: argparse.Namespace) -> dict[str, Any]:
@@ -83,18 +101,6 @@ def new_file(text: str) -> Path:
     return path
 
 
-def page_width(text: str) -> int:
-    if (number := int(text)) < 20:
-        raise ValueError
-    return number
-
-
-def limit(text: str) -> float:
-    if not 0 < (number := float(text)) < float("inf"):
-        raise ValueError
-    return number
-
-
 def how_made() -> dict[str, str]:
     """Version, command and time, for the page."""
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -103,15 +109,19 @@ def how_made() -> dict[str, str]:
 
 def print_comparison(result: Comparison, args: argparse.Namespace) -> int:
     print(report(result, width=args.width))
-    code = result.exit_code
-    for path, form in ((args.json, "json"), (args.html, "html")):
-        if path is None:
-            continue
+    files = {path: partial(report, result, form, made=how_made())
+             for path, form in ((args.json, "json"), (args.html, "html")) if path is not None}  # fmt: skip
+    return write_outputs(result.exit_code, files)
+
+
+def write_outputs(code: int, files: Mapping[Path, Callable[[], str]]) -> int:
+    """Writes each file. The exit code: a verdict of 1 stands where a file cannot be written; 0 becomes 2."""
+    for path, content in files.items():
         try:
-            write_report(path, report(result, form, made=how_made()))
-            if form == "html":
+            write_report(path, content())
+            if path.suffix == ".html":
                 print(f"\n{path}")
-        except Exception as error:  # the verdict stands
+        except Exception as error:  # a page that cannot be made takes no verdict with it
             print(f"qwen35-moe: cannot write {printable(str(path))}: {printable(str(error))}", file=sys.stderr)
             code = code or 2
     return code

@@ -34,7 +34,7 @@ from ..trace.layers import aside_of, check_request, meta_of, trace_layers
 from ..trace.resume import run_of
 from .device_options import add_device_options, add_ignored_keys, device_options
 from .image_options import add_image_options, given_images
-from .parsing import layers
+from .parsing import layers, within
 from .report_options import add_shared
 from .shares import Processes, begin_groups, check_one_pass, join
 
@@ -45,8 +45,8 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ids", help="1,2,3 or a file: a list of token ids, or a list of lists (padded on the right)")
     p.add_argument("--prompt", help="a prompt as text; needs the folder's tokenizer")
     add_image_options(p)
-    p.add_argument("--drafts", type=positive, nargs="?", const=1, default=0, metavar="N", help="trace the draft head "
-                   "as well: at each token a chain of N drafts (default: 1)")  # fmt: skip
+    p.add_argument("--drafts", type=within(int, 1, 1000), nargs="?", const=1, default=0, metavar="N",
+                   help="trace the draft head as well: at each token a chain of N drafts (default: 1)")  # fmt: skip
     p.add_argument("--out", help="folder to write the trace to")
     p.add_argument("--arithmetic", default="exact", help="who rounds where; --list names all (default: %(default)s)")
     p.add_argument("--taps", default="*", help="taps to record: globs, separated by commas (default: all but "
@@ -54,8 +54,8 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--experts", action="store_true", help="also trace each expert and each turn of a loop")
     p.add_argument("--layers", metavar="0-N", help="trace only the first layers; --resume with a larger N continues")
     p.add_argument(
-        "--batch", type=positive, metavar="N", help="prompts in one forward pass (default: all; under `accelerate "
-        "launch`: 1, and each process takes other prompts)",
+        "--batch", type=within(int, 1, 10**9), metavar="N",
+        help="prompts in one forward pass (default: all; under `accelerate launch`: 1, and each process takes others)",
     )  # fmt: skip
     p.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     p.add_argument(
@@ -215,12 +215,6 @@ def pixels_of(args: argparse.Namespace, rows: list[list[int]]) -> Images | None:
         vision = VisionConfig.from_dict(config.raw.get("vision_config") or {}, config.hidden_size)
         rows[0] = place_images(config, rows[0], images.image_grid_thw, vision.spatial_merge_size)
     return images
-
-
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
 
 
 def _last_layer(text: str | None) -> int | None:

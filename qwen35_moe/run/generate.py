@@ -139,6 +139,7 @@ def generate(
     if max_new_tokens < 0 or drafts < 0:
         found = (max_new_tokens, drafts)
         raise Qwen35Error("bad value", where="max_new_tokens, drafts", expected="0 or more", found=found)
+    drafts = min(drafts, max_new_tokens)
     tokens = _speculate(model, prompt, choose, drafts) if drafts else _one_by_one(model, prompt, choose)
     for logits_V, token, drafted in islice(tokens, max_new_tokens):
         yield describe(logits_V, token, top, drafted)

@@ -54,7 +54,7 @@ def read_ids(text: str, option: str) -> list[list[int]]:
 
 def _rows(source: str) -> list[list[Any]]:
     """Lists of ids; empty if the value is not one."""
-    if re.fullmatch(r"\d{1,10}([\s,]+\d{1,10})*", source):
+    if re.fullmatch(r"\d{1,10}((\s*,\s*|\s+)\d{1,10})*", source):
         return [[int(word) for word in re.findall(r"\d+", source)]]
     try:
         found = parse_json(source.encode(), "token ids")
