@@ -83,19 +83,10 @@ def configure(p: argparse.ArgumentParser) -> None:
         metavar="1,2,4",
         help="also ask in batches of these sizes, and with prompts of these lengths",
     )
-    p.add_argument(
-        "--timeout",
-        type=within(float, 0.01, 86_400),
-        default=120.0,
-        metavar="S",
-        help="timeout of one request (default: %(default)g s)",
-    )
-    p.add_argument(
-        "--retries",
-        type=within(int, 0, 100),
-        default=RETRIES,
-        help="retries of a failed request (default: %(default)s)",
-    )
+    p.add_argument("--timeout", type=within(float, 0.01, 86_400), default=120.0, metavar="S",
+                   help="timeout of one request (default: %(default)g s)")  # fmt: skip
+    p.add_argument("--retries", type=within(int, 0, 100), default=RETRIES,
+                   help="retries of a failed request (default: %(default)s)")  # fmt: skip
     p.add_argument("--save", type=new_file, help="write the answers, one JSON object a line")
     p.add_argument("--json", type=new_file, help="write the verdict as JSON")
     p.add_argument("--html", type=new_file, help="write the report as one self-contained page")
