@@ -7,7 +7,7 @@ import argparse
 from ..errors import Qwen35Error
 
 # Source patches for values that hooks do not see, since their modules are not called. Each `match` must occur exactly
-# once in its function, as it does in 0.5.23. SGLang imports `dumper` into each by itself.
+# once in its function, as it does in 0.5.17 and 0.5.23. SGLang imports `dumper` into each by itself.
 SGLANG_PATCHES = """\
 patches:
   - target: sglang.srt.models.qwen3_5.Qwen3_5AttentionDecoderLayer.forward_prepare_fused_gate
@@ -27,7 +27,7 @@ patches:
 """
 
 _SGLANG = f"""\
-# SGLang 0.5.23: its own dumper on every module. The filter names the layers to dump.
+# SGLang 0.5.17 to 0.5.23: its own dumper on every module. The filter names the layers to dump.
 # Graphs are off, since hooks do not see the decode steps of a graph. The radix cache is off, since the dump would lack
 # a cached prefix. Leave out warm-up, MTP and EPLB.
 cat > patches.yaml <<'YAML'
@@ -48,7 +48,7 @@ qwen35-moe diagnose MODEL engine_dump/
 """
 
 _VLLM = """\
-# vLLM 0.32 has no dump of layers. A connector writes the residual stream; the answer brings the routed experts.
+# vLLM 0.25 to 0.33 has no dump of layers. A connector writes the residual stream; the answer brings the routed experts.
 # These are two runs. vLLM does not start with routed experts while prefix caching or chunked prefill is off. It writes
 # no hidden states of a cached prefix. Prompts shorter than max_num_batched_tokens run in one piece.
 python - <<'PY'
