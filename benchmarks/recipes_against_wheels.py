@@ -2,9 +2,10 @@
 
     python -m benchmarks.recipes_against_wheels SOURCES...
 
-SOURCES are folders with `sglang-*.whl` and `vllm-*.whl` (`pip download --no-deps sglang==0.5.23`), and for ATOM, which
-has no wheel, with a folder `atom`, its whole checkout. Nothing is installed or run: names, fields and constants are found by
-`ast`. Prints one line a name that an engine does not know, and one a version. Exit code 1 if there is such a name.
+SOURCES are folders with `sglang-*.whl` and `vllm-*.whl` (`pip download --no-deps sglang==0.5.23`), and for ATOM,
+which has no wheel, with a folder `atom`, its whole checkout. Nothing is installed or run: names, fields and constants
+are found by `ast`. Prints one line a name that an engine does not know, and one a version. Exit code 1 if there is such
+a name.
 
     sglang   variables of the dumper, its filter, source patches (their target, and their text exactly once in it),
              options of the server, keys of the request
