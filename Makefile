@@ -1,6 +1,8 @@
 # Everything runs in .venv, which the first target that needs it creates: Python 3.11+ and make are all it takes.
 .PHONY: demo test lint bench clean
 .DEFAULT_GOAL := test
+# The two test workers and the processes that tests start share compiled modules.
+unexport PYTHONDONTWRITEBYTECODE
 
 PY := .venv/bin/python
 STAMP := .venv/.complete
@@ -38,4 +40,5 @@ bench: $(STAMP)
 	$(PY) -m benchmarks.mxfp4_decode
 
 clean:
+	find benchmarks docs notebooks qwen35_moe tests weights -name __pycache__ -exec rm -rf {} +
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache

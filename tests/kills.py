@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+from forked import Child
 from safetensors import safe_open
 
+from qwen35_moe.cli.main import main as command_line
 from qwen35_moe.oracle.judge.envelope import legal
 from qwen35_moe.trace.file import Trace
 
@@ -43,33 +42,30 @@ def arguments(checkpoint: Path, out: Path, tokens: int = 8) -> list[str]:
     return ["trace", str(checkpoint), "--ids", ids, "--out", str(out), "--quiet"]
 
 
-def start(checkpoint: Path, out: Path, tokens: int = 8, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-X", "faulthandler", "-m", "qwen35_moe", *arguments(checkpoint, out, tokens)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.Popen(
-        [*command, *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+def start(checkpoint: Path, out: Path, tokens: int = 8, *options: str) -> Child:
+    said = out.with_name(f"{out.name}.said")
+    return Child(said, command_line, [*arguments(checkpoint, out, tokens), *options])
 
 
-def wait_for(process: subprocess.Popen[str], out: Path, states: int) -> bool:
+def wait_for(process: Child, out: Path, states: int) -> bool:
     """Waits until that many states have been seen, or the process is done. Whether it still runs."""
     seen: set[object] = set()
-    while len(seen) < states and process.poll() is None:
+    while len(seen) < states and process.running:
         for name in ("partial/resume.safetensors", "envelope-state.safetensors"):
             try:
                 seen.add((name, (out / name).stat().st_ino, (out / name).stat().st_mtime_ns))
             except FileNotFoundError:
                 continue
         time.sleep(0.0005)
-    return process.poll() is None
+    return process.running
 
 
-def abort(process: subprocess.Popen[str], out: Path) -> str | None:
+def abort(process: Child, out: Path) -> str | None:
     """Where the process was when it was killed; None if it was done."""
-    process.send_signal(signal.SIGABRT)
-    _, stderr = process.communicate()
-    if process.returncode != -signal.SIGABRT:
-        assert process.returncode == 0, stderr
+    process.kill(signal.SIGABRT)
+    code, stderr = process.wait(), process.said.read_text()
+    if code != -signal.SIGABRT:
+        assert code == 0, stderr
         return None
     main_thread = [part for part in re.split(r"\n(?=Thread |Current thread )", stderr) if "cli/main.py" in part]
     if not main_thread:
@@ -102,13 +98,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def timed(process: subprocess.Popen[str], out: Path) -> float:
+def timed(process: Child, out: Path) -> float:
     """Seconds from the first sign of the run on disk to its end."""
-    while not out.is_dir() and process.poll() is None:
+    while not out.is_dir() and process.running:
         time.sleep(0.0005)
     begin = time.perf_counter()
-    _, stderr = process.communicate()
-    assert process.returncode == 0, stderr
+    assert process.wait() == 0, process.said.read_text()
     return time.perf_counter() - begin
 
 
@@ -121,6 +116,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     whole = args.out / "undisturbed"
+    args.out.mkdir(parents=True, exist_ok=True)
     seconds = timed(start(args.checkpoint, whole, args.tokens), whole)
     layers = 1 + max(entry.layer or 0 for entry in Trace.open(whole).sites.values())
     states = layers + len(legal("exact")) * (layers + 1)
@@ -130,7 +126,7 @@ def main() -> None:
         out, after = args.out / f"{number}", generator.randrange(states)
         delay = generator.uniform(0, seconds / states)
         process = start(args.checkpoint, out, args.tokens)
-        while not out.is_dir() and process.poll() is None:
+        while not out.is_dir() and process.running:
             time.sleep(0.0005)
         wait_for(process, out, after)
         time.sleep(delay)

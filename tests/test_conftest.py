@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+pytest_plugins = ["pytester"]
+Run = Callable[..., tuple[int, str]]
 
 FINE = """
 import pytest
@@ -30,38 +32,42 @@ WHOLE = "import pytest\npytest.importorskip('nowhere')\n"
 WARNS = "import warnings\ndef test_warns(): warnings.warn('careful')\n"
 
 
-def run(folder: Path, files: dict[str, str], *options: str) -> tuple[int, str]:
-    """pytest in a folder that has this project's conftest.py and settings."""
+@pytest.fixture
+def run(pytester: pytest.Pytester) -> Run:
+    """run({name: source}, options) -> (status, output) of pytest in a folder with this project's conftest and settings.
+
+    It runs in this process, which has torch imported already.
+    """
     here = Path(__file__).parent
-    files |= {"conftest.py": (here / "conftest.py").read_text(encoding="utf-8")}
-    (folder / "tests").mkdir()
-    for name, source in files.items():
-        (folder / "tests" / name).write_text(source, encoding="utf-8")
-    settings = f"--rootdir={folder}", f"--config-file={here.parent / 'pyproject.toml'}"
-    command = [sys.executable, "-m", "pytest", *settings, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, check=False)
-    return done.returncode, done.stdout + done.stderr
+
+    def run(files: dict[str, str], *options: str) -> tuple[int, str]:
+        (pytester.path / "tests").mkdir()
+        for name, source in {**files, "conftest.py": (here / "conftest.py").read_text(encoding="utf-8")}.items():
+            (pytester.path / "tests" / name).write_text(source, encoding="utf-8")
+        settings = f"--rootdir={pytester.path}", f"--config-file={here.parent / 'pyproject.toml'}"
+        done = pytester.runpytest_inprocess(*settings, *options)
+        return int(done.ret), "\n".join((*done.outlines, *done.errlines))
+
+    return run
 
 
-def test_a_run_of_everything_is_green(tmp_path: Path) -> None:
+def test_a_run_of_everything_is_green(run: Run) -> None:
     gpu = torch.cuda.is_available()
-    status, output = run(tmp_path, {"test_fine.py": FINE.replace("GPU", str(gpu))}, "--complete")
+    status, output = run({"test_fine.py": FINE.replace("GPU", str(gpu))}, "--complete")
     assert status == 0, output
     assert gpu or "no GPU here: 1 tests marked gpu were not collected" in output
     assert f"{2 if gpu else 1} passed" in output.splitlines()[-1]
 
 
-def test_what_did_not_run_is_red_and_named_also_by_workers(tmp_path: Path) -> None:
-    status, output = run(
-        tmp_path, {"test_a.py": NOT_RUN, "test_b.py": WHOLE, "test_c.py": FINE.replace("GPU", "True")}, "-n", "1"
-    )
+def test_what_did_not_run_is_red_and_named_also_by_workers(run: Run) -> None:
+    status, output = run({"test_a.py": NOT_RUN, "test_b.py": WHOLE}, "-n1")
     assert status == 1, output
     for line in ("test_skipped: skipped", "test_fails: expected to fail", "test_b.py: skipped whole"):
         assert line in output, output
 
 
-def test_a_warning_is_red(tmp_path: Path) -> None:
-    status, output = run(tmp_path, {"test_warns.py": WARNS})
+def test_a_warning_is_red(run: Run) -> None:
+    status, output = run({"test_warns.py": WARNS})
     assert status == 1 and "UserWarning: careful" in output
 
 
@@ -75,6 +81,6 @@ def test_complete_refuses_a_selection(pytestconfig: pytest.Config, monkeypatch: 
 
 
 @pytest.mark.parametrize("path", ["tests/test_fine.py", "tests/test_fine.py::test_passes", "tests"])
-def test_complete_refuses_paths(tmp_path: Path, path: str) -> None:
-    status, output = run(tmp_path, {"test_fine.py": FINE}, "--complete", path)
+def test_complete_refuses_paths(run: Run, path: str) -> None:
+    status, output = run({"test_fine.py": FINE}, "--complete", path)
     assert status == pytest.ExitCode.USAGE_ERROR and "drop the paths" in output

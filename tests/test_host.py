@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,6 +12,7 @@ from threading import Thread
 
 import pytest
 import torch
+from forked import Child
 from torch import Tensor
 
 import qwen35_moe as q
@@ -116,38 +114,28 @@ def test_threads_do_not_disturb_each_other(built: Build) -> None:
     assert all(torch.equal(found[i], alone[i % 3]) for i in range(6))
 
 
-def in_another_process(path: Path, out: Path) -> None:
-    torch.save(logits(path, "sglang-bf16"), out)
+def same_as(expected: bytes, path: Path) -> int:
+    return int(logits(path, "sglang-bf16").double().numpy().tobytes() != expected)
 
 
-def test_a_spawned_process_computes_the_same(built: Build, tmp_path: Path) -> None:
-    other = multiprocessing.get_context("spawn").Process(
-        target=in_another_process, args=(built("tiny-mxfp4"), tmp_path / "y")
-    )
-    other.start()
-    other.join(120)
-    assert other.exitcode == 0
-    assert torch.equal(torch.load(tmp_path / "y"), logits(built("tiny-mxfp4"), "sglang-bf16"))
+def test_another_process_computes_the_same(built: Build, tmp_path: Path) -> None:
+    expected = logits(built("tiny-mxfp4"), "sglang-bf16").double().numpy().tobytes()
+    assert Child(tmp_path / "said", same_as, expected, built("tiny-mxfp4")).wait() == 0
 
 
-FORK = """
-import os, sys, torch, qwen35_moe as q
-torch.set_num_threads(int(sys.argv[2]))
-ids = (torch.arange(20) * 7919 % 251)[None]
-model = q.load(sys.argv[1], "sglang-bf16", text_only=True)
-alone = model(ids)
-if child := os.fork():
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-try:
-    os._exit(0 if torch.equal(model(ids), alone) else 1)
-except q.Qwen35Error as error:
-    os._exit(3 if "forked" in str(error) else 4)
-"""
+def forks(path: Path, threads: int) -> int:
+    """What a forked process ends with: 0 if it computes the same, 3 if it says why it does not."""
+    torch.set_num_threads(threads)
+    model = q.load(path, "sglang-bf16", text_only=True)
+    alone = model(IDS)
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        os._exit(0 if torch.equal(model(IDS), alone) else 1)
+    except q.Qwen35Error as error:
+        os._exit(3 if "forked" in str(error) else 4)
 
 
 @pytest.mark.parametrize(("threads", "code"), [(1, 0), (2, 3)])
-def test_a_forked_process_computes_the_same_or_says_why(threads: int, code: int, built: Build) -> None:
-    command = [sys.executable, "-c", FORK, str(built("tiny-mxfp4")), str(threads)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    environment.pop("OMP_NUM_THREADS", None)
-    assert subprocess.run(command, env=environment, timeout=60).returncode == code
+def test_a_forked_process_computes_the_same_or_says_why(threads: int, code: int, built: Build, tmp_path: Path) -> None:
+    assert Child(tmp_path / "said", forks, built("tiny-mxfp4"), threads).wait() == code

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Child
 
 from qwen35_moe.cli.main import main
 
@@ -53,21 +51,20 @@ def test_gate_and_estimate(built: Build, capsys: pytest.CaptureFixture[str]) -> 
     assert "layers.0-3     unfused" in printed and "peak memory: stream" in printed
 
 
+def estimates_then_traces(path: str, out: str) -> int:
+    told = main(["info", path, "--tokens", "64", "--json"])
+    ids = ",".join(["7"] * 64)
+    traced = main(["trace", path, "--ids", ids, "--out", out, "--quiet", "--no-envelope"])
+    print(Path("/proc/self/status").read_text())
+    return told or traced
+
+
 def test_the_estimates_of_a_trace_hold(built: Build, tmp_path: Path) -> None:
     """What is written is known but for a few taps that not every run has; memory is an upper bound."""
-    code = (
-        "import sys; from qwen35_moe.cli.main import main; main(sys.argv[1:]); print(open('/proc/self/status').read())"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-
-    def run(*arguments: str) -> str:
-        command = [sys.executable, "-c", code, *arguments]
-        return subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
-
-    path, ids = str(built("tiny-mxfp4")), ",".join(["7"] * 64)
-    told = run("info", path, "--tokens", "64", "--json")
-    estimate = json.JSONDecoder().raw_decode(told)[0]["estimate"]
-    printed = run("trace", path, "--ids", ids, "--out", str(tmp_path / "t"), "--quiet", "--no-envelope")
+    child = Child(tmp_path / "said", estimates_then_traces, str(built("tiny-mxfp4")), str(tmp_path / "t"))
+    assert child.wait() == 0
+    printed = child.said.read_text()
+    estimate = json.JSONDecoder().raw_decode(printed)[0]["estimate"]
     peak = next(int(line.split()[1]) << 10 for line in printed.splitlines() if line.startswith("VmHWM"))
     assert 0.5 * estimate["memory"]["stream"] < peak <= estimate["memory"]["stream"]
     written = sum(file.stat().st_size for file in (tmp_path / "t").glob("*.safetensors"))

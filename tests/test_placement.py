@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Child
 from tolerances import FLOAT64_REORDERED
 
 import qwen35_moe as q
@@ -191,14 +192,15 @@ def test_what_says_nothing_without_a_map(built: Build, tmp_path: Path, option: s
     assert main(["trace", str(built("tiny")), "--ids", "1", "--out", str(tmp_path / "o"), option, "cpu=1GB"]) == 2
 
 
+def loads_and_dies(path: Path, options: dict[str, Any]) -> None:
+    _held = q.load(path, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_weights_of_a_process_that_was_killed_are_removed(built: Build, tmp_path: Path) -> None:
     """Those of processes that live are not."""
     options = {"device_map": SPREAD, "offload_folder": str(tmp_path), "mode": "decoded"}
-    code = (
-        f"import qwen35_moe as q, os, signal; m = q.load({str(built('tiny'))!r}, **{options!r}); "
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=False)
+    assert Child(Path(os.devnull), loads_and_dies, built("tiny"), options).wait() == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     own = [tmp_path / f"qwen35-moe-{name}" for name in ("empty", "notes", "weights")]
     for folder, name in zip(own, ("", "notes.txt", "layers.0.weight.dat"), strict=True):

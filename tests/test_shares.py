@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
+from forked import Child
 from kills import contents
 from tolerances import FLOAT64_REORDERED
 
@@ -23,7 +22,7 @@ from qwen35_moe.trace.file import Trace
 
 Build = Callable[[str], Path]
 PROMPTS = [[1, 2, 3, 4, 5], [9, 8, 7], [5, 5, 5, 6, 7, 8]]
-LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 
@@ -50,27 +49,31 @@ def test_groups_join_to_the_trace_of_one_batch(built: Build, tmp_path: Path) -> 
             assert float((joined[key].double() - x.double()).norm()) <= FLOAT64_REORDERED * size, key
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(q.__file__).parents[1])}
-    command = [sys.executable, *LAUNCH, "-m", "qwen35_moe", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+def accelerate_launch(arguments: list[str]) -> None:
+    launch_command(launch_command_parser().parse_args([*LAUNCH, "-m", "qwen35_moe", *arguments]))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def test_two_processes_one_of_which_fails_and_resumes(built: Build, tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert main(options(built("tiny-mxfp4"), tmp_path, "alone", "--batch", "1")) == 0
-        assert main(options(built("tiny-mxfp4"), tmp_path, "shared", "--batch", "1", "--layers", "0-0")) == 0
-    finally:
-        torch.set_num_threads(threads)
+    """First with what a launcher tells its processes, then by the launcher itself."""
+    assert main(options(built("tiny-mxfp4"), tmp_path, "alone", "--batch", "1")) == 0
+    assert main(options(built("tiny-mxfp4"), tmp_path, "shared", "--batch", "1", "--layers", "0-0")) == 0
+    resume = options(built("tiny-mxfp4"), tmp_path, "shared", "--resume")
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with Claim(tmp_path / "shared" / "groups" / "00002"):  # the second process's prompt
-        failed = launch(*options(built("tiny-mxfp4"), tmp_path, "shared", "--resume"))
-    assert failed.returncode and "another process is writing here" in failed.stderr, failed.stderr
-    assert "prompts 2 to 2, process 1" in failed.stderr
+        both = [Child(tmp_path / f"said{n}", main, resume, RANK=n, LOCAL_RANK=n, **told) for n in "01"]
+        assert both[1].wait() == 2
+        both[0].kill()  # it waits for the other, as a launcher knows
+        both[0].wait()
+    failed = both[1].said.read_text()
+    assert "another process is writing here" in failed and "prompts 2 to 2, process 1" in failed
     assert max(entry.layer or 0 for entry in Trace.open(tmp_path / "shared").sites.values()) == 0
-    resumed = launch(*options(built("tiny-mxfp4"), tmp_path, "shared", "--resume"))
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = Child(tmp_path / "said", accelerate_launch, resume, PYTHONPATH=str(Path(q.__file__).parents[1]))
+    assert resumed.wait() == 0, resumed.said.read_text()
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
     assert "envelope.safetensors" in contents(tmp_path / "shared")
 

@@ -7,8 +7,7 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import kills
 import pytest
 import torch
+from forked import Child
 from kills import contents
 from safetensors.torch import save_file
 
@@ -334,18 +334,27 @@ def test_an_envelope_says_where_it_is(built: Build, tmp_path: Path, capsys: pyte
     assert len(lines) > 4 and [line.split("layer ")[1][:3] for line in lines[:5]] == ["1/4", "2/4", "3/4", "4/4", "1/4"]
 
 
+def claims(out: Path) -> None:
+    with Claim(out):
+        print("claimed", flush=True)
+        time.sleep(60)
+
+
 def test_another_process_that_writes_there_is_kept_out(
     built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two runs in one directory would mix their files; that of a process which was killed is free."""
     out, checkpoint = tmp_path / "out", built("tiny-mxfp4")
-    claim = f"Claim(__import__('pathlib').Path({str(out)!r}))"
-    code = f"from qwen35_moe.run.files import Claim; c = {claim}; print(1); input()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout and other.stdout.readline()
+    other = Child(tmp_path / "said", claims, out)
+    try:
+        while not (tmp_path / "said").is_file() or not (tmp_path / "said").read_text():
+            assert other.running
+            time.sleep(0.001)
         assert main(command(checkpoint, out)) == 2
         assert "another process is writing here" in capsys.readouterr().err and not list(out.iterdir())
+    finally:
         other.kill()
+    other.wait()
     assert main(command(checkpoint, out)) == 0
     prompts = [*command(checkpoint, out), "--ids", "[[1, 2], [3, 4]]", "--batch", "1"]
     (tmp_path / "ids.json").write_text("[[1, 2], [3, 4]]")
