@@ -55,6 +55,12 @@ def serving(reply: Callable[[str, Any, dict[str, str]], Reply]) -> Iterator[str]
         server.server_close()
 
 
+def likeliest(log_p_TV: Tensor, k: int) -> list[list[tuple[float, int]]]:
+    """(log p, id) of the k likeliest tokens of each row."""
+    values, ids = log_p_TV.topk(k)
+    return [list(zip(*row, strict=True)) for row in zip(values.tolist(), ids.tolist(), strict=True)]
+
+
 class Dialects:
     """One model behind every engine's API. `log_p` may depend on the number of prompts in the batch."""
 
@@ -94,8 +100,9 @@ class Dialects:
         for ids in prompts if many else [prompts]:
             every, log_p = self._continued(ids, body["sampling_params"]["max_new_tokens"])
             said = [0 if i >= self.vocab - 1 else i for i in every]  # as SGLang clamps them
-            given = [[None, said[0], None]] + [[float(log_p[t, i]), said[t + 1], None] for t, i in enumerate(every[1:])]
-            top = [None, *([[float(x), int(i), None] for x, i in zip(*row.topk(k), strict=True)] for row in log_p)]
+            rows = log_p.tolist()
+            given = [[None, said[0], None]] + [[rows[t][i], said[t + 1], None] for t, i in enumerate(every[1:])]
+            top = [None, *([[x, i, None] for x, i in row] for row in likeliest(log_p, k))]
             n = len(ids)
             first = 0 if body["logprob_start_len"] == 0 else n
             meta = {"input_token_logprobs": given[first:n], "input_top_logprobs": top[first:n],
@@ -111,10 +118,10 @@ class Dialects:
         for n, ids in enumerate(prompts if many else [prompts]):
             every, log_p = self._continued(ids, body["max_tokens"])
             rows: list[Any] = [None]
-            for t, i in enumerate(every[1:]):
-                row = log_p[t]
-                likely = row.topk(self.vocab if k < 0 else k).indices.tolist()
-                rows.append({str(j): {"logprob": float(row[j]), "rank": 1} for j in dict.fromkeys([i, *likely])})
+            likely = likeliest(log_p, self.vocab if k < 0 else k)
+            for i, row, some in zip(every[1:], log_p.tolist(), likely, strict=False):
+                told = dict.fromkeys([i, *(j for _, j in some)])
+                rows.append({str(j): {"logprob": row[j], "rank": 1} for j in told})
             tops = [{f"token_id:{j}": x["logprob"] for j, x in row.items()} for row in rows[len(ids) :]]
             names = [f"token_id:{i}" for i in every[len(ids) :]]
             log = {"tokens": names, "token_logprobs": [t[i] for t, i in zip(tops, names, strict=True)],
@@ -126,7 +133,7 @@ class Dialects:
 
     def _entry(self, row: Tensor, k: int, named: Callable[[int], dict[str, Any]], pick: int | None = None) -> Any:
         best = int(row.argmax()) if pick is None else pick
-        tops = [{**named(int(i)), "logprob": float(x)} for x, i in zip(*row.topk(k), strict=True)]
+        tops = [{**named(i), "logprob": x} for x, i in likeliest(row[None], k)[0]]
         return {**named(best), "logprob": float(row[best]), "top_logprobs": tops}
 
     def _llama(self, body: Any) -> Any:

@@ -14,7 +14,7 @@ from ..numerics.taps import tap
 
 def promote(x: Tensor) -> Tensor:
     """At least float32, never narrower: bf16 becomes fp32, float64 stays float64."""
-    return cast(x, torch.promote_types(x.dtype, torch.float32))
+    return cast(x, wider(x.dtype, torch.float32))
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -31,9 +31,14 @@ def accumulation_dtype(name: str, *operands: Tensor) -> torch.dtype:
     """
     dtype = operands[0].dtype
     for x in operands[1:]:
-        dtype = torch.promote_types(dtype, x.dtype)
+        dtype = wider(dtype, x.dtype)
     how = arithmetic.current().rounding(name)
-    return torch.promote_types(dtype, how if isinstance(how, torch.dtype) else torch.float32)
+    return wider(dtype, how if isinstance(how, torch.dtype) else torch.float32)
+
+
+def wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The dtype that holds the values of both. Without a call into torch where they are one."""
+    return a if a is b else torch.promote_types(a, b)
 
 
 def linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

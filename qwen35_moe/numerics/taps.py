@@ -130,7 +130,7 @@ def tap(name: str, x: Tensor) -> Tensor:
 
 
 def _handled(handlers: tuple[Handler, ...], site: Site, name: str, x: Tensor) -> Tensor:
-    site = replace(site, name=name)
+    site = Site(name, site.layer, site.expert, site.part, site.index)  # many times faster than `replace`
     for handler in handlers:
         changed = handler(site, x)
         x = x if changed is None else changed
