@@ -46,7 +46,7 @@ def main() -> None:
     axes.axvline(LIMIT, color="black", linewidth=1, linestyle="--")
     axes.set(xscale="log", ylabel="share", ylim=(0, 1.02))
     axes.set_xlabel(f"ratio, in legal errors (dashed: the limit, {LIMIT:g})")
-    axes.legend(loc="center right", frameon=False, fontsize=8)
+    axes.legend(loc="center left", frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(out, dpi=100)
     left, right = LIMIT / max(clean), min(faults) / LIMIT
