@@ -1,12 +1,12 @@
-"""Parity tests in anyone's repository: cases with a float64 truth, and assertions that know what rounding may do.
+"""Parity tests in anyone's repository: cases with a float64 truth, and assertions that allow for rounding.
 
     from qwen35_moe import testing as qt
 
     case = qt.moe_case(tokens=64, layout="mxfp4", fused=True)
     qt.assert_legal(my_moe(**case.to("cuda")), case)
 
-Each `*_case` draws its inputs from an integer hash; `cases("moe")` is a ready corpus. `assert_*` raise AssertionError,
-`check_*` return the same as records. Truths are float64, computed on the CPU from inputs that no kernel gets to see.
+Each `*_case` draws its inputs from an integer hash; `cases("moe")` is a ready corpus. `assert_*` raise AssertionError;
+`check_*` return the same as records. Truths are computed in float64 on the CPU, from inputs that no kernel sees.
 """
 
 from .attention import attention_case, rotary_case

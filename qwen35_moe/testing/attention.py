@@ -79,8 +79,8 @@ def attention_case(
     """softmax(q k^T / sqrt(H)) v * sigmoid(gate), causal: `q`, `gate` [1, T, N, H], `k`, `v` [1, past + T, G, H] ->
     `attn_pre_o_proj` [1, T, N, H]. q and k are normalised and rotated already. Prefill: past 0. Decode: tokens 1.
 
-    kv: `bf16`, or `fp8`: k and v are float8_e4m3fn, to be multiplied with `k_scale` and `v_scale` []; the truth takes
-    the same bytes, so that an engine is not charged for the format of its cache.
+    kv: `bf16`, or `fp8`: k and v are float8_e4m3fn, to be multiplied with `k_scale` and `v_scale` []; the truth reads
+    the same bytes, so the format of the cache is no error.
     """
     config = config_of(model)
     N, G, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim

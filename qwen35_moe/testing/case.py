@@ -1,7 +1,7 @@
 """A case: the inputs of one operation, its float64 truth, what legal roundings make of it, and its known faults.
 
-The truth and the legal results are computed on the CPU, from a copy of the inputs that no kernel gets to see: a kernel
-that writes into its inputs does not change what it is judged by, and nothing that it returns enters its own envelope.
+The truth and the legal results are computed on the CPU, from a copy of the inputs that no kernel sees. So a kernel that
+writes into its inputs does not change its truth, and its outputs never enter its own envelope.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ KEPT = ("w13", "w2")
 
 
 def widened(inputs: Mapping[str, Tensor]) -> Inputs:
-    """All floating-point inputs as float64, but for packed ones and experts, which are when they are used."""
+    """All floating-point inputs as float64. Packed inputs and experts are widened when they are used."""
     return {n: x.to(torch.float64) if _is_plain(x) and n not in KEPT else x for n, x in inputs.items()}
 
 

@@ -109,7 +109,7 @@ def gdn_case(model: str = "tiny", tokens: int = 65, with_state: bool = True, see
 
 
 def gdn_given(*inputs: Tensor | None, l2: bool = True, name: str = "gdn") -> Case:
-    """The case of tensors that are there already: q, k, v, g, beta, and state or None (empty)."""
+    """The case of given tensors: q, k, v, g, beta, and state or None (empty)."""
     names = ("q", "k", "v", "g", "beta", "state")
     given = {key: x for key, x in zip(names, inputs, strict=False) if x is not None}
     if missing := [key for key in names[:5] if key not in given]:
@@ -190,7 +190,7 @@ def check_gdn(
     out: Tensor, state_out: Tensor, *inputs: Tensor | None, state: Tensor | None = None, l2: bool = True,
     state_layout: str = "kv",
 ) -> list[Check]:  # fmt: skip
-    """Output and state of a delta rule kernel, prefill or decode, against the float64 truth of these very inputs.
+    """Output and state of a delta rule kernel, prefill or decode, against the float64 truth of the same inputs.
 
     inputs: q, k [B, T, M, K], v [B, T, J, P], g (log decay) and beta [B, T, J], state [B, J, K, P] or None (empty);
     state_layout `vk`: states are [B, J, P, K], as SGLang's and fla's newer kernels keep them. l2: the kernel normalises

@@ -34,8 +34,8 @@ def drawn(
     seed: int, name: str, *shape: int, spread: float = 1.0, mean: float = 0.0, kind: str = "bell",
     dtype: torch.dtype = torch.bfloat16, mixed: bool = False,
 ) -> Tensor:  # fmt: skip
-    """mean + spread * (a bell, or flat over (-1, 1)), in bfloat16 or float32. mixed: blocks of 32 columns differ by
-    powers of two, as those of quantised weights do."""
+    """mean + spread * z in bfloat16 or float32; z has a bell curve, or is uniform over (-1, 1). mixed: blocks of 32
+    columns differ by powers of two, as those of quantised weights do."""
     size = (int(np.prod(shape[:-1], dtype=np.int64)), shape[-1])
     values = Values(mean=mean, spread=spread, shape=kind, mixed=mixed)
     words = np.concatenate(list(draw(seed, name, size, values, "BF16" if dtype == torch.bfloat16 else "F32")))
@@ -44,7 +44,7 @@ def drawn(
 
 
 def hidden(seed: int, name: str, tokens: int, width: int) -> Tensor:
-    """Hidden states [tokens, width] after a norm: of order 1, and one channel that is OUTLIER times as loud."""
+    """Hidden states [tokens, width] after a norm: of order 1, and one channel that is OUTLIER times as large."""
     x = drawn(seed, name, tokens, width)
     x[:, width // 3] *= OUTLIER
     return x

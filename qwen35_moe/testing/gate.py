@@ -1,4 +1,5 @@
-"""The fusion gate: another predicate against a rule of ours, on every real exclude list and on thousands of others."""
+"""Compares a predicate of yours with a rule of the fusion gate, on every real exclude list and on thousands of
+others."""
 
 from __future__ import annotations
 

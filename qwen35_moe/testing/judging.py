@@ -28,7 +28,7 @@ Kernel = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 @dataclass
 class Check:
-    """What was found of one output. `ratio` is in units of the legal error, `row` all indices but the last."""
+    """The result for one output. `ratio` is in units of the legal error, `row` all indices but the last."""
 
     case: str
     output: str
@@ -144,8 +144,8 @@ def _check(name: str, x: Tensor, case: Case) -> Check:
 
 
 def _function(x: Tensor, check: Check, case: Case) -> str:
-    """The function that an output is nearest to, of those that the case knows, by the worst row and its neighbours: a
-    kernel that quantises less than it should is nearer to the true values, and may be within the limit."""
+    """The function of the case that is nearest to an output, by the worst row and its neighbours. A kernel that
+    quantises less than it should is nearer to the true values, and may be within the limit."""
     truth = case.truth[check.output]
     rows = torch.arange(min(len(truth), ROWS_TRIED)) + max(0, min(check.row[0], len(truth) - ROWS_TRIED))
     part, x = case.part(rows), x.to(torch.float64).reshape(truth.shape)[rows]

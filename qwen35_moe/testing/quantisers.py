@@ -1,4 +1,4 @@
-"""Quantisers and layouts: bit for bit, or which other rule, block and element."""
+"""Checks quantisers and layouts bit for bit. A failure names the block, the element, and the rule that fits."""
 
 from __future__ import annotations
 

@@ -34,9 +34,9 @@ class ReplayIds(Handler):
 def check_routing(ids: Tensor, weights: Tensor, case: Case) -> list[Check]:
     """Ids [T, A] and weights [T, A] of a router, in any order, against a case with `x` and `router`.
 
-    Another choice than the truth's is legal where the truth's logits of the two experts are closer than the noise that
-    legal roundings make of them. Weights are judged for the experts that the kernel chose: another legal choice is no
-    error of a weight. A further column (a fused shared expert) is left to `append_case`.
+    Another choice of an expert is legal if the truth's logits of the two experts are closer than the noise of legal
+    roundings. Weights are judged for the experts that the kernel chose. A further column (a fused shared expert) is not
+    judged here; see `append_case`.
     """
     if "router" not in case:
         raise Qwen35Error("the case has no router", where=case.name, expected="router_case or moe_case")

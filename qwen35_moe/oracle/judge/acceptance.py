@@ -1,9 +1,9 @@
 """How many drafts an engine accepted, draft by draft of a chain, and how many the truth accepts.
 
-A pass of the target verifies K drafts behind a token that is known. Greedily, draft i is accepted where all drafts
-before it are, and it is the likeliest token after them. Said of each draft: how often it was verified, how often the
-engine accepted it, how often the truth does; how often the truth's draft head drafts the same token; and how often the
-truth accepts what its own head drafts there.
+A pass of the target verifies K drafts after a known token. Greedy decoding accepts draft i if all drafts before it are
+accepted and it is the likeliest token after them. Counted for each draft: how often it was verified; how often the
+engine accepted it; how often the truth accepts it; how often the truth's draft head drafts the same token; how often
+the truth accepts the draft of its own head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..dumps.sequences import LOGITS
 
 @dataclass
 class Acceptance:
-    """Of one draft of a chain. None: not known, since the drafts themselves are not."""
+    """The counts of one draft of a chain. None: not known, because the drafts are not known."""
 
     draft: int
     verified: int = 0
@@ -39,7 +39,7 @@ class Acceptance:
 
 
 def acceptance(alignment: Alignment) -> list[Acceptance]:
-    """Of a dump's passes, or of what servers say of theirs. Empty where either side has no drafts."""
+    """From the passes of a dump, or from the counts that servers report. Empty if either side has no drafts."""
     truth, drafts = alignment.truth, draft_ids_of(alignment.truth)
     heads = [LOGITS, *(f"mtp.{k}.{LOGITS}" if k > 1 else f"mtp.{LOGITS}" for k in range(1, len(drafts) + 1))]
     if not drafts or any(key not in truth for key in heads):

@@ -1,4 +1,4 @@
-"""The added error: each tap that a rerun computed on the engine's own captured input, judged by that."""
+"""The added error: each tap is judged by a rerun of its block on the engine's own captured input."""
 
 from __future__ import annotations
 
@@ -47,23 +47,23 @@ class Judgement:
         self.shared: Tensor | None = None  # the shared expert's part of the true mlp_output of this layer, [tokens, D]
 
     def index(self, pair: Pair) -> Tensor:
-        """Rows of [B*T] (or of [B], for values that are not of one token)."""
+        """Rows of [B*T], or of [B] for values that belong to a whole sequence."""
         b, t = pair.rows.long().unbind(1)
         return torch.where(t < 0, b, b * self.T + t)
 
     def steps(self) -> Tensor:
-        """[B, T] in which of its steps the engine ran each token; tokens that it did not run belong to the first."""
+        """[B, T] the step in which the engine ran each token; 0 for tokens that it did not run."""
         found = torch.zeros_like(self.alignment.truth.ids)
         for step, table in self.alignment.tokens_of.where.items():
             found[table[:, 1], table[:, 2]] = step
         return found
 
     def rows(self, x: Tensor, pair: Pair) -> Tensor:
-        """Our value at the rows of a pair, where it was computed."""
+        """The rerun's value at the rows of a pair, if it was computed."""
         return pair.ours(as_rows(pair.key, x, self.alignment.truth.ids.numel())[self.index(pair)])
 
     def captured(self, experts: int) -> Captured:
-        """What a rerun goes on with. It cannot go on with ids that no expert has."""
+        """The engine's values that a rerun continues with. A tap with an id that no expert has is left out."""
         captured = Captured()
         for key in self.alignment.keys:
             if base_name(key) in BOUNDARIES:
@@ -104,7 +104,7 @@ class Judgement:
 
     @contextmanager
     def fenced(self, key: str, layer: int | None) -> Iterator[None]:
-        """Whatever fails inside costs this tap, and no other: it is "not comparable", with the reason."""
+        """If anything fails inside, this tap alone is "not comparable", with the reason."""
         try:
             yield
         except Exception as error:
@@ -113,7 +113,7 @@ class Judgement:
             self.records[key] = Record(key, "not comparable", block_of(key), layer, note=note)
 
     def owners(self, key: str, x: Tensor) -> Tensor | None:
-        """[n] the rank of each column of x, where that is known."""
+        """[n] the rank of each column of x, if it is known."""
         dump = self.alignment.dump
         try:
             found = owners(dump, key) if key in dump.sources else None
@@ -122,7 +122,7 @@ class Judgement:
         return found if found is not None and len(found) == x.shape[1] else None
 
     def again(self, keys: Sequence[str], layer: int | None, seen: Sequence[dict[str, Tensor]]) -> None:
-        """Judge taps of a layer anew, under more arithmetics."""
+        """Judge taps of a layer again, under more arithmetics."""
         for key in keys:
             del self.records[key]
         if any(base_name(key) in ID_TAPS for key in keys):
@@ -241,9 +241,9 @@ class Judgement:
         self.records[key] = record
 
     def judged(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> list[Record]:
-        """The records of a layer (None: of the embedding, or the head), in order of execution."""
+        """The records of a layer (None: of the embedding or the head), in order of execution."""
         return [r for r in self.records.values() if r.layer == layer and r.key in seen[0]]
 
     def guilty(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> list[Record]:
-        """Those of them that are bad."""
+        """The bad ones among `judged`."""
         return [r for r in self.judged(layer, seen) if r.bad]

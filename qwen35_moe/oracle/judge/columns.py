@@ -1,4 +1,4 @@
-"""Where in its columns a tensor is wrong: a range of them, or what one rank holds."""
+"""Which columns of a tensor are wrong: a range of them, or those of one rank."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from .records import Comparison, Record, block_of, layer_of
 
 @contextmanager
 def noted(result: Comparison, what: str, counts: bool = True) -> Iterator[None]:
-    """Whatever fails inside is said in the report, and takes no verdict with it. counts: it is a hole in what was
-    compared."""
+    """If anything fails inside, the report says so and the verdict stands. counts: the failure makes the comparison
+    incomplete."""
     try:
         yield
     except Exception as error:
@@ -35,7 +35,7 @@ def noted(result: Comparison, what: str, counts: bool = True) -> Iterator[None]:
 
 
 def conclude(work: Judgement, stored: Mapping[str, Tensor], layers: Sequence[int] | None) -> None:
-    """Every tap of the truth (of these layers) gets its record; holes and logits are looked for."""
+    """Give every tap of the truth (of these layers) its record. Find holes, and compare logits."""
     truth, shared = work.alignment.truth, set(work.alignment.keys)
     names = truth.comparable
     if layers is not None:

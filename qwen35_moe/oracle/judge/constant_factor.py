@@ -1,9 +1,9 @@
 """Is a part of a block's output too large or too small by a constant factor?
 
-Rounding errors of different tokens have nothing to do with each other, and a wrong factor errs everywhere in the same
-direction. So it is seen in all rows together long before it is seen in any: engine - truth = sum_i d_i part_i, by least
-squares, each row in units of the truth's norm. How well d is known, the rows say themselves: each is left out in turn
-(the jackknife), whatever its error is made of. A row that decides alone is so found out.
+Rounding errors of different tokens are independent, but a wrong factor errs in the same direction everywhere. So all
+rows together show it long before one row does: engine - truth = sum_i d_i part_i, by least squares, each row in units
+of the truth's norm. The standard error of d comes from the rows themselves: each is left out in turn (the jackknife).
+It is large if one row alone decides.
 
     ratio = |d_i| / max(standard error of d_i, 2^-8)        2^-8: a factor that an engine stores in bf16
 """
@@ -25,8 +25,8 @@ FEWEST_ROWS = 16  # rows; a standard error from fewer is none
 
 
 def scale_errors(engine: Tensor, truth: Tensor, parts: Sequence[Tensor]) -> list[tuple[float, float]]:
-    """(d, ratio) of each part. All [rows, n]; rows that are not finite are left out. Empty where nothing can be said:
-    of a few rows, or of parts that are alike."""
+    """(d, ratio) of each part. All [rows, n]; rows that are not finite are left out. Empty if there are too few rows,
+    or if parts are alike."""
     size_R1 = truth.to(torch.float64).norm(dim=1, keepdim=True)
     rows = engine.isfinite().all(1) & (size_R1 > 0).flatten()
     if int(rows.sum()) < FEWEST_ROWS:
@@ -46,8 +46,8 @@ def scale_errors(engine: Tensor, truth: Tensor, parts: Sequence[Tensor]) -> list
 
 def log_sizes(x: Tensor, truth: Tensor) -> tuple[float, float]:
     """(d, standard error) of the size of all rows of logits, or of log p, each without its mean: d = mean log |x| /
-    |truth|. Rows that took other experts are other values, yet as large as the right ones, so that least squares would
-    call them small. (0, 0) where nothing can be said."""
+    |truth|. Rows with other experts have other values of the same size, which least squares would call too small. (0,
+    0) if there are too few rows."""
     theirs_R, ours_R = ((y.to(torch.float64) - y.to(torch.float64).mean(1, True)).norm(dim=1) for y in (x, truth))
     rows = theirs_R.isfinite() & (ours_R > 0) & (theirs_R > 0)
     if int(rows.sum()) < FEWEST_ROWS:
@@ -63,7 +63,7 @@ def size_error(x: Tensor, truth: Tensor, legal: float) -> tuple[float, float]:
 
 
 def judge_size(record: Record, x: Tensor, truth: Tensor, legal: float, limit: float) -> None:
-    """Logits that are too large or too small in all rows, however much may have been rounded before them."""
+    """Find logits that are too large or too small in all rows, however large the rounding before them."""
     off, ratio = size_error(x, truth, legal)
     if ratio > max(limit, record.ratio or 0.0):
         record.note = f"{100 * math.expm1(off):+.1f} % in all rows: {SCALE_NOTE}"

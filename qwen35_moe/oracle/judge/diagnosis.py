@@ -1,4 +1,4 @@
-"""What is said of a block that went wrong, and of a weight that is not the checkpoint's."""
+"""The records of a wrong block and of a wrong weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ LITTLE = 0.01  # of an error: what explains less is no guess
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A fault, and which share of the squared error its output takes away (1: all of it; below 0: makes it worse)."""
+    """A fault, and the share of the squared error that it explains (1: all of it; below 0: it makes the error
+    worse)."""
 
     name: str
     explains: float
@@ -20,7 +21,7 @@ class Hypothesis:
 
 @dataclass
 class Diagnosis:
-    """Of one block that went wrong. `named` says whether the first hypothesis explains enough to be the answer."""
+    """The diagnosis of one wrong block. `named`: the first hypothesis explains enough to be the answer."""
 
     layer: int | None
     block: str

@@ -29,8 +29,8 @@ HOW = {
 
 @dataclass(frozen=True)
 class Drafting:
-    """What a draft head starts from: ids [B, T] of the tokens, and of what each draft of a chain started from, mask
-    [B, T], in which step each token ran [B, T], the engine's values, and where the weights come from and go."""
+    """The inputs of a draft head: ids [B, T] of the tokens, ids that each draft of a chain started from, mask [B, T],
+    the step of each token [B, T], the engine's values, the source of the weights and their device."""
 
     ids: Tensor
     drafts: Sequence[Tensor]
@@ -45,7 +45,7 @@ def drafted(
     given: Drafting, model: Model, stream_BTD: Tensor, table: Arithmetic, handlers: Sequence[Handler] = (),
     how: str = "",
 ) -> dict[str, Tensor]:  # fmt: skip
-    """What the draft head's taps held. stream_BTD: what the final norm reads. how: a key of `HOW`, or nothing."""
+    """The values at the draft head's taps. stream_BTD: the input of the final norm. how: a key of `HOW`, or nothing."""
     count, device = given.ids.numel(), given.device
     restart = Restart(given.captured, count)
     part = build_part("mtp", given.source, table, False, device, "stream")

@@ -1,22 +1,21 @@
-"""How wrong is wrong: the error of a tensor, token by token, in units of the error that legal roundings make.
+"""The ratio of a tensor: its error, token by token, in units of the error that legal roundings make.
 
-The truth is `exact`, on the same bytes. Some arithmetics that an engine may legally have (LEGAL) are run on the same
-input, and the largest of their errors is the envelope; one rounding of the truth to the engine's dtype is in it too.
+The truth is `exact`, on the same bytes. The arithmetics that an engine may have (LEGAL) run on the same input. The
+envelope is the largest of their errors, and at least one rounding of the truth to the engine's dtype.
 
     l2 = |e|_2 / envelope_2      max = |e|_max / envelope_max      rms: of min(l2, LIMIT) over ENOUGH tokens
     ratio of a token = max( l2, max / NUMBER, min(l2, rms) min(rms, TENSOR) )      of a tensor: that of its worst token
 
-A token's own legal errors are few samples of a random size, and may be small by luck. So the envelope of a token is at
-least the root mean square of the tensor's relative errors times its norm, and for rows of a few numbers, whose norm may
-cancel to nothing, the largest error of all rows.
+The legal errors of one token are few samples of a random size, and may be small by chance. So the envelope of a token
+is at least the root mean square of the tensor's relative errors, times the token's norm. The norm of a row of few
+numbers may be near zero. There the envelope is the largest error of all rows.
 
-One number scatters more than a row's norm, and that more than all rows together. NUMBER and TENSOR bring the three to
-one scale: without them clean engines, their own arithmetic left out of the envelope, reach 2.1 by
-a row, 3.0 by one number of it, 1.6 by all rows.
-LIMIT is near the geometric middle between the worst clean engine and the least fault, both of checkpoints that nothing
-was chosen by (2.15 and 4.38, docs/margin.md). A right kernel reaches 2.88. Constant factors of 1.02 are below
-the rounding of a row, and are seen by another statistic (`constant_factor.py`).
-From LIMIT to twice that a tensor is "suspicious", above "wrong"; neither is green.
+One number scatters more than the norm of a row, and the norm of a row scatters more than all rows together. NUMBER and
+TENSOR bring the three to one scale: without them clean engines, their own arithmetic left out of the envelope, reach
+2.1 by a row, 3.0 by one number of it, 1.6 by all rows. LIMIT is near the geometric mean of the worst clean engine and
+the least fault, both of checkpoints that nothing was chosen by (2.15 and 4.38, docs/margin.md). A right kernel reaches
+2.88. Constant factors of 1.02 are below the rounding of a row, and are seen by another statistic
+(`constant_factor.py`). From LIMIT to twice LIMIT a tensor is "suspicious", above that it is "wrong". Neither passes.
 """
 
 from __future__ import annotations
@@ -83,8 +82,9 @@ _FLOAT32 = {suffix: tuple(with_fp8_inputs(a, suffix) for a in LEGAL["float32"]) 
 
 
 def legal(truth: str, engine: str | Arithmetic | None = None) -> tuple[Arithmetic, ...]:
-    """The arithmetics of the envelope: those of the truth's family, and the engine's declared one first. What it does
-    to activations is the truth's: `--engine sglang-bf16` means SGLang's W8A8 where the truth is `exact+a8`."""
+    """The arithmetics of the envelope: first the engine's declared one, then those of the truth's family. The declared
+    one quantises activations as the truth does: `--engine sglang-bf16` means SGLang's W8A8 if the truth is
+    `exact+a8`."""
     engine, function = None if engine is None else get(engine), function_of(truth)
     if engine is not None and function in A8 and not function_of(engine.name):
         engine = ARITHMETICS.get(engine.name + function) or with_fp8_inputs(engine, function)
@@ -96,7 +96,7 @@ def legal(truth: str, engine: str | Arithmetic | None = None) -> tuple[Arithmeti
 
 
 def with_declared_caches(members: Sequence[Arithmetic], kv_cache: str | None, state: str | None) -> list[Arithmetic]:
-    """The first two members again, with the caches that the engine says it has."""
+    """The first two members again, with the caches that were declared for the engine."""
     if kv_cache is None and state is None:
         return []
     return [with_choices(table, kv_cache, state) for table in members[:2]]
@@ -111,8 +111,8 @@ class Norms:
 
     @classmethod
     def of(cls, x: Tensor, minus: Tensor | None = None) -> Norms:
-        """Norms of x, or of a difference, in float64, on x's device. On a CPU a few rows at a time: they stay in the
-        processor's cache."""
+        """Norms of x, or of a difference, in float64, on x's device. A CPU works on a few rows at a time, which stay in
+        its cache."""
         x = x.reshape(x.shape[0], -1)
         minus = None if minus is None else minus.reshape(x.shape)
         step = min(len(x), max(1, NUMBERS_PER_BLOCK.get(x.device.type, 1 << 18) // max(1, x.shape[1])))
@@ -144,7 +144,7 @@ class Norms:
 
 
 def rounding_loss(truth: Tensor, dtype: torch.dtype) -> Norms:
-    """What the truth loses when it is stored in `dtype`."""
+    """The error of the truth when it is stored in `dtype`."""
     return Norms.of(truth, minus=truth.to(dtype))
 
 
@@ -153,7 +153,7 @@ def envelope(
     size: Norms | None = None, rounding: Norms | None = None,
 ) -> Norms:  # fmt: skip
     """The largest legal error of each row. truth [rows, ...]; members: legal results of that shape, or their errors.
-    size and rounding (to `dtype`) are the truth's, where they are known already."""
+    size and rounding (to `dtype`) are those of the truth, if they are known already."""
     narrow = truth[0].numel() < NARROW if len(truth) else False
     size = Norms.of(truth) if size is None else size
     bound = (rounding_loss(truth, dtype) if rounding is None else rounding).pooled(size, narrow)
@@ -165,7 +165,7 @@ def envelope(
 
 @dataclass(frozen=True)
 class TensorVerdict:
-    """Of one tensor. `worst` is the row of the largest ratio; `ratios`, on the CPU, has one entry a row."""
+    """The verdict on one tensor. `worst` is the row of the largest ratio; `ratios`, on the CPU, has one entry a row."""
 
     cls: Class
     ratio: float
@@ -177,7 +177,7 @@ class TensorVerdict:
 
 
 def class_of(ratio: float, limit: float) -> Class:
-    """From the limit to twice that a tensor is "suspicious", above it (or NaN) "wrong"."""
+    """From the limit to twice the limit "suspicious", above that (or NaN) "wrong"."""
     return "within rounding" if ratio <= limit else "suspicious" if ratio <= 2 * limit else "wrong"
 
 
@@ -185,7 +185,7 @@ def judge(
     engine: Tensor, truth: Tensor, bound: Norms, dtype: torch.dtype, limit: float = LIMIT,
     size: Norms | None = None, rounding: Norms | None = None,
 ) -> TensorVerdict:  # fmt: skip
-    """Compare rows. NaN or infinity in the engine where the truth is finite is an infinite error."""
+    """Compare rows. A NaN or infinity of the engine is an infinite error if the truth is finite."""
     error = Norms.of(engine, minus=truth)
     if not error.l2.isfinite().all():  # equal infinities are no error
         error = Norms.of(torch.where(engine == truth, 0.0, engine.to(torch.float64) - truth.to(torch.float64)))
@@ -213,5 +213,5 @@ def _ratio(e: Tensor, bound: Tensor) -> Tensor:
 
 
 def is_bf16(x: Tensor) -> bool:
-    """Whether all its numbers are bf16's, in whatever dtype."""
+    """Whether all numbers of x are bf16 numbers, whatever its dtype."""
     return torch.equal(x.to(torch.bfloat16).to(x.dtype), x)

@@ -1,4 +1,5 @@
-"""The envelope of a whole run: how far legal arithmetics stray from the truth, kept beside it as norms of each row."""
+"""The envelope of a whole run: the errors of legal arithmetics against the truth, stored beside it as norms of each
+row."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ SLOT_ORDERED = ("moe_topk_weights", "moe_topk_probs", "moe_slot_weights")
 
 
 class RowErrors(NamedTuple):
-    """Of the rows of one tap: the largest legal error, the size of the truth, its loss when it is stored in bf16."""
+    """Norms of the rows of one tap: the largest legal error, the truth, and the truth's error when it is stored in
+    bf16."""
 
     error: Norms
     size: Norms
@@ -62,7 +64,7 @@ def stored_envelope(truth: Trace) -> dict[str, Tensor]:
 
 
 def check_envelope(truth: Trace) -> bool:
-    """Whether there is an envelope beside a truth. Error: its checksum is another than it says."""
+    """Whether there is an envelope beside a truth. Error: its checksum does not hold."""
     path = None if truth.path is None else truth.path / ENVELOPE
     if path is None or not path.is_file():
         return False
@@ -71,7 +73,7 @@ def check_envelope(truth: Trace) -> bool:
 
 
 def as_rows(key: str, x: Tensor, tokens: int) -> Tensor:
-    """[rows, features] of a tap as the model hands it over: a row a token, or (states, gains) one a first index."""
+    """[rows, features] of a tap: one row a token; of states and gains, one row for each first index."""
     if not per_token(key):
         return x.reshape(x.shape[0], -1)
     x = x.movedim(2, 1) if base_name(key) in TAPS and TAPS[base_name(key)].dims == "b n t s" else x
@@ -105,7 +107,7 @@ class _Errors(Handler):
         self.norms[key] = Norms(*torch.stack((error.l2, error.max), out=self.room[key]))
 
     def write(self, path: Path | None, run: dict[str, str], sum_BTD: Tensor | None) -> None:
-        """All that is known so far, whole or not at all; nothing, where the truth is in memory."""
+        """Write all that is known so far, as a whole file. Does nothing if the truth is in memory."""
         if path is None:
             return
         tensors = {f"error.{key}": torch.stack((n.l2, n.max)) for key, n in self.norms.items()}
@@ -122,7 +124,7 @@ class _Errors(Handler):
 
 
 def with_ids(taps: str) -> str:
-    """The taps, and the experts that were chosen: an envelope without them has flips in it, which hide faults."""
+    """The taps, and moe_topk_ids. An envelope without the chosen experts contains flips, which hide faults."""
     ids = "moe_topk_ids"
     return taps if matching(split_patterns(taps), ids, ids) else f"{taps},{ids}"
 
@@ -131,9 +133,10 @@ def with_ids(taps: str) -> str:
 def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, quiet: bool = True) -> None:
     """Run models of legal arithmetics on the truth's tokens and keep their errors beside it (`envelope.safetensors`).
 
-    They choose the truth's experts, so that the envelope measures roundings and not flips. `models` may be a generator.
-    Layer by layer, the state is kept beside a truth on disk, in `envelope-state.safetensors`; resume: go on from there,
-    to the same bytes, with models of those arithmetics that `remaining` names. quiet: nothing about it on stderr.
+    The models choose the truth's experts, so the envelope measures roundings and not flips. `models` may be a
+    generator. If the truth is on disk, the state is written after each layer to `envelope-state.safetensors`. resume:
+    continue from that state, to the same bytes, with models of the arithmetics that `remaining` names. quiet: print
+    nothing to stderr.
     """
     if len(truth.steps) != 1:
         raise Qwen35Error("an envelope needs a truth of one forward pass", where=truth.path, found=len(truth.steps))
@@ -182,7 +185,7 @@ def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, 
 
 
 def remaining(truth: Trace, tables: Iterable[Arithmetic]) -> list[Arithmetic]:
-    """Those of the arithmetics that an interrupted `write_envelope` has not done."""
+    """The arithmetics that an interrupted `write_envelope` has not finished."""
     if truth.path is None or not (truth.path / ENVELOPE_STATE).is_file():
         return list(tables)
     done = json.loads(_Errors(truth).read(truth.path / ENVELOPE_STATE)[0]["done"])

@@ -1,8 +1,8 @@
-"""Which function an engine computes: with the inputs of FP8 products as they are, or quantised, and by which groups.
+"""Which function an engine computes: whether it quantises the inputs of FP8 products, and in which groups.
 
-The bytes of an FP8 checkpoint cannot tell. Engines run it as W8A8, some as W8A16 (weights decoded, activations in
-bf16): both are right, and they are 3 % apart. So what the dump shows decides: the first taps that differ between the
-functions, each run on the engine's own input, and of them the function that is nearest.
+The bytes of an FP8 checkpoint do not tell. Most engines run it as W8A8, some as W8A16 (weights decoded, activations in
+bf16). Both are right, and they are 3 % apart. So the dump decides. The first taps that differ between the functions are
+computed by each function, on the engine's own input. The function that is nearest to the engine is taken.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SAYS = {"": "as they are", "+a8": "in FP8 by 128 columns", "+a8-token": "in FP8 
 
 
 def functions(source: WeightSource) -> tuple[str, ...]:
-    """What engines may do to the inputs of this checkpoint's products, most usual first: keys of SAYS."""
+    """The functions that engines may compute on this checkpoint, the most usual first: keys of SAYS."""
     for i, kind in enumerate(source.config.layer_types):
         mixer = "linear_attn.in_proj_qkv" if kind == "linear_attention" else "self_attn.q_proj"
         for module in (mixer, "mlp.experts", "mlp.shared_expert.gate_proj"):
@@ -42,14 +42,15 @@ def functions(source: WeightSource) -> tuple[str, ...]:
 
 
 def usual(source: WeightSource, arithmetic: str) -> str:
-    """The truth's arithmetic for this checkpoint, where nothing says which function an engine computes."""
+    """The truth's arithmetic for this checkpoint, if nothing tells which function an engine computes."""
     return arithmetic + functions(source)[0] if arithmetic == "exact" else arithmetic
 
 
 def computed(
     table: Arithmetic, source: WeightSource, work: Judgement, rerun: Callable[[Sequence[Arithmetic]], Rerun]
 ) -> Arithmetic:
-    """The truth's arithmetic, or the one of its family whose function the engine computes. Says so in the notes."""
+    """The arithmetic of the truth's family whose function the engine computes. Adds a note that says how it was
+    found."""
     family, choices = table.name.partition("+")[0], functions(source)
     if family != "exact" or function_of(table.name) not in SAYS or len(choices) == 1:
         return table
@@ -86,7 +87,7 @@ def _errors(key: str, seen: Sequence[dict[str, Tensor]], work: Judgement) -> lis
 
 
 def truth_in(table: Arithmetic, truth: Trace, source: WeightSource, fused: Sequence[bool], rerun: Rerun) -> Trace:
-    """The truth of another function on the same tokens, and its envelope, in memory."""
+    """The truth of another function for the same tokens, with its envelope, in memory."""
 
     def model(each: Arithmetic) -> Model:
         return build(source, each, fused, rerun.device("norm"), rerun.mode)

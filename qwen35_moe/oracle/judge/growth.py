@@ -1,4 +1,4 @@
-"""How an error grows along the sequence: long contexts go wrong slowly."""
+"""How an error grows along the sequence. In long contexts it grows slowly."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ GROWTH_TAPS = ("final_norm", "layer_input", "layer_output_sum", "next_token_logi
 
 
 def growth(alignment: Alignment, first: str = "") -> list[str]:
-    """The median relative error of tokens, part by part, in the last tap that shows the stream, and in the `first` that
-    is wrong, where a wrong angle or state is not yet lost among roundings; nothing for short sequences.
+    """The median relative error of tokens, part by part, in the last tap that shows the stream, and in the `first`
+    wrong tap, where roundings do not yet hide a wrong angle or state. Empty for short sequences.
 
-    It is the error against the truth, inherited from all layers before. A median, since a token whose experts are
-    others has another computation behind it.
+    It is the inherited error, against the truth. It takes the median, since tokens with other experts have other
+    values.
     """
     T = alignment.truth.ids.shape[1]
     keys = [

@@ -1,6 +1,6 @@
-"""What one step hands to the next: a mixer is run again step by step, and a fault changes the state in between.
+"""The state that one step hands to the next: a mixer runs again step by step, and a fault changes the state in between.
 
-A mixer (attention or DeltaNet) is all that lets one token see another, so it is all that must be split: the rest of a
+Only the mixer (attention or DeltaNet) lets one token see another, so only the mixer is split into steps. The rest of a
 layer works token by token.
 """
 
@@ -29,7 +29,7 @@ OF_SEQUENCES = ("gdn_state", "gdn_conv_state")  # taps with one row a sequence
 
 @dataclass(frozen=True)
 class Handed:
-    """What is known where a step begins.
+    """The states that are known at the beginning of a step.
 
     right    the state after all tokens before
     earlier  the state that the step before began with;  short: the state before the last token
@@ -51,7 +51,7 @@ Shift = Callable[[int, int], int]  # (position of the step's first token, paddin
 
 @dataclass(frozen=True)
 class Foreign:
-    """Rows that ran after (or before) a sequence's own: drafts that were rejected, padding. x [n, D]."""
+    """Rows that ran after or before the sequence's own rows: rejected drafts, padding. x [n, D]."""
 
     x: Tensor
     normed: bool  # whether x is what the mixer reads, or the stream before its norm
@@ -179,7 +179,7 @@ class _Stepped(nn.Module):
 
 @contextmanager
 def stepped(layer: Layer, plan: HandOver | None, restart: Restart, tokens: Any, config: Config) -> Iterator[None]:
-    """Inside, the layer's mixer runs by a plan; what its taps held is in `restart.seen`."""
+    """A context in which the layer's mixer runs by a plan. The values at its taps are in `restart.seen`."""
     if plan is None:
         yield
         return

@@ -1,9 +1,9 @@
 """The inherited error: each tap against the truth itself, in units of the envelope of a whole run (`envelope_file.py`).
 
-Once an engine chooses other experts at a token, that token and all that follow it in its sequence are another
-computation, and are left out. Taps come one after another from their files to their verdict, so memory holds one of
-each side; operations run in the calling thread. Each takes a tenth of a millisecond on rows that are in the cache, and
-threads that share it wait for each other for longer than that wherever something else runs.
+If an engine chooses other experts at a token, this token and all later ones of its sequence are left out: they are
+another computation. Taps are read and judged one after another, so memory holds one tap of each side. Operations run in
+the calling thread. An operation takes a tenth of a millisecond on rows in the cache; threads that share it would wait
+for each other longer than that.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _one_thread() -> Iterator[None]:
 
 @_one_thread()
 def inherited(work: Judgement, stored: Mapping[str, Tensor]) -> None:
-    """Judge all taps that both sides have and that the envelope knows, and all choices of experts."""
+    """Judge all taps that both sides and the envelope have, and all choices of experts."""
     if not stored and work.result.layers == ():
         raise Qwen35Error(
             "truth has no envelope, and the checkpoint is not here", where=work.alignment.truth.path,

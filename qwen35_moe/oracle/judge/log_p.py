@@ -2,9 +2,9 @@
 
     log p_i = z_i - logsumexp(z)      q_i = round((log p_i - least) / scale)      scale = (best - least) / 65535
 
-An engine's file is judged as other taps are, between two values in that format: the truth's log p and those of legal
-arithmetics are clipped as the file's are, and one rounding is half a step of the row's scale. Clipping moves no two
-values away from each other by more than the largest error of the row, so it hides errors and makes none.
+An engine's file is judged as other taps are. The log p of the truth and of legal arithmetics are clipped as those of
+the file, and one rounding is half a step of the row's scale. Clipping moves two values apart by no more than the
+largest error of the row. So it can hide errors, but it makes none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DEPTH, STEPS = 16, 65535
 
 
 def log_p(logits: Tensor) -> Tensor:
-    """log p over the last dimension, in float64, nothing less than DEPTH below the largest."""
+    """log p over the last dimension, in float64, clipped at DEPTH below the largest."""
     x = logits.to(torch.float64).log_softmax(-1)
     return torch.maximum(x, x.amax(-1, keepdim=True) - DEPTH)
 
@@ -32,7 +32,7 @@ def to_codes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loss_in_file(x: Tensor) -> Norms:
-    """What log p [rows, V] loses in the file."""
+    """The error of log p [rows, V] in the file."""
     scale, least, q = to_codes(x)
     return Norms.of(scale * q + least, minus=x)
 

@@ -12,9 +12,10 @@ from ..dumps.pair import Pair
 
 @dataclass(frozen=True)
 class Logits:
-    """Over `tokens` positions. `flips` are positions with another best token; `legal_flips` those whose margin (the
-    distance of both tokens' logits in the truth) is within the noise, twice the largest legal error of a logit there.
-    `delta_log_p` is the engine's log p minus the truth's, of the token that follows in the input."""
+    """Figures over `tokens` positions. `flips` counts positions with another best token. `legal_flips` counts those
+    whose margin is within the noise. The margin is the distance of the two tokens' logits in the truth; the noise is
+    twice the largest legal error of a logit there. `delta_log_p` is the engine's log p minus the truth's, of the token
+    that follows in the input."""
 
     tokens: int
     kl_mean: float

@@ -1,4 +1,4 @@
-"""Positions: a value that is compared like any other, and that reruns of attention take as the engine had it."""
+"""Positions: they are compared like any value, and reruns of attention use those of the engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["POSITIONS", "engine_positions", "judge_positions"]
 
 
 def engine_positions(alignment: Alignment) -> Tensor:
-    """[B, T] the positions that the engine's rotary embedding took, and the truth's where the dump does not say. With
+    """[B, T] the positions that the engine's rotary embedding used; the truth's, if the dump does not hold them. With
     images: [3, B, T], the truth's, since what engines dump as positions counts tokens."""
     if (axes := axes_in(alignment.truth)) is not None:
         return axes
@@ -24,9 +24,10 @@ def engine_positions(alignment: Alignment) -> Tensor:
 
 
 def judge_positions(alignment: Alignment) -> Record | None:
-    """A record if the dump holds positions that are not the truth's: those of the step, or of the rotary embedding.
+    """A record, if the dump holds positions that differ from the truth's: those of the step, or of the rotary
+    embedding.
 
-    All positions of a sequence moved alike are wrong too, though RoPE is relative and no value need show it.
+    Positions that are all moved by one number are wrong, too, although RoPE is relative and no value may show it.
     """
     if axes_in(alignment.truth) is not None:
         return None

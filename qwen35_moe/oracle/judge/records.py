@@ -63,10 +63,10 @@ def layer_of(key: str) -> int | None:
 class Record:
     """One tap. Ratios are in units of the legal error: `added` on the engine's input, `inherited` against the truth.
 
-    `layer` is the one that computed it (of `layers.3.layer_input` layer 2) or, where nothing was rerun, the key's.
-    `suspects` of a bad one, where it was rerun, are all blocks since the engine's own values, its own among them.
-    `worst` is (sequence, token). `starts` says where in each sequence the bad rows begin, and what that token is the
-    first of, if it is the first of something: (sequence, token, "first of a step").
+    `layer` is the layer that computed the tap (layer 2 for `layers.3.layer_input`), or the key's layer if nothing was
+    rerun. `suspects` of a bad tap that was rerun are all blocks since the engine's own values, the tap's own block
+    among them. `worst` is (sequence, token). `starts` says where the bad rows of each sequence begin: (sequence, token,
+    what this token is the first of, such as "first of a step", or "").
     """
 
     key: str
@@ -97,7 +97,7 @@ class Record:
 
     @property
     def ratio(self) -> float | None:
-        """The one that decides: the added error where it is known."""
+        """The ratio that decides: that of the added error, if it is known."""
         return self.inherited if self.added is None else self.added
 
 
@@ -138,7 +138,8 @@ class Comparison:
 
     @property
     def first(self) -> Record | None:
-        """The first tap, in order of execution, whose own error is too large; else the first that inherited it."""
+        """The first tap, in order of execution, whose added error is too large; else the first whose inherited error
+        is."""
         bad = [record for record in self.records if record.bad]
         own = [record for record in bad if record.added is not None and record.added > self.limit]
         return next(iter(own or bad), None)
@@ -150,7 +151,7 @@ class Comparison:
 
     @property
     def exit_code(self) -> int:
-        """0: all that was compared agrees; 1: something diverges; 2: it could not be compared, in part or at all."""
+        """0: all of it agrees; 1: something diverges; 2: something could not be compared."""
         if self.diverges:
             return 1
         incomplete = self.summary["not comparable"] or self.holes or self.problems or self.unsaid
@@ -158,7 +159,7 @@ class Comparison:
 
     @property
     def unsaid(self) -> list[str]:
-        """Figures that are NaN: what they are of was not judged."""
+        """The figures that are NaN: their values were not judged."""
         figures = [(r.key, x) for r in self.records for x in (r.added, r.inherited, r.rel)]
         if self.logits is not None:
             figures += [("logits", x) for x in asdict(self.logits).values() if isinstance(x, float)]

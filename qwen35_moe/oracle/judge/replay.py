@@ -1,4 +1,4 @@
-"""Handlers that put an engine's captured values in the place of ours: its routing, or the inputs of its blocks."""
+"""Handlers that replace values of the truth by an engine's captured ones: its routing, or the inputs of its blocks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ROOM_FOR = 8  # tensors of its size: with less room on the GPU a tensor goes to 
 
 
 def kept(x: Tensor) -> Tensor:
-    """x where it is; in the host's memory where its GPU is short of room for others of its size."""
+    """x on its device, or in the host's memory if its GPU has no room for more tensors of this size."""
     if not x.is_cuda or x.nbytes < BIG_BYTES:
         return x
     unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
@@ -55,7 +55,7 @@ def kept(x: Tensor) -> Tensor:
 
 
 class Captured:
-    """Values of an engine by key: rows [n] of the flat [B*T] tokens, and what it had there [n, features]."""
+    """Values of an engine by key: rows [n] of the flat [B*T] tokens, and the engine's values there [n, features]."""
 
     def __init__(self) -> None:
         self.values: dict[str, tuple[Tensor, Tensor]] = {}
@@ -67,7 +67,7 @@ class Captured:
         return key in self.values
 
     def whole(self, key: str, tokens: int) -> Tensor | None:
-        """What the engine had at all tokens [tokens, n], NaN where it is not known; None: nothing is."""
+        """The engine's values at all tokens [tokens, n], NaN where they are not known; None if none is known."""
         if key not in self.values:
             return None
         rows, x = self.values[key]
@@ -76,8 +76,8 @@ class Captured:
         return found
 
     def put(self, key: str, x: Tensor, tokens: int, keep_sums: bool = False) -> Tensor:
-        """`x` with the engine's rows in the place of ours. keep_sums: only where ours does not round to theirs, so
-        that a stream that was stored rounded keeps the digits that the engine's norm saw."""
+        """`x` with the engine's rows. keep_sums: a row of x stays if it rounds to the engine's row. So a stream that
+        was stored rounded keeps the digits that the engine's norm read."""
         rows, theirs = self.values[key]
         rows, theirs = self.values[key] = rows.to(x.device), theirs.to(x.device)  # moved once
         flat = x.reshape(tokens, -1).clone()
@@ -88,8 +88,8 @@ class Captured:
 
 
 class Restart(Handler):
-    """Records what the model computed, then lets it go on with what the engine had: so every block runs on the engine's
-    own input, and an error is seen where it is made and not in all that follows.
+    """Records the model's values, and lets it continue with the engine's. So every block runs on the engine's own
+    input, and an error shows only where it is made.
     """
 
     stage, sees_experts = OBSERVE + 1, False

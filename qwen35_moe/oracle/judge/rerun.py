@@ -1,7 +1,8 @@
-"""Running blocks again on the input that an engine captured: the error that each block adds, and none that it inherits.
+"""Running blocks again on an engine's captured input: that gives the error that each block adds, without inherited
+errors.
 
-A layer is run under several arithmetics from the same values: the engine's, wherever it captured a boundary of blocks
-(`replay.RESTARTS`), or else what that arithmetic itself computed so far. One layer is held at a time.
+A layer runs under several arithmetics from the same values. These are the engine's at each captured boundary of blocks
+(`replay.RESTARTS`), or else the arithmetic's own. One layer is held at a time.
 """
 
 from __future__ import annotations
@@ -68,11 +69,11 @@ class Rerun:
         return FaultSite(self.config, tokens.positions, layers, expert, tokens.steps, self._seen(), weights)
 
     def device(self, part: str) -> torch.device:
-        """Where a part of the model runs."""
+        """The device of a part of the model."""
         return self.where.of(part, self.config.num_hidden_layers)
 
     def layer(self, i: int, table: Arithmetic, source: WeightSource, fused: bool) -> Layer:
-        """Layer i with the weights of a source, in a table's dtypes; kept while i is the current layer."""
+        """Layer i with the weights of a source, in the dtypes of a table. It is kept while i is the current layer."""
         if self._index != i:
             self._index, self._layers, self._held = i, {}, LayerSource(self.source, self.device(f"layers.{i}"))
         key = (id(source), table.dtype, tuple(sorted(table.weights.items())), table.quantised, fused)
@@ -98,7 +99,7 @@ class Rerun:
         fused: bool | None = None,
         hand_over: HandOver | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """What the taps of layer i held, by key, what it hands on among them, and the stream after it."""
+        """The values at the taps of layer i by key, its hand-over among them, and the stream after it."""
         layer = self.layer(i, table, source or self.source, self.fused[i] if fused is None else fused)
         restart = Restart(self.captured, self.tokens.count)
         device = self.device(f"layers.{i}")
@@ -114,8 +115,8 @@ class Rerun:
     def fault(
         self, i: int | None, fault: Fault, table: Arithmetic, like: int, expert: int = 0, to_head: bool = False
     ) -> dict[str, Tensor]:
-        """What the taps of layer i would hold if it had this fault, under a table that starts where `like` of ours did.
-        to_head: what those after the last layer would hold, which may be layer i."""
+        """The values at the taps of layer i with this fault, under a table that starts where table `like` did. to_head:
+        the values at the taps after the last layer, which may be layer i."""
         place = self.place(i, expert)
         source, table = fault.source(self.source, place), fault.arithmetic(table)
         if fault.block == "vision":
@@ -211,8 +212,9 @@ class Rerun:
         return embed_prompt(model, ids, attention_mask=real, **images)["inputs_embeds"]
 
     def taps(self, i: int | None, tables: Sequence[tuple[int, Arithmetic]]) -> list[dict[str, Tensor]]:
-        """What the taps of layer i (None: after the last) held under more tables, each run from where one of ours
-        started, by index. With nothing captured, what comes after the last layer is what a whole run makes."""
+        """The values at the taps of layer i (None: after the last layer) under more tables, each from where a table of
+        `tables`, given by index, started. If nothing is captured, the values after the last layer are those of a whole
+        run."""
         if i is None and self.after_layers and not self.captured.values:
             more = [table for _, table in tables]
             whole = Rerun(self.source, self.fused, self.tokens, self.captured, more, self.with_log_p, self.where)
@@ -227,7 +229,7 @@ class Rerun:
     def head(
         self, model: Model, stream_BTD: Tensor, handlers: Sequence[Handler] = (), table: Arithmetic | None = None
     ) -> dict[str, Tensor]:
-        """What the taps after the last layer held."""
+        """The values at the taps after the last layer."""
         restart, table = Restart(self.captured, self.tokens.count), table or model.arithmetic
         with using(table), splitting(table), attach(*handlers, restart):
             model.lm_head("next_token_logits", model.norm(stream_BTD.to(self.device("norm"))))

@@ -1,4 +1,4 @@
-"""What a rerun takes, and what it watches beside the taps."""
+"""The inputs of a rerun, and the handlers that watch more than the taps."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ...run.source import WeightSource
 
 @dataclass
 class TruthTokens:
-    """The tokens of the truth. ids, positions, mask [B, T], with images positions [3, B, T]; steps [B, T]: in which of
-    its steps an engine ran each."""
+    """The tokens of the truth. ids, positions, mask [B, T], with images positions [3, B, T]; steps [B, T]: the engine's
+    step of each token."""
 
     ids: Tensor
     positions: Tensor
@@ -48,7 +48,8 @@ class TruthTokens:
 
 
 class LayerSource(WeightSource):
-    """The weights of one layer: read once, and kept as they are stored on its device, for all arithmetics."""
+    """The weights of one layer for all arithmetics: they are read once, and kept in their stored format on its
+    device."""
 
     def __init__(self, inner: WeightSource, device: torch.device):
         super().__init__(inner.checkpoint, inner.config, inner.online)
@@ -70,7 +71,7 @@ class LayerSource(WeightSource):
         return self.weights[module]
 
     def share(self, layer: Layer) -> None:
-        """Experts that pass a GPU are read by the first layer that is filled, and stay for the others."""
+        """Experts that pass through a GPU are read by the first layer that is filled. The other layers share them."""
         experts = layer.mlp.experts
         if not isinstance(experts, PassingExperts):
             return
@@ -80,7 +81,7 @@ class LayerSource(WeightSource):
 
 
 class SharedPart(Handler):
-    """Sees what the shared expert adds to mlp_output, where it stands beside the others and where it is a slot."""
+    """Records what the shared expert adds to mlp_output, whether it is unfused or a slot."""
 
     def __init__(self, experts: int, table: Arithmetic, fused: bool):
         self.slot = experts if fused and table.switch("moe_sum_order") == "expert" else None

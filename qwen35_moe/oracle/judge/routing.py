@@ -1,8 +1,8 @@
-"""Which experts were chosen: compared as sets, with the margin of each difference against the noise of the logits.
+"""Chosen experts are compared as sets. The margin of each difference is compared with the noise of the logits.
 
-A flip is legal iff the truth's logits of the two experts are closer than the noise of both: margin <= 2 delta, with
-delta the largest error that legal roundings make on a router logit of that token (the envelope of
-`moe_router_logits`). A flip with a larger margin is the sign of an error before it.
+A flip is legal if the margin, the distance of the truth's logits of the two experts, is at most the noise, 2 delta.
+delta is the largest error that legal roundings make on a router logit of that token (the envelope of
+`moe_router_logits`). A flip with a larger margin is a sign of an earlier error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Flip:
-    """A token whose experts differ. `lost` are the truth's, `won` the engine's; margin between them, noise 2 delta."""
+    """A token whose experts differ. `lost`: experts of the truth alone; `won`: experts of the engine alone; noise: 2
+    delta."""
 
     row: int
     lost: tuple[int, ...]
@@ -78,7 +79,8 @@ def compare_ids(
 
 
 def could_flip(logits_RE: Tensor, delta_R: Tensor, top_k: int) -> Tensor:
-    """Rows whose choice is within the noise: where the engine's ids are not known, their experts cannot be judged."""
+    """Rows whose choice is within the noise. If the engine's ids are not known, the experts of these rows cannot be
+    judged."""
     best = logits_RE.to(torch.float64).topk(min(top_k + 1, logits_RE.shape[1]), 1).values
     if best.shape[1] <= top_k:
         return torch.zeros(len(best), dtype=torch.bool)

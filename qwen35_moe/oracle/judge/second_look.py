@@ -1,10 +1,10 @@
-"""A second look at what lies just beyond the limit: more legal roundings are tried before an engine is blamed.
+"""A second look at taps just beyond the limit: more legal roundings are tried before an engine is blamed.
 
-The envelope of a few arithmetics is a few samples of a random error; where one number decides a token's error (a
-routing weight, a logit), all of them may be small by luck. A Gaussian error exceeds 3 times the largest of 4 of its
-own kind once in 70 rows, of 20 once in 60,000. So up to SAMPLES more are made, a few at a time, and only where it
-matters: from LOOK on, so that what is said of a clean tap is no luck either, and up to DOUBTFUL_LIMITS limits: no
-rounding makes a larger error.
+The envelope of a few arithmetics has few samples of a random error. If one number decides a token's error (a routing
+weight, a logit), all samples may be small by chance. A Gaussian error exceeds 3 times the largest of 4 such errors once
+in 70 rows, and of 20 such errors once in 60,000. So up to SAMPLES more are made, a few at a time. They are made for
+ratios from LOOK on, so that a clean tap is not clean by chance, up to DOUBTFUL_LIMITS limits: no rounding makes a
+larger error.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def doubtful(record: Record, limit: float) -> bool:
 
 
 def second_look(rerun: Rerun, layer: int | None, work: Any, seen: Sequence[Taps]) -> list[Taps]:
-    """Judge again, by more samples, what was just beyond the limit in this layer. Returns all taps that were used."""
+    """Judge the taps of this layer that were just beyond the limit again, with more samples. Returns all taps that were
+    used."""
     found = list(seen)
     more = batches(rerun.tables[1:], lambda some: rerun.taps(layer, [(i + 1, table) for i, table in some]))
     while keys := [r.key for r in work.judged(layer, seen) if doubtful(r, work.limit)]:

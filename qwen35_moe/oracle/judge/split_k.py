@@ -1,9 +1,9 @@
-"""Products as kernels form them: split along the inner dimension, in any order, partial sums rounded.
+"""Products as kernels compute them: split along the inner dimension, in any order, with rounded partial sums.
 
 Workgroups that share an inner dimension (split-K), ranks of tensor parallelism and atomic additions all make partial
-sums, store them in the engine's dtype, and add them in an order that nobody promises. Products of two activations (of
-DeltaNet's chunks) take their operands in that dtype, as tensor cores do. No tap sees any of this, so no table of
-roundings can say it; an arithmetic says it by the end of its name:
+sums, store them in the engine's dtype, and add them in an unspecified order. Products of two activations (of DeltaNet's
+chunks) take their operands in that dtype, as tensor cores do. These values have no taps, so a table of roundings cannot
+describe them. The end of an arithmetic's name does:
 
     sglang-bf16/split-4       each product in 4 parts, added in fp32
     sglang-bf16/split-4.7     the same, with the inner dimension in the seventh random order, and for odd numbers with
@@ -31,7 +31,7 @@ _SPLIT = re.compile(r"/split-(\d+)(?:\.(\d+))?$")
 
 class SplitK(TorchFunctionMode):
     """Linear layers, grouped ones too, as sums of `parts` products over a share of the inner dimension each, `@` with
-    rounded operands. Float64 is left alone.
+    rounded operands. Float64 stays as it is.
 
     order      the inner dimension is permuted at random, by this seed (None: left as it is)
     running    the running sum is rounded too, after each part
@@ -85,8 +85,8 @@ def splitting(table: Arithmetic) -> AbstractContextManager[Any]:
 
 
 def samples(tables: Sequence[Arithmetic], count: int) -> list[Arithmetic]:
-    """More of what is legal: the tables in turn, split in 2, 4 and 8 parts, each in an order of its own; after 16 of
-    them, as 8 ranks that add in bf16, whose errors are largest where partial sums cancel."""
+    """More legal arithmetics: the tables in turn, split in 2, 4 and 8 parts, each in another order. After 16 of these:
+    8 ranks that add in bf16, whose errors are largest where partial sums cancel."""
     found = []
     for i in range(count):
         turn, table = divmod(i, len(tables))

@@ -1,8 +1,8 @@
-"""Which blocks may have made the error that a tap shows: those that ran since the engine's own values were put in.
+"""Which blocks may have made the error of a tap: those that ran since the last value of the engine was put in.
 
-Where a dump has every boundary, that is the tap's own block. Where it has some layers or some taps only, an error may
-come from any block since the last captured value: of the residual stream for a sum, of its norm's output for a block.
-What another tap shows to be right is no suspect.
+If a dump has every boundary, this is the tap's own block. If it has some layers or taps only, any block since the last
+captured value may have made the error. For a sum this value is the residual stream, for a block it is its norm's
+output. A block that another tap shows to be right is no suspect.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def suspects(captured: Captured, kinds: Sequence[str]) -> dict[BlockId, list[Blo
 
 
 def accuse(records: Sequence[Record], found: Mapping[BlockId, list[BlockId]], cleared: set[BlockId]) -> None:
-    """Say of the bad records of a layer who is suspect. `cleared` are the blocks that good ones, from the embedding on,
-    saw the output of: all but their own, of which a tap sees a part. Ids agree in spite of many an error."""
+    """Write the suspects of a layer's bad records. `cleared` are the blocks whose output good records, from the
+    embedding on, depend on: all but their own blocks, of which a tap shows only a part. Taps of ids clear no block,
+    since ids often agree in spite of an error."""
     names = {r.key: (r.layer, RESIDUAL if base_name(r.key).startswith(RESIDUAL) else r.block) for r in records}
     for r in records:
         blind = r.key.endswith((".gain", "_ids"))  # a gain is made of weights alone

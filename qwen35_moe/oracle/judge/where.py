@@ -1,4 +1,4 @@
-"""Where blocks run again, and whether somebody is told how far they are."""
+"""The devices on which blocks run again, and the messages of their progress."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Where:
         return torch.device("cuda", layer * count // layers)
 
     def progress(self, done: int, layers: int, arithmetics: int, begin: float, said: float) -> float:
-        """Says that `done` layers are done, unless it was said just now. Returns when something was said last."""
+        """Print that `done` layers are done, unless the last message is recent. Returns the time of the last
+        message."""
         now, tty = time.monotonic(), sys.stderr.isatty()
         if self.quiet or (not tty and now - said < SECONDS_BETWEEN_LINES):
             return said

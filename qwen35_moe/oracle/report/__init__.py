@@ -13,8 +13,8 @@ from . import text as lines
 def report(
     result: Comparison, form: str = "text", *, width: int = 80, title: str = "", made: Mapping[str, str] | None = None
 ) -> str:
-    """A comparison in words: "text" for a terminal of `width` columns, "json" (one object a line) or "html" (one page,
-    under `title`; made: how it came about, shown among its facts)."""
+    """A comparison in words: "text" for a terminal of `width` columns, "json" (one object a line) or "html" (one page
+    with a `title`; made: version, command and date, shown among its facts)."""
     if form == "text":
         return lines.text(result, width)
     if form == "json":

@@ -45,7 +45,7 @@ def grid(result: Comparison) -> tuple[list[int], list[str], dict[tuple[int, str]
 
 
 def worst(first: Record) -> str:
-    """Where a tap is worst, and in how many rows it is bad."""
+    """The worst row of a tap, and how many rows are bad."""
     where = f"worst row: sequence {first.worst[0]}, token {first.worst[1]}; " if first.worst else ""
     columns = f", {first.where}" if first.where else ""
     where = f"{starts(first)}{where}"
@@ -122,7 +122,7 @@ def text(result: Comparison, width: int = 80) -> str:
 
 
 def weights_line(result: Comparison) -> str:
-    """How many of the dumped weights are right, and how many nobody looked at."""
+    """How many of the dumped weights are right, wrong, or not compared."""
     good, bad = sum(w.good for w in result.weights), sum(w.bad for w in result.weights)
     rest = len(result.weights) - good - bad
     others = f"; {rest} not compared (one rank's shares, or not in the checkpoint)" if rest else ""
@@ -224,6 +224,6 @@ def _plain(x: object) -> object:
 
 
 def write_report(path: str | Path, content: str) -> None:
-    """Complete or not at all."""
+    """Write a report as a whole file, or raise an error and write nothing."""
     with whole(Path(path)) as temporary:
         temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # of paths that are not UTF-8
