@@ -31,7 +31,6 @@ EXPERT_MODULE = re.compile(
 
 SAMPLES_PER_FILE, PIECE = 16, 4096  # of each file, evenly spaced; bytes of each
 
-
 TensorLayout = tuple[tuple[str, str, tuple[int, ...]], ...]  # (role, dtype, shape) of a module's tensors
 
 
@@ -47,9 +46,8 @@ class Checkpoint:
     def __init__(self, folder: Folder):
         self.path, self.config, self.folder = folder.path, folder.config, folder
         self.tensors: Mapping[str, TensorEntry] = folder.tensors
-        self.modules: dict[
-            str, dict[str, TensorEntry]
-        ] = {}  # module -> role (".weight", ".weight_scale", ...) -> tensor
+        # module -> role (".weight", ".weight_scale", ...) -> tensor
+        self.modules: dict[str, dict[str, TensorEntry]] = {}
         self.used: set[str] = set()
         self.reader = Reader({header.file: header.state for header in folder.headers})
         self._experts: dict[str, tuple[int, bool]] = {}  # count, and whether fused; `Experts` would hold this one
@@ -141,15 +139,13 @@ class Checkpoint:
         fused, own = f"{prefix}.gate_up_proj" in self.modules, self._expert_ids.get(prefix, set())
         if fused and own:
             where, expected = f"{self.path}: {prefix}", "gate_up_proj [E, ...], or 0.gate_proj ..."
-            raise Qwen35Error(
-                "experts are stored both fused and one by one", where=where, expected=expected, found="both"
-            )
+            what = "experts are stored both fused and one by one"
+            raise Qwen35Error(what, where=where, expected=expected, found="both")
         if fused:
             gate_up, down = (self.find(f"{prefix}.{name}") for name in ("gate_up_proj", "down_proj"))
             for weight in (gate_up, down):
                 if len(weight.shape) != 3 or weight.shape[0] != gate_up.shape[0]:
-                    stored, expected = weight.values.stored, "[E, 2F, D] and [E, D, F] of one E"
-                    raise Qwen35Error("wrong shape", where=stored.where, expected=expected, found=stored)
+                    raise weight.values.stored.wrong("wrong shape", "[E, 2F, D] and [E, D, F] of one E")
             return gate_up.shape[0], True
         count = max(own, default=0) + 1
         for e in range(count if len(own) == count else min(count, len(own) + 1)):

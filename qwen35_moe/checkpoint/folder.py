@@ -46,9 +46,8 @@ def open_folder(path: Path) -> Folder:
         folder.ignored = sorted(set(root.glob("*.safetensors")) - set(files))
         absent = [file.name for file in files if not file.is_file()]
         if absent:
-            raise Qwen35Error(
-                "the index names files that are not there", where=index, expected=few(absent), found="absent"
-            )
+            what = "the index names files that are not there"
+            raise Qwen35Error(what, where=index, expected=few(absent), found="absent")
     else:
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not files:
@@ -64,20 +63,18 @@ def open_folder(path: Path) -> Folder:
             if first is not stored:
                 copies.setdefault(stored.name, [first]).append(stored)
                 if any(other.file is file for other in copies[stored.name][:-1]):
-                    where, found = stored.where, first.raw_name
-                    raise Qwen35Error("two names for one tensor", where=where, expected="one prefix", found=found)
+                    raise stored.wrong("two names for one tensor", "one prefix", first.raw_name)
         header.entries.clear()  # `tensors` has them; hundreds of thousands in a big checkpoint
     if weight_map is not None and index is not None:
         _obey_index(folder, copies, weight_map, index)
     elif copies:
-        first, *others = next(iter(copies.values()))
-        raise Qwen35Error(
+        found = next(iter(copies.values()))
+        do = f"keep only the files of one checkpoint in the folder, or add {INDEX}"
+        what, files_found = (
             "a tensor is in two files, and no index says which one counts",
-            where=first.where,
-            expected="one file",
-            found=few(c.file.name for c in (first, *others)),
-            do=f"keep only the files of one checkpoint in the folder, or add {INDEX}",
+            few(c.file.name for c in found),
         )
+        raise found[0].wrong(what, "one file", files_found, do)
     return folder
 
 
@@ -104,12 +101,10 @@ def _obey_index(folder: Folder, copies: dict[str, list[TensorEntry]], weight_map
         what = "the index names tensors that are not in their files"
         raise Qwen35Error(what, where=index, expected=few(absent), found="absent")
     if strays := [stored.where for name, stored in folder.tensors.items() if name not in known]:
+        what, expected = "tensors that the index does not know: a shard of another checkpoint?", "every tensor"
+        do = "download the shard again, or remove the index if it is out of date"
         raise Qwen35Error(
-            "tensors that the index does not know: a shard of another checkpoint?",
-            where=index,
-            expected="every tensor of the files that it names",
-            found=few(strays),
-            do="download the shard again, or remove the index if it is out of date",
+            what, where=index, expected=f"{expected} of the files that it names", found=few(strays), do=do
         )
 
 
@@ -130,23 +125,18 @@ def read_index(index: Path) -> dict[str, str]:
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise Qwen35Error(
-            "bad index", where=f"{index}: weight_map", expected="{tensor: file}", found=repr(weight_map)[:200]
-        )
-    plain: set[str] = set()
+        where, found = f"{index}: weight_map", repr(weight_map)[:200]
+        raise Qwen35Error("bad index", where=where, expected="{tensor: file}", found=found)
+    beside: set[str] = set()  # files beside the index, and nowhere else
     for raw, name in weight_map.items():
-        if isinstance(name, str) and name in plain:
+        if isinstance(name, str) and name in beside:
             continue
-        if not isinstance(name, str) or not _plain(name):
+        plain = isinstance(name, str) and Path(name).name == name and name.isprintable()
+        if not plain or not name.endswith(".safetensors"):
             where, expected = f"{index}: {raw!r}"[:300], "the name of a .safetensors file beside it"
             raise Qwen35Error("bad index", where=where, expected=expected, found=repr(name)[:200])
-        plain.add(name)
+        beside.add(name)
     return weight_map
-
-
-def _plain(name: str) -> bool:
-    """A file beside the index, and nowhere else."""
-    return name.isprintable() and Path(name).name == name and name.endswith(".safetensors")
 
 
 def read_config(root: Path) -> dict[str, Any]:
@@ -169,12 +159,8 @@ def _check_numbering(files: list[Path]) -> None:
             groups.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
     for (stem, count), numbers in groups.items():
         if len(numbers) != count:
-            raise Qwen35Error(
-                "shards are missing",
-                where=files[0].parent / f"{stem}*-of-{count}.safetensors",
-                expected=f"{count} files",
-                found=f"numbers {few(map(str, sorted(numbers)))}",
-            )
+            where, found = files[0].parent / f"{stem}*-of-{count}.safetensors", f"numbers {few(sorted(numbers))}"
+            raise Qwen35Error("shards are missing", where=where, expected=f"{count} files", found=found)
 
 
 def few(items: Iterable[object]) -> str:

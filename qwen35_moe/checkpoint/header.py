@@ -55,6 +55,10 @@ class TensorEntry:
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
 
+    def wrong(self, what: str, expected: object, found: object = None, do: str = "") -> Qwen35Error:
+        """An error about this tensor. found: what is stored, if nothing else is given."""
+        return Qwen35Error(what, where=self.where, expected=expected, found=self if found is None else found, do=do)
+
 
 @dataclass(frozen=True)
 class Header:
@@ -77,13 +81,10 @@ def read_header(file: Path) -> Header:
             length = int.from_bytes(first, "little")
             if size < 8 or length > min(size - 8, LONGEST_HEADER):
                 refuse_pointer(first + handle.read(64), file)
-                raise Qwen35Error(
-                    "not a safetensors file, or cut off within its header",
-                    where=file,
-                    expected=f"a header of at most {max(min(size - 8, LONGEST_HEADER), 0)} bytes",
-                    found=f"{length} announced, file of {size} bytes" if size >= 8 else f"a file of {size} bytes",
-                    do="download the file again",
-                )
+                what, do = "not a safetensors file, or cut off within its header", "download the file again"
+                expected = f"a header of at most {max(min(size - 8, LONGEST_HEADER), 0)} bytes"
+                found = f"{length} announced, file of {size} bytes" if size >= 8 else f"a file of {size} bytes"
+                raise Qwen35Error(what, where=file, expected=expected, found=found, do=do)
             text = handle.read(length)
     except OSError as error:
         raise Qwen35Error("cannot read the file", where=file, found=error.strerror or error) from error
@@ -135,18 +136,13 @@ def _check_cover(file: Path, start: int, size: int, entries: dict[str, tuple[str
     at, before = start, "the header"
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if begin != at:
-            raise Qwen35Error(
-                "the header lies about offsets: " + ("tensors overlap" if begin < at else "bytes that belong to none"),
-                where=f"{file}: {name!r:.200}",
-                expected=f"begin at byte {at - start} of the data, where {before!r:.100} ends",
-                found=begin - start,
+            what = "the header lies about offsets: " + (
+                "tensors overlap" if begin < at else "bytes that belong to none"
             )
+            expected = f"begin at byte {at - start} of the data, where {before!r:.100} ends"
+            raise Qwen35Error(what, where=f"{file}: {name!r:.200}", expected=expected, found=begin - start)
         at, before = end, name
     if at != size:
-        raise Qwen35Error(
-            "the file is cut off" if at > size else "the file has bytes that its header does not know",
-            where=file if at <= size else f"{file}: {before!r:.200}",
-            expected=f"{at} bytes",
-            found=f"{size} bytes",
-            do="download the file again",
-        )
+        what = "the file is cut off" if at > size else "the file has bytes that its header does not know"
+        where, do = file if at <= size else f"{file}: {before!r:.200}", "download the file again"
+        raise Qwen35Error(what, where=where, expected=f"{at} bytes", found=f"{size} bytes", do=do)

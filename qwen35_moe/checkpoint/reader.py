@@ -93,13 +93,9 @@ class Reader:
     def _check(self, file: Path) -> None:
         known, now = self._known[file], file_state(self._descriptors[file])
         if now != known:
-            raise Qwen35Error(
-                "the file was written to while it was in use",
-                where=file,
-                expected=f"{known[0]} bytes, as they were",
-                found=f"{now[0]} bytes",
-                do="load the checkpoint again; write new files under another name and rename them",
-            )
+            what, expected = "the file was written to while it was in use", f"{known[0]} bytes, as they were"
+            do = "load the checkpoint again; write new files under another name and rename them"
+            raise Qwen35Error(what, where=file, expected=expected, found=f"{now[0]} bytes", do=do)
 
     def read(self, stored: TensorEntry, begin: int, into: memoryview) -> None:
         """Fills `into` with the bytes that begin at `begin` of the tensor. Other threads run meanwhile."""
@@ -164,7 +160,7 @@ class Rows:
     def rows(self, rows: slice | None) -> Rows:
         start, stop, step = (rows or slice(None)).indices(self.count)
         if step != 1:
-            raise Qwen35Error("rows are read in a run", where=self.stored.where, expected="step 1", found=rows)
+            raise self.stored.wrong("rows are read in a run", "step 1", rows)
         return replace(self, first=self.first + self.step * start, count=max(stop - start, 0))
 
     def span(self) -> tuple[int, int]:
@@ -175,26 +171,17 @@ class Rows:
     def read(self, reader: Reader) -> Tensor:
         """A tensor [count, *size] of the stored dtype: a copy, or a view of the file if the reader maps."""
         if self.stored.dtype not in STORED_DTYPES:
-            raise Qwen35Error(
-                "torch has no such dtype",
-                where=self.stored.where,
-                expected=", ".join(STORED_DTYPES),
-                found=self.stored.dtype,
-            )
-        begin, nbytes = self.span()
-        aligned = (self.stored.begin + begin) % STORED_DTYPES[self.stored.dtype].itemsize == 0
+            raise self.stored.wrong("torch has no such dtype", ", ".join(STORED_DTYPES), self.stored.dtype)
+        (begin, nbytes), dtype = self.span(), STORED_DTYPES[self.stored.dtype]
+        aligned = (self.stored.begin + begin) % dtype.itemsize == 0
         if reader.mapped and self.step == 1 and nbytes and aligned:
-            return (
-                reader.map(self.stored, begin, nbytes)
-                .view(STORED_DTYPES[self.stored.dtype])
-                .view(self.count, *self.size)
-            )
+            return reader.map(self.stored, begin, nbytes).view(dtype).view(self.count, *self.size)
         buffer = torch.empty(nbytes, dtype=torch.uint8)
         reader.read(self.stored, begin, buffer.numpy().data)
         if self.step > 1:
             padded = torch.nn.functional.pad(buffer, (0, self.count * self.step * self.row_bytes - nbytes))
             buffer = padded.view(self.count, self.step, self.row_bytes)[:, 0].contiguous().view(-1)
-        return buffer.view(STORED_DTYPES[self.stored.dtype]).view(self.count, *self.size)
+        return buffer.view(dtype).view(self.count, *self.size)
 
     def gather(self, reader: Reader, runs: Sequence[slice]) -> Tensor:
         """Several runs of these rows, one after another: as `rows` and `read` of each, but much faster."""

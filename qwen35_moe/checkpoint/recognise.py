@@ -54,7 +54,6 @@ def recognise(module: str, found: Mapping[str, TensorEntry], reader: Reader) -> 
 
     Error: a format that is not supported, or tensors that do not fit together.
     """
-    any_of = next(iter(found.values()))
     for role, stored in found.items():
         if role in FOREIGN:
             raise _unknown(stored, f"{FOREIGN[role]} (has {stored.raw_name})")
@@ -64,97 +63,61 @@ def recognise(module: str, found: Mapping[str, TensorEntry], reader: Reader) -> 
     if others:
         raise _unknown(others[0], str(others[0]))
     if len(mains) != 1 or len(scales) > 1:
-        raise Qwen35Error(
-            "a weight is missing or there are two" if len(mains) != 1 else "a weight has two scales",
-            where=f"{any_of.file.name}: {module}",
-            expected="one weight with at most one scale",
-            found=", ".join(s.where for s in found.values()),
-        )
+        what = "a weight is missing or there are two" if len(mains) != 1 else "a weight has two scales"
+        where, names = next(iter(found.values())).file.name, ", ".join(stored.where for stored in found.values())
+        raise Qwen35Error(what, where=f"{where}: {module}", expected="one weight with at most one scale", found=names)
     main, scale = mains[0], scales[0] if scales else None
     if main.dtype in FLOAT_DTYPES:
         if scale is not None:
-            raise Qwen35Error(
-                "a float weight has a scale", where=scale.where, expected=f"none beside {main}", found=scale
-            )
+            raise scale.wrong("a float weight has a scale", f"none beside {main}")
         return StoredWeight(module, "float", main.shape, Rows.of(main), None, (), reader)
     if scale is not None and main.dtype == "U8" and scale.dtype.startswith("F8_E4M3"):
         raise _unknown(scale, f"NVFP4 (U8 codes with {scale} scales)")
-    if main.dtype == "U8" and (scale is not None or not found.keys() & {"", ".weight"}):
-        return _mxfp4(module, main, _present(scale, main, "U8 scales, one for 32 columns"), reader)
-    if main.dtype == "F8_E4M3":
-        return _fp8(module, main, _present(scale, main, "a weight_scale or weight_scale_inv"), reader)
-    if main.dtype == "U8":
-        _present(scale, main, "a weight_scale: U8, one for 32 columns (MXFP4)")
-    raise _unknown(main, f"{main}, scale: {scale or 'none'}")
+    if main.dtype not in ("U8", "F8_E4M3"):
+        raise _unknown(main, f"{main}, scale: {scale or 'none'}")
+    if scale is None:
+        expected = "a weight_scale or weight_scale_inv"
+        expected = expected if main.dtype == "F8_E4M3" else "a weight_scale: U8, one for 32 columns (MXFP4)"
+        raise main.wrong("a quantised weight has no scale", expected, f"{main}, scale: none")
+    return (_mxfp4 if main.dtype == "U8" else _fp8)(module, main, scale, reader)
 
 
 def _mxfp4(module: str, codes: TensorEntry, scales: TensorEntry, reader: Reader) -> StoredWeight:
     if scales.dtype not in ("U8", "F8_E8M0"):
-        raise Qwen35Error("wrong dtype for an MXFP4 scale", where=scales.where, expected="U8", found=scales)
-    shape = codes.shape
+        raise scales.wrong("wrong dtype for an MXFP4 scale", "U8")
+    shape, half = codes.shape, mxfp4.MXFP4_BLOCK // 2
     if codes.name.endswith("_blocks"):
-        if len(shape) < 3 or shape[-1] != mxfp4.MXFP4_BLOCK // 2:
-            raise Qwen35Error(
-                "wrong shape of MXFP4 blocks",
-                where=codes.where,
-                expected=f"[.., {mxfp4.MXFP4_BLOCK // 2}]",
-                found=codes,
-            )
+        if len(shape) < 3 or shape[-1] != half:
+            raise codes.wrong("wrong shape of MXFP4 blocks", f"[.., {half}]")
         shape = (*shape[:-2], shape[-2] * shape[-1])
-    if len(shape) not in (2, 3) or shape[-1] % (mxfp4.MXFP4_BLOCK // 2):
-        raise Qwen35Error(
-            "an MXFP4 row is whole blocks",
-            where=codes.where,
-            expected=f"[O, I / 2] or [E, O, I / 2] with I a multiple of {mxfp4.MXFP4_BLOCK}",
-            found=f"{codes}, I = {2 * shape[-1] if shape else 0}",
-        )
-    expected = (*shape[:-1], 2 * shape[-1] // mxfp4.MXFP4_BLOCK)
-    if scales.shape != expected:
-        raise Qwen35Error(
-            "MXFP4 scales of the wrong shape", where=scales.where, expected=f"U8 {list(expected)}", found=scales
-        )
+    if len(shape) not in (2, 3) or shape[-1] % half:
+        expected = f"[O, I / 2] or [E, O, I / 2] with I a multiple of {mxfp4.MXFP4_BLOCK}"
+        raise codes.wrong("an MXFP4 row is whole blocks", expected, f"{codes}, I = {2 * shape[-1] if shape else 0}")
+    if scales.shape != (expected_shape := (*shape[:-1], shape[-1] // half)):
+        raise scales.wrong("MXFP4 scales of the wrong shape", f"U8 {list(expected_shape)}")
     shape = (*shape[:-1], 2 * shape[-1])
     return StoredWeight(module, "mxfp4", shape, Rows.of(codes), Rows.of(scales, 1), (mxfp4.MXFP4_BLOCK,), reader)
 
 
 def _fp8(module: str, values: TensorEntry, scale: TensorEntry, reader: Reader) -> StoredWeight:
     if scale.dtype not in ("BF16", "F32"):
-        raise Qwen35Error("wrong dtype for an FP8 scale", where=scale.where, expected="BF16 or F32", found=scale)
+        raise scale.wrong("wrong dtype for an FP8 scale", "BF16 or F32")
     if len(values.shape) not in (2, 3):
-        raise Qwen35Error(
-            "wrong shape of an FP8 weight", where=values.where, expected="[O, I] or [E, O, I]", found=values
-        )
+        raise values.wrong("wrong shape of an FP8 weight", "[O, I] or [E, O, I]")
     *lead, O, I = values.shape  # noqa: E741
-    blocks = (-(-O // fp8.FP8_BLOCK), -(-I // fp8.FP8_BLOCK))
-    shapes = {
-        "fp8-block": [(*lead, *blocks)],
+    block = (fp8.FP8_BLOCK, fp8.FP8_BLOCK)
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "fp8-block": [(*lead, -(-O // block[0]), -(-I // block[1]))],
         "fp8-channel": [(*lead, O), (*lead, O, 1)],
-        "fp8-tensor": [(*lead,), (*lead, 1), (*lead, 1, 1)] if lead else [(), (1,), (1, 1)],
+        "fp8-tensor": [(*lead,), (*lead, 1), (*lead, 1, 1)],
     }
-    for kind in shapes:
-        if scale.shape in shapes[kind]:
-            return StoredWeight(
-                module,
-                kind,
-                values.shape,
-                Rows.of(values),
-                Rows.of(scale),
-                (fp8.FP8_BLOCK, fp8.FP8_BLOCK) if kind == "fp8-block" else (),
-                reader,
-            )
-    listed = " or ".join(str(list(shape)) for group in shapes.values() for shape in group)
-    raise Qwen35Error(
-        "an FP8 scale of the wrong shape", where=scale.where, expected=f"{listed} for {values}", found=scale
-    )
-
-
-def _present(scale: TensorEntry | None, main: TensorEntry, expected: str) -> TensorEntry:
-    if scale is None:
-        raise Qwen35Error(
-            "a quantised weight has no scale", where=main.where, expected=expected, found=f"{main}, scale: none"
-        )
-    return scale
+    kind = next((kind for kind, fitting in shapes.items() if scale.shape in fitting), "")
+    if not kind:
+        listed = " or ".join(str(list(shape)) for fitting in shapes.values() for shape in fitting)
+        raise scale.wrong("an FP8 scale of the wrong shape", f"{listed} for {values}")
+    blocks = block if kind == "fp8-block" else ()
+    return StoredWeight(module, kind, values.shape, Rows.of(values), Rows.of(scale), blocks, reader)
 
 
 def _unknown(stored: TensorEntry, found: str) -> Qwen35Error:
-    return Qwen35Error("a format that is not supported", where=stored.where, expected=KNOWN, found=found)
+    return stored.wrong("a format that is not supported", KNOWN, found)

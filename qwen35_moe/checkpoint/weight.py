@@ -76,12 +76,8 @@ class StoredWeight:
         scale = self.scale
         if scale is not None and self.kind != "fp8-tensor":
             if self.kind == "fp8-block" and O // 2 % self.block[0]:
-                raise Qwen35Error(
-                    "gate and up share a block of scales",
-                    where=self.values.stored.where,
-                    expected=f"a multiple of {self.block[0]} rows each",
-                    found=O // 2,
-                )
+                expected = f"a multiple of {self.block[0]} rows each"
+                raise self.values.stored.wrong("gate and up share a block of scales", expected, O // 2)
             scale = cut(scale, i, 2)
         return replace(self, shape=(O // 2, I), values=cut(self.values, i, 2), scale=scale)
 
@@ -142,12 +138,8 @@ class StoredWeight:
         start, stop, _ = rows.indices(self.shape[0])
         high = self.block[0]
         if start % high:
-            raise Qwen35Error(
-                "rows must begin with a block of scales",
-                where=self.module,
-                expected=f"a multiple of {high}",
-                found=start,
-            )
+            what, expected = "rows must begin with a block of scales", f"a multiple of {high}"
+            raise Qwen35Error(what, where=self.module, expected=expected, found=start)
         return self.scale.rows(slice(start // high, -(-stop // high)))
 
 
@@ -165,10 +157,6 @@ def _check_finite(scale: Tensor, stored: TensorEntry) -> None:
         fine = bool(scale.isfinite().all())
     if not fine:
         bad = _not_finite(scale)
-        raise Qwen35Error(
-            what,
-            where=stored.where,
-            expected=expected,
-            found=f"{int(bad.sum())} such scales, the first at {bad.nonzero()[0].tolist()} of those read",
-            do="download the file again; a checkpoint that really holds this is broken",
-        )
+        found = f"{int(bad.sum())} such scales, the first at {bad.nonzero()[0].tolist()} of those read"
+        do = "download the file again; a checkpoint that really holds this is broken"
+        raise stored.wrong(what, expected, found, do)
