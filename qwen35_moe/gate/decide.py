@@ -130,7 +130,8 @@ def _hazard(model: GateModel, layer: MoEBlock, decision: Decision, stored: SpecL
         if decision:
             if uneven := _uneven(truth):
                 return uneven
-            slot_guard(layer.experts, truth.routed[0].spec, _named(truth), convert=decision.online)
+            shared = {fact.name: fact.spec for fact in truth.shared}
+            slot_guard(layer.experts, truth.routed[0].spec, shared, convert=decision.online)
         return "" if decision.rule == "strict" or not decision.starts else _misread(model, truth, decision)
     except TooManyPatterns:
         return ""  # nothing is known, so nothing is said to break
@@ -146,10 +147,6 @@ def _uneven(facts: LayerFacts) -> str:
         return f"a fused slot would stay unfilled: {absent[0]} is missing from the checkpoint"
     odd = next((f for f in facts.routed if not f.spec.same_bytes(first.spec)), None)
     return f"the routed experts are not alike: {first.name} is {first.spec}, {odd.name} is {odd.spec}" if odd else ""
-
-
-def _named(facts: LayerFacts) -> dict[str, ModuleSpec | None]:
-    return {f.name: f.spec for f in facts.shared}
 
 
 def _misread(model: GateModel, truth: LayerFacts, decision: Decision) -> str:
@@ -171,13 +168,7 @@ def _misread(model: GateModel, truth: LayerFacts, decision: Decision) -> str:
     return ""
 
 
-def slot_guard(
-    slot: str,
-    spec: ModuleSpec,
-    tensors: Mapping[str, ModuleSpec | None],
-    *,
-    convert: bool = False,
-) -> None:
+def slot_guard(slot: str, spec: ModuleSpec, tensors: Mapping[str, ModuleSpec | None], *, convert: bool = False) -> None:
     """Refuses to fill a fused slot with anything but what its kernel reads. The loader calls it before copying a byte.
 
     slot: its name, for the message. spec: the routed experts' spec. tensors: shared expert module -> what is stored.
@@ -189,23 +180,17 @@ def slot_guard(
     for part in PROJECTIONS:
         name, found = by_part.pop(part, (part, None))
         if found is None:
+            where, expected = f"{slot}, {name}", f"a {spec.kind} tensor"
+            do = "check the renaming of shared_expert to the slot; a slot that is not filled computes noise"
             raise Qwen35Error(
-                "a fused slot would stay unfilled",
-                where=f"{slot}, {name}",
-                expected=f"a {spec.kind} tensor",
-                found="nothing",
-                do="check the renaming of shared_expert to the slot; a slot that is not filled computes noise",
+                "a fused slot would stay unfilled", where=where, expected=expected, found="nothing", do=do
             )
         if not (found.same_bytes(spec) or convert and found.is_float):
-            raise Qwen35Error(
+            what, do = (
                 f"{found.kind} bytes would be read as {spec.kind}",
-                where=name,
-                expected=str(spec),
-                found=str(found),
-                do='load with shared_expert="unfused", or convert the tensor: "fused-online"',
+                'load with shared_expert="unfused", or convert',
             )
+            raise Qwen35Error(what, where=name, expected=spec, found=found, do=f'{do} the tensor: "fused-online"')
     if by_part:
-        left = next(iter(by_part.values()))[0]
-        raise Qwen35Error(
-            "a tensor has no place in the fused slot", where=left, expected=f"only {', '.join(PROJECTIONS)}", found=slot
-        )
+        left, expected = next(iter(by_part.values()))[0], f"only {', '.join(PROJECTIONS)}"
+        raise Qwen35Error("a tensor has no place in the fused slot", where=left, expected=expected, found=slot)

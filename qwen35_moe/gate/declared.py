@@ -73,8 +73,9 @@ class QuantConfig:
             return cls("none", exclude_list((), "quark"), BF16, "no quantization_config", (), "", {})
         method = stated_method(raw)
         if method not in DIALECT_READERS:
-            nothing = exclude_list((), "quark")
-            return cls(method, nothing, UNSTATED, f"quant_method {method!r}, which has no reader", raw=raw)
+            return cls(
+                method, exclude_list((), "quark"), UNSTATED, f"quant_method {method!r}, which has no reader", raw=raw
+            )
         try:
             read = DIALECT_READERS[method](raw)
             return cls(method=method, raw=raw, num_hidden_layers=num_hidden_layers, shared_word=shared_word, **read)
@@ -153,11 +154,9 @@ class QuantConfig:
         if (parts := expand_fused(module_name)) and self.layers:
             found = [self.spec_of(part) for part in parts]
             if any(f.spec != found[0].spec for f in found):
-                raise Qwen35Error(
-                    "the parts of a fused module have different precisions",
-                    where=module_name,
-                    found="; ".join(f"{p}: {f.spec} from {f.hit}" for p, f in zip(parts, found, strict=True)),
-                )
+                said = "; ".join(f"{p}: {f.spec} from {f.hit}" for p, f in zip(parts, found, strict=True))
+                what = "the parts of a fused module have different precisions"
+                raise Qwen35Error(what, where=module_name, found=said)
             return found[0]
         tests = self.exclude.semantics.layer_tests
         keys = [at for name in names if (at := first_match(self.layer_index, name, tests))] if self.layers else []
@@ -198,13 +197,9 @@ def method_of(raw: Mapping[str, Any]) -> str:
     """The quant_method of a quantization_config. Error: one that has no reader."""
     method = stated_method(raw)
     if method not in DIALECT_READERS:
-        raise Qwen35Error(
-            "unknown quantisation method",
-            where="quantization_config.quant_method",
-            expected=", ".join(sorted(DIALECT_READERS)),
-            found=repr(method),
-            do="add a reader to qwen35_moe/gate/dialects.py; nothing is assumed about formats that are not known",
-        )
+        where, expected = "quantization_config.quant_method", ", ".join(sorted(DIALECT_READERS))
+        do = "add a reader to qwen35_moe/gate/dialects.py; nothing is assumed about formats that are not known"
+        raise Qwen35Error("unknown quantisation method", where=where, expected=expected, found=repr(method), do=do)
     return method
 
 
@@ -214,9 +209,8 @@ def as_raw(quant_config: Any) -> Mapping[str, Any]:
     raw = quant_config.to_dict() if hasattr(quant_config, "to_dict") else quant_config
     if raw is not None and not isinstance(raw, Mapping):
         if not hasattr(raw, "__dict__"):
-            raise Qwen35Error(
-                "quantization_config must be an object", expected="{...} or null", found=type(raw).__name__
-            )
+            what, expected = "quantization_config must be an object", "{...} or null"
+            raise Qwen35Error(what, expected=expected, found=type(raw).__name__)
         name, kept = getattr(raw, "get_name", None), getattr(raw, "quant_config", None)
         excluded = getattr(raw, "exclude_layers", None)
         raw = dict(kept) if isinstance(kept, Mapping) else dict(vars(raw))

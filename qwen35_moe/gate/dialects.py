@@ -37,13 +37,9 @@ def quark_spec(entry: Mapping[str, Any] | None) -> ModuleSpec:
 
 def _quark(raw: Mapping[str, Any]) -> dict[str, Any]:
     if types := raw.get("layer_type_quant_config"):
-        raise Qwen35Error(
-            "specs by a layer's type are not read",
-            where="quantization_config.layer_type_quant_config",
-            expected="{}",
-            found=", ".join(map(str, types)),
-            do="say it by names, in layer_quant_config",
-        )
+        where, do = "quantization_config.layer_type_quant_config", "say it by names, in layer_quant_config"
+        found = ", ".join(map(str, types))
+        raise Qwen35Error("specs by a layer's type are not read", where=where, expected="{}", found=found, do=do)
     layers = tuple((key, quark_spec(spec)) for key, spec in (raw.get("layer_quant_config") or {}).items())
     stated = "global_quant_config" in raw  # every file has it; an excerpt that lists exclusions is about something
     return {
@@ -109,11 +105,10 @@ def _modelopt(raw: Mapping[str, Any]) -> dict[str, Any]:
     inner = raw.get("quantization", raw)
     algo = str(inner.get("quant_algo") or raw.get("quant_algo") or "").upper()
     layers = inner.get("quantized_layers") or {}
+    specs = {name: _algo_spec(str(entry.get("quant_algo")).upper(), entry) for name, entry in layers.items()}
     return {
         "exclude": _exclude(inner, modelopt_list(raw), "modelopt"),
-        "layers": tuple(
-            (name, _algo_spec(str(entry.get("quant_algo")).upper(), entry)) for name, entry in layers.items()
-        ),
+        "layers": tuple(specs.items()),
         "layers_from": "quantized_layers",
         "default": BF16 if algo == "MIXED_PRECISION" else _algo_spec(algo, inner),
         "default_from": f"quant_algo {algo}",
@@ -158,9 +153,8 @@ def _exclude(raw: Mapping[str, Any], key: str, semantics: str) -> ExcludeList:
     entries = raw.get(key) or ()
     listed = isinstance(entries, (list, tuple, set, frozenset))
     if not listed or not all(isinstance(e, str) for e in entries):
-        raise Qwen35Error(
-            "an exclude list must hold strings", where=f"quantization_config.{key}", found=repr(entries)[:200]
-        )
+        where, found = f"quantization_config.{key}", repr(entries)[:200]
+        raise Qwen35Error("an exclude list must hold strings", where=where, found=found)
     return exclude_list(tuple(entries), semantics, key)
 
 

@@ -20,7 +20,6 @@ from .readings import (
     occurs_in_key,
     parent,
     segments,
-    substring,
 )
 
 
@@ -58,9 +57,7 @@ class ExcludeList:
         parents: dict[str, int] = {}
         for i, entry in enumerate(self.entries):
             if not is_plain(entry):
-                matched(
-                    entry, "", self.semantics.tests
-                )  # a bad regular expression is refused, whichever rule asks for what
+                matched(entry, "", self.semantics.tests)  # a bad regular expression is refused, whoever asks for what
                 continue
             at = entry.find(".")
             while at >= 0:
@@ -102,13 +99,9 @@ class ExcludeList:
         parts = expand_fused(names[0]) if self.semantics.fused else ()
         hits = [self._direct([f"{n.rpartition('.')[0]}.{p.rpartition('.')[2]}" for n in names]) for p in parts]
         if hits and any(h is None for h in hits) and any(hits):
-            raise Qwen35Error(
-                "an exclude list names some parts of a fused module and not others",
-                where=f"{names[0]} ({self.semantics.name} semantics)",
-                expected=f"all or none of {', '.join(parts)}",
-                found=", ".join(str(h) for h in hits if h),
-                do="list every part",
-            )
+            what, do = "an exclude list names some parts of a fused module and not others", "list every part"
+            where, expected = f"{names[0]} ({self.semantics.name} semantics)", f"all or none of {', '.join(parts)}"
+            raise Qwen35Error(what, where=where, expected=expected, found=", ".join(str(h) for h in hits if h), do=do)
         return hits[0] if hits else None
 
 
@@ -123,7 +116,7 @@ def exclude_list(
 def first_match(index: EntryIndex, name: str, tests: Sequence[Test]) -> tuple[int, str] | None:
     """(index, the test that it passed) of the first entry that names a module."""
     found = [(index.plain[key], test.__name__) for key, test in _plain_matches(name, tests) if key in index.plain]
-    others = index.around(name) if substring in tests or occurs_in_key in tests else index.patterns(name)
+    others = index.around(name) if occurs_in_key in tests else index.patterns(name)
     for i, entry in others:
         if how := matched(entry, name, tests):
             found.append((i, how))

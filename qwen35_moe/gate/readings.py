@@ -45,13 +45,8 @@ def parent(entry: str, name: str) -> bool:
     return name.startswith(entry + ".")
 
 
-def substring(entry: str, name: str) -> bool:
-    """The entry occurs somewhere in the name; `in_proj_a` then also covers `in_proj_ab`."""
-    return entry in name
-
-
 def segments(entry: str, name: str) -> bool:
-    """Like `substring`, but at dot boundaries, so that `gate` covers `mlp.gate` and not `mlp.shared_expert_gate`."""
+    """The entry is a run of the name's segments: `gate` covers `mlp.gate` and not `mlp.shared_expert_gate`."""
     return f".{entry}." in f".{name}."
 
 
@@ -128,7 +123,6 @@ SEMANTICS = {
             layer_tests=(exact, glob, parent),
         ),
         Semantics("gptq", (negative_rule,), "GPTQModel: quantization_config.dynamic"),
-        Semantics("substring", (substring,), "SGLang FP8 before #23467; in_proj_a then collides with in_proj_ab"),
     )
 }
 

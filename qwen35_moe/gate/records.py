@@ -43,17 +43,11 @@ class Options:
         known = {f.name: f.default for f in fields(cls)}
         for name, value in given.items():
             if name not in known:
-                near = get_close_matches(name, known, 1)
-                raise Qwen35Error(
-                    "unknown option of the gate",
-                    expected=", ".join(known),
-                    found=name,
-                    do=f"did you mean {near[0]}?" if near else "",
-                )
-            if type(value) is not type(known[name]):
-                raise Qwen35Error(
-                    "bad value of a gate option", where=name, expected=type(known[name]).__name__, found=repr(value)
-                )
+                do = "".join(f"did you mean {near}?" for near in get_close_matches(name, known, 1))
+                raise Qwen35Error("unknown option of the gate", expected=", ".join(known), found=name, do=do)
+            if type(value) is not (kind := type(known[name])):
+                what = "bad value of a gate option"
+                raise Qwen35Error(what, where=name, expected=kind.__name__, found=repr(value))
         options = cls(**given)
         if options.a2a_backend not in A2A_BACKENDS:
             raise Qwen35Error("unknown all-to-all backend", expected=", ".join(A2A_BACKENDS), found=options.a2a_backend)
@@ -189,18 +183,17 @@ class GateModel:
         raw = quantization_of({**top, "text_config": text}) if quant_config is None else quant_config
         missing = [k for k in ("num_hidden_layers", "moe_intermediate_size") if not isinstance(text.get(k), int)]
         if missing:
-            raise Qwen35Error(
+            what, do = (
                 "this does not look like the configuration of a MoE model",
-                expected="num_hidden_layers and moe_intermediate_size, at the top or in text_config",
-                found=f"{', '.join(missing)} absent",
-                do="give the config.json of the checkpoint",
+                "give the config.json of the checkpoint",
             )
+            expected = "num_hidden_layers and moe_intermediate_size, at the top or in text_config"
+            raise Qwen35Error(what, expected=expected, found=f"{', '.join(missing)} absent", do=do)
         count, step = text["num_hidden_layers"], text.get("decoder_sparse_step") or 1
         dense = text.get("mlp_only_layers") or []
         drafts = text.get("mtp_num_hidden_layers") or text.get("num_nextn_predict_layers") or 0
-        if not isinstance(dense, list) or not all(
-            type(n) is int and 0 <= n <= MOST_LAYERS for n in (count, step, drafts)
-        ):
+        counted = all(type(n) is int and 0 <= n <= MOST_LAYERS for n in (count, step, drafts))
+        if not isinstance(dense, list) or not counted:
             where, expected = "config.json", f"a list of layers without experts; numbers of layers up to {MOST_LAYERS}"
             found = f"{dense}, {count} every {step}, {drafts} drafts"[:200]
             raise Qwen35Error("layers cannot be counted", where=where, expected=expected, found=found)
@@ -210,16 +203,9 @@ class GateModel:
             raise Qwen35Error("wrong type", where=where, expected="integers", found=found[:200])
         word = shared_word(text.get("model_type"))
         quant = raw if isinstance(raw, QuantConfig) else QuantConfig.from_dict(raw, count, word)
-        return cls(
-            layers=tuple(MoEBlock(f"layers.{i}") for i in range(count) if (i + 1) % step == 0 and i not in dense),
-            drafts=tuple(MoEBlock(f"mtp.layers.{i}", draft=True) for i in range(drafts)),
-            shared_size=shared,
-            routed_size=text["moe_intermediate_size"],
-            num_experts=experts,
-            num_hidden_layers=count,
-            top=top,
-            quant=quant,
-        )
+        layers = tuple(MoEBlock(f"layers.{i}") for i in range(count) if (i + 1) % step == 0 and i not in dense)
+        mtp = tuple(MoEBlock(f"mtp.layers.{i}", draft=True) for i in range(drafts))
+        return cls(layers, mtp, shared, text["moe_intermediate_size"], experts, count, top, quant)
 
 
 def as_dict(config: Any) -> Mapping[str, Any]:
