@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,11 @@ ODD: dict[str, Callable[[Tensor], Any]] = {
     "one row": lambda x: x[:1],
     "one column": lambda x: x[..., :1],
 }
+
+
+def test_a_dump_goes_to_another_process(files: Path) -> None:
+    dump = pickle.loads(pickle.dumps(q.read_dump(files / "dump")))
+    assert torch.equal(dump["layers.1.mlp_output"], q.read_dump(files / "dump")["layers.1.mlp_output"])
 
 
 def test_clean_agrees(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

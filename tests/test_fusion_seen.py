@@ -177,3 +177,10 @@ def test_a_gate_inside_of_the_shared_expert_is_seen(model, truth: Trace, tmp_pat
     alignment = read(tmp_path / "d", written(), truth)[1]
     close(alignment, f"layers.1.moe_shared_{'gated' if gated else 'output'}")
     assert ("layers.1.moe_shared_output" in alignment.missing) is gated
+
+
+def test_an_odd_tensor_says_nothing_of_fusion_and_costs_itself(tmp_path: Path) -> None:
+    """What tells of fusion is looked at before anything is asked for."""
+    for name, x in (("FusedMoE", torch.ones(3, 4).to_sparse()), ("Qwen3NextSparseMoeBlock", torch.ones(3, 4))):
+        torch.save({"hidden": x, "shape": (3, 4)}, tmp_path / f"layer00_{name}_rank0_call000.pt")
+    assert len(read_dump(tmp_path, config={"hidden_size": 4, "num_experts": 8}))

@@ -72,11 +72,14 @@ def test_the_same_values(host: str, built: Build) -> None:
             assert torch.equal(logits(built("tiny-mxfp4"), arithmetic), alone)
 
 
-def test_no_values_by_default_is_one_error(built: Build) -> None:
+@pytest.mark.parametrize("device", ["meta", "cuda:77"])
+def test_no_values_by_default_is_one_error(device: str, built: Build, tmp_path: Path) -> None:
     model = q.load(built("tiny"), text_only=True)
-    with default_device("meta"):
+    with default_device(device):
         with pytest.raises(q.Qwen35Error, match="default device"):
             q.load(built("tiny"))
+        with pytest.raises(q.Qwen35Error, match="default device"):
+            q.write_truth(built("tiny"), [[1, 2]], tmp_path / "truth")
         with pytest.raises(q.Qwen35Error, match="default device"):
             model(IDS)
 

@@ -15,6 +15,7 @@ from ..model.text import Model
 from ..numerics.arithmetics import Arithmetic
 from ..numerics.tap_keys import base_name, part_of
 from ..numerics.tap_table import NAMES
+from ..run.host import check_default_device
 from ..run.load import load
 from ..run.origin import origin_of
 from ..run.prompt import Images, padded
@@ -87,6 +88,7 @@ def write_truth(
     drafts: the draft head, too: see `trace_drafts`. images: of the prompts, whose ids have a placeholder for each of
     their merge blocks.
     """
+    check_default_device()
     ids, mask = padded([torch.as_tensor(row) for row in ids])
     model = _load(checkpoint, shared_expert, arithmetic, where, text_only=not drafts and images is None)
     meta = {"checkpoint": {**origin_of(model).identity, "path": str(Path(checkpoint).resolve())}, "fused": model.fused}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import Qwen35Error
+from .devices import usable
 
 
 class HostCheck:
@@ -26,8 +27,11 @@ class HostCheck:
 
 
 def check_default_device() -> None:
-    """Error if tensors are made on the meta device by default: they would have no values."""
-    if torch.get_default_device().type == "meta":
-        do = "torch.set_default_device(None), and give load(device=...)"
-        raise Qwen35Error("torch's default device has no values", where="torch.get_default_device()",
-                          expected="cpu or a GPU", found="meta", do=do)  # fmt: skip
+    """Error if no tensors with values can be made on torch's default device: on meta, or on a GPU that is not there."""
+    where = "torch.get_default_device()"
+    try:
+        usable(torch.get_default_device(), where)
+    except Qwen35Error as error:
+        what, do = "torch's default device is of no use", "torch.set_default_device(None), and give load(device=...)"
+        expected = "cpu or a GPU that is here"
+        raise Qwen35Error(what, where=where, expected=expected, found=error.found, do=do) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .drafts import mark
 from .engine_names import TapRule, letters, rule_for
 from .fusion import fused_layers
 from .join import by_row, declared_join, join_ranks
-from .pieces import Piece, Source, StepTokens, fenced_load, readable, whole_numbers
+from .pieces import Piece, Source, StepTokens, fenced, readable, whole_numbers
 from .ranks import check_ranks
 
 MOST_STEPS = 1 << 31
@@ -84,10 +85,10 @@ class Dump(Mapping[str, Tensor]):
         self._counts: dict[int, int | None] = {}
         self.world = 0  # how many ranks there were; 0: not looked for yet (ranks.py)
         self._dtypes: dict[tuple[str, int], torch.dtype] = {}
+        for piece in (*pieces, *self.weights.values()):
+            piece.load = partial(fenced, piece.load, piece.where or piece.raw)
         self.drafts = mark(pieces, config)
         self.fused = {} if family == "transformers" else fused_layers(pieces, self.sizes, named=format != "atom")
-        for piece in (*pieces, *self.weights.values()):
-            piece.load = fenced_load(piece)
         for pieces_of_one in _groups(pieces).values():
             self._place(sorted(pieces_of_one, key=lambda p: p.rank))
         self.sources = dict(self.sources)

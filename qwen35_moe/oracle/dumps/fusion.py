@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
-
-if TYPE_CHECKING:
-    from .pieces import Piece
+from .pieces import Piece, once
 
 CHOSEN_LISTS = tuple(f"mlp.experts.inputs.{name}.{i}" for name in ("1", "topk_output") for i in (1, 0))
 CHOSEN = ("mlp.topk.output.1", "mlp.topk.output.0")
@@ -61,9 +58,8 @@ def _width(found: Mapping[str, list[Piece]], paths: Sequence[str]) -> int | None
 
 def _peek(piece: Piece) -> Tensor:
     """What a piece holds, and for its next use too: its file is opened once."""
-    x, load = piece.load(), piece.load
-    first = [x]
-    piece.load = lambda: first.pop() if first else load()
+    x = piece.load()
+    piece.load = once(x, piece.load)
     return x
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,21 +61,31 @@ def whole_numbers(x: Any, where: str) -> Tensor:
     return x.to(torch.int64)
 
 
-def fenced_load(piece: Piece) -> Callable[[], Tensor]:
-    """The piece's `load`, whose every failure is an error about this piece, so that it costs its own tap."""
-    load, where = piece.load, piece.where or piece.raw
+def fenced(load: Callable[[], Tensor], where: str) -> Tensor:
+    """A piece's values. Whatever its `load` raises becomes an error about this piece, so that it costs its own tap."""
+    try:
+        return plain_values(load(), where)
+    except Qwen35Error:
+        raise
+    except Exception as error:
+        do = "dump again, or delete the file to go on without it"
+        found = f"{type(error).__name__}: {error}"[:200]
+        raise Qwen35Error("tensor cannot be read", where=where, found=found, do=do) from error
 
-    def fenced() -> Tensor:
-        try:
-            return plain_values(load(), where)
-        except Qwen35Error:
-            raise
-        except Exception as error:
-            do = "dump again, or delete the file to go on without it"
-            found = f"{type(error).__name__}: {error}"[:200]
-            raise Qwen35Error("tensor cannot be read", where=where, found=found, do=do) from error
 
-    return fenced
+def once(x: Tensor, load: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """For a piece that is mapped already, whose file need not be opened again for its first use. After that it is let
+    go: pages that were read count as this process's memory while they are mapped."""
+    return partial(_once, [x], load)
+
+
+def _once(first: list[Tensor], load: Callable[[], Tensor]) -> Tensor:
+    return first.pop() if first else load()
+
+
+def itself(x: Tensor) -> Tensor:
+    """With `partial`, how a piece that is here already is loaded."""
+    return x
 
 
 @dataclass

@@ -56,7 +56,7 @@ class Server:
         """POST of a JSON body, or GET without one. Errors: down, slow, refused, too large, not JSON."""
         where = f"{self.url}{path}"
         for attempt in range(self.retries + 1):
-            pause = PAUSE * 2**attempt
+            pause = min(PAUSE * 2**attempt, MOST_PAUSE)
             try:
                 status, data, later = self._once(path, body)
             except TimeoutError as error:

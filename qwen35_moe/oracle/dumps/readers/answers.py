@@ -18,6 +18,7 @@ from ...servers.answer import UNKNOWN, Answer
 from ...servers.readers import read_answers
 from ...servers.routed import shaped
 from ..dump import Dump, Piece, StepTokens
+from ..pieces import itself
 
 JSON_SUFFIXES = (".json", ".jsonl")
 
@@ -83,9 +84,5 @@ def _log_p(answer: Answer, step: int, width: int, where: str) -> list[Piece]:
     values = torch.tensor([[log_p for _, log_p in row] for row in some], dtype=torch.float32)
     chosen = torch.tensor([[i for i, _ in row] for row in some])
     key = "next_token_logits"
-    return [Piece("log p", partial(_same, values), step, path=key, key=key, where=where, chosen=chosen,
+    return [Piece("log p", partial(itself, values), step, path=key, key=key, where=where, chosen=chosen,
                   rows=torch.tensor([row.place - 1 for row in found]))]  # fmt: skip
-
-
-def _same(x: Tensor) -> Tensor:
-    return x

@@ -6,7 +6,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,13 +101,6 @@ def load_tensor(path: str | Path, *keys: str | int) -> Tensor:
     if not isinstance(found, Tensor):
         raise Qwen35Error("not a tensor", where=path, found=type(found).__name__)
     return found
-
-
-def once(x: Tensor, load: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """For a piece that is mapped already, whose file need not be opened again for its first use. After that it is let
-    go: pages that were read count as this process's memory while they are mapped."""
-    first = [x]
-    return lambda: first.pop() if first else load()
 
 
 def lengths(x: Any) -> list[int] | None:

@@ -26,7 +26,7 @@ from ....numerics.tap_table import TAPS
 from ....untrusted import check_regular, native, parse_npy, read_json, tensor_file
 from ..dump import Dump, Piece, StepTokens
 from ..engine_names import family_of, rule_for
-from ..pieces import plain_values
+from ..pieces import itself, plain_values
 from . import saved
 from .common import costs_itself, lengths
 
@@ -127,7 +127,7 @@ def _mapped(raw: str, names: Mapping[str, str]) -> str:
 def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     if file.suffix in TORCH_SUFFIXES:
         for name, x in saved.tensors(saved.load_torch_file(file), file.stem):
-            yield name, partial(_same, x)
+            yield name, partial(itself, x)
     elif file.suffix == ".npy":
         yield file.stem, partial(_from_npy, file)
     elif file.suffix == ".npz":
@@ -137,10 +137,6 @@ def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         with tensor_file(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - not a mapping
                 yield name, partial(_from_safetensors, file, name)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _from_npy(file: Path) -> Tensor:

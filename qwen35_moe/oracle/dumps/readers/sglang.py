@@ -17,8 +17,8 @@ from torch import Tensor
 from ....errors import Qwen35Error
 from ..dump import Dump, Piece, StepTokens
 from ..engine_names import family_of
-from ..pieces import plain_values
-from .common import a_dict, costs_itself, lengths, load_pt, load_tensor, once, request_ids
+from ..pieces import once, plain_values
+from .common import a_dict, costs_itself, lengths, load_pt, load_tensor, request_ids
 
 HELD = 1 << 13  # files that stay mapped until they are used; a process may have 65,530 mappings
 MOST_RANKS = 1 << 16

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ....errors import Qwen35Error
 from ..dump import Dump, Piece, StepTokens
+from ..pieces import itself
 from .common import lengths, load_pt
 
 BATCH_INFO = ".forward_batch_info."
@@ -61,7 +62,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
                     x = value if index is None else value[index]
                     if not isinstance(x, Tensor):
                         continue
-                    load = partial(_same, x)  # mapped from the file, not read
+                    load = partial(itself, x)  # mapped from the file, not read
                     world = {"world_size": len(folders)}
                     step = number - 1 if late else number
                     pieces.append(Piece.named(raw, load, step=step, rank=rank, parallel=world, where=str(file)))
@@ -69,10 +70,6 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
         raise Qwen35Error("dumps of several runs lie here", where=path, found=", ".join(twice[:3]), do="keep one run")
     notes = ["outputs of `model` and the logits were moved back by one pass; those of the last pass were not written"]
     return Dump("sglang passes", path, pieces, tokens, problems, notes, config=config)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def known(file: Path) -> bool:
