@@ -41,8 +41,8 @@ def atom_multimodal(model: GateModel, layer: MoEBlock, options: Options) -> Deci
 def _atom(model: GateModel, layer: MoEBlock, options: Options, names: Namespace) -> Decision:
     quant = model.quant.read_as("atom", names, model.nested)
     if trouble := quant.view("atom stops", lambda: _cannot_start(quant)):
-        modelopt = Evidence("atom/quant_spec.py: ModelOptParser", "format")
-        return stops(trouble, modelopt if quant.method == "modelopt" else Evidence("atom/quant_spec.py: QuarkParser"))
+        kind = "format" if quant.method == "modelopt" else "fact"
+        return stops(trouble, Evidence(f"atom/quant_spec.py: the parser of {quant.method}", kind))
     if (refusal := _refusal(model, options)) is not None:
         return refusal
     shared, shared_hit = _seen(quant, f"{layer.name}.mlp.shared_expert")
@@ -93,13 +93,11 @@ def _seen(quant: QuantConfig, module: str) -> tuple[Key, Hit]:
         key = next((key for key in keys if occurs_in_key(key, name)), "")
         return keys.get(key, UNQUANTISED), Hit("quantized_layers", None, key, "layer pattern")
     if quant.method != "quark":
-        return (UNQUANTISED if quant.method == "none" else ("as stated", "", True)), Hit(
-            quant.default_from, None, "", ""
-        )
-    if found := first_match(quant.key_index, name, (occurs_in_key,)):
-        return _quark_key(quant.key_specs[found[0]]), Hit(
-            "layer_quant_config", None, quant.key_index.entries[found[0]], ""
-        )
+        stated = UNQUANTISED if quant.method == "none" else ("as stated", "", True)
+        return stated, Hit(quant.default_from, None, "", "")
+    if found := first_match(quant.layer_index, name, (occurs_in_key,)):
+        hit = Hit("layer_quant_config", None, quant.layer_index.entries[found[0]], "")
+        return _quark_key(quant.key_specs[found[0]]), hit
     return _quark_key(quant.raw.get("global_quant_config")), Hit(quant.default_from, None, "", "default")
 
 
@@ -130,14 +128,14 @@ def _mixed(quant: QuantConfig) -> dict[str, Key]:
 
 
 def _quark_key(raw: Mapping[str, Any] | None) -> Key:
-    raw = raw or {}
-    weights, inputs = steps(raw.get("weight")), steps(raw.get("input_tensors"))
+    weights, inputs = (steps((raw or {}).get(key)) for key in ("weight", "input_tensors"))
+    dynamic = bool(inputs[0].get("is_dynamic", True)) if inputs else True
     if not weights:
-        return "bf16", "no", bool(inputs[0].get("is_dynamic", True)) if inputs else True
+        return "bf16", "no", dynamic
     dtype = re.sub(r"_e\d+m\d+.*", "", str(weights[0].get("dtype")))
     dtype = "nvfp4" if len(weights) > 1 else dtype if dtype in AITER_DTYPES else "bf16"
     scheme = weights[0].get("qscheme")
-    return dtype, scheme if scheme in QSCHEMES else "no", bool(inputs[0].get("is_dynamic", True)) if inputs else True
+    return dtype, scheme if scheme in QSCHEMES else "no", dynamic
 
 
 def _cannot_start(quant: QuantConfig) -> str:

@@ -43,9 +43,8 @@ def refuse_sizes(model: GateModel) -> Decision | None:
 def refuse_platform(options: Options) -> Decision | None:
     if options.hip and options.aiter or not options.hip and options.cuda_opt_in:
         return None
-    return no(
-        "the platform does not fuse", Evidence("needs ROCm with SGLANG_USE_AITER, or a CUDA model class that opts in")
-    )
+    needed = Evidence("needs ROCm with SGLANG_USE_AITER, or a CUDA model class that opts in")
+    return no("the platform does not fuse", needed)
 
 
 def modelopt_stops(quant: QuantConfig, algo: str, known: Sequence[str], engine: str) -> Decision | None:
@@ -114,9 +113,9 @@ def sglang_layer_config(quant: QuantConfig, name: str) -> Any:
         if any(s != specs[0] for s in specs):
             raise Qwen35Error("the parts of a fused module have different specs", where=name)
         return specs[0]
-    if found := first_match(quant.key_index, name, (exact, glob)):
+    if found := first_match(quant.layer_index, name, (exact, glob)):
         return quant.key_specs[found[0]]
-    single = {key: quant.key_specs[i] for i, key in quant.key_index.below(name)} if name.endswith(".experts") else {}
+    single = {key: quant.key_specs[i] for i, key in quant.layer_index.below(name)} if name.endswith(".experts") else {}
     if single:
         return _one_spec(name, single)
     if quant.raw.get("layer_type_quant_config", ()) is None:
@@ -126,7 +125,7 @@ def sglang_layer_config(quant: QuantConfig, name: str) -> Any:
 
 def vllm_layer_config(quant: QuantConfig, name: str) -> Any:
     """The raw Quark spec of a module as vLLM finds it: the first key in which the name occurs, else the default."""
-    found = (i for i, key in quant.key_index.around(name) if occurs_in_key(key, name))
+    found = (i for i, key in quant.layer_index.around(name) if occurs_in_key(key, name))
     return next((quant.key_specs[i] for i in found if quant.key_specs[i]), None) or quant.raw.get("global_quant_config")
 
 

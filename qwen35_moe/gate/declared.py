@@ -20,18 +20,8 @@ from .exclude import ExcludeList, Hit, exclude_list, first_match
 from .module_names import expand_fused, spellings
 from .namespaces import Namespace
 
-__all__ = [
-    "BF16",
-    "FLOATS",
-    "MXFP4",
-    "NVFP4",
-    "UNSTATED",
-    "Activation",
-    "ModuleSpec",
-    "QuantConfig",
-    "Resolution",
-    "float_spec",
-]
+__all__ = ["BF16", "FLOATS", "MXFP4", "NVFP4", "UNSTATED", "Activation", "ModuleSpec", "QuantConfig", "Resolution",
+           "float_spec"]  # fmt: skip
 
 
 class Resolution(NamedTuple):
@@ -121,20 +111,10 @@ class QuantConfig:
         return EntryIndex([pattern for pattern, _ in self.layers], [spec for _, spec in self.layers])
 
     @cached_property
-    def _keyed(self) -> dict[str, Any]:
-        """Quark's layer_quant_config with the keys as this reader compares them: of two that become one the last."""
-        given, names, count = self.raw.get("layer_quant_config") or {}, self.namespace, self.num_hidden_layers or 0
-        return dict(given) if names is None else {names.key(k, self.nested, count): v for k, v in given.items()}
-
-    @cached_property
-    def key_index(self) -> EntryIndex:
-        """The keys of Quark's layer_quant_config, as this reader compares them."""
-        return EntryIndex(tuple(self._keyed))
-
-    @cached_property
     def key_specs(self) -> tuple[Any, ...]:
-        """The raw specs of layer_quant_config, in the order of `key_index`."""
-        return tuple(self._keyed.values())
+        """The raw specs of layer_quant_config, in the order of `layer_index`: of keys that become one, the last."""
+        given, names, count = self.raw.get("layer_quant_config") or {}, self.namespace, self.num_hidden_layers or 0
+        return tuple({names.key(k, self.nested, count) if names else k: spec for k, spec in given.items()}.values())
 
     def names(self, module: str) -> tuple[str, ...]:
         """The names under which entries may name a module."""

@@ -144,14 +144,9 @@ class EntryIndex:
 
     def _said(self, layer: str | None, expert: int, others: Sequence[int]) -> Hashable:
         keys, kinds = dict.fromkeys(((layer, expert), (None, expert))), (self._names, self._patterns)
-        return tuple(
-            (
-                EXPERT_NUMBER.sub("", self.entries[i], count=1),
-                self.values[i] if self.values else None,
-                bisect(others, i),
-            )
-            for i in merge(*(kept.get(key, ()) for kept in kinds for key in keys))
-        )
+        at = merge(*(kept.get(key, ()) for kept in kinds for key in keys))
+        bare, values = EXPERT_NUMBER.sub, self.values
+        return tuple((bare("", self.entries[i], count=1), values[i] if values else None, bisect(others, i)) for i in at)
 
 
 def _keys(numbers: Numbers) -> Iterable[Numbers]:

@@ -90,41 +90,23 @@ class Semantics:
 SEMANTICS = {
     s.name: s
     for s in (
-        Semantics(
-            "quark", (exact, glob, regex_match), "Quark 0.13: patterns given by users are fnmatch", children=True
-        ),
+        Semantics("quark", (exact, glob, regex_match), "Quark 0.13: users' patterns are fnmatch", children=True),
         Semantics("sglang", (exact, regex_match), "SGLang 0.5.23 quark/utils.py: should_ignore_layer", children=True),
-        Semantics(
-            "vllm",
-            (exact, regex_match),
-            "vLLM 0.33 quark/utils.py: should_ignore_layer; quark.py: get_layer_quant_config_from_name",
-            children=True,
-            layer_tests=(occurs_in_key,),
-        ),
-        Semantics(
-            "atom",
-            (exact, regex_search, glob_or_below, parent),
-            "ROCm/ATOM atom/config.py:483-493",
-            children=True,
-            layer_tests=(occurs_in_key,),
-        ),
+        Semantics("vllm", (exact, regex_match),
+                  "vLLM 0.33 quark/utils.py: should_ignore_layer; quark.py: get_layer_quant_config_from_name",
+                  children=True, layer_tests=(occurs_in_key,)),
+        Semantics("atom", (exact, regex_search, glob_or_below, parent), "ROCm/ATOM atom/config.py:483-493",
+                  children=True, layer_tests=(occurs_in_key,)),
         Semantics("vllm-fp8", (exact,), "vLLM 0.33 utils/quant_utils.py: is_layer_skipped", children=True),
         Semantics("fp8", (exact, segments), "SGLang 0.5.23 quantization/utils.py: is_layer_skipped (since #23467)"),
-        Semantics(
-            "compressed-tensors",
-            (exact, regex_match),
-            "compressed-tensors 0.20: ignore and targets",
-            layer_tests=(exact, regex_match, layer_class),
-        ),
-        Semantics(
-            "modelopt",
-            (exact, glob),
-            "NVIDIA ModelOpt hf_quant_config.json: exclude_modules, ignore; quantized_layers names experts as one",
-            layer_tests=(exact, glob, parent),
-        ),
+        Semantics("compressed-tensors", (exact, regex_match), "compressed-tensors 0.20: ignore and targets",
+                  layer_tests=(exact, regex_match, layer_class)),
+        Semantics("modelopt", (exact, glob),
+                  "NVIDIA ModelOpt: exclude_modules, ignore; quantized_layers names experts as one",
+                  layer_tests=(exact, glob, parent)),
         Semantics("gptq", (negative_rule,), "GPTQModel: quantization_config.dynamic"),
     )
-}
+}  # fmt: skip
 
 
 def matched(entry: str, name: str, tests: Sequence[Test]) -> str:

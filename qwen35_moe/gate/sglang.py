@@ -42,11 +42,11 @@ def sglang_22948(model: GateModel, layer: MoEBlock, options: Options) -> Decisio
 
 def sglang_0_5_23(model: GateModel, layer: MoEBlock, options: Options) -> Decision:
     """SGLang 0.5.23: qwen2_moe.py:137-152, 283-302, quark.py:1085-1297, modelopt_quant.py:1552, qwen3_5_mtp.py:50."""
-    model_or_stop = requantised(model, layer, options.quantization.lower())
-    if isinstance(model_or_stop, Decision):
-        return model_or_stop
-    model = model_or_stop
-    if (trouble := _cannot_start(model)) is not None:
+    read = requantised(model, layer, options.quantization.lower())
+    if isinstance(read, Decision):
+        return read
+    model = read
+    if (trouble := _cannot_start(model.quant)) is not None:
         return trouble
     decision = plain_draft(model) if layer.draft else None
     plain = decision is not None  # the draft is built without a quantisation
@@ -81,32 +81,22 @@ def _refuse_before_quantisation(model: GateModel, options: Options) -> Decision 
     return refuse_sizes(model)
 
 
-def _cannot_start(model: GateModel) -> Decision | None:
-    """What raises while SGLang reads the configuration, whether it would fuse or not."""
-    quant = model.quant
-    if quant.method == "modelopt":
-        return _modelopt_cannot_start(quant)
-    if quant.method != "quark":
-        return None
-    return quark_stops(quant, "SGLang", ("exclude", "layer_quant_config"))
+def _cannot_start(quant: QuantConfig) -> Decision | None:
+    """What raises while SGLang reads the configuration, whether it would fuse or not.
 
-
-def _modelopt_cannot_start(quant: QuantConfig) -> Decision | None:
-    """configs/model_config.py: _parse_modelopt_quant_config; modelopt_quant.py: from_config of each class.
-
-    An algorithm that is not known is an error in config.json only, see `online.requantised`.
+    configs/model_config.py: _parse_modelopt_quant_config; modelopt_quant.py: from_config of each class. An unknown
+    algorithm is an error in config.json only, see `online.requantised`.
     """
+    if quant.method == "quark":
+        return quark_stops(quant, "SGLang", ("exclude", "layer_quant_config"))
+    if quant.method != "modelopt":
+        return None
     inner = quant.raw.get("quantization", quant.raw)
-    algo = str(inner.get("quant_algo", ""))
-    if (trouble := modelopt_stops(quant, algo, SGLANG_ALGOS, "SGLang")) is not None:
-        return trouble
-    if (
-        inner is not quant.raw
-        and "FP4" in algo
-        and not isinstance(inner.get("group_size", quant.raw.get("group_size")), int)
-    ):
+    algo, group = str(inner.get("quant_algo", "")), inner.get("group_size", quant.raw.get("group_size"))
+    trouble = modelopt_stops(quant, algo, SGLANG_ALGOS, "SGLang")
+    if trouble is None and inner is not quant.raw and "FP4" in algo and not isinstance(group, int):
         return stops("hf_quant_config.json states no group_size", Evidence(f"quant_algo = {algo}"))
-    return None
+    return trouble
 
 
 SGLANG_ALGOS = ("FP8", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "MXFP8", "MIXED_PRECISION")
@@ -172,34 +162,31 @@ def _sglang_online(model: GateModel, options: Options, entry: Evidence) -> Decis
     """An excluded shared expert fuses only if asked to be converted to MXFP4, and only on what that was measured on."""
     if not options.enforce_shared_experts_fusion:
         return no("the exclude list names a shared expert", entry)
-    raw, kind = model.quant.raw, model.top.get("model_type")
-    missing = None
-    if not raw.get("is_prequantized", True):
-        missing = "the checkpoint is not prequantized"
-    elif not options.hip:
-        missing = "this is not ROCm"
-    elif not options.aiter:
-        missing = "SGLANG_USE_AITER is not set"
-    elif not options.gfx95:
-        missing = "the device has no FP4 (needs gfx95x)"
-    elif kind not in ("qwen3_5_moe", "qwen3_5_moe_text"):
-        missing = f"model_type {kind!r} was not measured"
-    else:
-        try:
-            specs = [sglang_layer_config(model.quant, f"{base}.mlp.experts") for base in LAYER0_BASES]
-            missing = None if all(map(_is_mxfp4, specs)) else "the routed experts of layer 0 are not MXFP4"
-        except Qwen35Error as error:
-            missing = f"the spec of layer 0 is ambiguous ({error.what})"
-        layers = raw.get("layer_quant_config") or {}
-        others = sorted(
-            k for k, v in layers.items() if "experts" in k and "shared_expert" not in k and not _is_mxfp4(v)
-        )
-        if not missing and others:
-            missing = f"layer_quant_config[{others[0]!r}] is not MXFP4"
+    kind = model.top.get("model_type")
+    conditions = (
+        (model.quant.raw.get("is_prequantized", True), "the checkpoint is not prequantized"),
+        (options.hip, "this is not ROCm"),
+        (options.aiter, "SGLANG_USE_AITER is not set"),
+        (options.gfx95, "the device has no FP4 (needs gfx95x)"),
+        (kind in ("qwen3_5_moe", "qwen3_5_moe_text"), f"model_type {kind!r} was not measured"),
+    )
+    missing = next((text for met, text in conditions if not met), "") or _not_mxfp4(model.quant)
     if missing:
         warning = Evidence(f"--enforce-shared-experts-fusion is ignored: {missing}", "warning")
         return no("the exclude list names a shared expert", entry, warning)
     return yes("the shared expert is excluded, and --enforce-shared-experts-fusion converts it", entry, online=True)
+
+
+def _not_mxfp4(quant: QuantConfig) -> str:
+    """Which routed experts are not W4A4 MXFP4: those of layer 0, or of any key for experts."""
+    try:
+        if not all(_is_mxfp4(sglang_layer_config(quant, f"{base}.mlp.experts")) for base in LAYER0_BASES):
+            return "the routed experts of layer 0 are not MXFP4"
+    except Qwen35Error as error:
+        return f"the spec of layer 0 is ambiguous ({error.what})"
+    layers = quant.raw.get("layer_quant_config") or {}
+    keys = sorted(key for key in layers if "experts" in key and "shared_expert" not in key)
+    return next((f"layer_quant_config[{key!r}] is not MXFP4" for key in keys if not _is_mxfp4(layers[key])), "")
 
 
 LAYER0_BASES = ("model.layers.0", "model.language_model.layers.0")
@@ -207,9 +194,7 @@ LAYER0_BASES = ("model.layers.0", "model.language_model.layers.0")
 
 def _sglang_layer_specs(quant: QuantConfig) -> Decision:
     """With layer_quant_config, routed and shared specs must be equal; SGLang asks layer 0 and the draft only."""
-    shared = (
-        "shared_experts" if any(".shared_experts." in k for k in quant.raw["layer_quant_config"]) else "shared_expert"
-    )
+    shared = "shared_expert" + "s" * any(".shared_experts." in key for key in quant.raw["layer_quant_config"])
     try:
         for base in (*LAYER0_BASES, "model.decoder"):
             routed = sglang_layer_config(quant, f"{base}.mlp.experts")
@@ -228,12 +213,6 @@ def _is_mxfp4(spec: Any) -> bool:
     What Quark quantises in two steps is a list, and something else.
     """
     weight, inputs = (spec or {}).get("weight") or {}, (spec or {}).get("input_tensors") or {}
-    alike = all(
-        isinstance(t, Mapping)
-        and t.get("dtype") == "fp4"
-        and t.get("qscheme") == "per_group"
-        and t.get("group_size") == 32
-        and t.get("scale_format") == "e8m0"
-        for t in (weight, inputs)
-    )
+    expected = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}
+    alike = all(isinstance(t, Mapping) and t.items() >= expected.items() for t in (weight, inputs))
     return alike and weight.get("is_dynamic") is not True and inputs.get("is_dynamic") is not False

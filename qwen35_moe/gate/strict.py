@@ -177,11 +177,8 @@ def strict(model: GateModel, layer: MoEBlock, options: Options, stored: SpecLook
     if vague:
         fact, other = vague[0]
         text = f"{fact.name}: {fact.declared.spec} by {fact.declared.hit}, yet {other.spec} to others by {other.hit}"
-        return no(
-            "readers of the exclude list disagree, and no bytes were given to settle it",
-            Evidence(text, "warning"),
-            *evidence,
-        )
+        why = "readers of the exclude list disagree, and no bytes were given to settle it"
+        return no(why, Evidence(text, "warning"), *evidence)
     source = "in the bytes" if stored else "by the configuration; no bytes were seen"
     shared, routed = facts.shared[0].spec, facts.routed[0].spec
     for group, what in ((facts.routed, "the routed experts"), (facts.shared, "the shared expert's projections")):
@@ -202,11 +199,9 @@ def _entries(facts: LayerFacts) -> list[Evidence]:
     found: dict[object, Evidence] = {}
     for who, group in (("shared", facts.shared), ("routed", facts.routed)):
         for fact in group:
-            hit = fact.declared.hit
-            kind = "entry" if hit.entry else "fact"
-            found.setdefault(
-                (who, hit.list, hit.index, hit.entry), Evidence.of(hit, f"{who}: {fact.declared.spec.kind}", kind)
-            )
+            hit, said = fact.declared.hit, f"{who}: {fact.declared.spec.kind}"
+            evidence = Evidence.of(hit, said, "entry" if hit.entry else "fact")
+            found.setdefault((who, hit.list, hit.index, hit.entry), evidence)
     return sorted(found.values(), key=lambda e: e.kind != "entry")[:4]
 
 
@@ -216,11 +211,10 @@ def _warnings(facts: LayerFacts) -> list[Evidence]:
     for group in (facts.shared, facts.routed):
         wrong = [(f, f.stored) for f in group if f.stored and not _agree(f.declared.spec, f.stored)]
         if wrong:
-            f, real = wrong[0]
+            (f, real), hit = wrong[0], wrong[0][0].declared.hit
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            by = f.declared.hit if f.declared.hit.entry else f"{f.declared.hit}, no entry names it"
+            by = hit if hit.entry else f"{hit}, no entry names it"
             text = f"{f.name}{more} is {real.kind} in the bytes, but {f.declared.spec.kind} by {by}"
-            hit = f.declared.hit
             warnings.append(Evidence(text, "warning", hit.entry, hit.index, hit.list))
     return warnings
 

@@ -6,22 +6,13 @@ part of a fused pair is left out and the other is not, vLLM raises while it buil
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from ..errors import Qwen35Error
-from .common import (
-    modelopt_stops,
-    no,
-    quark_stops,
-    refuse_sizes,
-    several_steps,
-    steps,
-    stops,
-    vllm_layer_config,
-    yes,
-)
+from .common import modelopt_stops, no, quark_stops, refuse_sizes, several_steps, steps, stops, vllm_layer_config, yes
 from .declared import QuantConfig
 from .dialects import ALIASES
 from .exclude import Hit
@@ -67,10 +58,12 @@ def _decide(model: GateModel, quant: QuantConfig, layer: MoEBlock, options: Opti
         return _online(quant, layer, options.vllm_online_target)
     if quant.method == "quark":
         return _quark(quant, layer)
+    if quant.method == "fp8" and (quant.default.kind != "fp8-block" or quant.raw.get("store_dtype") is not None):
+        return no("FP8 without blocks, or stored as another dtype, is not implemented")
     if quant.method == "fp8":
-        return _fp8(quant, layer)
+        return _alike(quant, layer, _fp8_ignored, "ignored")
     if quant.method == "modelopt" and quant.default.kind == "mxfp8":
-        return _mxfp8(quant, layer)
+        return _alike(quant, layer, _modelopt_excluded, "excluded")
     return no(f"vLLM has no compatibility check for method {quant.method!r}")
 
 
@@ -150,18 +143,21 @@ def _online(quant: QuantConfig, layer: MoEBlock, target: str) -> Decision:
     return replace(yes("--quantization-config.targets converts the shared expert to MXFP4"), online=True)
 
 
-def _fp8(quant: QuantConfig, layer: MoEBlock) -> Decision:
-    if quant.default.kind != "fp8-block" or quant.raw.get("store_dtype") is not None:
-        return no("FP8 without blocks, or stored as another dtype, is not implemented")
+def _alike(
+    quant: QuantConfig, layer: MoEBlock, hit_of: Callable[[QuantConfig, str], Hit | None], word: str
+) -> Decision:
+    """Whether a list leaves out the routed experts and both modules of the shared one, or none of them."""
+    routed = hit_of(quant, layer.experts)
     try:
-        shared = [_fp8_ignored(quant, f"{layer.name}.mlp.shared_expert.{part}") for part in SHARED_MODULES]
+        shared = [hit_of(quant, f"{layer.name}.mlp.shared_expert.{part}") for part in SHARED_MODULES]
     except Qwen35Error as error:
-        return stops("only one of a fused pair is ignored", Evidence(f"{error.where}: {error.found}"))
-    routed = _fp8_ignored(quant, layer.experts)
+        return stops(f"only one of a fused pair is {word}", Evidence(f"{error.where}: {error.found}"))
     if any((hit is None) != (routed is None) for hit in shared):
         named = (Evidence.of(hit) for hit in (*shared, routed) if hit)
-        return no("routed and shared experts are not ignored alike", *named)
-    return yes("routed and shared experts are block FP8 alike" if routed is None else "neither is quantised")
+        return no(f"routed and shared experts are not {word} alike", *named)
+    return yes(
+        f"routed and shared experts are {quant.default.kind} alike" if routed is None else "neither is quantised"
+    )
 
 
 def _fp8_ignored(quant: QuantConfig, module: str) -> Hit | None:
@@ -181,18 +177,6 @@ def _fp8_ignored(quant: QuantConfig, module: str) -> Hit | None:
         return exact(name)
     found = ((i, e) for i, e in listed.index.around(name) if "experts" in e and name in e)
     return next((Hit(listed.list, i, listed.written[i], "the module's name occurs in it") for i, _ in found), None)
-
-
-def _mxfp8(quant: QuantConfig, layer: MoEBlock) -> Decision:
-    routed = _modelopt_excluded(quant, layer.experts)
-    try:
-        shared = [_modelopt_excluded(quant, f"{layer.name}.mlp.shared_expert.{part}") for part in SHARED_MODULES]
-    except Qwen35Error as error:
-        return stops("only one of a fused pair is excluded", Evidence(f"{error.where}: {error.found}"))
-    if any((hit is None) != (routed is None) for hit in shared):
-        named = (Evidence.of(hit) for hit in (*shared, routed) if hit)
-        return no("routed and shared experts are not excluded alike", *named)
-    return yes("routed and shared experts are MXFP8 alike" if routed is None else "neither is quantised")
 
 
 def _modelopt_excluded(quant: QuantConfig, module: str) -> Hit | None:
