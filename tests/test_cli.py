@@ -105,7 +105,7 @@ def test_diagnose_keeps_its_truth(built, tmp_path, capsys, monkeypatch):
     assert " left" not in text
     assert code == 0 and (tmp_path / "truth/trace.json").is_file() and "truth" in text
     code, text = said(capsys, "compare", "truth", "mine", "--layer", "1,2")
-    assert code == 0 and "only layers 1, 2 were judged" in text
+    assert code == 0 and "judged only in layers: 1, 2" in text
 
 
 @pytest.mark.parametrize(("outputs", "found"), [

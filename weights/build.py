@@ -61,7 +61,7 @@ def load(name: str | Path, **changes: Any) -> Recipe:
     """The recipe of this name, or in this file, with some fields changed."""
     path = Path(name) if str(name).endswith(".toml") else HERE / "recipes" / f"{name}.toml"
     if not path.is_file():
-        raise Qwen35Error("no such recipe", where=path, expected=", ".join(recipes()), found=name)
+        raise Qwen35Error("no such recipe", expected=", ".join(recipes()) + ", or a .toml file", found=name)
     try:
         entries = tomllib.loads(path.read_text(encoding="utf-8")) | changes
     except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 and bad TOML are ValueErrors
@@ -226,7 +226,7 @@ def run(options: argparse.Namespace) -> int:
         build(options.recipe, options.out, jobs=options.jobs, **changes)
         seconds = time.perf_counter() - start
     except Qwen35Error as error:
-        print(error, file=sys.stderr)
+        print(f"qwen35-moe: {error}", file=sys.stderr)
         return 2
     size = sum(path.stat().st_size for path in options.out.glob("*.safetensors"))
     print(f"{options.out}: {size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.0f} MB/s")

@@ -50,6 +50,8 @@ def open_folder(path: Path) -> Folder:
             raise Qwen35Error(what, where=index, expected=few(absent), found="absent")
     else:
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if (path / "trace.json").is_file() and not (path / "config.json").is_file():
+            raise Qwen35Error("not a checkpoint", where=path, found="a truth", do="name the checkpoint that was traced")
         if not files:
             raise Qwen35Error("no *.safetensors in this folder", where=path, do="give the folder of a checkpoint")
         _check_numbering(files)

@@ -61,7 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="exact",
         choices=[*ARITHMETICS],
         metavar="A",
-        help="who rounds where (default: %(default)s)",
+        help="who rounds where, a name of `trace --list` (default: %(default)s)",
     )
     parser.add_argument("--mode", default="packed", choices=MODES, help="how weights are held (default: %(default)s)")
     add_device_options(parser)

@@ -19,6 +19,7 @@ DUMP = ("DUMP: SGLang's dumper or Pass*.pt, vLLM's hidden states, ATOM's layer f
         "llama.cpp's logits and KL base files, safetensors, npz, npy, pt")  # fmt: skip
 VERDICT = "0 all of it agrees, 1 something diverges, 2 something was not compared (docs/exit-codes.md)"
 DONE = "0 done, 2 could not be done"
+MOST_CHOICES = 20  # more are not listed in an error that names the nearest one
 # command -> an example, its exit codes, the formats that it takes.
 HELP: dict[str, tuple[str, str, str]] = {
     "info": ("qwen35-moe info CHECKPOINT --tokens 4096", "0 done, 1 a checksum differs, 2 could not be read",
@@ -65,7 +66,9 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             near = get_close_matches(str(value).lower(), [str(choice) for choice in action.choices], 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            message = f"invalid choice: {value!r} ({hint}choose from {', '.join(map(str, action.choices))})"
+            few = len(tuple(action.choices)) <= MOST_CHOICES
+            known = f"choose from {', '.join(map(str, action.choices))}" if few or not near else ""
+            message = f"invalid choice: {value!r} ({(hint + known).strip()})"
             raise argparse.ArgumentError(action, message)
 
     def error(self, message: str) -> NoReturn:

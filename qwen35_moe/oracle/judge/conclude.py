@@ -45,7 +45,7 @@ def conclude(work: Judgement, stored: Mapping[str, Tensor], layers: Sequence[int
         names = [k for k in names if shown.get(k, layer_of(k)) in layers]
         work.result.routing = [r for r in work.result.routing if r.layer in layers]
         work.records = {k: work.records[k] for k in (POSITIONS, *names) if k in work.records}
-        work.result.notes.append(f"only layers {', '.join(map(str, layers))} were judged")
+        work.result.notes.append(f"judged only in layers: {', '.join(map(str, layers))}")
     order = {key: i for i, key in enumerate([POSITIONS, *names, LOG_P])}  # of execution
     for key in dict.fromkeys([*names, *(work.alignment.keys if layers is None else ())]):
         if key in work.records or (layers is not None and key in shared):

@@ -81,17 +81,18 @@ def read_dump(
     if not dump.sources:
         if dump.problems:
             raise dump.problems[0]
-        raise Qwen35Error(
-            "nothing in the dump has a known name",
-            where=path,
-            found=", ".join(dump.unknown[:5]) or "no tensors",
-            do="give a name map",
-        )
+        found = ", ".join(dump.unknown[:5]) or "no tensors"
+        do = "name the engine's dump: this is a checkpoint" if _is_checkpoint(path) else "give a name map (--name-map)"
+        raise Qwen35Error("nothing in the dump has a known name", where=path, found=found, do=do)
     check_steps(dump)
     if left := _not_understood(path, reader):
         dump.notes.append(f"{len(left)} files were not understood, and left out: {', '.join(left[:5])}"
                           f"{', ...' if len(left) > 5 else ''}")  # fmt: skip
     return dump
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
 
 
 def _not_understood(path: Path, reader: Any) -> list[str]:
