@@ -10,6 +10,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -342,6 +343,22 @@ def test_plain_files_with_a_name_map(truth: Trace, tmp_path: Path) -> None:
     assert list(read_dump(tmp_path / "final_norm.npy")) == ["final_norm"]
     with pytest.raises(Qwen35Error, match="no(.|\n)*known name(.|\n)*ffn_out(.|\n)*name map"):
         read_dump(tmp_path / "a.npz", name_map={"x": "y"})
+
+
+@pytest.mark.parametrize(("names", "what"), [
+    ({r"blk\.(\d)": r"layers.\7.mlp_output"}, "bad pattern"), ({1: "x"}, "not a map"), ({"x": None}, "not a map"),
+    ({"(": "x"}, "bad pattern"), (dict.fromkeys(map(str, range(9000)), "x"), "too long")])  # fmt: skip
+def test_a_name_map_in_words_is_checked_as_one_in_a_file(names: Any, what: str, tmp_path: Path) -> None:
+    save_file({"blk.1": torch.ones(2, 3)}, tmp_path / "a.safetensors")
+    with pytest.raises(Qwen35Error, match=what):
+        read_dump(tmp_path / "a.safetensors", name_map=names)
+
+
+def test_a_name_map_gives_no_two_tensors_one_key(tmp_path: Path) -> None:
+    """One of them would never be compared."""
+    save_file({"blk.1": torch.ones(2, 3), "blk.2": torch.ones(2, 3)}, tmp_path / "a.safetensors")
+    dump = read_dump(tmp_path / "a.safetensors", name_map={r"blk\.\d": "layers.0.mlp_output"})
+    assert [error.what for error in dump.problems] == ["the name map gives two tensors one key"]
 
 
 # What can be wrong: one clear message each, and the rest goes on.

@@ -32,6 +32,7 @@ from .common import costs_itself, lengths
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".pkl")
 SUFFIXES = (".safetensors", ".npz", ".npy", *TORCH_SUFFIXES)
+MOST_NAMES = 5000  # of a name map: each name of a dump is compared with each pattern
 TOKEN_KEYS = ("input_ids", "sequences", "positions", "position_ids", "seq_lens", "attention_mask")
 
 
@@ -47,13 +48,19 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, name_map: Any =
     names = _load_map(path, name_map)
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if known(p))
     problems: list[Qwen35Error] = []
+    mapped: dict[tuple[int | None, str], str] = {}
     entries: list[tuple[int | None, str, Any, str]] = []  # step, name, how to load it, file
     for file in files:
         with costs_itself(problems, file):
             check_regular(file)
             step = saved.step_of(file.stem)[0] if len(files) > 1 else None
             for raw, load in _tensors(file):
-                entries.append((step, _mapped(raw, names), load, str(file)))
+                name = _mapped(raw, names)
+                if name != raw and (step, name) in mapped:
+                    problems.append(Qwen35Error("the name map gives two tensors one key", where=file,
+                                                found=f"{mapped[step, name]} and {raw}: {name}"))  # fmt: skip
+                mapped.setdefault((step, name), raw)
+                entries.append((step, name, load, str(file)))
     text = (config or {}).get("text_config", config or {})
     last = text.get("num_hidden_layers") or saved.layers_in([name for _, name, *_ in entries])
     pieces: list[Piece] = []
@@ -96,22 +103,23 @@ def _is_wide(load: Any, vocabulary: int | None) -> bool:
 
 
 def _load_map(path: Path, name_map: Any) -> dict[str, str]:
-    if isinstance(name_map, Mapping):
-        return dict(name_map)
     beside = (path if path.is_dir() else path.parent) / "names.json"
-    source = Path(name_map) if name_map else beside if beside.is_file() else None
-    if source is None:
-        return {}
-    found = read_json(source)
-    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-        raise Qwen35Error("name map is not a map", where=source, expected='{"engine name": "our key"}')
+    source: Any = name_map or (beside if beside.is_file() else {})
+    found = dict(source) if isinstance(source, Mapping) else read_json(Path(source))
+    where = "name_map" if isinstance(source, Mapping) else str(source)
+    words = [*found, *found.values()] if isinstance(found, dict) else [None]
+    if not all(isinstance(word, str) for word in words):
+        raise Qwen35Error("name map is not a map", where=where, expected='{"engine name": "our key"}')
+    if len(found) > MOST_NAMES:
+        raise Qwen35Error("name map is too long", where=where, expected=f"at most {MOST_NAMES} names, or patterns "
+                          "that stand for many", found=len(found))  # fmt: skip
     for pattern, key in found.items():
-        compiled = bounded_pattern(pattern, "bad pattern in the name map", str(source))
+        compiled = bounded_pattern(pattern, "bad pattern in the name map", where)
         try:
             re.compile(f"(?:{pattern})|").fullmatch("").expand(key)  # type: ignore[union-attr]
         except (re.error, IndexError) as error:
             groups = f"references to at most {compiled.groups} groups"
-            raise Qwen35Error("bad pattern in the name map", where=source, expected=groups, found=key) from error
+            raise Qwen35Error("bad pattern in the name map", where=where, expected=groups, found=key) from error
     return found
 
 
