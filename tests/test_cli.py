@@ -15,6 +15,7 @@ from qwen35_moe.cli.main import COMMANDS, main
 from qwen35_moe.cli.parsing import HELP, layers
 from qwen35_moe.cli.report_options import write_outputs
 from qwen35_moe.errors import Qwen35Error
+from qwen35_moe.gate.decide import rule_named
 from qwen35_moe.numerics.arithmetics import get
 from qwen35_moe.oracle.judge.records import Record
 from qwen35_moe.oracle.report.text import _parts
@@ -69,9 +70,14 @@ def test_words_are_put_right(capsys):
         (["compar"], "did you mean 'compare'?"),
         (["compare", "a", "b", "--layr", "3"], "did you mean --layer?"),
         (["compare", "a", "b", "--lay", "3"], "did you mean --layer?"),
+        (["generate", "a", "--ids", "1", "--arithmetic", "sglang"], "did you mean 'sglang-bf16'?)"),
+        (["compare", "a"], "arguments are required: dump"),
     ):
         code, text = said(capsys, *argv)
         assert code == 2 and words in text, text
+        assert "usage:" not in text and text.count("\n") == 2, "an error of arguments is two lines"
+    with pytest.raises(Qwen35Error, match="did you mean 'sglang'?"):
+        rule_named("sglng")
 
 
 def test_swapped_arguments_and_a_checkpoint_as_output(built, tmp_path, capsys, monkeypatch):
@@ -92,6 +98,12 @@ def test_swapped_arguments_and_a_checkpoint_as_output(built, tmp_path, capsys, m
     assert code == 2 and "this is a checkpoint: choose another directory" in text and "remove" not in text
     code, text = said(capsys, "trace", checkpoint, "--ids", "1,2", "--out", "out", "--layers", "1")
     assert code == 2 and "expected: 0-1: a layer needs those before it" in text
+    code, text = said(capsys, "trace", checkpoint, "--ids", "1,2")
+    assert code == 2 and "--out is missing" in text
+    code, text = said(capsys, "info", "truth")
+    assert code == 2 and "not a checkpoint" in text and "found: a truth" in text
+    code, text = said(capsys, "diagnose", checkpoint, checkpoint)
+    assert code == 2 and "name the engine's dump: this is a checkpoint" in text
 
 
 def test_diagnose_keeps_its_truth(built, tmp_path, capsys, monkeypatch):

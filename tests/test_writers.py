@@ -94,6 +94,8 @@ def test_kl_base_refuses(tmp_path: Path) -> None:
 def test_dump_configs() -> None:
     assert set(ENGINES) == {"sglang", "vllm", "transformers", "llama.cpp", "atom"}
     assert SGLANG_PATCHES in dump_config("sglang") and "--disable-radix-cache" in dump_config("sglang")
+    for engine in ENGINES:
+        assert "qwen35-moe diagnose " in dump_config(engine), "the command to type next needs no truth"
     with pytest.raises(Qwen35Error, match="no dump settings(.|\n)*mlx"):
         dump_config("mlx")
 
