@@ -63,17 +63,20 @@ def engine(path: Path, truth: Trace, how: str = "") -> Dump:
     if how == "zero":
         [p.data.zero_() for name, p in model.mtp.layers.named_parameters() if "norm" not in name]
     places = [torch.arange(20)[None]] * 3 if how == "chain in place" else None
+    more = [next_ids, next_ids] if how == "first token" else more
     if how == "halves":
         weight = model.mtp.fc.weight
         weight.data = weight.data.roll(weight.shape[1] // 2, 1)
     with record("*", meta={"steps": [step_record(IDS, None, None, None)]}) as recorder, attach(keep):
         _, hidden = with_hidden(model, IDS)
         hidden = stream[0].to(hidden.dtype) if how == "pre-norm" else hidden
-        draft_chains(model, model.mtp, [IDS if how == "same token" else next_ids, *more], hidden, None, places)
+        hand_on = {"target's": lambda _, x: hidden, "row before": lambda _, x: x.roll(1, 1)}.get(how, lambda _, x: x)
+        first = IDS if how == "same token" else next_ids
+        draft_chains(model, model.mtp, [first, *more], hidden, None, places, hand_on)
     return from_trace(recorder.trace)
 
 
-SHIFTS = {"in steps": 0, "positions high": 1, "positions low": -1, "cache lost": 0}
+SHIFTS = {"in steps": 0, "positions high": 1, "cache lost": 0, "last row missing": 0}
 
 
 def stepped_engine(model: q.Model, next_ids: Tensor, how: str) -> Dump:
@@ -88,6 +91,8 @@ def stepped_engine(model: q.Model, next_ids: Tensor, how: str) -> Dump:
             recorder.meta["steps"].append(step_record(IDS[:, start:stop], None, at, None))
             _, hidden = with_hidden(model, IDS[:, start:stop], cache=cache)
             own = Cache() if how == "cache lost" else own
+            if how == "last row missing" and start:
+                own.layer(0).k, own.layer(0).v = (x[:, :-1] for _, x in own.layer(0).tensors())
             places = at + (SHIFTS[how] if start else 0)
             draft_head(model, model.mtp, next_ids[:, start:stop], hidden, cache=own, position_ids=places)
     return from_trace(recorder.trace)
@@ -109,9 +114,12 @@ def test_a_right_draft_head_agrees(built: Callable[[str], Path], truth: Trace, h
         ("halves", "halves of the draft's input swapped"),
         ("zero", "draft weights are zero"),
         ("chain in place", "positions of chained drafts do not move on"),
-        ("positions high", "draft positions one too high after the first step"),
-        ("positions low", "draft positions one too low after the first step"),
-        ("cache lost", "draft cache of the steps before lost"),
+        ("positions high", "draft head: positions one too high at step 1"),
+        ("target's", "chained drafts from the target's hidden states"),
+        ("row before", "chained drafts from the hidden states of the row before"),
+        ("first token", "chained drafts with the token of the first draft"),
+        ("last row missing", "draft head: last KV row missing at step 1"),
+        ("cache lost", "draft head: KV not handed over at step 1"),
     ],
 )
 def test_faults_of_the_draft_head_are_named(built: Callable[[str], Path], truth: Trace, how: str, name: str) -> None:

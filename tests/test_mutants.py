@@ -14,6 +14,7 @@ from benchmarks.oracle_score.variants import SMALL, UNLISTED, UNSEEN, Variant, v
 from qwen35_moe.cli.demo import planted_failure
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.faults import Fault
+from qwen35_moe.oracle.diagnose.step_faults import STEP_FAULTS
 from qwen35_moe.oracle.truth import open_checkpoint
 
 IDS = (torch.arange(32) * 7919 % 251)[None]
@@ -50,6 +51,22 @@ def test_smallest_faults_are_found(benches: dict[str, Bench], fault: Fault, regi
 def test_unlisted_fault_is_unknown(benches: dict[str, Bench], fault: Fault) -> None:
     found = benches["gate 0.5"].planted(fault)
     assert found.found and found.named == "unknown", found
+
+
+@pytest.mark.parametrize(
+    ("regime", "name"),
+    [
+        ("padded", "KV rows of padding kept"),
+        ("padded", "positions counted with padding"),
+        ("prefix", "last KV row doubled"),
+        ("speculative", "conv state not rolled back after rejected drafts"),
+    ],
+)
+def test_fault_between_steps_is_named_with_its_step(built: Callable[[str], Path], regime: str, name: str) -> None:
+    """Its layer, its step and its sequence are drawn."""
+    bench = Bench(open_checkpoint(built("tiny"))[1].source, regime, IDS)
+    found = bench.between_steps(next(f for f in STEP_FAULTS if f.name == name))
+    assert found is not None and found.found and found.named_right, found
 
 
 @pytest.mark.parametrize("variant", variants("", IDS.shape[1]), ids=lambda v: v.name)

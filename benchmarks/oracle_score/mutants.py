@@ -11,6 +11,7 @@ the engine ran in steps (`stepped.py`), where faults between steps are planted, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,8 @@ from torch import Tensor
 from benchmarks.oracle_score import stepped
 from benchmarks.oracle_score.score import Outcome
 from benchmarks.oracle_score.shapes import as_files
-from benchmarks.oracle_score.stepped import Handlers, Planted, plan, step_faults
+from benchmarks.oracle_score.stepped import LEGAL_STEPS, Handlers, Planted, Step, plan
+from benchmarks.oracle_score.stepped import REGIMES as STEPS
 from benchmarks.oracle_score.variants import SMALL, UNLISTED, UNSEEN, Variant, variants
 from qwen35_moe.model.cache import Cache
 from qwen35_moe.model.text import Model
@@ -34,7 +36,7 @@ from qwen35_moe.numerics.taps import REPLAY, Handler, Site, attach
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.faults import Fault, FaultSite
-from qwen35_moe.oracle.diagnose.step_faults import StepFault
+from qwen35_moe.oracle.diagnose.step_faults import STEP_FAULTS, StepFault
 from qwen35_moe.oracle.dumps.dump import Dump, Piece
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.dumps.writers import DUMPED
@@ -43,6 +45,7 @@ from qwen35_moe.oracle.judge.envelope_file import write_envelope
 from qwen35_moe.oracle.judge.records import Comparison
 from qwen35_moe.oracle.judge.rerun import CPU
 from qwen35_moe.run.load import build
+from qwen35_moe.run.prompt import padded
 from qwen35_moe.run.source import WeightSource
 from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.recorder import trace
@@ -53,7 +56,7 @@ UNFUSED = {"moe_shared_act"}  # a fused shared expert has no such tap
 ALL = slice(None)
 Found = tuple[list[Outcome], list[Outcome], list[Outcome]]
 IN_STEPS = ("undeclared FP8 KV cache",)  # faults of later steps, which one pass cannot have
-LISTS, STEPS = ("unfused lists", "fused lists"), ("chunked", "speculative")
+LISTS = ("unfused lists", "fused lists")
 REGIMES = ("gate 0.5", "gate 0.05", "outputs / 256", *LISTS, *STEPS)
 
 
@@ -79,15 +82,16 @@ class Bench:
     def __init__(self, source: WeightSource, regime: str, ids: Tensor, function: str = ""):
         self.source, self.regime, self.ids, self.function = source, regime, ids, function
         if regime in STEPS:
-            self.ids = ids = torch.cat((ids, ids.flip(1)))  # what one sequence leaves behind may go to the other
+            self.ids = torch.cat((ids, ids.flip(1)))  # what one sequence leaves behind may go to the other
         self.handler: Handler = Regime(regime)
         self.exact = arithmetics.get("exact" + function)
         self.taps = HOOKED if function in A8 or regime in LISTS else DUMPED
         self.table = AITER if function.startswith("+a4") else arithmetics.get(SGLANG_BF16.name + function)
         self.unfused = [False] * source.config.num_hidden_layers
         self.folder: TemporaryDirectory[str] | None = None  # where the last dump lies
+        self.steps = plan(regime, ids.shape[1]) if regime in STEPS else [Step(0, ids.shape[1])]
         with attach(self.handler):
-            self.truth = self._truth(ids)
+            self.truth = self._truth(*padded(self.steps[0].real(self.ids)))
 
     def _truth(self, ids: Tensor, mask: Tensor | None = None) -> Trace:
         models = (build(self.source, t, self.unfused, CPU, "decoded") for t in legal(self.exact.name))
@@ -97,11 +101,11 @@ class Bench:
         write_envelope(truth, models)
         return truth
 
-    def layer_of(self, fault: Fault | StepFault) -> int | None:
-        """Where to plant: the last layer of the kind that the fault strikes, or the second. Positions and the format
-        of a cache are wrong in all layers, and so in the first of their kind."""
+    def layer_of(self, fault: Fault) -> int | None:
+        """Where to plant: the last layer of the kind that the fault strikes, or the second. The format of a cache is
+        wrong in all layers, and so in the first of their kind."""
         kinds = self.source.config.layer_types
-        if self.in_cache(fault) or (isinstance(fault, StepFault) and fault.shift is not None):
+        if self.in_cache(fault):
             return kinds.index("full_attention")
         if fault.block in ("final_norm", "mtp"):
             return None
@@ -110,7 +114,7 @@ class Bench:
             return max(i for i, kind in enumerate(kinds) if kind == wanted)
         return 1
 
-    def in_cache(self, fault: Fault | StepFault) -> bool:
+    def in_cache(self, fault: Fault) -> bool:
         """Whether it is in what a step reads of those before, which no handler of its own taps sees."""
         return self.regime in STEPS and fault.name.startswith(IN_STEPS)
 
@@ -135,8 +139,8 @@ class Bench:
     def run(self, model: Model, handlers: Handlers = lambda _: (), planted: Planted | None = None) -> Dump:
         """What the engine dumps in this regime."""
         if self.regime in STEPS:
-            steps, meta = plan(self.regime, self.ids.shape[1]), {"config": self.truth.meta["config"]}
-            return stepped.run(model, self.ids, steps, self.taps, meta, handlers, planted)
+            meta = {"config": self.truth.meta["config"]}
+            return stepped.run(model, self.ids, self.steps, self.taps, meta, handlers, planted)
         run = trace(model, self.ids, taps=self.taps, replay=handlers(self.truth.positions))
         if self.regime not in LISTS:
             return from_trace(run)
@@ -158,13 +162,18 @@ class Bench:
                            "weights: " + "; ".join(f"{w.name} {w.detail}" for w in bad[:1]), fault.name)  # fmt: skip
         return self.outcome(result, fault, layer)
 
-    def between_steps(self, fault: StepFault) -> Outcome:
-        """A fault of what one step hands to the next."""
-        layer = self.layer_of(fault)
+    def between_steps(self, fault: StepFault, seed: object = 0) -> Outcome | None:
+        """A fault of what one step hands to the next, at a place that is drawn; None: this regime has no such place."""
+        kind = "full_attention" if fault.block == "attn" else "linear_attention"
+        layers = [i for i, other in enumerate(self.source.config.layer_types) if other == kind]
+        planted = Planted.drawn(fault, self.steps, layers, (seed, self.regime))
+        if planted is None:
+            return None
         with attach(self.handler):
             model = build(self.source, self.table, self.unfused, CPU, "decoded")
-            dump = self.run(model, planted=Planted(fault, layer or 0))
-        return self.outcome(self.compare(dump, diagnoses=1), fault, layer)
+            dump = self.run(model, planted=planted)
+        found = self.outcome(self.compare(dump, diagnoses=1), fault, planted.layer)
+        return replace(found, right=planted.names(self.steps))
 
     def outcome(self, result: Comparison, fault: Fault | StepFault, layer: int | None) -> Outcome:
         """Found: the first tap that is wrong is of the layer and block that were struck."""
@@ -242,7 +251,8 @@ def run(source: WeightSource, ids: Tensor, regime: str, function: str = "", shar
             can = [f for f in can if not f.taps or not UNFUSED.issuperset(f.taps)]
         outcomes += map(bench.planted, can[share])
     if regime in STEPS:
-        found[0].extend(map(bench.between_steps, step_faults(regime, _square(source))[share]))
+        can = [f for f in STEP_FAULTS if f.name not in LEGAL_STEPS and (f.needs != "square" or _square(source))]
+        found[0].extend(o for o in map(bench.between_steps, can[share]) if o is not None)
     clean = variants(function, ids.shape[1], _fusable(source))
     if regime in (*LISTS, *STEPS):  # these have a shape, or steps, of their own
         clean = [v for v in clean if not (v.batch or v.chunks or v.fused)]

@@ -24,10 +24,13 @@ class Outcome:
     named: str
     explains: float = 0.0
     next_best: float = 0.0
+    right: tuple[str, ...] = ()  # of a fault between steps: the names of all that hand over the same, with their step
 
     @property
     def named_right(self) -> bool:
         """The same fault; a factor that was fitted may be off by 2 %."""
+        if self.right:
+            return re.sub(r" \(\d+\)", "", self.named) in self.right  # without the other sequence
         kind, _, factor = self.name.rpartition(" times ")
         said, _, fitted = self.named.rpartition(" times ")
         if kind and kind == said and all(re.fullmatch(r"[\d.]+", x) for x in (factor, fitted)):

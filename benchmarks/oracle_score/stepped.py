@@ -1,10 +1,12 @@
-"""Runs of several steps that play an engine: chunks of a prefill, decode steps, windows of drafts of which some are
-rejected. A fault of the catalogue is at work in all steps; one of `step_faults.py` spoils what one step hands on."""
+"""Runs of several steps that play an engine: chunks of a prefill, decode steps, a cached prefix, padding, windows of
+drafts of which some are rejected. A fault of the catalogue is at work in all steps; one of `step_faults.py` spoils what
+one step hands to the next, at a layer, a step and a sequence that are drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from random import Random
 from typing import Any
 
 import torch
@@ -17,8 +19,9 @@ from qwen35_moe.oracle.diagnose.step_faults import STEP_FAULTS, StepFault
 from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.judge.hand_over import Handed
-from qwen35_moe.trace.recorder import record, step_record
+from qwen35_moe.trace.recorder import Recorder, record, step_record
 
+REGIMES = ("chunked", "prefix", "padded", "speculative")
 Handlers = Callable[[Tensor], Sequence[Handler]]  # of the positions of a step
 # A state that is rounded once errs by one rounding of bf16, which is legal: `--state bf16` is a choice, no fault.
 LEGAL_STEPS = ("recurrent state in bf16",)
@@ -26,55 +29,186 @@ LEGAL_STEPS = ("recurrent state in bf16",)
 
 @dataclass(frozen=True)
 class Step:
-    """`size` tokens from `start` on, of which the last `rejected` are drafts that do not count."""
+    """`size` tokens from `start` on. The last `rejected` are drafts that do not count; the last `padded` of the second
+    sequence are padding. An unseen step is not in the dump: it filled the prefix cache."""
 
     start: int
     size: int
     rejected: int = 0
+    padded: int = 0
+    unseen: bool = False
+
+    @property
+    def kept(self) -> int:
+        return self.size - self.rejected
+
+    def mask(self, like_BT: Tensor) -> Tensor | None:
+        mask = torch.ones_like(like_BT)
+        mask[1:, self.size - self.padded :] = 0
+        return mask if self.padded else None
+
+    def real(self, ids_BT: Tensor) -> list[Tensor]:
+        """The sequences that begin with this step, without its padding."""
+        ends = [self.size - self.padded * (b > 0) for b in range(len(ids_BT))]
+        return [torch.cat((row[:end], row[self.size :])) for row, end in zip(ids_BT, ends, strict=True)]
 
 
 def plan(regime: str, tokens: int) -> list[Step]:
-    """The steps of a regime; the fault is planted at the third."""
-    if regime == "chunked":
-        sizes = [tokens // 2, tokens // 4, 1, 1]
-        sizes.append(tokens - sum(sizes))
-        return [Step(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
-    begin, rejected = tokens // 2, (1, 2, 1, 0)
-    steps = [Step(0, begin)]
-    for number in rejected:
-        steps.append(Step(begin, 3, number))
-        begin += 3 - number
-    return [*steps, Step(begin, tokens - begin)]
-
-
-AT = 2  # the step that gets a wrong state
-ROWS = ("k", "v", "conv", "state")
-
-
-def step_faults(regime: str, square: bool) -> list[StepFault]:
-    """Those that a run of this regime can have."""
-    needs = {"", "earlier", "other", "rejected" if regime == "speculative" else "", "square" if square else ""}
-    return [f for f in STEP_FAULTS if f.needs in needs and f.name not in LEGAL_STEPS]
+    """The steps of a regime."""
+    begin = tokens // 2
+    if regime == "speculative":
+        steps = [Step(0, begin)]
+        for number in (1, 2, 1, 0):
+            steps.append(Step(begin, 3, number))
+            begin += 3 - number
+        return [*steps, Step(begin, tokens - begin)]
+    sizes = [begin, tokens // 4, 1, 1]
+    sizes.append(tokens - sum(sizes))
+    steps = [Step(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
+    first = replace(steps[0], padded=3 * (regime == "padded"), unseen=regime == "prefix")
+    return [first, *steps[1:]]
 
 
 @dataclass
 class Planted:
-    """A fault of the steps in one layer."""
+    """A fault of the steps in one layer: at step `at`, or at `each` from there on, in all sequences or in one (`row`).
+    `alike` are the names of all faults that hand over the same."""
 
     fault: StepFault
     layer: int
+    at: int
+    each: bool = False
+    row: int | None = None
+    struck: int = 0  # how many steps got a wrong state
+    alike: set[str] = field(default_factory=lambda: {f.name for f in STEP_FAULTS})
 
-    def spoil(self, cache: Cache, before: Cache, short: Cache, saw_drafts: Cache | None, tokens: int) -> None:
+    @classmethod
+    def drawn(cls, fault: StepFault, steps: Sequence[Step], layers: Sequence[int], seed: object) -> Planted | None:
+        """At a place that the fault can be at; None: there is none."""
+        draw = Random(f"{seed} {fault.name}")
+        before = dict(enumerate(steps[:-1], 1))
+        can = [at for at, step in before.items() if _suits(fault, at, step, steps)]
+        if not can:
+            return None
+        at, padding = draw.choice(can), fault.needs == "padding"
+        each = draw.random() < 0.3 and fault.shift is None and not fault.rows and not padding
+        # Where both of two sequences take the other's state again and again, each gets back its own.
+        rows = (1,) if padding else (0, 1) if each and fault.needs == "other" else (None, 0, 1)
+        layer = draw.choice(layers if fault.shift is None else layers[:1])  # all layers turn by the same positions
+        return cls(fault, layer, at, each, draw.choice(rows))
+
+    def strikes(self, number: int) -> bool:
+        return number == self.at or (number > self.at and (self.each or self.fault.shift is not None))
+
+    def names(self, steps: Sequence[Step]) -> tuple[str, ...]:
+        """What a diagnosis may say."""
+        again = " and each after it" if self.struck > 1 else ""
+        at = self.at - sum(step.unseen for step in steps)
+        names = self.alike if self.fault.change is not None else {self.fault.name}
+        return tuple(f"{name} at step {at}{again}" for name in sorted(names))
+
+    def spoil(self, state: LayerState, handed: Handed) -> None:
         """Change what the layer has of the steps so far."""
-        if self.fault.change is None:
+        found = {f.name: dict(f.change(handed).tensors()) for f in STEP_FAULTS if f.change and self._could(f, handed)}
+        if self.fault.name not in found:  # no drafts were rejected in the step before
             return
-        state = cache.layer(self.layer)
-        other = LayerState(**{name: x.flip(0) for name, x in state.tensors()})
-        ran_on = None if saw_drafts is None else saw_drafts.layer(self.layer)
-        handed = Handed(replace(state), before.layer(self.layer), short.layer(self.layer), tokens, other, ran_on)
-        changed = dict(self.fault.change(handed).tensors())
-        for name in ROWS:
-            setattr(state, name, changed.get(name))
+        self.struck += 1
+        changed = found[self.fault.name]
+        self.alike &= {name for name, other in found.items() if _equal(changed, other)}
+        for name, right in handed.right.tensors():
+            wrong = changed.get(name)
+            if self.row is not None and wrong is not None and wrong.shape == right.shape:
+                mine = (torch.arange(len(right)) == self.row).view(-1, *[1] * (right.dim() - 1))
+                wrong = torch.where(mine, wrong, right)
+            setattr(state, name, wrong)
+
+    def _could(self, fault: StepFault, handed: Handed) -> bool:
+        """Whether a fault could be at work there."""
+        if fault.needs in ("rejected", "padding"):
+            return fault.block == self.fault.block and handed.ran_on is not None and fault.needs == self.fault.needs
+        x = handed.right.state
+        return fault.block == self.fault.block and (fault.needs != "square" or x is None or x.shape[-1] == x.shape[-2])
+
+
+def _suits(fault: StepFault, at: int, before: Step, steps: Sequence[Step]) -> bool:
+    """Whether the fault can be at step `at`, which follows the step `before`."""
+    if before.padded or fault.needs == "padding":
+        return before.padded > 0 and fault.needs == "padding"
+    if steps[0].padded and fault.block == "attn" and fault.change is not None:
+        return False  # the mask of the batch has a column for each row
+    needs = {"rejected": before.rejected > 0, "earlier": at > 1 and not steps[at - 2].unseen}
+    return needs.get(fault.needs, True) and fault.rows < steps[at].start
+
+
+def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in one.items())
+
+
+class Engine:
+    """A model that runs step by step, each step on what the one before left in `cache`."""
+
+    def __init__(self, model: Model, ids_BT: Tensor, handlers: Handlers, planted: Planted | None, recorder: Recorder):
+        self.model, self.ids, self.handlers, self.planted = model, ids_BT, handlers, planted
+        self.recorder = recorder
+        self.cache, self.earlier, self.short = Cache(), Cache(), Cache()
+        self.ran_on: Cache | None = None  # after tokens that do not count, too
+        self.tokens = 0  # of the step before
+        self.lost_B1 = torch.zeros(len(ids_BT), 1, dtype=torch.long)  # padding so far
+        self.shift_B1 = torch.zeros_like(self.lost_B1)  # what the fault adds to positions
+
+    def fed(self, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The tokens, positions and mask of a step."""
+        ids_BT = self.ids[:, step.start : step.start + step.size].clone()
+        ids_BT[:, step.kept :] = (ids_BT[:, step.kept :] + 1) % 251
+        return ids_BT, step.start + torch.arange(step.size) - self.lost_B1, step.mask(ids_BT)
+
+    def _read(self, site: Site, x: Tensor) -> Tensor | None:
+        """What this step's layers read. What an engine keeps of some of its tokens comes from no other run, which might
+        choose other experts."""
+        key = f"step.{self.recorder.step}.{site.key}" if self.recorder.step else site.key
+        seen = self.recorder.trace
+        return seen[key][:, : x.shape[1]].to(x) if site.name == "input_layernorm" and key in seen else None
+
+    def run(self, number: int, step: Step) -> None:
+        """One step."""
+        ids_BT, at_BT, mask_BT = self.fed(step)
+        before = self.cache.clone() if number else Cache()
+        if self.planted is not None and number:
+            self._plant(self.planted, number, at_BT)
+        begun = self.cache.clone() if number else Cache()
+
+        def feed(cache: Cache, count: int, mask_BT: Tensor | None = None) -> Cache:
+            if count:
+                moved_BT = (at_BT + self.shift_B1)[:, :count]
+                with attach(*self.handlers(at_BT[:, :count])):
+                    self.model(ids_BT[:, :count], cache=cache, position_ids=moved_BT, attention_mask=mask_BT)
+            return cache
+
+        feed(self.cache, step.size, mask_BT)
+        self.earlier, self.tokens, self.ran_on = before, step.kept, self.cache if step.rejected else None
+        again = () if step.unseen else (FunctionHandler(self._read, REPLAY),)
+        with attach(*again, instead_of=self.recorder):
+            self.short = feed(begun.clone(), step.kept - 1) if step.kept > 1 else before
+            if step.padded:
+                self.ran_on = feed(begun.clone(), step.size)
+            if step.rejected:
+                self.cache = feed(begun, step.kept)
+        self.lost_B1[1:] += step.padded
+
+    def _plant(self, planted: Planted, number: int, at_BT: Tensor) -> None:
+        fault, state = planted.fault, self.cache.layer(planted.layer)
+        if number == planted.at and fault.shift is not None:
+            rows = enumerate(zip(at_BT[:, 0].tolist(), self.lost_B1.flatten().tolist(), strict=True))
+            shifts = [fault.shift(*one) * (planted.row in (None, b)) for b, one in rows]
+            self.shift_B1 = torch.tensor(shifts)[:, None]
+        elif number == planted.at and fault.needs == "padding" and fault.block == "attn":
+            mixer = self.model.get_submodule(f"layers.{planted.layer}.self_attn")
+            mixer.register_forward_pre_hook(lambda _, given: (*given[:3], None, *given[4:]))  # no mask
+        elif planted.strikes(number) and fault.change is not None:
+            other = LayerState(**{name: x.flip(0) for name, x in state.tensors()})
+            ran_on = None if self.ran_on is None else self.ran_on.layer(planted.layer)
+            earlier, short = (cache.layer(planted.layer) for cache in (self.earlier, self.short))
+            planted.spoil(state, Handed(replace(state), earlier, short, self.tokens, other, ran_on))
 
 
 def run(
@@ -82,47 +216,16 @@ def run(
     handlers: Handlers = lambda _: (), planted: Planted | None = None,
 ) -> Dump:  # fmt: skip
     """Step by step; what a planted shift makes of positions, the dump does not say."""
-    cache, before, short, saw_drafts = Cache(), Cache(), Cache(), None
     with torch.no_grad(), record(taps, meta=dict(meta)) as recorder:
+        engine = Engine(model, ids_BT, handlers, planted, recorder)
         for number, step in enumerate(steps):
-            if number:
+            if step.unseen:
+                with attach(instead_of=recorder):
+                    engine.run(number, step)
+                continue
+            if recorder.meta["steps"]:
                 recorder.next_step()
-            fed = ids_BT[:, step.start : step.start + step.size].clone()
-            kept = step.size - step.rejected
-            fed[:, kept:] = (fed[:, kept:] + 1) % 251
-            positions = (step.start + torch.arange(step.size)).expand_as(fed)
-            recorder.meta["steps"].append(step_record(fed, None, positions, cache))
-            if planted is not None and number == AT:
-                planted.spoil(cache, before, short, saw_drafts, steps[number - 1].size - steps[number - 1].rejected)
-            shift = planted.fault.shift if planted is not None and number >= AT else None
-            moved = positions + (0 if shift is None else shift(steps[AT].start, 0))
-            begun = cache.clone() if number else Cache()
-
-            def again(
-                count: int,
-                step_number: int = number,
-                begun: Cache = begun,
-                fed: Tensor = fed,
-                moved: Tensor = moved,
-                at: Tensor = positions,
-            ) -> Cache:
-                """The cache after the first tokens of this step, of the values that this step's layers read. What an
-                engine keeps of them comes from no other run, which might choose other experts."""
-                found, seen = begun.clone(), recorder.trace
-
-                def read(site: Site, x: Tensor) -> Tensor | None:
-                    key = site.key if not step_number else f"step.{step_number}.{site.key}"
-                    return seen[key][:, : x.shape[1]].to(x) if site.name == "input_layernorm" else None
-
-                if count:
-                    with attach(FunctionHandler(read, REPLAY), *handlers(at[:, :count]), instead_of=recorder):
-                        model(fed[:, :count], cache=found, position_ids=moved[:, :count])
-                return found
-
-            with attach(*handlers(positions)):
-                model(fed, cache=cache, position_ids=moved)
-            if number == AT - 1:
-                before, short = begun, again(kept - 1)
-            saw_drafts = cache if step.rejected else None
-            cache = again(kept) if step.rejected else cache
+            ids, at, mask = engine.fed(step)
+            recorder.meta["steps"].append(step_record(ids, mask, at, engine.cache))
+            engine.run(number, step)
     return from_trace(recorder.trace)

@@ -117,7 +117,7 @@ def draft_chains(
     hidden_BTD: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Sequence[Tensor] | None = None,
-    may_BTT: Tensor | None = None,
+    hand_on: Callable[[int, Tensor], Tensor] = lambda _, hidden_BTD: hidden_BTD,
 ) -> list[Tensor]:
     """At every token of whole sequences, a chain of `len(ids)` drafts. Returns the ids that they started from.
 
@@ -127,18 +127,20 @@ def draft_chains(
     keys up to row t, and those of its own chain: what `draft` computes from row t. Its taps are under part `mtp.K`,
     K = 2, 3, ...
 
-    position_ids: others, one [B, T] a draft; may_BTT: which rows a first draft may see, not later ones in any case.
+    position_ids: other positions, one [B, T] for each draft. hand_on(k, hidden states of draft k): what draft k+1
+    starts from, where that is something else.
     """
     real_BT, first_BT = extend(Cache(), hidden_BTD, attention_mask, None)
     past, used, B, T = LayerState(), list[Tensor](), *hidden_BTD.shape[:2]
     own_BTT = torch.eye(T, dtype=torch.bool, device=hidden_BTD.device).expand(B, T, T)
     sees, likeliest_BT = real_BT, None
-    if may_BTT is not None or len(ids) > 1:
-        sees = torch.ones_like(own_BTT).tril() if may_BTT is None else may_BTT.tril()
+    if len(ids) > 1:
+        sees = torch.ones_like(own_BTT).tril()
         sees = sees if real_BT is None else sees & real_BT[:, None]
     for k, given_BT in enumerate(ids):
         if likeliest_BT is not None and sees is not None:
             given_BT, sees = torch.where(given_BT < 0, likeliest_BT, given_BT), torch.cat((sees, own_BTT), 2)
+            hidden_BTD = hand_on(k, hidden_BTD)
         used.append(given_BT)
         at_BT = first_BT + k if position_ids is None else position_ids[k]
         with arithmetics.using(model.arithmetic), scope(part=f"mtp.{k + 1}" if k else "mtp"):

@@ -6,6 +6,7 @@ import torch
 
 from ...quant.mxfp4 import PackedMXFP4
 from ...quant.packed import Float
+from ..judge.drafted import DraftFault
 from .fault_parts import (
     QK_NORMS,
     QKV,
@@ -194,14 +195,16 @@ DRAFT_FAULTS = (
     Fault("MTP shared expert dropped", "mtp", "the draft's loader lacks the remap", "sglang 35719", scaled(0),
           weight=lambda _, module, w: Float(torch.zeros(w.shape, dtype=torch.bfloat16)) if ".shared_expert." in module
           else w, weights=True),
-    Fault("draft from hidden states before the final norm", "mtp", "the target hands on its stream", "",
-          draft="pre-norm", needs="drafts"),
-    Fault("draft with the embedding of the same token", "mtp", "of token t, not t + 1", "", draft="same token",
-          needs="drafts"),
-    Fault("draft positions one too high after the first step", "mtp", draft="positions high", needs="drafts"),
-    Fault("draft positions one too low after the first step", "mtp", draft="positions low", needs="drafts"),
-    Fault("positions of chained drafts do not move on", "mtp", draft="chain in place", needs="drafts"),
-    Fault("draft cache of the steps before lost", "mtp", draft="cache lost", needs="drafts"),
+    *(Fault(name, "mtp", doc, draft=wrong, needs="drafts") for name, doc, wrong in (
+        ("draft from hidden states before the final norm", "the target hands on its stream", DraftFault("pre-norm")),
+        ("draft with the embedding of the same token", "of token t, not t + 1", DraftFault("same token")),
+        ("positions of chained drafts do not move on", "", DraftFault(chained="in place")),
+        ("chained drafts from the target's hidden states", "stale: the draft before handed on none",
+         DraftFault(chained="target's")),
+        ("chained drafts from the hidden states of the row before", "", DraftFault(chained="row before")),
+        ("chained drafts from hidden states before the draft head's norm", "", DraftFault(chained="pre-norm")),
+        ("chained drafts with the token of the first draft", "", DraftFault(chained="first token")),
+    )),
     Fault("draft weights are zero", "mtp", "never loaded: the layer that the module was made with", "", needs="drafts",
           weight=lambda _, module, w: Float(torch.zeros(w.shape, dtype=torch.bfloat16))),
     Fault("halves of the draft's input swapped", "mtp", "hidden state first, embedding second", "",

@@ -159,17 +159,16 @@ def _candidates(
             suspects = _suspects(case, f"layers.{at}.moe_topk_ids", rerun, seen) if fault.single else [0]
             yield from ((at, fault, expert) for expert in suspects)
     for at, block in places:
-        if at is not None:
-            if block == "mlp":
-                sources = case.work.alignment.dump.sources.get(f"layers.{at}.mlp_output", {})
-                ids, error_T = _ids(case, f"layers.{at}.moe_topk_ids", rerun, seen), case.error.square().sum(1)
-                for fault in faults_of_sums(sources, case.blamed, error_T, ids, rerun.config.num_experts):
-                    yield at, fault, 0
-                for fault in solved(case, rerun, at, seen[0], ids):
-                    yield at, fault, 0
-            best = partial(_best_of, tried)
-            for fault in hypotheses(rerun, at, block, case.work.alignment, bad, best):
+        if at is not None and block == "mlp":
+            sources = case.work.alignment.dump.sources.get(f"layers.{at}.mlp_output", {})
+            ids, error_T = _ids(case, f"layers.{at}.moe_topk_ids", rerun, seen), case.error.square().sum(1)
+            for fault in faults_of_sums(sources, case.blamed, error_T, ids, rerun.config.num_experts):
                 yield at, fault, 0
+            for fault in solved(case, rerun, at, seen[0], ids):
+                yield at, fault, 0
+        if at is not None or block == "mtp":
+            best = partial(_best_of, tried)
+            yield from ((at, fault, 0) for fault in hypotheses(rerun, at, block, case.work.alignment, bad, best))
 
 
 def _best_of(tried: Tried) -> float:

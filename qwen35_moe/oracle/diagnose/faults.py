@@ -19,6 +19,7 @@ from ...numerics.taps import BREAK, OBSERVE, Handler, Site
 from ...quant.packed import Packed
 from ...run.experts import PackedExpert
 from ...run.source import WeightSource
+from ..judge.drafted import RIGHT, DraftFault
 from ..judge.hand_over import HandOver
 from .seen import Seen
 
@@ -82,7 +83,7 @@ class Fault:
     rounds: bool = False
     hand_over: HandOver | None = None
     where: str = ""
-    draft: str = ""
+    draft: DraftFault = RIGHT
     late: bool = False
 
     def handlers(self, place: FaultSite) -> list[Handler]:

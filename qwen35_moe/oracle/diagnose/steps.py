@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,11 +38,19 @@ class Onset:
     before: Cut
 
 
-def cuts_of(alignment: Alignment, real_BT: Tensor) -> dict[int, list[Cut]]:
-    """By sequence, where the steps of a dump begin. A prefix that was cached is a step of its own, -1."""
+def tables_of(alignment: Alignment, part: str) -> dict[int, Tensor]:
+    """step -> [n, 3] row, b, t of the target's steps; of the draft head (`mtp`), those of the first drafts, where the
+    dump has steps of its own for them."""
+    drafts, numbers = alignment.tokens_of.drafts, alignment.dump.drafts
+    own = {step: table for step, table in drafts.items() if numbers.get(step) == 1}
+    return own if part and own else alignment.tokens_of.where
+
+
+def cuts_of(tables: Mapping[int, Tensor], real_BT: Tensor) -> dict[int, list[Cut]]:
+    """By sequence, where steps begin. A prefix that was cached is a step of its own, -1."""
     found: dict[int, dict[int, int]] = {}
     index_BT = real_BT.long().cumsum(1) - 1
-    for step, table in sorted(alignment.tokens_of.where.items()):
+    for step, table in sorted(tables.items()):
         for b in table[:, 1].unique().tolist():
             at = int(index_BT[b, table[table[:, 1] == b, 2]].min())
             found.setdefault(b, {})[at] = step
@@ -82,25 +90,30 @@ def _from(b: int, own: Sequence[Cut], step: int) -> Onset:
 
 
 def hypotheses(
-    rerun: Rerun, layer: int, block: str, alignment: Alignment, bad: Mapping[int, int], explained: Callable[[], float]
-) -> Iterator[Fault]:
-    """Faults of the catalogue, bound to the steps where the error of each sequence begins, or may have begun.
+    rerun: Rerun, layer: int | None, block: str, alignment: Alignment, bad: Mapping[int, int],
+    explained: Callable[[], float],
+) -> Iterator[Fault]:  # fmt: skip
+    """Faults of the catalogue, bound to the steps where the error of each sequence begins, or may have begun. The draft
+    head (layer None) has those of an attention layer.
     explained: the share of the error that the best of those explains that were tried so far."""
-    real_BT = rerun.tokens.mask.bool()
-    cuts = cuts_of(alignment, real_BT)
-    has = "attn" if rerun.config.layer_types[layer] == FULL else "gdn"
-    first, foreign = onsets(cuts, bad) if block == has else [], _Foreign(alignment, layer, real_BT, cuts)
+    real_BT, kinds = rerun.tokens.mask.bool(), rerun.config.layer_types
+    part = "mtp" if block == "mtp" else ""
+    tables = tables_of(alignment, part)
+    cuts = cuts_of(tables, real_BT)
+    has = "attn" if layer is None or kinds[layer] == FULL else "gdn"
+    foreign = _Foreign(rerun, alignment, layer, tables, cuts)
+    first = onsets(cuts, bad) if part or (layer is not None and block == has) else []
     for number, begun in enumerate(earlier(first, cuts)):
         if number and explained() > EXPLAINED:
             return
-        for fault in (f for f in STEP_FAULTS if f.block == block) if begun else ():
+        for fault in (f for f in STEP_FAULTS if f.block == has) if begun else ():
             for name, plan, kind in _plans(fault, begun, foreign, rerun, cuts):
                 step, at = begun[0].cuts[0].step, begun[0].cuts[0].at
                 column = int(real_BT[begun[0].b].nonzero()[at])
                 whose = "" if len(real_BT) == 1 else f"sequence {begun[0].b}, "
                 more = f"; {len(begun)} sequences" if len(begun) > 1 else ""
-                yield Fault(f"{name} at step {step}{kind}", block, seen=fault.seen, hand_over=plan,
-                            where=f"{whose}token {column} on{more}")  # fmt: skip
+                said = f"{'draft head: ' * bool(part)}{name} at step {step}{kind}"
+                yield Fault(said, block, seen=fault.seen, hand_over=plan, where=f"{whose}token {column} on{more}")
 
 
 def _plans(
@@ -132,45 +145,61 @@ def _plans(
             yield fault.name, plan, kind
             continue
         for number in range(1, min(len(cuts), OTHER_SEQUENCES + 1)):
-            other = {o.b: found for o in begun if (found := _other(o, cuts, number, rerun.tokens.mask))}
-            if len(other) == len(begun) and all(fault.rows < min(o.cuts[0].at, other[o.b][1]) for o in begun):
-                yield f"{fault.name} ({other[begun[0].b][0]})", _with_other(plan, other), kind
+            other = _others(plan.broken, cuts, number, rerun.tokens.mask)
+            if other and all(fault.rows < min(at, other[b, at][1]) for b, at in other):
+                whose = other[begun[0].b, begun[0].cuts[0].at][0]
+                yield f"{fault.name} ({whose})", replace(plan, other=other), kind
 
 
-def _other(onset: Onset, cuts: Mapping[int, Sequence[Cut]], number: int, mask_BT: Tensor) -> tuple[int, int] | None:
-    """The number-th other sequence, and how many of its tokens had been run before the step; None: none."""
-    b = sorted(cuts)[(sorted(cuts).index(onset.b) + number) % len(cuts)]
-    later = [cut.at for cut in cuts[b] if cut.step >= onset.cuts[0].step]
-    count = min(later, default=int(mask_BT[b].sum()))
-    return (b, count) if count else None
-
-
-def _with_other(plan: HandOver, other: Mapping[int, tuple[int, int]]) -> HandOver:
-    return HandOver(plan.broken, plan.earlier, plan.change, plan.shift, other, plan.foreign, plan.padding)
+def _others(
+    broken: Mapping[int, Sequence[int]], cuts: Mapping[int, Sequence[Cut]], number: int, mask_BT: Tensor
+) -> dict[tuple[int, int], tuple[int, int]]:
+    """`HandOver.other` with the number-th sequence after each; empty where one of them had not begun."""
+    found, order = {}, sorted(cuts)
+    for b, starts in broken.items():
+        other, step_of = order[(order.index(b) + number) % len(order)], {cut.at: cut.step for cut in cuts[b]}
+        for at in starts:
+            later = [cut.at for cut in cuts[other] if cut.step >= step_of[at]]
+            found[b, at] = (other, min(later, default=int(mask_BT[other].sum())))
+    return found if all(count for _, count in found.values()) else {}
 
 
 class _Foreign:
-    """Rows of a dump that are no tokens of the truth, beside those that are: rejected drafts, padding."""
+    """Rows of a dump that are no tokens of the truth, beside those that are: rejected drafts, padding. The draft head
+    (layer None) has rows of further drafts, which it drops when the next step begins."""
 
-    def __init__(self, alignment: Alignment, layer: int, real_BT: Tensor, cuts: Mapping[int, Sequence[Cut]]):
-        self.alignment, self.layer, self.real, self.cuts = alignment, layer, real_BT, cuts
+    def __init__(
+        self, rerun: Rerun, alignment: Alignment, layer: int | None, tables: Mapping[int, Tensor],
+        cuts: Mapping[int, Sequence[Cut]],
+    ):  # fmt: skip
+        self.rerun, self.alignment, self.layer, self.tables, self.cuts = rerun, alignment, layer, tables, cuts
 
     def added(self, plan: HandOver, needs: str) -> HandOver:
         found: dict[tuple[int, int], Foreign] = {}
         padding: dict[int, int] = {}
         for b, broken in plan.broken.items():
             for at in broken:
-                step, rows = self._rows(b, at, needs)
-                if rows and (x := self._read(step, rows)) is not None:
-                    found[b, at], padding[b] = x, len(rows)
-        return HandOver(plan.broken, plan.earlier, plan.change, plan.shift, {}, found, padding)
+                x = (self._chain(b, at) if needs == "rejected" else None) if self.layer is None else (
+                    self._read(*self._rows(b, at, needs)))  # fmt: skip
+                if x is not None:
+                    found[b, at], padding[b] = x, len(x.x)
+        return replace(plan, foreign=found, padding=padding)
+
+    def _chain(self, b: int, at: int) -> Foreign | None:
+        """What the attention of the further drafts read that started from the token before."""
+        columns = self.rerun.tokens.mask[b].nonzero().flatten()
+        row = b * self.rerun.tokens.mask.shape[1] + int(columns[at - 1])
+        keys = [f"mtp.{k}.layers.0.input_layernorm" for k in range(2, len(self.rerun.tokens.drafts) + 1)]
+        whole = [self.rerun.captured.whole(key, self.rerun.tokens.count) for key in keys if at]
+        rows = [x[row] for x in whole if x is not None and x[row].isfinite().all()]
+        return Foreign(torch.stack(rows), True) if rows else None
 
     def _rows(self, b: int, at: int, needs: str) -> tuple[int, list[int]]:
         """Rows of the step before, after this sequence's own; of the first step, those before them."""
         own = self.cuts[b]
         number = next(i for i, cut in enumerate(own) if cut.at == at)
         step = own[number - 1].step if number else own[0].step
-        table, tokens = self.alignment.tokens_of.where.get(step), self.alignment.dump.tokens.get(step)
+        table, tokens = self.tables.get(step), self.alignment.dump.tokens.get(step)
         if table is None or tokens is None:
             return step, []
         mine, all_rows = table[table[:, 1] == b, 0], set(table[:, 0].tolist())
@@ -188,9 +217,10 @@ class _Foreign:
         return step, rows if pads == (needs == "padding") else []
 
     def _read(self, step: int, rows: list[int]) -> Foreign | None:
+        """What a layer's mixer read in these rows."""
         for name, normed in (("input_layernorm", True), ("layer_input", False)):
             key = f"layers.{self.layer}.{name}"
-            if step in self.alignment.dump.sources.get(key, {}):
+            if rows and step in self.alignment.dump.sources.get(key, {}):
                 try:
                     return Foreign(self.alignment.dump.read(key, step)[torch.tensor(rows)], normed)
                 except (Qwen35Error, IndexError):

@@ -63,7 +63,7 @@ class HandOver:
 
     broken   sequence -> where the steps begin that get a wrong state
     earlier  sequence -> where the step before the first of those begins
-    other    sequence -> (another sequence, how many of its tokens had been run)
+    other    (sequence, index) -> (another sequence, how many of its tokens had been run before that step)
     foreign  (sequence, index) -> rows that ran before that step
     padding  sequence -> how many padded tokens stand before it
     """
@@ -72,7 +72,7 @@ class HandOver:
     earlier: Mapping[int, int]
     change: HandOverChange | None = None
     shift: Shift | None = None
-    other: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    other: Mapping[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     foreign: Mapping[tuple[int, int], Foreign] = field(default_factory=dict)
     padding: Mapping[int, int] = field(default_factory=dict)
 
@@ -96,10 +96,13 @@ class _Stepped(nn.Module):
     def __init__(self, layer: Layer, mixer: nn.Module, plan: HandOver, restart: Restart, tokens: Any, config: Config):
         super().__init__()
         self.layer, self.mixer, self.plan, self.restart = [layer], [mixer], plan, restart  # in lists: no submodules
-        self.tokens, self.config = tokens, config
+        self.tokens, self.config, self.done = tokens, config, False
 
     def forward(self, x_BTD: Tensor, *rest: Any) -> Tensor:
         y_BTD = self.mixer[0](x_BTD, *rest)
+        if self.done:  # a further draft of a chain
+            return y_BTD
+        self.done = True
         seen, key = self.restart.seen, ""
         for b in self.plan.broken:
             columns = self.tokens.mask[b].nonzero().flatten()
@@ -126,7 +129,6 @@ class _Stepped(nn.Module):
         state, short, first = LayerState(), LayerState(), broken[0]
         snapshots = {0: LayerState()}
         cuts = sorted({0, plan.earlier.get(b, 0), *(n for at in broken for n in (at - 1, at) if n >= 0), len(columns)})
-        other = self._other(b, x_BTD)
         shift = 0
         for start, stop in zip(cuts, cuts[1:], strict=False):
             snapshots[start], short = replace(state), snapshots.get(start - 1, LayerState())
@@ -135,24 +137,26 @@ class _Stepped(nn.Module):
             if start in broken and plan.change is not None:
                 before = broken[broken.index(start) - 1] if start != first else plan.earlier.get(b, 0)
                 ran_on = self._ran_on(b, start, columns, state)
+                other = self._other(b, start, x_BTD)
                 handed = Handed(replace(state), snapshots[before], short, start - before, other, ran_on)
                 state = replace(plan.change(handed))
             with attach(collect, instead_of=self.restart):
                 self._run(b, columns[start:stop], x_BTD[b : b + 1, columns[start:stop]], state, shift)
 
-    def _other(self, b: int, x_BTD: Tensor) -> LayerState | None:
-        if b not in self.plan.other:
+    def _other(self, b: int, at: int, x_BTD: Tensor) -> LayerState | None:
+        if (b, at) not in self.plan.other:
             return None
-        other, count = self.plan.other[b]
+        other, count = self.plan.other[b, at]
         columns, state = self.tokens.mask[other].nonzero().flatten()[:count], LayerState()
         with attach(instead_of=self.restart):
             self._run(other, columns, x_BTD[other : other + 1, columns], state)
         return state
 
-    def _ran_on(self, b: int, at: int, columns: Tensor, state: LayerState) -> LayerState | None:
+    def _ran_on(self, b: int, at: int, columns: Tensor, state: LayerState) -> LayerState:
+        """The state after the foreign rows before a step, too; the right state where there are none."""
         foreign = self.plan.foreign.get((b, at))
         if foreign is None:
-            return None
+            return replace(state)
         state, first = replace(state), self._position(b, columns[at - 1]) + 1 if at else 0
         weight = next(self.mixer[0].parameters())
         x_TD = foreign.x.to(weight.device)
@@ -178,9 +182,10 @@ class _Stepped(nn.Module):
 
 
 @contextmanager
-def stepped(layer: Layer, plan: HandOver | None, restart: Restart, tokens: Any, config: Config) -> Iterator[None]:
-    """A context in which the layer's mixer runs by a plan. The values at its taps are in `restart.seen`."""
-    if plan is None:
+def stepped(layer: Any, plan: HandOver | None, restart: Restart, tokens: Any, config: Config) -> Iterator[None]:
+    """A context in which the mixer of the layer (a `Layer`) runs by a plan. The values at its taps are in
+    `restart.seen`."""
+    if plan is None or layer is None:
         yield
         return
     name = "self_attn" if layer.kind == FULL else "linear_attn"

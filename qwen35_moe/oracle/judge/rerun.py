@@ -123,9 +123,8 @@ class Rerun:
             return self._begin(self.models[like], table, fault.handlers(place))[1]
         if fault.block == "mtp":
             given, handlers = self._drafting(source), fault.handlers(place)
-            return {} if given is None else drafted(
-                given, self.models[like], self.streams[like], table, handlers, fault.draft
-            )  # fmt: skip
+            start = self.models[like], self.streams[like], table
+            return {} if given is None else drafted(given, *start, handlers, fault.draft, fault.hand_over)
         if i is None:
             model = build(source, table, self.fused, self.device("norm"), "stream")
             return self.head(model, self.streams[like], fault.handlers(place))
@@ -171,11 +170,7 @@ class Rerun:
 
     def _drafting(self, source: WeightSource) -> Drafting | None:
         """What the draft head starts from; None where the truth has none."""
-        t = self.tokens
-        if not t.drafts:
-            return None
-        steps = torch.zeros_like(t.ids) if t.steps is None else t.steps
-        return Drafting(t.ids, t.drafts, t.mask, steps, self.captured, source, self.device("norm"))
+        return Drafting(self.tokens, self.captured, source, self.device("norm")) if self.tokens.drafts else None
 
     def _begin(
         self, model: Model, table: Arithmetic, handlers: Sequence[Handler] = ()
