@@ -38,7 +38,7 @@ CLEAN = ("tiny", "tiny-drawn-fp8", "tiny-flat", "tiny-fp8", "tiny-inner-prefix",
 FAULTY = {
     # Quark leaves a draft that it does not convert in BF16, and out of its list
     **dict.fromkeys((f"tiny-{n}" for n in ("mxfp4", "moe-mxfp4", "mxfp4-attnfp8", "drawn-mxfp4", "compressed-tensors")),
-                    {("experts", "takes mtp.layers.0.mlp.experts.0.gate_proj for mxfp4, it is bf16")}),
+                    {("experts", "takes mtp.layers.0.mlp.experts.0.gate_proj for mxfp4, but it is bf16")}),
     # SGLang's gate does not look at FP8 lists
     "tiny-fp8-experts": {("experts", "bf16 bytes would be read as fp8-block")},
     "tiny-odd": {("special-id", "is no row of an embedding of 193")},

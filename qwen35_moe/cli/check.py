@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     for finding in found:
         print(finding)
     errors = sum(finding.level == "error" for finding in found)
-    print(f"{args.checkpoint}: {errors} errors, {sum(f.level == 'warning' for f in found)} warnings")
+    print(f"{args.checkpoint}: errors: {errors}, warnings: {sum(f.level == 'warning' for f in found)}")
     return 1 if errors else 0
 
 

@@ -16,7 +16,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
         "--device-map", metavar="MAP", help="spread the layers over all GPUs, CPU memory and disk, by accelerate: "
-        'auto, balanced, balanced_low_0 or sequential, or a JSON file as {"": "cpu", "layers.3": "disk"}',
+        'auto, balanced, balanced_low_0 or sequential, or a JSON file such as {"": "cpu", "layers.3": "disk"}',
     )  # fmt: skip
     parser.add_argument(
         "--max-memory", metavar="0=20GB,cpu=30GB", help="memory that --device-map may use on each device"

@@ -54,8 +54,8 @@ from .truth import names_in, open_checkpoint, weights_of, write_truth
 STORED = "the arithmetics that its envelope was made of"
 # Of 61 faults of one layer of a model in bf16, 15 are beyond what bf16 makes of its log p; in float32, all (fixture).
 ONLY_LOGITS = (
-    "nothing but the logits was compared: what one layer does wrong may hide in what rounding makes by then; "
-    "dump the layers, or say --engine float32 of an engine that computes in it"
+    "only the logits were compared: the fault of one layer may hide in the rounding of later ones; "
+    "dump the layers, or give --engine float32 if the engine computes in float32"
 )
 
 
@@ -213,7 +213,7 @@ def _compare(truth: Trace, dump: Dump, source: WeightSource | None, options: Com
             what, do = "a declared cache needs the checkpoint", "give the checkpoint, too"
             raise Qwen35Error(what, where=options.kv_cache or options.state, do=do)
         result.members = (STORED,)
-        result.notes.append("without the checkpoint: errors are inherited from all layers before, nothing is diagnosed")
+        result.notes.append("without the checkpoint, only inherited errors are known, and nothing is diagnosed")
     stored = stored_envelope(truth)
     if source is not None and function is not table and stored:  # the truth is of another function
         stored = {}

@@ -207,7 +207,7 @@ class Matching:
             notes.append(f"{strange} runs of other tokens left out (warm-up or other requests)")
         drafts = len(self.dump.drafts)
         if drafts:
-            notes.append(f"speculative: {drafts} steps of the draft head were told apart from the target's; "
+            notes.append(f"speculative: {drafts} steps are those of the draft head; "
                          f"{self.rejected + self.beyond} drafted tokens were rejected, and not compared")  # fmt: skip
         elif self.rejected:
             notes.append(f"{self.rejected} tokens after the last right one of their run were not compared: rejected "

@@ -58,8 +58,9 @@ def conclude(work: Judgement, stored: Mapping[str, Tensor], layers: Sequence[int
     if some := [r for r in work.result.records if r.excluded]:
         most = max(some, key=lambda r: r.excluded)
         work.result.notes.append(
-            f"up to {most.excluded} of {most.excluded + most.rows} rows of {len(some)} taps were not judged, where "
-            "experts may legally be others; with moe_topk_ids in the dump, and the checkpoint, all are"
+            f"up to {most.excluded} of {most.excluded + most.rows} rows of {len(some)} taps were not judged, "
+            "since their experts may legally differ; all rows are judged if the dump has moe_topk_ids and the "
+            "checkpoint is given"
         )
     with noted(work.result, "which drafts were accepted could not be said", counts=False):
         work.result.acceptance = acceptance(work.alignment)
