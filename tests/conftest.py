@@ -100,3 +100,20 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     root = tmp_path_factory.mktemp("weights")
     return cache(lambda recipe: build(recipe, root / recipe))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """small("tiny") is that recipe with one layer of each kind and six experts; small("tiny", 4) has all layers.
+
+    For tests in which neither number matters: an oracle that runs layers again takes a third of the time, or two.
+    """
+    from weights.build import build
+
+    root = tmp_path_factory.mktemp("small")
+
+    def of(recipe: str, layers: int = 2) -> Path:
+        kinds = ["linear_attention"] * (layers - 1) + ["full_attention"]
+        return build(recipe, root / f"{recipe}-{layers}", text_config={"layer_types": kinds, "num_experts": 6})
+
+    return cache(of)

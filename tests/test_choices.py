@@ -38,8 +38,8 @@ def _engine(path: Path, table: Arithmetic, handlers: tuple[Handler, ...] = ()) -
 
 
 @pytest.fixture(scope="module")
-def truth(built: Callable[[str], Path]) -> Trace:
-    return trace(load(built("tiny"), "exact", "unfused", text_only=True), IDS, taps=DUMPED)
+def truth(small: Callable[..., Path]) -> Trace:
+    return trace(load(small("tiny"), "exact", "unfused", text_only=True), IDS, taps=DUMPED)
 
 
 def _reads_its_own_step_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,15 +56,15 @@ def _reads_its_own_step_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("own_step", [True, False])
 def test_an_fp8_kv_cache_is_named_and_can_be_declared(
-    built: Callable[[str], Path], truth: Trace, own_step: bool, monkeypatch: pytest.MonkeyPatch
+    small: Callable[..., Path], truth: Trace, own_step: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if own_step:
-        dump = _engine(built("tiny"), with_choices(SGLANG_BF16, kv_cache="fp8_e4m3"))
+        dump = _engine(small("tiny"), with_choices(SGLANG_BF16, kv_cache="fp8_e4m3"))
     else:
         with monkeypatch.context() as patched:
             _reads_its_own_step_as_it_is(patched)
-            dump = _engine(built("tiny"), SGLANG_BF16)
-    source = open_checkpoint(built("tiny"))[1].source
+            dump = _engine(small("tiny"), SGLANG_BF16)
+    source = open_checkpoint(small("tiny"))[1].source
     undeclared = compare(truth, dump, source, diagnoses=1)
     assert undeclared.exit_code == 1 and undeclared.first is not None and undeclared.first.block == "attn"
     name = "undeclared FP8 KV cache" + ", read in its own step, too" * own_step
@@ -74,35 +74,35 @@ def test_an_fp8_kv_cache_is_named_and_can_be_declared(
     assert "sglang-bf16/kv-fp8_e4m3" in declared.members
 
 
-def test_a_fault_is_found_beside_a_declared_cache(built: Callable[[str], Path], truth: Trace) -> None:
-    source = open_checkpoint(built("tiny"))[1].source
+def test_a_fault_is_found_beside_a_declared_cache(small: Callable[..., Path], truth: Trace) -> None:
+    source = open_checkpoint(small("tiny"))[1].source
     fault = next(f for f in FAULTS if f.name == "output gate ignored")
-    place = FaultSite(source.config, truth.positions, frozenset({3}))
-    dump = _engine(built("tiny"), with_choices(SGLANG_BF16, kv_cache="fp8_e4m3"), tuple(fault.handlers(place)))
+    place = FaultSite(source.config, truth.positions, frozenset({1}))
+    dump = _engine(small("tiny"), with_choices(SGLANG_BF16, kv_cache="fp8_e4m3"), tuple(fault.handlers(place)))
     result = compare(truth, dump, source, diagnoses=1, kv_cache="fp8_e4m3")
     assert result.exit_code == 1 and result.diagnoses[0].name == fault.name, result.verdict
 
 
-def test_a_state_in_bf16_can_be_declared(built: Callable[[str], Path], truth: Trace) -> None:
-    source = open_checkpoint(built("tiny"))[1].source
-    dump = _engine(built("tiny"), with_choices(SGLANG_BF16, state="bf16"))
+def test_a_state_in_bf16_can_be_declared(small: Callable[..., Path], truth: Trace) -> None:
+    source = open_checkpoint(small("tiny"))[1].source
+    dump = _engine(small("tiny"), with_choices(SGLANG_BF16, state="bf16"))
     undeclared = compare(truth, dump, source, diagnoses=1)
     assert undeclared.exit_code == 1 and undeclared.diagnoses[0].name == "state in bf16"
     assert compare(truth, dump, source, state="bf16").exit_code == 0
 
 
-def test_what_is_no_cache(built: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_cache(small: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert (scale_of("fp8_e4m3"), scale_of("fp8_e4m3:0.25")) == (1.0, 0.25)
     for text in ("fp8", "fp8_e4m3:0", "fp8_e4m3:x", "fp8_e5m2:1"):
         with pytest.raises(Qwen35Error, match="unknown cache"):
             scale_of(text)
     with pytest.raises(SystemExit):
-        main(["diagnose", str(built("tiny")), "dump", "--state", "fp8"])
+        main(["diagnose", str(small("tiny")), "dump", "--state", "fp8"])
     assert "--state" in capsys.readouterr().err
 
 
-def test_vllm_keeps_beta_in_decode_steps_alone(built: Callable[[str], Path]) -> None:
-    run = trace(load(built("tiny"), VLLM_BF16, "unfused", text_only=True), IDS[:, :9], chunks=(8, 1), cache=Cache())
+def test_vllm_keeps_beta_in_decode_steps_alone(small: Callable[..., Path]) -> None:
+    run = trace(load(small("tiny"), VLLM_BF16, "unfused", text_only=True), IDS[:, :9], chunks=(8, 1), cache=Cache())
     prefill, step = run["layers.0.gdn_beta"], run["step.1.layers.0.gdn_beta"]
     assert prefill.dtype == torch.bfloat16 and step.dtype == torch.float32
     assert not torch.equal(step, step.to(torch.bfloat16).float())

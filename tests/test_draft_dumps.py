@@ -30,11 +30,11 @@ IDS = torch.arange(20)[None] * 7919 % 251
 
 
 @pytest.fixture(scope="module")
-def truth(built: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Trace:
+def truth(small: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Trace:
     out = str(tmp_path_factory.mktemp("truth") / "trace")
     ids = ",".join(map(str, IDS[0].tolist()))
     assert (
-        cli.main(["trace", str(built("tiny")), "--ids", ids, "--drafts", "3", "--no-envelope", "--quiet", "--out", out])
+        cli.main(["trace", str(small("tiny")), "--ids", ids, "--drafts", "3", "--no-envelope", "--quiet", "--out", out])
         == 0
     )
     return Trace.open(out)
@@ -42,9 +42,9 @@ def truth(built: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.parametrize("taps", ["mtp_*", "mtp.layers.0.*", "final_norm,mtp_fc", "vis_*"])
 def test_taps_of_parts_that_do_not_run_are_refused(
-    built: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], taps: str
+    small: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], taps: str
 ) -> None:
-    assert cli.main(["trace", str(built("tiny")), "--ids", "1,2", "--taps", taps, "--out", str(tmp_path / "t")]) == 2
+    assert cli.main(["trace", str(small("tiny")), "--ids", "1,2", "--taps", taps, "--out", str(tmp_path / "t")]) == 2
     assert "no tap that was asked for would be met" in capsys.readouterr().err
     assert not (tmp_path / "t" / "trace.json").exists()
 
@@ -55,7 +55,7 @@ def engine(path: Path, truth: Trace, how: str = "") -> Dump:
     assert model.mtp is not None and len(more) == 2
 
     def keep(site: Site, x: Tensor) -> None:
-        if site.key == "layers.3.layer_output_sum":
+        if site.key == "layers.1.layer_output_sum":
             stream.append(x)
 
     if how in SHIFTS:
@@ -99,8 +99,8 @@ def stepped_engine(model: q.Model, next_ids: Tensor, how: str) -> Dump:
 
 
 @pytest.mark.parametrize("how", ["", "in steps"])
-def test_a_right_draft_head_agrees(built: Callable[[str], Path], truth: Trace, how: str) -> None:
-    found = compare(truth, engine(built("tiny"), truth, how))
+def test_a_right_draft_head_agrees(small: Callable[..., Path], truth: Trace, how: str) -> None:
+    found = compare(truth, engine(small("tiny"), truth, how))
     assert found.exit_code == 0, found.verdict
     for part in ("mtp",) if how else ("mtp", "mtp.2", "mtp.3"):
         assert sum(part_of(r.key) == part and r.added is not None for r in found.records) > (10 if how else 30)
@@ -122,8 +122,8 @@ def test_a_right_draft_head_agrees(built: Callable[[str], Path], truth: Trace, h
         ("cache lost", "draft head: KV not handed over at step 1"),
     ],
 )
-def test_faults_of_the_draft_head_are_named(built: Callable[[str], Path], truth: Trace, how: str, name: str) -> None:
-    found = compare(truth, engine(built("tiny"), truth, how), diagnoses=1)
+def test_faults_of_the_draft_head_are_named(small: Callable[..., Path], truth: Trace, how: str, name: str) -> None:
+    found = compare(truth, engine(small("tiny"), truth, how), diagnoses=1)
     assert found.exit_code == 1 and found.first is not None and found.first.block == "mtp", found.verdict
     assert found.diagnoses[0].name == name, str(found.diagnoses[0])
 

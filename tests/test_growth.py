@@ -22,8 +22,8 @@ IDS = torch.arange(300)[None] * 7919 % 251
 TAPS = "layer_input,final_norm"
 
 
-def test_an_error_that_grows_is_told(built: Callable[[str], Path]) -> None:
-    truth = q.trace(q.load(built("tiny"), text_only=True), IDS, taps=TAPS)
+def test_an_error_that_grows_is_told(small: Callable[..., Path]) -> None:
+    truth = q.trace(q.load(small("tiny"), text_only=True), IDS, taps=TAPS)
     off = dict(truth)
     off["final_norm"] = truth["final_norm"] * (1 + 1e-4 * torch.arange(300)[None, :, None])
     dump = from_trace(Trace(truth.sites, truth.meta, memory=off))
@@ -32,20 +32,20 @@ def test_an_error_that_grows_is_told(built: Callable[[str], Path]) -> None:
     assert len(re.findall(r"\d+-\d+: ", said)) == 6 and said.endswith("250-299: 0.027")
 
 
-def test_short_sequences_are_not_cut(built: Callable[[str], Path]) -> None:
-    truth = q.trace(q.load(built("tiny"), text_only=True), IDS[:, :100], taps=TAPS)
+def test_short_sequences_are_not_cut(small: Callable[..., Path]) -> None:
+    truth = q.trace(q.load(small("tiny"), text_only=True), IDS[:, :100], taps=TAPS)
     assert growth(align(from_trace(truth), truth)) == []
 
 
-def test_a_wrong_base_of_the_angles_grows_in_the_first_wrong_tap(built: Callable[[str], Path]) -> None:
+def test_a_wrong_base_of_the_angles_grows_in_the_first_wrong_tap(small: Callable[..., Path]) -> None:
     """The stream after it shows no more than roundings: an angle is wrong by more, the further on a token stands."""
-    source = open_checkpoint(built("tiny"))[1].source
-    truth = q.trace(q.load(built("tiny"), text_only=True), IDS, taps=f"{TAPS},attn_q,moe_topk_ids")
-    engine = q.load(built("tiny"), "sglang-bf16", text_only=True)
+    source = open_checkpoint(small("tiny"))[1].source
+    truth = q.trace(q.load(small("tiny"), text_only=True), IDS, taps=f"{TAPS},attn_q,moe_topk_ids")
+    engine = q.load(small("tiny"), "sglang-bf16", text_only=True)
     fault = next(f for f in FAULTS if f.name == "rotary theta 10000")
     handlers = fault.handlers(FaultSite(source.config, truth.positions))
     run = q.trace(engine, IDS, taps=f"{TAPS},attn_q,moe_topk_ids", replay=handlers)
     notes = [note for note in compare(truth, from_trace(run), source).notes if "along the sequence" in note]
-    assert len(notes) == 2 and "layers.3.attn_q" in notes[1]
+    assert len(notes) == 2 and "layers.1.attn_q" in notes[1]
     parts = [float(x) for x in re.findall(r"\d+-\d+: ([\d.e-]+)", notes[1])]
     assert parts[-1] > 3 * parts[0], notes

@@ -11,7 +11,6 @@ import torch
 from benchmarks.oracle_score import mutants
 from benchmarks.oracle_score.mutants import Bench
 from benchmarks.oracle_score.variants import SMALL, UNLISTED, UNSEEN, Variant, variants
-from qwen35_moe.cli.demo import planted_failure
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.faults import Fault
 from qwen35_moe.oracle.diagnose.step_faults import STEP_FAULTS
@@ -28,8 +27,8 @@ CHOSEN = (
 
 
 @pytest.fixture(scope="module")
-def benches(built: Callable[[str], Path]) -> dict[str, Bench]:
-    source = open_checkpoint(built("tiny-mxfp4"))[1].source
+def benches(small: Callable[[str], Path]) -> dict[str, Bench]:
+    source = open_checkpoint(small("tiny-mxfp4"))[1].source
     return {regime: Bench(source, regime, IDS) for regime in mutants.REGIMES[:2]}
 
 
@@ -75,9 +74,9 @@ def test_clean_variant_passes(benches: dict[str, Bench], variant: Variant) -> No
     assert found.found, found
 
 
-def test_w4a4_engine(built: Callable[[str], Path]) -> None:
+def test_w4a4_engine(small: Callable[[str], Path]) -> None:
     """The right rule of the activations' scales passes, another one is found and named."""
-    bench = Bench(open_checkpoint(built("tiny-mxfp4"))[1].source, "gate 0.5", IDS, "+a4-round-up")
+    bench = Bench(open_checkpoint(small("tiny-mxfp4"))[1].source, "gate 0.5", IDS, "+a4-round-up")
     for variant in variants("+a4-round-up", IDS.shape[1]):
         assert bench.clean(variant).found, variant.name
     for fault in [f for f in FAULTS if f.needs == "a4"]:
@@ -85,16 +84,9 @@ def test_w4a4_engine(built: Callable[[str], Path]) -> None:
         assert found.found and found.named_right, found
 
 
-def test_demo_finds_the_planted_failure(
-    built: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert planted_failure(built("tiny-mxfp4"), tmp_path)
-    assert "sglang 22948" in capsys.readouterr().out and (tmp_path / "report.html").is_file()
-
-
-def test_a_shared_expert_of_another_width_is_never_taken_for_a_slot(built: Callable[[str], Path]) -> None:
+def test_a_shared_expert_of_another_width_is_never_taken_for_a_slot(small: Callable[[str], Path]) -> None:
     """tiny-odd's is 22 wide, its routed experts 18: what strikes a fused slot is neither planted nor tried."""
-    bench = Bench(open_checkpoint(built("tiny-odd"))[1].source, "gate 0.5", IDS % 193)
+    bench = Bench(open_checkpoint(small("tiny-odd"))[1].source, "gate 0.5", IDS % 193)
     fault = next(f for f in FAULTS if f.fused)
     assert not fault.applies(bench.source, 0, False)
     twice = next(f for f in FAULTS if f.name == "shared expert counted twice")

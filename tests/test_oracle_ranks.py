@@ -42,8 +42,8 @@ def in_bf16(values: Iterator[Value]) -> Iterator[Value]:
 
 
 @pytest.fixture(scope="module")
-def case(built: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
-    path, folder = built("tiny"), tmp_path_factory.mktemp("ranks")
+def case(small: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
+    path, folder = small("tiny"), tmp_path_factory.mktemp("ranks")
     (folder / "ids.json").write_text(json.dumps(SEQUENCES))
     common = ["--ids", str(folder / "ids.json"), "--out", str(folder / "truth"), "--quiet"]
     assert main(["trace", str(path), *common]) == 0
@@ -75,11 +75,11 @@ def test_one_faulty_rank_is_found(
 
 
 class FaultyQueries(Engine):
-    """Rank 1 has the rows of its query, key and value projections in another order, in layer 3."""
+    """Rank 1 has the rows of its query, key and value projections in another order, in layer 1."""
 
     def values(self, steps: list[list[tuple[int, int, int]]]) -> Iterator[Value]:
         for value in super().values(steps):
-            if value.rank == 1 and value.name.endswith("layers.3.qkv_proj.output"):
+            if value.rank == 1 and value.name.endswith("layers.1.qkv_proj.output"):
                 value.x = value.x.roll(1, -1)
             yield value
 
@@ -91,7 +91,7 @@ def test_a_faulty_rank_is_named_where_it_has_columns_of_its_own(
     write_dumper(tmp_path / "dump", in_bf16(FaultyQueries(model, SEQUENCES, 2).values(STEPS)), 2)
     assert main(["compare", str(truth), str(tmp_path / "dump")]) == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert "first at layer 3, attn" in said and "rows beyond the limit, in columns of rank 1 only" in said
+    assert "first at layer 1, attn" in said and "rows beyond the limit, in columns of rank 1 only" in said
 
 
 def test_wrong_columns() -> None:

@@ -29,7 +29,7 @@ from qwen35_moe.trace.recorder import record, step_record
 
 IDS = torch.stack([torch.arange(36) * 7919 % 251, torch.arange(36) * 6151 % 241])
 STEPS = (20, 9, 1, 1, 5)  # chunks of a prefill, two decode steps, a window of drafts
-GDN, ATTN = 1, 3
+GDN, ATTN = 0, 1
 Plant = Callable[[int, Cache, Cache], None]  # (step, cache, the cache of one step before)
 
 
@@ -63,8 +63,8 @@ class Setting:
 
 
 @pytest.fixture(scope="module")
-def tiny(built: Callable[[str], Path]) -> Setting:
-    return Setting(built("tiny"))
+def tiny(small: Callable[..., Path]) -> Setting:
+    return Setting(small("tiny"))
 
 
 def in_layer(
