@@ -57,8 +57,9 @@ class Checkpoint:
         for name, stored in self.tensors.items():
             module, role = split_role(name)
             self.modules.setdefault(module, {})[role] = stored
+        for module, roles in self.modules.items():
             if match := EXPERT_MODULE.fullmatch(module):
-                self._expert_names.setdefault(match["prefix"], []).append(name)
+                self._expert_names.setdefault(match["prefix"], []).extend(stored.name for stored in roles.values())
                 if match["expert"]:
                     self._expert_ids.setdefault(match["prefix"], set()).add(int(match["expert"]))
 

@@ -128,7 +128,8 @@ def _entry(entry: Any, file: Path, name: str, start: int) -> tuple[str, tuple[in
 
 
 def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    ints = isinstance(values, list) and set(map(type, values)) <= {int}
+    return ints and (not values or min(values) >= 0 and max(values) < 2**63)
 
 
 def _check_cover(file: Path, start: int, size: int, entries: dict[str, tuple[str, tuple[int, ...], int, int]]) -> None:

@@ -144,7 +144,7 @@ def _linear(checkpoint: Checkpoint, model: GateModel, engines: tuple[str, ...]) 
     rules = {NEWEST[engine]: ENGINE_RULES[NEWEST[engine]] for engine in engines}
     readings = {name: (rule.reading(model), rule.plain_draft(model)) for name, rule in rules.items()}
     seen: dict[tuple[str, str, str], dict[str, list[str]]] = {}
-    for module in checkpoint.modules:
+    for module in (module for module in checkpoint.modules if ".experts." not in module):
         never = NEVER_QUANTISED.fullmatch(module)
         if not (never or LINEAR_NAMES.fullmatch(module)) or (spec := checkpoint.spec(module)) is None:
             continue
