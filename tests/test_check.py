@@ -307,6 +307,13 @@ def test_a_tensor_that_was_never_downloaded(tmp_path: Path) -> None:
     assert found == {"a.weight": "zeros", "b.weight_packed": "zeros"}
 
 
+def test_ids_of_generation_config(damaged: Any) -> None:
+    folder = damaged("tiny")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 256], "pad_token_id": None}))
+    found = [f for f in lint(Checkpoint.open(folder)) if f.level != "note"]
+    assert [(f.rule, f.where) for f in found] == [("special-id", "generation_config.json: eos_token_id")]
+
+
 def test_static_inputs_need_a_scale() -> None:
     modules = {"layers.0.self_attn.q_proj": {".weight": None, ".weight_scale": None}}
     quant = NV | {"quant_algo": "FP8"}

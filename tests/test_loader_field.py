@@ -81,14 +81,17 @@ def test_a_text_run_needs_no_draft_head(tiny: Path, tmp_path: Path) -> None:
 
 def test_harmless_keys_pass_with_one_line(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def notes(config: Any) -> None:
-        config["text_config"] |= {"unsloth_version": "2026.1", "num_nextn_predict_layers": 1}
+        config["text_config"] |= {"unsloth_version": "2026.1", "num_nextn_predict_layers": 1, "max_window_layers": 28}
+        config["text_config"] |= {"sliding_window": None, "use_sliding_window": False}  # of Qwen2 and Qwen3: off
         config["vision_config"] |= {"_name_or_path": "x", "unsloth_fixed": True}
 
     with caplog.at_level(logging.WARNING):
         q.load(changed(tiny, tmp_path / "a", config=notes))
     assert [r.getMessage() for r in caplog.records] == [
-        "config.json: keys that change nothing here: num_nextn_predict_layers, unsloth_version"
+        "config.json: keys that change nothing here: max_window_layers, num_nextn_predict_layers, unsloth_version"
     ]
+    with pytest.raises(q.Qwen35Error, match="sliding_window"):
+        q.load(changed(tiny, tmp_path / "c", config=lambda c: c["text_config"].update(sliding_window=4096)))
     with pytest.raises(q.Qwen35Error, match="(?s)unknown keys.*attention_sinks.*--ignore-config-keys"):
         q.load(changed(tiny, tmp_path / "b", config=lambda c: c["text_config"].update(attention_sinks=4)))
 

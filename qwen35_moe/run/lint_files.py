@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,14 +39,20 @@ class Finding:
 
 def check_ids(checkpoint: Checkpoint, config: Config) -> Iterator[Finding]:
     """Ids of special tokens, which must have a row of the embedding, and rotary settings that are not stated."""
-    text = config.raw.get("text_config")
-    for place in (config.raw, text if isinstance(text, Mapping) else {}):
-        for key in SPECIAL:
+    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    generation = root / "generation_config.json"
+    places: list[tuple[str, Any]] = [("config.json", config.raw), ("config.json", config.raw.get("text_config"))]
+    try:
+        places += [(generation.name, read_json(generation))] if generation.is_file() else []
+    except Qwen35Error as error:
+        yield Finding("error", "special-id", generation.name, error.what)
+    for file, place in places:
+        for key in SPECIAL if isinstance(place, Mapping) else ():
             ids = place.get(key)
             for i in ids if isinstance(ids, list) else [ids]:
                 if type(i) is int and not 0 <= i < config.vocab_size:
                     text = f"{i} is no row of an embedding of {config.vocab_size}"
-                    yield Finding("error", "special-id", f"config.json: {key}", text)
+                    yield Finding("error", "special-id", f"{file}: {key}", text)
     inner = config.raw.get("text_config", config.raw)
     if not any(inner.get(key) for key in ("rope_parameters", "rope_scaling", "rope_theta")):
         text = "absent: readers fall back on defaults, and not all on 10,000,000 and a quarter of the head"

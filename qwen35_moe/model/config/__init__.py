@@ -37,13 +37,14 @@ INERT_KEYS = frozenset(
 )
 
 # Notes of tools: they pass, and one line says so.
-HARMLESS = ("unsloth_", "num_nextn_predict_layers", "transformers_", "axolotl_", "llamafactory_", "quantization_")
+HARMLESS = ("unsloth_", "num_nextn_predict_layers", "transformers_", "transformers.", "axolotl_", "llamafactory_",
+            "quantization_", "max_window_layers")  # fmt: skip
 LOG = logging.getLogger("qwen35_moe")
 
 # No checkpoint of the family has any other value.
 ONLY = {"hidden_act": "silu", "attention_bias": False, "attn_output_gate": True}
 ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "mrope_section")
-ONLY |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+ONLY |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "sliding_window": None, "use_sliding_window": False}
 
 
 @dataclass(frozen=True)
