@@ -28,10 +28,10 @@ from qwen35_moe.oracle.diagnose.rope_faults import axes_swapped, counted, counte
 from qwen35_moe.oracle.diagnose.seen import Seen
 from qwen35_moe.oracle.diagnose.vision_faults import VISION_FAULTS
 from qwen35_moe.oracle.dumps.dump import Dump
+from qwen35_moe.oracle.dumps.engine_names import VISION_NAMES
 from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.dumps.readers.transformers import TransformersCapture
-from qwen35_moe.oracle.dumps.vision_names import VISION_NAMES
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.run.prompt import Images, placeholders
 from qwen35_moe.trace.file import Trace

@@ -21,12 +21,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Exit code 0: no errors, 1: errors, 2: the checkpoint cannot be read."
     )
     parser.add_argument("checkpoint", help="checkpoint folder or .safetensors file")
-    parser.add_argument(
-        "--engine",
-        choices=(*NEWEST, "all"),
-        default="all",
-        help="check for this engine's loader (default: %(default)s)",
-    )
+    parser.add_argument("--engine", choices=(*NEWEST, "all"), default="all",
+                        help="check for this engine's loader (default: %(default)s)")  # fmt: skip
     parser.add_argument("--bytes", action="store_true", help="also read every value: NaN, infinity, zero scales")
     parser.add_argument("--sarif", metavar="FILE", help="write the findings as SARIF 2.1.0, required fields only")
     parser.add_argument("--json", metavar="FILE", help="write the findings as JSON")

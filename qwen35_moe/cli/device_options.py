@@ -18,17 +18,15 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         "--device-map", metavar="MAP", help="spread the layers over all GPUs, CPU memory and disk, by accelerate: "
         'auto, balanced, balanced_low_0 or sequential, or a JSON file such as {"": "cpu", "layers.3": "disk"}',
     )  # fmt: skip
-    parser.add_argument(
-        "--max-memory", metavar="0=20GB,cpu=30GB", help="memory that --device-map may use on each device"
-    )
+    parser.add_argument("--max-memory", metavar="0=20GB,cpu=30GB",
+                        help="memory that --device-map may use on each device")  # fmt: skip
     parser.add_argument("--offload-folder", metavar="DIR", help="folder for weights that --device-map puts on disk")
 
 
 def add_ignored_keys(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--ignore-config-keys", type=lambda text: tuple(text.split(",")), default=(), metavar="KEY,...",
-        help="unknown keys of config.json that you know to be harmless",
-    )  # fmt: skip
+    parser.add_argument("--ignore-config-keys", type=lambda text: tuple(text.split(",")), default=(),
+                        metavar="KEY,...",
+                        help="unknown keys of config.json that you know to be harmless")  # fmt: skip
 
 
 def device_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -29,8 +29,6 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args)
     config = Checkpoint.open(args.checkpoint).config
     dump = read_dump(args.dump, config=config, name_map=args.name_map, layers=args.layer_ids)
-    result = diagnose(
-        args.checkpoint, dump, args.out, arithmetic=args.arithmetic, shared_expert=args.shared_expert,
-        images=given_images(args), **chosen(args),
-    )  # fmt: skip
+    result = diagnose(args.checkpoint, dump, args.out, arithmetic=args.arithmetic, shared_expert=args.shared_expert,
+                      images=given_images(args), **chosen(args))  # fmt: skip
     return print_comparison(result, args)

@@ -28,9 +28,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Judges a checkpoint by its tensors, and a config.json by its exclude list."
     )
     parser.add_argument("path", help="checkpoint folder, .safetensors file or config.json")
-    parser.add_argument(
-        "--rule", default="strict", help=f"apply this engine's rule: {RULE_NAMES} (default: %(default)s)"
-    )
+    parser.add_argument("--rule", default="strict",
+                        help=f"apply this engine's rule: {RULE_NAMES} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--all-rules", action="store_true", help="show every engine's rule, and what breaks")
     parser.add_argument("--json", action="store_true", help="print the records as JSON")
     parser.add_argument(

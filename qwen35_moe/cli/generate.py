@@ -32,37 +32,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--ids", help='a prompt as ids: "1,2,3", or a file with a list')
     parser.add_argument("--chat", action="store_true", help="put --prompt into the folder's chat template")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=20, metavar="N", help="number of tokens (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (default) is greedy; with --force, log p at this temperature"
-    )
+    parser.add_argument("--max-new-tokens", type=int, default=20, metavar="N",
+                        help="number of tokens (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--temperature", type=float, default=0.0,
+                        help="0 (default) is greedy; with --force, log p at this temperature")  # fmt: skip
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (0: all)")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest that together reach P"
-    )
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
+                        help="sample from the likeliest that together reach P")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default: %(default)s)")
     parser.add_argument("--ignore-stop", action="store_true", help="continue after a stop token")
     parser.add_argument("--force", metavar="IDS", help="give the log p of these tokens (as --ids)")
-    parser.add_argument(
-        "--draft",
-        nargs="?",
-        type=int,
-        const=3,
-        default=0,
-        metavar="N",
-        help="speculate N tokens ahead with the draft head (default: 3)",
-    )
+    parser.add_argument("--draft", nargs="?", type=int, const=3, default=0, metavar="N",
+                        help="speculate N tokens ahead with the draft head (default: 3)")  # fmt: skip
     parser.add_argument("--top", type=int, default=0, metavar="K", help="show each token's log p and K alternatives")
     parser.add_argument("--json", action="store_true", help="print one JSON object a token")
-    parser.add_argument(
-        "--arithmetic",
-        default="exact",
-        choices=[*ARITHMETICS],
-        metavar="A",
-        help="who rounds where, a name of `trace --list` (default: %(default)s)",
-    )
+    parser.add_argument("--arithmetic", default="exact", choices=[*ARITHMETICS], metavar="A",
+                        help="who rounds where, a name of `trace --list` (default: %(default)s)")  # fmt: skip
     parser.add_argument("--mode", default="packed", choices=MODES, help="how weights are held (default: %(default)s)")
     add_device_options(parser)
     add_ignored_keys(parser)

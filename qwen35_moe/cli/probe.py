@@ -48,26 +48,18 @@ def configure(p: argparse.ArgumentParser) -> None:
     which = p.add_mutually_exclusive_group()
     which.add_argument("--ids", help='prompts as ids: "1,2,3", or a file with lists')
     which.add_argument("--prompt", help="a prompt as text; needs the folder's tokenizer")
-    which.add_argument(
-        "--prompts", type=int, default=8, metavar="N", help="draw N random prompts (default: %(default)s)"
-    )
-    p.add_argument(
-        "--tokens", type=int, default=50, metavar="T", help="length of a drawn prompt (default: %(default)s)"
-    )
+    which.add_argument("--prompts", type=int, default=8, metavar="N",
+                       help="draw N random prompts (default: %(default)s)")  # fmt: skip
+    p.add_argument("--tokens", type=int, default=50, metavar="T",
+                   help="length of a drawn prompt (default: %(default)s)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="seed of the drawn prompts")
-    p.add_argument(
-        "--top",
-        type=top,
-        default=GIVEN,
-        metavar="K",
-        help="ask for the K likeliest tokens, or all (default: %(default)s)",
-    )
+    p.add_argument("--top", type=top, default=GIVEN, metavar="K",
+                   help="ask for the K likeliest tokens, or all (default: %(default)s)")  # fmt: skip
     p.add_argument("--api", default="auto", choices=("auto", *APIS), help="the server's API (default: %(default)s)")
     p.add_argument("--model", default="", help="the model to ask, if the server has several")
     p.add_argument("--engine", help="the server's arithmetic, if it is not a usual one: a name of `trace --list`")
-    p.add_argument(
-        "--arithmetic", default="exact", help="arithmetic of the truth: exact+a8 for W8A8, exact+a4-round-up for W4A4"
-    )
+    p.add_argument("--arithmetic", default="exact",
+                   help="arithmetic of the truth: exact+a8 for W8A8, exact+a4-round-up for W4A4")  # fmt: skip
     add_shared(p)
     add_ignored_keys(p)
     p.add_argument("--kv-cache", metavar="fp8_e4m3[:SCALE]", help="the server's dtype for keys and values")
@@ -76,13 +68,8 @@ def configure(p: argparse.ArgumentParser) -> None:
                    "%(default)s)")  # fmt: skip
     p.add_argument("--faults", choices=("each", "all", "none"), help="replay known faults in each layer, in all layers "
                    f"at once, or not (default: each up to {LAYERS_ONE_BY_ONE} layers, else all)")  # fmt: skip
-    p.add_argument(
-        "--batch",
-        type=sizes,
-        default=[],
-        metavar="1,2,4",
-        help="also ask in batches of these sizes, and with prompts of these lengths",
-    )
+    p.add_argument("--batch", type=sizes, default=[], metavar="1,2,4",
+                   help="also ask in batches of these sizes, and with prompts of these lengths")  # fmt: skip
     p.add_argument("--timeout", type=within(float, 0.01, 86_400), default=120.0, metavar="S",
                    help="timeout of one request (default: %(default)g s)")  # fmt: skip
     p.add_argument("--retries", type=within(int, 0, 100), default=RETRIES,

@@ -27,12 +27,8 @@ from .parsing import layers, within
 
 
 def add_shared(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--shared-expert",
-        default="unfused",
-        choices=SHARED_EXPERT_MODES,
-        help="how to compute the shared expert (default: %(default)s)",
-    )
+    p.add_argument("--shared-expert", default="unfused", choices=SHARED_EXPERT_MODES,
+                   help="how to compute the shared expert (default: %(default)s)")  # fmt: skip
 
 
 def add_common(p: argparse.ArgumentParser) -> None:

@@ -58,9 +58,8 @@ def configure(p: argparse.ArgumentParser) -> None:
         help="prompts in one forward pass (default: all; under `accelerate launch`: 1, and each process takes others)",
     )  # fmt: skip
     p.add_argument("--resume", action="store_true", help="continue a run that was stopped")
-    p.add_argument(
-        "--mode", choices=MODES, help="how weights are held in memory (default: stream; packed with --device-map)"
-    )
+    p.add_argument("--mode", choices=MODES,
+                   help="how weights are held in memory (default: stream; packed with --device-map)")  # fmt: skip
     p.add_argument("--stream", dest="mode", action="store_const", const="stream", help="the same as --mode stream")
     add_device_options(p)
     add_ignored_keys(p)
@@ -186,12 +185,9 @@ def _trace_group(
 ) -> None:
     """What one forward pass holds, and its envelope."""
     mask = None if mask is None else mask.to(args.device)
-    truth, _ = trace_layers(
-        model, ids.to(args.device), out, mask=mask, taps=args.taps, experts=args.experts,
-        last=_last_layer(args.layers),
-        resume=args.resume, meta=more, quiet=args.quiet, label=label,
-        images=args.images, drafts=unknown_drafts(ids, args.drafts),
-    )  # fmt: skip
+    truth, _ = trace_layers(model, ids.to(args.device), out, mask=mask, taps=args.taps, experts=args.experts,
+                            last=_last_layer(args.layers), resume=args.resume, meta=more, quiet=args.quiet,
+                            label=label, images=args.images, drafts=unknown_drafts(ids, args.drafts))  # fmt: skip
     if _wants_envelope(args, len(model.layers)):
         with resumable(out, len(model.layers)):
             write_envelope(truth, _legal_models(args, truth), resume=args.resume, quiet=args.quiet)

@@ -65,12 +65,8 @@ def read_head(path: Path, partial: bool) -> dict[str, Any]:
             "no trace here", where=path, expected="a directory with trace.json", do="run `qwen35-moe trace`"
         )
     if not partial:
-        raise Qwen35Error(
-            "trace is unfinished",
-            where=path,
-            found=f"{len(chunks)} files and no trace.json",
-            do="run the trace again, or open what is there with partial=True",
-        )
+        raise Qwen35Error("trace is unfinished", where=path, found=f"{len(chunks)} files and no trace.json",
+                          do="run the trace again, or open what is there with partial=True")  # fmt: skip
     return {"meta": {}, "tensors": [record for chunk in chunks for record in records_of(chunk)]}
 
 

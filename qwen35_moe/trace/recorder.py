@@ -76,11 +76,8 @@ class Recorder(Handler):
             return
         entry = Entry.of(site, x, dims_of(site.name, x.dim()), self.step)
         if entry.key in self._seen:
-            raise Qwen35Error(
-                "tap was met twice in one forward pass",
-                found=entry.key,
-                do="call recorder.next_step() between forward passes",
-            )
+            raise Qwen35Error("tap was met twice in one forward pass", found=entry.key,
+                              do="call recorder.next_step() between forward passes")  # fmt: skip
         self._seen.add(entry.key)
         self.look(entry.key, x)
         # A copy: caches and states are changed in place later on.
@@ -140,11 +137,9 @@ def trace(
         raise Qwen35Error("input_ids must be [B, T]", found=list(input_ids.shape), do="add the batch dimension")
     sizes = [input_ids.shape[1]] if chunks is None else list(chunks)
     if sum(sizes) != input_ids.shape[1] or (len(sizes) > 1 and cache is None):
-        raise Qwen35Error(
-            "chunks do not fit",
-            expected=f"{input_ids.shape[1]} tokens, and a cache for several chunks",
-            found=f"{sizes}, cache {cache}",
-        )
+        raise Qwen35Error("chunks do not fit",
+                          expected=f"{input_ids.shape[1]} tokens, and a cache for several chunks",
+                          found=f"{sizes}, cache {cache}")  # fmt: skip
     handlers = (replay,) if callable(replay) else tuple(replay)
     known = {
         "arithmetic": _name(getattr(model, "arithmetic", "")),

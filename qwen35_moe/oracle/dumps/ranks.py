@@ -44,10 +44,9 @@ def check_ranks(dump: RankedDump, source: Source) -> None:
     ranks = [str(rank) for rank in range(world) if stages == 1 and rank not in here]
     lost = ", ".join(ranks[:SOME]) + (", ..." if len(ranks) > SOME else "")
     files = RANK_FILES.get(dump.format, "").format(lost if lost.isdigit() else "N")
-    raise Qwen35Error(
-        f"rank {lost or '?'} is missing", where=dump.path, found=f"rank {', '.join(map(str, here))} of {world}",
-        expected=files, do="copy the dumps of all ranks to one place",
-    )  # fmt: skip
+    raise Qwen35Error(f"rank {lost or '?'} is missing", where=dump.path,
+                      found=f"rank {', '.join(map(str, here))} of {world}", expected=files,
+                      do="copy the dumps of all ranks to one place")  # fmt: skip
 
 
 def _world(dump: RankedDump) -> int:

@@ -14,10 +14,8 @@ def check_steps(dump: Dump) -> None:
     known = {step: t.ids for step, t in dump.tokens.items() if t.ids is not None}
     warm = [step for step, ids in known.items() if ids.numel() > 1 and not ids.any()]
     if warm and not any(ids.any() for ids in known.values()):
-        raise Qwen35Error(
-            "dump holds only warm-up", where=dump.path, found="every token id is 0",
-            do="dump a real request: skip the first passes, and turn one-shot dumping off",
-        )  # fmt: skip
+        raise Qwen35Error("dump holds only warm-up", where=dump.path, found="every token id is 0",
+                          do="dump a real request: skip the first passes, and turn one-shot dumping off")  # fmt: skip
     elif warm:
         dump.notes.append(f"warm-up left out: steps {', '.join(map(str, warm))}")
         for steps in dump.sources.values():

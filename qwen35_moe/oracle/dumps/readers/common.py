@@ -44,12 +44,8 @@ def load_pt(path: str | Path) -> Any:
             ) from error
         first = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         size = path.stat().st_size if path.exists() else "absent"
-        raise Qwen35Error(
-            "file is truncated or not a torch file",
-            where=path,
-            found=f"{size} bytes; {first}",
-            do="dump again, or delete the file to go on without it",
-        ) from error
+        raise Qwen35Error("file is truncated or not a torch file", where=path, found=f"{size} bytes; {first}",
+                          do="dump again, or delete the file to go on without it") from error  # fmt: skip
 
 
 def _check_stored(path: Path) -> None:

@@ -56,16 +56,10 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
                 continue
             layer = tags.get("layer_id", meta.get("layer_id"))
             load = partial(load_tensor, file, *(["value"] if wrapped else []))
-            piece = Piece.named(
-                name,
-                once(value, load) if isinstance(value, Tensor) and len(pieces) < HELD else load,
-                None if layer in (None, "None") else int(layer),
-                step=step,
-                rank=rank,
-                dims=str(meta.get("dims") or ""),
-                parallel=_parallel(meta, file),
-                where=str(file),
-            )
+            piece = Piece.named(name, once(value, load) if isinstance(value, Tensor) and len(pieces) < HELD else load,
+                                None if layer in (None, "None") else int(layer), step=step, rank=rank,
+                                dims=str(meta.get("dims") or ""), parallel=_parallel(meta, file),
+                                where=str(file))  # fmt: skip
             if name.startswith("param__"):
                 weights[f"{name.removeprefix('param__')}@{rank}"] = piece
             elif not name.startswith("grad__"):
@@ -118,14 +112,9 @@ def _tokens(found: Mapping[str, Any]) -> StepTokens:
     requests = found.get("rids", found.get("req_pool_indices"))
     ids = found["input_ids"]
     batch = (ids.shape[0], ids.shape[1]) if ids.dim() == 2 else None
-    return StepTokens(
-        ids.flatten(),
-        positions.flatten() if isinstance(positions, Tensor) else None,
-        lengths(found.get("seq_lens")),
-        request_ids(requests),
-        batch,
-        rotary=rotary.flatten() if isinstance(rotary, Tensor) else None,
-    )
+    return StepTokens(ids.flatten(), positions.flatten() if isinstance(positions, Tensor) else None,
+                      lengths(found.get("seq_lens")), request_ids(requests), batch,
+                      rotary=rotary.flatten() if isinstance(rotary, Tensor) else None)  # fmt: skip
 
 
 def _unsupported(path: Path, pieces: list[Piece]) -> list[Qwen35Error]:
