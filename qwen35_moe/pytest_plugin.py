@@ -17,9 +17,11 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 :root{{color-scheme:light dark;--bad:#b00020}}@media(prefers-color-scheme:dark){{:root{{--bad:#ff8a80}}}}
 body{{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem}}
 table{{border-collapse:collapse;width:100%}}td,th{{text-align:left;padding:.25rem .6rem;border-bottom:1px solid #8886}}
-td{{overflow-wrap:anywhere}}.bad{{color:var(--bad);font-weight:600}}</style>
+td{{overflow-wrap:anywhere}}.bad{{color:var(--bad);font-weight:600}}
+@media(max-width:700px){{th{{display:none}}td,tr{{display:block}}td{{border:0}}tr{{border-bottom:1px solid #8886}}}}
+</style>
 <h1>{bad} of {count} checks failed</h1><p>qwen35-moe {version}; limit: 3.0 times the largest legal error.</p>
-<table><tr><th>test</th><th>case</th><th>verdict</th><th>what</th></tr>
+<table><tr><th>test</th><th>case</th><th>verdict</th><th>what was found</th></tr>
 {rows}</table></html>
 """
 
@@ -55,7 +57,7 @@ class Report:
         from . import __version__
 
         rows = []
-        for check in self.found:
+        for check in sorted(self.found, key=lambda check: check["ok"]):  # failed ones first
             cells = (check["test"], check["case"], check["verdict"], check["text"])
             kind = "" if check["ok"] else ' class="bad"'
             rows.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>\n")

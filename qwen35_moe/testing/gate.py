@@ -71,7 +71,7 @@ def check_gate(
             answer, said = False, f" (it raised {type(error).__name__}: {error})"
         if answer != bool(decision):
             exclude = (config.get("quantization_config") or {}).get("exclude", ())
-            text = f"{name}: {'fused' if answer else 'not fused'}{said}, but {decision}"
+            text = f"{name}: your answer: {'fused' if answer else 'not fused'}{said}; the rule's: {decision}"
             text += f" exclude: {exclude}" if 0 < len(exclude) < 6 else ""
             differences.append((not decision.evidence, text))
     check = Check(f"gate-{rule}", "can_fuse", "bit-equal", bad_rows=len(differences),

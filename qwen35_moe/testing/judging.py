@@ -58,7 +58,8 @@ class Check:
             text += self.note
         else:
             text += f"{self.ratio:.3g} x the legal error (limit {self.limit:g})"
-            text += f", worst row {', '.join(map(str, self.row))}, column {self.column}"
+            row = self.row[0] if len(self.row) == 1 else list(self.row)
+            text += f", worst row {row}, column {self.column}"
             text += f", {self.bad_rows} of {self.rows} rows" + (f"; {self.note}" if self.note else "")
         if self.function:
             text += f"; it computes the function {self.function}"

@@ -83,13 +83,13 @@ def _first_difference(mine: Encoded, right: Encoded, x: Tensor) -> str:
     first = tuple(int(i) for i in bad.nonzero()[0])
     amax = float(x.unflatten(-1, (-1, MXFP4_BLOCK))[first].abs().max())
     text = f"{int(bad.sum())} of {bad.numel()} blocks differ, in {int(wrong_scale.sum())} the scale; first: row "
-    text += f"{', '.join(map(str, first[:-1]))}, block {first[-1]}, amax {amax:.8g}, scale {int(mine[1][first])} for "
-    text += str(int(right[1][first]))
+    text += f"{', '.join(map(str, first[:-1]))}, block {first[-1]}, amax {amax:.8g}, scale {int(mine[1][first])}, "
+    text += f"expected {int(right[1][first])}"
     ours, theirs = (torch.stack((c[first] & 15, c[first] >> 4), -1).flatten() for c in (codes, expected))
     if (differs := (ours != theirs).nonzero().flatten()).numel():
         at = int(differs[0])
         value = float(x.unflatten(-1, (-1, MXFP4_BLOCK))[first][at])
-        text += f", element {at} ({value:.8g}): code {int(ours[at])} for {int(theirs[at])}"
+        text += f", element {at} ({value:.8g}): code {int(ours[at])}, expected {int(theirs[at])}"
     return text
 
 
@@ -99,7 +99,7 @@ def _bytes(mine: Encoded, right: Encoded) -> str:
         return "; nibbles swapped"
     if torch.equal(mine[1].int(), right[1].int() + 1) or torch.equal(mine[1].int(), right[1].int() - 1):
         return "; all scales one step off"
-    return "; as no known rule has it"
+    return "; no known rule gives these bytes"
 
 
 def check_fp8(codes: Tensor, scales: Tensor, x: Tensor, columns: int = 128) -> list[Check]:

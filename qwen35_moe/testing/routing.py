@@ -67,7 +67,7 @@ def assert_routing(ids: Tensor, weights: Tensor, case: Case) -> None:
 
 def _words(illegal: list[Flip], flips: int, worst: Flip) -> str:
     text = f"{len(illegal)} choices beyond the noise of the logits, {flips - len(illegal)} legal flips; worst row "
-    return text + (f"{worst.row}: {list(worst.won)} chosen for {list(worst.lost)}, margin {worst.margin:.3g}, "
+    return text + (f"{worst.row}: {list(worst.won)} chosen, expected {list(worst.lost)}, margin {worst.margin:.3g}, "
                    f"noise {worst.noise:.3g}")  # fmt: skip
 
 
