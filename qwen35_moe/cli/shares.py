@@ -26,11 +26,10 @@ from ..numerics.taps import Site
 from ..oracle.judge.envelope_file import ENVELOPE, stored_envelope
 from ..run.files import save_checked, whole
 from ..run.streamed import HEAD_ROWS
-from ..trace.complete import complete_trace
 from ..trace.file import Trace
 from ..trace.folder import GROUPS, GROUPS_RUN, check_ours, remove_groups
 from ..trace.head import Entry
-from ..trace.resume import check_same, state_folder
+from ..trace.resume import check_same, complete_trace, state_folder
 from ..trace.writer import TraceWriter
 from ..untrusted import read_bytes, tensor_file
 

@@ -26,12 +26,11 @@ from ..run.load import MODES, load
 from ..run.origin import origin_of
 from ..run.prompt import Images, load_tokenizer, padded, place_images, read_ids
 from ..run.validate import model_config
-from ..trace.complete import complete_trace, resumable, resumed_complete
 from ..trace.drafts import check_parts, unknown_drafts
 from ..trace.file import Trace, in_utf8
 from ..trace.folder import GROUPS, GROUPS_RUN, remove_groups
 from ..trace.layers import aside_of, check_request, meta_of, trace_layers
-from ..trace.resume import run_of
+from ..trace.resume import complete_trace, resumable, resumed_complete, run_of
 from .device_options import add_device_options, add_ignored_keys, device_options
 from .image_options import add_image_options, given_images
 from .parsing import layers, within

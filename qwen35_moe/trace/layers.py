@@ -23,14 +23,13 @@ from ..numerics.taps import Handler, Site, attach, scope, tap
 from ..run.origin import origin_of
 from ..run.prompt import Images, embed_prompt
 from ..run.streamed import StreamedHead
-from .complete import complete_trace, resumable, resumed_complete
 from .drafts import trace_drafts
 from .file import Trace
 from .head import RESUME
 from .images import PIXELS, axes_of, images_meta
 from .progress import Progress
 from .recorder import Patterns, Recorder, sizes_of, step_record
-from .resume import State, run_of
+from .resume import State, complete_trace, resumable, resumed_complete, run_of
 from .writer import TraceWriter
 
 HEAD = "next_token_logits"
