@@ -42,6 +42,12 @@ class Kill(BaseException):
     """At a chosen moment: nothing is cleaned up."""
 
 
+@pytest.fixture(scope="module")
+def built(small: Callable[..., Path]) -> Build:
+    """Recipes with six experts: these tests write many traces."""
+    return lambda recipe: small(recipe, 4)
+
+
 @pytest.fixture
 def run(built: Build, tmp_path: Path) -> Callable[..., int]:
     """run(name of --out, ids, options) -> exit code"""

@@ -26,6 +26,12 @@ LAUNCH = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 
+@pytest.fixture(scope="module")
+def built(small: Callable[..., Path]) -> Build:
+    """Recipes with six experts: these tests write many traces."""
+    return lambda recipe: small(recipe, 4)
+
+
 def options(checkpoint: Path, folder: Path, out: str, *more: str) -> list[str]:
     (folder / "ids.json").write_text(json.dumps(PROMPTS))
     ids = ["--ids", str(folder / "ids.json"), "--out", str(folder / out), "--quiet"]

@@ -37,6 +37,12 @@ IDS = torch.tensor([[3, 7, 11, 5, 100, 17, 29, 31], [1, 2, 3, 4, 5, 0, 0, 0]])
 MASK = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
 
 
+@pytest.fixture(scope="module")
+def built(small: Callable[..., Path]) -> Build:
+    """Recipes with six experts: these tests write many traces."""
+    return lambda recipe: small(recipe, 4)
+
+
 def streamed(path: Path, arithmetic: Any = "exact") -> q.Model:
     return q.load(path, arithmetic, mode="stream", text_only=True)
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import pytest
 from qwen35_moe import testing as qt
 from qwen35_moe.pytest_plugin import Report
 
+pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parent.parent
 EXAMPLES = re.findall(r"^```py\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
 
@@ -45,21 +43,16 @@ def can_fuse(config):
 """
 
 
-def test_examples_of_the_readme(tmp_path):
+def test_examples_of_the_readme(pytester, monkeypatch):
     assert len(EXAMPLES) == 5 and all(len(example.splitlines()) <= 12 for example in EXAMPLES)
-    (tmp_path / "my_engine.py").write_text(ENGINE)
-    for n, example in enumerate(EXAMPLES):
-        (tmp_path / f"test_example_{n}.py").write_text(example)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", tmp_path)))}
-    env |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    env.pop("PYTEST_XDIST_WORKER", None)  # under which each process writes a report of its own
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "qwen35_moe.pytest_plugin", "--rootdir", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", "--qwen35-report", "checks.json"],
-        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    checks = json.loads((tmp_path / "checks.json").read_text())["checks"]
+    pytester.makepyfile(my_engine=ENGINE, **{f"test_example_{n}": example for n, example in enumerate(EXAMPLES)})
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # under which each process writes a report of its own
+    monkeypatch.syspath_prepend(pytester.path)
+    options = ["-p", "qwen35_moe.pytest_plugin", "-p", "no:cacheprovider", "--qwen35-report", "checks.json"]
+    done = pytester.runpytest_inprocess(*options)
+    assert done.ret == 0
+    checks = json.loads((pytester.path / "checks.json").read_text())["checks"]
     assert {check["output"] for check in checks} == {
         "mlp_output", "gdn_core_out", "gdn_state", "mxfp4", "moe_topk_ids", "moe_topk_weights", "can_fuse",
     }  # fmt: skip
