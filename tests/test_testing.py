@@ -70,6 +70,12 @@ def test_nan_and_shape_are_errors():
         qt.check_legal((right, right), case)
 
 
+def test_a_kernel_that_wrote_nothing_has_no_state_in_bf16():
+    case = qt.gdn_case(tokens=2)
+    checks = qt.check_legal({name: torch.zeros_like(x) for name, x in case.truth.items()}, case)
+    assert [check.ok for check in checks] == [False, False] and not any(check.looks_like for check in checks)
+
+
 def test_float32_is_held_to_float32():
     """Where no input is bf16, bf16 roundings are not legal."""
     case = qt.gated_norm_case()
