@@ -37,7 +37,7 @@ def names(rng: random.Random) -> str:
     if form < 7:
         return "*" + tail.removeprefix(rng.choice(("", ".mlp"))) + rng.choice(("", "*", ".*"))
     if form == 7:
-        return re.sub(r"\d+", "*", base, count=1) + tail + rng.choice(("", "*"))
+        return (base if rng.random() < 0.5 else re.sub(r"\d+", "*", base, count=1)) + tail + rng.choice(("", "*", ".*"))
     return "re:" + rng.choice((".*", re.escape(base))) + re.escape(tail) + rng.choice(("", "$", ".*"))
 
 

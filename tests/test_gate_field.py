@@ -161,6 +161,31 @@ def test_a_quantisation_in_text_config() -> None:
     assert broken == {"sglang", "atom"} and not can_fuse_shared_expert(inside)
 
 
+LOADERS = [
+    # entries beside the draft's, which loaders take the BF16 shared expert or the draft's BF16 experts for MXFP4
+    ([f"{PREFIX}.{n}.mlp.shared_expert.{m}_proj" for n in range(4) for m in ("gate_up", "down")], "atom"),
+    ([r"re:.*shared_expert\.(gate_up|down)_proj"], "atom"),
+    ([f"{entry}.weight" for entry in body()], "sglang vllm atom"),
+    ([f"{PREFIX}.{n}.mlp.shared_expert" for n in range(4)], "sglang vllm"),
+    ([*body(), "mtp.layers.0.mlp.experts.*"], ""),
+    ([*body(), "mtp.layers.0.mlp.exp*"], "sglang vllm"),
+]
+
+
+@pytest.mark.parametrize(("entries", "who"), LOADERS)
+def test_names_that_loaders_ask_for(entries: list[str], who: str) -> None:
+    """SGLang and vLLM ask for gate_up_proj first, and count a glob for what is below `experts`, as ATOM does."""
+    draft = [f"mtp.layers.0.mlp.shared_expert.{p}_proj" for p in ("down", "gate", "up")]
+    draft += [] if "mtp" in entries[-1] else ["mtp.layers.0.mlp.experts"]
+    quant = quark(*entries, *draft)
+
+    def stored(name: str) -> ModuleSpec:
+        return BF16 if "shared" in name or name.startswith("mtp.") else MXFP4
+
+    broken = {rule for rule in ENGINES if hazards(QWEN, quant, decide_layers(QWEN, quant, rule), stored)}
+    assert broken == set(who.split())
+
+
 def test_lists_under_two_keys() -> None:
     """Without entries the first key does not count: FP8's `ignored_layers`; ModelOpt's `ignore` hides the other."""
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "ignored_layers": []}

@@ -162,7 +162,7 @@ def _misread(model: GateModel, truth: LayerFacts, decision: Decision) -> str:
     for facts, floats, believed in ((truth.routed, plain or excluded, inside), (truth.shared, plain, quant)):
         for fact in facts:
             at_once = facts is truth.routed and whole.hit.entry
-            a, b = fact.spec, BF16 if floats else (whole if at_once else believed.spec_of(fact.name)).spec
+            a, b = fact.spec, BF16 if floats else whole.spec if at_once else rule.takes(believed, fact.name)
             if not (b == UNSTATED or a.is_float and b.is_float or a.same_bytes(b)):
                 return f"the loader takes {fact.name} for {b.kind}, but it is {a.kind} ({fact.declared.hit})"
     return ""

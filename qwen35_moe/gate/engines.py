@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from .atom import atom, atom_first_entry, atom_multimodal
 from .common import Rule
-from .declared import QuantConfig
+from .declared import BF16, ModuleSpec, QuantConfig
+from .module_names import fused_name
 from .namespaces import ATOM, ATOM_MULTIMODAL, SGLANG, VLLM, Namespace
 from .records import Decision, GateModel
 from .sglang import plain_draft, sglang_0_5_23, sglang_22948
@@ -39,6 +40,11 @@ class RuleInfo:
         """The model as the engine reads its config.json."""
         unseen = model.quant_inside and self.semantics != "vllm"
         return replace(model, quant=QuantConfig.from_dict(None), facts={}) if unseen else model
+
+    def takes(self, quant: QuantConfig, module: str) -> ModuleSpec:
+        """What the loader takes a projection for. SGLang and vLLM ask by the name of the fused module first."""
+        fused = fused_name(module) if self.semantics != "atom" else ""
+        return BF16 if fused and quant.exclude.direct(quant.names(fused)) else quant.spec_of(module).spec
 
     def reading(self, model: GateModel) -> QuantConfig:
         """A model's configuration as the engine's loader takes it."""

@@ -58,8 +58,7 @@ class ExcludeList:
         for i, entry in enumerate(self.entries):
             if not is_plain(entry):
                 matched(entry, "", self.semantics.tests)  # a bad regular expression is refused, whoever asks for what
-                continue
-            at = entry.find(".")
+            at = -1 if entry.startswith("re:") else entry.find(".")  # readers of children compare how entries begin
             while at >= 0:
                 parents.setdefault(entry[:at], i)
                 at = entry.find(".", at + 1)
@@ -76,15 +75,16 @@ class ExcludeList:
         return self._find((names,) if isinstance(names, str) else tuple(names))
 
     def below(self, names: Sequence[str], how: str) -> Hit | None:
-        """The first plain entry for a module below one of these."""
+        """The first entry for a module below one of these."""
         found = [self._parents[name] for name in names if name in self._parents]
         return self._hit(min(found), how, "") if found else None
 
     def _search(self, names: tuple[str, ...]) -> Hit | None:
         children = [name for name in names if name.endswith(".experts")] if self.semantics.children else []
-        return self._direct(names) or self.below(children, "one expert excludes the module") or self._parts(names)
+        return self.direct(names) or self.below(children, "one expert excludes the module") or self._parts(names)
 
-    def _direct(self, names: Sequence[str]) -> Hit | None:
+    def direct(self, names: Sequence[str]) -> Hit | None:
+        """As `hit`, by the names alone: neither parts nor children."""
         found = [hit for name in names if (hit := self._first(name))]
         return min(found, key=lambda hit: hit.index or 0, default=None)
 
@@ -97,7 +97,7 @@ class ExcludeList:
 
     def _parts(self, names: Sequence[str]) -> Hit | None:
         parts = expand_fused(names[0]) if self.semantics.fused else ()
-        hits = [self._direct([f"{n.rpartition('.')[0]}.{p.rpartition('.')[2]}" for n in names]) for p in parts]
+        hits = [self.direct([f"{n.rpartition('.')[0]}.{p.rpartition('.')[2]}" for n in names]) for p in parts]
         if hits and any(h is None for h in hits) and any(hits):
             what, do = "an exclude list names some parts of a fused module and not others", "list every part"
             where, expected = f"{names[0]} ({self.semantics.name} semantics)", f"all or none of {', '.join(parts)}"

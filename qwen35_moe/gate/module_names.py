@@ -24,6 +24,15 @@ def expand_fused(name: str) -> tuple[str, ...]:
     return tuple(f"{head}.{part}" if head else part for part in FUSED_NAMES.get(last, ()))
 
 
+FUSED_OF = {part: fused for fused, parts in reversed(FUSED_NAMES.items()) for part in parts}
+
+
+def fused_name(name: str) -> str:
+    """`….shared_expert.up_proj` -> the module that engines build of it and its neighbours, `….gate_up_proj`; or ""."""
+    head, _, last = name.rpartition(".")
+    return f"{head}.{FUSED_OF[last]}" if last in FUSED_OF else ""
+
+
 @lru_cache(maxsize=16384)
 def spellings(name: str, num_hidden_layers: int | None = None, shared_word: str = "shared_expert") -> tuple[str, ...]:
     """Every way in which a checkpoint may write a module's name.

@@ -150,7 +150,7 @@ def _linear(checkpoint: Checkpoint, model: GateModel, engines: tuple[str, ...]) 
             continue
         for name, (quant, plain_draft) in readings.items():
             plain = never or module.startswith("mtp.") and (plain_draft or module == "mtp.fc" and "sglang" in name)
-            believed = BF16 if plain else quant.spec_of(module).spec
+            believed = BF16 if plain else rules[name].takes(quant, module)
             if believed != UNSTATED and not (spec.is_float and believed.is_float or spec.same_bytes(believed)):
                 key = re.sub(r"\d+", "*", module), spec.kind, believed.kind
                 seen.setdefault(key, {}).setdefault(name, []).append(module)
