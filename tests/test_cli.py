@@ -95,7 +95,7 @@ def test_swapped_arguments_and_a_checkpoint_as_output(built, tmp_path, capsys, m
     code, text = said(capsys, "compare", checkpoint, "dump")
     assert code == 2 and "found: a checkpoint" in text and f"do: qwen35-moe diagnose {checkpoint} dump" in text
     code, text = said(capsys, "trace", checkpoint, "--ids", "1,2", "--out", checkpoint)
-    assert code == 2 and "this is a checkpoint: choose another directory" in text and "remove" not in text
+    assert code == 2 and "this is a checkpoint: choose another folder" in text and "remove" not in text
     code, text = said(capsys, "trace", checkpoint, "--ids", "1,2", "--out", "out", "--layers", "1")
     assert code == 2 and "expected: 0-1: a layer needs those before it" in text
     code, text = said(capsys, "trace", checkpoint, "--ids", "1,2")

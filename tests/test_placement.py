@@ -221,7 +221,7 @@ def test_offloading_waits_for_nobody(built: Build, tmp_path: Path, capsys: pytes
     options = ["--device-map", str(tmp_path / "map.json"), "--mode", "decoded", "--quiet", "--no-envelope"]
     trace = ["trace", str(built("tiny-mxfp4")), "--ids", "1,2,3", "--out", str(tmp_path / "out"), *options]
     assert main([*trace, "--offload-folder", str(tmp_path / "x" / ".." / "out")]) == 2
-    assert "the trace's own directory" in capsys.readouterr().err
+    assert "the trace's own folder" in capsys.readouterr().err
     with Claim(tmp_path / "offloaded"):  # whoever else works in there
         assert main([*trace, "--offload-folder", str(tmp_path / "offloaded")]) == 0
 

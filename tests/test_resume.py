@@ -204,7 +204,7 @@ def test_what_is_no_trace_is_nobody_elses(
     (tmp_path / "out" / "00000.safetensors").unlink()
     (tmp_path / "out" / "trace.json").write_text('{"traceEvents": []}')
     assert run("out", [1, 2], *FEW) == 2 and (tmp_path / "out" / "trace.json").is_file()
-    assert capsys.readouterr().err.count("directory is not a trace") == 2
+    assert capsys.readouterr().err.count("the folder is not a trace") == 2
 
 
 def test_a_link_in_the_place_of_parts(run: Callable[..., int], tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_a_folder_of_that_name_with_other_things_stays(
     for more in (["--batch", "1"], []):
         (tmp_path / "out" / name / "thesis").mkdir(parents=True, exist_ok=True)
         assert main(options(built("tiny-mxfp4"), tmp_path, "out", *more)) == 2
-        assert "directory is not a trace" in capsys.readouterr().err
+        assert "the folder is not a trace" in capsys.readouterr().err
         assert (tmp_path / "out" / name / "thesis").is_dir()
 
 

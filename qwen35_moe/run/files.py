@@ -50,7 +50,7 @@ class Claim:
             self.locked = True
         except BlockingIOError:
             os.close(self._descriptor)
-            do = "wait until it is done, or write to another directory"
+            do = "wait until it is done, or write to another folder"
             raise Qwen35Error("another process is writing here", where=path, do=do) from None
         except OSError:
             pass

@@ -156,5 +156,5 @@ def in_utf8(path: str | Path) -> Path:
     try:
         os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Qwen35Error("path is not UTF-8", where=ascii(str(path)), do="rename the directory") from error
+        raise Qwen35Error("path is not UTF-8", where=ascii(str(path)), do="rename the folder") from error
     return Path(path)

@@ -56,8 +56,8 @@ def _is_ours(file: Path) -> bool:
 def _need(known: object, there: Path) -> None:
     if not known:
         is_checkpoint = (there.parent / "config.json").is_file()
-        do = "this is a checkpoint: choose another directory" if is_checkpoint else "choose an empty directory"
-        raise Qwen35Error("directory is not a trace", where=there.parent, found=there.name, do=do)
+        do = "this is a checkpoint: choose another folder" if is_checkpoint else "choose an empty folder"
+        raise Qwen35Error("the folder is not a trace", where=there.parent, found=there.name, do=do)
 
 
 def remove_groups(out: Path) -> None:

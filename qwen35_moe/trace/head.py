@@ -61,9 +61,7 @@ def read_head(path: Path, partial: bool) -> dict[str, Any]:
             )
         return head
     if not chunks:
-        raise Qwen35Error(
-            "no trace here", where=path, expected="a directory with trace.json", do="run `qwen35-moe trace`"
-        )
+        raise Qwen35Error("no trace here", where=path, expected="a folder with trace.json", do="run `qwen35-moe trace`")
     if not partial:
         raise Qwen35Error("trace is unfinished", where=path, found=f"{len(chunks)} files and no trace.json",
                           do="run the trace again, or open what is there with partial=True")  # fmt: skip

@@ -49,7 +49,7 @@ def write_sglang_dump(
     path.mkdir(parents=True, exist_ok=True)
     if any(path.iterdir()):
         raise Qwen35Error(
-            "directory is not empty", where=path, do="choose a new one: the comparator reads all it finds"
+            "the folder is not empty", where=path, do="choose a new one: the comparator reads all it finds"
         )
     real = trace.mask.bool()
     _save(path, 1, "input_ids", None, trace.ids[real], "t")

@@ -60,7 +60,7 @@ def read_dump(
         raise Qwen35Error(
             "dump is of no known format",
             where=path,
-            found=", ".join(inside) or "an empty directory",
+            found=", ".join(inside) or "an empty folder",
             expected="SGLang dumper or Pass*.pt, ATOM layer*.pt, transformers debug tree, vLLM or llama.cpp files, "
             "safetensors, npz or npy",
             do="see `qwen35-moe dump-config ENGINE` for how to make one, or give a name map",

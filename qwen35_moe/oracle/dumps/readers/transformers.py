@@ -121,7 +121,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
         # Only files beside the tree are opened, wherever the tree points.
         file = files[0].parent / Path(found["value"]).name
         if not file.is_file():
-            problems.append(Qwen35Error("file of the debug tree is missing", where=file, do="copy the whole directory"))
+            problems.append(Qwen35Error("file of the debug tree is missing", where=file, do="copy the whole folder"))
         elif name in ("inputs.input_ids", "inputs.0", "model.inputs.input_ids") and 0 not in tokens:
             tokens[0] = _batch_tokens(_load(file))
         elif name not in ("inputs.input_ids", "model.inputs.input_ids"):
