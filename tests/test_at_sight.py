@@ -23,10 +23,11 @@ from qwen35_moe.trace.recorder import trace
 
 IDS = (torch.arange(32) * 7919 % 251)[None]
 NEW = (
-    "input norm with 1 + twice", "post-attention norm with 1 + twice", "final norm with 1 + twice",
-    "q and k norms with 1 + twice", "shared expert sharded on 2 ranks and never reduced",
-    "shared expert sharded on 4 ranks and never reduced", "output gates of another rank", "keys of another rank",
-    "values of another rank", "gates of another rank in DeltaNet", "b, a strided view, read as contiguous",
+    "input norm with 1 + twice", "final norm with 1 + twice", "q norm with 1 + twice",
+    "shared expert sharded on 2 ranks and never reduced, the last share",
+    "attention sharded on 2 ranks and never reduced", "output gates of another rank", "values of another rank",
+    "values of another rank in DeltaNet", "beta of another rank in DeltaNet", "b, a strided view, read as contiguous",
+    "a, a strided view, read as contiguous",
 )  # fmt: skip
 
 

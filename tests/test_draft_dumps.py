@@ -140,6 +140,25 @@ def test_a_truth_of_drafts_has_their_envelope(built: Callable[[str], Path], tmp_
     assert sum(part_of(r.key) == "mtp.2" and r.inherited is not None for r in found.records) > 30
 
 
+def test_drafts_start_from_an_engines_hidden_states(
+    built: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its draft head then has no error that the target made; the target's truth is as before."""
+    run = ["trace", str(built("tiny")), "--ids", "1,2,3,4,5,6,7,8", "--quiet", "--no-envelope", "--drafts", "2"]
+    for name, more in (
+        ("bf16", ["--arithmetic", "sglang-bf16"]),
+        ("own", []),
+        ("fed", ["--hidden", str(tmp_path / "bf16")]),
+    ):
+        assert cli.main([*run, *more, "--out", str(tmp_path / name)]) == 0
+    bf16, own, fed = (Trace.open(tmp_path / name) for name in ("bf16", "own", "fed"))
+    assert torch.equal(own["final_norm"], fed["final_norm"])
+    error = [(x["mtp.mtp_hidden"] - bf16["mtp.mtp_hidden"]).norm() for x in (own, fed)]
+    assert error[1] < error[0] / 2
+    other = [*run[:3], "9,9,9", *run[4:], "--hidden", str(tmp_path / "bf16"), "--out", str(tmp_path / "other")]
+    assert cli.main(other) == 2 and "no hidden states of these tokens" in capsys.readouterr().err
+
+
 def test_rows_that_draft_other_tokens_are_not_compared(truth: Trace) -> None:
     """A trace as the dump, whose chain starts from other ids at three tokens, and from there on."""
     first, second, third = draft_ids_of(truth)

@@ -19,6 +19,8 @@ from ..model.vision.config import VisionConfig
 from ..numerics.arithmetics import ARITHMETICS
 from ..numerics.tap_keys import matching, split_patterns
 from ..numerics.tap_table import TAPS
+from ..oracle.dumps.draft_rows import hidden_of
+from ..oracle.dumps.readers import read_dump
 from ..oracle.judge.envelope import legal
 from ..oracle.judge.envelope_file import ENVELOPE, remaining, with_ids, write_envelope
 from ..run.files import Claim
@@ -46,6 +48,8 @@ def configure(p: argparse.ArgumentParser) -> None:
     add_image_options(p)
     p.add_argument("--drafts", type=within(int, 1, 1000), nargs="?", const=1, default=0, metavar="N",
                    help="trace the draft head as well: at each token a chain of N drafts (default: 1)")  # fmt: skip
+    p.add_argument("--hidden", metavar="DUMP", help="the drafts start from an engine's hidden states, after the final "
+                   "norm, where this dump holds them; no envelope is written")  # fmt: skip
     p.add_argument("--out", help="folder to write the trace to")
     p.add_argument("--arithmetic", default="exact", help="who rounds where; --list names all (default: %(default)s)")
     p.add_argument("--taps", default="*", help="taps to record: globs, separated by commas (default: all but "
@@ -87,6 +91,9 @@ def run(args: argparse.Namespace) -> int:
     rows = read_ids(args.ids, "--ids") if args.prompt is None else [prompt_ids(args)]
     args.images = pixels_of(args, rows)
     ids, mask = padded([torch.tensor(row) for row in rows])
+    if args.hidden and not args.drafts:
+        raise Qwen35Error("hidden states that nothing starts from", where="--hidden", do="add --drafts N")
+    args.hidden_states = hidden_of(read_dump(args.hidden), [torch.tensor(row) for row in rows]) if args.hidden else None
     processes = Processes(args.device)
     args.device = processes.device
     batch = args.batch or (len(ids) if processes.count == 1 else 1)
@@ -112,6 +119,7 @@ def _trace(
         "shared_expert": args.shared_expert,
         "fused": model.fused,
         **({"drafts": args.drafts} if args.drafts else {}),
+        **({"hidden": args.hidden} if args.hidden else {}),
     }
     if args.drafts and (args.images or last is not None):
         raise Qwen35Error("drafts need all layers, and a text", where="--drafts", do="leave it out")
@@ -125,7 +133,8 @@ def _trace(
         label = "" if len(groups) == 1 else f"prompts {rows.start} to {rows.stop - 1}"
         try:
             with Claim(parts[i]) if label else nullcontext():
-                _trace_group(args, model, ids[rows], None if mask is None else mask[rows], parts[i], more, label)
+                group = [None if x is None else x[rows] for x in (mask, args.hidden_states)]
+                _trace_group(args, model, ids[rows], group, parts[i], more, label)
         except Qwen35Error as error:
             where = f"{error.where} ({label}, process {processes.rank})" if label else error.where
             raise Qwen35Error(
@@ -170,23 +179,19 @@ def _directories(
 
 def _wants_envelope(args: argparse.Namespace, layers: int) -> bool:
     last = _last_layer(args.layers)
-    return not args.no_envelope and (last is None or last + 1 == layers)
+    return not args.no_envelope and not args.hidden and (last is None or last + 1 == layers)
 
 
 def _trace_group(
-    args: argparse.Namespace,
-    model: Model,
-    ids: Tensor,
-    mask: Tensor | None,
-    out: Path,
-    more: dict[str, Any],
+    args: argparse.Namespace, model: Model, ids: Tensor, given: list[Tensor | None], out: Path, more: dict[str, Any],
     label: str,
-) -> None:
-    """What one forward pass holds, and its envelope."""
-    mask = None if mask is None else mask.to(args.device)
+) -> None:  # fmt: skip
+    """Traces one forward pass, and its envelope. given: the mask, and an engine's hidden states."""
+    mask, hidden = (None if x is None else x.to(args.device) for x in given)
     truth, _ = trace_layers(model, ids.to(args.device), out, mask=mask, taps=args.taps, experts=args.experts,
                             last=_last_layer(args.layers), resume=args.resume, meta=more, quiet=args.quiet,
-                            label=label, images=args.images, drafts=unknown_drafts(ids, args.drafts))  # fmt: skip
+                            label=label, images=args.images, drafts=unknown_drafts(ids, args.drafts),
+                            hidden=hidden)  # fmt: skip
     if _wants_envelope(args, len(model.layers)):
         with resumable(out, len(model.layers)):
             write_envelope(truth, _legal_models(args, truth), resume=args.resume, quiet=args.quiet)

@@ -17,13 +17,15 @@ from .file import Trace
 
 
 def trace_drafts(
-    model: Model, ids_BT: Tensor, mask: Tensor | None, hidden_BTD: Tensor, watch: Handler, drafts: Sequence[Tensor]
-) -> list[Tensor]:
+    model: Model, ids_BT: Tensor, mask: Tensor | None, hidden_BTD: Tensor, watch: Handler, drafts: Sequence[Tensor],
+    theirs_BTD: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
     """Run the draft head on all tokens, so that its taps are met; returns the ids [B, T] that each draft started from.
 
     hidden_BTD are final-normed; `watch` sees the draft head alone. drafts: one [B, T] for each draft of a chain, the
     ids that an engine started from, -1 where that is not known: then the first draft starts from the token that
     follows, after the last one from the likeliest, and each further draft from what the one before makes likeliest.
+    theirs_BTD: an engine's hidden states, which the drafts start from where they are finite.
     Error: the model has no draft head.
     """
     if model.mtp is None:
@@ -37,6 +39,8 @@ def trace_drafts(
     next_BT[rows, last] = greedy(logits_B1V[:, 0])
     first, *more = (x.to(ids_BT.device) for x in drafts)
     first = torch.where(first < 0, next_BT, first)
+    if theirs_BTD is not None:
+        hidden_BTD = torch.where(theirs_BTD.isfinite(), theirs_BTD.to(hidden_BTD), hidden_BTD)
     return draft_chains(model, model.mtp, [first, *more], hidden_BTD, mask)
 
 

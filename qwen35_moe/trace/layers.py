@@ -46,7 +46,7 @@ class LayerOptions:
     meta           what the trace says beside its own
     quiet, label   no progress; how each line of it begins
     images         take the place of placeholders
-    drafts         see `trace_drafts`
+    drafts         see `trace_drafts`;  hidden [B, T, D]: an engine's hidden states, which they start from where finite
     """
 
     mask: Tensor | None = None
@@ -59,6 +59,7 @@ class LayerOptions:
     label: str = ""
     images: Images | None = None
     drafts: Sequence[Tensor] = ()
+    hidden: Tensor | None = None
 
 
 @torch.inference_mode()
@@ -112,7 +113,7 @@ def trace_layers(model: Model, ids_BT: Tensor, out: str | Path, **options: Any) 
             if stop == count:
                 hidden_BTD = _head(model, h_BTD, recorder, writer)
                 if drafts:
-                    found = trace_drafts(model, ids_BT, mask, hidden_BTD, recorder, drafts)
+                    found = trace_drafts(model, ids_BT, mask, hidden_BTD, recorder, drafts, asked.hidden)
                     writer.meta["draft_ids"] = [x.tolist() for x in found]
             writer.close()
     if stop == count:

@@ -137,6 +137,8 @@ ATTENTION_FAULTS = (
           {"attn_q_norm.gain": without_one, "attn_k_norm.gain": without_one}),
     Fault("q and k norms with 1 + twice", "attn", "1 was added at conversion, and again", "mlx-vlm 1548",
           {"attn_q_norm.gain": one_more, "attn_k_norm.gain": one_more}),
+    Fault("q norm with 1 + twice", "attn", "1 was added at conversion, and again", "", {"attn_q_norm.gain": one_more}),
+    Fault("k norm with 1 + twice", "attn", "1 was added at conversion, and again", "", {"attn_k_norm.gain": one_more}),
     Fault("rotary over the whole head", "attn", "partial_rotary_factor ignored", "", rotary(full=True), QK_NORMS),
     Fault("rotary pairs interleaved", "attn", "(2i, 2i + 1) for (i, i + R/2)", "", rotary(interleaved=True), QK_NORMS),
     Fault("rotary theta 10000", "attn", "rope_theta ignored", "", rotary(theta=10000.0), QK_NORMS),

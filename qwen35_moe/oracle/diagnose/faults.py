@@ -55,8 +55,8 @@ class Fault:
     slot      change of an expert's packed weights;  weight, of a linear module's;  tensor, of a plain tensor (by name)
     switches  of the arithmetic, where the fault can be expressed in one form of a rule only
     needs     "mxfp4" or "fp8" (packed experts), "a4" (quantised activations) or "a16" (not quantised), "images" in the
-              prompt, a "scaled" rotary embedding, several "kv heads",
-              "drafts" in the dump, if it does
+              prompt, a "scaled" rotary embedding, "4 heads" (or kv, value, key
+              heads), "drafts" in the dump, if it does
     fused     the shared expert is a slot when this happens
     single    the fault of one expert (`FaultSite.expert`)
     weights   found by comparing weights: activations differ by no more than roundings
@@ -105,9 +105,12 @@ class Fault:
         fits = c.shared_expert_intermediate_size == c.moe_intermediate_size and routed != shared
         mxfp4, fp8 = routed == "mxfp4", routed.startswith("fp8")
         needs = {"": True, "mxfp4": mxfp4, "a4": a4, "a16": mxfp4 and not a4, "fp8": fp8,
-                 "images": images, "kv heads": c.num_key_value_heads > 1, "drafts": False,
-                 "scaled": c.rope_scaling is not None}[self.needs]  # fmt: skip
-        return needs and (fits or not self.fused)
+                 "images": images, "drafts": False, "scaled": c.rope_scaling is not None}  # fmt: skip
+        heads = {"heads": c.num_attention_heads, "kv heads": c.num_key_value_heads,
+                 "value heads": c.linear_num_value_heads, "key heads": c.linear_num_key_heads}  # fmt: skip
+        ranks, _, kind = self.needs.partition(" ")
+        enough = heads[kind] >= int(ranks) if kind in heads else needs[self.needs]
+        return enough and (fits or not self.fused)
 
 
 class Break(Handler):

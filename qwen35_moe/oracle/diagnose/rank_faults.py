@@ -8,50 +8,82 @@ from torch import Tensor
 from .faults import Fault, FaultSite, TapChange
 
 
-def first_share(ranks: int) -> TapChange:
-    """What the first of some ranks holds of the last dimension; nothing of the others'."""
+def one_share(rank: int, ranks: int, dim: int = -1) -> TapChange:
+    """The share of one rank along a dimension; zeros in the place of the others'."""
 
     def change(x: Tensor, _: dict[str, Tensor], __: FaultSite) -> Tensor:
-        width = x.shape[-1] // ranks
-        return torch.cat((x[..., :width], torch.zeros_like(x[..., width:])), -1)
+        width, y = x.shape[dim] // ranks, torch.zeros_like(x)
+        y.narrow(dim, rank * width, width).copy_(x.narrow(dim, rank * width, width))
+        return y
 
     return change
 
 
-def other_half(x: Tensor, _: dict[str, Tensor], __: FaultSite) -> Tensor:
-    """[B, T, heads, width]: each of two ranks has the other's heads."""
-    return x.roll(x.shape[2] // 2, 2)
+def rank_on(ranks: int, by: int, width: str = "head") -> TapChange:
+    """Each rank has the heads of the one `by` after it: [B, T, heads, width], or heads side by side ("flat")."""
+
+    def change(x: Tensor, _: dict[str, Tensor], __: FaultSite) -> Tensor:
+        dim = 2 if width == "head" else -1
+        return x.roll(-by * (x.shape[dim] // ranks), dim)
+
+    return change
 
 
-def other_half_flat(x: Tensor, _: dict[str, Tensor], __: FaultSite) -> Tensor:
-    """The same of heads that lie side by side."""
-    return x.roll(x.shape[-1] // 2, -1)
+def strided(name: str, product: tuple[str, ...]) -> TapChange:
+    """A view of some columns of a product, read as if it were contiguous: from its first number on, row after row."""
+
+    def change(_: Tensor, kept: dict[str, Tensor], __: FaultSite) -> Tensor:
+        parts = [kept[other].flatten(2) for other in product]
+        before = sum(x.shape[-1] for x in parts[: product.index(name)])
+        flat, right = torch.cat(parts, -1).flatten(), kept[name]
+        flat = torch.cat((flat, flat.new_zeros(before)))  # what lies behind the last row is not known
+        return flat[before : before + right.numel()].view_as(right)
+
+    return change
 
 
-def beta_of_strided_b(x: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
-    """b is a view of the rows (b, a) of one product. Read as if it were contiguous: the first half of a step's rows."""
-    b, a = (kept[name].to(x.dtype) for name in ("gdn_b", "gdn_a"))
-    steps = torch.zeros(b.shape[:2]) if place.steps is None else place.steps
-    found = torch.empty_like(b)
-    for step in steps.unique():
-        rows = torch.cat((b, a), -1)[steps == step]
-        found[steps == step] = rows.flatten()[: rows.numel() // 2].view(len(rows), -1).sigmoid()
-    return found
+def beta_of(change: TapChange) -> TapChange:
+    return lambda x, kept, place: change(x, kept, place).to(x.dtype).sigmoid()
 
 
+# The block's part, its block, the tap that each rank has a share of, and the dimension; of so many ranks, which.
+SHARES = (
+    ("shared expert", "mlp", "moe_shared_act", -1, "vLLM 37856, 38795, 39181", ((2, 0), (2, 1), (4, 0), (8, 0))),
+    ("routed experts", "mlp", "moe_expert_act", -1, "vLLM 44679", ((2, 1), (4, 0))),
+    ("attention", "attn", "attn_pre_o_proj", 2, "", ((2, 0), (2, 1), (4, 0))),
+    ("DeltaNet", "gdn", "gdn_norm_out", 2, "", ((2, 0), (2, 1), (4, 0))),
+)
 SHARDED = tuple(
-    Fault(f"shared expert sharded on {ranks} ranks and never reduced", "mlp", "one rank's share stands for the sum",
-          "vLLM 37856, 38795, 39181", {"moe_shared_act": first_share(ranks)})
-    for ranks in (2, 4, 8)
+    Fault(f"{part} sharded on {ranks} ranks and never reduced{', the last share' * (rank > 0)}", block,
+          "one rank's share stands for the sum", seen, {tap: one_share(rank, ranks, dim)},
+          needs="" if block == "mlp" else f"{ranks} heads")
+    for part, block, tap, dim, seen, of in SHARES for ranks, rank in of
 )  # fmt: skip
-RANK_FAULTS = (
-    *SHARDED,
-    Fault("output gates of another rank", "attn", "heads gated by another rank's gates", "ROLL 497",
-          {"attn_gate": other_half}),
-    Fault("keys of another rank", "attn", "", "", {"attn_k": other_half}, needs="kv heads"),
-    Fault("values of another rank", "attn", "", "", {"attn_v": other_half_flat}, needs="kv heads"),
-    Fault("gates of another rank in DeltaNet", "gdn", "heads gated by another rank's z", "",
-          {"gdn_z_gate": other_half}),
+
+# What belongs to another rank, the tap, whether their heads lie side by side, and what there must be several of.
+HEADS = (
+    ("output gates of another rank", "attn", "attn_gate", "head", "heads"),
+    ("queries of another rank", "attn", "attn_q", "head", "heads"),
+    ("keys of another rank", "attn", "attn_k", "head", "kv heads"),
+    ("values of another rank", "attn", "attn_v", "flat", "kv heads"),
+    ("gates of another rank in DeltaNet", "gdn", "gdn_z_gate", "head", "value heads"),
+    ("values of another rank in DeltaNet", "gdn", "gdn_v", "head", "value heads"),
+    ("keys of another rank in DeltaNet", "gdn", "gdn_k", "head", "key heads"),
+    ("beta of another rank in DeltaNet", "gdn", "gdn_beta", "head", "value heads"),
+    ("decay of another rank in DeltaNet", "gdn", "gdn_g", "head", "value heads"),
+)
+MOVED = tuple(
+    Fault(f"{name}{more}", block, "", "ROLL 497" * name.startswith("output"), {tap: rank_on(ranks, by, width)},
+          needs=f"{ranks} {several}")
+    for name, block, tap, width, several in HEADS
+    for ranks, by, more in ((2, 1, ""), (4, 1, ", the next of 4"), (4, -1, ", the one before of 4"))
+)  # fmt: skip
+
+BA = ("gdn_b", "gdn_a")
+STRIDED = (
     Fault("b, a strided view, read as contiguous", "gdn", "beta from rows of b and a in turn", "sglang 21836",
-          {"gdn_beta": beta_of_strided_b}, ("gdn_b", "gdn_a")),
+          {"gdn_beta": beta_of(strided("gdn_b", BA))}, BA),
+    Fault("a, a strided view, read as contiguous", "gdn", "the decay from rows of b and a in turn", "sglang 21836",
+          {"gdn_a": strided("gdn_a", BA)}, BA, late=True),
 )  # fmt: skip
+RANK_FAULTS = (*SHARDED, *MOVED, *STRIDED)

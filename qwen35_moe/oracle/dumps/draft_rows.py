@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...errors import Qwen35Error
 from ...run.prompt import padded
 from ...trace.drafts import draft_ids_of
 from ...trace.file import Trace
 from .dump import Dump
 from .match import FIRST, Matched, Matching
 from .runs import runs
+
+HIDDEN = "final_norm"
 
 
 @dataclass
@@ -74,6 +77,24 @@ def drafts_of(dump: Dump, rows: Sequence[Tensor]) -> list[Tensor]:
     next_BT = torch.where(mask_BT.roll(-1, 1).bool(), ids_BT.roll(-1, 1), FIRST)
     next_BT[:, -1] = FIRST
     return draft_rows(dump, mask_BT, next_BT).ids(dump.drafts, ids_BT)
+
+
+def hidden_of(dump: Dump, rows: Sequence[Tensor]) -> Tensor:
+    """[B, T, D] the dump's hidden states after the final norm at the tokens of these sequences, NaN where it has none.
+    Error: it has none at all of these tokens."""
+    ids_BT, mask = padded(list(rows))
+    matching = Matching(dump, torch.ones_like(ids_BT) if mask is None else mask, ids_BT)
+    for run in runs(dump):
+        matching.place(run)
+    steps = matching.tables.keys() & dump.sources.get(HIDDEN, {}).keys()
+    parts = {step: (torch.cat(matching.tables[step]), dump.read(HIDDEN, step)) for step in sorted(steps)}
+    width = {x.shape[1] for table, x in parts.values() if len(x) > int(table[:, 0].max())}
+    if len(width) != 1:
+        raise Qwen35Error("no hidden states of these tokens", where=dump.path, expected=HIDDEN, found=", ".join(dump))
+    found = torch.full((*ids_BT.shape, *width), torch.nan, dtype=torch.float64)
+    for table, x in parts.values():
+        found[table[:, 1], table[:, 2]] = x[table[:, 0]].to(found)
+    return found
 
 
 def match_drafts(dump: Dump, truth: Trace, matched: Matched) -> None:
