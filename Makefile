@@ -31,9 +31,10 @@ lint: $(STAMP)
 	.venv/bin/ruff format --check .
 	$(PY) -m mypy
 
+# worksteal: the workers take a half each, so that what the tests of a file share is made once.
 # --complete: a run that left out, skipped or expected to fail any test is red.
 test: lint
-	$(PY) -m pytest --complete -n 2
+	$(PY) -m pytest --complete -n 2 --dist worksteal
 
 # The others need a checkpoint, a GPU or gigabytes of disk; each says so in its first lines.
 bench: $(STAMP)

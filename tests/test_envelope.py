@@ -122,33 +122,33 @@ def test_what_an_envelope_keeps_lies_in_one_block(built: Callable[[str], Path]) 
 
 
 def test_values_of_single_experts_have_an_envelope(
-    built: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Turns of loops have none: turn 3 is expert 3 in one arithmetic and slot 3 in another."""
     (tmp_path / "truth").mkdir()
     monkeypatch.chdir(tmp_path / "truth")
-    command = ["trace", str(built("tiny-mxfp4")), "--ids", "1,2,3,4,5", "--experts", "--quiet", "--out"]
+    command = ["trace", str(small("tiny-mxfp4")), "--ids", "1,2,3,4,5", "--experts", "--quiet", "--out"]
     engine = [*command, str(tmp_path / "engine"), "--no-envelope", "--arithmetic", "sglang-bf16"]
     assert main([*command, "."]) == 0 == main(engine)
     stored = load_file(tmp_path / "truth" / "envelope.safetensors")
     truth = Trace.open(tmp_path / "truth")
     turns = [key for key in truth if key.rpartition(".")[2].isdigit()]
     assert turns and not stored.keys() & set(turns)
-    assert sum("moe_expert_" in key for key in stored) > 100
+    assert sum("moe_expert_" in key for key in stored) > 50
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "truth"), str(tmp_path / "engine")]) == 0
     assert f"AGREES: {len(truth) - len(turns)} taps within rounding" in capsys.readouterr().out
 
 
-def test_an_envelope_has_no_flips_in_it(built: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_envelope_has_no_flips_in_it(small: Callable[..., Path], tmp_path: Path) -> None:
     """Whatever taps are asked for: where the truth's experts were not kept, legal runs chose their own, and errors of
     another choice were legal. Rows of single experts did not even fit."""
     ids = ",".join(str(i * 7919 % 251) for i in range(40))
-    common = ["trace", str(built("tiny-mxfp4")), "--ids", ids, "--quiet"]
+    common = ["trace", str(small("tiny-mxfp4")), "--ids", ids, "--quiet"]
     assert main([*common, "--out", str(tmp_path / "all")]) == 0
     assert main([*common, "--out", str(tmp_path / "few"), "--taps", "mlp_output,moe_expert_*", "--experts"]) == 0
     every, few = (stored_envelope(Trace.open(tmp_path / name)) for name in ("all", "few"))
-    for i in range(4):
+    for i in range(2):
         key = f"layers.{i}.mlp_output"
         assert torch.equal(every[key], few[key]), key
 

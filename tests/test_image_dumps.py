@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +60,16 @@ def source():
     return open_checkpoint(CHECKPOINT)[1].source
 
 
+@cache
+def loaded(dtype: torch.dtype) -> Any:
+    return load_transformers(CHECKPOINT, dtype)
+
+
 def captured(
     images: Images = IMAGES, ids: Tensor = IDS, dtype: torch.dtype = torch.bfloat16, plant: Callable[[Any], Any] = len
 ) -> TransformersCapture:
     """transformers, live, after `plant` did something to its model."""
-    model = load_transformers(CHECKPOINT, dtype)
+    model = deepcopy(loaded(dtype))
     if plant is not len:
         plant(model.model)
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in images.given().items()}

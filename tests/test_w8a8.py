@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -32,7 +33,7 @@ from weights.build import build
 REAL = Path(__file__).parent / "data" / "real"
 IDS = (torch.arange(32) * 7919 % 251)[None]
 SIZES = {
-    "hidden_size": 192, "moe_intermediate_size": 160, "shared_expert_intermediate_size": 64, "num_experts": 8,
+    "hidden_size": 192, "moe_intermediate_size": 160, "shared_expert_intermediate_size": 64, "num_experts": 6,
     "num_experts_per_tok": 3, "layer_types": ["linear_attention", "linear_attention", "full_attention"],
 }  # fmt: skip
 
@@ -181,9 +182,9 @@ def test_a_real_w8a8_engine_agrees(tmp_path: Path) -> None:
     assert all(found[f"layers.0.{n}"] < 1.1 for n in ("gdn_qkv", "gdn_z", "moe_shared_gate_proj", "moe_shared_up_proj"))
 
 
-def test_mxfp4_weights_with_mxfp8_inputs(tmp_path: Path) -> None:
+def test_mxfp4_weights_with_mxfp8_inputs(small: Callable[..., Path]) -> None:
     """W4A8: its own arithmetic passes, a dropped shared expert is named."""
-    source = open_checkpoint(build("tiny-mxfp4", tmp_path / "mxfp4"))[1].source
+    source = open_checkpoint(small("tiny-mxfp4"))[1].source
     bench = Bench(source, "gate 0.5", IDS[:, :16], "+w4a8")
     clean = next(v for v in variants("+w4a8", 16) if v.name == "sglang-bf16")
     assert bench.clean(clean).found
