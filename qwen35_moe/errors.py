@@ -1,4 +1,4 @@
-"""The one error type of the package, the one form that its messages have, and what a terminal may be shown."""
+"""The error type of the package, the form of its messages, and the text that a terminal may show."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +25,8 @@ class Qwen35Error(ValueError):
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Imports of packages that the core does without: `hf` transformers, `placement` accelerate, `vision` both and
-    Pillow. Where one is missing, the error says which, and the line that installs it."""
+    """A context for imports of optional packages: `hf` transformers, `placement` accelerate, `vision` both and Pillow.
+    If one is missing, the error names it, and the command that installs it."""
     try:
         yield
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""Truth and dump, tap by tap: is it wrong, where first, and by how much more than rounding.
+"""Compares a dump with the truth, tap by tap: is it wrong, where first, and by how many legal errors?
 
-Two errors are measured. The inherited one is what stands between the engine and the truth, and grows from layer to
-layer. The added one is what is left when each block of the truth runs on the engine's own captured input with the
-engine's own choice of experts: it names the block that is wrong. It needs the checkpoint, and decides where known.
+Two errors are measured. The inherited error is the engine's error against the truth; it grows from layer to layer. The
+added error is what is left if each block of the truth runs on the engine's own captured input, with the engine's own
+choice of experts. It names the wrong block. It needs the checkpoint, and it decides if it is known.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def diagnose(
     checkpoint: str | Path, dump: Dump | str | Path, truth: str | Path | None = None, *,
     arithmetic: str | None = None, shared_expert: str = "unfused", **options: Any,
 ) -> Comparison:  # fmt: skip
-    """Compare a dump with a truth that is computed for the tokens that the dump says it is of.
+    """Compare a dump with a truth that is computed for the tokens of the dump.
 
     truth       a directory to keep the truth in (default: it is removed afterwards)
     arithmetic  that of the truth (default: exact, or exact+a8 of an FP8 checkpoint), shared_expert how it was loaded

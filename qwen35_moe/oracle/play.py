@@ -1,4 +1,5 @@
-"""Our own model plays an engine, right or with a known fault, and leaves a dump: for demos, notebooks and tests."""
+"""The package's own model plays an engine, correct or with a known fault, and writes a dump: for demos, notebooks and
+tests."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def play_engine(
     checkpoint: str | Path, ids: Tensor, out: str | Path, *,
     arithmetic: str = "sglang-bf16", fault: str | None = None, layer: int = 0,
 ) -> Path:  # fmt: skip
-    """Run a checkpoint on ids [B, T] as an engine would, and write what SGLang's dumper would write of it to `out`.
+    """Run a checkpoint on ids [B, T] as an engine would, and write to `out` what SGLang's dumper would write.
 
     fault   name of a fault of the catalogue, planted in `layer`. What stands at `out` already is replaced.
     """

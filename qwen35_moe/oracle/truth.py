@@ -1,4 +1,4 @@
-"""The truth that a dump is compared with: traced for given ids, or for the tokens that a dump says it is of."""
+"""The truth that a dump is compared with: traced for given ids, or for the tokens of a dump."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def open_checkpoint(
 def weights_of(
     truth: Trace, checkpoint: WeightSource | str | Path | None, ignore_config_keys: Iterable[str] = ()
 ) -> tuple[WeightSource | None, list[bool]]:
-    """The weights that a truth was computed from, where they are known or were given, and which layers were fused.
-    Error: the checkpoint is another one."""
+    """The weights that a truth was computed from, if they are known or given, and which layers were fused. Error: the
+    checkpoint is another one."""
     flags = list(truth.meta.get("fused") or [])
     if isinstance(checkpoint, WeightSource):
         return checkpoint, flags
@@ -68,7 +68,7 @@ def weights_of(
 
 
 def names_in(dump: Dump) -> str:
-    """Patterns of the taps that a dump can be compared at: of what it holds, and of what that stands for."""
+    """Patterns of the taps at which a dump can be compared: those that it holds, and those that its values give."""
     held = {base_name(key) for key in dump.sources}
     names = {name for name, (other, _) in INSTEAD.items() if other in held} | (held & NAMES)
     for one, other, _ in TWO_MEANINGS:

@@ -1,8 +1,8 @@
 """Two dumps and no truth: the same tokens cold and warm, at TP 1 and TP 2, in a batch and alone.
 
-Without a checkpoint, two dumps are bit-equal or they are not, and the first difference says where to look. With one,
-each is compared with the checkpoint's truth on its own inputs: a difference is legal if both are within rounding, and
-otherwise it shows which of the two is off.
+Without a checkpoint, two dumps are bit-equal or not, and the first difference says where to look. With a checkpoint,
+each dump is compared with the truth on its own inputs. A difference is legal if both dumps are within rounding.
+Otherwise it shows which of the two is wrong.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STAGES = ("layer_input|input_layernorm", "(attn|gdn)_(?!output)", "attn_output",
 
 
 class DumpTrace(Trace):
-    """A dump in the role of a trace over its own tokens [B, T]: taps are read when they are asked for.
+    """A dump as a trace of its own tokens [B, T]. Taps are read on demand.
 
     `rows(key)` [B, T] says which of the tokens a tap holds.
     """
@@ -106,7 +106,8 @@ class Difference:
 
 @dataclass
 class TwoDumps:
-    """What is known of two dumps. `a`, `b`: their comparisons with the checkpoint's truth, where there is one."""
+    """The comparison of two dumps. `a`, `b`: their comparisons with the checkpoint's truth, if there is a
+    checkpoint."""
 
     taps: list[Difference]
     tokens: tuple[int, int]  # of the first dump, and how many of them both have
@@ -166,8 +167,8 @@ def compare_dumps(
 ) -> TwoDumps:
     """Compare two dumps of the same tokens, tap by tap.
 
-    Values are compared in the narrower of the dtypes that were written: partial sums of ranks are added exactly first.
-    options: those of `diagnose`. Errors: a dump without ids; no token or tap in common.
+    Values are compared in the narrower of their two dtypes. Partial sums of ranks are added exactly before. options:
+    those of `diagnose`. Errors: a dump without ids; no token or tap in common.
     """
     for dump in (a, b):
         dump.keep_fused()

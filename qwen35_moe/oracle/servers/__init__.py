@@ -1,1 +1,1 @@
-"""A running server, judged by the log-probabilities that it answers with."""
+"""Judges a running server by the log-probabilities in its answers."""

@@ -1,4 +1,4 @@
-"""What a server said: log-probabilities by position, whichever engine they came from."""
+"""The answers of a server: log-probabilities by position, the same for all engines."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The same tokens in other company: alone, n times in one batch, cut to n tokens, fed n at a time, and once more.
+"""The same tokens in other batches: alone, n times in one batch, cut to n tokens, fed n at a time, and once more.
 
-A kernel is chosen by the number of tokens that it is given; one that is wrong for a few of these numbers hides from a
-single request. Nothing of the truth is needed: an engine is held against itself, in units of what legal orders of
-addition make (the root of two times the typical legal error of a position).
+An engine chooses kernels by the number of tokens. A single request does not show a kernel that is wrong for a few of
+these numbers. This needs no truth: an engine is compared with itself, in units of the difference of two legal orders of
+addition (the root of two times the typical legal error of a position).
 """
 
 from __future__ import annotations

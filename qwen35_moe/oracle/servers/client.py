@@ -1,8 +1,7 @@
 """HTTP to the one address that the user gave, by the standard library.
 
-No redirect is followed, no proxy is used, TLS certificates are checked, an answer is read up to a limit, and a request
-ends after `timeout` seconds however slowly the server drips. What failed on the way is asked again a few times; what
-the server refused is not.
+It follows no redirect, uses no proxy, checks TLS certificates, and reads an answer up to a limit. A request ends after
+`timeout` seconds, even if the server keeps sending. Failed requests are repeated a few times, refused ones are not.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ RETRIED_STATUS = (429, 500, 502, 503, 504)
 
 
 class Refused(Qwen35Error):
-    """The server understood, and said no."""
+    """The server understood the request, and refused it."""
 
 
 class Server:

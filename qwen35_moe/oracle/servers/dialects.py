@@ -1,4 +1,4 @@
-"""What is asked of each engine: requests with ids, and how to tell the engines apart.
+"""The requests for each engine, with ids, and how to tell the engines apart.
 
     engine     its owned_by     path              log p of the prompt
     SGLang     sglang           /generate         in one request, with what is generated
@@ -7,7 +7,7 @@
     TRT-LLM    tensorrt_llm     /v1/completions   one request a token; only that of the likeliest token has an id
     others     -                /v1/completions   one request a token, if tokens come as "token_id:N"
 
-Temperature is 0 where log p are told before it, and 1, which changes nothing, where that is not known.
+The temperature is 0 if the engine tells log p before temperature. If that is not known, it is 1, which changes nothing.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Asker:
 
     def grown(self, ids: Ids, step: int) -> Iterator[Answer]:
         """The prompt fed `step` tokens at a time, each request with all tokens before it, which the engine may have
-        cached: log p of what comes next, and none of the prompt, since for those an engine computes all anew."""
+        cached: log p of the next tokens, and not of the prompt, since for those an engine computes everything again."""
         for end in range(step, len(ids), step):
             yield from self._post(list(ids[:end]), 1, False)
 

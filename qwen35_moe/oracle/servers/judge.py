@@ -3,7 +3,7 @@
     d = log p(engine) - log p(truth)          of each token that the engine tells, at each position
     z = rms(d) / sigma                        of a position; sigma is the rms over the legal arithmetics of their rms(d)
 
-Two tests, neither of which a few flips of experts can move:
+A few flips of experts do not change the outcome of either of two tests:
 
 quantiles   the median, upper quartile and 90 % quantile of z against the largest that a legal arithmetic has when it is
             measured by the others. It sees faults that nobody listed.
@@ -16,9 +16,9 @@ likelihood  a hypothesis h predicts d = s, since it was replayed. With noise of 
             than ours is granted its noise. It sees what is far below the noise of one position, given enough of them.
 
 A flip that rounding makes early in a prompt moves all positions after it, and may move them as a fault would: positions
-of one prompt are no independent witnesses. So what decides is the gain without the prompt that speaks loudest for h.
-Were the noise as modelled, a clean engine would exceed a gain of G with a chance of e^-G for each hypothesis. DECIDED
-is log(2,000 hypotheses / 1e-4); what the legal arithmetics reach themselves, twice over, is asked in addition.
+of one prompt are not independent. So the gain without the prompt that favours h most decides. If the noise were as
+modelled, a clean engine would exceed a gain of G with a chance of e^-G for each hypothesis. DECIDED is log(2,000
+hypotheses / 1e-4); what the legal arithmetics reach themselves, twice over, is asked in addition.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class Quantile:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What one hypothesis makes of the answers. `gain` in nats over "clean", `sure` of them without the loudest prompt;
-    `left`: the median of z_h over the legal one, 1 where nothing is left to explain; `visible`: this fault would have
-    been found in an engine that has it."""
+    """What one hypothesis makes of the answers. `gain` in nats over "clean"; `sure`: the gain without the prompt that
+    favours it most; `left`: the median of z_h over the legal one, 1 where nothing is left to explain; `visible`: this
+    fault would have been found in an engine that has it."""
 
     name: str
     gain: float
@@ -188,13 +188,13 @@ class Judge:
         return Quantile(name, float(ordered.quantile(q)) / level, least / level, most / level)
 
     def power(self) -> tuple[list[str], list[str]]:
-        """Names of the hypotheses that would be found here, and of those that would not."""
+        """Names of the hypotheses that these positions would show, and of those that they would not."""
         named = list(zip(self.names, self.seen.tolist(), strict=True))[: len(self.branches)]
         return [n for n, seen in named if seen], [n for n, seen in named if not seen]
 
     def blind(self) -> str:
-        """Why nothing found here would mean little: listed faults that would not be seen, and about how many positions
-        would show them. Empty where all would be seen but those that only round."""
+        """The faults of the catalogue that these positions would not show, and about how many positions would show
+        them. Empty if all would be seen, except those that only round."""
         every = [(h, b.hypothesis) for h, b in enumerate(self.branches) if b.hypothesis]
         if not every:
             return "no fault was replayed, so what would be seen here is not known"

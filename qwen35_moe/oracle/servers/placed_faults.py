@@ -1,4 +1,4 @@
-"""What may be wrong with an engine: faults of the catalogue, in all layers or in one."""
+"""The faults that an engine may have: those of the catalogue, in all layers or in one."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class PlacedFault:
 
 
 def placed_faults(source: WeightSource, which: str = "each", a4: bool = False) -> list[PlacedFault]:
-    """What the catalogue can say of this checkpoint: `all` (layers at once), `each` (also layer by layer), or `none`.
-    A fault of the draft head shows in no log p, one of the hand-over between steps in none of a prompt; one of one
-    expert is in one layer only."""
+    """The faults that an engine can have on this checkpoint: `all` (layers at once), `each` (also layer by layer), or
+    `none`. A fault of the draft head shows in no log p, one of the hand-over between steps in none of a prompt; one of
+    one expert is in one layer only."""
     kinds, found = source.config.layer_types, list[PlacedFault]()
     for fault in () if which == "none" else FAULTS:
         if fault.block == "mtp" or fault.hand_over is not None:

@@ -1,4 +1,4 @@
-"""Prompts that the command makes itself: ids drawn by the integer hash, so that anyone can ask the same again."""
+"""Drawn prompts: ids from the integer hash, so that anyone can repeat them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...run.generate import uniform
 
 
 def ordinary(config: Config) -> int:
-    """Ids below this are ordinary tokens: special ones and rows that pad the vocabulary stand at its end."""
+    """The number of ordinary tokens. Special tokens and rows that pad the vocabulary come after them."""
     text: dict[str, Any] = config.raw.get("text_config", config.raw)
     found = [v for part in (config.raw, text) for k, v in part.items() if k.endswith("_token_id")]
     flat = [i for v in found for i in (v if isinstance(v, list) else [v])]

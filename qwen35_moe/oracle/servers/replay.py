@@ -1,10 +1,9 @@
-"""The truth, legal arithmetics and planted faults on the same prompts: one pass over the layers, all side by side.
+"""Runs the truth, legal arithmetics and planted faults on the same prompts, side by side in one pass over the layers.
 
-A hypothesis is a fault of the catalogue in all layers or in one. One that strikes layer i runs with the truth's stream
-from there on, so that n layers cost it n / 2 on average, and all that are done striking share their products. What is
-kept of each is the stream before the last norm, [B, T, D]; log p of single tokens are computed from it when they are
-asked for, and a vocabulary of 250,000 is never kept. Hypotheses are computed in float32, whose own error is a hundredth
-of what bf16 makes.
+A hypothesis is a fault of the catalogue in all layers or in one. A fault of layer i starts from the truth's stream at
+layer i, so n layers cost n / 2 on average. Hypotheses whose layer is done share their products. Only the stream before
+the last norm is kept, [B, T, D]. log p of single tokens are computed from it on demand, so a vocabulary of 250,000 is
+never kept. Hypotheses are computed in float32, whose error is a hundredth of bf16's.
 """
 
 from __future__ import annotations

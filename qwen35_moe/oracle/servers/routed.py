@@ -1,4 +1,4 @@
-"""The experts that a server says it chose: bytes of a stranger, read as plain integers."""
+"""The experts that a server reports. Its bytes are a stranger's, and are read as plain integers."""
 
 from __future__ import annotations
 

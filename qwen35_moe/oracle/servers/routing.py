@@ -1,4 +1,4 @@
-"""Experts that came with an answer, judged as those of a dump: as sets, a flip legal within the noise of the logits.
+"""The experts of an answer are judged as those of a dump: as sets; a flip within the noise of the logits is legal.
 
 The noise is what the legal arithmetics make of a router logit of that token by then, flips in the layers before among
 it. Since those move logits by more than a few runs show, a layer counts as wrong only if it has more illegal flips than

@@ -1,4 +1,4 @@
-"""Answers and truth, put together: which positions they share, and a verdict of three values.
+"""Compares answers with the truth at the positions that both have, and gives one of three verdicts.
 
 agrees        no test speaks against it, and the tests would have spoken: every replayed fault would be seen here, but
               those that only round (a format of the cache or of the state)
@@ -60,7 +60,7 @@ class Verdict:
         return EXIT[self.finding]
 
     def add(self, what: str, other: Verdict) -> None:
-        """A verdict on more of the answers, `what` they are: its evidence, and its finding if that is the worse one."""
+        """Add the verdict on more answers, which `what` names: its evidence, and its finding if it is worse."""
         self.evidence += [f"{what}, {other.positions} positions: {line}" for line in other.evidence]
         if other.finding == "diverges" and self.finding != "diverges":
             self.finding, self.why, self.unseen = "diverges", f"{what}: {other.why}", []
@@ -74,7 +74,7 @@ class Verdict:
 
 
 def told(answers: Sequence[Answer], ids: Sequence[Sequence[int]], vocab: int) -> Told:
-    """Rows of answers whose tokens before them are those of a prompt. Errors: there are none; an id of no token."""
+    """The rows of answers that follow tokens of a prompt. Errors: no such row; an id that is no token."""
     rows: dict[tuple[int, int], tuple[dict[int, float], int]] = {}
     notes, elsewhere, empty = list[str](), 0, 0
     for answer in answers:
@@ -140,7 +140,7 @@ def _same(said: Sequence[int], known: Sequence[int], place: int) -> bool:
 
 
 def decide(judge: Judge, found: Told, routing: Sequence[str] = ()) -> Verdict:
-    """The verdict on what was told. `routing`: what the experts of the answers say against the engine."""
+    """The verdict on the answers. `routing`: the evidence of the answers' experts against the engine."""
     look = judge.look(found.log_p)
     positions, sequences = len(found.log_p), len(found.at.sequence.unique())
     best = max((e for e in look.explanations if e.visible), key=lambda e: e.sure, default=None)
