@@ -182,15 +182,12 @@ def slot_guard(slot: str, spec: ModuleSpec, tensors: Mapping[str, ModuleSpec | N
         if found is None:
             where, expected = f"{slot}, {name}", f"a {spec.kind} tensor"
             do = "check the renaming of shared_expert to the slot; a slot that is not filled computes noise"
-            raise Qwen35Error(
-                "a fused slot would stay unfilled", where=where, expected=expected, found="nothing", do=do
-            )
+            what = "a fused slot would stay unfilled"
+            raise Qwen35Error(what, where=where, expected=expected, found="nothing", do=do)
         if not (found.same_bytes(spec) or convert and found.is_float):
-            what, do = (
-                f"{found.kind} bytes would be read as {spec.kind}",
-                'load with shared_expert="unfused", or convert',
-            )
-            raise Qwen35Error(what, where=name, expected=spec, found=found, do=f'{do} the tensor: "fused-online"')
+            what = f"{found.kind} bytes would be read as {spec.kind}"
+            do = 'load with shared_expert="unfused", or convert the tensor: "fused-online"'
+            raise Qwen35Error(what, where=name, expected=spec, found=found, do=do)
     if by_part:
         left, expected = next(iter(by_part.values()))[0], f"only {', '.join(PROJECTIONS)}"
         raise Qwen35Error("a tensor has no place in the fused slot", where=left, expected=expected, found=slot)

@@ -63,9 +63,8 @@ class QuantConfig:
             return cls("none", exclude_list((), "quark"), BF16, "no quantization_config", (), "", {})
         method = stated_method(raw)
         if method not in DIALECT_READERS:
-            return cls(
-                method, exclude_list((), "quark"), UNSTATED, f"quant_method {method!r}, which has no reader", raw=raw
-            )
+            source = f"quant_method {method!r}, which has no reader"
+            return cls(method, exclude_list((), "quark"), UNSTATED, source, raw=raw)
         try:
             read = DIALECT_READERS[method](raw)
             return cls(method=method, raw=raw, num_hidden_layers=num_hidden_layers, shared_word=shared_word, **read)

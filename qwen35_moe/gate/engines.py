@@ -56,12 +56,7 @@ class RuleInfo:
 ENGINE_RULES = {
     "sglang-22948": RuleInfo(sglang_22948, "sglang", "sgl-project/sglang #22948, the seed PR", SGLANG, by_layer=False),
     "sglang-0.5.23": RuleInfo(
-        sglang_0_5_23,
-        "sglang",
-        "SGLang 0.5.23",
-        SGLANG,
-        by_layer=False,
-        plain_draft=lambda m: plain_draft(m) is not None,
+        sglang_0_5_23, "sglang", "SGLang 0.5.23", SGLANG, False, plain_draft=lambda m: plain_draft(m) is not None
     ),
     "vllm-0.33": RuleInfo(vllm_0_33, "vllm", "vLLM 0.33", VLLM, together=all_or_none, fp8="vllm-fp8"),
     "atom-ffdf3bb5": RuleInfo(atom, "atom", "ROCm/ATOM ffdf3bb5, with prefixes", ATOM, fp8="atom"),

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from ..errors import Qwen35Error
 from .entry_index import EntryIndex
 from .module_names import expand_fused, is_plain
-from .readings import (
-    LAYER_CLASSES,
-    SEMANTICS,
-    Semantics,
-    Test,
-    exact,
-    layer_class,
-    matched,
-    occurs_in_key,
-    parent,
-    segments,
-)
+from .readings import SEMANTICS, Semantics, Test, matched, occurs_in_key, plain_matches
 
 
 @dataclass(frozen=True)
@@ -115,24 +104,10 @@ def exclude_list(
 
 def first_match(index: EntryIndex, name: str, tests: Sequence[Test]) -> tuple[int, str] | None:
     """(index, the test that it passed) of the first entry that names a module."""
-    found = [(index.plain[key], test.__name__) for key, test in _plain_matches(name, tests) if key in index.plain]
+    found = [(index.plain[key], test.__name__) for key, test in plain_matches(name, tests) if key in index.plain]
     others = index.around(name) if occurs_in_key in tests else index.patterns(name)
     for i, entry in others:
         if how := matched(entry, name, tests):
             found.append((i, how))
             break
     return min(found, default=None)
-
-
-def _plain_matches(name: str, tests: Sequence[Test]) -> Iterator[tuple[str, Test]]:
-    """The plain entries that could match a name, by test: itself, its ancestors, runs of its segments."""
-    parts = name.split(".")
-    if exact in tests:
-        yield name, exact
-    if parent in tests:
-        yield from ((".".join(parts[:i]), parent) for i in range(len(parts) - 1, 0, -1))
-    if segments in tests:
-        ends = range(len(parts), 0, -1)
-        yield from ((".".join(parts[i:j]), segments) for j in ends for i in range(j))
-    if layer_class in tests:
-        yield from ((word, layer_class) for word in LAYER_CLASSES)

@@ -29,10 +29,8 @@ class Namespace:
 
     def module(self, name: str, nested: bool, layers: int = 0) -> str:
         """The engine's name of a module, given by any spelling. layers: of the target. The draft is `mtp.` to all."""
-        core = canonical_module(name)
-        return (
-            (self.nested if nested else self.flat) + core if core.startswith("layers.") else self._draft(core, layers)
-        )
+        core, prefix = canonical_module(name), self.nested if nested else self.flat
+        return prefix + core if core.startswith("layers.") else self._draft(core, layers)
 
     def entry(self, entry: str, nested: bool, layers: int = 0) -> str:
         """An entry of the exclude list as the engine compares it."""
@@ -54,6 +52,11 @@ class Namespace:
         return DRAFT.sub(lambda n: f"mtp.layers.{layers + int(n[1])}.", name) if self.appended_draft else name
 
 
+# vLLM's names and those of ATOM's multimodal class, for a checkpoint with a vision tower.
+WITH_TOWER = (
+    *(("model.visual.", "visual."), ("lm_head.", "language_model.lm_head.")),
+    ("model.language_model.", "language_model.model."),
+)
 DRAFT = re.compile(r"^mtp\.layers\.(\d+)\.")
 SGLANG = Namespace(
     "model.language_model.",
@@ -64,11 +67,7 @@ VLLM = Namespace(
     "language_model.model.",
     "model.",
     "vLLM 0.33 models/qwen3_vl.py:1969, qwen3_5.py:327, qwen3_5.py:524, qwen3_5_mtp.py:234; get_rename_mapper",
-    nested_renames=(
-        ("model.visual.", "visual."),
-        ("lm_head.", "language_model.lm_head."),
-        ("model.language_model.", "language_model.model."),
-    ),
+    nested_renames=WITH_TOWER,
     flat_renames=(("model.language_model.", "model."),),
 )
 ATOM = Namespace(
@@ -85,10 +84,6 @@ ATOM_MULTIMODAL = replace(
     ATOM,
     nested="language_model.model.",
     source="ROCm/ATOM 00afbe32 model_engine/model_runner.py: support_model_arch_dict; models/qwen3_5.py",
-    nested_renames=(
-        ("model.visual.", "visual."),
-        ("lm_head.", "language_model.lm_head."),
-        ("model.language_model.", "language_model.model."),
-    ),
+    nested_renames=WITH_TOWER,
     flat_renames=(),
 )

@@ -106,10 +106,10 @@ def _quark_mxfp4(raw: Mapping[str, Any], method: str, model_type: object) -> dic
 
 
 def _nvfp4_weight(weight: list[Mapping[str, Any]]) -> bool:
-    first, second = (weight[0], weight[1]) if len(weight) == 2 else ({}, {})
-    nvfp4 = first.get("dtype") == "fp4" and first.get("qscheme") == "per_group" and first.get("group_size") == 16
-    scales = second.get("dtype") == "fp8_e4m3" and second.get("qscheme") == "per_tensor"
-    return nvfp4 and scales and not first.get("is_dynamic") and not second.get("is_dynamic")
+    """FP4 in groups of 16, then FP8 scales a tensor, both static."""
+    wanted = {"dtype": "fp4", "qscheme": "per_group", "group_size": 16}, {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}
+    pairs = zip(weight, wanted, strict=False)
+    return len(weight) == 2 and all(s.items() >= want.items() and not s.get("is_dynamic") for s, want in pairs)
 
 
 def _by_tail(layers: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ is a table, not folklore.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -112,6 +112,20 @@ SEMANTICS = {
 def matched(entry: str, name: str, tests: Sequence[Test]) -> str:
     """The name of the first test that `entry` passes for `name`, or "" ."""
     return next((test.__name__ for test in tests if test(entry, name)), "")
+
+
+def plain_matches(name: str, tests: Sequence[Test]) -> Iterator[tuple[str, Test]]:
+    """The plain entries that could match a name, by test: itself, its ancestors, runs of its segments."""
+    parts = name.split(".")
+    if exact in tests:
+        yield name, exact
+    if parent in tests:
+        yield from ((".".join(parts[:i]), parent) for i in range(len(parts) - 1, 0, -1))
+    if segments in tests:
+        ends = range(len(parts), 0, -1)
+        yield from ((".".join(parts[i:j]), segments) for j in ends for i in range(j))
+    if layer_class in tests:
+        yield from ((word, layer_class) for word in LAYER_CLASSES)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

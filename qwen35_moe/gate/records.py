@@ -183,10 +183,8 @@ class GateModel:
         raw = quantization_of({**top, "text_config": text}) if quant_config is None else quant_config
         missing = [k for k in ("num_hidden_layers", "moe_intermediate_size") if not isinstance(text.get(k), int)]
         if missing:
-            what, do = (
-                "this does not look like the configuration of a MoE model",
-                "give the config.json of the checkpoint",
-            )
+            what = "this does not look like the configuration of a MoE model"
+            do = "give the config.json of the checkpoint"
             expected = "num_hidden_layers and moe_intermediate_size, at the top or in text_config"
             raise Qwen35Error(what, expected=expected, found=f"{', '.join(missing)} absent", do=do)
         count, step = text["num_hidden_layers"], text.get("decoder_sparse_step") or 1

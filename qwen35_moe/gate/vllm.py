@@ -155,9 +155,7 @@ def _alike(
     if any((hit is None) != (routed is None) for hit in shared):
         named = (Evidence.of(hit) for hit in (*shared, routed) if hit)
         return no(f"routed and shared experts are not {word} alike", *named)
-    return yes(
-        f"routed and shared experts are {quant.default.kind} alike" if routed is None else "neither is quantised"
-    )
+    return yes("neither is quantised" if routed else f"routed and shared experts are {quant.default.kind} alike")
 
 
 def _fp8_ignored(quant: QuantConfig, module: str) -> Hit | None:
