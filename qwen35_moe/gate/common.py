@@ -74,7 +74,7 @@ def quark_specs(quant: QuantConfig) -> dict[str, Mapping[str, Any]]:
 
 def steps(spec: Any) -> list[Mapping[str, Any]]:
     """Quark quantises a tensor in one step or in several."""
-    return spec if isinstance(spec, list) else [spec] if spec else []
+    return [step for step in (spec if isinstance(spec, list) else [spec]) if isinstance(step, Mapping) and step]
 
 
 def several_steps(spec: Mapping[str, Any]) -> bool:

@@ -107,6 +107,7 @@ def _quark_mxfp4(raw: Mapping[str, Any], method: str, model_type: object) -> dic
 
 def _nvfp4_weight(weight: list[Mapping[str, Any]]) -> bool:
     """FP4 in groups of 16, then FP8 scales a tensor, both static."""
+    wanted: tuple[dict[str, Any], ...]
     wanted = {"dtype": "fp4", "qscheme": "per_group", "group_size": 16}, {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}
     pairs = zip(weight, wanted, strict=False)
     return len(weight) == 2 and all(s.items() >= want.items() and not s.get("is_dynamic") for s, want in pairs)
