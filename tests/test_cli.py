@@ -98,6 +98,8 @@ def test_swapped_arguments_and_a_checkpoint_as_output(built, tmp_path, capsys, m
     assert code == 2 and "this is a checkpoint: choose another folder" in text and "remove" not in text
     code, text = said(capsys, "trace", checkpoint, "--ids", "1,2", "--out", "out", "--layers", "1")
     assert code == 2 and "expected: 0-1: a layer needs those before it" in text
+    code, text = said(capsys, "compare", "truth", "dump", "--layer-ids", "x")
+    assert code == 2 and "not a list of layers\n  where: --layer-ids" in text
     code, text = said(capsys, "trace", checkpoint, "--ids", "1,2")
     assert code == 2 and "--out is missing" in text
     code, text = said(capsys, "info", "truth")

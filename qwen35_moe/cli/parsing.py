@@ -58,7 +58,12 @@ class Parser(argparse.ArgumentParser):
         super()._print_message(printable(message), file)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        value = super()._get_value(action, arg_string)
+        try:
+            value = super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            if isinstance(error.__context__, Qwen35Error):  # which says more
+                raise error.__context__ from None
+            raise
         known = [choice for choice in action.choices or () if isinstance(choice, str)]
         return next((choice for choice in known if choice.lower() == str(value).lower()), value)
 

@@ -46,7 +46,9 @@ def add_report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--engine", help="the engine's arithmetic, a name of `trace --list`: its errors are legal, "
                    "too (of float32: they alone)")  # fmt: skip
     p.add_argument("--layer", metavar="LAYERS", action="append", help="judge only these layers: 3, or 1,2, or 1-3")
-    p.add_argument("--layer-ids", type=layers, help="the layer ids that you gave to vLLM: 2,18,33")
+    p.add_argument(
+        "--layer-ids", type=partial(layers, where="--layer-ids"), help="the layer ids that you gave to vLLM: 2,18,33"
+    )
     p.add_argument("--name-map", help="JSON file for plain tensors: {engine's name or regular expression: key}")
     p.add_argument("--ids", help="token ids, if the dump holds none: 1,2,3, or a file with a list of ids, or with "
                    "one list a request, in the order of the dump's rows")  # fmt: skip

@@ -43,8 +43,9 @@ from .shares import Processes, begin_groups, check_one_pass, join
 def configure(p: argparse.ArgumentParser) -> None:
     p.description = "Computes the truth layer by layer, and writes each layer to disk when it is done."
     p.add_argument("checkpoint", nargs="?", help="checkpoint folder or .safetensors file")
-    p.add_argument("--ids", help="1,2,3 or a file: a list of token ids, or a list of lists (padded on the right)")
-    p.add_argument("--prompt", help="a prompt as text; needs the folder's tokenizer")
+    prompt = p.add_mutually_exclusive_group()
+    prompt.add_argument("--ids", help="1,2,3 or a file: a list of token ids, or a list of lists (padded on the right)")
+    prompt.add_argument("--prompt", help="a prompt as text; needs the folder's tokenizer")
     add_image_options(p)
     p.add_argument("--drafts", type=within(int, 1, 1000), nargs="?", const=1, default=0, metavar="N",
                    help="trace the draft head as well: at each token a chain of N drafts (default: 1)")  # fmt: skip
@@ -55,7 +56,8 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--taps", default="*", help="taps to record: globs, separated by commas (default: all but "
                    "--experts). moe_topk_ids is added unless --no-envelope is given")  # fmt: skip
     p.add_argument("--experts", action="store_true", help="also trace each expert and each turn of a loop")
-    p.add_argument("--layers", metavar="0-N", help="trace only the first layers; --resume with a larger N continues")
+    p.add_argument("--layers", dest="last", type=last_layer, metavar="0-N",
+                   help="trace only the first layers; --resume with a larger N continues")  # fmt: skip
     p.add_argument(
         "--batch", type=within(int, 1, 10**9), metavar="N",
         help="prompts in one forward pass (default: all; under `accelerate launch`: 1, and each process takes others)",
@@ -88,7 +90,10 @@ def run(args: argparse.Namespace) -> int:
     in_utf8(args.out)
     args.asked = split_patterns(args.taps)
     args.taps = args.taps if args.no_envelope else with_ids(args.taps)
-    rows = read_ids(args.ids, "--ids") if args.prompt is None else [prompt_ids(args)]
+    if args.prompt is None:
+        rows = read_ids(args.ids, "--ids")
+    else:  # special tokens in the text count as such; nothing is put in front
+        rows = [load_tokenizer(args.checkpoint).encode(args.prompt, add_special_tokens=False)]
     args.images = pixels_of(args, rows)
     ids, mask = padded([torch.tensor(row) for row in rows])
     if args.hidden and not args.drafts:
@@ -111,7 +116,7 @@ def _trace(
     args: argparse.Namespace, ids: Tensor, mask: Tensor | None, groups: list[slice], processes: Processes
 ) -> None:
     """Traces those groups of prompts that are this process's; the first process joins them."""
-    out, last, model = Path(args.out), _last_layer(args.layers), _load(args, args.arithmetic)
+    out, last, model = Path(args.out), args.last, _load(args, args.arithmetic)
     args.device = str(model.norm.weight.device)  # with a device map, the first GPU: positions have its bits, too
     path = str(Path(args.checkpoint).resolve())
     more = {
@@ -178,8 +183,7 @@ def _directories(
 
 
 def _wants_envelope(args: argparse.Namespace, layers: int) -> bool:
-    last = _last_layer(args.layers)
-    return not args.no_envelope and not args.hidden and (last is None or last + 1 == layers)
+    return not args.no_envelope and not args.hidden and args.last in (None, layers - 1)
 
 
 def _trace_group(
@@ -189,19 +193,11 @@ def _trace_group(
     """Traces one forward pass, and its envelope. given: the mask, and an engine's hidden states."""
     mask, hidden = (None if x is None else x.to(args.device) for x in given)
     truth, _ = trace_layers(model, ids.to(args.device), out, mask=mask, taps=args.taps, experts=args.experts,
-                            last=_last_layer(args.layers), resume=args.resume, meta=more, quiet=args.quiet,
-                            label=label, images=args.images, drafts=unknown_drafts(ids, args.drafts),
-                            hidden=hidden)  # fmt: skip
+                            last=args.last, resume=args.resume, meta=more, quiet=args.quiet, label=label,
+                            images=args.images, drafts=unknown_drafts(ids, args.drafts), hidden=hidden)  # fmt: skip
     if _wants_envelope(args, len(model.layers)):
         with resumable(out, len(model.layers)):
             write_envelope(truth, _legal_models(args, truth), resume=args.resume, quiet=args.quiet)
-
-
-def prompt_ids(args: argparse.Namespace) -> list[int]:
-    """Ids of --prompt. Special tokens in the text count as such; nothing is put in front."""
-    if args.ids:
-        raise Qwen35Error("two prompts", where="command line", expected="--ids or --prompt", found="both")
-    return load_tokenizer(args.checkpoint).encode(args.prompt, add_special_tokens=False)
 
 
 def pixels_of(args: argparse.Namespace, rows: list[list[int]]) -> Images | None:
@@ -217,10 +213,8 @@ def pixels_of(args: argparse.Namespace, rows: list[list[int]]) -> Images | None:
     return images
 
 
-def _last_layer(text: str | None) -> int | None:
+def last_layer(text: str) -> int:
     """ "0-7" -> 7."""
-    if text is None:
-        return None
     some = layers(text, "--layers")
     if some != list(range(len(some))):
         expected = f"0-{max(some)}: a layer needs those before it"
