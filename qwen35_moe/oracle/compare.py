@@ -46,7 +46,7 @@ from .judge.replay import Captured
 from .judge.rerun import Rerun
 from .judge.rerun_parts import TruthTokens
 from .judge.second_look import second_look
-from .judge.suspects import accuse, suspects
+from .judge.suspects import accuse, excuse, suspects
 from .judge.weights_check import check_weights
 from .judge.where import HERE, Where
 from .truth import names_in, open_checkpoint, weights_of, write_truth
@@ -237,7 +237,9 @@ def _judge_layers(work: Judgement, rerun: Rerun, captured: Captured, options: Co
             work.shared = rerun.shared
             work.added(layer, seen)
             seen = second_look(rerun, layer, work, seen)
-            accuse([r for r in work.records.values() if r.layer == layer], places, cleared)
+            own = [r for r in work.records.values() if r.layer == layer]
+            excuse(own, places, work)
+            accuse(own, places, cleared)
             bad = spare_victims(guilty := work.guilty(layer, seen), nan)
             nan = nan or any(r.nan for r in guilty)
             if sum(d.key != POSITIONS for d in result.diagnoses) < options.diagnoses and bad:

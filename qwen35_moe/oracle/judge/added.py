@@ -42,8 +42,9 @@ class Judgement:
         self.result, self.alignment, self.limit = result, alignment, limit
         self.T = alignment.truth.ids.shape[1]
         self.records: dict[str, Record] = {}
-        # By layer: tokens whose experts may be others, if that is still in the stream, and nothing else is.
-        self.loose: dict[int, Tensor | None] = {}
+        self.open: dict[int, Tensor] = {}  # by layer: tokens whose experts may be others
+        self.loose: dict[int, Tensor | None] = {}  # these, if that is still in the stream, and nothing else is
+        self.bad_at: dict[str, Tensor] = {}  # sequence and token of the bad rows of a tap
         self.shared: Tensor | None = None  # the shared expert's part of the true mlp_output of this layer, [tokens, D]
 
     def index(self, pair: Pair) -> Tensor:
@@ -77,6 +78,7 @@ class Judgement:
         """Judge all taps that a rerun computed."""
         loose = self._routing(layer, seen)
         if layer is not None:
+            self.open |= {} if loose is None else {layer: loose}
             at, keys = f"layers.{layer}.", {*self.alignment.keys}
             known = {at + name for name in ("layer_input", "pre_mlp_residual", "pre_mlp_layernorm_output")} & keys
             passed = {f"{at}mlp_output", f"{at}layer_output_sum", f"layers.{layer + 1}.layer_input"} & keys
@@ -92,12 +94,11 @@ class Judgement:
     def _added(self, key: str, layer: int | None, seen: Sequence[dict[str, Tensor]], loose: Tensor | None) -> None:
         pair = self.alignment.pair(key)
         truth, *members = (self.rows(s[key], pair) for s in seen if key in s)
-        name, exclude = base_name(key), None
+        name, part, exclude = base_name(key), part_of(key), None
         if name in ROUTED_TAPS:
             exclude = loose
-        elif part := part_of(key):
-            after = name in ("final_norm", "next_token_logits")
-            exclude = loose if after and f"{part}.layers.0.mlp_output" not in self.alignment.keys else None
+        elif part and name in ("final_norm", "next_token_logits"):
+            exclude = loose if f"{part}.layers.0.mlp_output" not in self.alignment.keys else None
         elif name in READ_STREAM and key.removesuffix(name) + READ_STREAM[name] not in self.alignment.keys:
             exclude = self.loose.get((len(self.result.layers) if layer is None else layer) - 1)
         self._judge(key, layer, pair, truth, members, exclude)
@@ -133,9 +134,8 @@ class Judgement:
         self, key: str, layer: int | None, pair: Pair, truth: Tensor, members: list[Tensor], exclude: Tensor | None
     ) -> None:
         kind = self.result.layers[layer] if layer is not None else ""
-        record = self.records[key] = Record(
-            key, "not comparable", block_of(key, kind), layer, note="; ".join(pair.notes)
-        )
+        record = Record(key, "not comparable", block_of(key, kind), layer, note="; ".join(pair.notes))
+        self.records[key] = record
         if pair.engine is None or pair.dtype is None:
             record.note = pair.problem
             return
@@ -161,7 +161,8 @@ class Judgement:
         bad = verdict.ratios > self.limit
         record.bad_rows = int(bad.sum())
         if record.bad:
-            record.starts = self.alignment.tokens_of.starts(pair.rows[keep][bad])
+            self.bad_at[key] = pair.rows[keep][bad]
+            record.starts = self.alignment.tokens_of.starts(self.bad_at[key])
             record.where = wrong_columns(x[bad].cpu(), truth[bad].cpu(), self.owners(key, x))
         if base_name(key) == "gdn_state" and is_bf16(x) and not any(is_bf16(m) for m in members):
             record.cls, record.note = "wrong", BF16_GRID

@@ -26,11 +26,9 @@ from .envelope_file import ENVELOPE, SLOT_ORDERED, RowErrors
 from .log_p import LOG_P, error_of_log_p, loss_in_file
 from .records import Record, block_of, layer_of
 from .routing import compare_ids, could_flip
+from .suspects import UNSAID
 
 AFTER = ("final_norm", "head")  # blocks after the last layer
-UNSAID = (
-    "beyond the limit, where legal experts may be others than the truth's: dump moe_topk_ids, or give the checkpoint"
-)
 
 
 @contextmanager
