@@ -24,10 +24,12 @@ from torch import Tensor
 from qwen35_moe.cli.main import main
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.numerics import arithmetics
+from qwen35_moe.numerics.metrics import rel_l2
 from qwen35_moe.numerics.taps import attach
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.faults import FaultSite
 from qwen35_moe.oracle.judge.envelope import LIMIT
+from qwen35_moe.oracle.judge.where import HERE, Where
 from qwen35_moe.oracle.servers import client
 from qwen35_moe.oracle.servers.answer import Answer
 from qwen35_moe.oracle.servers.buckets import buckets
@@ -641,3 +643,19 @@ def test_the_command_says_what_is_wrong(checkpoint: Path, capsys: pytest.Capture
     with serving(lambda *_: (200, {"data": [{"id": "a", "owned_by": "vllm"}, {"id": "b", "owned_by": "vllm"}]})) as url:
         assert main(["probe", str(checkpoint), url]) == 2
     assert "a, b" in capsys.readouterr().err
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("faults", ["all", "each"])
+def test_every_fault_is_replayed_on_a_gpu(loaded: Loaded, faults: str) -> None:
+    ids = drawn_prompts(loaded.source.config, *ASKED)
+    here, there = (
+        prepare(loaded.source, loaded.fused, ids, How(faults=faults, where=w)) for w in (HERE, Where("cuda"))
+    )
+    assert [b.name for b in here.branches] == [b.name for b in there.branches]
+    assert rel_l2(there.branches[0].stream.cpu(), here.branches[0].stream) <= FLOAT64_REORDERED
+    assert all(bool(b.stream.isfinite().all()) == bool(a.stream.isfinite().all())
+               for a, b in zip(here.branches, there.branches, strict=True))  # fmt: skip

@@ -39,6 +39,10 @@ class FaultSite:
     def covers(self, layer: int | None) -> bool:
         return self.layers is None or layer in self.layers
 
+    def on_cpu(self) -> FaultSite:
+        steps, weights = (x if x is None else x.cpu() for x in (self.steps, self.weights))
+        return replace(self, positions=self.positions.cpu(), steps=steps, weights=weights)
+
 
 TapChange = Callable[[Tensor, dict[str, Tensor], FaultSite], Tensor]
 ExpertChange = Callable[["BrokenSource", str, int, PackedExpert], PackedExpert]
@@ -121,7 +125,7 @@ class Break(Handler):
         return OBSERVE + 2 if self.fault.late else BREAK
 
     def __init__(self, fault: Fault, place: FaultSite):
-        self.fault, self.place = fault, place
+        self.fault, self.place = fault, place.on_cpu()
         self.remembered: dict[str, Tensor] = {}
 
     def __call__(self, site: Site, x: Tensor) -> Tensor | None:
