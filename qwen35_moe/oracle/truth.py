@@ -73,7 +73,8 @@ def names_in(dump: Dump) -> str:
     names = {name for name, (other, _) in INSTEAD.items() if other in held} | (held & NAMES)
     for one, other, _ in TWO_MEANINGS:
         names |= {one, other} if one in held else set()
-    names |= {HEAD} if LOG_P in held or any(map(part_of, dump.sources)) else set()
+    drafts = dump.accepted or dump.draft_ids or any(map(part_of, dump.sources))
+    names |= {HEAD} if drafts or LOG_P in held else set()
     return ",".join(sorted(names)) or "*"
 
 
