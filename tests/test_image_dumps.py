@@ -26,7 +26,7 @@ from qwen35_moe.model.vision.position_table import patch_places
 from qwen35_moe.model.vision.positions import token_types
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.diagnose.faults import Fault, FaultSite
-from qwen35_moe.oracle.diagnose.rope_faults import axes_swapped, counted, counted_after, time_only
+from qwen35_moe.oracle.diagnose.rope_faults import axes_swapped, counted, counted_after, off_after, time_only
 from qwen35_moe.oracle.diagnose.seen import Seen
 from qwen35_moe.oracle.diagnose.vision_faults import VISION_FAULTS
 from qwen35_moe.oracle.dumps.dump import Dump
@@ -48,6 +48,8 @@ IMAGES = Images(PIXELS, GRIDS)
 # As the processor writes a video of two frames: a timestamp, and the frame between vision_start and vision_end.
 FILM = torch.tensor([[3, 40, 41, 250, *[VIDEO] * 6, 251, 40, 42, 250, *[VIDEO] * 6, 251, 7, 8, 91, 40, 12]])
 VIDEOS = Images(pixel_values_videos=torch.cat((PIXELS, PIXELS[:8].flip(1))), video_grid_thw=torch.tensor([[2, 4, 6]]))
+
+WHERE_IMAGES_STAND = Seen([], [], (IDS == IMAGE).long(), torch.empty(0), None)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,7 @@ def test_a_right_engine_agrees(truth: Trace, source) -> None:
         (axes_swapped, "M-RoPE height and width swapped"),
         (counted, "image positions counted by tokens"),
         (counted_after, "positions after an image counted by tokens"),
+        (lambda x: off_after(-1)(x, WHERE_IMAGES_STAND), "positions after an image one too low"),
     ],
 )
 def test_wrong_positions_are_named(truth: Trace, source, positions: Callable[[Tensor], Tensor], name: str) -> None:
@@ -150,6 +153,8 @@ BLOCKS = {
     "images in the wrong order": "images",
     "pixels in another order than the grids": "vision patches",
     "only the first temporal slice of the patch kernel": "vision patches",
+    "only the last temporal slice of the patch kernel": "vision patches",
+    "image embeddings one token late": "images",
     "frames of a patch in reverse": "vision patches",
     "rows and columns swapped in the tower's rotary embedding": "vision layer 0, attn",
     "merge blocks read column by column": "vision merger",

@@ -13,10 +13,12 @@ from peers.capture import capture
 from peers.float64 import Widen, float64_clean, load_float64
 from peers.transformers_model import load_transformers, new_cache, quiet
 from tolerances import FLOAT64_CLEAN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeTextRotaryEmbedding
 
 import qwen35_moe as q
+from qwen35_moe.model.config.rope_scaling import KEYS_OF_TYPE
 from qwen35_moe.model.rope import rotary_angles
 from qwen35_moe.numerics.metrics import compare_traces
 
@@ -67,6 +69,11 @@ def checkpoint(folder: Path, name: str) -> Path:
 def theirs(name: str) -> Qwen3_5MoeTextRotaryEmbedding:
     with quiet():
         return Qwen3_5MoeTextRotaryEmbedding(Qwen3_5MoeTextConfig(**scaled(name)["text_config"]))
+
+
+def test_every_type_of_transformers_is_compared() -> None:
+    """transformers keeps "default" elsewhere; the other tests of this file run over `TYPES`."""
+    assert {kind["rope_type"] for kind in TYPES.values()} == ROPE_INIT_FUNCTIONS.keys() == KEYS_OF_TYPE.keys()
 
 
 @pytest.mark.parametrize("tokens", [20, 50, 90, 3000])

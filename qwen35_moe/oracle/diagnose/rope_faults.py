@@ -41,6 +41,20 @@ def counted_after(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
     return x_3BT + ahead_BT
 
 
+def off_after(by: int) -> PositionChange:
+    """What follows an image, `by` further on for each image before it."""
+
+    def change(x_3BT: Tensor, seen: Seen | None) -> Tensor:
+        if seen is None:
+            return x_3BT
+        inside_BT = (seen.types != 0).long().to(x_3BT.device)
+        ended_BT = ((inside_BT.roll(1, 1) == 1) & (inside_BT == 0)).long()
+        ended_BT[:, 0] = 0
+        return x_3BT + by * ended_BT.cumsum(1)
+
+    return change
+
+
 def frames_counted(x_3BT: Tensor, seen: Seen | None) -> Tensor:
     """Each frame of a video one further on in time, as in Qwen2.5-VL. Here time stands in the text between frames."""
     if seen is None or not seen.videos:
@@ -93,6 +107,9 @@ ROTARY_FAULTS = (
           turned(counted), needs="images"),
     Fault("positions after an image counted by tokens", "attn", "text goes on after as many positions as an image has "
           "tokens", "", turned(counted_after), needs="images"),
+    Fault("positions after an image one too low", "attn", "text goes on at the image's last position", "",
+          turned(off_after(-1)), needs="images"),
+    Fault("positions after an image one too high", "attn", "", "", turned(off_after(1)), needs="images"),
     Fault("frames of a video counted in time", "attn", "as in Qwen2.5-VL", "", turned(frames_counted),
           needs="images"),
     Fault("rotary scaling ignored", "attn", "rope_type (YaRN, ...) of config.json not read", "omlx 3347, mlx-lm 1507",

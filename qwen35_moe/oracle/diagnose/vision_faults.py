@@ -88,8 +88,14 @@ def slices(change: Callable[[Tensor], Tensor]) -> TapChange:
     return seeing(flat)
 
 
-def first_slice(x_LCfv: Tensor) -> Tensor:
-    return torch.cat((x_LCfv[:, :, :1], torch.zeros_like(x_LCfv[:, :, 1:])), 2)
+def one_slice(which: int) -> Callable[[Tensor], Tensor]:
+    """One of the frames that a patch holds; zeros in the place of the others."""
+
+    def change(x_LCfv: Tensor) -> Tensor:
+        keep_f1 = (torch.arange(x_LCfv.shape[2]) == which % x_LCfv.shape[2])[:, None]
+        return x_LCfv * keep_f1.to(x_LCfv)
+
+    return change
 
 
 def turned_over(x: Tensor, _: dict[str, Tensor], __: FaultSite) -> Tensor:
@@ -103,7 +109,11 @@ VISION_FAULTS = (
     Fault("pixels in another order than the grids", "vision", "", "", {"vis_pixels": reversed_images(block=0)},
           late=True, needs="images"),
     Fault("only the first temporal slice of the patch kernel", "vision", "a Conv2d for the Conv3d", "",
-          {"vis_pixels": slices(first_slice)}, late=True, needs="images"),
+          {"vis_pixels": slices(one_slice(0))}, late=True, needs="images"),
+    Fault("only the last temporal slice of the patch kernel", "vision", "", "", {"vis_pixels": slices(one_slice(-1))},
+          late=True, needs="images"),
+    Fault("image embeddings one token late", "vision", "placeholders counted from 1", "",
+          {"image_embeds": lambda x, _, __: x.roll(1, 0)}, late=True, needs="images"),
     Fault("frames of a patch in reverse", "vision", "", "", {"vis_pixels": slices(lambda x: x.flip(2))}, late=True,
           needs="images"),
     Fault("position table not interpolated", "vision", "its corner taken as it is", "",
