@@ -14,6 +14,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import sys
@@ -46,6 +47,12 @@ IDS = (torch.arange(6) * 7919 % 251)[None]
 ODD: list[Any] = [None, True, 0, -1, 2**63, 1e308, float("nan"), "", "x", "\x00\x1b[2J", "../../etc", "*", "re:(",
                   "re:(a|a)+b", "re:.*", [], {}, [[]], [None], {"a": 1},
                   "layers.0", "layers.999999999", "bf16", "mxfp4", 3.5]  # fmt: skip
+
+ODD_TENSORS: list[Callable[[torch.Tensor], Any]] = [
+    lambda x: x.double() + 1000.5, lambda x: x * torch.nan, lambda x: x.double() * 0 + torch.inf, lambda x: x[:0],
+    lambda x: x.flatten()[0], lambda x: x.float().to_sparse(), lambda x: x.to(torch.cfloat), lambda x: x.to("meta"),
+    lambda x: "tensor", lambda x: [1, 2], lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
+]  # fmt: skip
 
 
 def broken_json(chance: Chance, value: Any) -> Any:
@@ -155,14 +162,17 @@ class Surfaces:
     def all(self) -> dict[str, Callable[[Chance], None]]:
         return {name: getattr(self, name) for name in NAMES}
 
+    def empty(self) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+
     def fresh(self, source: Path) -> Path:
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(source, self.work, copy_function=shutil.copy)
         return self.work
 
     def header(self, chance: Chance) -> None:
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir()
+        self.empty()
         save_file(
             {"model.norm.weight": torch.zeros(4), "lm_head.weight": torch.zeros(2, 4)}, self.work / "model.safetensors"
         )
@@ -172,8 +182,7 @@ class Surfaces:
         Checkpoint.open(self.work)
 
     def index(self, chance: Chance) -> None:
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir()
+        self.empty()
         save_file({"model.norm.weight": torch.zeros(4)}, self.work / "model-00001-of-00001.safetensors")
         index = {
             "metadata": {"total_size": 16},
@@ -189,8 +198,7 @@ class Surfaces:
         decide_layers(config, rule=rule, **switches)
 
     def configuration(self, chance: Chance) -> None:
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir()
+        self.empty()
         text = json.dumps(broken_json(chance, self.config)).encode()
         (self.work / "config.json").write_bytes(broken_bytes(chance, text) if chance.random() < 0.3 else text)
         command("gate", str(self.work), "--config-only", "--all-rules")
@@ -209,6 +217,21 @@ class Surfaces:
                 )
         self._read(folder)
 
+    def odd_tensor(self, chance: Chance) -> None:
+        """A value that is no value of this tap never agrees; nor does a file that says what it cannot be."""
+        folder = self.fresh(self.folder / "sglang")
+        file = chance.choice([file for file in sorted(folder.iterdir()) if "name=seq_lens" not in file.name])
+        held = torch.load(file, weights_only=True)
+        if chance.random() < 0.8:
+            held["value"] = chance.choice(ODD_TENSORS)(held["value"])
+        else:
+            held["meta"]["world_size"] = chance.choice([0, 2, 10**9, "x", [2]])
+            if not re.search("name=(attn_output|mlp_output)_", file.name):  # others may be replicated, or no piece
+                held["value"] = None
+        torch.save(held, file)
+        found = self._read(folder)
+        assert found.exit_code != 0, f"{file.name}: {found.verdict}"
+
     def engine_dump(self, chance: Chance) -> None:
         folder = self.fresh(chance.choice(sorted((self.folder / "dumps").iterdir())))
         files = sorted(file for file in folder.rglob("*") if file.is_file())
@@ -226,25 +249,23 @@ class Surfaces:
         self._read(folder)
 
     def plain_dump(self, chance: Chance) -> None:
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir()
+        self.empty()
         source = chance.choice(sorted((self.folder / "plain").iterdir()))
         (self.work / source.name).write_bytes(broken_bytes(chance, source.read_bytes()))
         self._read(self.work / source.name)
 
-    def _read(self, path: Path, **options: Any) -> None:
+    def _read(self, path: Path, **options: Any) -> Any:
         dump = q.read_dump(path, config=self.config["text_config"], **options)
         for key in dump:
             with contextlib.suppress(q.Qwen35Error):
                 dump[key]
-        q.compare(self.folder / "truth", dump, diagnoses=0)
+        return q.compare(self.folder / "truth", dump, diagnoses=0)
 
     def name_map(self, chance: Chance) -> None:
         names = broken_json(
             chance, {r"layers\.(\d+)\.mlp_output": r"layers.\1.mlp_output", "next_token_logits": "next_token_logits"}
         )
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir()
+        self.empty()
         text = json.dumps(names).encode()
         (self.work / "names.json").write_bytes(broken_bytes(chance, text) if chance.random() < 0.5 else text)
         self._read(self.folder / "plain" / "a.safetensors", name_map=self.work / "names.json")
@@ -259,8 +280,7 @@ class Surfaces:
         command("compare", str(folder), str(self.folder / "plain/a.safetensors"))
 
     def truth_by_hand(self, chance: Chance) -> None:
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir()
+        self.empty()
         for file in (self.folder / "truth").glob("*.safetensors"):
             (self.work / file.name).symlink_to(file)
         head = json.loads((self.folder / "truth" / "trace.json").read_text())
@@ -277,13 +297,10 @@ class Surfaces:
         State("{}").resumed(folder)
 
     def ids_file(self, chance: Chance) -> None:
-        self.work.mkdir(exist_ok=True)
-        text = json.dumps(
-            broken_json(chance, {"input_ids": [[1, 2, 3], [4, 5]], "attention_mask": [[1, 1, 1], [1, 1]]})
-        )
-        (self.work / "ids.json").write_bytes(
-            broken_bytes(chance, text.encode()) if chance.random() < 0.5 else text.encode()
-        )
+        self.empty()
+        ids = {"input_ids": [[1, 2, 3], [4, 5]], "attention_mask": [[1, 1, 1], [1, 1]]}
+        text = json.dumps(broken_json(chance, ids)).encode()
+        (self.work / "ids.json").write_bytes(broken_bytes(chance, text) if chance.random() < 0.5 else text)
         read_ids(str(self.work / "ids.json"), "--ids")
 
     def server_answer(self, chance: Chance) -> None:
@@ -303,8 +320,9 @@ class Surfaces:
         command(*chance.choices(words, k=chance.randint(0, 6)))
 
 
-NAMES = ("header", "index", "quantisation", "configuration", "sglang_dump", "plain_dump", "engine_dump", "name_map",
-         "truth_by_hand", "truth_files", "resume_state", "ids_file", "server_answer", "arguments")  # fmt: skip
+NAMES = ("header", "index", "quantisation", "configuration", "sglang_dump", "odd_tensor", "plain_dump",
+         "engine_dump", "name_map", "truth_by_hand", "truth_files", "resume_state", "ids_file", "server_answer",
+         "arguments")  # fmt: skip
 
 
 def run(surface: Callable[[Chance], None], seed: int) -> float:
