@@ -80,7 +80,7 @@ class Fp8(SimpleNamespace):
 
 
 def _name(node: ast.stmt) -> str:
-    """Of a method or of a class attribute."""
+    """The name of a method or of a class attribute."""
     target = getattr(node, "target", None)
     return getattr(node, "name", None) or getattr(target, "id", "")
 

@@ -50,7 +50,7 @@ class Checkpoint:
         self.modules: dict[str, dict[str, TensorEntry]] = {}
         self.used: set[str] = set()
         self.reader = Reader({header.file: header.state for header in folder.headers})
-        self._experts: dict[str, tuple[int, bool]] = {}  # count, and whether fused; `Experts` would hold this one
+        self._experts: dict[str, tuple[int, bool]] = {}  # count, and whether fused
         self._expert_names: dict[str, list[str]] = {}  # "layers.0.mlp.experts" -> names of its tensors
         self._expert_ids: dict[str, set[int]] = {}
         self._specs: dict[TensorLayout, ModuleSpec] = {}

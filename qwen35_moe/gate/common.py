@@ -29,7 +29,7 @@ def stops(reason: str, *evidence: Evidence) -> Decision:
     return Decision(False, "", reason, evidence, starts=False)
 
 
-# A refusal is a Decision, and so is false: callers compare with None.
+# A refusal is a Decision that is false in a condition, so callers compare it with None.
 def refuse_sizes(model: GateModel) -> Decision | None:
     """A slot has the routed experts' shape, so the shared expert must have it too."""
     if model.shared_size <= 0:
@@ -51,7 +51,7 @@ def modelopt_stops(quant: QuantConfig, algo: str, known: Sequence[str], engine: 
     """What SGLang and vLLM raise alike while they read a ModelOpt configuration."""
     inner, key = quant.raw.get("quantization", quant.raw), modelopt_list(quant.raw)
     if algo not in known:
-        return stops(f"of ModelOpt {engine} reads {', '.join(known)}, not {algo}",
+        return stops(f"{engine} reads {', '.join(known)} of ModelOpt, not {algo}",
                      Evidence(f"quant_algo = {algo}", "format"))  # fmt: skip
     if algo == "MIXED_PRECISION" and not inner.get("quantized_layers"):
         return stops("MIXED_PRECISION without quantized_layers", Evidence(f"quant_algo = {algo}"))

@@ -14,7 +14,7 @@ from .readings import SEMANTICS, Semantics, Test, matched, occurs_in_key, plain_
 
 @dataclass(frozen=True)
 class Hit:
-    """The entry that decided: its list, its index there (None if the list is no list), its text, the test it passed."""
+    """The entry that decided: its list, its index there (None for an object's key), its text, the test it passed."""
 
     list: str
     index: int | None

@@ -28,7 +28,7 @@ MOST_QUESTIONS = 5120
 
 
 class TooManyPatterns(Qwen35Error):
-    """A list that takes too long to be read, which is no fault of the checkpoint."""
+    """A list that takes too long to read. It says nothing about the checkpoint."""
 
 
 class Fact(NamedTuple):

@@ -100,8 +100,8 @@ def check_bytes(checkpoint: Checkpoint) -> Iterator[Finding]:
 def _count(piece: np.ndarray, dtype: str, scale: bool) -> tuple[int, int, int]:
     """(values that are NaN or infinite, scales that are zero, the largest bit pattern).
 
-    Of a positive value that is not finite the bits are at least `limit`, as signed numbers; of a negative one they are
-    at least sign + limit, as unsigned numbers. Two maxima tell whether there is anything to count.
+    The bits of a positive value that is not finite are at least `limit`, read as a signed number. Those of a negative
+    one are at least sign + limit, read as an unsigned number. So two maxima tell whether there is anything to count.
     """
     size, limit = FIRST_NOT_FINITE.get(dtype, (1, 0))
     bits, sign = piece.view(f"u{size}"), 1 << 8 * size - 1
