@@ -220,44 +220,33 @@ def test_a_state_that_is_none_is_named(
     assert name in error and "report it" not in error
 
 
-def test_disk_full_leaves_a_message_and_a_resumable_state(
+def test_a_full_disk_or_a_read_error_leaves_a_message_and_a_resumable_state(
     built: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = streamed(built("tiny-mxfp4"))
-    trace_layers(model, IDS, tmp_path / "undisturbed", quiet=True)
-    real = TraceWriter.flush
+    flush, preadv = TraceWriter.flush, os.preadv
+    trace_layers(streamed(built("tiny-mxfp4")), IDS, tmp_path / "undisturbed", quiet=True)
 
     def full(writer: TraceWriter) -> None:
         if writer.files == 2:
             raise OSError(28, "No space left on device")
-        real(writer)
+        flush(writer)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(TraceWriter, "flush", full)
-        with pytest.raises(q.Qwen35Error, match=r"(?s)No space left.*--resume"):
-            trace_layers(model, IDS, tmp_path / "out", quiet=True)
-    trace_layers(model, IDS, tmp_path / "out", resume=True, quiet=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
-
-
-def test_a_read_error_leaves_a_message_and_a_resumable_state(
-    built: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = streamed(built("tiny-mxfp4"))
-    trace_layers(model, IDS, tmp_path / "undisturbed", quiet=True)
-    real = os.preadv
-
-    def broken(*args: object) -> int:
+    def broken(*args: Any) -> int:
         if (tmp_path / "out" / "partial" / "resume.safetensors").exists():
             raise OSError(5, "Input/output error")
-        return real(*args)  # type: ignore[arg-type]
+        return preadv(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", broken)
-        with pytest.raises(q.Qwen35Error, match=r"(?s)cannot read a tensor.*Input/output error.*--resume"):
-            trace_layers(streamed(built("tiny-mxfp4")), IDS, tmp_path / "out", quiet=True)
-    trace_layers(model, IDS, tmp_path / "out", resume=True, quiet=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    for owner, name, failing, words in (
+        (TraceWriter, "flush", full, "No space left"),
+        (os, "preadv", broken, "cannot read a tensor.*Input/output error"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing)
+            with pytest.raises(q.Qwen35Error, match=f"(?s){words}.*--resume"):
+                trace_layers(streamed(built("tiny-mxfp4")), IDS, tmp_path / "out", quiet=True)
+        trace_layers(streamed(built("tiny-mxfp4")), IDS, tmp_path / "out", resume=True, quiet=True)
+        assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_progress_names_layer_experts_and_time(
@@ -378,41 +367,36 @@ def test_a_directory_that_was_made_for_nothing_is_removed(built: Build, tmp_path
     assert not out.exists()
 
 
-def test_nan_is_not_silent(built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+NOT_FINITE = "NaN or infinity, from {} on"
+
+
+def with_nan(built: Build, tmp_path: Path, tensor: str, at: int = 0) -> Path:
+    """The checkpoint with NaN in one place of a bf16 tensor."""
     shutil.copytree(built("tiny"), tmp_path / "broken")
-    stored = Checkpoint.open(tmp_path / "broken").stored("layers.2.mlp.gate.weight")
+    stored = Checkpoint.open(tmp_path / "broken").stored(tensor)
     with open(stored.file, "r+b") as file:
-        file.seek(stored.begin)
+        file.seek(stored.begin + 2 * at)
         file.write(b"\xff\xff")
-    assert main(command(tmp_path / "broken", tmp_path / "out")) == 0
-    assert "the trace holds NaN or infinity, from layers.2.moe_router_logits on" in capsys.readouterr().err
+    return tmp_path / "broken"
+
+
+def test_nan_is_not_silent_and_a_resumed_run_says_it_again(
+    built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = with_nan(built, tmp_path, "layers.1.mlp.gate.weight")
+    for layers in (["--layers", "0-2"], ["--resume"]):
+        assert main([*command(broken, tmp_path / "out"), *layers]) == 0
+        assert NOT_FINITE.format("layers.1.moe_router_logits") in capsys.readouterr().err
     assert main(command(built("tiny"), tmp_path / "fine")) == 0
     assert "NaN" not in capsys.readouterr().err
 
 
-def test_what_is_said_of_nan_survives_a_resume(
-    built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(built("tiny"), tmp_path / "broken")
-    stored = Checkpoint.open(tmp_path / "broken").stored("layers.1.mlp.gate.weight")
-    with open(stored.file, "r+b") as file:
-        file.seek(stored.begin)
-        file.write(b"\xff\xff")
-    for layers in (["--layers", "0-2"], ["--resume"]):
-        assert main([*command(tmp_path / "broken", tmp_path / "out"), *layers]) == 0
-        assert "NaN or infinity, from layers.1.moe_router_logits on" in capsys.readouterr().err
-
-
 def test_nan_in_the_logits_alone(built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those of a streamed head are never all there."""
-    shutil.copytree(built("tiny"), tmp_path / "broken")
-    stored = Checkpoint.open(tmp_path / "broken").stored("lm_head.weight")
-    with open(stored.file, "r+b") as file:
-        file.seek(stored.begin + 2 * 64 * 100)
-        file.write(b"\xff\xff")
+    broken = with_nan(built, tmp_path, "lm_head.weight", 64 * 100)
     for mode in ("stream", "decoded"):
-        assert main([*command(tmp_path / "broken", tmp_path / mode), "--mode", mode]) == 0
-        assert "NaN or infinity, from next_token_logits on" in capsys.readouterr().err
+        assert main([*command(broken, tmp_path / mode), "--mode", mode]) == 0
+        assert NOT_FINITE.format("next_token_logits") in capsys.readouterr().err
 
 
 def test_weights_that_changed_under_equal_headers_are_not_gone_on_with(
