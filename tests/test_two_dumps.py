@@ -19,10 +19,10 @@ IDS = torch.arange(30)[None] * 7919 % 251
 
 
 @pytest.fixture(scope="module")
-def runs(built: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(small: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same engine: in one pass, in steps, warm (a cached prefix is not dumped again), and in steps with a state
     that is lost at the second of them."""
-    folder, model = tmp_path_factory.mktemp("runs"), q.load(built("tiny"), "sglang-bf16", "unfused", text_only=True)
+    folder, model = tmp_path_factory.mktemp("runs"), q.load(small("tiny"), "sglang-bf16", "unfused", text_only=True)
     steps = {"cache": q.Cache(), "chunks": (18, 7, 1, 4)}
     q.trace(model, IDS, taps=DUMPED, out=folder / "cold")
     q.trace(model, IDS, taps=DUMPED, out=folder / "steps", **steps)
@@ -31,7 +31,7 @@ def runs(built: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory)
     q.trace(model, IDS[:, 18:], taps=DUMPED, out=folder / "warm", cache=cache)
     cache = q.Cache()
     model(IDS[:, :18], cache=cache)
-    cache.layer(1).state = torch.zeros_like(cache.layer(1).state)
+    cache.layer(0).state = torch.zeros_like(cache.layer(0).state)
     q.trace(model, IDS[:, 18:], taps=DUMPED, out=folder / "lost", cache=cache)
     return {path.name: path for path in folder.iterdir()}
 
@@ -43,23 +43,23 @@ def test_the_same_dump_is_bit_equal(runs: dict[str, Path], capsys: pytest.Captur
 
 @pytest.mark.parametrize("name", ["steps", "warm"])
 def test_another_order_of_additions_is_legal(
-    runs: dict[str, Path], built: Callable[[str], Path], name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    runs: dict[str, Path], small: Callable[..., Path], name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     arguments = ["compare-dumps", str(runs["cold"]), str(runs[name])]
     assert cli.main(arguments) == 1
     out = capsys.readouterr().out
     assert "DIFFER: first at layers.0." in out and ("12 of 30 are in both" in out) == (name == "warm")
-    assert cli.main([*arguments, "--checkpoint", str(built("tiny")), "--json", str(tmp_path / "out.jsonl")]) == 0
+    assert cli.main([*arguments, "--checkpoint", str(small("tiny")), "--json", str(tmp_path / "out.jsonl")]) == 0
     assert "LEGAL" in capsys.readouterr().out and "summary" in (tmp_path / "out.jsonl").read_text()
 
 
 def test_the_dump_that_is_off_is_named(
-    runs: dict[str, Path], built: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    runs: dict[str, Path], small: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["compare-dumps", str(runs["cold"]), str(runs["lost"]), "--checkpoint", str(built("tiny"))]) == 1
+    assert cli.main(["compare-dumps", str(runs["cold"]), str(runs["lost"]), "--checkpoint", str(small("tiny"))]) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "DIFFER: B is off the checkpoint" in out
-    assert "B: layer 1, gdn: recurrent state not handed over at step 0 (token 18 on" in out
+    assert "B: layer 0, gdn: recurrent state not handed over at step 0 (token 18 on" in out
 
 
 def test_ranks(tmp_path: Path) -> None:
@@ -78,8 +78,8 @@ def test_ranks(tmp_path: Path) -> None:
     assert max(tap.rel for tap in found.taps) < 1e-10
 
 
-def test_dumps_of_other_tokens(runs: dict[str, Path], built: Callable[[str], Path], tmp_path: Path) -> None:
-    q.trace(q.load(built("tiny"), text_only=True), IDS + 1, taps=DUMPED, out=tmp_path / "other")
+def test_dumps_of_other_tokens(runs: dict[str, Path], small: Callable[..., Path], tmp_path: Path) -> None:
+    q.trace(q.load(small("tiny"), text_only=True), IDS + 1, taps=DUMPED, out=tmp_path / "other")
     assert cli.main(["compare-dumps", str(runs["cold"]), str(tmp_path / "other")]) == 2
 
 
