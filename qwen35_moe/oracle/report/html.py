@@ -9,7 +9,7 @@ from html import escape
 from ...numerics.tap_keys import base_name
 from ..judge.records import Comparison, Record, ratio_text
 from .page_parts import ADDED, COLOURS, FITTED, INHERITED, LEGAL_ERROR, LINES, ROUTING_NOTE, linked, page_head, say
-from .text import GOOD_FIT, SYMBOLS, broken, fold, grid, short, weights_line, worst
+from .text import GOOD_FIT, SYMBOLS, broken, fold, grid, lists, short, weights_line, worst
 
 
 def html(result: Comparison, title: str = "qwen35-moe compare", made: Mapping[str, str] | None = None) -> str:
@@ -177,11 +177,8 @@ def _facts(result: Comparison, made: Mapping[str, str]) -> str:
              **{f"note {i + 1}": note for i, note in enumerate(result.notes)},
              **{f"problem {i + 1}": str(p) for i, p in enumerate(result.problems)}}  # fmt: skip
     out = "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"
-    for name, keys in (("missing in the dump", [r.key for r in result.records if r.cls == "missing"]),
-                       ("in the dump only", result.extra), ("names that no reader knows", result.unknown),
-                       ("dumped for other layers only", result.holes)):  # fmt: skip
-        if keys:
-            out += _folded(f"{len(keys)} {name}", keys)
+    for _, what, keys in lists(result):
+        out += _folded(f"{len(keys)} {what}", keys)
     for reason, keys in broken(result).items():
         out += _folded(f"{len(keys)} not comparable: {reason}", keys)
     return f"<h2>What was compared</h2><section>{out}</section>"

@@ -107,11 +107,10 @@ def text(result: Comparison, width: int = 80) -> str:
     counts = result.summary
     found = ", ".join(f"{n} {c}" for c, n in counts.items() if c != "total" and n)
     say("taps", f"{found}: {counts['total']} in all")
-    for label, keys in (("missing", [r.key for r in result.records if r.cls == "missing"]), ("extra", result.extra),
-                        ("unknown", result.unknown), ("holes", result.holes),
-                        ("NaN in", [f"{r.key} ({r.nan} rows)" for r in result.records if r.nan])):  # fmt: skip
-        if keys:
-            say(label, _some(keys))
+    for label, what, keys in lists(result):
+        say(label, _some(keys, f" {what}"))
+    if nan := [f"{r.key} ({r.nan} rows)" for r in result.records if r.nan]:
+        say("NaN in", _some(nan))
     for reason, keys in broken(result).items():
         say("broken", f"{_some(keys)}: {reason}")
     for problem in result.problems:
@@ -119,6 +118,15 @@ def text(result: Comparison, width: int = 80) -> str:
     for note in result.notes:
         say("note", note)
     return "\n".join(line[:width] for line in lines)
+
+
+def lists(result: Comparison) -> list[tuple[str, str, list[str]]]:
+    """Names of taps that only one side has: a label, what they are, the names. Empty lists are left out."""
+    missing = [r.key for r in result.records if r.cls == "missing"]
+    found = [("missing", "not in the dump", missing), ("extra", "in the dump only", result.extra),
+             ("unknown", "names that no reader knows", result.unknown),
+             ("holes", "dumped for other layers or steps only", result.holes)]  # fmt: skip
+    return [row for row in found if row[2]]
 
 
 def weights_line(result: Comparison) -> str:
@@ -147,9 +155,9 @@ def fold(keys: Iterable[str]) -> list[str]:
     return [all_[0] if len(all_) == 1 else f"{name} ({len(all_)})" for name, all_ in found.items()]
 
 
-def _some(keys: Sequence[str]) -> str:
+def _some(keys: Sequence[str], what: str = "") -> str:
     folded = fold(keys)
-    return f"{len(keys)}: {', '.join(folded[:10])}{', ...' if len(folded) > 10 else ''}"
+    return f"{len(keys)}{what}: {', '.join(folded[:10])}{', ...' if len(folded) > 10 else ''}"
 
 
 def _heat(result: Comparison, width: int) -> list[str]:
