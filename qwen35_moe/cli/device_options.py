@@ -35,29 +35,27 @@ def device_options(args: argparse.Namespace) -> dict[str, Any]:
         for option in ("max_memory", "offload_folder"):
             if getattr(args, option) is not None:
                 where = f"--{option.replace('_', '-')}"
-                raise Qwen35Error("says nothing without a map", where=where, expected="--device-map as well")
+                raise Qwen35Error("has no meaning without a map", where=where, expected="--device-map as well")
         usable(args.device, f"--device {args.device}")
         return {"device": args.device}
     if args.device != "cpu":
-        raise Qwen35Error("a map says where all is", where=f"--device {args.device}", expected="--device-map alone")
-    memory: dict[int | str, str] | None = None if args.max_memory is None else {}
-    if memory is not None and args.device_map not in AUTOMATIC:
-        where, expected = "--max-memory", " | ".join(AUTOMATIC)
-        raise Qwen35Error("a map that says where all is has no limits", where=where, expected=expected,
-                          found=f"--device-map {args.device_map}")  # fmt: skip
-    for part in args.max_memory.split(",") if memory is not None else ():
+        where, expected = f"--device {args.device}", "--device-map alone"
+        raise Qwen35Error("--device-map names all devices", where=where, expected=expected)
+    memory, limits = dict[int | str, str](), [] if args.max_memory is None else args.max_memory.split(",")
+    if limits and args.device_map not in AUTOMATIC:
+        raise Qwen35Error("a map that names devices has no limits", where="--max-memory",
+                          expected=" | ".join(AUTOMATIC), found=f"--device-map {args.device_map}")  # fmt: skip
+    for part in limits:
         device, _, size = part.strip().partition("=")
         if not size or not (device.isdecimal() or device in ("cpu", "mps")):
             raise Qwen35Error("cannot read a limit", where="--max-memory", expected="0=20GB,cpu=30GB", found=part)
-        assert memory is not None
         memory[int(device) if device.isdecimal() else device] = size
     device_map: Any = args.device_map
     if device_map not in AUTOMATIC:
         try:
             device_map = read_json(Path(device_map))
         except Qwen35Error as error:
-            expected = " | ".join(AUTOMATIC) + ", or a JSON file"
-            raise Qwen35Error(
-                "no device map", where=f"--device-map {device_map}", expected=expected, found=error.found or error.what
-            ) from error
-    return {"device_map": device_map, "max_memory": memory, "offload_folder": args.offload_folder}
+            expected, found = " | ".join(AUTOMATIC) + ", or a JSON file", error.found or error.what
+            where = f"--device-map {device_map}"
+            raise Qwen35Error("no device map", where=where, expected=expected, found=found) from error
+    return {"device_map": device_map, "max_memory": memory or None, "offload_folder": args.offload_folder}
