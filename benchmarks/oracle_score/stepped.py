@@ -77,6 +77,7 @@ class Planted:
     fault: StepFault
     layer: int
     at: int
+    start: int  # tokens before that step
     each: bool = False
     row: int | None = None
     struck: int = 0  # how many steps got a wrong state
@@ -91,11 +92,11 @@ class Planted:
         if not can:
             return None
         at, padding = draw.choice(can), fault.needs == "padding"
-        each = draw.random() < 0.3 and fault.shift is None and not fault.rows and not padding
+        each = draw.random() < 0.3 and not (fault.shift or fault.rows or fault.page or padding)
         # Where both of two sequences take the other's state again and again, each gets back its own.
         rows = (1,) if padding else (0, 1) if each and fault.needs == "other" else (None, 0, 1)
         layer = draw.choice(layers if fault.shift is None else layers[:1])  # all layers turn by the same positions
-        return cls(fault, layer, at, each, draw.choice(rows))
+        return cls(fault, layer, at, steps[at].start, each, draw.choice(rows))
 
     def strikes(self, number: int) -> bool:
         return number == self.at or (number > self.at and (self.each or self.fault.shift is not None))
@@ -104,8 +105,7 @@ class Planted:
         """What a diagnosis may say."""
         again = " and each after it" if self.struck > 1 else ""
         at = self.at - sum(step.unseen for step in steps)
-        names = self.alike if self.fault.change is not None else {self.fault.name}
-        return tuple(f"{name} at step {at}{again}" for name in sorted(names))
+        return tuple(f"{name} at step {at}{again}" for name in sorted(self.alike))
 
     def spoil(self, state: LayerState, handed: Handed) -> None:
         """Change what the layer has of the steps so far."""
@@ -124,6 +124,8 @@ class Planted:
 
     def _could(self, fault: StepFault, handed: Handed) -> bool:
         """Whether a fault could be at work there."""
+        if fault.page and (not self.fault.page or self.start % fault.page != self.start % self.fault.page):
+            return False
         if fault.needs in ("rejected", "padding"):
             return fault.block == self.fault.block and handed.ran_on is not None and fault.needs == self.fault.needs
         x = handed.right.state
@@ -137,7 +139,9 @@ def _suits(fault: StepFault, at: int, before: Step, steps: Sequence[Step]) -> bo
     if steps[0].padded and fault.block == "attn" and fault.change is not None:
         return False  # the mask of the batch has a column for each row
     needs = {"rejected": before.rejected > 0, "earlier": at > 1 and not steps[at - 2].unseen}
-    return needs.get(fault.needs, True) and fault.rows < steps[at].start
+    start, page = steps[at].start, fault.page
+    kept = not page or (start % page > 1 and start - start % page > max(before.start, page - 1))
+    return needs.get(fault.needs, True) and fault.rows < start and kept
 
 
 def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -152,7 +156,8 @@ class Engine:
         self.recorder = recorder
         self.cache, self.earlier, self.short = Cache(), Cache(), Cache()
         self.ran_on: Cache | None = None  # after tokens that do not count, too
-        self.tokens = 0  # of the step before
+        self.page = Cache()
+        self.tokens = self.rejected = 0  # of the step before
         self.lost_B1 = torch.zeros(len(ids_BT), 1, dtype=torch.long)  # padding so far
         self.shift_B1 = torch.zeros_like(self.lost_B1)  # what the fault adds to positions
 
@@ -186,9 +191,13 @@ class Engine:
 
         feed(self.cache, step.size, mask_BT)
         self.earlier, self.tokens, self.ran_on = before, step.kept, self.cache if step.rejected else None
+        self.rejected = step.rejected
         again = () if step.unseen else (FunctionHandler(self._read, REPLAY),)
         with attach(*again, instead_of=self.recorder):
             self.short = feed(begun.clone(), step.kept - 1) if step.kept > 1 else before
+            if self.planted is not None and self.planted.fault.page and number == self.planted.at - 1:
+                stop = step.start + step.kept
+                self.page = feed(begun.clone(), stop - stop % self.planted.fault.page - step.start)
             if step.padded:
                 self.ran_on = feed(begun.clone(), step.size)
             if step.rejected:
@@ -198,17 +207,19 @@ class Engine:
     def _plant(self, planted: Planted, number: int, at_BT: Tensor) -> None:
         fault, state = planted.fault, self.cache.layer(planted.layer)
         if number == planted.at and fault.shift is not None:
-            rows = enumerate(zip(at_BT[:, 0].tolist(), self.lost_B1.flatten().tolist(), strict=True))
+            lost_B1 = self.lost_B1 + self.rejected if fault.needs == "rejected" else self.lost_B1
+            rows = enumerate(zip(at_BT[:, 0].tolist(), lost_B1.flatten().tolist(), strict=True))
             shifts = [fault.shift(*one) * (planted.row in (None, b)) for b, one in rows]
             self.shift_B1 = torch.tensor(shifts)[:, None]
+            planted.alike = {fault.name, {1: "positions one too high"}.get(max(shifts), fault.name)}
         elif number == planted.at and fault.needs == "padding" and fault.block == "attn":
             mixer = self.model.get_submodule(f"layers.{planted.layer}.self_attn")
             mixer.register_forward_pre_hook(lambda _, given: (*given[:3], None, *given[4:]))  # no mask
         elif planted.strikes(number) and fault.change is not None:
             other = LayerState(**{name: x.flip(0) for name, x in state.tensors()})
             ran_on = None if self.ran_on is None else self.ran_on.layer(planted.layer)
-            earlier, short = (cache.layer(planted.layer) for cache in (self.earlier, self.short))
-            planted.spoil(state, Handed(replace(state), earlier, short, self.tokens, other, ran_on))
+            earlier, short, page = (cache.layer(planted.layer) for cache in (self.earlier, self.short, self.page))
+            planted.spoil(state, Handed(replace(state), earlier, short, self.tokens, other, ran_on, page))
 
 
 def run(

@@ -23,6 +23,7 @@ class StepFault:
 
     needs  a step before the one before; another sequence; drafts that were rejected; padding; a square state
     rows   how many KV rows of another sequence, where it is not as many as both have
+    page   tokens between the states that a prefix cache keeps
     """
 
     name: str
@@ -32,6 +33,7 @@ class StepFault:
     needs: Needs = ""
     seen: str = ""
     rows: int = 0
+    page: int = 0
 
 
 def taken(which: str, source: Callable[[Handed], LayerState | None]) -> HandOverChange:
@@ -108,6 +110,8 @@ def _handed(which: str) -> tuple[StepFault, ...]:
 
 STEP_FAULTS: tuple[StepFault, ...] = (
     *(fault for which in ("state", "recurrent state", "conv state") for fault in _handed(which)),
+    *(StepFault(f"{which} of the last multiple of {n} tokens", "gdn", taken(which, lambda h: h.page), page=n,
+                seen="sglang 39342, sparkinfer 610") for which in ("state", "recurrent state") for n in PAGES[2:]),
     StepFault("recurrent state transposed", "gdn", altered("state", lambda x: x.mT), needs="square",
               seen="sglang 39342"),
     StepFault("recurrent state in bf16", "gdn", altered("state", bf16), seen="ollama 15865"),
@@ -127,5 +131,6 @@ STEP_FAULTS: tuple[StepFault, ...] = (
     StepFault("positions one too high", "attn", shift=lambda _, __: 1, seen="mlx-vlm 1621"),
     StepFault("positions one too low", "attn", shift=lambda _, __: -1),
     StepFault("positions restarted", "attn", shift=lambda first, _: -first, seen="slime 1686, Automodel 2147"),
+    StepFault("positions counted with rejected drafts", "attn", shift=lambda _, rejected: rejected, needs="rejected"),
     StepFault("positions counted with padding", "attn", shift=lambda _, padding: padding, needs="padding"),
 )  # fmt: skip

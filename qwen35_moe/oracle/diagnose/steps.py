@@ -125,6 +125,8 @@ def _plans(
         return
     if fault.needs == "earlier" and not all(o.before.at > 0 for o in begun):
         return
+    if fault.page and not all(o.cuts[0].at > fault.page and o.cuts[0].at % fault.page > 1 for o in begun):
+        return  # there is no such state, or it is the right one, or one token short
     c = rerun.config
     if fault.needs == "square" and c.linear_key_head_dim != c.linear_value_head_dim:
         return
@@ -132,7 +134,7 @@ def _plans(
         if kind and (all(len(o.cuts) == 1 for o in begun) or fault.rows):
             return
         broken = {o.b: tuple(cut.at for cut in (o.cuts if kind or fault.shift else o.cuts[:1])) for o in begun}
-        plan = HandOver(broken, {o.b: o.before.at for o in begun}, fault.change, fault.shift)
+        plan = HandOver(broken, {o.b: o.before.at for o in begun}, fault.change, fault.shift, page=fault.page)
         if fault.needs in ("rejected", "padding"):
             plan = foreign.added(plan, fault.needs)
             if not plan.foreign:

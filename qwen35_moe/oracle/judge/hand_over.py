@@ -34,6 +34,7 @@ class Handed:
     right    the state after all tokens before
     earlier  the state that the step before began with;  short: the state before the last token
     tokens   how many tokens the step before had
+    page     the state at the last multiple of `HandOver.page` tokens
     other    the state of another sequence;  ran_on: the state after tokens that are none of the sequence's
     """
 
@@ -43,6 +44,7 @@ class Handed:
     tokens: int
     other: LayerState | None = None
     ran_on: LayerState | None = None
+    page: LayerState | None = None
 
 
 HandOverChange = Callable[[Handed], LayerState]
@@ -66,6 +68,7 @@ class HandOver:
     other    (sequence, index) -> (another sequence, how many of its tokens had been run before that step)
     foreign  (sequence, index) -> rows that ran before that step
     padding  sequence -> how many padded tokens stand before it
+    page     tokens between the states that a prefix cache keeps
     """
 
     broken: Mapping[int, tuple[int, ...]]
@@ -75,6 +78,7 @@ class HandOver:
     other: Mapping[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     foreign: Mapping[tuple[int, int], Foreign] = field(default_factory=dict)
     padding: Mapping[int, int] = field(default_factory=dict)
+    page: int = 0
 
 
 class _Collect(Handler):
@@ -128,7 +132,9 @@ class _Stepped(nn.Module):
         plan, broken = self.plan, self.plan.broken[b]
         state, short, first = LayerState(), LayerState(), broken[0]
         snapshots = {0: LayerState()}
-        cuts = sorted({0, plan.earlier.get(b, 0), *(n for at in broken for n in (at - 1, at) if n >= 0), len(columns)})
+        pages = {at: at - at % plan.page if plan.page else at for at in broken}
+        cuts = sorted({0, plan.earlier.get(b, 0), *(n for at in broken for n in (at - 1, at) if n >= 0),
+                       *pages.values(), len(columns)})  # fmt: skip
         shift = 0
         for start, stop in zip(cuts, cuts[1:], strict=False):
             snapshots[start], short = replace(state), snapshots.get(start - 1, LayerState())
@@ -138,7 +144,8 @@ class _Stepped(nn.Module):
                 before = broken[broken.index(start) - 1] if start != first else plan.earlier.get(b, 0)
                 ran_on = self._ran_on(b, start, columns, state)
                 other = self._other(b, start, x_BTD)
-                handed = Handed(replace(state), snapshots[before], short, start - before, other, ran_on)
+                page = snapshots[pages[start]]
+                handed = Handed(replace(state), snapshots[before], short, start - before, other, ran_on, page)
                 state = replace(plan.change(handed))
             with attach(collect, instead_of=self.restart):
                 self._run(b, columns[start:stop], x_BTD[b : b + 1, columns[start:stop]], state, shift)
