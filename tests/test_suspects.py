@@ -22,18 +22,26 @@ class Work:
 
     bad_at: dict[str, Tensor]
     open: dict[int, Tensor] = field(default_factory=lambda: {0: torch.arange(TOKENS) == 10})
-    alignment: SimpleNamespace = field(
-        default_factory=lambda: SimpleNamespace(truth=SimpleNamespace(ids=torch.zeros(1, TOKENS)))
-    )
+    members: tuple[str, ...] = ("sglang-bf16",)
+
+    @property
+    def result(self) -> SimpleNamespace:
+        return SimpleNamespace(members=self.members)
+
+    @property
+    def alignment(self) -> SimpleNamespace:
+        return SimpleNamespace(truth=SimpleNamespace(ids=torch.zeros(1, TOKENS)))
 
 
-def said(tokens: list[int], layer: int = 1, captured: str = "", nan: int = 0) -> Record:
+def said(
+    tokens: list[int], layer: int = 1, captured: str = "", nan: int = 0, members: tuple[str, ...] = ("all-bf16",)
+) -> Record:
     """The record of a product of DeltaNet with these bad rows."""
     known, key = Captured(), f"layers.{layer}.gdn_z"
     if captured:
         known.add(captured, torch.arange(TOKENS), torch.zeros(TOKENS, 2))
     record = Record(key, "wrong", "gdn", layer, added=14.0, rows=TOKENS, bad_rows=len(tokens), nan=nan)
-    excuse([record], suspects(known, KINDS), Work({key: torch.tensor([[0, t] for t in tokens])}))
+    excuse([record], suspects(known, KINDS), Work({key: torch.tensor([[0, t] for t in tokens])}, members=members))
     return record
 
 
@@ -51,6 +59,7 @@ def test_few_rows_after_a_choice_that_could_differ_are_no_fault(tokens: list[int
         {"tokens": [17], "layer": 0},  # before the experts
         {"tokens": [17], "captured": "layers.1.layer_input"},
         {"tokens": [17], "nan": 1},
+        {"tokens": [17], "members": ("float32", "float32/reversed")},
     ],
 )
 def test_all_else_is_one(options: dict) -> None:
