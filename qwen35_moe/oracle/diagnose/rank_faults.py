@@ -30,14 +30,18 @@ def rank_on(ranks: int, by: int, width: str = "head") -> TapChange:
 
 
 def strided(name: str, product: tuple[str, ...]) -> TapChange:
-    """A view of some columns of a product, read as if it were contiguous: from its first number on, row after row."""
+    """A view of some columns of a product, read as if it were contiguous: from its first number on, row after row of a
+    step."""
 
-    def change(_: Tensor, kept: dict[str, Tensor], __: FaultSite) -> Tensor:
-        parts = [kept[other].flatten(2) for other in product]
+    def change(_: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
+        parts, found = [kept[other].flatten(2) for other in product], torch.empty_like(kept[name])
         before = sum(x.shape[-1] for x in parts[: product.index(name)])
-        flat, right = torch.cat(parts, -1).flatten(), kept[name]
-        flat = torch.cat((flat, flat.new_zeros(before)))  # what lies behind the last row is not known
-        return flat[before : before + right.numel()].view_as(right)
+        steps_BT = torch.zeros(found.shape[:2]) if place.steps is None else place.steps
+        for step in steps_BT.unique():
+            flat, right = torch.cat([x[steps_BT == step] for x in parts], -1).flatten(), found[steps_BT == step]
+            flat = torch.cat((flat, flat.new_zeros(before)))  # what lies behind the last row is not known
+            found[steps_BT == step] = flat[before : before + right.numel()].view_as(right)
+        return found
 
     return change
 
