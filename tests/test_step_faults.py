@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,21 +42,24 @@ class Setting:
         self.truth = q.trace(q.load(path, text_only=True), IDS)
         self.model = q.load(path, "sglang-bf16", "unfused", text_only=True)
 
-    def run(self, plant: Plant = lambda *_: None, ids: Tensor = IDS, shift: int = 0) -> Dump:
-        """Step by step. `shift` is added to the positions of step 2 on, which the dump does not say."""
+    def run(self, plant: Plant = lambda *_: None, ids: Tensor = IDS, shift: int = 0, unseen: int = 0) -> Dump:
+        """Step by step. `shift` is added to the positions of step 2 on, which the dump does not say. The dump lacks the
+        first `unseen` steps: they filled a prefix cache."""
         cache, before, at = Cache(), Cache(), 0
         with record(DUMPED, meta={"config": self.truth.meta["config"]}) as recorder:
             for step, size in enumerate(STEPS):
-                if step:
+                if step > unseen:
                     recorder.next_step()
                 here = ids[:, at : at + size]
                 at += size
                 positions = torch.arange(at - size, at).expand_as(here)
-                recorder.meta["steps"].append(step_record(here, None, positions, cache))
+                if step >= unseen:
+                    recorder.meta["steps"].append(step_record(here, None, positions, cache))
                 copy = cache.clone() if step else Cache()
                 plant(step, cache, before)
                 before = copy
-                self.model(here, cache=cache, position_ids=positions + (shift if step >= 2 else 0))
+                with nullcontext() if step >= unseen else attach(instead_of=recorder):
+                    self.model(here, cache=cache, position_ids=positions + (shift if step >= 2 else 0))
         return from_trace(recorder.trace)
 
     def compare(self, dump: Dump, truth: Trace | None = None) -> Comparison:
@@ -144,6 +148,16 @@ def test_fault_at_one_step_is_named(tiny: Setting, name: str) -> None:
 def test_runs_of_several_steps_pass(tiny: Setting) -> None:
     found = tiny.compare(tiny.run())
     assert found.exit_code == 0, found.verdict
+
+
+def test_rows_after_cached_tokens_may_differ_for_a_reason_that_the_dump_lacks(tiny: Setting) -> None:
+    layer, change = FAULTS["recurrent state not handed over"]
+    whole = tiny.compare(tiny.run(in_layer(layer, change)))
+    cached = tiny.run(in_layer(layer, change), unseen=1)
+    told = [note for note in tiny.compare(cached).notes if "come after cached tokens" in note]
+    assert len(told) == 1 and f"layers.{layer}." in told[0]
+    assert not any("come after cached tokens" in note for note in whole.notes)
+    assert not any("come after cached tokens" in note for note in tiny.compare(tiny.run(unseen=1)).notes)
 
 
 @pytest.mark.parametrize("name", ["state of an earlier step", "KV rows of the step before missing"])

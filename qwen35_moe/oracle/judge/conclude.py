@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
@@ -67,9 +68,30 @@ def conclude(work: Judgement, stored: Mapping[str, Tensor], layers: Sequence[int
     with noted(work.result, "the error along the sequence could not be said", counts=False):
         first = work.result.first
         work.result.notes += growth(work.alignment, "" if first is None else first.key)
+    with noted(work.result, "what a cached prefix means could not be said", counts=False):
+        work.result.notes += _after_cached_tokens(work)
     logits = next((k for k in work.alignment.keys if k.startswith("next_token_log")), None)
     with noted(work.result, "what the logits mean could not be said", counts=False):
         _judge_logits(work, stored, logits)
+
+
+def _after_cached_tokens(work: Judgement) -> list[str]:
+    """A warning if all bad rows of a mixer come after cached tokens.
+
+    The rerun takes the truth's values of these tokens. The engine may have chosen other experts at some of them.
+    """
+    first = work.result.first
+    if first is None or first.block not in ("attn", "gdn") or first.key not in work.bad_at:
+        return []
+    bad = work.bad_at[first.key][:, 0].unique()
+    seen = torch.cat([table[:, 1:3] for table in work.alignment.tokens_of.where.values()])
+    begins = [int(seen[seen[:, 0] == b, 1].min()) for b in bad]
+    if not all(begins):
+        return []
+    return [
+        f"all bad rows of {first.key} come after cached tokens, which the dump does not hold. If the engine chose "
+        "other experts there, as rounding allows, it can be right: dump the prompt without a prefix cache to decide"
+    ]
 
 
 def _judge_logits(work: Judgement, stored: Mapping[str, Tensor], logits: str | None) -> None:
