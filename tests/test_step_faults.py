@@ -15,7 +15,7 @@ from torch import Tensor
 
 import qwen35_moe as q
 from qwen35_moe.model.cache import Cache, LayerState
-from qwen35_moe.numerics.taps import attach
+from qwen35_moe.numerics.taps import REPLAY, FunctionHandler, Site, attach
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.diagnose.steps import Cut, earlier, onsets
 from qwen35_moe.oracle.dumps.dump import Dump
@@ -158,6 +158,22 @@ def test_rows_after_cached_tokens_may_differ_for_a_reason_that_the_dump_lacks(ti
     assert len(told) == 1 and f"layers.{layer}." in told[0]
     assert not any("come after cached tokens" in note for note in whole.notes)
     assert not any("come after cached tokens" in note for note in tiny.compare(tiny.run(unseen=1)).notes)
+
+
+def test_other_experts_of_a_cached_token_are_no_fault(tiny: Setting) -> None:
+    """They are not in the dump, and so the rows that read the token have no verdict."""
+
+    def choose(site: Site, x: Tensor) -> Tensor | None:
+        if site.name != "moe_topk_ids" or site.layer != 0 or len(x) != 2 * STEPS[0]:
+            return None
+        free = [e for e in range(tiny.source.config.num_experts) if e not in x[-1]]
+        return torch.cat((x[:-1], torch.tensor([free[: x.shape[1]]])))
+
+    with attach(FunctionHandler(choose, REPLAY)):
+        cached, whole = tiny.run(unseen=1), tiny.run()
+    found = tiny.compare(cached)
+    assert found.exit_code == 2 and "prefix cache" in str([r.note for r in found.records if r.cls == "not comparable"])
+    assert tiny.compare(whole).exit_code == 1  # here the dump has the ids, which no rounding allows
 
 
 @pytest.mark.parametrize("name", ["state of an earlier step", "KV rows of the step before missing"])

@@ -46,7 +46,7 @@ from .judge.replay import Captured
 from .judge.rerun import Rerun
 from .judge.rerun_parts import TruthTokens
 from .judge.second_look import second_look
-from .judge.suspects import accuse, excuse, suspects
+from .judge.suspects import accuse, excuse, spare_cached, suspects
 from .judge.weights_check import check_weights
 from .judge.where import HERE, Where
 from .truth import names_in, open_checkpoint, weights_of, write_truth
@@ -245,3 +245,4 @@ def _judge_layers(work: Judgement, rerun: Rerun, captured: Captured, options: Co
             if sum(d.key != POSITIONS for d in result.diagnoses) < options.diagnoses and bad:
                 with noted(result, "the diagnosis failed; the verdict stands", counts=False):
                     result.diagnoses.append(explain(rerun, layer, bad, work, seen))
+            spare_cached(own, work)

@@ -19,6 +19,7 @@ from ...numerics.taps import BREAK, OBSERVE, Handler, Site
 from ...quant.packed import Packed
 from ...run.experts import PackedExpert
 from ...run.source import WeightSource
+from ...trace.recorder import INSIDE
 from ..judge.drafted import RIGHT, DraftFault
 from ..judge.hand_over import HandOver
 from .seen import Seen
@@ -123,6 +124,10 @@ class Break(Handler):
     @property
     def stage(self) -> int:
         return OBSERVE + 2 if self.fault.late else BREAK
+
+    @property
+    def sees_experts(self) -> bool:
+        return self.fault.single or not INSIDE.isdisjoint({*self.fault.taps, *self.fault.remembers})
 
     def __init__(self, fault: Fault, place: FaultSite):
         self.fault, self.place = fault, place.on_cpu()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
@@ -19,6 +18,7 @@ from .log_p import LOG_P
 from .logits import compare_logits
 from .positions import POSITIONS
 from .records import Comparison, Record, block_of, layer_of
+from .suspects import after_cached
 
 
 @contextmanager
@@ -76,17 +76,8 @@ def conclude(work: Judgement, stored: Mapping[str, Tensor], layers: Sequence[int
 
 
 def _after_cached_tokens(work: Judgement) -> list[str]:
-    """A warning if all bad rows of a mixer come after cached tokens.
-
-    The rerun takes the truth's values of these tokens. The engine may have chosen other experts at some of them.
-    """
     first = work.result.first
-    if first is None or first.block not in ("attn", "gdn") or first.key not in work.bad_at:
-        return []
-    bad = work.bad_at[first.key][:, 0].unique()
-    seen = torch.cat([table[:, 1:3] for table in work.alignment.tokens_of.where.values()])
-    begins = [int(seen[seen[:, 0] == b, 1].min()) for b in bad]
-    if not all(begins):
+    if first is None or not after_cached(first, work):
         return []
     return [
         f"all bad rows of {first.key} come after cached tokens, which the dump does not hold. If the engine chose "

@@ -38,6 +38,8 @@ LOGITS_HELD = 1 << 26  # logits that are held at once
 class _Watch(Handler):
     """Keeps what the router of the current layer said."""
 
+    sees_experts = False
+
     def __init__(self) -> None:
         self.logits: Tensor | None = None
         self.ids: Tensor | None = None
