@@ -138,6 +138,12 @@ def test_mentions_shared_body() -> None:
         (r"re:.*experts\.\d\.", True),
         (r"re:.*experts\..\..*", True),
         (r"re:.*\.(gate|up)_proj$", False),
+        (r"re:.*mlp+\.experts", False),
+        (r"re:.*experts\.\d+\.(gate|up)_proj", False),
+        (r"re:.+experts\.[0-9]+\.down_proj$", False),
+        (r"re:.*experts\.\d\.down_proj", True),
+        (r"re:.*experts\.1\d+\.down_proj", True),
+        (r"re:.*experts\.\d{2}\.down_proj", True),
     ],
 )
 def test_tells_experts_apart(entry: str, expected: bool) -> None:

@@ -406,3 +406,19 @@ def test_a_quantisation_that_is_none(quantised: dict[str, Any]) -> None:
     config = {"num_hidden_layers": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
     with pytest.raises(Qwen35Error, match="(?s)cannot be read.*quantization_config"):
         can_fuse_shared_expert(config, {"quant_method": "quark", **quantised})
+
+
+@pytest.mark.parametrize(
+    "quantised",
+    [{"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": [[]]},
+     {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "group_size": {"a": 1}},
+     {"quant_method": "compressed-tensors", "config_groups": {"group_0": {
+         "targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "group_size": [16]}}}},
+     {"quant_method": "compressed-tensors", "config_groups": {"group_0": {
+         "targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"},
+         "input_activations": {"num_bits": 8, "type": "int", "group_size": [1]}}}}],
+    ids=str,
+)  # fmt: skip
+def test_a_list_in_a_numbers_place(quantised: dict[str, Any]) -> None:
+    with pytest.raises(Qwen35Error, match="(?s)cannot be read.*a number was expected"):
+        can_fuse_shared_expert(TEXT, quantised)

@@ -90,12 +90,14 @@ def mentions_shared_body(entry: str) -> bool:
 def tells_experts_apart(entry: str) -> bool:
     """Whether a pattern could name one routed expert and not another; when in doubt, yes.
 
-    Literals, `*` and `.*` treat all expert numbers alike; a digit (outside a layer number), a class, `?` or a count
-    may not. Lets a reader of 512 experts ask once instead of 512 times.
+    Literals, also repeated, `*`, `.*`, `.+` and `\\d+` treat all expert numbers alike. A digit (outside a layer
+    number), a class, `?` or a count may not. Lets a reader of 512 experts ask once instead of 512 times.
     """
     regex = re.match(r"re:|-:", entry)
     text = re.sub(r"(\\?\.)?layers\\?\.\d+", "", entry[regex.end() :] if regex else entry)
-    return re.sub(r"\\\.|\.\*|[A-Za-z_^$|()-]" if regex else r"[A-Za-z_.*-]", "", text) != ""
+    return (
+        re.sub(r"\\\.|(\.|\\d|\[0-9\])[*+]|\)\+|[A-Za-z_]\+?|[\^$|()-]" if regex else r"[A-Za-z_.*-]", "", text) != ""
+    )
 
 
 def is_plain(entry: str) -> bool:

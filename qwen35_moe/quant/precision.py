@@ -9,6 +9,12 @@ from ..errors import Qwen35Error
 FLOATS = ("bf16", "f16", "f32", "f64")
 
 
+def _numbers(what: str, *values: object) -> None:
+    """Error: a list or an object of JSON in a number's place."""
+    if odd := [x for x in values if isinstance(x, (list, dict))]:
+        raise TypeError(f"{what}: a number was expected, found {str(odd[0])[:100]}")
+
+
 @dataclass(frozen=True)
 class Activation:
     """How an engine quantises a module's input before the product: W4A4 and W4A16 are two different functions."""
@@ -16,6 +22,9 @@ class Activation:
     dtype: str
     dynamic: bool = True
     group: int | None = None
+
+    def __post_init__(self) -> None:
+        _numbers("group_size", self.group)
 
     def __str__(self) -> str:
         return f"{self.dtype}{f'/{self.group}' if self.group else ''} {'dynamic' if self.dynamic else 'static'}"
@@ -34,6 +43,9 @@ class ModuleSpec:
     block: tuple[int, ...] = ()
     scale: str = ""
     activation: Activation | None = None
+
+    def __post_init__(self) -> None:
+        _numbers("size of a block", *self.block)
 
     @property
     def is_float(self) -> bool:
