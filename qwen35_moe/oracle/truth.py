@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def weights_of(
         return checkpoint, flags
     known = (truth.meta.get("checkpoint") or {}).get("path")
     path = checkpoint or known
-    if not path or (checkpoint is None and not Path(path).exists()):
+    if not path or (checkpoint is None and not os.path.exists(path)):
         return None, flags
     model, loaded = open_checkpoint(path, ignore_config_keys=ignore_config_keys)
     if not truth.is_of(origin_of(model).identity):

@@ -77,6 +77,8 @@ def check_meta(meta: Any, where: Path) -> None:
     for key, kind in kinds.items():
         if meta.get(key) is not None and not isinstance(meta[key], kind):
             raise bad_head(where, f"meta.{key}", kind.__name__, meta[key])
+    if not isinstance(path := (meta.get("checkpoint") or {}).get("path") or "", str):
+        raise bad_head(where, "meta.checkpoint.path", "a path", path)
     for i, step in enumerate(meta.get("steps") or ()):
         found = step if isinstance(step, dict) else {}
         axes = found.get("axes", [])
