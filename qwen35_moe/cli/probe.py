@@ -26,7 +26,7 @@ from ..oracle.servers.readers import read_answers
 from ..oracle.servers.verdict import Verdict
 from ..oracle.truth import open_checkpoint, weights_of
 from ..run.load import usable
-from ..run.prompt import load_tokenizer, read_ids
+from ..run.prompt import prompt_ids, read_ids
 from ..trace.file import Trace
 from .device_options import add_ignored_keys
 from .dump_config import layer_lines
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
 def prompts(args: argparse.Namespace, config: Config) -> list[list[int]]:
     if args.prompt is not None:
-        ids = [load_tokenizer(args.checkpoint).encode(args.prompt, add_special_tokens=False)]
+        ids = [prompt_ids(args.checkpoint, args.prompt)]
     elif args.ids is not None:
         ids = read_ids(args.ids, "--ids")
     elif args.prompts < 1 or args.tokens < SHORTEST_PROMPT or args.prompts * args.tokens > MOST_TOKENS:
@@ -173,7 +173,8 @@ def print_verdict(verdict: Verdict, args: argparse.Namespace, found: Sequence[Bu
         files[args.json] = lambda: json.dumps({"type": "probe", **records}) + "\n"
     if args.html:
         files[args.html] = lambda: pages.verdict_page(verdict, [str(b) for b in found])
-    return write_outputs(1 if any(b.bad for b in found) else verdict.exit_code, files)
+    code = 1 if any(b.bad for b in found) else verdict.exit_code
+    return write_outputs(code, files, args.html)
 
 
 def saved(truth: Trace, path: Path, args: argparse.Namespace) -> int:

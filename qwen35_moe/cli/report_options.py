@@ -109,15 +109,16 @@ def print_comparison(result: Comparison, args: argparse.Namespace) -> int:
     print(report(result, width=args.width))
     files = {path: partial(report, result, form, made=how_made())
              for path, form in ((args.json, "json"), (args.html, "html")) if path is not None}  # fmt: skip
-    return write_outputs(result.exit_code, files)
+    return write_outputs(result.exit_code, files, args.html)
 
 
-def write_outputs(code: int, files: Mapping[Path, Callable[[], str]]) -> int:
-    """Writes each file. The exit code: a verdict of 1 stands where a file cannot be written; 0 becomes 2."""
+def write_outputs(code: int, files: Mapping[Path, Callable[[], str]], page: Path | None = None) -> int:
+    """Writes each file, and prints where the page is. The exit code: a verdict of 1 stands where a file cannot be
+    written; 0 becomes 2."""
     for path, content in files.items():
         try:
             write_report(path, content())
-            if path.suffix == ".html":
+            if path == page:
                 print(f"\n{path}")
         except Exception as error:  # a page that cannot be made takes no verdict with it
             print(f"qwen35-moe: cannot write {printable(str(path))}: {printable(str(error))}", file=sys.stderr)

@@ -26,7 +26,7 @@ from ..oracle.judge.envelope_file import ENVELOPE, remaining, with_ids, write_en
 from ..run.files import Claim
 from ..run.load import MODES, load
 from ..run.origin import origin_of
-from ..run.prompt import Images, load_tokenizer, padded, place_images, read_ids
+from ..run.prompt import Images, padded, place_images, prompt_ids, read_ids
 from ..run.validate import model_config
 from ..trace.drafts import check_parts, unknown_drafts
 from ..trace.file import Trace, in_utf8
@@ -90,10 +90,7 @@ def run(args: argparse.Namespace) -> int:
     in_utf8(args.out)
     args.asked = split_patterns(args.taps)
     args.taps = args.taps if args.no_envelope else with_ids(args.taps)
-    if args.prompt is None:
-        rows = read_ids(args.ids, "--ids")
-    else:  # special tokens in the text count as such; nothing is put in front
-        rows = [load_tokenizer(args.checkpoint).encode(args.prompt, add_special_tokens=False)]
+    rows = read_ids(args.ids, "--ids") if args.prompt is None else [prompt_ids(args.checkpoint, args.prompt)]
     args.images = pixels_of(args, rows)
     ids, mask = padded([torch.tensor(row) for row in rows])
     if args.hidden and not args.drafts:

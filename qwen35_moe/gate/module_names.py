@@ -95,9 +95,8 @@ def tells_experts_apart(entry: str) -> bool:
     """
     regex = re.match(r"re:|-:", entry)
     text = re.sub(r"(\\?\.)?layers\\?\.\d+", "", entry[regex.end() :] if regex else entry)
-    return (
-        re.sub(r"\\\.|(\.|\\d|\[0-9\])[*+]|\)\+|[A-Za-z_]\+?|[\^$|()-]" if regex else r"[A-Za-z_.*-]", "", text) != ""
-    )
+    alike = r"\\\.|(\.|\\d|\[0-9\])[*+]|\)\+|[A-Za-z_]\+?|[\^$|()-]" if regex else r"[A-Za-z_.*-]"
+    return re.sub(alike, "", text) != ""
 
 
 def is_plain(entry: str) -> bool:

@@ -193,6 +193,12 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise Qwen35Error("transformers cannot read the tokenizer", where=folder, found=error) from error
 
 
+def prompt_ids(folder: str | Path, text: str) -> list[int]:
+    """Ids of a prompt. Special tokens in the text count as such; nothing is put in front."""
+    ids: list[int] = load_tokenizer(folder).encode(text, add_special_tokens=False)
+    return ids
+
+
 def load_images(folder: str | Path, images: Sequence[str | Path]) -> tuple[Tensor, Tensor]:
     """(pixel_values [L, patch values], image_grid_thw [n, 3]) of image files, by the folder's preprocessor settings.
 

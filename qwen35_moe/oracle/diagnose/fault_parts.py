@@ -156,9 +156,9 @@ def other_head_order(x_BTJP: Tensor, _: Any, place: FaultSite) -> Tensor:
 
 
 def without_last(x_RA: Tensor, _: Any, place: FaultSite) -> Tensor:
-    """The last of the chosen experts dropped. Of two that weigh alike either may be the last: the engine's own weights
-    tell, where it dumped them with one zero in a row. Logits of up to 8 that are equal in bf16 are at most 2^-5 apart,
-    and so are the logarithms of the weights."""
+    """The last of the chosen experts is dropped. If two experts have the same weight, either may be the last. The
+    engine's own weights tell which, if it dumped them with one zero in a row. Logits up to 8 that are equal in bf16 are
+    at most 2^-5 apart, and so are the logarithms of the weights."""
     last_R = torch.full((len(x_RA),), x_RA.shape[1] - 1, device=x_RA.device)
     if place.weights is not None and place.weights.shape == x_RA.shape:
         zero_RA = place.weights.to(x_RA.device) == 0

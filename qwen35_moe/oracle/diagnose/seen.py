@@ -16,7 +16,7 @@ from ...run.prompt import Images
 class Seen:
     """What the vision tower was given. table [s * s, D]: its positions; types [B, T]: which tokens are placeholders.
 
-    images and videos: grids (t, h, w) in patches, of which m x m become a token.
+    images and videos: grids (t, h, w) in patches. m x m patches become one token.
     """
 
     images: list[Grid]

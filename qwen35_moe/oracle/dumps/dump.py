@@ -28,7 +28,7 @@ from .pieces import Piece, Source, StepTokens, fenced, readable, whole_numbers
 from .ranks import check_ranks
 
 MOST_STEPS = 1 << 31
-# What a name of the engine's means where its shared expert is a slot (True), and where it is none (False).
+# The meaning of an engine's name if its shared expert is a slot (True), and if it is not (False).
 MEANING: dict[tuple[str, bool | None], str] = {
     ("moe_routed_output", True): "mlp_output",
     ("moe_slot_ids", False): "moe_topk_ids",

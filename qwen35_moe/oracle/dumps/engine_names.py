@@ -152,7 +152,7 @@ LETTERS = {
     "e": "num_experts", "a": "num_experts_per_tok", "f": "shared_expert_intermediate_size", "v": "vocab_size",
 }  # fmt: skip
 
-# Of a name that is ours already: how SGLang's ranks share it, when the dump does not say.
+# How SGLang's ranks share a tensor that has our name already, if the dump does not say.
 OURS = {tap: rule.split()[0] for rule in SGLANG_NAMES.values() for tap in re.findall(r"\b(?:[a-z]+_)+[a-z]+\b", rule)}
 
 

@@ -26,7 +26,7 @@ NO_TOKENS = torch.empty(0, 5, dtype=torch.long)
 @dataclass
 class Matched:
     """where      step -> [n, 3]: row in the dump, b, t
-    ends       step -> [runs, 3]: run, and b, t of its last token, or -1 where that is none of the truth's
+    ends       step -> [runs, 3]: run, and b, t of its last token, or -1 if the truth does not have this token
     drafts     step of a draft head -> [n, 3]: row in the dump, b, t
     positions  [n, 5]: b, t, the truth's position, the dump's, and the one that its rotary embedding took
     absent     parts of the truth that the dump does not hold, in words
@@ -95,8 +95,8 @@ class Matching:
         self.beyond = self.rejected = 0
 
     def place(self, run: Run) -> int | None:
-        """Find the sequence that a run goes on with, take note of its rows, and return it; None: there is none. A run
-        that nothing divides may be of several sequences, one after another: the last one is returned."""
+        """Find the sequence that a run continues, and note the rows of the run. Returns the sequence; None: there is
+        none. An undivided run may hold several sequences, one after another. Then the last one is returned."""
         ends, left, found = self.last.setdefault(run.step, []), run, None
         while len(left):
             b, at, n = self._find(left)

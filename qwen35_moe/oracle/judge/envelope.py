@@ -44,7 +44,7 @@ from .split_k import split_products
 LIMIT = 3.0
 NUMBER, TENSOR = 1.44, 1.6
 ENOUGH = 16  # rows; of fewer no root mean square is taken
-NUMBERS_PER_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}  # numbers that are worked on at once
+NUMBERS_PER_BLOCK, ON_GPU = 1 << 18, 1 << 24  # numbers that are worked on at once
 NARROW = 16  # rows of fewer numbers than this
 
 Class = Literal["bit-equal", "within rounding", "suspicious", "wrong", "not comparable", "missing"]
@@ -115,7 +115,7 @@ class Norms:
         its cache."""
         x = x.reshape(x.shape[0], -1)
         minus = None if minus is None else minus.reshape(x.shape)
-        step = min(len(x), max(1, NUMBERS_PER_BLOCK.get(x.device.type, 1 << 18) // max(1, x.shape[1])))
+        step = min(len(x), max(1, (ON_GPU if x.is_cuda else NUMBERS_PER_BLOCK) // max(1, x.shape[1])))
         l2, most = x.new_zeros(len(x), dtype=torch.float64), x.new_zeros(len(x), dtype=torch.float64)
         block = x.new_empty(step, x.shape[1], dtype=torch.float64)
         for rows in (slice(i, i + step) for i in range(0, len(x) if x.shape[1] else 0, step)):

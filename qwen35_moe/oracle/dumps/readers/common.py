@@ -74,7 +74,7 @@ def costs_itself(problems: list[Qwen35Error], where: object) -> Iterator[None]:
 
 
 def a_dict(found: Any) -> dict[Any, Any]:
-    """A dictionary of a stranger's file; {} where it is none."""
+    """A value of a stranger's file, if it is a dictionary; else {}."""
     return found if isinstance(found, dict) else {}
 
 
