@@ -20,7 +20,7 @@ from qwen35_moe.oracle.dumps.align import align
 from qwen35_moe.oracle.dumps.dump import Dump, Piece, StepTokens
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.dumps.writers import DUMPED
-from qwen35_moe.oracle.judge.acceptance import Acceptance, acceptance
+from qwen35_moe.oracle.judge.tokens import Acceptance, acceptance
 from qwen35_moe.trace.drafts import draft_ids_of
 from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.head import Entry

@@ -17,10 +17,10 @@ from qwen35_moe.model.vision.position_table import interpolate, patch_places
 from qwen35_moe.numerics.arithmetics import using
 from qwen35_moe.numerics.tables import FLOAT32, SGLANG_BF16, TRANSFORMERS_BF16
 from qwen35_moe.numerics.taps import attach
-from qwen35_moe.oracle.judge import envelope_file, second_look
-from qwen35_moe.oracle.judge.constant_factor import FEWEST_ROWS, scale_errors
+from qwen35_moe.oracle.judge import envelope_file, suspects
 from qwen35_moe.oracle.judge.envelope import LIMIT, envelope, judge, legal
 from qwen35_moe.oracle.judge.envelope_file import stored_envelope
+from qwen35_moe.oracle.judge.patterns import FEWEST_ROWS, scale_errors
 from qwen35_moe.oracle.judge.replay import ReplayRouting
 from qwen35_moe.oracle.judge.split_k import SplitK, samples, split_products, splitting
 from qwen35_moe.oracle.truth import open_checkpoint
@@ -105,7 +105,7 @@ def test_a_second_look_clears_an_engine_that_splits_its_products(monkeypatch: py
     bench = Bench(open_checkpoint(QUARK)[1].source, "gate 0.5", (torch.arange(48) * 7919 % 251)[None])
     engine = next(v for v in variants("", 48) if v.name == "8 ranks, all-reduce in bf16")
     assert bench.clean(engine).found
-    monkeypatch.setattr(second_look, "SAMPLES", 0)
+    monkeypatch.setattr(suspects, "SAMPLES", 0)
     assert not bench.clean(engine).found
 
 

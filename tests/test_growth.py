@@ -14,7 +14,7 @@ from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.faults import FaultSite
 from qwen35_moe.oracle.dumps.align import align
 from qwen35_moe.oracle.dumps.readers.own import from_trace
-from qwen35_moe.oracle.judge.growth import growth
+from qwen35_moe.oracle.judge.conclude import growth
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.trace.file import Trace
 

@@ -18,7 +18,7 @@ from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.oracle.dumps.writers import write_kl_base
 from qwen35_moe.oracle.judge import log_p as kl_base
-from qwen35_moe.oracle.judge import second_look
+from qwen35_moe.oracle.judge import suspects
 from qwen35_moe.oracle.judge.envelope import LIMIT, Norms, legal
 from qwen35_moe.oracle.judge.split_k import split_products, splitting
 from qwen35_moe.oracle.truth import open_checkpoint
@@ -119,7 +119,7 @@ def test_samples_are_whole_runs_where_nothing_was_captured(tmp_path: Path, monke
     one = bench(0)
     dump = engine(one, tmp_path, split_products(TRANSFORMERS_BF16, 3))
     members = [m for m in legal("exact") if m.name != "transformers-bf16"]
-    monkeypatch.setattr(second_look, "SAMPLES", 0)
+    monkeypatch.setattr(suspects, "SAMPLES", 0)
     first = one.compare(dump, diagnoses=0, members=members)
     monkeypatch.undo()
     second = one.compare(dump, diagnoses=0, members=members)

@@ -16,8 +16,8 @@ from qwen35_moe.oracle.dumps.match import Matching
 from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.oracle.dumps.runs import Run, runs
 from qwen35_moe.oracle.dumps.sequences import sequences_of
-from qwen35_moe.oracle.judge.positions import engine_positions, judge_positions
 from qwen35_moe.oracle.judge.records import Comparison, Record
+from qwen35_moe.oracle.judge.tokens import engine_positions, judge_positions
 from qwen35_moe.oracle.report import report
 from qwen35_moe.trace.file import Trace
 

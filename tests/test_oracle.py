@@ -24,9 +24,9 @@ from qwen35_moe.oracle.dumps.dump import Dump, Piece
 from qwen35_moe.oracle.dumps.pair import Pair
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.dumps.writers import DUMPED
+from qwen35_moe.oracle.judge.conclude import compare_logits
 from qwen35_moe.oracle.judge.envelope import LIMIT, Norms, envelope, judge, legal
 from qwen35_moe.oracle.judge.envelope_file import write_envelope
-from qwen35_moe.oracle.judge.logits import compare_logits
 from qwen35_moe.oracle.judge.records import Comparison, Record
 from qwen35_moe.oracle.judge.replay import Captured, ReplayRouting
 from qwen35_moe.oracle.judge.routing import compare_ids, could_flip

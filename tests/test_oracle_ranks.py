@@ -14,7 +14,7 @@ from torch import Tensor
 import qwen35_moe as q
 from qwen35_moe.cli.main import main
 from qwen35_moe.model.text import Model
-from qwen35_moe.oracle.judge.columns import wrong_columns
+from qwen35_moe.oracle.judge.patterns import wrong_columns
 
 SEQUENCES = [[3, 7, 11, 5, 100, 17, 29, 31, 2, 90], [9, 8, 4, 4, 77, 12]]
 STEPS = [[(0, 0, 8), (1, 0, 5)], [(1, 5, 6), (0, 8, 9)], [(0, 9, 10)]]

@@ -154,10 +154,10 @@ def test_rows_after_cached_tokens_may_differ_for_a_reason_that_the_dump_lacks(ti
     layer, change = FAULTS["recurrent state not handed over"]
     whole = tiny.compare(tiny.run(in_layer(layer, change)))
     cached = tiny.run(in_layer(layer, change), unseen=1)
-    told = [note for note in tiny.compare(cached).notes if "come after cached tokens" in note]
+    told = [note for note in tiny.compare(cached).notes if "in rows after cached tokens" in note]
     assert len(told) == 1 and f"layers.{layer}." in told[0]
-    assert not any("come after cached tokens" in note for note in whole.notes)
-    assert not any("come after cached tokens" in note for note in tiny.compare(tiny.run(unseen=1)).notes)
+    assert not any("in rows after cached tokens" in note for note in whole.notes)
+    assert not any("in rows after cached tokens" in note for note in tiny.compare(tiny.run(unseen=1)).notes)
 
 
 def test_other_experts_of_a_cached_token_are_no_fault(tiny: Setting) -> None:

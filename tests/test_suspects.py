@@ -11,14 +11,14 @@ from torch import Tensor
 
 from qwen35_moe.oracle.judge.records import Record
 from qwen35_moe.oracle.judge.replay import Captured
-from qwen35_moe.oracle.judge.suspects import FLIPS, UNSAID, excuse, suspects
+from qwen35_moe.oracle.judge.suspects import FLIPS, UNSAID, excuse, other_experts, suspects
 
 KINDS, TOKENS = ("gdn", "gdn", "attn"), 40
 
 
 @dataclass
 class Work:
-    """What `excuse` reads of a judgement: at token 10 of the first layer other experts would be legal."""
+    """What `other_experts` reads of a judgement: at token 10 of the first layer other experts would be legal."""
 
     bad_at: dict[str, Tensor]
     open: dict[int, Tensor] = field(default_factory=lambda: {0: torch.arange(TOKENS) == 10})
@@ -41,7 +41,8 @@ def said(
     if captured:
         known.add(captured, torch.arange(TOKENS), torch.zeros(TOKENS, 2))
     record = Record(key, "wrong", "gdn", layer, added=14.0, rows=TOKENS, bad_rows=len(tokens), nan=nan)
-    excuse([record], suspects(known, KINDS), Work({key: torch.tensor([[0, t] for t in tokens])}, members=members))
+    work = Work({key: torch.tensor([[0, t] for t in tokens])}, members=members)
+    excuse([record], lambda r: other_experts(r, suspects(known, KINDS), work))
     return record
 
 

@@ -40,13 +40,12 @@ from .judge.envelope_file import stored_envelope
 from .judge.function import computed, truth_in, usual
 from .judge.inherited import inherited
 from .judge.log_p import LOG_P
-from .judge.positions import POSITIONS, engine_positions, judge_positions, moved_alike
-from .judge.records import BlockId, Comparison
+from .judge.records import POSITIONS, BlockId, Comparison
 from .judge.replay import Captured
 from .judge.rerun import Rerun
 from .judge.rerun_parts import TruthTokens
-from .judge.second_look import second_look
-from .judge.suspects import accuse, excuse, spare_cached, suspects
+from .judge.suspects import accuse, cached_tokens, excuse, other_experts, second_look, suspects
+from .judge.tokens import engine_positions, judge_positions, moved_alike
 from .judge.weights_check import check_weights
 from .judge.where import HERE, Where
 from .truth import names_in, open_checkpoint, weights_of, write_truth
@@ -232,17 +231,17 @@ def _judge_layers(work: Judgement, rerun: Rerun, captured: Captured, options: Co
     """Runs each layer on the engine's own inputs, judges its taps, and diagnoses the first blocks that are wrong."""
     result = work.result
     places, cleared, nan = suspects(captured, result.layers), set[BlockId](), False
-    for layer, seen in rerun:
+    for layer, seen in rerun.parts(options.layers):
         if options.layers is None or layer is None or layer in options.layers:
             work.shared = rerun.shared
             work.added(layer, seen)
             seen = second_look(rerun, layer, work, seen)
             own = [r for r in work.records.values() if r.layer == layer]
-            excuse(own, places, work)
+            excuse(own, lambda r: other_experts(r, places, work))
             accuse(own, places, cleared)
             bad = spare_victims(guilty := work.guilty(layer, seen), nan)
             nan = nan or any(r.nan for r in guilty)
             if sum(d.key != POSITIONS for d in result.diagnoses) < options.diagnoses and bad:
                 with noted(result, "the diagnosis failed; the verdict stands", counts=False):
                     result.diagnoses.append(explain(rerun, layer, bad, work, seen))
-            spare_cached(own, work)
+            excuse(own, lambda r: cached_tokens(r, work))

@@ -6,7 +6,7 @@ import torch
 
 from ...quant.mxfp4 import PackedMXFP4
 from ...quant.packed import Float
-from ..judge.drafted import DraftFault
+from ..judge.hand_over import DraftFault
 from .fault_parts import (
     QK_NORMS,
     QKV,

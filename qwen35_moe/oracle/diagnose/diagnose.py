@@ -24,8 +24,7 @@ from ...numerics.arithmetics import Arithmetic
 from ...numerics.tap_keys import base_name
 from ..judge.diagnosis import Diagnosis, Hypothesis
 from ..judge.records import BF16_GRID, BlockId, Record, span
-from ..judge.rerun import Rerun
-from ..judge.second_look import Taps
+from ..judge.rerun import Rerun, Taps
 from .at_sight import known_at_sight
 from .catalogue import FAULTS
 from .faults import Fault
@@ -129,7 +128,7 @@ def _named(
             answer = hypothesis if case.settled(run, rerun.tables) <= limit else None
     if layer is not None and base_name(case.key) in HOLD_MLP:
         fitted, leaves = _fit(diagnosis, case, rerun, layer)
-        in_all_rows = first.by_rows <= limit  # and in none alone: see constant_factor.py
+        in_all_rows = first.by_rows <= limit  # and in none alone: see patterns.py
         if answer is None and (fitted.explains > WORTH or in_all_rows) and leaves <= limit:
             answer = fitted
             diagnosis.hypotheses.append(fitted)

@@ -20,8 +20,7 @@ from ...quant.packed import Packed
 from ...run.experts import PackedExpert
 from ...run.source import WeightSource
 from ...trace.recorder import INSIDE
-from ..judge.drafted import RIGHT, DraftFault
-from ..judge.hand_over import HandOver
+from ..judge.hand_over import RIGHT, DraftFault, HandOver
 from .seen import Seen
 
 
@@ -68,7 +67,7 @@ class Fault:
     rounds    it is a coarser format, and changes no more than roundings do
     hand_over what a step gets from the one before, where that is the fault (`steps.py`);  where: its first token
     late      the value itself is right, and what comes after it reads it wrongly
-    draft     what the draft head starts from, where that is the fault (`drafted.py`)
+    draft     what the draft head starts from, where that is the fault (`hand_over.py`)
     """
 
     name: str

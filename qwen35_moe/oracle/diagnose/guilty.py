@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...numerics.arithmetics import Arithmetic
 from ..judge.envelope import envelope, judge
-from ..judge.second_look import DOUBTFUL_LIMITS, Taps, batches
+from ..judge.rerun import Taps
+from ..judge.suspects import DOUBTFUL_LIMITS, batches
 from .rank_shares import Blame
 
 

@@ -14,13 +14,13 @@ from ...numerics.tap_keys import base_name, part_of
 from ...trace.layers import HEAD
 from ..diagnose.at_sight import OWN_LOGITS, against_own_logits
 from ..dumps.align import Alignment
+from ..dumps.dump import Dump
 from ..dumps.pair import Pair
 from ..dumps.ranks import owners
 from . import log_p as kl_base
-from .columns import wrong_columns
-from .constant_factor import judge_size, log_sizes, scale_errors
-from .envelope import Class, class_of, envelope, is_bf16, judge
+from .envelope import Class, TensorVerdict, envelope, is_bf16, judge
 from .envelope_file import SLOT_ORDERED, as_rows
+from .patterns import judge_scale, judge_size, log_sizes, wrong_columns
 from .records import BF16_GRID, Comparison, Record, block_of
 from .replay import RESTARTS, STREAMS, Captured
 from .routing import Routing, compare_ids, could_flip
@@ -113,15 +113,6 @@ class Judgement:
             note = f"could not be judged: {said}"[:300]
             self.records[key] = Record(key, "not comparable", block_of(key), layer, note=note)
 
-    def owners(self, key: str, x: Tensor) -> Tensor | None:
-        """[n] the rank of each column of x, if it is known."""
-        dump = self.alignment.dump
-        try:
-            found = owners(dump, key) if key in dump.sources else None
-        except Qwen35Error:  # a file of a step that was not compared
-            return None
-        return found if found is not None and len(found) == x.shape[1] else None
-
     def again(self, keys: Sequence[str], layer: int | None, seen: Sequence[dict[str, Tensor]]) -> None:
         """Judge taps of a layer again, under more arithmetics."""
         for key in keys:
@@ -139,9 +130,9 @@ class Judgement:
         if pair.engine is None or pair.dtype is None:
             record.note = pair.problem
             return
-        x, keep = pair.engine.to(truth.device), torch.ones(len(pair.rows), dtype=torch.bool)
+        x, index, keep = pair.engine.to(truth.device), self.index(pair), torch.ones(len(pair.rows), dtype=torch.bool)
         if exclude is not None:
-            keep = pair.judged(~exclude[self.index(pair)])
+            keep = pair.judged(~exclude[index])
             record.excluded = int((~keep).sum())
         if base_name(key) in SLOT_ORDERED and self._unordered(key):
             x, truth, *members = (y.sort(1, descending=True).values for y in (x, truth, *members))
@@ -154,36 +145,35 @@ class Judgement:
         rounding = kl_base.loss_in_file(truth) if key == kl_base.LOG_P else None
         bound = envelope(truth, members, pair.dtype, rounding=rounding)
         verdict = judge(x, truth, bound, pair.dtype, self.limit)
-        record.cls, record.ratio_l2, record.ratio_max = verdict.cls, verdict.ratio_l2, verdict.ratio_max
         record.added = record.by_rows = verdict.ratio
-        b, t = pair.rows[keep][verdict.worst].tolist()
-        record.worst, record.rel, record.rows, record.nan = (int(b), int(t)), verdict.rel, int(keep.sum()), pair.nan
-        bad = verdict.ratios > self.limit
-        record.bad_rows = int(bad.sum())
+        bad_rows = self.fill(record, verdict, pair, keep, x, truth)
         if record.bad:
-            self.bad_at[key] = pair.rows[keep][bad]
-            record.starts = self.alignment.tokens_of.starts(self.bad_at[key])
-            record.where = wrong_columns(x[bad].cpu(), truth[bad].cpu(), self.owners(key, x))
+            self.bad_at[key] = bad_rows
         if base_name(key) == "gdn_state" and is_bf16(x) and not any(is_bf16(m) for m in members):
             record.cls, record.note = "wrong", BF16_GRID
         if base_name(key) in ("mlp_output", "attn_output"):
-            self._judge_scale(record, x, truth, self.index(pair)[keep])
+            shared = self.shared if record.block == "mlp" else None
+            judge_scale(record, x, truth, None if shared is None else shared[index[keep]], self.limit)
         if key == HEAD:
             judge_size(record, x, truth, max(abs(log_sizes(m, truth)[0]) for m in members), self.limit)
         equal = (m for m, y in zip(self.result.members, members, strict=False) if torch.equal(y.to(x.dtype), x))
         record.equal_to = next(equal, "")
 
-    def _judge_scale(self, record: Record, x: Tensor, truth: Tensor, index: Tensor) -> None:
-        """A factor that is wrong in all rows alike, however little in each (`constant_factor.py`)."""
-        parts = [{"the block": truth}]
-        if record.block == "mlp" and self.shared is not None:
-            shared = self.shared[index]
-            parts.append({"the routed experts": truth - shared, "the shared expert": shared})
-        for some in parts:
-            for part, (off, ratio) in zip(some, scale_errors(x, truth, list(some.values())), strict=False):
-                if ratio > max(self.limit, record.added or 0.0):
-                    record.added, record.note = ratio, f"{part}: {100 * off:+.1f} % in all rows"
-                    record.cls = class_of(ratio, self.limit)
+    def fill(
+        self, record: Record, verdict: TensorVerdict, pair: Pair, keep: Tensor, x: Tensor, truth: Tensor
+    ) -> Tensor:
+        """Write a verdict on the rows `keep` of a pair, whose values are x and truth. Returns [n, 2] its bad rows."""
+        rows, bad = pair.rows[keep], verdict.ratios > self.limit
+        b, t = rows[verdict.worst].tolist()
+        record.cls, record.ratio_l2, record.ratio_max = verdict.cls, verdict.ratio_l2, verdict.ratio_max
+        record.worst, record.rel, record.rows, record.nan = (int(b), int(t)), verdict.rel, len(rows), pair.nan
+        record.bad_rows = int(bad.sum())
+        if record.bad:
+            record.starts = self.alignment.tokens_of.starts(rows[bad])
+            record.where = wrong_columns(
+                x[bad].cpu(), truth[bad].cpu(), column_owners(self.alignment.dump, pair.key, x)
+            )
+        return rows[bad]
 
     def _unordered(self, key: str) -> bool:
         ids = re.sub(r"(weights|probs)$", "ids", key)
@@ -248,3 +238,12 @@ class Judgement:
     def guilty(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> list[Record]:
         """The bad ones among `judged`."""
         return [r for r in self.judged(layer, seen) if r.bad]
+
+
+def column_owners(dump: Dump, key: str, x: Tensor) -> Tensor | None:
+    """[n] the rank of each column of x [rows, n], if it is known."""
+    try:
+        found = owners(dump, key) if key in dump.sources else None
+    except Qwen35Error:  # a file of a step that was not compared
+        return None
+    return found if found is not None and len(found) == x.shape[1] else None

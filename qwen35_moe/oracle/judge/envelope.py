@@ -15,7 +15,7 @@ TENSOR bring the three to one scale: without them clean engines, their own arith
 2.1 by a row, 3.0 by one number of it, 1.6 by all rows. LIMIT is near the geometric mean of the worst clean engine and
 the least fault, both of checkpoints that nothing was chosen by (2.15 and 4.38, docs/margin.md). A right kernel reaches
 2.88. Constant factors of 1.02 are below the rounding of a row, and are seen by another statistic
-(`constant_factor.py`). From LIMIT to twice LIMIT a tensor is "suspicious", above that it is "wrong". Neither passes.
+(`patterns.py`). From LIMIT to twice LIMIT a tensor is "suspicious", above that it is "wrong". Neither passes.
 """
 
 from __future__ import annotations

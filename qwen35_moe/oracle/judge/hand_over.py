@@ -28,6 +28,23 @@ OF_SEQUENCES = ("gdn_state", "gdn_conv_state")  # taps with one row a sequence
 
 
 @dataclass(frozen=True)
+class DraftFault:
+    """What the draft head starts from, where that is wrong.
+
+    first    "pre-norm": the hidden states before the final norm;  "same token": the embedding of token t, not t + 1
+    chained  of the further drafts of a chain. "in place": the position of the first;  "target's": the hidden states
+             that the first draft started from;  "row before": the hidden states of the row before;
+             "pre-norm": those before the head's own norm;  "first token": the token of the first draft
+    """
+
+    first: str = ""
+    chained: str = ""
+
+
+RIGHT = DraftFault()
+
+
+@dataclass(frozen=True)
 class Handed:
     """The states that are known at the beginning of a step.
 

@@ -19,11 +19,10 @@ from ...numerics.tap_keys import base_name, per_token
 from ...trace.layers import HEAD
 from ..dumps.pair import Pair
 from .added import ID_TAPS, ROUTED_TAPS, Judgement
-from .columns import wrong_columns
-from .constant_factor import judge_size
 from .envelope import Norms, envelope, judge
 from .envelope_file import ENVELOPE, SLOT_ORDERED, RowErrors
 from .log_p import LOG_P, error_of_log_p, loss_in_file
+from .patterns import judge_size
 from .records import Record, block_of, layer_of
 from .routing import compare_ids, could_flip
 from .suspects import UNSAID
@@ -151,17 +150,10 @@ def _judge(work: Judgement, key: str, stored: Mapping[str, Tensor], first_B: Ten
     verdict = judge(x, truth, bound, pair.dtype, work.limit, size, rounding)
     record.inherited, record.inherited_rel = verdict.ratio, verdict.rel
     if record.added is None:
-        b, t = pair.rows[keep][verdict.worst].tolist()
-        record.cls, record.ratio_l2, record.ratio_max, record.rel = (
-            verdict.cls, verdict.ratio_l2, verdict.ratio_max, verdict.rel)  # fmt: skip
-        record.worst, record.rows, record.nan = (int(b), int(t)), int(keep.sum()), pair.nan
-        bad = verdict.ratios > work.limit
-        record.bad_rows, record.excluded = int(bad.sum()), int((~keep).sum())
-        if record.bad:
-            record.starts = work.alignment.tokens_of.starts(pair.rows[keep][bad])
-            record.where = wrong_columns(x[bad], truth[bad], work.owners(key, x))
+        bad_rows = work.fill(record, verdict, pair, keep, x, truth)
+        record.excluded = int((~keep).sum())
         if record.bad and per_token(key):
-            b, t = pair.rows[keep][bad].unbind(1)
+            b, t = bad_rows.unbind(1)
             if not record.nan and (t >= _could_differ(work, key, stored)[b]).all():
                 record.cls, record.note = "not comparable", UNSAID
         if key == HEAD and not record.bad:

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import Qwen35Error
 from ...numerics.tap_keys import base_name
 from .diagnosis import Diagnosis, Weight
-from .envelope import LIMIT, Class
+from .envelope import LIMIT, Class, class_of
 from .routing import Routing
 
 POSITIONS = "positions"
@@ -99,6 +99,15 @@ class Record:
     def ratio(self) -> float | None:
         """The ratio that decides: that of the added error, if it is known."""
         return self.inherited if self.added is None else self.added
+
+    def exceed(self, ratio: float, note: str, limit: float) -> None:
+        """Take another statistic's ratio and note, if it is beyond the limit and beyond the ratio known so far."""
+        if ratio > max(limit, self.ratio or 0.0):
+            self.cls, self.note = class_of(ratio, limit), note
+            if self.added is None:
+                self.inherited = ratio
+            else:
+                self.added = ratio
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -65,6 +65,10 @@ class Captured:
 
     def __contains__(self, key: object) -> bool:
         return key in self.values
+
+    def covers(self, keys: Iterable[str], mask_BT: Tensor) -> bool:
+        """Whether one of these values is known at all tokens of the mask."""
+        return any(key in self and len(self.values[key][0].unique()) >= int(mask_BT.count_nonzero()) for key in keys)
 
     def whole(self, key: str, tokens: int) -> Tensor | None:
         """The engine's values at all tokens [tokens, n], NaN where they are not known; None if none is known."""

@@ -1,21 +1,30 @@
-"""The inputs of a rerun, and the handlers that watch more than the taps."""
+"""What a rerun needs: the tokens, the layers with their weights, the shared expert's part, the draft head."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...model.text import Layer
-from ...numerics.arithmetics import Arithmetic
-from ...numerics.taps import Handler, Site
+from ...model.mtp import MTP, draft_chains
+from ...model.text import Layer, Model
+from ...numerics.arithmetics import Arithmetic, using
+from ...numerics.taps import Handler, Site, attach
 from ...quant.packed import Packed
-from ...run.experts import moved
+from ...run.experts import PackedExpert, moved
+from ...run.fill import fill
 from ...run.gpu.passing import PassingExperts
+from ...run.load import build_part
 from ...run.prompt import Images
 from ...run.source import WeightSource
+from ..diagnose.faults import Fault, FaultSite
+from .hand_over import stepped
+from .replay import Restart
+from .split_k import splitting
 
 
 @dataclass
@@ -32,8 +41,6 @@ class TruthTokens:
 
     def on(self, device: torch.device) -> TruthTokens:
         """The same on a device."""
-        if device.type == "cpu":
-            return self
         steps = None if self.steps is None else self.steps.to(device)
         ids, positions, mask = (x.to(device) for x in (self.ids, self.positions, self.mask))
         return replace(self, ids=ids, positions=positions, mask=mask, steps=steps)
@@ -48,36 +55,78 @@ class TruthTokens:
 
 
 class LayerSource(WeightSource):
-    """The weights of one layer for all arithmetics: they are read once, and kept in their stored format on its
-    device."""
+    """The weights of one layer. They are read once, and kept in their stored format on its device. with_experts: its
+    experts, too."""
 
-    def __init__(self, inner: WeightSource, device: torch.device):
+    def __init__(self, inner: WeightSource, device: torch.device, with_experts: bool = False):
         super().__init__(inner.checkpoint, inner.config, inner.online)
-        self.inner, self.device, self.as_stored, self.conversion = inner, device, inner.as_stored, inner.conversion
-        self.tensors: dict[str, Tensor] = {}
-        self.weights: dict[str, Packed] = {}
-        self.experts: PassingExperts | None = None
+        self.inner, self.device, self.conversion = inner, device, inner.conversion
+        self.with_experts, self.as_stored = with_experts, inner.as_stored and not with_experts
+        self.kept: dict[str, Any] = {}
+
+    def _once(self, name: str, read: Callable[[], Any]) -> Any:
+        if name not in self.kept:
+            self.kept[name] = read()
+        return self.kept[name]
 
     def tensor(self, name: str) -> Tensor:
-        if name not in self.tensors:
-            self.tensors[name] = self.inner.tensor(name).to(self.device)
-        return self.tensors[name]
+        return self._once(name, lambda: self.inner.tensor(name).to(self.device))
 
     def weight(self, module: str, rows: slice | None = None) -> Packed:
         if rows is not None:
             return self.inner.weight(module, rows)
-        if module not in self.weights:
-            self.weights[module] = moved(self.inner.weight(module), self.device)
-        return self.weights[module]
+        return self._once(module, lambda: moved(self.inner.weight(module), self.device))
 
-    def share(self, layer: Layer) -> None:
-        """Experts that pass through a GPU are read by the first layer that is filled. The other layers share them."""
-        experts = layer.mlp.experts
-        if not isinstance(experts, PassingExperts):
-            return
-        if self.experts is None or self.experts.count != experts.count:
-            self.experts = experts
-        experts.stay_with(self.experts)
+    def slot(self, mlp: str, e: int) -> PackedExpert:
+        if not self.with_experts:
+            return self.inner.slot(mlp, e)
+        return self._once(f"{mlp}[{e}]", lambda: tuple(moved(x, self.device) for x in self.inner.slot(mlp, e)))
+
+
+class Layers:
+    """Layers with the weights of a source, in the dtypes of tables. Those of the current layer are kept. device: that
+    of a layer; mode: as of `load`."""
+
+    def __init__(self, source: WeightSource, device: Callable[[int], torch.device], mode: str):
+        self.source, self.device, self.mode = source, device, mode
+        self.current, self.held = -1, LayerSource(source, torch.device("cpu"))
+        self.filled: dict[Any, Layer] = {}
+        self.passing: PassingExperts | None = None
+
+    def whole(self, i: int, table: Arithmetic, fused: bool) -> Layer:
+        """Layer i as the checkpoint has it."""
+        if self.current != i:
+            self.current, self.filled, self.passing = i, {}, None
+            self.held = LayerSource(self.source, self.device(i), self.mode == "decoded")
+        key = (table.dtype, tuple(sorted(table.weights.items())), table.quantised, fused)
+        if key not in self.filled:
+            layer = self.filled[key] = self._empty(i, fused)
+            fill(layer, f"layers.{i}", self.held, table, self.device(i), self.mode)
+            experts = layer.mlp.experts
+            if isinstance(experts, PassingExperts):  # the first layer reads them, the others share them
+                if self.passing is None or self.passing.count != experts.count:
+                    self.passing = experts
+                experts.stay_with(self.passing)
+        return self.filled[key]
+
+    def broken(self, i: int, table: Arithmetic, fused: bool, fault: Fault, place: FaultSite) -> Layer:
+        """Layer i with the weights of a fault. What the fault leaves alone is shared with the layer as it is."""
+        source = fault.source(self.source, place)
+        if source is self.source:
+            return self.whole(i, table, fused)
+        whole, layer = self.whole(i, table, fused), self._empty(i, fault.fused or fused)
+        if self.device(i).type == "cpu":
+            source = fault.source(self.held, place)
+        for name, part in list(layer.named_children()):
+            if (name == "mlp") != (fault.block == "mlp"):
+                layer.add_module(name, whole.get_submodule(name))
+            else:
+                fill(part, f"layers.{i}.{name}", source, table, self.device(i), self.mode)
+        return layer
+
+    def _empty(self, i: int, fused: bool) -> Layer:
+        with torch.device("meta"):
+            return Layer(self.source.config, self.source.config.layer_types[i], fused)
 
 
 class SharedPart(Handler):
@@ -94,3 +143,58 @@ class SharedPart(Handler):
     def __call__(self, site: Site, x: Tensor) -> None:
         if site.name == "moe_shared_gated" or (site.name == "moe_expert_weighted" and site.index == self.slot):
             self.value = x
+
+
+@contextmanager
+def under(table: Arithmetic, *handlers: Handler, model: Model | None = None) -> Iterator[None]:
+    """A context in which values are computed in an arithmetic, its products split as its name says, before handlers.
+    model: one that computes in it, too, when it is called."""
+    with splitting(table), attach(*handlers):
+        if model is None:
+            with using(table):
+                yield
+            return
+        before, model.arithmetic = model.arithmetic, table
+        try:
+            yield
+        finally:
+            model.arithmetic = before
+
+
+def drafted(
+    rerun: Any, model: Model, stream_BTD: Tensor, table: Arithmetic, fault: Fault, place: FaultSite
+) -> dict[str, Tensor]:
+    """The values at the draft head's taps, on the engine's own hidden states. stream_BTD: the input of the final
+    norm. Empty where the truth has no drafts."""
+    device, captured, count, wrong = rerun.device("norm"), rerun.captured, rerun.tokens.count, fault.draft
+    if not rerun.tokens.drafts:
+        return {}
+    tokens, restart = rerun.tokens.on(device), Restart(captured, count)
+    mode = "stream" if fault.hand_over is None else "packed"  # a streamed part has no layers until it is called
+    part = build_part("mtp", fault.source(rerun.source, place), table, False, device, mode)
+    stream_BTD = stream_BTD.to(device)
+    with under(table):
+        hidden_BTD = model.norm(stream_BTD)
+    if "final_norm" in captured:
+        hidden_BTD = captured.put("final_norm", hidden_BTD, count)
+    hidden_BTD = stream_BTD.to(hidden_BTD.dtype) if wrong.first == "pre-norm" else hidden_BTD
+    first, *more = (x.to(device) for x in tokens.drafts)
+    first = tokens.ids if wrong.first == "same token" else first
+    more = [first] * len(more) if wrong.chained == "first token" else more
+    at_BT = (tokens.mask.long().cumsum(1) - 1).clamp_min(0)
+    positions = [at_BT + (0 if wrong.chained == "in place" else k) for k in range(len(more) + 1)]
+
+    def hand_on(k: int, right_BTD: Tensor) -> Tensor:
+        before = f"mtp.{k}" if k > 1 else "mtp"
+        stream = restart.seen.get(f"{before}.layers.0.layer_output_sum", right_BTD)
+        return {
+            "target's": hidden_BTD,
+            "row before": right_BTD.roll(1, 1),
+            "pre-norm": stream.to(right_BTD),
+        }.get(wrong.chained, right_BTD)
+
+    layer = part.layers[0] if isinstance(part, MTP) else None
+    steps = stepped(layer, fault.hand_over, restart, replace(tokens, positions=at_BT), model.config)
+    with under(table, *fault.handlers(place), restart, model=model), steps:
+        draft_chains(model, part, [first, *more], hidden_BTD, tokens.mask, positions, hand_on)
+    return restart.seen

@@ -1,9 +1,7 @@
-"""How many drafts an engine accepted, draft by draft of a chain, and how many the truth accepts.
+"""What is compared of tokens, not of taps: their positions, and the drafts that were accepted.
 
 A pass of the target verifies K drafts after a known token. Greedy decoding accepts draft i if all drafts before it are
-accepted and it is the likeliest token after them. Counted for each draft: how often it was verified; how often the
-engine accepted it; how often the truth accepts it; how often the truth's draft head drafts the same token; how often
-the truth accepts the draft of its own head.
+accepted and it is the likeliest token after them.
 """
 
 from __future__ import annotations
@@ -15,14 +13,72 @@ from torch import Tensor
 
 from ...model.mtp import greedy
 from ...trace.drafts import draft_ids_of
+from ...trace.images import axes_in
 from ..dumps.align import Alignment, joined
 from ..dumps.runs import Run, runs
 from ..dumps.sequences import LOGITS
+from .diagnosis import Diagnosis, Hypothesis
+from .records import POSITIONS, Record
+
+
+def engine_positions(alignment: Alignment) -> Tensor:
+    """[B, T] the positions that the engine's rotary embedding used; the truth's, if the dump does not hold them. With
+    images: [3, B, T], the truth's, since what engines dump as positions counts tokens."""
+    if (axes := axes_in(alignment.truth)) is not None:
+        return axes
+    found = alignment.truth.positions.clone()
+    b, t, _, _, theirs = alignment.tokens_of.positions.unbind(1)
+    found[b, t] = theirs.to(found)
+    return found
+
+
+def judge_positions(alignment: Alignment) -> Record | None:
+    """A record, if the dump holds positions that differ from the truth's: those of the step, or of the rotary
+    embedding.
+
+    Positions that are all moved by one number are wrong, too, although RoPE is relative and no value may show it.
+    """
+    rows = alignment.tokens_of.positions
+    bad = rows[(rows[:, 3:] != rows[:, 2:3]).any(1)]
+    if axes_in(alignment.truth) is not None or not len(bad):
+        return None
+    b, t, ours, *both = bad[0].tolist()
+    theirs = next(x for x in both if x != ours)
+    mine = rows[rows[:, 0] == b]
+    moved = (mine[:, 3] - mine[:, 2]).unique().tolist()
+    where = f"sequence {b}, token {t} is at {theirs}, and should be at {ours}"
+    if bool((bad[:, 4] == bad[:, 2]).all()):
+        where += "; the rotary embedding took the right ones"
+    if len(moved) == 1:
+        where = f"all of sequence {b} are {_by(moved[0])}, which RoPE does not see"
+    note = f"{len(bad)} of {len(rows)} are wrong: {where}"
+    return Record(POSITIONS, "wrong", POSITIONS, None, float("inf"), rows=len(rows), bad_rows=len(bad), worst=(b, t),
+                  starts=alignment.tokens_of.starts(bad[:, :2]), note=note)  # fmt: skip
+
+
+def moved_alike(alignment: Alignment) -> list[Diagnosis]:
+    """The diagnosis of positions that are all off by one number from some step of each sequence on."""
+    rows = alignment.tokens_of.positions
+    bad = rows[rows[:, 3] != rows[:, 2]]
+    off = (bad[:, 3] - bad[:, 2]).unique().tolist()
+    if len(off) != 1:
+        return []
+    b, t = bad[0, :2].tolist()
+    step = next(s for s, table in sorted(alignment.tokens_of.where.items()) if [b, t] in table[:, 1:].tolist())
+    name = f"positions {_by(off[0])} at step {step}"
+    cause = Hypothesis(name, 1.0, "mlx-vlm 1621", "", f"sequence {b}, token {t} on")
+    return [Diagnosis(None, POSITIONS, POSITIONS, [cause], True)]
+
+
+def _by(off: int) -> str:
+    return f"{'one' if abs(off) == 1 else abs(off)} too {'high' if off > 0 else 'low'}"
 
 
 @dataclass
 class Acceptance:
-    """The counts of one draft of a chain. None: not known, because the drafts are not known."""
+    """The counts of one draft of a chain: how often it was verified; how often the engine accepted it; how often the
+    truth accepts it; how often the truth's draft head drafts the same token; how often the truth accepts the draft of
+    its own head. None: not known, because the drafts are not known."""
 
     draft: int
     verified: int = 0
@@ -76,7 +132,7 @@ def _of_servers(alignment: Alignment, own: Sequence[Tensor]) -> list[Acceptance]
     """What servers say, answer by answer: how often so many drafts were accepted. The truth's: its chains at the tokens
     where a server that generates these tokens with its drafts would stand."""
     truth, found = alignment.truth, [Acceptance(k + 1, truth_accepts=None, alike=None) for k in range(len(own))]
-    for step, (prompt, histogram) in alignment.dump.accepted.items():
+    for step, (at, histogram) in alignment.dump.accepted.items():
         table = alignment.tokens_of.where.get(step)
         if table is None or not len(table):
             continue
@@ -85,7 +141,6 @@ def _of_servers(alignment: Alignment, own: Sequence[Tensor]) -> list[Acceptance]
         for k, said in enumerate(found):
             said.verified += sum(histogram)
             said.accepted += sum(histogram[k + 1 :])
-        at = prompt
         while at < len(ids) - 1:
             right = 0
             while right < len(own) and at + right + 1 < len(ids) and int(own[right][b, at - 1]) == ids[at + right + 1]:

@@ -1,4 +1,4 @@
-"""Is a part of a block's output too large or too small by a constant factor?
+"""Patterns in the error of a tap: some columns hold it all, or a factor is wrong in all rows alike.
 
 Rounding errors of different tokens are independent, but a wrong factor errs in the same direction everywhere. So all
 rows together show it long before one row does: engine - truth = sum_i d_i part_i, by least squares, each row in units
@@ -17,11 +17,31 @@ import torch
 from torch import Tensor
 
 from ..diagnose.at_sight import SCALE_NOTE
-from .envelope import class_of
 from .records import Record
 
+ERROR_SHARE = 0.99  # of the squared error, in the columns that are named
 FACTOR = 2.0**-8
-FEWEST_ROWS = 16  # rows; a standard error from fewer is none
+FEWEST_ROWS = 16  # a standard error from fewer is none
+
+
+def wrong_columns(engine: Tensor, truth: Tensor, owners: Tensor | None = None) -> str:
+    """Says which columns hold nearly all of the error, if no more than three quarters of them do; else nothing.
+
+    engine, truth [rows, n]: the bad rows; owners [n]: the rank that each column came from.
+    """
+    error_n = (engine.to(torch.float64) - truth.to(torch.float64)).square().nan_to_num(torch.inf).sum(0)
+    if error_n.isinf().any():
+        error_n = error_n.isinf().to(torch.float64)
+    n, share_n = len(error_n), error_n / error_n.sum()
+    ranks = [] if owners is None else owners.unique().tolist()
+    for rank in ranks if len(ranks) > 1 else ():
+        if float(share_n[owners == rank].sum()) >= ERROR_SHARE:
+            return f"in columns of rank {int(rank)} only"
+    some = (share_n.cumsum(0) > (1 - ERROR_SHARE) / 2) & (share_n.flip(0).cumsum(0).flip(0) > (1 - ERROR_SHARE) / 2)
+    if int(some.sum()) > 0.75 * n or not some.any():
+        return ""
+    first, last = some.nonzero().flatten()[[0, -1]].tolist()
+    return f"in column {first} of {n}" if first == last else f"in columns {first} to {last} of {n}"
 
 
 def scale_errors(engine: Tensor, truth: Tensor, parts: Sequence[Tensor]) -> list[tuple[float, float]]:
@@ -56,19 +76,21 @@ def log_sizes(x: Tensor, truth: Tensor) -> tuple[float, float]:
     return float(log_R.mean()), float(log_R.std()) / len(log_R) ** 0.5
 
 
-def size_error(x: Tensor, truth: Tensor, legal: float) -> tuple[float, float]:
-    """(d, ratio): ratio = |d| / max(legal, 2 standard errors of d, 2^-8). legal: the largest |d| of legal roundings."""
-    d, error = log_sizes(x, truth)
-    return d, abs(d) / max(legal, 2 * error, FACTOR)
-
-
 def judge_size(record: Record, x: Tensor, truth: Tensor, legal: float, limit: float) -> None:
-    """Find logits that are too large or too small in all rows, however large the rounding before them."""
-    off, ratio = size_error(x, truth, legal)
-    if ratio > max(limit, record.ratio or 0.0):
-        record.note = f"{100 * math.expm1(off):+.1f} % in all rows: {SCALE_NOTE}"
-        record.cls = class_of(ratio, limit)
-        if record.added is None:
-            record.inherited = ratio
-        else:
-            record.added = ratio
+    """Find logits that are too large or too small in all rows, however large the rounding before them.
+
+    ratio = |d| / max(legal, 2 standard errors of d, 2^-8). legal: the largest |d| of legal roundings.
+    """
+    d, error = log_sizes(x, truth)
+    note = f"{100 * math.expm1(d):+.1f} % in all rows: {SCALE_NOTE}"
+    record.exceed(abs(d) / max(legal, 2 * error, FACTOR), note, limit)
+
+
+def judge_scale(record: Record, x: Tensor, truth: Tensor, shared: Tensor | None, limit: float) -> None:
+    """Find a block's output, or a part of it, that is wrong by one factor in all rows, however little in each. shared
+    [rows, n]: the shared expert's part of an mlp_output."""
+    parts = [{"the block": truth}]
+    parts += [] if shared is None else [{"the routed experts": truth - shared, "the shared expert": shared}]
+    for some in parts:
+        for part, (off, ratio) in zip(some, scale_errors(x, truth, list(some.values())), strict=False):
+            record.exceed(ratio, f"{part}: {100 * off:+.1f} % in all rows", limit)
