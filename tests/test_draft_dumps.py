@@ -15,7 +15,7 @@ from qwen35_moe.model.cache import Cache
 from qwen35_moe.model.mtp import draft_chains, draft_head, with_hidden
 from qwen35_moe.numerics.tap_keys import part_of
 from qwen35_moe.numerics.taps import Site, attach
-from qwen35_moe.oracle.compare import compare
+from qwen35_moe.oracle.compare import compare, diagnose
 from qwen35_moe.oracle.dumps.align import align
 from qwen35_moe.oracle.dumps.dump import Dump, Piece, StepTokens
 from qwen35_moe.oracle.dumps.readers.own import from_trace
@@ -166,6 +166,41 @@ def test_rows_that_draft_other_tokens_are_not_compared(truth: Trace) -> None:
     dump.draft_ids = [first, torch.where(torch.arange(20) < 3, second + 1, second), third]
     alignment = align(dump, truth)
     assert [len(alignment.pair(f"{part}.final_norm").rows) for part in ("mtp", "mtp.2", "mtp.3")] == [20, 17, 17]
+
+
+@pytest.mark.parametrize(("shift", "told"), [(0, False), (1, True), (3, False)])
+def test_rejected_drafts_are_compared_with_a_truth_of_theirs(
+    small: Callable[..., Path], tmp_path: Path, shift: int, told: bool
+) -> None:
+    """A pass verifies a token and two drafts, which are rejected. The second draft stands at a wrong position, and the
+    dump tells it or not."""
+    path, cache = small("tiny"), Cache()
+    model = q.load(path, "sglang-bf16", "unfused", text_only=True)
+    drafts = torch.cat((IDS[:, 12:13], IDS[:, 13:15] + 1), 1)
+    with record(DUMPED, meta={"config": sizes_of(model.config), "steps": []}) as recorder:
+        for start, fed in ((0, IDS[:, :12]), (12, drafts), (13, IDS[:, 13:14])):
+            if start:
+                recorder.next_step()
+            at, before = start + torch.arange(fed.shape[1])[None], cache.clone() if start else Cache()
+            used = at + (torch.tensor([0, 0, shift]) if fed is drafts else 0)
+            recorder.meta["steps"].append(step_record(fed, None, used if told else at, None))
+            model(fed, cache=cache, position_ids=used)
+            if fed is drafts:
+                cache = before
+                with attach(instead_of=recorder):
+                    model(fed[:, :1], cache=cache, position_ids=at[:, :1])
+    dump = from_trace(recorder.trace)
+    found = diagnose(path, dump, tmp_path / "truth", diagnoses=1)
+    assert found.tokens == (14, 14) and "2 rejected drafts were compared" in str(found.notes)
+    if shift:
+        first = (1, 14, "rejected draft of sequence 0")
+        assert found.exit_code == 1 and found.first is not None and found.first.starts == [first], found.verdict
+        assert found.first.key == ("positions" if told else "layers.1.attn_q") or found.first.block == "attn"
+    else:
+        assert found.exit_code == 0, found.verdict
+        assert compare(tmp_path / "truth", dump).exit_code == 0
+        other = q.write_truth(path, IDS[:, :14], tmp_path / "other", with_envelope=False)
+        assert "2 tokens after the last right one of their run were not compared" in str(compare(other, dump).notes)
 
 
 def test_acceptance_of_drafts() -> None:

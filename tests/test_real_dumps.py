@@ -47,7 +47,7 @@ def test_a_speculative_engine_agrees(real: Path, capsys: pytest.CaptureFixture[s
     code, text = said(capsys, "diagnose", real / "checkpoint", real / "spec", "--width", 120)
     text = " ".join(text.split())
     assert code == 0 and "AGREES: " in text and "65 of 65 tokens" in text
-    assert "3 steps are those of the draft head" in text and "4 drafted tokens were rejected" in text
+    assert "3 steps are those of the draft head" in text and "4 rejected drafts were compared" in text
     assert "67 rows of 3 steps were compared; 4 rows after rejected drafts were not" in text
 
 

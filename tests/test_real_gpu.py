@@ -116,6 +116,28 @@ def test_a_state_that_saw_rejected_drafts(built: Built, dumps: Path, rolled_back
         assert result.first is not None and result.first.starts[0] == (0, 31, "first after a rejected draft")
 
 
+def test_a_fault_of_rejected_drafts_alone_is_found(built: Built, dumps: Path) -> None:
+    """Layer 1 of a clean SGLang; in the first pass that verifies drafts, the second draft of each sequence reads the
+    state that the first draft read. No token that was kept is touched."""
+    checkpoint, key = built("engine-size"), "layers.1.attn_output"
+    mixer = q.load(checkpoint, "sglang-bf16", text_only=True).layers[1].linear_attn
+    dump = read_dump(dumps / "spec.clean")
+    x = {step: dump.read("layers.1.input_layernorm", step) for step in (0, 3)}
+    made = dump.read(key, 3).clone()
+    for row, before in ((0, slice(30)), (3, slice(30, 47))):
+        read = torch.cat((x[0][before], x[3][[row, row + 2]]))
+        with torch.inference_mode(), using("sglang-bf16"):
+            made[row + 2] = mixer(read[None], None, LayerState())[0, -1]
+    clean = diagnose(checkpoint, dump, diagnoses=0)
+    assert not clean.diverges and "8 rejected drafts were compared, each after the tokens that it was" in str(
+        clean.notes
+    )
+    dump.sources[key][3].pieces[0].load = lambda: made
+    result = diagnose(checkpoint, dump, diagnoses=1)
+    assert result.diverges and result.first is not None and result.first.key == key, result.verdict
+    assert result.first.starts == [(2, 32, "rejected draft of sequence 0"), (3, 19, "rejected draft of sequence 1")]
+
+
 @pytest.mark.parametrize("name", ["vllm.clean", "vllm.shared-twice"])
 def test_hidden_states_of_a_real_vllm(built: Built, dumps: Path, name: str) -> None:
     result = diagnose(built("engine-size"), read_dump(dumps / name, layers=[0, 1, 2, 3, 4]))

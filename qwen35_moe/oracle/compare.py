@@ -29,8 +29,9 @@ from ..trace.images import images_of
 from .diagnose.at_sight import ask_for_checkpoint, spare_victims
 from .diagnose.diagnose import explain
 from .dumps.align import align
-from .dumps.draft_rows import drafts_of
+from .dumps.draft_rows import branches_of, drafts_of
 from .dumps.dump import Dump
+from .dumps.matched import with_branches
 from .dumps.readers import read_dump
 from .dumps.sequences import placed, sequences_in, sequences_of
 from .judge.added import Judgement
@@ -131,20 +132,15 @@ def diagnose(
     ids = sequences_of(dump) if chosen.ids is None else [torch.as_tensor(row) for row in chosen.ids]
     has_head = any(name.startswith("mtp.") for name in loaded.source.checkpoint.names())
     ids = placed(ids, dump, model.config, chosen.images)
+    branches = branches_of(dump, ids) if chosen.images is None else []
     arithmetic = arithmetic or usual(loaded.source, "exact")
     with TemporaryDirectory() as folder:
+        drafts = drafts_of(dump, with_branches(ids, branches), len(ids)) if has_head and not chosen.images else ()
         written = write_truth(
-            checkpoint,
-            ids,
-            truth or folder,
-            arithmetic=arithmetic,
-            shared_expert=shared_expert,
-            taps="*" if truth else names_in(dump),
-            with_envelope=False,
-            where=chosen.where,
-            drafts=drafts_of(dump, ids) if has_head and chosen.images is None else (),
-            images=chosen.images,
-        )
+            checkpoint, ids, truth or folder, arithmetic=arithmetic, shared_expert=shared_expert,
+            taps="*" if truth else names_in(dump), with_envelope=False, where=chosen.where, drafts=drafts,
+            images=chosen.images, branches=branches,
+        )  # fmt: skip
         result = _compare(written, dump, loaded.source, replace(chosen, fused=loaded.fused))
         if truth is None:
             result.truth = f"{arithmetic}, computed for the tokens of the dump, and not kept"
@@ -197,7 +193,7 @@ def _compare(truth: Trace, dump: Dump, source: WeightSource | None, options: Com
         flags = [fused] * config.num_hidden_layers if isinstance(fused, bool) else list(fused)
         result.weights = check_weights(dump, source) if dump.weights else result.weights
         at, drafts = engine_positions(alignment), draft_ids_of(truth)
-        tokens = TruthTokens(truth.ids, at, truth.mask, work.steps(), images, drafts)
+        tokens = TruthTokens(truth.ids, at, truth.mask, alignment.tokens_of.steps(truth.ids), images, drafts)
         captured = work.captured(config.num_experts)
         again = partial(Rerun, source, flags, tokens, captured, with_log_p=LOG_P in alignment.keys, where=options.where)
         function = computed(table, source, work, again) if members is None else table

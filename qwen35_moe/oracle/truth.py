@@ -25,6 +25,7 @@ from ..trace.file import Trace
 from ..trace.layers import HEAD, trace_layers
 from .dumps.align import TWO_MEANINGS
 from .dumps.dump import Dump
+from .dumps.matched import DraftBranch, with_branches
 from .dumps.pair import INSTEAD
 from .judge.envelope import legal
 from .judge.envelope_file import with_ids, write_envelope
@@ -83,17 +84,19 @@ def write_truth(
     checkpoint: str | Path, ids: Tensor | Sequence[Tensor | Sequence[int]], out: str | Path, *,
     arithmetic: str = "exact", shared_expert: str = "unfused", taps: str = "*", with_envelope: bool = True,
     where: Where = HERE, drafts: Sequence[Tensor] = (), images: Images | None = None,
+    branches: Sequence[DraftBranch] = (),
 ) -> Trace:  # fmt: skip
     """Trace a checkpoint to the directory `out`, layer by layer, and beside it the envelope.
 
     ids [B, T], or a list of sequences of token ids, of any lengths. where: the device and how weights are held there.
     drafts: the draft head, too: see `trace_drafts`. images: of the prompts, whose ids have a placeholder for each of
-    their merge blocks.
+    their merge blocks. branches: of these sequences; they are traced, too.
     """
     check_default_device()
-    ids, mask = padded([torch.as_tensor(row) for row in ids])
+    ids, mask = padded(with_branches([torch.as_tensor(row) for row in ids], branches))
     model = _load(checkpoint, shared_expert, arithmetic, where, text_only=not drafts and images is None)
     meta = {"checkpoint": {**origin_of(model).identity, "path": str(Path(checkpoint).resolve())}, "fused": model.fused}
+    meta |= {"branches": [[x.of, x.at] for x in branches]} if branches else {}
     if where.device_map is None:
         ids, mask = ids.to(where.device), None if mask is None else mask.to(where.device)
     taps = with_ids(taps) if with_envelope else taps

@@ -54,6 +54,17 @@ def draft_ids_of(trace: Trace) -> list[Tensor]:
     return [torch.tensor(ids) for ids in trace.meta.get("draft_ids") or []]
 
 
+def branches_in(truth: Trace) -> dict[int, tuple[int, int]]:
+    """sequence that is a branch -> sequence that it leaves, how many of its tokens it has. Error: no such ones."""
+    told = truth.meta.get("branches") or []
+    B, T = truth.ids.shape if told else (0, 0)
+    own = B - len(told)
+    if not all(0 <= of < own and 0 < at < T for of, at in told):
+        raise Qwen35Error("branches that the truth cannot have", where=truth.path or "memory", found=told[:4],
+                          expected=f"sequence 0 to {own - 1}, and 1 to {T - 1} tokens")  # fmt: skip
+    return {own + i: (of, at) for i, (of, at) in enumerate(told)}
+
+
 def check_parts(patterns: Sequence[str], drafts: bool, images: bool) -> None:
     """Error: a pattern that names taps of the draft head alone, or of the vision tower, which do not run."""
     runs = (("mtp", drafts, "add --drafts N"), ("vis", images, "add --image, or --pixel-values"))

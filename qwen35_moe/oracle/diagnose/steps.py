@@ -43,7 +43,7 @@ def tables_of(alignment: Alignment, part: str) -> dict[int, Tensor]:
     dump has steps of its own for them."""
     drafts, numbers = alignment.tokens_of.drafts, alignment.dump.drafts
     own = {step: table for step, table in drafts.items() if numbers.get(step) == 1}
-    return own if part and own else alignment.tokens_of.where
+    return own if part and own else alignment.tokens_of.read
 
 
 def cuts_of(tables: Mapping[int, Tensor], real_BT: Tensor) -> dict[int, list[Cut]]:
@@ -146,20 +146,26 @@ def _plans(
         if fault.needs != "other":
             yield fault.name, plan, kind
             continue
-        for number in range(1, min(len(cuts), OTHER_SEQUENCES + 1)):
-            other = _others(plan.broken, cuts, number, rerun.tokens.mask)
+        branches = foreign.alignment.tokens_of.branches
+        for number in range(1, min(len(cuts.keys() - branches), OTHER_SEQUENCES + 1)):
+            other = _others(plan.broken, cuts, number, rerun.tokens.mask, branches)
             if other and all(fault.rows < min(at, other[b, at][1]) for b, at in other):
                 whose = other[begun[0].b, begun[0].cuts[0].at][0]
                 yield f"{fault.name} ({whose})", replace(plan, other=other), kind
 
 
 def _others(
-    broken: Mapping[int, Sequence[int]], cuts: Mapping[int, Sequence[Cut]], number: int, mask_BT: Tensor
+    broken: Mapping[int, Sequence[int]],
+    cuts: Mapping[int, Sequence[Cut]],
+    number: int,
+    mask_BT: Tensor,
+    branches: Mapping[int, tuple[int, int]],
 ) -> dict[tuple[int, int], tuple[int, int]]:
     """`HandOver.other` with the number-th sequence after each; empty where one of them had not begun."""
-    found, order = {}, sorted(cuts)
+    found, order = {}, sorted(cuts.keys() - branches)
     for b, starts in broken.items():
-        other, step_of = order[(order.index(b) + number) % len(order)], {cut.at: cut.step for cut in cuts[b]}
+        whose = branches[b][0] if b in branches else b
+        other, step_of = order[(order.index(whose) + number) % len(order)], {cut.at: cut.step for cut in cuts[b]}
         for at in starts:
             later = [cut.at for cut in cuts[other] if cut.step >= step_of[at]]
             found[b, at] = (other, min(later, default=int(mask_BT[other].sum())))
@@ -204,7 +210,8 @@ class _Foreign:
         table, tokens = self.tables.get(step), self.alignment.dump.tokens.get(step)
         if table is None or tokens is None:
             return step, []
-        mine, all_rows = table[table[:, 1] == b, 0], set(table[:, 0].tolist())
+        sequences = len(self.rerun.tokens.mask) - len(self.alignment.tokens_of.branches)
+        mine, all_rows = table[table[:, 1] == b, 0], set(table[table[:, 1] < sequences, 0].tolist())
         count = tokens.count or 0
         low, high = 0, count
         if tokens.batch is not None:

@@ -22,7 +22,8 @@ from ...trace.images import stands_for_images
 from ..judge.log_p import LOG_P, log_p
 from .draft_rows import match_drafts, same_drafts
 from .dump import Dump
-from .match import Matched, match
+from .match import match
+from .matched import Matched
 from .pair import Pair, broken_rows, fit, is_log_p, source_of, take
 from .scores import scores
 from .sequences import LOGITS
@@ -137,6 +138,8 @@ class Alignment:
         """Values that are not of one token, as they were last: states, parameters. Compared if their shapes agree."""
         step = max(set(self.dump.sources[key]) & set(self.tokens_of.where), default=max(self.dump.sources[key]))
         x = self.dump[key].view(-1, *truth.shape[1:]) if is_vision(key) else self.dump.read(key, step)
+        if base_name(key) in STATE_TAPS:
+            truth = truth[: len(truth) - len(self.tokens_of.branches)]
         if x.shape != truth.shape:
             raise Qwen35Error(f"misshapen: {list(x.shape)} against {list(truth.shape)}")
         left, right = (y.reshape(y.shape[0], -1) for y in (truth, x))
@@ -163,6 +166,7 @@ def align(dump: Dump, truth: Trace, only: list[int] | None = None) -> Alignment:
         raise Qwen35Error("dump and truth have no tap in common", where=dump.path, found=", ".join(list(dump)[:4]),
                           expected=", ".join(names[:4]), do="record those taps, or give a name map")  # fmt: skip
     mask = truth.mask.bool()
+    mask[len(mask) - len(matched.branches) :] = False
     hit = torch.zeros_like(mask)
     for table in where.values():
         hit[table[:, 1], table[:, 2]] = True

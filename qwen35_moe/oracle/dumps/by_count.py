@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...errors import Qwen35Error
 from ...numerics.tap_keys import base_name
+from ...trace.drafts import branches_in
 from ...trace.file import Trace
 from .dump import Dump, StepTokens
 
@@ -45,7 +46,7 @@ Tables = dict[int, Tensor]
 def by_count(dump: Dump, truth: Trace, only: list[int] | None) -> tuple[Tables, Tables, list[str]]:
     """Rows of each step [n, 3] (row, b, t), the last tokens, and notes. The last steps whose rows add up to the truth's
     tokens are taken to be those, in order."""
-    chosen = range(len(truth.ids)) if only is None else only
+    chosen = range(len(truth.ids) - len(branches_in(truth))) if only is None else only
     real = {b: truth.mask[b].bool().nonzero().flatten() for b in chosen}
     places = [[b, int(t)] for b, columns in real.items() for t in columns]
     counts = {step: dump.count(step) or 0 for step in dump.target_steps}

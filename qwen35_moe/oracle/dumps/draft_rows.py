@@ -17,10 +17,14 @@ from ...run.prompt import padded
 from ...trace.drafts import draft_ids_of
 from ...trace.file import Trace
 from .dump import Dump
-from .match import FIRST, Matched, Matching
+from .match import FIRST, Matching
+from .matched import DraftBranch, Matched
 from .runs import runs
 
 HIDDEN = "final_norm"
+MOST_BRANCH_TOKENS = (
+    1024  # of all branches, or as many as the sequences have: a truth takes no more than twice the time
+)
 
 
 @dataclass
@@ -66,26 +70,41 @@ def draft_rows(dump: Dump, mask_BT: Tensor, next_BT: Tensor) -> DraftRows:
             assert ids is not None
             found.where[step] = torch.cat((table, ids[table[:, :1]]), 1)
     found.left_out += matching.rejected + matching.beyond + sum(map(len, matching.strange))
+    found.left_out += sum(len(run) for _, _, run in matching.left)
     return found
 
 
-def drafts_of(dump: Dump, rows: Sequence[Tensor]) -> list[Tensor]:
-    """[B, T] for each draft of a chain: the ids that the dump's draft head started from at the tokens of these
-    sequences, -1 where it does not say. Empty without draft steps."""
+def drafts_of(dump: Dump, rows: Sequence[Tensor], own: int) -> list[Tensor]:
+    """[B, T] for each draft of a chain: the ids that the dump's draft head started from at the tokens of the first
+    `own` of these sequences, -1 where it does not say. Empty without draft steps."""
     ids_BT, mask = padded(list(rows))
     mask_BT = torch.ones_like(ids_BT) if mask is None else mask
     next_BT = torch.where(mask_BT.roll(-1, 1).bool(), ids_BT.roll(-1, 1), FIRST)
     next_BT[:, -1] = FIRST
-    return draft_rows(dump, mask_BT, next_BT).ids(dump.drafts, ids_BT)
+    return draft_rows(dump, mask_BT[:own], next_BT[:own]).ids(dump.drafts, ids_BT)
+
+
+def branches_of(dump: Dump, rows: Sequence[Tensor]) -> list[DraftBranch]:
+    """The rejected drafts of a dump of these sequences; of too many, a part, from all over the dump."""
+    _, matching = _matching(dump, rows)
+    found = list(dict.fromkeys(DraftBranch(b, at, tuple(run.ids.tolist())) for b, at, run in matching.left))
+    tokens, most = sum(x.at + len(x.ids) for x in found), max(MOST_BRANCH_TOKENS, sum(map(len, rows)))
+    return found[:: -(-tokens // most)] if found else []
+
+
+def _matching(dump: Dump, rows: Sequence[Tensor]) -> tuple[Tensor, Matching]:
+    """The ids of sequences [B, T], and where the target's runs have them."""
+    ids_BT, mask = padded(list(rows))
+    matching = Matching(dump, torch.ones_like(ids_BT) if mask is None else mask, ids_BT)
+    for run in runs(dump):
+        matching.place(run)
+    return ids_BT, matching
 
 
 def hidden_of(dump: Dump, rows: Sequence[Tensor]) -> Tensor:
     """[B, T, D] the dump's hidden states after the final norm at the tokens of these sequences, NaN where it has none.
     Error: it has none at all of these tokens."""
-    ids_BT, mask = padded(list(rows))
-    matching = Matching(dump, torch.ones_like(ids_BT) if mask is None else mask, ids_BT)
-    for run in runs(dump):
-        matching.place(run)
+    ids_BT, matching = _matching(dump, rows)
     steps = matching.tables.keys() & dump.sources.get(HIDDEN, {}).keys()
     parts = {step: (torch.cat(matching.tables[step]), dump.read(HIDDEN, step)) for step in sorted(steps)}
     width = {x.shape[1] for table, x in parts.values() if len(x) > int(table[:, 0].max())}
@@ -102,7 +121,8 @@ def match_drafts(dump: Dump, truth: Trace, matched: Matched) -> None:
     drafts = draft_ids_of(truth)
     if not dump.drafts or not drafts:
         return
-    found = draft_rows(dump, truth.mask, drafts[0])
+    own = len(drafts[0]) - len(matched.branches)
+    found = draft_rows(dump, truth.mask[:own], drafts[0][:own])
     other = deeper = 0
     for step, table in found.where.items():
         number = dump.drafts[step]

@@ -7,50 +7,23 @@ A run counts up to its last right token: what comes after it was drafted and rej
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
+from ...trace.drafts import branches_in
 from ...trace.file import Trace
 from ...trace.images import stands_for_images
 from .by_count import by_count, ids_by_embeddings
 from .dump import Dump
+from .matched import NO_TOKENS, DraftBranch, Matched
 from .runs import Run, runs
 
+NO_BRANCHES: Mapping[DraftBranch, int] = MappingProxyType({})
 ANY, FIRST = -1, -2  # in the place of ids
-NO_TOKENS = torch.empty(0, 5, dtype=torch.long)
-
-
-@dataclass
-class Matched:
-    """where      step -> [n, 3]: row in the dump, b, t
-    ends       step -> [runs, 3]: run, and b, t of its last token, or -1 if the truth does not have this token
-    drafts     step of a draft head -> [n, 3]: row in the dump, b, t
-    positions  [n, 5]: b, t, the truth's position, the dump's, and the one that its rotary embedding took
-    absent     parts of the truth that the dump does not hold, in words
-    firsts     (b, t) of the first token of each run -> what it is the first of, in words
-    """
-
-    where: dict[int, Tensor] = field(default_factory=dict)
-    ends: dict[int, Tensor] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    positions: Tensor = field(default_factory=lambda: NO_TOKENS)
-    absent: list[str] = field(default_factory=list)
-    firsts: dict[tuple[int, int], str] = field(default_factory=dict)
-    drafts: dict[int, Tensor] = field(default_factory=dict)
-
-    def table(self, step: int) -> Tensor:
-        """Rows of a step, the target's or a draft head's."""
-        return self.where[step] if step in self.where else self.drafts[step]
-
-    def starts(self, rows: Tensor) -> list[tuple[int, int, str]]:
-        """(b, t, what that token is the first of) where each sequence of rows [n, 2] begins."""
-        first: dict[int, int] = {}
-        for b, t in rows.long().tolist():
-            first[b] = min(t, first.get(b, t))
-        return [(b, t, self.firsts.get((b, t), "")) for b, t in sorted(first.items()) if t >= 0]
 
 
 def match(dump: Dump, truth: Trace, only: list[int] | None = None) -> Matched:
@@ -63,11 +36,15 @@ def match(dump: Dump, truth: Trace, only: list[int] | None = None) -> Matched:
             return Matched(where, ends, notes)
         dump.tokens, told = {**dump.tokens, **found}, ["the dump has no token ids: its embeddings tell them"]
     # In the place of an image's ids SGLang has a hash, beyond the vocabulary or clamped to it.
-    matching = Matching(dump, truth.mask, truth.ids.masked_fill(stands_for_images(truth), ANY))
+    ids_BT, branches = truth.ids.masked_fill(stands_for_images(truth), ANY), branches_in(truth)
+    own = len(ids_BT) - len(branches)
+    matching = Matching(dump, truth.mask[:own], ids_BT[:own])
     for run in runs(dump):
         matching.place(run)
     matching.second_chance()
-    result = matching.result(truth.positions)
+    drafts = {b: tuple(ids_BT[b, at:][truth.mask[b, at:].bool()].tolist()) for b, (_, at) in branches.items()}
+    result = matching.result(truth.positions, {DraftBranch(*branches[b], ids): b for b, ids in drafts.items()})
+    result.branches = branches
     result.notes = [*told, *result.notes]
     if told:  # a request's last token was sampled, and never run
         result.absent = [words for words in result.absent if not words.startswith("the last 1 tokens")]
@@ -92,7 +69,10 @@ class Matching:
         self.strange: list[Run] = []
         self.firsts: dict[tuple[int, int], str] = {}
         self.drafted: set[int] = set()  # sequences whose last run ended in rejected tokens
-        self.beyond = self.rejected = 0
+        self.left: list[
+            tuple[int, int, Run]
+        ] = []  # drafts: the sequence that they leave, its tokens before, themselves
+        self.beyond = self.rejected = self.branched = 0
 
     def place(self, run: Run) -> int | None:
         """Find the sequence that a run continues, and note the rows of the run. Returns the sequence; None: there is
@@ -118,6 +98,10 @@ class Matching:
                 break
         if not len(left):
             return found
+        if found is not None and not run.undivided and self.filled[found] + len(left) > len(run):
+            self.left.append((found, self.filled[found], left))
+            self.drafted.add(found)
+            return found
         known = self.owner.get(run.request)
         full = [self.filled[b] == len(ids) for b, ids in enumerate(self.ids)]
         if full[known] if known is not None else all(full):
@@ -129,6 +113,15 @@ class Matching:
             if not run.undivided:
                 self.drafted.add(b)
         return found
+
+    def _place_left(self, branches: Mapping[DraftBranch, int]) -> None:
+        for of, at, run in self.left:
+            if (b := branches.get(DraftBranch(of, at, tuple(run.ids.tolist())))) is None:
+                self.rejected += len(run)
+                continue
+            self.branched += len(run)
+            self._note(run, b, torch.arange(at, at + len(run)))
+            self.firsts |= {(b, t): f"rejected draft of sequence {of}" for t in range(at, at + len(run))}
 
     def _name_first(self, run: Run, b: int, at: int) -> None:
         """What the first token of a run is the first of."""
@@ -186,8 +179,12 @@ class Matching:
         return best[1]
 
     def _take(self, run: Run, b: int, at: int, n: int) -> None:
-        columns = self.real[b][at : at + n]
         self.seen[b][at : at + n] = True
+        self._note(run, b, self.real[b][at : at + n])
+
+    def _note(self, run: Run, b: int, columns: Tensor) -> None:
+        """The first rows of a run are these tokens."""
+        n = len(columns)
         table = torch.stack((run.rows[:n], torch.full_like(columns, b), columns), 1)
         self.tables.setdefault(run.step, []).append(table)
         if run.positions is not None:
@@ -195,25 +192,25 @@ class Matching:
             both = (run.positions[:n], run.positions[:n] if rotary is None else rotary[run.rows[:n]])
             self.compared.append(torch.cat((table[:, 1:], torch.stack(both, 1).long()), 1))
 
-    def result(self, positions_BT: Tensor) -> Matched:
+    def result(self, positions_BT: Tensor, branches: Mapping[DraftBranch, int] = NO_BRANCHES) -> Matched:
+        """branches: which sequence of the truth each is."""
+        self._place_left(branches)
         if not self.tables:
             first = self.strange[0] if self.strange else None
             found = f"ids {first.ids[:6].tolist()} in step {first.step}" if first else "no tokens"
             raise Qwen35Error("dump is of other tokens than the truth", where=self.dump.path, found=found,
                               expected=f"ids {[row[:6].tolist() for row in self.ids[:2]]}",
                               do="dump the same prompt, not its warm-up, or trace the dumped ids")  # fmt: skip
-        strange, notes = len(self.strange), []
-        if strange:
-            notes.append(f"{strange} runs of other tokens left out (warm-up or other requests)")
-        drafts = len(self.dump.drafts)
-        if drafts:
-            notes.append(f"speculative: {drafts} steps are those of the draft head; "
-                         f"{self.rejected + self.beyond} drafted tokens were rejected, and not compared")  # fmt: skip
-        elif self.rejected:
-            notes.append(f"{self.rejected} tokens after the last right one of their run were not compared: rejected "
-                         "drafts, or another text")  # fmt: skip
-        if self.beyond and not drafts:
-            notes.append(f"{self.beyond} tokens beyond the truth left out")
+        strange, drafts = len(self.strange), len(self.dump.drafts)
+        told = (
+            (strange, "runs of other tokens left out (warm-up or other requests)"),
+            (drafts, "steps are those of the draft head (speculative decoding)"),
+            (self.branched, "rejected drafts were compared, each after the tokens that it was drafted for"),
+            (self.rejected, "tokens after the last right one of their run were not compared: rejected drafts, of which "
+                            "the truth does not know (`diagnose` computes one), or another text"),
+            (self.beyond, "tokens beyond the truth left out"),
+        )  # fmt: skip
+        notes = [f"{count} {what}" for count, what in told if count]
         notes += [f"the first {n} tokens of sequence {b} were cached" for b, n in enumerate(self.cached) if n]
         where = {step: torch.cat(tables) for step, tables in self.tables.items()}
         ends = {step: torch.tensor(self.last[step]) for step in where}
@@ -225,16 +222,16 @@ class Matching:
     def _absent(self) -> list[str]:
         found = []
         for b, seen in enumerate(self.seen):
-            lost = ~seen
-            lost[: self.cached[b]] = False
-            count, n = int(lost.sum()), len(seen)
-            if count == n:
+            lost = (~seen).nonzero().flatten()
+            lost, n = lost[lost >= self.cached[b]], len(seen)
+            first = int(lost[0]) if len(lost) else n
+            which = "all" if len(lost) == n else "the last" if len(lost) == n - first else ""
+            if which == "all":
                 found.append(f"all of sequence {b} ({n} tokens)")
-            elif count and bool(lost[n - count :].all()):
-                found.append(f"the last {count} tokens of sequence {b}")
-            elif count:
-                first = int(lost.int().argmax())
-                found.append(f"{count} tokens of sequence {b}, from token {first} on")
+            elif len(lost):
+                found.append(
+                    f"{which} {len(lost)} tokens of sequence {b}{'' if which else f', from token {first} on'}".strip()
+                )
         return found
 
 

@@ -52,13 +52,6 @@ class Judgement:
         b, t = pair.rows.long().unbind(1)
         return torch.where(t < 0, b, b * self.T + t)
 
-    def steps(self) -> Tensor:
-        """[B, T] the step in which the engine ran each token; 0 for tokens that it did not run."""
-        found = torch.zeros_like(self.alignment.truth.ids)
-        for step, table in self.alignment.tokens_of.where.items():
-            found[table[:, 1], table[:, 2]] = step
-        return found
-
     def rows(self, x: Tensor, pair: Pair) -> Tensor:
         """The rerun's value at the rows of a pair, if it was computed."""
         return pair.ours(as_rows(pair.key, x, self.alignment.truth.ids.numel())[self.index(pair)])
@@ -68,10 +61,12 @@ class Judgement:
         captured = Captured()
         for key in self.alignment.keys:
             if base_name(key) in BOUNDARIES:
-                pair = self.alignment.pair(key)
-                x, are_ids = pair.engine, base_name(key) in ID_TAPS
+                pair, are_ids = self.alignment.pair(key), base_name(key) in ID_TAPS
+                x = pair.engine
                 if x is not None and not pair.nan and not (are_ids and bool(((x < 0) | (x >= experts)).any())):
-                    captured.add(key, self.index(pair), x)
+                    which, places = self.alignment.tokens_of.beginnings(pair.rows)
+                    x = torch.cat((x, x[which])) if len(which) else x
+                    captured.add(key, torch.cat((self.index(pair), places @ torch.tensor([self.T, 1]))), x)
         return captured
 
     def added(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> None:

@@ -73,6 +73,8 @@ def _first_others(work: Judgement, stored: Mapping[str, Tensor]) -> Iterator[tup
                 differ = (pair.truth.long().sort(1).values != pair.engine.long().sort(1).values).any(1)
                 b, t = pair.rows[differ].unbind(1)
                 chosen_B, of = chosen_B.scatter_reduce(0, b, t, "amin"), layer
+                for branch, (whose, at) in work.alignment.tokens_of.branches.items():
+                    chosen_B[branch] = min(chosen_B[branch], chosen_B[whose] if chosen_B[whose] < at else T)
             if key not in work.records:
                 with work.fenced(key, layer):
                     _judge_ids(work, key, pair, layer, stored)

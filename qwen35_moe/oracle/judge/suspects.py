@@ -117,7 +117,7 @@ def after_cached(r: Record, work: Any) -> bool:
     truth's values of these tokens. The engine may have chosen other experts at some of them."""
     if r.block not in ("attn", "gdn") or not r.bad or r.nan or r.key not in work.bad_at:
         return False
-    seen = torch.cat([table[:, 1:3] for table in work.alignment.tokens_of.where.values()])
+    seen = torch.cat([table[:, 1:3] for table in work.alignment.tokens_of.read.values()])
     return all(bool((seen[seen[:, 0] == b, 1] > 0).all()) for b in work.bad_at[r.key][:, 0].unique())
 
 

@@ -27,8 +27,10 @@ def engine_positions(alignment: Alignment) -> Tensor:
     if (axes := axes_in(alignment.truth)) is not None:
         return axes
     found = alignment.truth.positions.clone()
-    b, t, _, _, theirs = alignment.tokens_of.positions.unbind(1)
-    found[b, t] = theirs.to(found)
+    told = alignment.tokens_of.positions
+    which, places = alignment.tokens_of.beginnings(told[:, :2])
+    for rows, (b, t) in ((told, told[:, :2].T), (told[which], places.T)):
+        found[b, t] = rows[:, 4].to(found)
     return found
 
 
@@ -49,7 +51,7 @@ def judge_positions(alignment: Alignment) -> Record | None:
     where = f"sequence {b}, token {t} is at {theirs}, and should be at {ours}"
     if bool((bad[:, 4] == bad[:, 2]).all()):
         where += "; the rotary embedding took the right ones"
-    if len(moved) == 1:
+    if len(moved) == 1 and b not in alignment.tokens_of.branches:
         where = f"all of sequence {b} are {_by(moved[0])}, which RoPE does not see"
     note = f"{len(bad)} of {len(rows)} are wrong: {where}"
     return Record(POSITIONS, "wrong", POSITIONS, None, float("inf"), rows=len(rows), bad_rows=len(bad), worst=(b, t),
@@ -120,10 +122,11 @@ def acceptance(alignment: Alignment) -> list[Acceptance]:
 def _verified(alignment: Alignment, count: int) -> Iterator[tuple[Run, int, int, int]]:
     """(run, b, t of its first token, how many of its tokens are the truth's) of passes that verify `count` drafts."""
     dump, where = alignment.dump, alignment.tokens_of.where
+    own = len(alignment.truth.ids) - len(alignment.tokens_of.branches)
     for run in runs(dump):
         if len(run) == count + 1 and run.start and run.step in where and run.step - 1 in dump.drafts:
             table = where[run.step]
-            mine = table[(table[:, :1] == run.rows).any(1)]
+            mine = table[(table[:, :1] == run.rows).any(1) & (table[:, 1] < own)]
             if len(mine) and int(mine[0, 2]):
                 yield run, int(mine[0, 1]), int(mine[0, 2]), len(mine)
 
