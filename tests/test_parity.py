@@ -14,7 +14,7 @@ import pytest
 import torch
 from peers.capture import capture
 from peers.float64 import float64_clean, load_float64
-from peers.transformers_model import load_transformers, logits_of, new_cache
+from peers.transformers_model import cached, load_transformers, logits_of, new_cache
 from safetensors.torch import load_file, save_file
 from tolerances import (
     FIXTURE_HIDDEN,
@@ -115,7 +115,7 @@ def test_bf16_has_the_same_bits_when_a_sequence_goes_on(opened: Open, name: str,
     for ids in random_ids(path, batch, sum(steps), seed=2).split(steps, dim=1):
         assert_equal_bits(
             q.trace(model, ids, cache=own_cache, experts=True),
-            capture(peer, ids, past_key_values=peer_cache),
+            capture(peer, ids, **cached(peer_cache)),
         )
 
 

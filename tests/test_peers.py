@@ -11,7 +11,7 @@ import pytest
 import torch
 from peers.capture import capture
 from peers.float64 import NoNarrowFloat, float64_clean, load_float64
-from peers.transformers_model import load_transformers, logits_of, new_cache
+from peers.transformers_model import cached, load_transformers, logits_of, new_cache
 from peers.transformers_parts import image_logits, load_mtp, mtp_logits, vision
 from safetensors.torch import load_file
 from tolerances import FLOAT32_ANOTHER_MACHINE, FLOAT64_REORDERED, VISION_FLOAT32
@@ -141,7 +141,7 @@ def test_what_is_captured_fits_together() -> None:
 def test_captured_steps_are_the_pieces_of_one_run() -> None:
     model, ids = load(torch.float32), torch.arange(2, 32)[None]
     whole, memory = capture(model, ids), new_cache(model)
-    steps = [capture(model, part, past_key_values=memory) for part in ids.split((20, 1, 9), 1)]
+    steps = [capture(model, part, **cached(memory)) for part in ids.split((20, 1, 9), 1)]
     for key in ("layers.0.gdn_conv", "layers.2.gdn_core_out", "layers.3.attn_q", "next_token_logits"):
         assert rel_l2(torch.cat([step[key] for step in steps], 1), whole[key]) < 1e-5
     assert steps[-1]["layers.0.gdn_state"].shape == (1, 4, 16, 16)

@@ -33,7 +33,7 @@ from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.dumps.readers.transformers import capture_transformers
 from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.recorder import trace
-from tests.peers.transformers_model import load_transformers, new_cache, quiet
+from tests.peers.transformers_model import cached, load_transformers, new_cache, quiet
 
 SEQUENCES = [[5, 9, 200, 7, 31, 8, 77], [5, 9, 4, 250, 3]]
 # Prefill of a chunk each; one goes on by a chunk while the other decodes; both decode. Order in the batch changes.
@@ -100,7 +100,7 @@ def test_transformers_live() -> None:
     mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
     with quiet():
         dump = capture_transformers(theirs, input_ids=ids, attention_mask=mask, use_cache=False)
-        cache = {"past_key_values": new_cache(theirs), "use_cache": True}
+        cache = cached(new_cache(theirs))
         calls = [{"input_ids": ids[:1, a:b], **cache} for a, b in ((0, 5), (5, 6), (6, 7))]
         steps = capture_transformers(theirs, *calls)
     alignment = align(dump, trace(ours, ids, attention_mask=mask))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peers.capture import capture
 from peers.float64 import Widen, float64_clean, load_float64
-from peers.transformers_model import load_transformers, new_cache, quiet
+from peers.transformers_model import cached, load_transformers, new_cache, quiet
 from tolerances import FLOAT64_CLEAN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
@@ -115,7 +115,7 @@ def test_models_have_the_same_bits_in_bf16(name: str, tmp_path: Path) -> None:
         (90, 1, 1), 1
     ):
         run = q.trace(model, ids, cache=own_cache, experts=True)
-        rows = compare_traces(run, capture(peer, ids, past_key_values=peer_cache))
+        rows = compare_traces(run, capture(peer, ids, **cached(peer_cache)))
         assert [row.key for row in rows if not row.equal] == []
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers.transformers_model import load_transformers, new_cache
+from peers.transformers_model import cached, load_transformers, new_cache
 from torch import Tensor
 
 import qwen35_moe as q
@@ -251,7 +251,7 @@ def transformers_run(path: Path, plant: Callable[[int, Any], None]) -> Dump:
     with TransformersCapture(model) as capture, torch.no_grad():
         for step, size in enumerate(STEPS):
             plant(step, cache)
-            model(input_ids=IDS[:1, at : at + size], past_key_values=cache, use_cache=True)
+            model(input_ids=IDS[:1, at : at + size], **cached(cache))
             at += size
     return capture.dump()
 

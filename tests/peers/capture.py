@@ -251,10 +251,10 @@ def capturing(model: nn.Module) -> Iterator[Capture]:
 def capture(model: Any, input_ids: Tensor, **arguments: Any) -> dict[str, Tensor]:
     """Run `model` (eager attention, eager experts) and return what it computed, by our keys, in order of computation.
 
-    `arguments` go to the model: attention_mask, position_ids, past_key_values (see `new_cache`; with one, `gdn_state`
-    is there too). MoE tensors are flat, [B*T, ...]; heads are last but one, [B, T, N, H]; rows of an expert by token.
+    `arguments` go to the model: attention_mask, position_ids, a cache (see `cached`; with one, `gdn_state` is there
+    too). MoE tensors are flat, [B*T, ...]; heads are last but one, [B, T, N, H]; rows of an expert by token.
     """
     with quiet(), capturing(model) as run:
-        logits = model(input_ids=input_ids, use_cache="past_key_values" in arguments, **arguments).logits
+        logits = model(input_ids=input_ids, **{"use_cache": False, **arguments}).logits
     run.put("next_token_logits", logits, in_layer=False)
     return run.taps

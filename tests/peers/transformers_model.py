@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,12 +50,18 @@ def load_transformers(path: str | Path, dtype: torch.dtype, attn: str = "eager",
 
 
 def new_cache(model: Any) -> DynamicCache:
-    """An empty cache for `model(..., past_key_values=cache, use_cache=True)`."""
+    """An empty cache; a model takes it as `model(..., **cached(cache))`."""
     return DynamicCache(config=model.config.get_text_config())
+
+
+def cached(cache: DynamicCache) -> dict[str, Any]:
+    """The arguments that give a model its cache: transformers 5.24 has renamed `past_key_values` to `cache`."""
+    known = inspect.signature(Qwen3_5MoeForCausalLM.forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}
 
 
 @torch.no_grad()
 def logits_of(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor:
     """[B, T, V], in the dtype in which transformers computes them."""
     with quiet():
-        return model(input_ids=input_ids, use_cache="past_key_values" in arguments, **arguments).logits
+        return model(input_ids=input_ids, **{"use_cache": False, **arguments}).logits
