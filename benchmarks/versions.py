@@ -4,8 +4,9 @@
     python -m benchmarks.versions 3.14,2.15.0,5.24.*       one row: Python, torch, transformers
     python -m benchmarks.versions 3.12,2.14.0,-            without transformers: the core alone
 
-It needs `uv` (pip install uv), which finds or installs each Python, and keeps the packages in its cache: some GB for each
-torch, where the index has CUDA builds. `--no-cache` keeps nothing. Prints one line a row. Exit code 1 if any failed.
+It needs `uv` (pip install uv), which finds or installs each Python, and keeps the packages in its cache: some GB for
+each torch, where the index has CUDA builds. `--no-cache` keeps nothing. Prints one line a row. Exit code 1 if any
+failed.
 """
 
 from __future__ import annotations
