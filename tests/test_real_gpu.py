@@ -11,9 +11,10 @@ import torch
 
 import qwen35_moe as q
 from benchmarks.real_engine import judge
-from benchmarks.real_engine.bugs import BUGS
+from benchmarks.real_engine.bugs import BUGS, CLEAN
 from benchmarks.real_engine.prompts import VOCABULARY, prompts
 from benchmarks.real_engine.sglang_bugs import PLANT as SGLANG
+from benchmarks.real_engine.sglang_images import PLANT as IMAGES
 from benchmarks.real_engine.transformers_bugs import PLANT as TRANSFORMERS
 from benchmarks.real_engine.vllm_bugs import PLANT as VLLM
 from qwen35_moe.model.cache import LayerState
@@ -145,7 +146,7 @@ def test_hidden_states_of_a_real_vllm(built: Built, dumps: Path, name: str) -> N
 
 
 def test_every_bug_of_an_engine_says_where_it_is_found() -> None:
-    assert {*SGLANG, *TRANSFORMERS, *VLLM} == set(BUGS)
+    assert {*SGLANG, *TRANSFORMERS, *VLLM, *IMAGES} == {*BUGS, CLEAN}
     rows = prompts((5, 9, 1))
     assert [len(row) for row in rows] == [5, 9, 1] and all(0 <= x < VOCABULARY for row in rows for x in row)
     assert len({row[0] for row in rows}) == 3

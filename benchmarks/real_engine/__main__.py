@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.real_engine import judge, sglang_engine, transformers_engine, vllm_engine
+from benchmarks.real_engine import judge, sglang_engine, sglang_images, transformers_engine, vllm_engine
 from benchmarks.real_engine.bugs import BUGS, CLEAN
 from benchmarks.real_engine.sglang_bugs import PLANT as SGLANG
 from benchmarks.real_engine.transformers_bugs import PLANT as TRANSFORMERS
@@ -39,14 +39,18 @@ def main() -> int:
     options = parser.parse_args()
     engine, plant = ENGINES[options.engine]
     setup = engine.SETUPS[options.setup]
+    if setup.recipe == sglang_images.RECIPE:
+        plant = sglang_images.PLANT
     known = [bug for bug in BUGS if bug in plant]
     bugs = [bug for b in options.bugs or [CLEAN] for bug in (known if b == "all" else [b])]
     if wrong := [bug for bug in bugs if bug != CLEAN and bug not in plant]:
         parser.error(f"{options.engine} has no bug {', '.join(wrong)}; it has {', '.join(plant)}")
     layout = {} if setup.layout is None else {"layout": setup.layout}
-    checkpoint = options.out / f"checkpoint-{setup.layout or 'bf16'}"
+    checkpoint = (
+        options.out / f"checkpoint-{setup.layout or 'bf16'}{'-image' if setup.recipe == sglang_images.RECIPE else ''}"
+    )
     if not checkpoint.exists():
-        build("engine-size", checkpoint, **layout)
+        build(setup.recipe, checkpoint, **layout)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
     wanted: Runs = engine.run(options.setup, checkpoint, options.out, bugs, options.port)
     if options.judge_only:

@@ -14,6 +14,7 @@ from qwen35_moe.oracle.compare import diagnose
 from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.oracle.judge.records import Comparison
+from qwen35_moe.trace.images import read_images
 
 from .bugs import BUGS, CLEAN
 
@@ -29,6 +30,8 @@ def line(checkpoint: Path, dump: Dump | Path, name: str, declared: Mapping[str, 
     `layer_ids` those of vLLM's hidden states."""
     config, declared = Checkpoint.open(checkpoint).config, dict(declared)
     layers = declared.pop("layer_ids", None)
+    if isinstance(dump, Path) and (pixels := dump.parent / f"{name}.safetensors").exists():
+        declared["images"] = read_images(pixels)
     read = dump if isinstance(dump, Dump) else read_dump(dump, config=config, layers=layers)
     if isinstance(dump, Path) and not read.tokens:
         declared = {**declared, "ids": ids_of((dump.parent if dump.is_file() else dump).parent / f"{name}.json")}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import sglang_images as images
 from .bugs import CLEAN
 from .prompts import UNEQUAL, prompts
 
@@ -31,6 +32,7 @@ class Setup:
 
     arguments: dict[str, Any] = field(default_factory=dict)
     layout: str | None = None
+    recipe: str = "engine-size"
     lengths: Sequence[int] = (30, 17)
     broken: Sequence[int] = (16, 9)  # of runs with a bug
     declared: dict[str, str] = field(default_factory=dict)
@@ -47,6 +49,7 @@ SETUPS = {
     "fp8-kv": Setup({"kv_cache_dtype": "fp8_e4m3"}, declared={"kv_cache": "fp8_e4m3"}),
     "state-bf16": Setup({"mamba_ssm_dtype": "bfloat16"}, declared={"state": "bf16"}),
     "pass": Setup({"debug_tensor_dump_output_folder": "pass"}),
+    "image": Setup(images.ARGUMENTS, recipe=images.RECIPE),
     "tp2": Setup({"tp_size": 2, **PLAIN_SUMS}),
     "ep2": Setup({"tp_size": 2, "ep_size": 2, **PLAIN_SUMS}),
 }  # fmt: skip
@@ -67,19 +70,28 @@ def run(setup: str, checkpoint: Path, out: Path, bugs: Sequence[str], port: int)
                           DUMPER_EXP_NAME="start", DUMPER_ENABLE_OUTPUT_CONSOLE="0")  # fmt: skip
         where = {"hook_factory": "benchmarks.real_engine.sglang_planter:factory", "config": {"folder": str(dumps)}}
         arguments["forward_hooks"] = [{"name": "planter", "target_modules": ["model.norm"], **where}]
+    pictured = chosen.recipe == images.RECIPE
+    if pictured:
+        images.write_processor(checkpoint)
     _wish(dumps, "", CLEAN)
     engine = sglang.Engine(**arguments)
     try:
-        if setup not in ("pass", "prefix"):
-            _ask(engine, prompts((5, 3)))  # compiles, and dumps nothing
+        if pictured:
+            _ask(engine, prompt=images.PROMPT, image_data=images.draw(checkpoint, dumps, "start")[0])
+        elif setup not in ("pass", "prefix"):
+            _ask(engine, input_ids=prompts((5, 3)))  # compiles, and dumps nothing
         for bug in bugs:
             name = f"{setup}.{bug}"
             _wish(dumps, name, bug)
             ids = prompts(chosen.lengths if bug == CLEAN else chosen.broken)
-            answers = _ask(engine, ids)
+            if pictured:
+                files, row = images.draw(checkpoint, dumps, name)
+                ids, answers = [row], _ask(engine, prompt=images.PROMPT, image_data=files)
+            else:
+                answers = _ask(engine, input_ids=ids)
             if setup == "prefix":  # the second turn of the first conversation
                 follow = [ids[0] + answers[0]["output_ids"] + prompts((9,), 7)[0]]
-                answers, ids = answers + _ask(engine, follow), ids + follow
+                answers, ids = answers + _ask(engine, input_ids=follow), ids + follow
             (dumps / f"{name}.json").write_text(json.dumps({"ids": ids, "answers": answers}, default=_plain))
             yield name, dumps / name
             time.sleep(0.3)
@@ -93,9 +105,9 @@ def _wish(folder: Path, run_name: str, bug: str) -> None:
     new.replace(folder / "control.json")
 
 
-def _ask(engine: Any, ids: list[list[int]]) -> list[dict[str, Any]]:
+def _ask(engine: Any, **asked: Any) -> list[dict[str, Any]]:
     out = engine.generate(
-        input_ids=ids, sampling_params={"max_new_tokens": 4, "temperature": 0, "ignore_eos": True},
+        **asked, sampling_params={"max_new_tokens": 4, "temperature": 0, "ignore_eos": True},
         return_logprob=True, logprob_start_len=0, top_logprobs_num=20, return_routed_experts=True,
     )  # fmt: skip
     return out if isinstance(out, list) else [out]

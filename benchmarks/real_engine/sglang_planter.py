@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import sglang_images
 from .sglang_bugs import PLANT
 
 
@@ -77,8 +78,9 @@ class Planter:
         dumper.configure(enable=bool(wish["run"]), exp_name=wish["run"] or "none")
         dumper._state.step = dumper._state.dump_index = 0
         try:
-            if wish["bug"] in PLANT:
-                PLANT[wish["bug"]](self.site)
+            plant = (sglang_images.PLANT if runner.model_config.is_multimodal else PLANT).get(wish["bug"])
+            if plant is not None:
+                plant(self.site)
         except Exception:
             (self.folder / f"not-planted-{wish['bug']}.txt").write_text(traceback.format_exc())
 

@@ -26,6 +26,7 @@ class Setup:
     lengths: Sequence[int] = (30, 17)
     broken: Sequence[int] = (16, 9)
     layout: str | None = None
+    recipe: str = "engine-size"
     dtype: torch.dtype = torch.bfloat16
     declared: dict[str, str] = field(default_factory=dict)
 

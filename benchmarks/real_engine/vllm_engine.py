@@ -25,6 +25,7 @@ class Setup:
     lengths: Sequence[int] = (30, 17)
     broken: Sequence[int] = (16, 9)
     layout: str | None = None
+    recipe: str = "engine-size"
     declared: dict[str, Any] = field(default_factory=lambda: {"layer_ids": list(range(LAYERS + 1))})
     hidden: bool = True  # hidden states, else routed experts: this version does not give both
 

@@ -179,7 +179,8 @@ def place(raw: str) -> tuple[str, int | None, str]:
     part = "mtp" if re.match(r"(model\.)?mtp\b", raw) else "visual" if re.match(r"(model\.)?visual\b", raw) else ""
     if found := re.search(rf"(?:^|\.){'blocks' if part == 'visual' else 'layers'}\.(\d+)(?:\.|$)", raw):
         return part, int(found[1]), raw[found.end() :]
-    return part, None, re.sub(r"^(?:model\.|language_model\.|mtp\.|visual\.)+", "", raw)
+    path = re.sub(r"^(?:model\.|language_model\.|mtp\.|visual\.)+", "", raw)
+    return part, None, "tower.output" if (part, path) == ("visual", "output") else path  # no block's
 
 
 def family_of(paths: Iterable[str]) -> str:

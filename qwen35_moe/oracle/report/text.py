@@ -21,6 +21,7 @@ SHORT_NAMES = {
     "moe_topk_ids": "ids", "moe_topk_weights": "weight", "mlp_output": "mlp", "layer_output_sum": "output",
     "moe_shared_output": "shared", "moe_shared_gated": "sh.gtd", "moe_shared_gate": "shgate",
     "moe_routed_output": "routed", "moe_slot_ids": "slots", "moe_slot_weights": "sl.wgt",
+    "inputs_embeds": "inputs",
     "gdn_state": "state", "gdn_core_out": "core", "final_norm": "norm", "next_token_logits": "logits",
 }  # fmt: skip
 
@@ -31,6 +32,21 @@ GOOD_FIT = 0.2  # a fit that leaves more of the error explains nothing
 
 def short(tap: str) -> str:
     return SHORT_NAMES.get(tap, tap.removeprefix("moe_").removeprefix("gdn_"))
+
+
+def _outside(records: Iterable[Record]) -> Iterable[tuple[str, str]]:
+    """Names and texts of taps that stand in no layer of the text model; a tower's or a draft head's that agree: one."""
+    for part, some in groupby(records, key=lambda r: r.key.split(".")[0] if "." in r.key else ""):
+        found = list(some)
+        fine = [r for r in found if part and r.cls in ("bit-equal", "within rounding")]
+        if fine:
+            yield part, f"{len(fine)} taps within rounding, at most {ratio_text(max(r.ratio or 0.0 for r in fine))} x"
+        for r in found:
+            kinds = (("added", r.added), ("inherited", r.inherited))
+            errors = [f", {ratio_text(ratio)} x {kind}" for kind, ratio in kinds if ratio is not None]
+            if r not in fine:
+                said = f"{r.cls}{''.join(errors)}{f' ({r.note})' if r.note else ''}"
+                yield (part, f"{r.key.partition('.')[2]}: {said}") if part else (short(r.key), said)
 
 
 def grid(result: Comparison) -> tuple[list[int], list[str], dict[tuple[int, str], Record]]:
@@ -80,11 +96,8 @@ def text(result: Comparison, width: int = 80) -> str:
             fit = f"fit: {a:.3f} routed + {b:.3f} gated shared + {c:.3f} ungated shared, {100 * d.fit_left:.2g} % left"
             lines += textwrap.wrap(fit, width, initial_indent="  ", subsequent_indent="  ")
     lines += ["", *_heat(result, width)]
-    rest = [r for r in result.records if not r.key.startswith("layers.") and r.cls != "missing"]
-    for r in rest:
-        kinds = (("added", r.added), ("inherited", r.inherited))
-        errors = [f", {ratio_text(ratio)} x {kind}" for kind, ratio in kinds if ratio is not None]
-        say(SHORT_NAMES.get(r.key, r.key)[:8], f"{r.cls}{''.join(errors)}{f' ({r.note})' if r.note else ''}")
+    for name, text in _outside([r for r in result.records if not r.key.startswith("layers.") and r.cls != "missing"]):
+        say(name, text)
     lines.append("")
     if result.routing:
         total, agree = sum(r.tokens for r in result.routing), sum(r.agree for r in result.routing)
