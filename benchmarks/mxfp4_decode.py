@@ -124,15 +124,13 @@ def rates(
     def by_peer(peer: Decoder) -> Callable[[int], object]:
         return lambda e: peer(codes[e], scales[e], dtype)
 
-    def ours(compiled: bool, into: Callable[[int], Tensor]) -> Callable[[int], object]:
-        return lambda e: decode(codes[e], scales[e], dtype, into(e), compiled=compiled)
+    def ours(into: Callable[[int], Tensor]) -> Callable[[int], object]:
+        return lambda e: decode(codes[e], scales[e], dtype, into(e))
 
     contenders: dict[str, Callable[[], None]] = {}
     for place, into in {"one buffer": lambda e: buffer, "elsewhere": lambda e: elsewhere[e]}.items():
         contenders[f"copy, {place}"] = all_experts(lambda e, into=into: into(e).copy_(result[e]), everyone)
-        contenders[f"qwen35_moe, {place}"] = all_experts(ours(False, into), everyone)
-        if dtype == torch.bfloat16:  # nothing else is compiled on a CPU
-            contenders[f"qwen35_moe compiled, {place}"] = all_experts(ours(True, into), everyone)
+        contenders[f"qwen35_moe, {place}"] = all_experts(ours(into), everyone)
     for name, peer in peers.items():
         assert torch.equal(peer(codes[0], scales[0], dtype), result[0]), name
         contenders[name] = all_experts(by_peer(peer), few)

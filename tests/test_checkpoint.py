@@ -17,8 +17,6 @@ import torch
 from layouts import CONFIG, LAYOUTS, D, E, F, config_with, tensors, write
 
 from qwen35_moe.checkpoint import Checkpoint
-from qwen35_moe.checkpoint.adjoining import read_together
-from qwen35_moe.checkpoint.reader import Rows
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.model.config import Config
 from qwen35_moe.run.validate import validate
@@ -158,18 +156,6 @@ def test_read_gives_the_stored_dtype_and_memory_of_its_own(tmp_path: Path) -> No
         ck.read("norm.weigh")
     with pytest.raises(Qwen35Error, match="step 1"):
         ck.read("norm.weight", slice(0, 4, 2))
-
-
-def test_what_adjoins_may_not_be_aligned(tmp_path: Path) -> None:
-    entries = {"a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
-               "b": {"dtype": "BF16", "shape": [2], "data_offsets": [3, 7]}}  # fmt: skip
-    text = json.dumps(entries).encode()
-    file = tmp_path / "m.safetensors"
-    file.write_bytes(len(text).to_bytes(8, "little") + text + b"\x01\x02\x03\x80\x3f\x00\x40")
-    ck = Checkpoint.open(file)
-    for ck.reader.mapped in (False, True):
-        a, b = read_together(ck.reader, [Rows.of(ck.stored(name)) for name in "ab"])
-        assert (a.tolist(), b.tolist(), b.dtype) == ([1, 2, 3], [1.0, 2.0], torch.bfloat16)
 
 
 def test_threads_read_at_once(tmp_path: Path) -> None:

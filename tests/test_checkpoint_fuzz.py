@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from layouts import CONFIG, tensors, write
 
 from qwen35_moe.checkpoint import Checkpoint
-from qwen35_moe.checkpoint.header import BITS, read_header
-from qwen35_moe.checkpoint.tensor_names import canonical, split_role
+from qwen35_moe.checkpoint.header import BITS, canonical, read_header, split_role
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.model.config import Config
 from qwen35_moe.run.validate import validate

@@ -9,11 +9,9 @@ from torch import Tensor
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.quant.layouts import (
     deinterleave_gate_up,
-    from_compressed_tensors,
     interleave_gate_up,
     shuffle_scales,
     shuffle_weight,
-    to_compressed_tensors,
     unshuffle_scales,
     unshuffle_weight,
 )
@@ -21,17 +19,6 @@ from qwen35_moe.quant.layouts import (
 
 def random_bytes(*shape: int) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def test_compressed_tensors_are_the_plain_layout_under_other_names() -> None:
-    tensors = {"weight_packed": random_bytes(4, 32), "weight_scale": random_bytes(4, 2)}
-    weight = from_compressed_tensors(**tensors)
-    assert all(torch.equal(tensors[name], x) for name, x in to_compressed_tensors(weight).items())
-    typed = from_compressed_tensors(
-        tensors["weight_packed"].view(torch.float4_e2m1fn_x2), tensors["weight_scale"].view(torch.float8_e8m0fnu)
-    )
-    assert torch.equal(typed.codes, weight.codes)
-    assert torch.equal(typed.scales, weight.scales)
 
 
 def test_interleaved_gate_and_up() -> None:

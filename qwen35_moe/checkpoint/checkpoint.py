@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,11 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..quant.precision import ModuleSpec
 from .checksums import Checksum, verify_files, verify_manifest
-from .folder import Folder, open_folder
-from .foreign import foreign_spec
-from .header import TensorEntry
+from .folder import Folder, UsageReport, open_folder, usage_report
+from .header import TensorEntry, split_role
 from .reader import Reader, Rows
-from .recognise import recognise
-from .stored_experts import EXPERT_PROJECTIONS, StoredExperts
-from .tensor_names import split_role
-from .usage import UsageReport, usage_report
-from .weight import StoredWeight
+from .recognise import foreign_spec, recognise
+from .weight import EXPERT_PROJECTIONS, StoredExperts, StoredWeight
 
 EXPERT_MODULE = re.compile(
     r"(?P<prefix>.+\.mlp\.experts)\.((?P<expert>\d{1,6})\.)?(?P<projection>gate_proj|up_proj|gate_up_proj|down_proj)"
@@ -228,15 +225,12 @@ class Checkpoint:
         return verify_manifest(self.folder, self.reader, Path(manifest))
 
     def _missing(self, name: str) -> Qwen35Error:
-        words = name.split(".")  # what is like `….up_proj.weight` differs in one word, and little
-        others = [other for other in self._siblings(name) if other.count(".") == name.count(".")]
-        alike = {other: [w for w, own in zip(other.split("."), words, strict=True) if w != own] for other in others}
-        missed = {other: [own for w, own in zip(other.split("."), words, strict=True) if w != own] for other in others}
-        near = [o for o, odd in alike.items() if len(odd) == 1 and get_close_matches(odd[0], missed[o], 1, 0.7)]
+        """The error, with a name that differs in one word, and little. Not all of 100,000 names are looked at."""
+        words, head, near = name.split("."), name.rsplit(".", 2)[0], list[str]()
+        for other in islice((other for other in self.tensors if other.startswith(head)), 50):
+            odd = [(a, b) for a, b in zip(words, other.split("."), strict=False) if a != b]
+            alike = other.count(".") == name.count(".") and len(odd) == 1
+            if alike and get_close_matches(odd[0][1], odd[0][:1], 1, 0.7):
+                near.append(other)
         do = f"there is {near[0]}" if near else ""
         return Qwen35Error("a tensor is missing", where=self.path, expected=name, found="absent", do=do)
-
-    def _siblings(self, name: str) -> list[str]:
-        """Names to compare with: not all of hundreds of thousands."""
-        head = name.rsplit(".", 2)[0]
-        return [other for other in self.tensors if other.startswith(head)][:50]

@@ -1,18 +1,19 @@
-"""Which files belong to a checkpoint, and which of them holds which tensor."""
+"""Which files belong to a checkpoint, which of them holds which tensor, and which tensors a run has used."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ..errors import Qwen35Error
 from ..gate.declared import with_hf_quant_config
 from ..untrusted import read_json
-from .header import Header, TensorEntry, read_header
-from .tensor_names import canonical
+from .header import Header, TensorEntry, canonical, read_header
+from .recognise import CACHE_SCALES, ROLES_BESIDE
 
 INDEX = "model.safetensors.index.json"
 NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+)\.safetensors")
@@ -170,3 +171,44 @@ def few(items: Iterable[object]) -> str:
     texts = [str(item)[:200] for item in items]
     more = f" and {len(texts) - 4} more" if len(texts) > 4 else ""
     return ", ".join(texts[:4]) + more
+
+
+@dataclass(frozen=True)
+class UsageReport:
+    """What became of every tensor. `unused` should be empty; `aside` was left out on purpose."""
+
+    used: int
+    unused: list[str]
+    aside: list[str]
+    duplicated: list[str]
+    ignored: list[str]
+
+    @property
+    def complete(self) -> bool:
+        return not self.unused and not self.duplicated
+
+    def __str__(self) -> str:
+        lines = [f"{self.used} tensors used"]
+        for label, names in (
+            ("never used", self.unused),
+            ("left out on purpose", self.aside),
+            ("stored twice", self.duplicated),
+            ("files in no index", self.ignored),
+        ):
+            if names:
+                lines.append(f"{len(names)} {label}: {few(names)}")
+        return "\n".join(lines)
+
+
+def usage_report(folder: Folder, used: Set[str], aside: Iterable[str]) -> UsageReport:
+    """aside: patterns of names that are left out on purpose."""
+    unused = sorted(folder.tensors.keys() - used)
+    patterns = (*aside, *CACHE_SCALES, *(f"*{role}" for role in ROLES_BESIDE if role != ".bias"))
+    apart = [name for name in unused if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return UsageReport(
+        used=len(folder.tensors) - len(unused),
+        unused=sorted(set(unused) - set(apart)),
+        aside=apart,
+        duplicated=[s.where for s in folder.duplicated],
+        ignored=[file.name for file in folder.ignored],
+    )

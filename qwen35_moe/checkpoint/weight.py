@@ -1,8 +1,8 @@
-"""A weight in storage: one matrix of a checkpoint, of any format, read when asked for."""
+"""Weights in storage, of any format and layout, read when asked for: one matrix, or the experts of a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +12,12 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..quant import fp8, mxfp4
 from ..quant.layouts import deinterleave_gate_up
-from ..quant.packed import Float, Packed
+from ..quant.packed import Float, Packed, concatenate
 from ..quant.precision import ModuleSpec, float_spec
 from .header import TensorEntry
 from .reader import STORED_DTYPES, Reader, Rows
+
+EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,3 +162,34 @@ def _check_finite(scale: Tensor, stored: TensorEntry) -> None:
         found = f"{int(bad.sum())} such scales, the first at {bad.nonzero()[0].tolist()} of those read"
         do = "download the file again; a checkpoint that really holds this is broken"
         raise stored.wrong(what, expected, found, do)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredExperts:
+    """`count` experts of `layers.N.mlp.experts`. gate_up [2F, D] has F rows of gate, then F of up; down is [D, F].
+
+    Found in storage as gate_up_proj and down_proj [E, ..] ("fused"), or as gate_proj, up_proj, down_proj of each.
+    """
+
+    prefix: str
+    count: int
+    fused: bool
+    find: Callable[[str], StoredWeight]  # by module name
+
+    def weights(self, e: int) -> tuple[StoredWeight, ...]:
+        """What expert e is stored as: (gate, up, down), or (gate_up, down)."""
+        if not 0 <= e < self.count:
+            raise Qwen35Error("no such expert", where=self.prefix, expected=f"0 to {self.count - 1}", found=e)
+        if not self.fused:
+            return tuple(self.find(f"{self.prefix}.{e}.{name}") for name in EXPERT_PROJECTIONS)
+        return tuple(self.find(f"{self.prefix}.{name}").expert(e) for name in ("gate_up_proj", "down_proj"))
+
+    @property
+    def kind(self) -> str:
+        """The format of the first expert. Others may differ; `Checkpoint.spec` tells."""
+        return self.weights(0)[0].kind
+
+    def read(self, e: int) -> tuple[Packed, Packed]:
+        """(gate_up, down) of expert e, as stored."""
+        *first, down = (weight.read() for weight in self.weights(e))
+        return first[0] if len(first) == 1 else concatenate(*first), down

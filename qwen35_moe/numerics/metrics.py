@@ -1,8 +1,8 @@
-"""The distance of two tensors, and a table of distances with one row a tap. Limits are set elsewhere."""
+"""The distance of two tensors, and of the taps of two traces. Limits are set elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,7 @@ from torch import Tensor
 
 from ..errors import Qwen35Error
 
-_BITS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-}
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 def ordinal(x: Tensor) -> Tensor:
@@ -23,10 +18,10 @@ def ordinal(x: Tensor) -> Tensor:
 
     The bits of an IEEE number without its sign are already in order; negative ones are counted downwards.
     """
-    if x.dtype not in _BITS:
-        raise Qwen35Error("no ulp for this dtype", expected=f"one of {list(_BITS)}", found=x.dtype)
-    bits = x.contiguous().view(_BITS[x.dtype]).to(torch.int64)
-    sign = torch.iinfo(_BITS[x.dtype]).min
+    integer = _BITS.get(x.element_size())
+    if integer is None or not x.is_floating_point():
+        raise Qwen35Error("no ulp for this dtype", expected="float64, float32, bfloat16 or float16", found=x.dtype)
+    bits, sign = x.contiguous().view(integer).to(torch.int64), torch.iinfo(integer).min
     return torch.where(bits < 0, sign - bits, bits)
 
 
@@ -87,22 +82,5 @@ def distance(key: str, ours: Tensor, theirs: Tensor) -> TapDistance:
 
 def compare_traces(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[TapDistance]:
     """One row per key of `theirs`, in its order. A key that `ours` lacks is a row that is not equal, never left out."""
-    rows = []
-    for key, tensor in theirs.items():
-        if key in ours:
-            rows.append(distance(key, ours[key], tensor))
-        else:
-            rows.append(TapDistance(key, 0.0, None, float("inf"), "missing in ours"))
-    return rows
-
-
-def distance_table(rows: Iterable[TapDistance]) -> str:
-    """The rows as text: tap, share of equal elements, largest distance in ulp, relative L2, note."""
-    rows = list(rows)
-    width = max([len(row.key) for row in rows] + [3])
-    lines = [f"{'tap':<{width}}  {'equal':>9}  {'max ulp':>8}  {'rel. L2':>8}  note"]
-    for row in rows:
-        share = "all" if row.equal else f"{row.equal_share:.6f}"
-        ulp = "-" if row.max_ulp is None else str(row.max_ulp)
-        lines.append(f"{row.key:<{width}}  {share:>9}  {ulp:>8}  {row.rel_l2:>8.1e}  {row.note}".rstrip())
-    return "\n".join(lines)
+    missing = (0.0, None, float("inf"), "missing in ours")
+    return [distance(k, ours[k], x) if k in ours else TapDistance(k, *missing) for k, x in theirs.items()]

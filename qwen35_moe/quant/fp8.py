@@ -35,20 +35,15 @@ class FP8:
 
     def __post_init__(self) -> None:
         if self.values.dtype != torch.float8_e4m3fn or self.values.dim() != 2:
-            raise Qwen35Error(
-                "not an FP8 weight",
-                expected="float8_e4m3fn [O, I]",
-                found=f"{self.values.dtype} {list(self.values.shape)}",
-            )
+            found = f"{self.values.dtype} {list(self.values.shape)}"
+            raise Qwen35Error("not an FP8 weight", expected="float8_e4m3fn [O, I]", found=found)
         if self.scale.dtype not in (torch.bfloat16, torch.float32):
             raise Qwen35Error("not the scale of an FP8 weight", expected="bfloat16 or float32", found=self.scale.dtype)
         rows = self.values.shape[0]
         if self.scale.shape not in (self._blocks, (rows, 1), (rows,), (1,), ()):
-            raise Qwen35Error(
-                "the scale does not belong to this FP8 weight",
-                expected=f"blocks {list(self._blocks)}, channels [{rows}] or [{rows}, 1], tensor [] or [1]",
-                found=list(self.scale.shape),
-            )
+            expected = f"blocks {list(self._blocks)}, channels [{rows}] or [{rows}, 1], tensor [] or [1]"
+            what = "the scale does not belong to this FP8 weight"
+            raise Qwen35Error(what, expected=expected, found=list(self.scale.shape))
 
     @property
     def kind(self) -> str:

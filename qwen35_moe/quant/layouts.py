@@ -1,7 +1,6 @@
 """Layouts of packed weights other than the plain one of `MXFP4`: rearrangements of bytes, each with an exact inverse.
 
     gpt-oss             codes [E, O, Q, 16], scales [E, O, Q], rows of gate and up alternating
-    compressed-tensors  `weight_packed` [O, Z], `weight_scale` [O, Q]: the plain layout under other names
     Aiter, in memory    codes in tiles of 16 rows x 32 bytes, scales in tiles of 32 rows x 8 blocks; dumps of loaded
                         weights have this layout
 
@@ -15,45 +14,25 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from .mxfp4 import PackedMXFP4
-
-
-def from_compressed_tensors(weight_packed: Tensor, weight_scale: Tensor) -> PackedMXFP4:
-    """`mxfp4-pack-quantized`: the same bytes under other names; torch's own names for such bytes are accepted."""
-    return PackedMXFP4(as_bytes(weight_packed), as_bytes(weight_scale))
-
-
-def to_compressed_tensors(weight: PackedMXFP4) -> dict[str, Tensor]:
-    """The inverse of `from_compressed_tensors`."""
-    return {"weight_packed": weight.codes, "weight_scale": weight.scales}
-
-
-def as_bytes(x: Tensor) -> Tensor:
-    """The bytes (uint8) of a float4_e2m1fn_x2 or float8_e8m0fnu tensor; any other tensor is returned unchanged."""
-    return x.view(torch.uint8) if x.dtype in (torch.float4_e2m1fn_x2, torch.float8_e8m0fnu) else x
 
 
 def interleave_gate_up(x: Tensor, dim: int = -2) -> Tensor:
     """[gate rows, then up rows] to [gate 0, up 0, gate 1, up 1, ...], along `dim`."""
-    if x.shape[dim] % 2:
-        raise Qwen35Error(
-            "gate and up have as many rows", expected=f"an even size of dimension {dim}", found=list(x.shape)
-        )
-    return x.unflatten(dim, (2, -1)).movedim(*_pair(x, dim)).flatten(*_pair(x, dim))
+    return _swapped(x, dim, (2, -1))
 
 
 def deinterleave_gate_up(x: Tensor, dim: int = -2) -> Tensor:
     """The inverse of `interleave_gate_up`."""
+    return _swapped(x, dim, (-1, 2))
+
+
+def _swapped(x: Tensor, dim: int, sizes: tuple[int, int]) -> Tensor:
+    """The dimension `dim` made of two, which change places."""
     if x.shape[dim] % 2:
-        raise Qwen35Error(
-            "gate and up have as many rows", expected=f"an even size of dimension {dim}", found=list(x.shape)
-        )
-    return x.unflatten(dim, (-1, 2)).movedim(*_pair(x, dim)).flatten(*_pair(x, dim))
-
-
-def _pair(x: Tensor, dim: int) -> tuple[int, int]:
-    """The two dimensions that `x.unflatten(dim, two sizes)` makes of one."""
-    return dim % x.dim(), dim % x.dim() + 1
+        expected = f"an even size of dimension {dim}"
+        raise Qwen35Error("gate and up have as many rows", expected=expected, found=list(x.shape))
+    at = dim % x.dim()
+    return x.unflatten(dim, sizes).movedim(at, at + 1).flatten(at, at + 1)
 
 
 # A tile of Aiter's (16, 16) weight layout: 16 rows x 32 columns, cut into chunks of 16 bytes. In memory the chunks of
@@ -77,11 +56,8 @@ def unshuffle_weight(x: Tensor) -> Tensor:
 
 def _tiles(x: Tensor, rows_first: bool) -> Tensor:
     if x.dim() < 2 or x.shape[-2] % TILE_ROWS or x.shape[-1] % TILE_COLUMNS:
-        raise Qwen35Error(
-            "Aiter's weight layout is made of whole tiles",
-            expected=f"[..., {TILE_ROWS} n, {TILE_COLUMNS} m]",
-            found=list(x.shape),
-        )
+        expected = f"[..., {TILE_ROWS} n, {TILE_COLUMNS} m]"
+        raise Qwen35Error("Aiter's weight layout is made of whole tiles", expected=expected, found=list(x.shape))
     chunk = LAYOUT_CHUNK // x.element_size()
     rows, columns = x.shape[-2] // TILE_ROWS, x.shape[-1] // TILE_COLUMNS
     chunks = TILE_COLUMNS // chunk

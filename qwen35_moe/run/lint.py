@@ -14,7 +14,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.checkpoint import TensorLayout
-from ..checkpoint.foreign import foreign_spec
+from ..checkpoint.recognise import foreign_spec
 from ..errors import Qwen35Error
 from ..gate.decide import NEWEST, VARIANTS, decide_layers, hazards
 from ..gate.declared import ModuleSpec, QuantConfig

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint
-from ..checkpoint.tensor_names import split_role
+from ..checkpoint.header import split_role
 from ..checkpoint.weight import StoredWeight
 from ..model.moe import MoE
 from ..model.mtp import MTP

@@ -13,9 +13,9 @@ from torch import nn
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.checkpoint import TensorLayout
+from ..checkpoint.header import split_role
 from ..checkpoint.recognise import CACHE_SCALES
-from ..checkpoint.stored_experts import EXPERT_PROJECTIONS
-from ..checkpoint.tensor_names import split_role
+from ..checkpoint.weight import EXPERT_PROJECTIONS
 from ..errors import Qwen35Error
 from ..gate.declared import as_raw, method_of, quantization_of
 from ..model.config import FULL, Config
