@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import os
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from forked import Child
 from tolerances import FLOAT64_REORDERED
 
 import qwen35_moe as q
 from qwen35_moe.cli.main import main
 from qwen35_moe.numerics.metrics import rel_l2
-from qwen35_moe.run.device_map import fill_devices, unit_sizes
-from qwen35_moe.run.files import Claim
 from qwen35_moe.run.origin import origin_of
+from qwen35_moe.run.placement import fill_devices, unit_sizes
 from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.layers import trace_layers
 
 Build = Callable[[str], Path]
 IDS = torch.tensor([[3, 7, 11, 5, 100, 17, 29, 31]])
-SPREAD = {"": "cpu", "layers.1": "disk", "layers.3": "disk", "lm_head": "disk"}
+SPREAD = {"": "cpu", "layers.1": "cpu:0", "lm_head": "cpu"}
 
 
-def spread(path: Path, tmp_path: Path, device_map: Any = SPREAD, **options: Any) -> q.Model:
-    return q.load(path, device_map=device_map, offload_folder=tmp_path / "offloaded", **options)
+def spread(path: Path, device_map: Any = SPREAD, **options: Any) -> q.Model:
+    return q.load(path, device_map=device_map, **options)
 
 
 @pytest.mark.parametrize(
     ("recipe", "mode", "arithmetic"),
     [
         ("tiny", "decoded", "exact"),
-        ("tiny", "decoded", "transformers-bf16"),  # weights are mapped, and then written to the folder
+        ("tiny", "decoded", "transformers-bf16"),
         ("tiny-per-expert", "decoded", "transformers-bf16"),  # experts stay in the checkpoint's file
         ("tiny-mxfp4", "decoded", "float32"),
         ("tiny-mxfp4", "packed", "float32"),
@@ -47,30 +42,15 @@ def spread(path: Path, tmp_path: Path, device_map: Any = SPREAD, **options: Any)
         ("tiny-flat", "packed", "exact"),  # tied head
     ],
 )
-def test_bits_do_not_depend_on_the_place(built: Build, tmp_path: Path, recipe: str, mode: str, arithmetic: str) -> None:
+def test_bits_do_not_depend_on_the_place(built: Build, recipe: str, mode: str, arithmetic: str) -> None:
     path, options = built(recipe), {"arithmetic": arithmetic, "mode": mode, "text_only": True}
     plain = q.load(path, **options)(IDS)
-    for device_map in (SPREAD, {"": "disk"}, {"": "cpu"}):
-        model = spread(path, tmp_path, device_map, **options)
-        assert torch.equal(model(IDS), plain)
-        assert torch.equal(model(IDS), plain)  # what a hook has dropped comes back
-
-
-def test_what_is_on_disk_is_not_in_memory(built: Build, tmp_path: Path) -> None:
-    model = spread(built("tiny"), tmp_path)
-    assert model.lm_head.weight.is_meta and all(p.is_meta for p in model.layers[1].parameters())
-    assert not any(p.is_meta for i in (0, 2) for p in model.layers[i].parameters())
-    model(IDS)
-    assert all(p.is_meta for p in model.layers[1].parameters())
-    (folder,) = (tmp_path / "offloaded").iterdir()
-    assert sum(f.stat().st_size for f in folder.iterdir()) > sum(8 * p.numel() for p in model.layers[1].parameters())
-    del model
-    gc.collect()
-    assert not folder.exists()
+    for device_map in (SPREAD, {"": "cpu"}):
+        assert torch.equal(spread(path, device_map, **options)(IDS), plain)
 
 
 def test_taps_traces_and_caches_work_through_the_hooks(built: Build, tmp_path: Path) -> None:
-    plain, model = q.load(built("tiny-mxfp4"), mode="packed"), spread(built("tiny-mxfp4"), tmp_path, mode="packed")
+    plain, model = q.load(built("tiny-mxfp4"), mode="packed"), spread(built("tiny-mxfp4"), mode="packed")
     expected = q.trace(plain, IDS, experts=True)
     for found in (
         q.trace(model, IDS, experts=True),
@@ -81,11 +61,11 @@ def test_taps_traces_and_caches_work_through_the_hooks(built: Build, tmp_path: P
     assert len(pieces[0]) and all(torch.equal(pieces[1][key], x) for key, x in pieces[0].items())
 
 
-def test_draft_head_and_vision_tower_are_placed_too(built: Build, tmp_path: Path) -> None:
+def test_draft_head_and_vision_tower_are_placed_too(built: Build) -> None:
     plain = q.load(built("tiny"), "float32")
-    model = spread(built("tiny"), tmp_path, {"": "cpu", "mtp": "disk", "visual": "disk"}, arithmetic="float32")
+    model = spread(built("tiny"), {"": "cpu", "mtp": 0 if torch.cuda.is_available() else "cpu"}, arithmetic="float32")
     assert model.mtp is not None and model.visual is not None
-    assert all(p.is_meta for part in (model.mtp, model.visual) for p in part.parameters())
+    assert not any(p.is_meta for part in (model.mtp, model.visual) for p in part.parameters())
     steps = [list(q.generate(m, IDS, 6, drafts=2)) for m in (plain, model)]
     assert [s.to_dict() for s in steps[0]] == [s.to_dict() for s in steps[1]]
     pixels = torch.linspace(-1, 1, 16 * plain.visual.config.patch_values).view(16, -1)
@@ -94,19 +74,17 @@ def test_draft_head_and_vision_tower_are_placed_too(built: Build, tmp_path: Path
 
 
 @pytest.mark.parametrize("mode", ["decoded", "packed"])
-def test_auto_fills_the_memory_that_it_may_take(built: Build, tmp_path: Path, mode: str) -> None:
+def test_auto_fills_the_memory_that_it_may_take(built: Build, mode: str) -> None:
     path = built("tiny-mxfp4")
     plain = q.load(path, mode=mode)
-    whole = spread(path, tmp_path, "auto", mode=mode)
+    whole = spread(path, "auto", mode=mode)
     assert set(whole.hf_device_map.values()) == {"cpu"} and torch.equal(whole(IDS), plain(IDS))
     sizes = [sum(p.nbytes for p in part.parameters()) for part in (plain.embed_tokens, plain.layers)]
     if mode == "packed":
         modules = origin_of(plain).checkpoint.modules.items()
         sizes.append(sum(x.nbytes for name, roles in modules if ".experts." in name for x in roles.values()))
-    part = spread(path, tmp_path, "auto", mode=mode, max_memory={"cpu": sizes[0] + int(0.6 * sum(sizes[1:]))})
-    places = [part.hf_device_map[f"layers.{i}"] for i in range(4)]
-    assert {"cpu", "disk"} == set(places) and places == sorted(places)  # the first layers stay in memory
-    assert torch.equal(part(IDS), plain(IDS))
+    with pytest.raises(q.Qwen35Error, match="(?s)does not fit.*--mode stream"):
+        spread(path, "auto", mode=mode, max_memory={"cpu": sizes[0] + int(0.6 * sum(sizes[1:]))})
 
 
 @pytest.mark.parametrize(
@@ -118,7 +96,8 @@ def test_auto_fills_the_memory_that_it_may_take(built: Build, tmp_path: Path, mo
         ("balanced_low_0", {0: 99, 1: 5, 2: 6}, [1, 1, 1, 2, 2]),
         ("sequential", {0: 8, 1: 99}, [0, 0, 0, 1, 1]),
         ("auto", {0: 7, 1: 3, "cpu": 99}, [0, 1, 1, "cpu", "cpu"]),  # the first GPU keeps room for 4
-        ("auto", {"cpu": 8}, ["cpu", "cpu", "disk", "disk", "disk"]),
+        ("auto", {"cpu": 8}, []),
+        ("sequential", {0: 3, "cpu": 7}, []),
         ("auto", {0: 3, "cpu": 99}, ["cpu"] * 5),
     ],
 )
@@ -148,15 +127,15 @@ def test_a_map_counts_the_bytes_that_units_will_have(built: Build, mode: str) ->
     ("options", "message"),
     [
         ({"device_map": {"layers": "cpu"}}, r"(?s)does not fit.*embed_tokens: no place"),
-        ({"device_map": {"": "cpu", "layers.0.mlp": "disk"}}, r"(?s)layers.0.mlp: no such unit"),
-        ({"device_map": {"": "cpu", "layers.9": "disk"}}, "layers.9: no such unit"),
+        ({"device_map": {"": "cpu", "layers.0.mlp": "cpu"}}, r"(?s)layers.0.mlp: no such unit"),
+        ({"device_map": {"": "cpu", "layers.9": "cpu"}}, "layers.9: no such unit"),
         ({"device_map": "sideways"}, "unknown device_map"),
         ({"device_map": {"": "floppy"}}, "no such device"),
         ({"device_map": {"": {"layers": 1}}}, "no such device"),
         ({"device_map": {"": "meta"}}, "no such device"),
         ({"device_map": {"": "cuda:99"}}, "no such device"),
         ({"device_map": "auto", "max_memory": {"cpu": "40XB"}}, "(?s)makes no map.*max_memory"),
-        ({"device_map": {"": "disk"}}, "offload_folder"),
+        ({"device_map": {"": "disk"}}, "--mode stream"),
         ({"device_map": {"": "cpu"}, "mode": "stream"}, "streamed"),
     ],
 )
@@ -167,7 +146,7 @@ def test_maps_that_place_nothing(built: Build, options: dict[str, Any], message:
 
 def test_the_command_line_takes_a_map(built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "map.json").write_text(json.dumps(SPREAD))
-    options = ["--device-map", str(tmp_path / "map.json"), "--offload-folder", str(tmp_path / "offloaded")]
+    options = ["--device-map", str(tmp_path / "map.json")]
     path, ids = str(built("tiny-mxfp4")), ["--ids", "1,2,3,4,5"]
     trace = ["trace", path, *ids, "--no-envelope", "--quiet", "--mode", "decoded", "--arithmetic", "float32", "--out"]
     assert main([*trace, str(tmp_path / "plain")]) == 0 == main([*trace, str(tmp_path / "spread"), *options])
@@ -187,43 +166,9 @@ def test_the_command_line_takes_a_map(built: Build, tmp_path: Path, capsys: pyte
     assert main([*trace, str(tmp_path / "o"), "--device", "meta"]) == 2
 
 
-@pytest.mark.parametrize("option", ["--max-memory", "--offload-folder"])
-def test_what_says_nothing_without_a_map(built: Build, tmp_path: Path, option: str) -> None:
-    assert main(["trace", str(built("tiny")), "--ids", "1", "--out", str(tmp_path / "o"), option, "cpu=1GB"]) == 2
-
-
-def loads_and_dies(path: Path, options: dict[str, Any]) -> None:
-    _held = q.load(path, **options)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_weights_of_a_process_that_was_killed_are_removed(built: Build, tmp_path: Path) -> None:
-    """Those of processes that live are not."""
-    options = {"device_map": SPREAD, "offload_folder": str(tmp_path), "mode": "decoded"}
-    assert Child(Path(os.devnull), loads_and_dies, built("tiny"), options).wait() == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
-    own = [tmp_path / f"qwen35-moe-{name}" for name in ("empty", "notes", "weights")]
-    for folder, name in zip(own, ("", "notes.txt", "layers.0.weight.dat"), strict=True):
-        folder.mkdir()
-        if name:
-            (folder / name).touch()
-    first, second = q.load(built("tiny"), **options), q.load(built("tiny"), **options)
-    assert not left.exists() and len(list(tmp_path.iterdir())) == 5
-    assert torch.equal(first(IDS), second(IDS))
-    del first, second
-    gc.collect()
-    assert sorted(tmp_path.iterdir()) == own and [len(list(folder.iterdir())) for folder in own] == [0, 1, 1]
-
-
-def test_offloading_waits_for_nobody(built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "map.json").write_text(json.dumps(SPREAD))
-    (tmp_path / "out").mkdir()
-    options = ["--device-map", str(tmp_path / "map.json"), "--mode", "decoded", "--quiet", "--no-envelope"]
-    trace = ["trace", str(built("tiny-mxfp4")), "--ids", "1,2,3", "--out", str(tmp_path / "out"), *options]
-    assert main([*trace, "--offload-folder", str(tmp_path / "x" / ".." / "out")]) == 2
-    assert "the trace's own folder" in capsys.readouterr().err
-    with Claim(tmp_path / "offloaded"):  # whoever else works in there
-        assert main([*trace, "--offload-folder", str(tmp_path / "offloaded")]) == 0
+def test_limits_say_nothing_without_a_map(built: Build, tmp_path: Path) -> None:
+    limits = ["--max-memory", "cpu=1GB"]
+    assert main(["trace", str(built("tiny")), "--ids", "1", "--out", str(tmp_path / "o"), *limits]) == 2
 
 
 @pytest.mark.gpu
@@ -239,14 +184,12 @@ def test_offloading_waits_for_nobody(built: Build, tmp_path: Path, capsys: pytes
         ("tiny-flat", "packed", "exact"),
     ],
 )
-def test_bits_on_a_gpu_do_not_depend_on_the_place(
-    built: Build, tmp_path: Path, recipe: str, mode: str, arithmetic: str
-) -> None:
+def test_bits_on_a_gpu_do_not_depend_on_the_place(built: Build, recipe: str, mode: str, arithmetic: str) -> None:
     path, options = built(recipe), {"arithmetic": arithmetic, "mode": mode, "text_only": True}
     plain = q.load(path, device="cuda", **options)(IDS.cuda())
-    maps = {"": 0}, "auto", {"": 0, "layers.0": "cpu", "layers.1": "disk"}, {"": "cpu", "layers.0": 0}
+    maps = {"": 0}, "auto", {"": 0, "layers.0": "cpu", "layers.1": "cpu"}, {"": "cpu", "layers.0": 0}
     for device_map in maps:
-        model = spread(path, tmp_path, device_map, **options)
+        model = spread(path, device_map, **options)
         assert model.norm.weight.is_cuda
         for _ in range(2):  # what a hook has dropped comes back
             if arithmetic == "exact":  # experts that lie elsewhere are multiplied one by one

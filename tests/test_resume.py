@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from qwen35_moe.cli import trace as trace_cli
 from qwen35_moe.cli.main import main
 from qwen35_moe.model.moe import MoE
 from qwen35_moe.oracle.judge import envelope_file
-from qwen35_moe.run import files, placement
+from qwen35_moe.run import files
 from qwen35_moe.run.files import whole
 from qwen35_moe.trace import folder as trace_folder
 from qwen35_moe.trace.file import Trace
@@ -219,29 +218,6 @@ def test_a_link_in_the_place_of_parts(run: Callable[..., int], tmp_path: Path) -
 def test_any_name_can_be_resumed(run: Callable[..., int], tmp_path: Path, out: str) -> None:
     assert run(out, [1, 2, 3], *FEW, "--layers", "0-1") == 0 == run(out, [1, 2, 3], *FEW, "--resume")
     assert run(out, PROMPTS, *FEW, "--batch", "1") == 0 == run(out, [1, 2, 3], *FEW)
-
-
-def test_offloaded_weights(
-    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A full disk is an error before it is written to; without locks, nobody's weights are removed."""
-    (tmp_path / "map.json").write_text(json.dumps({"": "cpu", "layers.1": "disk"}))
-    options = [*FEW, "--device-map", str(tmp_path / "map.json"), "--mode", "decoded", "--offload-folder"]
-    folder = tmp_path / "offloaded"
-    (other := folder / f"{placement.OFFLOAD}other").mkdir(parents=True)
-    for name in (placement.MARK, "notes.txt", "layers.0.weight.dat"):
-        (other / name).touch()
-    with monkeypatch.context() as patch:
-        patch.setattr(fcntl, "flock", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no locks")))
-        assert run("out", [1, 2], *options, str(folder)) == 0 and len(list(other.iterdir())) == 3
-    assert run("out", [1, 2], *options, str(folder)) == 0
-    assert [p.name for p in other.iterdir()] == ["notes.txt"]
-    with monkeypatch.context() as patch:
-        patch.setattr(placement.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
-        assert run("full", [1, 2], *options, str(folder)) == 2
-    assert "disk full" in capsys.readouterr().err
-    assert run("out", [1, 2], *options, str(tmp_path / "out" / "inside")) == 2
-    assert not (tmp_path / "out" / "inside").exists()
 
 
 def test_a_damaged_state_is_an_error(

@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Qwen35Error
-from ..run.device_map import AUTOMATIC
-from ..run.load import usable
+from ..run.origin import usable
+from ..run.placement import AUTOMATIC
 from ..untrusted import read_json
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
-        "--device-map", metavar="MAP", help="spread the layers over all GPUs, CPU memory and disk, by accelerate: "
-        'auto, balanced, balanced_low_0 or sequential, or a JSON file such as {"": "cpu", "layers.3": "disk"}',
+        "--device-map", metavar="MAP", help="spread the layers over all GPUs and CPU memory, by accelerate: "
+        'auto, balanced, balanced_low_0 or sequential, or a JSON file such as {"": "cpu", "layers.3": 0}',
     )  # fmt: skip
     parser.add_argument("--max-memory", metavar="0=20GB,cpu=30GB",
                         help="memory that --device-map may use on each device")  # fmt: skip
-    parser.add_argument("--offload-folder", metavar="DIR", help="folder for weights that --device-map puts on disk")
 
 
 def add_ignored_keys(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +31,8 @@ def add_ignored_keys(parser: argparse.ArgumentParser) -> None:
 def device_options(args: argparse.Namespace) -> dict[str, Any]:
     """These options as arguments of `load`."""
     if args.device_map is None:
-        for option in ("max_memory", "offload_folder"):
-            if getattr(args, option) is not None:
-                where = f"--{option.replace('_', '-')}"
-                raise Qwen35Error("has no meaning without a map", where=where, expected="--device-map as well")
+        if args.max_memory is not None:
+            raise Qwen35Error("has no meaning without a map", where="--max-memory", expected="--device-map as well")
         usable(args.device, f"--device {args.device}")
         return {"device": args.device}
     if args.device != "cpu":
@@ -58,4 +55,4 @@ def device_options(args: argparse.Namespace) -> dict[str, Any]:
             expected, found = " | ".join(AUTOMATIC) + ", or a JSON file", error.found or error.what
             where = f"--device-map {device_map}"
             raise Qwen35Error("no device map", where=where, expected=expected, found=found) from error
-    return {"device_map": device_map, "max_memory": memory or None, "offload_folder": args.offload_folder}
+    return {"device_map": device_map, "max_memory": memory or None}

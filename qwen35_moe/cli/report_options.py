@@ -84,8 +84,8 @@ def chosen(args: argparse.Namespace) -> dict[str, Any]:
 def where(args: argparse.Namespace) -> Where:
     """Where blocks run again. Error: what `trace` refuses, too; limits, which one layer at a time has no need of."""
     options = device_options(args)
-    if options.get("max_memory") or options.get("offload_folder"):
-        raise Qwen35Error("one layer is held at a time", where="--max-memory, --offload-folder", do="leave them out")
+    if options.get("max_memory"):
+        raise Qwen35Error("one layer is held at a time", where="--max-memory", do="leave it out")
     return Where(args.device, options.get("device_map"), args.mode, args.quiet, args.ignore_config_keys)
 
 

@@ -84,9 +84,6 @@ def run(args: argparse.Namespace) -> int:
     if not (args.checkpoint and (args.ids or args.prompt is not None) and args.out):
         missing = "--out" if args.checkpoint and (args.ids or args.prompt is not None) else "a checkpoint or a prompt"
         raise Qwen35Error(f"{missing} is missing", expected="trace CHECKPOINT --ids IDS --out FOLDER")
-    if args.offload_folder is not None and Path(args.offload_folder).resolve().is_relative_to(Path(args.out).resolve()):
-        where = f"--offload-folder {args.offload_folder}"
-        raise Qwen35Error("in the trace's own folder", where=where, do="name another")
     in_utf8(args.out)
     args.asked = split_patterns(args.taps)
     args.taps = args.taps if args.no_envelope else with_ids(args.taps)

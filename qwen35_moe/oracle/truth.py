@@ -16,9 +16,8 @@ from ..model.text import Model
 from ..numerics.arithmetics import Arithmetic
 from ..numerics.tap_keys import base_name, part_of
 from ..numerics.tap_table import NAMES
-from ..run.host import check_default_device
 from ..run.load import load
-from ..run.origin import origin_of
+from ..run.origin import check_default_device, origin_of
 from ..run.prompt import Images, padded
 from ..run.source import WeightSource
 from ..trace.file import Trace

@@ -25,10 +25,9 @@ from ..model.text import Model
 from ..model.vision.tower import VisionConfig, VisionTower
 from ..numerics import arithmetics
 from ..numerics.arithmetics import Arithmetic
-from .devices import usable
 from .fill import fill
-from .host import HostCheck, check_default_device
-from .origin import Origin, set_origin
+from .origin import HostCheck, Origin, check_default_device, usable
+from .placement import place_model
 from .side_by_side import fix_threads
 from .source import WeightSource
 from .streamed import LAYERS_OF_PART, StreamedEmbedding, StreamedHead, StreamedPart, stream_layers
@@ -48,7 +47,6 @@ def load(
     text_only: bool = False,
     device_map: str | Mapping[str, Any] | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
-    offload_folder: str | Path | None = None,
 ) -> Model:
     """All of a checkpoint folder: the text model, and its draft head and vision tower as `model.mtp`, `model.visual`.
 
@@ -57,8 +55,8 @@ def load(
     decides, layer by layer, the draft's among them, unless the arithmetic is of an engine that never fuses.
     mode: "decoded", "packed" or "stream", see above; all three compute the same bits.
     text_only: without draft head and vision tower; `origin_of(model).left_out` counts the tensors left unread.
-    device_map: spreads the model over GPUs, "cpu" and "disk" instead of `device`: "auto", or a dictionary of parts
-    ("layers.3", "lm_head", "" for the rest) to devices; `max_memory` and `offload_folder` as in accelerate.
+    device_map: spreads the model over GPUs and "cpu" instead of `device`: "auto", or a dictionary of parts ("layers.3",
+    "lm_head", "" for the rest) to devices; `max_memory` as in accelerate.
 
     Fixes torch's current number of threads (`fix_threads`), so that no bit depends on what ran before.
     """
@@ -89,13 +87,11 @@ def load(
     model.register_forward_pre_hook(HostCheck())
     counts = {part: sum(name.startswith(f"{part}.") for name in checkpoint.names()) for part in LAYERS_OF_PART}
     parts = {part: count for part, count in counts.items() if count}
-    set_origin(model, Origin(source, checkpoint.identity(), parts if text_only else {}))
+    model.register_forward_pre_hook(Origin(source, checkpoint.identity(), parts if text_only else {}))
     for part in () if text_only else parts:
         setattr(model, part, build_part(part, source, table, draft_fused, device, mode))
     if device_map is not None:
-        from .placement import place_model  # here: accelerate takes its time
-
-        place_model(model, source, table, mode, device_map, max_memory, offload_folder)
+        place_model(model, source, table, mode, device_map, max_memory)
     return model
 
 

@@ -1,43 +1,37 @@
-"""Placing a model by a device map: over several GPUs, CPU and disk, as accelerate does it.
+"""Placing a model by a device map, over several GPUs and the CPU, as accelerate does it.
 
 A map says where weights are kept, unit by unit: `embed_tokens`, `layers.0` .., `norm`, `lm_head`, `mtp`, `visual`, or
-"layers" for all layers and "" for all. What is kept on "cpu" (where there is a GPU in the map) or on "disk" is put on
-the main device by a hook when it is its turn, and dropped after it. Values do not depend on the place: a map gives the
-bits that its devices give; on a GPU, packed experts that are kept elsewhere are multiplied one by one, which in float64
-may change the last bits.
+"layers" for all layers and "" for all. A hook puts what is kept on "cpu" (where there is a GPU in the map) on the main
+device when it is its turn, and drops it after it. Values do not depend on the place: a map gives the bits that its
+devices give; on a GPU, packed experts that are kept elsewhere are multiplied one by one, which in float64 may change
+the last bits.
 
-Two things are never moved: experts that stay packed, or mapped to memory, lie in the checkpoint's own files, on "disk"
-as on "cpu"; the last norm stays on the main device, which is how a model says where it wants its input.
+Two things are never moved: experts that stay packed, or mapped to memory, lie in the checkpoint's own files; the last
+norm stays on the main device, which is how a model says where it wants its input.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import Qwen35Error, extra
 from ..model.moe import MoE
-from .device_map import AUTOMATIC, DeviceName, automatic_map, by_unit
+from ..model.text import Model
+from ..numerics.arithmetics import Arithmetic
 from .experts import PackedExperts, ViewedExperts
-from .files import Claim
+from .fill import fill
 from .gpu.grouped_experts import ResidentExperts
+from .origin import usable
+from .source import WeightSource
 
-if TYPE_CHECKING:
-    from ..model.text import Model
-    from ..numerics.arithmetics import Arithmetic
-    from .source import WeightSource
-
-UNITS = ["Layer", "MTP", "VisionTower"]  # classes that are never split: each is loaded as a whole
-OFFLOADED = ("cpu", "disk")
-OFFLOAD, MARK = "qwen35-moe-", ".qwen35-moe"  # how names of folders with offloaded weights begin; a file in them
+DeviceName = int | str | torch.device
+AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's words
+NEVER_SPLIT = ["Layer", "MTP", "VisionTower"]  # classes, each loaded as a whole
+STREAM = 'mode="stream" (--mode stream) reads each layer from disk at its turn'
 
 
 def place_model(
@@ -47,54 +41,34 @@ def place_model(
     mode: str,
     device_map: str | Mapping[str, DeviceName],
     max_memory: Mapping[int | str, int | str] | None = None,
-    offload_folder: str | Path | None = None,
-) -> Model:
+) -> None:
     """Fills a model of meta parameters, each unit where the map wants it, and dispatches it.
 
-    device_map: unit -> GPU number, "cuda:1", "cpu" or "disk"; or "auto" (that is "balanced"): GPUs are filled evenly,
-    then the CPU, then the disk, within `max_memory` ({0: "20GiB", "cpu": "60GiB"}; without it, what is free);
-    "balanced_low_0" leaves the first GPU empty if the others hold all; "sequential" fills one GPU after the other.
-    offload_folder: where decoded weights on "disk" are written; they are removed with the model. `model.hf_device_map`
-    then says what is where.
-    Error: a map that leaves out a unit, or names none; a disk without a folder.
+    device_map: unit -> GPU number, "cuda:1" or "cpu"; or "auto" (that is "balanced"): GPUs are filled evenly, then the
+    CPU, within `max_memory` ({0: "20GiB", "cpu": "60GiB"}; without it, what is free); "balanced_low_0" leaves the first
+    GPU empty if the others hold all; "sequential" fills one GPU after the other. `model.hf_device_map` then says what
+    is where.
+    Error: a map that leaves out a unit, or names none; a model that does not fit.
     """
     with extra("placement"):
         from accelerate import dispatch_model
-        from accelerate.utils import offload_weight, save_offload_index
-
-    from .fill import fill
 
     if isinstance(device_map, str) and device_map in AUTOMATIC:
         places = automatic_map(model, source, mode, device_map, max_memory)
     else:
         places = by_unit(model, device_map)
-    main = next((where for where in places.values() if where not in OFFLOADED), "cpu")
+    main = next((where for where in places.values() if where != "cpu"), "cpu")
     places["norm"] = main
-    folder = _folder(model, offload_folder) if "disk" in places.values() else None
-    index: dict[str, Any] = {}
     for unit, where in places.items():
         shares = unit == "lm_head" and model.config.tie_word_embeddings
-        if shares and where == places["embed_tokens"] != "disk":
+        if shares and where == places["embed_tokens"]:
             model.lm_head.weight = model.embed_tokens.weight
             continue
-        module, device = model.get_submodule(unit), torch.device("cpu" if where in OFFLOADED else where)
-        fill(module, "embed_tokens" if shares else unit, source, table, device, mode)
-        if where in OFFLOADED and main != "cpu":
+        module = model.get_submodule(unit)
+        fill(module, "embed_tokens" if shares else unit, source, table, torch.device(where), mode)
+        if where == "cpu" != main:
             _reach(module, torch.device(main))
-        if where == "disk":
-            for name, owner, parameter in _parameters(model.get_submodule(unit), unit):
-                _check_room(str(folder), parameter.nbytes)
-                index = offload_weight(parameter.detach(), name, folder, index)
-                empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
-                owner.register_parameter(name.rpartition(".")[2], empty)
-    if folder is not None:
-        save_offload_index(index or {}, folder)
-        if not index:
-            Path(folder, "index.json").write_text("{}")  # all that is on disk is in the checkpoint
-    dispatch_model(
-        model, dict(places), main, offload_dir=folder, preload_module_classes=UNITS, force_hooks=True
-    )  # which also says on stderr that parameters are offloaded
-    return model
+    dispatch_model(model, dict(places), main, preload_module_classes=NEVER_SPLIT, force_hooks=True)
 
 
 def _reach(module: nn.Module, main: torch.device) -> None:
@@ -108,47 +82,131 @@ def _reach(module: nn.Module, main: torch.device) -> None:
             block.experts = ResidentExperts(gate_up, down)
 
 
-def _parameters(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """(name, owner, parameter), each."""
-    for path, owner in module.named_modules(prefix=prefix):
-        for name, parameter in list(owner.named_parameters(recurse=False)):
-            yield f"{path}.{name}", owner, parameter
+def units(model: Model) -> list[str]:
+    """What a map places, in the order of computing."""
+    ends = [name for name, part in (("mtp", model.mtp), ("visual", model.visual)) if part is not None]
+    return ["embed_tokens", *(f"layers.{i}" for i in range(len(model.layers))), "norm", "lm_head", *ends]
 
 
-def _folder(model: Model, offload_folder: str | Path | None) -> str:
-    """A new folder in the one that was given: nobody else's weights are taken for ours. Those that processes which have
-    ended left there, since they were killed, are removed."""
-    if offload_folder is None:
-        raise Qwen35Error("weights on disk need a place", where="device_map", do="give offload_folder, or more memory")
-    for mark in Path(offload_folder).glob(f"{OFFLOAD}*/{MARK}"):
-        with suppress(Qwen35Error):  # in use
-            claim = Claim(mark.parent)
-            if claim.locked:
-                _remove(mark.parent, claim)
-            claim.release()
+def by_unit(model: Model, device_map: str | Mapping[str, DeviceName]) -> dict[str, str]:
+    """The map with an entry for each unit: that of the longest name which the unit lies in."""
+    known = units(model)
+    if not isinstance(device_map, Mapping):
+        expected = f'{" | ".join(AUTOMATIC)}, or unit -> device, as {{"": "cpu", "layers.3": 0}}'
+        raise Qwen35Error("unknown device_map", where="load()", expected=expected, found=repr(device_map))
+    unknown = sorted({*device_map} - {"", "layers", "mtp", "visual", *known})
+    lost = [unit for unit in known if not any(_holds(name, unit) for name in device_map)]
+    if unknown or lost:
+        raise Qwen35Error(
+            "device_map does not fit the model",
+            where="load()",
+            expected=f"{known[0]}, layers.0 .. {len(model.layers) - 1}, {', '.join(known[len(model.layers) + 1 :])}",
+            found=", ".join([*(f"{name}: no such unit" for name in unknown), *(f"{unit}: no place" for unit in lost)]),
+            do='{"": "cpu"} places all that is not named',
+        )
+    return {unit: _name(device_map[max((n for n in device_map if _holds(n, unit)), key=len)]) for unit in known}
+
+
+def _holds(name: str, unit: str) -> bool:
+    return name in ("", unit) or unit.startswith(f"{name}.")
+
+
+def _name(where: DeviceName) -> str:
+    """As torch spells it."""
+    if where == "disk":
+        raise Qwen35Error("nothing is placed on disk", where="device_map", found=where, do=STREAM)
     try:
-        Path(offload_folder).mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=OFFLOAD, dir=offload_folder))
-    except OSError as error:
-        raise Qwen35Error("cannot write here", where=offload_folder, found=error.strerror) from error
-    claim = Claim(folder)
-    (folder / MARK).touch()  # once it is claimed: what has no mark is nobody's to remove
-    weakref.finalize(model, _remove, folder, claim)
-    return str(folder)
+        device = torch.device(where)
+        if device.type == "meta":
+            raise TypeError
+    except (RuntimeError, TypeError) as error:
+        expected = '0, "cuda:0", "cpu"'
+        raise Qwen35Error("no such device", where="device_map", expected=expected, found=where) from error
+    usable(device, f"device_map: {where}")
+    return f"{device.type}:{device.index or 0}" if device.type != "cpu" else "cpu"
 
 
-def _check_room(folder: str, nbytes: int) -> None:
-    """Error before a file is mapped that the disk cannot hold: to write to it would end the process (SIGBUS)."""
-    if (free := shutil.disk_usage(folder).free) < nbytes:
-        do = "give another offload_folder, or more memory"
-        raise Qwen35Error("disk full", where=folder, expected=f"{nbytes} bytes", found=f"{free} free", do=do)
+def automatic_map(
+    model: Model, source: WeightSource, mode: str, how: str, max_memory: Mapping[int | str, int | str] | None
+) -> dict[str, str]:
+    """The units fill the GPUs in the order of computing, then the CPU.
+
+    Each GPU is filled to its limit ("sequential") or to the least share of the model with which the GPUs hold all of
+    it. Where they cannot, the main device keeps room for the largest unit, which is brought there when it is its turn.
+    """
+    with extra("placement"):
+        from accelerate.utils import get_max_memory
+
+    try:
+        limits = get_max_memory(dict(max_memory) if max_memory else None)
+    except ValueError as error:
+        expected = '{0: "20GiB", "cpu": "60GiB"}'
+        raise Qwen35Error("accelerate makes no map", where="max_memory", expected=expected, found=error) from error
+    if not max_memory:  # a tenth is left for what is computed
+        limits = {device: room if device == "cpu" else int(0.9 * room) for device, room in limits.items()}
+    sizes = unit_sizes(model, source, mode)
+    if not (places := fill_devices(sizes, limits, how)):
+        expected, found = f"{sum(sizes.values())} bytes in all", limits
+        raise Qwen35Error("the model does not fit", where="max_memory", expected=expected, found=found, do=STREAM)
+    return by_unit(model, places)
 
 
-def _remove(folder: Path, claim: Claim) -> None:
-    """What was offloaded there, and the folder if that was all."""
-    for file in (*folder.glob("*.dat"), folder / "index.json", folder / MARK):
-        with suppress(OSError):
-            file.unlink()
-    with suppress(OSError):
-        folder.rmdir()
-    claim.release()
+def fill_devices(sizes: Mapping[str, int], limits: Mapping[Any, int], how: str) -> dict[str, Any]:
+    """unit -> device; empty if they do not fit. sizes: unit -> bytes, in the order of computing; limits: device ->
+    bytes."""
+    rooms = dict(sorted(limits.items(), key=lambda item: item[0] == "cpu"))
+    gpus = [device for device in rooms if device != "cpu"]
+    if how == "balanced_low_0" and len(gpus) > 1 and (places := _even(sizes, rooms, gpus[1:])):
+        return places
+    if how != "sequential" and (places := _even(sizes, rooms, gpus)):
+        return places
+    places = _in_order(sizes, rooms)
+    if gpus and "cpu" in places.values():
+        places = _in_order(sizes, {**rooms, gpus[0]: rooms[gpus[0]] - max(sizes.values())})
+    return places
+
+
+def _even(sizes: Mapping[str, int], rooms: Mapping[Any, int], gpus: list[Any]) -> dict[str, Any]:
+    """Units on these GPUs, the fullest of which holds as little as can be; empty if they do not hold all."""
+    low, high, best = 0, sum(sizes.values()), dict[str, Any]()
+    while low <= high:
+        share = (low + high) // 2
+        if places := _in_order(sizes, {gpu: min(share, rooms[gpu]) for gpu in gpus}):
+            best, high = places, share - 1
+        else:
+            low = share + 1
+    return best
+
+
+def _in_order(sizes: Mapping[str, int], rooms: Mapping[Any, int]) -> dict[str, Any]:
+    """Each unit on the first device, from that of the unit before it on, that has room for it; empty if none has."""
+    places, left = dict[str, Any](), list(rooms.items())
+    for unit, size in sizes.items():
+        while left and size > left[0][1]:
+            left.pop(0)
+        if not left:
+            return {}
+        device, room = left[0]
+        places[unit], left[0] = device, (device, room - size)
+    return places
+
+
+def unit_sizes(model: Model, source: WeightSource, mode: str) -> dict[str, int]:
+    """Bytes of each unit in memory; packed experts have the bytes that they are stored in."""
+    blocks = {path: m for path, m in model.named_modules() if isinstance(m, MoE)} if mode == "packed" else {}
+    packed = tuple(f"{path}.experts." for path in blocks)
+    shared = tuple(f"{path}.shared_expert." for path, block in blocks.items() if block.shared_expert is None)
+    sizes = dict.fromkeys(units(model), 0)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(packed):
+            sizes[_unit_of(name)] += parameter.numel() * model.arithmetic.weight_dtype(name).itemsize
+    for name, roles in source.checkpoint.modules.items():
+        if name.startswith(packed + shared):
+            sizes[_unit_of(name)] += sum(weight.nbytes for weight in roles.values())
+    return sizes
+
+
+def _unit_of(name: str) -> str:
+    """ "layers.3.mlp.gate" -> "layers.3"."""
+    first, second, *_ = name.split(".")
+    return f"{first}.{second}" if first == "layers" else first
