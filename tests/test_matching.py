@@ -11,6 +11,7 @@ from engine_like import Engine, Value, padded_truth, tiny_model, write_dumper
 
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.oracle.dumps.align import Alignment, align
+from qwen35_moe.oracle.dumps.draft_rows import branches_of
 from qwen35_moe.oracle.dumps.dump import Dump, Piece, StepTokens
 from qwen35_moe.oracle.dumps.match import Matching
 from qwen35_moe.oracle.dumps.readers import read_dump
@@ -99,6 +100,30 @@ def test_a_verification_step_of_several_requests(truth: Trace) -> None:
     ]
     found = matched(truth, *steps)
     assert not found.absent and found.where[1].tolist() == [[0, 0, 2], [2, 1, 4]]
+
+
+def test_a_tree_of_drafts(truth: Trace) -> None:
+    """Two drafts after a token, and two after one of those, which the dump does not say. The next step tells whether
+    one of them was accepted."""
+    a, b = SEQUENCES
+
+    def tree(root: int, ids: list[int]) -> StepTokens:
+        at = torch.tensor([root, root + 1, root + 1, root + 2, root + 2])
+        return StepTokens(torch.tensor(ids), at, seq_lens=[root], requests=["a"])
+
+    begun = flat((0, a[:3]), (0, b), seq_lens=[3, 5], requests=["a", "b"])
+    ended = [flat((5, a[5:6]), seq_lens=[6], requests=["a"]), flat((6, a[6:]), seq_lens=[7], requests=["a"])]
+    steps = [begun, tree(3, [a[3], 99, a[4], 97, 96]), *ended]
+    dump, (first, *_) = dump_of(steps), branches_of(dump_of(steps), [torch.tensor(a), torch.tensor(b)])
+    assert (first.of, first.at, first.ids) == (0, 4, (99,))
+    found = matched(truth, *steps)
+    assert found.where[1].tolist() == [[0, 0, 3], [2, 0, 4]] and not found.absent
+    assert "2 rows of trees of drafts were not compared" in str(found.notes)
+    assert [x.tolist() for x in sequences_of(dump)] == [a, b]
+    deeper = [begun, tree(3, [a[3], 99, a[4], a[5], 96]), ended[1]]
+    assert matched(truth, *deeper).absent == ["1 tokens of sequence 0, from token 5 on"]
+    with pytest.raises(Qwen35Error, match="which drafts of a tree were accepted"):
+        sequences_of(dump_of(deeper))
 
 
 def test_what_is_absent_is_named(truth: Trace) -> None:

@@ -22,9 +22,7 @@ from .matched import DraftBranch, Matched
 from .runs import runs
 
 HIDDEN = "final_norm"
-MOST_BRANCH_TOKENS = (
-    1024  # of all branches, or as many as the sequences have: a truth takes no more than twice the time
-)
+MOST_BRANCH_TOKENS = 1024  # or as many as the sequences have: so branches at most double the time of a long truth
 
 
 @dataclass

@@ -20,7 +20,7 @@ from ...trace.images import stands_for_images
 from .by_count import by_count, ids_by_embeddings
 from .dump import Dump
 from .matched import NO_TOKENS, DraftBranch, Matched
-from .runs import Run, runs
+from .runs import Run, runs, tree_size, uncertain
 
 NO_BRANCHES: Mapping[DraftBranch, int] = MappingProxyType({})
 ANY, FIRST = -1, -2  # in the place of ids
@@ -60,6 +60,7 @@ class Matching:
         self.real = [row.nonzero().flatten() for row in mask_BT.bool()]  # columns of the real tokens, in order
         self.ids = [row[columns] for row, columns in zip(ids_BT, self.real, strict=True)]
         self.filled = [0] * len(self.ids)
+        self.placed = [-1] * len(self.ids)  # the step of its last run
         self.cached = [0] * len(self.ids)  # tokens before the first run, which the engine had already
         self.seen = [torch.zeros(len(row), dtype=torch.bool) for row in self.ids]
         self.owner: dict[object, int] = {}
@@ -87,7 +88,8 @@ class Matching:
                 self.cached[b] = at
             self._name_first(left, b, at)
             self._take(left, b, at, n)
-            self.filled[b], found = at + n, b
+            again = self.placed[b] == run.step  # another path of a tree of drafts
+            self.filled[b], self.placed[b], found = max(at + n, again * self.filled[b]), run.step, b
             self.drafted.discard(b)
             if run.request is not None:
                 self.owner[run.request] = b
@@ -209,10 +211,13 @@ class Matching:
             (self.rejected, "tokens after the last right one of their run were not compared: rejected drafts, of which "
                             "the truth does not know (`diagnose` computes one), or another text"),
             (self.beyond, "tokens beyond the truth left out"),
+            (sum(map(uncertain, self.dump.tokens.values())),
+             "rows of trees of drafts were not compared: which draft they follow is not in the dump"),
         )  # fmt: skip
         notes = [f"{count} {what}" for count, what in told if count]
         notes += [f"the first {n} tokens of sequence {b} were cached" for b, n in enumerate(self.cached) if n]
         where = {step: torch.cat(tables) for step, tables in self.tables.items()}
+        where |= {s: x.unique(dim=0) for s, x in where.items() if tree_size(self.dump.tokens[s])}  # its root once
         ends = {step: torch.tensor(self.last[step]) for step in where}
         b, t, *theirs = torch.cat(self.compared).unbind(1)
         positions = torch.stack((b, t, positions_BT[b, t], *theirs), 1)

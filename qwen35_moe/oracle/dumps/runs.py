@@ -58,10 +58,45 @@ def split_runs(tokens: StepTokens) -> Iterator[tuple[Tensor, object]]:
     if tokens.batch is not None:
         yield from _split_batch(tokens.batch, tokens.mask, positions)
         return
+    if (size := tree_size(tokens)) and tokens.positions is not None:
+        for index, start in enumerate(range(0, tokens.ids.numel(), size)):
+            for rows in _paths(tokens.positions[start : start + size]):
+                yield rows + start, tokens.requests[index] if tokens.requests else index
+        return
     stops = _stops(positions, tokens.seq_lens, tokens.requests, tokens.ids.numel())
     one_each = tokens.requests is not None and len(tokens.requests) == len(stops)
     for index, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
         yield torch.arange(start, stop), tokens.requests[index] if one_each and tokens.requests else None
+
+
+def tree_size(tokens: StepTokens) -> int:
+    """Rows of each request, in a step that verifies trees of drafts: several stand at one position, after the first. 0:
+    no such step."""
+    ids, at, several = tokens.ids, tokens.positions, len(tokens.seq_lens or tokens.requests or ())
+    if ids is None or at is None or tokens.batch is not None or not several or len(ids) % several:
+        return 0
+    if len(_stops(at.tolist(), tokens.seq_lens, tokens.requests, len(ids))) == several:
+        return 0
+    trees = at.view(several, -1)
+    rooted = (trees[:, 1:] > trees[:, :1]).all() and (trees.sort(1).values.diff(dim=1) <= 1).all()
+    return trees.shape[1] if rooted else 0
+
+
+def uncertain(tokens: StepTokens) -> int:
+    """Rows of trees of drafts that are in no run."""
+    return (tokens.count or 0) - len({r for x, _ in split_runs(tokens) for r in x.tolist()}) if tree_size(tokens) else 0
+
+
+def _paths(positions_T: Tensor) -> list[Tensor]:
+    """Rows of a tree from its root on, as far as their parents are certain: a parent stands at the position before, and
+    no other row does."""
+    depths_T, path = positions_T - positions_T[0], list[Tensor]()
+    for depth in range(int(depths_T.max()) + 1):
+        rows = (depths_T == depth).nonzero()
+        if len(rows) > 1:
+            return [torch.cat((*path, row)) for row in rows]
+        path.append(rows[0])
+    return [torch.cat(path)]
 
 
 def _split_batch(

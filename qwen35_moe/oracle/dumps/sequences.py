@@ -14,7 +14,7 @@ from ...run.prompt import Images, placeholders
 from ...trace.file import Trace
 from ...trace.images import images_meta
 from .dump import Dump
-from .runs import Run, runs
+from .runs import Run, runs, uncertain
 
 LOGITS = "next_token_logits"
 
@@ -38,6 +38,9 @@ def sequences_of(dump: Dump) -> list[Tensor]:
             b = 0
         if b is None:
             b, rows = len(rows), [*rows, run.ids[:0]]
+        if start is not None and start > len(rows[b]) and any(map(uncertain, dump.tokens.values())):
+            raise Qwen35Error("which drafts of a tree were accepted is not in the dump", where=dump.path,
+                              do="give --ids: the ids of its requests, with those that were generated")  # fmt: skip
         before = len(rows[b]) if start is None else min(start, len(rows[b]))
         taken_back = taken_back or before < len(rows[b])
         rows[b] = torch.cat((rows[b][:before], run.ids))
