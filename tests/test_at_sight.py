@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.oracle_score.mutants import Bench
+from benchmarks.oracle_score.tasks import CHECKPOINTS
 from qwen35_moe.oracle.diagnose.at_sight import OTHER_CHECKPOINT, OWN_LOGITS, VICTIM, against_own_logits
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.fault_parts import on_packed
@@ -19,7 +20,9 @@ from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.quant.mxfp4 import PackedMXFP4
 from qwen35_moe.run.load import build
+from qwen35_moe.run.source import WeightSource
 from qwen35_moe.trace.recorder import trace
+from weights.build import build as build_checkpoint
 
 IDS = (torch.arange(32) * 7919 % 251)[None]
 NEW = (
@@ -30,10 +33,40 @@ NEW = (
     "a, a strided view, read as contiguous",
 )  # fmt: skip
 
+IN_EACH_STEP = {
+    "prefix": ("a, a strided view, read as contiguous", "undeclared FP8 KV cache, read in its own step, too"),
+    "speculative": ("decay with the wrong sign", "b, a strided view, read as contiguous"),
+}  # fmt: skip
+RARE = ("shared expert sharded on 4 ranks and never reduced, share 3", "context of another rank, the next of 4",
+        "DeltaNet sharded on 4 ranks and never reduced, share 2")  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def bench(small: Callable[[str], Path]) -> Bench:
     return Bench(open_checkpoint(small("tiny-mxfp4"))[1].source, "gate 0.5", IDS)
+
+
+@pytest.fixture(scope="module")
+def grows(tmp_path_factory: pytest.TempPathFactory) -> WeightSource:
+    """A checkpoint on which a memory that grows leaves float32's range within a prompt, but not within one step."""
+    _, recipe, seed, sizes = CHECKPOINTS["c"]
+    path = build_checkpoint(recipe, tmp_path_factory.mktemp("c") / "checkpoint", jobs=1, seed=seed, text_config=sizes)
+    return open_checkpoint(path)[1].source
+
+
+@pytest.mark.parametrize("regime", IN_EACH_STEP)
+def test_faults_of_each_step_are_named_in_runs_of_several(grows: WeightSource, regime: str) -> None:
+    """The rows of rejected drafts lie between those of the sequences, the cached tokens in no step of the dump."""
+    bench = Bench(grows, regime, (torch.arange(52) * 7919 % 251)[None])
+    for fault in [f for f in FAULTS if f.name in IN_EACH_STEP[regime]]:
+        found = bench.planted(fault)
+        assert found.found and found.named_right, found
+
+
+def test_any_share_and_the_context_of_another_rank_are_named(bench: Bench) -> None:
+    for fault in [f for f in FAULTS if f.name in RARE]:
+        found = bench.planted(fault)
+        assert found.found and found.named_right, found
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.name in NEW], ids=lambda f: f.name)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qwen35_moe.model.cache import Cache, LayerState
 from qwen35_moe.model.text import Model
+from qwen35_moe.numerics.tap_table import TAPS
 from qwen35_moe.numerics.taps import REPLAY, FunctionHandler, Handler, Site, attach
 from qwen35_moe.oracle.diagnose.step_faults import STEP_FAULTS, StepFault
 from qwen35_moe.oracle.dumps.dump import Dump
@@ -21,6 +22,7 @@ from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.judge.hand_over import Handed
 from qwen35_moe.trace.recorder import Recorder, record, step_record
 
+MIXED = {name for name, tap in TAPS.items() if tap.dims.startswith("b t ")}  # values of tokens in a mixer
 REGIMES = ("chunked", "prefix", "padded", "speculative")
 Handlers = Callable[[Tensor], Sequence[Handler]]  # of the positions of a step
 # A state that is rounded once errs by one rounding of bf16, which is legal: `--state bf16` is a choice, no fault.
@@ -148,6 +150,26 @@ def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in one.items())
 
 
+class _Broken:
+    """What a fault made of values of tokens in a step. An engine that keeps some of them keeps these: they come from no
+    other run, whose rows would lie elsewhere in memory."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, Tensor] = {}
+
+    def once(self, handler: Handler) -> Handler:
+        def change(site: Site, x: Tensor) -> Tensor | None:
+            mixed = site.index is None and site.expert is None and site.name in MIXED
+            if mixed and site.key in self.made:
+                return self.made[site.key][:, : x.shape[1]]
+            y = handler(site, x)
+            if mixed and y is not None:
+                self.made[site.key] = y
+            return y
+
+        return FunctionHandler(change, handler.stage, handler.sees_experts)
+
+
 class Engine:
     """A model that runs step by step, each step on what the one before left in `cache`."""
 
@@ -182,10 +204,12 @@ class Engine:
             self._plant(self.planted, number, at_BT)
         begun = self.cache.clone() if number else Cache()
 
+        broken = _Broken()
+
         def feed(cache: Cache, count: int, mask_BT: Tensor | None = None) -> Cache:
             if count:
                 moved_BT = (at_BT + self.shift_B1)[:, :count]
-                with attach(*self.handlers(at_BT[:, :count])):
+                with attach(*map(broken.once, self.handlers(at_BT[:, :count]))):
                     self.model(ids_BT[:, :count], cache=cache, position_ids=moved_BT, attention_mask=mask_BT)
             return cache
 

@@ -193,7 +193,7 @@ def _compare(truth: Trace, dump: Dump, source: WeightSource | None, options: Com
         flags = [fused] * config.num_hidden_layers if isinstance(fused, bool) else list(fused)
         result.weights = check_weights(dump, source) if dump.weights else result.weights
         at, drafts = engine_positions(alignment), draft_ids_of(truth)
-        tokens = TruthTokens(truth.ids, at, truth.mask, alignment.tokens_of.steps(truth.ids), images, drafts)
+        tokens = TruthTokens(truth.ids, at, truth.mask, alignment.step_rows, images, drafts)
         captured = work.captured(config.num_experts)
         again = partial(Rerun, source, flags, tokens, captured, with_log_p=LOG_P in alignment.keys, where=options.where)
         function = computed(table, source, work, again) if members is None else table

@@ -221,7 +221,8 @@ FAULTS: tuple[Fault, ...] = (
     *ATTENTION_FAULTS,
     *ROTARY_FAULTS,
     *DELTANET_FAULTS,
-    *RANK_FAULTS,
+    *(fault for fault in RANK_FAULTS if not fault.rare),
     *DRAFT_FAULTS,
     *VISION_FAULTS,
+    *(fault for fault in RANK_FAULTS if fault.rare),
 )

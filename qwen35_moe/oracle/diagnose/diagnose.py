@@ -32,9 +32,10 @@ from .guilty import GuiltyTap
 from .other_experts import OTHERS, solved
 from .rank_shares import blame, faults_of_sums
 from .rope_faults import ANGLES
-from .steps import hypotheses
+from .steps import EXPLAINED, hypotheses, in_engine_steps
 
 WORTH, TRIES = 0.4, 3  # hypotheses that explain less are not looked at closely, nor more than so many
+WORTH_OF_ROUNDING = 0.2  # the same of a coarser format: legal rounding makes much of that error
 NEARLY = 0.05  # a bug of the catalogue that explains so much less than experts that were solved for comes before them
 OUTPUT = {"mlp": "mlp_output", "gdn": "attn_output", "attn": "attn_output"}
 DIAGNOSED = (*OUTPUT, "input_layernorm", "post_attention_layernorm", "final_norm", "stream", "mtp", "vision")
@@ -75,8 +76,7 @@ def explain(rerun: Rerun, layer: int | None, bad: Sequence[Record], work: Any, s
         key = first.key
         case = GuiltyTap(key, work.alignment.pair(key), work, seen[0][key])
     if not case.used.any():
-        note = "every number of it is NaN or infinity"
-        return Diagnosis(layer, where, key, [], False, note=note)
+        return Diagnosis(layer, where, key, [], False, note="every number of it is NaN or infinity")
     case.blamed = blame(first.key, work, rerun, layer, seen)
     bad_rows = {} if sees else case.first_bad(seen[1:])
     tried = _tried(rerun, layer, places, case, seen, bad_rows)
@@ -120,12 +120,14 @@ def _named(
         return diagnosis
     answer = None
     for hypothesis, at, fault, expert in tried[:TRIES]:
-        if answer is None and hypothesis.explains > WORTH:
+        worth = WORTH_OF_ROUNDING if fault.rounds else WORTH
+        for way in in_engine_steps(fault, rerun, case.work.alignment) if hypothesis.explains > worth else ():
 
-            def run(i: int, table: Arithmetic, at: Any = at, fault: Fault = fault, expert: int = expert) -> Tensor:
+            def run(i: int, table: Arithmetic, at: Any = at, fault: Fault = way, expert: int = expert) -> Tensor:
                 return case.rows(rerun.fault(at, fault, table, i, expert, to_head=layer is None)[case.key])
 
-            answer = hypothesis if case.settled(run, rerun.tables) <= limit else None
+            if answer is None and case.settled(run, rerun.tables) <= limit:
+                answer = hypothesis
     if layer is not None and base_name(case.key) in HOLD_MLP:
         fitted, leaves = _fit(diagnosis, case, rerun, layer)
         in_all_rows = first.by_rows <= limit  # and in none alone: see patterns.py
@@ -142,18 +144,15 @@ def _named(
 
 
 def _candidates(
-    rerun: Rerun,
-    places: Sequence[BlockId],
-    truth: str,
-    case: GuiltyTap,
-    seen: Sequence[Taps],
-    bad: Mapping[int, int],
+    rerun: Rerun, places: Sequence[BlockId], truth: str, case: GuiltyTap, seen: Sequence[Taps], bad: Mapping[int, int],
     tried: Tried,
-) -> Iterator[tuple[int | None, Fault, int]]:
+) -> Iterator[tuple[int | None, Fault, int]]:  # fmt: skip
     """The faults of the blocks that are suspect, with their layer, and the experts that a fault of one could be of;
     then those of the steps at which the sequences begin to go wrong (`bad`)."""
     catalogue = (*FAULTS, *ANGLES) if case.key.startswith("rope_") else FAULTS
     for at, fault in ((at, fault) for at, block in places for fault in catalogue if fault.block == block):
+        if fault.rare and _best_of(tried) > EXPLAINED:
+            continue
         if at is None or fault.applies(rerun.source, at, "a4" in truth, rerun.tokens.images is not None):
             suspects = _suspects(case, f"layers.{at}.moe_topk_ids", rerun, seen) if fault.single else [0]
             yield from ((at, fault, expert) for expert in suspects)

@@ -225,7 +225,7 @@ def fp8_keys_and_values(own_step: bool) -> TapChange:
     def change(x: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
         q, k, v = (kept[name].to(x.dtype) for name in QKV)
         v = v.unflatten(-1, (-1, q.shape[-1])) if v.dim() == 3 else v
-        steps = torch.zeros(q.shape[:2], dtype=torch.long) if place.steps is None else place.steps
+        steps = place.steps(q[..., 0, 0])
         y = torch.empty_like(x)
         for step in steps.unique().tolist():
             cached = (steps <= step if own_step else steps < step)[..., None, None]

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ...model.config import Config
@@ -20,6 +22,7 @@ from ...quant.packed import Packed
 from ...run.experts import PackedExpert
 from ...run.source import WeightSource
 from ...trace.recorder import INSIDE
+from ..dumps.step_rows import Layout
 from ..judge.hand_over import RIGHT, DraftFault, HandOver
 from .seen import Seen
 
@@ -32,18 +35,29 @@ class FaultSite:
     positions: Tensor  # [B, T], or [3, B, T] with images
     layers: frozenset[int] | None = None
     expert: int = 0
-    steps: Tensor | None = None  # [B, T]: in which of its steps the engine ran each token
+    layout: Layout = field(default_factory=dict)  # of `StepRows`
+        default_factory=dict
+    )  # by step, tap -> values [n, ...] in rows that are not in the layout
     seen: Seen | None = None  # what the vision tower was given
     weights: Tensor | None = None  # [tokens, A] the engine's own weights of the experts of the layer, NaN where unknown
+    beside: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)  # by step, by tap: values in other rows
 
     def covers(self, layer: int | None) -> bool:
         return self.layers is None or layer in self.layers
 
     def on_cpu(self) -> FaultSite:
-        steps, weights = (x if x is None else x.cpu() for x in (self.steps, self.weights))
-        return replace(self, positions=self.positions.cpu(), steps=steps, weights=weights)
+        weights = None if self.weights is None else self.weights.cpu()
+        return replace(self, positions=self.positions.cpu(), weights=weights)
+
+    def steps(self, like_BT: Tensor) -> Tensor:
+        """[B, T] the engine's step of each token; without a layout all are of one."""
+        found = torch.zeros(like_BT.shape, dtype=torch.long).flatten()
+        for step, (_, table) in self.layout.items():
+            found[table[:, 1]] = step
+        return found.view(like_BT.shape)
 
 
+Heads = Literal["query", "kv", "value", "key"]
 TapChange = Callable[[Tensor, dict[str, Tensor], FaultSite], Tensor]
 ExpertChange = Callable[["BrokenSource", str, int, PackedExpert], PackedExpert]
 WeightChange = Callable[["BrokenSource", str, Packed], Packed]
@@ -59,8 +73,10 @@ class Fault:
     slot      change of an expert's packed weights;  weight, of a linear module's;  tensor, of a plain tensor (by name)
     switches  of the arithmetic, where the fault can be expressed in one form of a rule only
     needs     "mxfp4" or "fp8" (packed experts), "a4" (quantised activations) or "a16" (not quantised), "images" in the
-              prompt, a "scaled" rotary embedding, "4 heads" (or kv, value, key
-              heads), "drafts" in the dump, if it does
+              prompt, a "scaled" rotary embedding, "drafts" in the dump
+    heads     of which kind there must be how many
+    rows      a token gets what belongs to other rows of its step
+    rare      tried where no other explains the error
     fused     the shared expert is a slot when this happens
     single    the fault of one expert (`FaultSite.expert`)
     weights   found by comparing weights: activations differ by no more than roundings
@@ -81,6 +97,9 @@ class Fault:
     tensor: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     switches: Mapping[str, str] = field(default_factory=dict)
     needs: str = ""
+    heads: tuple[Heads, int] = ("query", 1)
+    rows: bool = False
+    rare: bool = False
     fused: bool = False
     single: bool = False
     weights: bool = False
@@ -110,11 +129,10 @@ class Fault:
         mxfp4, fp8 = routed == "mxfp4", routed.startswith("fp8")
         needs = {"": True, "mxfp4": mxfp4, "a4": a4, "a16": mxfp4 and not a4, "fp8": fp8,
                  "images": images, "drafts": False, "scaled": c.rope_scaling is not None}  # fmt: skip
-        heads = {"heads": c.num_attention_heads, "kv heads": c.num_key_value_heads,
-                 "value heads": c.linear_num_value_heads, "key heads": c.linear_num_key_heads}  # fmt: skip
-        ranks, _, kind = self.needs.partition(" ")
-        enough = heads[kind] >= int(ranks) if kind in heads else needs[self.needs]
-        return enough and (fits or not self.fused)
+        heads: dict[Heads, int] = {"query": c.num_attention_heads, "kv": c.num_key_value_heads,
+                                   "value": c.linear_num_value_heads, "key": c.linear_num_key_heads}  # fmt: skip
+        kind, least = self.heads
+        return heads[kind] >= least and needs[self.needs] and (fits or not self.fused)
 
 
 class Break(Handler):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...errors import Qwen35Error
 from ...model.config import FULL
 from ..dumps.align import Alignment
 from ..judge.hand_over import Foreign, HandOver
@@ -81,6 +80,17 @@ def earlier(found: Sequence[Onset], cuts: Mapping[int, Sequence[Cut]]) -> Iterat
             return
         together = [_from(o.b, cuts[o.b], o.before.step) for o in together]
         yield together
+
+
+def in_engine_steps(fault: Fault, rerun: Rerun, alignment: Alignment) -> Iterator[Fault]:
+    """The fault, and where DeltaNet ran in several steps, the same fault in each of them: where the memory grows, its
+    sums within a step are far from those of one pass, in float32."""
+    yield fault
+    if fault.block == "gdn" and fault.hand_over is None and not fault.rows:
+        cuts = cuts_of(tables_of(alignment, ""), rerun.tokens.mask.bool())
+        starts = {b: tuple(cut.at for cut in own) for b, own in cuts.items() if len(own) > 1}
+        if starts:
+            yield replace(fault, hand_over=HandOver(starts, {}))
 
 
 def _from(b: int, own: Sequence[Cut], step: int) -> Onset:
@@ -188,7 +198,7 @@ class _Foreign:
         for b, broken in plan.broken.items():
             for at in broken:
                 x = (self._chain(b, at) if needs == "rejected" else None) if self.layer is None else (
-                    self._read(*self._rows(b, at, needs)))  # fmt: skip
+                    self.alignment.step_rows.mixer_input(self.layer, *self._rows(b, at, needs)))  # fmt: skip
                 if x is not None:
                     found[b, at], padding[b] = x, len(x.x)
         return replace(plan, foreign=found, padding=padding)
@@ -224,14 +234,3 @@ class _Foreign:
             rows = list(range(low, int(mine.min()))) if tokens.batch is not None else []
         pads = tokens.mask is not None and any(not bool(tokens.mask[r]) for r in rows)
         return step, rows if pads == (needs == "padding") else []
-
-    def _read(self, step: int, rows: list[int]) -> Foreign | None:
-        """What a layer's mixer read in these rows."""
-        for name, normed in (("input_layernorm", True), ("layer_input", False)):
-            key = f"layers.{self.layer}.{name}"
-            if rows and step in self.alignment.dump.sources.get(key, {}):
-                try:
-                    return Foreign(self.alignment.dump.read(key, step)[torch.tensor(rows)], normed)
-                except (Qwen35Error, IndexError):
-                    continue
-        return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from .matched import Matched
 from .pair import Pair, broken_rows, fit, is_log_p, source_of, take
 from .scores import scores
 from .sequences import LOGITS
+from .step_rows import StepRows
 
 # Paths; a down_proj that was dumped beside them has no gate, and is preferred.
 WITH_GATE = (
@@ -65,6 +67,10 @@ class Alignment:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @cached_property
+    def step_rows(self) -> StepRows:
+        return StepRows(self.dump, self.tokens_of, self.truth.mask)
 
     def pair(self, key: str) -> Pair:
         """Read one tap of both sides. What cannot be read or compared comes back with a `problem`, not as an error."""

@@ -53,13 +53,6 @@ class Matched:
             found[step] = torch.cat((table, torch.cat((table[which, :1], places), 1)))
         return found
 
-    def steps(self, ids_BT: Tensor) -> Tensor:
-        """[B, T] the step in which the engine ran each token; 0 for tokens that it did not run."""
-        found = torch.zeros_like(ids_BT)
-        for step, table in self.read.items():
-            found[table[:, 1], table[:, 2]] = step
-        return found
-
     def table(self, step: int) -> Tensor:
         """Rows of a step, the target's or a draft head's."""
         return self.where[step] if step in self.where else self.drafts[step]

@@ -22,6 +22,7 @@ from ...model.text import Layer
 from ...numerics.tap_keys import base_name
 from ...numerics.tap_table import TAPS
 from ...numerics.taps import OBSERVE, Handler, Site, attach
+from ..dumps.step_rows import Foreign
 from .replay import Restart
 
 OF_SEQUENCES = ("gdn_state", "gdn_conv_state")  # taps with one row a sequence
@@ -69,14 +70,6 @@ Shift = Callable[[int, int], int]  # (position of the step's first token, paddin
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """Rows that ran after or before the sequence's own rows: rejected drafts, padding. x [n, D]."""
-
-    x: Tensor
-    normed: bool  # whether x is what the mixer reads, or the stream before its norm
-
-
-@dataclass(frozen=True)
 class HandOver:
     """A fault at the beginning of some steps. Indices count the real tokens of a sequence.
 
@@ -86,6 +79,7 @@ class HandOver:
     foreign  (sequence, index) -> rows that ran before that step
     padding  sequence -> how many padded tokens stand before it
     page     tokens between the states that a prefix cache keeps
+    Without a change and a shift it says in which steps the mixer runs.
     """
 
     broken: Mapping[int, tuple[int, ...]]
@@ -98,7 +92,7 @@ class HandOver:
     page: int = 0
 
 
-class _Collect(Handler):
+class Collect(Handler):
     """Values of the pieces of one sequence, by key."""
 
     stage, sees_experts = OBSERVE + 1, False
@@ -127,7 +121,7 @@ class _Stepped(nn.Module):
         seen, key = self.restart.seen, ""
         for b in self.plan.broken:
             columns = self.tokens.mask[b].nonzero().flatten()
-            collect = _Collect()
+            collect = Collect()
             self._sequence(b, columns, x_BTD, collect)
             for key, parts in collect.parts.items():
                 name = base_name(key)
@@ -144,14 +138,14 @@ class _Stepped(nn.Module):
         y_BTD = seen[key]
         return self.restart.captured.put(key, y_BTD, self.tokens.count) if key in self.restart.captured else y_BTD
 
-    def _sequence(self, b: int, columns: Tensor, x_BTD: Tensor, collect: _Collect) -> None:
+    def _sequence(self, b: int, columns: Tensor, x_BTD: Tensor, collect: Collect) -> None:
         """Run a sequence step by step."""
         plan, broken = self.plan, self.plan.broken[b]
         state, short, first = LayerState(), LayerState(), broken[0]
         snapshots = {0: LayerState()}
         pages = {at: at - at % plan.page if plan.page else at for at in broken}
-        cuts = sorted({0, plan.earlier.get(b, 0), *(n for at in broken for n in (at - 1, at) if n >= 0),
-                       *pages.values(), len(columns)})  # fmt: skip
+        snapshot = [at - 1 for at in broken if at and plan.change is not None]  # of the state before the last token
+        cuts = sorted({0, plan.earlier.get(b, 0), *broken, *snapshot, *pages.values(), len(columns)})
         shift = 0
         for start, stop in zip(cuts, cuts[1:], strict=False):
             snapshots[start], short = replace(state), snapshots.get(start - 1, LayerState())

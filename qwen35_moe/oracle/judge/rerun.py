@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...model.cache import LayerState
+from ...model.config import FULL
 from ...model.rope import rotary_angles
 from ...model.text import Model
 from ...model.vision.config import VisionConfig
@@ -25,7 +27,7 @@ from ...run.prompt import embed_prompt, placeholders
 from ...run.source import WeightSource
 from ..diagnose.faults import Fault, FaultSite
 from ..diagnose.seen import Seen
-from .hand_over import stepped
+from .hand_over import Collect, stepped
 from .log_p import LOG_P, log_p
 from .replay import Captured, Restart
 from .rerun_parts import Layers, SharedPart, TruthTokens, drafted, under
@@ -108,6 +110,8 @@ class Rerun:
     ) -> tuple[Taps, Tensor]:  # fmt: skip
         """The values at the taps of layer i by key, its hand-over among them, and the stream after it."""
         place, device = self.place(fault, i, expert), self.device(f"layers.{i}")
+        if fault.rows:
+            place = replace(place, beside=self._beside(i, table, fault.remembers))
         restart = Restart(self.captured, self.tokens.count)
         layer = self.layers.broken(i, table, self.fused[i] if fused is None else fused, fault, place)
         tokens, stream_BTD = self.tokens.on(device), stream_BTD.to(device)
@@ -163,6 +167,7 @@ class Rerun:
     def place(self, fault: Fault, layer: int | None, expert: int) -> FaultSite:
         """Where a fault is at work."""
         tokens, images = self.tokens, self.tokens.images
+        layout = {} if tokens.step_rows is None else tokens.step_rows.layout
         if fault in (NO_FAULT, NO_DRAFT_FAULT):
             return FaultSite(self.config, tokens.positions)
         layers, seen = None if layer is None else frozenset({layer}), None
@@ -171,7 +176,7 @@ class Rerun:
             table = self.source.tensor("visual.pos_embed.weight").double()
             vision = VisionConfig.from_dict(self.config.raw["vision_config"], self.config.hidden_size)
             seen = Seen.of(images, placeholders(self.config, tokens.ids), table, vision)
-        return FaultSite(self.config, tokens.positions, layers, expert, tokens.steps, seen, weights)
+        return FaultSite(self.config, tokens.positions, layers, expert, layout, seen, weights)
 
     def _begin(self, model: Model, table: Arithmetic, handlers: Sequence[Handler] = ()) -> tuple[Tensor, Taps]:
         """The stream that the first layer reads, and what the taps on the way held, those of the tower among them."""
@@ -187,6 +192,18 @@ class Rerun:
                 return self._enter(0, tap("embed_tokens", model.embed_tokens(ids) if embeds is None else embeds)), (
                     restart.seen
                 )
+
+    def _beside(self, i: int, table: Arithmetic, names: Sequence[str]) -> dict[int, Taps]:
+        """By step, the values [n, ...] at some taps of the mixer of layer i in the engine's other rows."""
+        layer, found = self.layers.whole(i, table, self.fused[i]), {}
+        mixer = layer.self_attn if layer.kind == FULL else layer.linear_attn
+        steps = {} if self.tokens.step_rows is None else self.tokens.step_rows.beside(i)
+        for step, rows in steps.items():
+            x_1TD, collect = rows.x[None].to(self.device(f"layers.{i}"), self.streams[0].dtype), Collect()
+            with under(table, collect), scope(layer=i):
+                mixer(x_1TD if rows.normed else layer.input_layernorm(x_1TD), None, LayerState())
+            found[step] = {name: collect.parts[f"layers.{i}.{name}"][0][0].cpu() for name in names}
+        return found
 
     def _boundary(self, i: int) -> tuple[str, str]:
         """The names of the stream that layer i reads."""

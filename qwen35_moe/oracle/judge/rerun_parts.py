@@ -22,6 +22,7 @@ from ...run.load import build_part
 from ...run.prompt import Images
 from ...run.source import WeightSource
 from ..diagnose.faults import Fault, FaultSite
+from ..dumps.step_rows import StepRows
 from .hand_over import stepped
 from .replay import Restart
 from .split_k import splitting
@@ -29,21 +30,20 @@ from .split_k import splitting
 
 @dataclass
 class TruthTokens:
-    """The tokens of the truth. ids, positions, mask [B, T], with images positions [3, B, T]; steps [B, T]: the engine's
-    step of each token."""
+    """The tokens of the truth. ids, positions, mask [B, T], with images positions [3, B, T]; step_rows: those
+    of the engine's steps."""
 
     ids: Tensor
     positions: Tensor
     mask: Tensor
-    steps: Tensor | None = None
+    step_rows: StepRows | None = None
     images: Images | None = None
     drafts: Sequence[Tensor] = ()  # [B, T] what each draft started from, where the draft head was traced
 
     def on(self, device: torch.device) -> TruthTokens:
         """The same on a device."""
-        steps = None if self.steps is None else self.steps.to(device)
         ids, positions, mask = (x.to(device) for x in (self.ids, self.positions, self.mask))
-        return replace(self, ids=ids, positions=positions, mask=mask, steps=steps)
+        return replace(self, ids=ids, positions=positions, mask=mask)
 
     @property
     def count(self) -> int:
