@@ -34,7 +34,7 @@ NEW = (
 )  # fmt: skip
 
 IN_EACH_STEP = {
-    "prefix": ("a, a strided view, read as contiguous", "undeclared FP8 KV cache, read in its own step, too"),
+    "prefix": ("a, a strided view, read as contiguous",),
     "speculative": ("decay with the wrong sign", "b, a strided view, read as contiguous"),
 }  # fmt: skip
 RARE = ("shared expert sharded on 4 ranks and never reduced, share 3", "context of another rank, the next of 4",

@@ -22,7 +22,7 @@ from ...quant.packed import Packed
 from ...run.experts import PackedExpert
 from ...run.source import WeightSource
 from ...trace.recorder import INSIDE
-from ..dumps.step_rows import Layout
+from ..dumps.step_rows import StepLayout
 from ..judge.hand_over import RIGHT, DraftFault, HandOver
 from .seen import Seen
 
@@ -35,9 +35,7 @@ class FaultSite:
     positions: Tensor  # [B, T], or [3, B, T] with images
     layers: frozenset[int] | None = None
     expert: int = 0
-    layout: Layout = field(default_factory=dict)  # of `StepRows`
-        default_factory=dict
-    )  # by step, tap -> values [n, ...] in rows that are not in the layout
+    layout: StepLayout = field(default_factory=dict)  # of `StepRows`
     seen: Seen | None = None  # what the vision tower was given
     weights: Tensor | None = None  # [tokens, A] the engine's own weights of the experts of the layer, NaN where unknown
     beside: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)  # by step, by tap: values in other rows

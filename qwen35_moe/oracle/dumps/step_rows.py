@@ -13,7 +13,7 @@ from ...errors import Qwen35Error
 from .dump import Dump
 from .matched import Matched
 
-Layout = dict[int, tuple[int, Tensor]]
+StepLayout = dict[int, tuple[int, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class StepRows:
     mask: Tensor
 
     @cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> StepLayout:
         """step -> how many rows it has, and [n, 2] row, index in [B*T]. Step -1 has the tokens that the dump has not:
         the engine ran them before, or never."""
-        left, found = self.mask.bool().clone(), Layout()
+        left, found = self.mask.bool().clone(), StepLayout()
         for step, table in sorted(self.matched.read.items()):
             row, b, t = table.unbind(1)
             left[b, t] = False
