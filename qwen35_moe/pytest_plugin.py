@@ -104,7 +104,7 @@ def pytest_configure(config: Any) -> None:
         import pytest
 
         raise pytest.UsageError(f"--qwen35-report {path}: expected a path that ends in {', '.join(FORMS)}")
-    from .testing.judging import LISTENERS  # here: sessions without a report need not wait for torch
+    from .testing.checks import LISTENERS  # here: sessions without a report need not wait for torch
 
     report = Report(Path(path).absolute())
     LISTENERS.append(report)

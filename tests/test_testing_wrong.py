@@ -37,7 +37,7 @@ WRONG = [
         "q not scaled", "beta left out", "eps left out of the L2 norm", "q and k not normalised",
         "value heads in another order")),
     *((kernels.rms_norm, qt.rms_norm_case(), fault) for fault in (
-        "input norm without 1 +", "1 + added twice", "eps 1e-5 for 1e-6", "eps left out",
+        "input norm without 1 +", "input norm with 1 + twice", "eps 1e-5 for 1e-6", "eps left out",
         "mean subtracted, as in LayerNorm")),
     *((kernels.gated_norm, qt.gated_norm_case(), fault) for fault in (
         "gate before norm", "gated norm with 1 +", "sigmoid for silu in the gated norm")),
@@ -52,8 +52,8 @@ WRONG = [
     *((kernels.gating, qt.gating_case(), fault) for fault in (
         "b and a swapped", "dt_bias left out", "decay with the wrong sign")),
     *((kernels.rotary, qt.rotary_case(), fault) for fault in (
-        "rotary over the whole head", "rotary theta 10000", "height and width dropped",
-        "axes in sections, not interleaved", "rotary pairs interleaved")),
+        "rotary over the whole head", "rotary theta 10000", "M-RoPE height and width dropped",
+        "M-RoPE sections in blocks", "rotary pairs interleaved")),
     *((kernels.append, APPEND, fault) for fault in (
         "shared gate ignored", "shared gate applied twice", "1/ep_size left out",
         "shared weight renormalised with the routed ones")),
@@ -108,9 +108,9 @@ def test_the_record_says_which_function_was_computed():
 
 def test_a_draft_layer_with_a_fault_is_named():
     case = qt.draft_layer_case(tokens=16)
-    for wrong in case.wrong:
-        with pytest.raises(AssertionError, match=re.escape(f'looks like "{wrong.name}"')):
-            qt.assert_legal(case.broken(wrong), case)
+    for name in case.wrong:
+        with pytest.raises(AssertionError, match=re.escape(f'looks like "{name}"')):
+            qt.assert_legal(case.broken(name), case)
 
 
 def test_router():

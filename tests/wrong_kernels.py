@@ -117,7 +117,7 @@ def rms_norm(case, fault: str = "") -> Tensor:
     x, w = case["x"].float(), case["weight"].float()
     x = x - x.mean(-1, keepdim=True) if fault == "mean subtracted, as in LayerNorm" else x
     eps = {"eps 1e-5 for 1e-6": 1e-5, "eps left out": 0.0}.get(fault, 1e-6)
-    gain = {"input norm without 1 +": w, "1 + added twice": 2 + w}.get(fault, 1 + w)
+    gain = {"input norm without 1 +": w, "input norm with 1 + twice": 2 + w}.get(fault, 1 + w)
     return bf16(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain)
 
 
@@ -181,9 +181,9 @@ def rotary(case, fault: str = "") -> Tensor:
     frequency = theta ** (-2 * torch.arange(R // 2).double() / R)
     _, height, width = config.mrope_section
     axis = [1 if j % 3 == 1 and j < 3 * height else 2 if j % 3 == 2 and j < 3 * width else 0 for j in range(R // 2)]
-    if fault in ("height and width dropped", "rotary over the whole head"):
+    if fault in ("M-RoPE height and width dropped", "rotary over the whole head"):
         axis = [0] * (R // 2)
-    if fault == "axes in sections, not interleaved":
+    if fault == "M-RoPE sections in blocks":
         axis = sum(([n] * count for n, count in enumerate(config.mrope_section)), [])
     angle = (positions[torch.tensor(axis)].movedim(0, -1) * frequency).float()[:, :, None]
     cos, sin, head = angle.cos(), angle.sin(), x[..., :R]

@@ -6,7 +6,7 @@ writes into its inputs does not change its truth, and its outputs never enter it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,6 +20,7 @@ from ..numerics.arithmetics import Arithmetic, get, using
 from ..numerics.taps import Handler, attach, scope
 from ..oracle.diagnose.catalogue import FAULTS
 from ..oracle.diagnose.faults import Fault, FaultSite
+from ..oracle.diagnose.rope_faults import ANGLES
 from ..oracle.judge.envelope import legal
 from ..oracle.judge.split_k import splitting
 from .drawn import config_of
@@ -29,28 +30,43 @@ Outputs = dict[str, Tensor]
 Compute = Callable[[Inputs], Outputs]
 Make = Callable[[], Inputs]
 
+# Gigabytes at real sizes: widened expert by expert, when they are hit.
+KEPT = ("w13", "w2")
+
 
 @dataclass(frozen=True)
-class WrongKernel:
-    """A fault that a kernel may have: other inputs, another formula, another quantiser, or a fault of the catalogue."""
+class Wrong:
+    """How a kernel is wrong: `compute(right, inputs)` is what it does for `right(inputs)`, under the arithmetic
+    `function` (that of the truth if it is ""), with a fault of the oracle's catalogue."""
 
-    name: str
-    inputs: Callable[[Inputs], Inputs] | None = None
-    compute: Compute | None = None
-    outputs: Callable[[Outputs, Inputs], Outputs] | None = None
+    compute: Callable[[Compute, Inputs], Outputs] = lambda right, i: right(i)
     function: str = ""
     fault: Fault | None = None
 
 
-def known_faults(*names: str) -> tuple[WrongKernel, ...]:
-    """Faults of the oracle's catalogue, by name."""
-    found = {fault.name: fault for fault in FAULTS}
-    return tuple(WrongKernel(name, fault=found[name]) for name in names)
+def on(change: Callable[[Tensor], Tensor], *names: str) -> Wrong:
+    """It takes some of its inputs, those that are there, for others."""
+    return Wrong(lambda right, i: right(i | {name: change(i[name]) for name in names if name in i}))
 
 
-def on(change: Callable[[Tensor], Tensor], *names: str) -> Callable[[Inputs], Inputs]:
-    """A change of some of the inputs, of those that are there."""
-    return lambda i: i | {name: change(i[name]) for name in names if name in i}
+def by(compute: Compute) -> Wrong:
+    """It computes another formula."""
+    return Wrong(lambda _, i: compute(i))
+
+
+def out(name: str, change: Callable[[Tensor, Inputs], Tensor]) -> Wrong:
+    """It returns another value for one output."""
+
+    def compute(right: Compute, i: Inputs) -> Outputs:
+        found = right(i)
+        return found | {name: change(found[name], i)}
+
+    return Wrong(compute)
+
+
+def known(*names: str) -> dict[str, Wrong]:
+    """Faults of the oracle's catalogue, by name. The computation of the case has the taps that they change."""
+    return {fault.name: Wrong(fault=fault) for fault in (*FAULTS, *ANGLES) if fault.name in names}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +75,7 @@ class Case:
     returns, in this order.
 
     function   the arithmetic of the truth: `exact`, or `exact+a4` where activations are quantised
+    wrong      the known faults by name, for `broken`
     rowwise    the inputs whose first dimension is the outputs' (tokens that do not see each other); () if they do
     matrices   outputs that are judged by matrices (a state per head), not by their last dimension
     """
@@ -67,9 +84,9 @@ class Case:
     outputs: tuple[str, ...]
     make: Make = field(repr=False)
     compute: Compute = field(repr=False)
-    function: str = "exact"
-    wrong: tuple[WrongKernel, ...] = field(default=(), repr=False)
+    wrong: Mapping[str, Wrong] = field(default_factory=dict, repr=False)
     rowwise: tuple[str, ...] = ()
+    function: str = "exact"
     matrices: tuple[str, ...] = ("gdn_state",)
     config: Config = field(default_factory=lambda: config_of("tiny"), repr=False)
     top_k: int = 0
@@ -85,22 +102,15 @@ class Case:
     @cached_property
     def truth(self) -> Outputs:
         """The outputs in float64, whatever dtype the inputs have."""
-        return self.exact()
-
-    def exact(self, *handlers: Handler) -> Outputs:
-        """The truth again, with handlers attached."""
-        return self.run(get(self.function), widened(self._inputs), handlers=handlers)
+        return self.run(get(self.function))
 
     @cached_property
     def members(self) -> list[Outputs]:
-        """The outputs under each arithmetic that is legal for inputs of these dtypes."""
-        return [self.run(table, narrowed(self._inputs)) for table in self.legal()]
-
-    def legal(self) -> tuple[Arithmetic, ...]:
-        """The arithmetics that an engine may have: those of bf16, or those of float32 if no input is narrower."""
-        narrow = any(x.dtype in (torch.bfloat16, torch.float16) for x in self._inputs.values())
+        """The outputs under each arithmetic that is legal for inputs of these dtypes: those of bf16, or those of
+        float32 if no input is narrower."""
+        narrow = any(x.is_floating_point() and x.element_size() == 2 for x in self._inputs.values())
         packed = any(x.element_size() == 1 for x in self._inputs.values())
-        return legal(self.function, None if narrow or packed else "float32")
+        return [self.run(table) for table in legal(self.function, None if narrow or packed else "float32")]
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._inputs:
@@ -114,10 +124,16 @@ class Case:
         """All inputs on a device."""
         return {name: x.to(device, copy=True) for name, x in self._inputs.items()}
 
-    def run(
-        self, table: Arithmetic, inputs: Inputs, compute: Compute | None = None, handlers: Sequence[Handler] = ()
-    ) -> Outputs:
-        """The outputs of `compute` under an arithmetic, with handlers attached."""
+    def run(self, table: Arithmetic, *handlers: Handler, compute: Compute | None = None) -> Outputs:
+        """The outputs under an arithmetic, with handlers attached. The inputs are float64 for an exact arithmetic,
+        at most float32 for others. Packed inputs and experts are widened when they are used."""
+        exact = table.dtype == torch.float64
+        inputs = dict(self._inputs)
+        for name, x in inputs.items():
+            if exact and x.is_floating_point() and x.element_size() > 1 and name not in KEPT:
+                inputs[name] = x.to(torch.float64)
+            elif not exact and x.dtype == torch.float64:
+                inputs[name] = x.to(torch.float32)
         with ExitStack() as stack:
             for context in (torch.inference_mode(), using(table), splitting(table), scope(layer=0), attach(*handlers)):
                 stack.enter_context(context)
@@ -128,36 +144,12 @@ class Case:
         some = {name: x[rows] if name in self.rowwise else x for name, x in self._inputs.items()}
         return replace(self, make=lambda: some)
 
-    def broken(self, wrong: WrongKernel) -> Outputs:
-        """What a kernel with this fault returns in float64."""
-        inputs, table, handlers = dict(self._inputs), get(wrong.function or self.function), []
+    def broken(self, name: str) -> Outputs:
+        """What a kernel with a known fault returns in float64."""
+        wrong, handlers = self.wrong[name], list[Handler]()
+        table = get(wrong.function or self.function)
         if wrong.fault is not None:
             table = wrong.fault.arithmetic(table)
-            handlers = wrong.fault.handlers(FaultSite(self.config, self.positions))
-        inputs = wrong.inputs(inputs) if wrong.inputs else inputs
-        found = self.run(table, widened(inputs), wrong.compute, handlers)
-        return wrong.outputs(found, widened(inputs)) if wrong.outputs else found
-
-    @property
-    def positions(self) -> Tensor:
-        """[B, T] the positions on the time axis, for faults of the rotary embedding."""
-        positions = self._inputs.get("position_ids", torch.zeros(1, 1, dtype=torch.long))
-        return positions if positions.dim() == 2 else positions[0]
-
-
-# Gigabytes at real sizes: decoded expert by expert, when they are hit.
-KEPT = ("w13", "w2")
-
-
-def widened(inputs: Mapping[str, Tensor]) -> Inputs:
-    """All floating-point inputs as float64. Packed inputs and experts are widened when they are used."""
-    return {n: x.to(torch.float64) if _is_plain(x) and n not in KEPT else x for n, x in inputs.items()}
-
-
-def narrowed(inputs: Mapping[str, Tensor]) -> Inputs:
-    """The inputs as an engine gets them: float64 becomes float32."""
-    return {name: x.to(torch.float32) if x.dtype == torch.float64 else x for name, x in inputs.items()}
-
-
-def _is_plain(x: Tensor) -> bool:
-    return x.is_floating_point() and x.element_size() > 1
+            positions = self._inputs.get("position_ids", torch.zeros(1, 1, dtype=torch.long))
+            handlers = wrong.fault.handlers(FaultSite(self.config, positions))
+        return self.run(table, *handlers, compute=lambda i: wrong.compute(self.compute, i))

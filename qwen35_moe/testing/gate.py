@@ -10,8 +10,8 @@ from typing import Any
 
 from ..gate.decide import can_fuse_shared_expert
 from ..weights.gate_recipes import load, names
+from .checks import Check, announce, assertion, wrong_check
 from .drawn import CONFIGS
-from .judging import Check, announce, require
 
 Gate = Callable[[dict[str, Any]], object]
 
@@ -74,14 +74,11 @@ def check_gate(
             text = f"{name}: your answer: {'fused' if answer else 'not fused'}{said}; the rule's: {decision}"
             text += f" exclude: {exclude}" if 0 < len(exclude) < 6 else ""
             differences.append((not decision.evidence, text))
-    check = Check(f"gate-{rule}", "can_fuse", "bit-equal", bad_rows=len(differences),
-                  note=f"{tried} configurations, as rule {rule}")  # fmt: skip
-    if differences:
-        check.verdict, check.ratio = "wrong", float("inf")
-        check.note = f"{len(differences)} of {tried} configurations differ; first {min(differences)[1]}"
-    return announce([check])
+    name = f"gate-{rule}"
+    if not differences:
+        return announce(Check(name, "can_fuse", "bit-equal", note=f"{tried} configurations, as rule {rule}"))
+    note = f"{len(differences)} of {tried} configurations differ; first {min(differences)[1]}"
+    return announce(wrong_check(name, "can_fuse", note, bad_rows=len(differences)))
 
 
-def assert_gate(mine: Gate, rule: str = "strict", lists: int = CONFIG_COUNT, seed: int = 0, **options: Any) -> None:
-    """`check_gate` as an assertion."""
-    require(check_gate(mine, rule, lists, seed, **options))
+assert_gate = assertion(check_gate)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import Qwen35Error
@@ -14,19 +15,20 @@ from ..model.router import append_shared, route, shared_gate
 from ..numerics.arithmetics import current, using
 from ..numerics.tables import SGLANG_BF16
 from ..numerics.taps import tap
-from ..quant.fp8 import FP8_BLOCK
+from ..quant.fp8 import FP8
 from ..quant.mxfp4 import PackedMXFP4
-from .case import Case, Inputs, Make, Outputs, WrongKernel, known_faults
+from ..weights.encode import encode_fp8
+from .case import Case, Compute, Inputs, Make, Outputs, Wrong, known, on, out
 from .drawn import config_of, hidden, matrix, packed_bytes
-from .moe_faults import wrong_experts
 
-BLOCK_OUTPUT, SLOT_IDS, SLOT_WEIGHTS = "mlp_output", "moe_slot_ids", "moe_slot_weights"
+BLOCK_OUTPUT, SLOT_WEIGHTS, TOPK_WEIGHTS = "mlp_output", "moe_slot_weights", "moe_topk_weights"
 WEIGHT_FORMATS = ("bf16", "fp8", "mxfp4")
 # How the inputs of both products are quantised -> the arithmetic of the truth.
 FUNCTIONS = {
     "none": "exact", "aiter-hip": "exact+a4-round-up", "aiter-triton": "exact+a4", "quark": "exact+a4",
     "fp8": "exact+a8",
 }  # fmt: skip
+CODES, SCALES = ("w13_codes", "w2_codes"), ("w13_scales", "w2_scales")
 
 
 class GivenExperts(Experts):
@@ -38,21 +40,15 @@ class GivenExperts(Experts):
         self.inputs = inputs
 
     def at(self, e: int) -> tuple[Tensor, Tensor]:
+        return self._decoded("w13", e), self._decoded("w2", e)
+
+    def _decoded(self, name: str, e: int) -> Tensor:
         dtype = current().weight_dtype("layers.0.mlp.experts")
-        return decoded(self.inputs, "w13", dtype, e), decoded(self.inputs, "w2", dtype, e)
-
-
-def decoded(i: Inputs, name: str, dtype: torch.dtype, e: int | None = None) -> Tensor:
-    """The values of a weight, or of its expert e, in any of the layouts."""
-    parts = [i[n] for n in (name, f"{name}_codes", f"{name}_scales") if n in i]
-    parts = parts if e is None else [x[e] for x in parts]
-    if len(parts) == 1:
-        return parts[0].to(dtype)
-    codes, scales = parts
-    if codes.dtype == torch.uint8:
-        return PackedMXFP4(codes, scales).decode(dtype)
-    spread = scales.to(dtype).repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)
-    return codes.to(dtype) * spread[..., : codes.shape[-2], : codes.shape[-1]]
+        if name in self.inputs:
+            return self.inputs[name][e].to(dtype)
+        codes, scales = self.inputs[f"{name}_codes"][e], self.inputs[f"{name}_scales"][e]
+        mxfp4 = codes.dtype == torch.uint8
+        return (PackedMXFP4(codes, scales) if mxfp4 else FP8(codes, scales.to(torch.float32))).decode(dtype)
 
 
 def packed(seed: int, name: str, shape: tuple[int, int, int], spread: float, layout: str) -> Inputs:
@@ -62,29 +58,23 @@ def packed(seed: int, name: str, shape: tuple[int, int, int], spread: float, lay
     for e in range(shape[0]):
         if layout == "mxfp4":
             slots.append(packed_bytes(seed, f"{name}.{e}", *shape[1:], spread=spread))
+            continue
+        weight = matrix(seed, f"{name}.{e}", *shape[1:], spread=spread, mixed=True)
+        if layout == "bf16":
+            slots.append((weight,))
         else:
-            weight = matrix(seed, f"{name}.{e}", *shape[1:], spread=spread, mixed=True)
-            slots.append((weight,) if layout == "bf16" else _blocks(weight))
+            codes, scales = map(torch.from_numpy, encode_fp8(weight, block=True))
+            slots.append((codes.view(torch.float8_e4m3fn), scales.view(torch.bfloat16)))
     names = (name,) if layout == "bf16" else (f"{name}_codes", f"{name}_scales")
     return {n: torch.stack(parts) for n, parts in zip(names, zip(*slots, strict=True), strict=True)}
-
-
-def _blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """FP8 codes [O, I] and their multipliers: amax / 448 of each block of 128 x 128, in bf16."""
-    O, I = weight.shape  # noqa: E741
-    blocks = F.pad(weight.float(), (0, -I % FP8_BLOCK, 0, -O % FP8_BLOCK))
-    blocks = blocks.unflatten(-1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
-    scales = (blocks.abs().amax((1, 3)) / 448).to(torch.bfloat16)
-    spread = scales.float().repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)[:O, :I]
-    return (weight.float() / spread).to(torch.float8_e4m3fn), scales
 
 
 def router_case(model: str = "tiny", tokens: int = 41, seed: int = 0, ties: bool = True) -> Case:
     """softmax over all experts, the top k of them, renormalised: `x` [T, D], `router` [E, D] -> ids and weights
     [T, A], for `assert_routing`. ties: pairs of experts have equal rows, so that their logits tie exactly."""
     config = config_of(model)
-    return Case(f"router-{model}-{tokens}", ("moe_topk_weights",), lambda: routing_inputs(config, tokens, seed, ties),
-                lambda i: {"moe_topk_weights": route(i["x"], i["router"], config.num_experts_per_tok)[1]},
+    return Case(f"router-{model}-{tokens}", (TOPK_WEIGHTS,), lambda: routing_inputs(config, tokens, seed, ties),
+                lambda i: {TOPK_WEIGHTS: route(i["x"], i["router"], config.num_experts_per_tok)[1]},
                 config=config, top_k=config.num_experts_per_tok)  # fmt: skip
 
 
@@ -102,7 +92,8 @@ def append_case(model: str = "tiny", tokens: int = 41, scale: float = 1.0, seed:
 
     def make() -> Inputs:
         inputs = routing_inputs(config, tokens, seed, ties=False)
-        ids, weights = _routed(inputs, config.num_experts_per_tok)
+        with torch.inference_mode(), using(SGLANG_BF16):
+            ids, weights = route(inputs["x"], inputs["router"], config.num_experts_per_tok)
         gate = matrix(seed, "shared_gate", 1, config.hidden_size)
         return {"x": inputs["x"], "shared_gate": gate, "topk_ids": ids, "topk_weights": weights,
                 "scale": torch.tensor(scale)}  # fmt: skip
@@ -112,30 +103,19 @@ def append_case(model: str = "tiny", tokens: int = 41, scale: float = 1.0, seed:
 
 def append_given(make: Make, name: str, config: Config | None = None) -> Case:
     """The case of such inputs, by a function that returns them."""
-    config = config or config_of("tiny")
 
     def compute(i: Inputs) -> Outputs:
         gate = shared_gate(i["x"], i["shared_gate"])
         return {SLOT_WEIGHTS: append_shared(i["topk_ids"], i["topk_weights"], gate, 0, float(i["scale"]))[1]}
 
-    def dropped(o: Outputs, _: Inputs) -> Outputs:
-        return {SLOT_WEIGHTS: torch.cat((o[SLOT_WEIGHTS][:, :-1], 0 * o[SLOT_WEIGHTS][:, -1:]), 1)}
-
-    wrong = (
-        *known_faults("shared gate ignored", "shared gate applied twice", "shared gate not squashed"),
-        WrongKernel("1/ep_size left out", lambda i: i | {"scale": torch.ones(())}),
-        WrongKernel("shared weight renormalised with the routed ones",
-                    outputs=lambda o, i: {SLOT_WEIGHTS: o[SLOT_WEIGHTS] / o[SLOT_WEIGHTS].sum(1, keepdim=True)}),
-        WrongKernel("shared expert dropped", outputs=dropped),
-    )  # fmt: skip
+    wrong = known(
+        "shared gate ignored", "shared gate applied twice", "shared gate not squashed", "shared expert dropped"
+    ) | {
+        "1/ep_size left out": on(torch.ones_like, "scale"),
+        "shared weight renormalised with the routed ones": out(SLOT_WEIGHTS, lambda w, _: w / w.sum(1, keepdim=True)),
+    }
     rowwise = ("x", "topk_ids", "topk_weights")
-    return Case(name, (SLOT_WEIGHTS,), make, compute, wrong=wrong, config=config, rowwise=rowwise)
-
-
-def _routed(inputs: Inputs, top_k: int) -> tuple[Tensor, Tensor]:
-    """Ids and weights as SGLang's router has them: ranked by bf16 logits, weights in float32."""
-    with torch.inference_mode(), using(SGLANG_BF16):
-        return route(inputs["x"], inputs["router"], top_k)
+    return Case(name, (SLOT_WEIGHTS,), make, compute, wrong, rowwise, config=config or config_of("tiny"))
 
 
 def moe_case(
@@ -156,21 +136,19 @@ def moe_case(
         raise Qwen35Error("unknown format", expected=f"{', '.join(WEIGHT_FORMATS)}; activations {', '.join(FUNCTIONS)}",
                           found=f"{layout}, {activations}")  # fmt: skip
     config = config_of(model)
-    D, N, E, A = config.hidden_size, config.moe_intermediate_size, config.num_experts, config.num_experts_per_tok
-    E = E if experts is None else experts
+    D, N, E = config.hidden_size, config.moe_intermediate_size, experts or config.num_experts
 
     def make() -> Inputs:
         inputs = routing_inputs(config, tokens, seed, ties=False)
         inputs["router"] = inputs["router"][:E]
         inputs["shared_gate"] = matrix(seed, "shared_gate", 1, D)
-        ids, weights = _routed(inputs, A)
-        if fused:
-            with torch.inference_mode(), using(SGLANG_BF16):
+        with torch.inference_mode(), using(SGLANG_BF16):  # ranked by bf16 logits, weights in float32
+            ids, weights = route(inputs["x"], inputs["router"], config.num_experts_per_tok)
+            if fused:
                 ids, weights = append_shared(ids, weights, shared_gate(inputs["x"], inputs["shared_gate"]), E, 1.0)
-        slots = E + 1 if fused else E
         inputs |= {"ids": ids, "weights": weights}
-        inputs |= packed(seed, "w13", (slots, 2 * N, D), 0.87, layout)
-        inputs |= packed(seed, "w2", (slots, D, N), 1.25, layout)
+        inputs |= packed(seed, "w13", (E + fused, 2 * N, D), 0.87, layout)
+        inputs |= packed(seed, "w2", (E + fused, D, N), 1.25, layout)
         if not fused:
             inputs["shared_w13"] = matrix(seed, "shared_w13", 2 * N, D, spread=0.87)
             inputs["shared_w2"] = matrix(seed, "shared_w2", D, N)
@@ -183,10 +161,10 @@ def moe_case(
 
 def moe_given(make: Make, name: str, activations: str = "none", config: Config | None = None) -> Case:
     """The case of such inputs, by a function that returns them."""
-    config = config or config_of("tiny")
-    wrong = wrong_experts(lambda i: block(i, quantised=True), activations != "none")
-    return Case(name, (BLOCK_OUTPUT,), make, lambda i: block(i, activations != "none"), FUNCTIONS[activations], wrong,
-                ("x", "ids", "weights"), config=config, top_k=config.num_experts_per_tok)  # fmt: skip
+    config, quantised = config or config_of("tiny"), activations != "none"
+    return Case(name, (BLOCK_OUTPUT,), make, lambda i: block(i, quantised), wrong_experts(quantised),
+                ("x", "ids", "weights"), FUNCTIONS[activations], config=config,
+                top_k=config.num_experts_per_tok)  # fmt: skip
 
 
 def block(i: Inputs, quantised: bool) -> Outputs:
@@ -198,3 +176,48 @@ def block(i: Inputs, quantised: bool) -> Outputs:
     shared = expert(i["x"], i["shared_w13"].to(dtype), i["shared_w2"].to(dtype))
     shared = multiply("moe_shared_gated", shared_gate(i["x"], i["shared_gate"]), shared)
     return {BLOCK_OUTPUT: add(BLOCK_OUTPUT, tap("moe_routed_output", routed), shared)}
+
+
+def wrong_experts(quantised: bool) -> dict[str, Wrong]:
+    """The known faults of kernels that compute the experts. quantised: whether activations are."""
+    if quantised:
+        functions = {"activation scales rounded up": "exact+a4-round-up", "activations not quantised": "exact",
+                     'activation scales by the "even" rule': "exact+a4"}  # fmt: skip
+    else:
+        functions = {"activations quantised to MXFP4": "exact+a4"}
+    return known(
+        "gate and up swapped", "gate and up taken for interleaved", "sigmoid for silu in the experts",
+        "half of the intermediate missing", "shared gate ignored", "shared gate applied twice",
+    ) | {
+        "last chosen expert dropped": _share(0, lambda fused: -1 - fused),
+        "first chosen expert dropped": _share(0, lambda _: 0),
+        "shared expert dropped": _share(0),
+        "shared expert counted twice": _share(2),
+        "routing weights ignored": on(torch.ones_like, "weights"),
+        "routing weights in another order": on(lambda w: w.flip(1), "weights"),
+        "experts shifted by one": on(lambda w: w.roll(-1, 0), "w13", "w2", *CODES, *SCALES),
+        "nibbles swapped": on(lambda w: (w << 4) | (w >> 4) if w.dtype == torch.uint8 else w, *CODES),
+        "scales one step high": on(lambda s: _stepped(s, 1), *SCALES),
+        "scales one step low": on(lambda s: _stepped(s, -1), *SCALES),
+        "scales rotated": on(lambda s: s.roll(1, -1), *SCALES),
+    } | {name: Wrong(lambda _, i: block(i, True), function) for name, function in functions.items()}  # fmt: skip
+
+
+def _share(factor: float, column: Callable[[bool], int] | None = None) -> Wrong:
+    """The share of one chosen expert times a factor, by its column where the last one is a fused shared expert's or
+    not; without a column: that of the shared expert."""
+
+    def compute(right: Compute, i: Inputs) -> Outputs:
+        slots = i["w2" if "w2" in i else "w2_codes"].shape[0]
+        fused = "shared_w13" not in i and bool((i["ids"][:, -1] == slots - 1).all())
+        if column is None and not fused:
+            return right(i | {"shared_w2": i["shared_w2"] * factor} if "shared_w2" in i else i)
+        weights = i["weights"].clone()
+        weights[:, column(fused) if column else -1] *= factor
+        return right(i | {"weights": weights})
+
+    return Wrong(compute)
+
+
+def _stepped(scales: Tensor, step: int) -> Tensor:
+    return (scales.int() + step).clamp(0, 254).to(torch.uint8) if scales.dtype == torch.uint8 else scales * 2.0**step

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
+from ..quant.fp8 import LARGEST_E4M3, LEAST_AMAX
 from ..quant.layouts import interleave_gate_up, shuffle_scales, shuffle_weight
 from ..quant.mxfp4 import MXFP4_BLOCK, QUANTISERS, SCALE_RULES, encode
-from .judging import Check, announce, require
+from .checks import Check, announce, assertion, wrong_check
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda x: x,
@@ -20,8 +21,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "aiter-scales": lambda x: shuffle_scales(x),
     "gate-up-interleaved": lambda x: interleave_gate_up(x),
 }
-
-
 Encoded = tuple[Tensor, Tensor]
 
 
@@ -32,21 +31,19 @@ def _on_cuda(x: Tensor) -> Encoded:
     return codes, scales.clamp_min(127)
 
 
-def rules() -> dict[str, Callable[[Tensor], Encoded]]:
+def _rules() -> dict[str, Callable[[Tensor], Encoded]]:
     """Every quantiser to MXFP4 that is known: engines by name, then scale rules, then both with ties half up."""
     options: dict[str, dict[str, Any]] = {**QUANTISERS, **{rule: {"scale_rule": rule} for rule in SCALE_RULES}}
     found: dict[str, Callable[[Tensor], Encoded]] = {name: partial(encode, **some) for name, some in options.items()}
-    found["aiter-triton-on-cuda"] = _on_cuda
-    for name, some in options.items():
-        found[f"{name}, ties half up"] = partial(encode, **some, ties="half-up")
-    return found
+    half_up = {f"{name}, ties half up": partial(encode, **some, ties="half-up") for name, some in options.items()}
+    return {**found, "aiter-triton-on-cuda": _on_cuda, **half_up}
 
 
 def check_mxfp4(codes: Tensor, scales: Tensor, x: Tensor, rule: str = "even") -> list[Check]:
     """Codes [..., I/2] and scales [..., I/32] (uint8) of x [..., I], bit for bit, under a rule:
     a quantiser (`aiter-hip`, `aiter-triton`, `aiter-triton-on-cuda`, `quark`) or a
     scale rule (`even`, `round-up`, `threshold-1.5`, `floor`, `ceil`)."""
-    known = rules()
+    known = _rules()
     if rule not in known:
         raise Qwen35Error("unknown rule", where="mxfp4", expected=", ".join(known), found=rule)
     codes, scales, x = (y.detach().cpu() for y in (codes, scales, x))
@@ -54,22 +51,22 @@ def check_mxfp4(codes: Tensor, scales: Tensor, x: Tensor, rule: str = "even") ->
     for name, mine, theirs in zip(("codes", "scales"), (codes, scales), right, strict=True):
         if mine.numel() != theirs.numel() or mine.element_size() != 1:
             note = f"{name} are {mine.dtype} {list(mine.shape)}, expected uint8 {list(theirs.shape)}"
-            return announce([Check("mxfp4", "mxfp4", "wrong", float("inf"), note=note)])
+            return announce(wrong_check("mxfp4", "mxfp4", note))
     found = codes.view(torch.uint8).reshape(right[0].shape), scales.view(torch.uint8).reshape(right[1].shape)
     if _equal(found, right):
-        return announce([Check("mxfp4", "mxfp4", "bit-equal", note=f'as "{rule}", bit for bit')])
-    note = _first_difference(found, right, x)
-    if other := next((name for name, quantise in known.items() if _equal(found, quantise(x))), ""):
-        note += f'; all of it is as "{other}" has it'
+        return announce(Check("mxfp4", "mxfp4", "bit-equal", note=f'as "{rule}", bit for bit'))
+    other = next((name for name, quantise in known.items() if _equal(found, quantise(x))), "")
+    step = found[1].int() - right[1].int()
+    if other:
+        note = f'; all of it is as "{other}" has it'
+    elif torch.equal((found[0] << 4) | (found[0] >> 4), right[0]):
+        note = "; nibbles swapped"
     else:
-        note += _bytes(found, right)
-    return announce([Check("mxfp4", "mxfp4", "wrong", float("inf"), note=note, looks_like=other,
-                           explains=float(bool(other)))])  # fmt: skip
+        note = "; all scales one step off" if (step == 1).all() or (step == -1).all() else "; no known rule does this"
+    return announce(wrong_check("mxfp4", "mxfp4", _first_difference(found, right, x) + note, other))
 
 
-def assert_mxfp4(codes: Tensor, scales: Tensor, x: Tensor, rule: str = "even") -> None:
-    """`check_mxfp4` as an assertion."""
-    require(check_mxfp4(codes, scales, x, rule))
+assert_mxfp4 = assertion(check_mxfp4)
 
 
 def _equal(mine: Encoded, right: Encoded) -> bool:
@@ -77,29 +74,20 @@ def _equal(mine: Encoded, right: Encoded) -> bool:
 
 
 def _first_difference(mine: Encoded, right: Encoded, x: Tensor) -> str:
-    codes, expected = (c[0].unflatten(-1, (-1, MXFP4_BLOCK // 2)) for c in (mine, right))
-    wrong_scale, wrong_codes = mine[1] != right[1], (codes != expected).any(-1)
-    bad = wrong_scale | wrong_codes
-    first = tuple(int(i) for i in bad.nonzero()[0])
-    amax = float(x.unflatten(-1, (-1, MXFP4_BLOCK))[first].abs().max())
-    text = f"{int(bad.sum())} of {bad.numel()} blocks differ, in {int(wrong_scale.sum())} the scale; first: row "
-    text += f"{', '.join(map(str, first[:-1]))}, block {first[-1]}, amax {amax:.8g}, scale {int(mine[1][first])}, "
-    text += f"expected {int(right[1][first])}"
-    ours, theirs = (torch.stack((c[first] & 15, c[first] >> 4), -1).flatten() for c in (codes, expected))
-    if (differs := (ours != theirs).nonzero().flatten()).numel():
-        at = int(differs[0])
-        value = float(x.unflatten(-1, (-1, MXFP4_BLOCK))[first][at])
-        text += f", element {at} ({value:.8g}): code {int(ours[at])}, expected {int(theirs[at])}"
+    codes, expected = (torch.stack((c & 15, c >> 4), -1).flatten(-2).unflatten(-1, (-1, MXFP4_BLOCK))
+                       for c in (mine[0], right[0]))  # fmt: skip
+    wrong_scale, blocks = mine[1] != right[1], x.unflatten(-1, (-1, MXFP4_BLOCK))
+    bad = wrong_scale | (codes != expected).any(-1)
+    first = tuple(bad.nonzero()[0].tolist())
+    text = (
+        f"{int(bad.sum())} of {bad.numel()} blocks differ, in {int(wrong_scale.sum())} the scale; first: row "
+        f"{', '.join(map(str, first[:-1]))}, block {first[-1]}, amax {float(blocks[first].abs().max()):.8g}, "
+        f"scale {int(mine[1][first])}, expected {int(right[1][first])}"
+    )
+    for at in (codes[first] != expected[first]).nonzero().flatten()[:1].tolist():
+        text += f", element {at} ({float(blocks[first][at]):.8g}): code {int(codes[first][at])}"
+        text += f", expected {int(expected[first][at])}"
     return text
-
-
-def _bytes(mine: Encoded, right: Encoded) -> str:
-    codes = mine[0]
-    if torch.equal((codes << 4) | (codes >> 4), right[0]):
-        return "; nibbles swapped"
-    if torch.equal(mine[1].int(), right[1].int() + 1) or torch.equal(mine[1].int(), right[1].int() - 1):
-        return "; all scales one step off"
-    return "; no known rule gives these bytes"
 
 
 def check_fp8(codes: Tensor, scales: Tensor, x: Tensor, columns: int = 128) -> list[Check]:
@@ -108,27 +96,26 @@ def check_fp8(codes: Tensor, scales: Tensor, x: Tensor, columns: int = 128) -> l
     a code may be one step off where x / scale is within 2^-21 of a midpoint."""
     codes, scales, x = (y.detach().cpu() for y in (codes, scales, x))
     blocks = x.float().unflatten(-1, (-1, columns))
-    right = blocks.abs().amax(-1).clamp(min=1e-10) / 448
+    right = blocks.abs().amax(-1).clamp(min=LEAST_AMAX) / LARGEST_E4M3
     off = (scales.float().reshape(right.shape) / right - 1).abs().max().item()
     if off > 2.0**-22:
         note = f"scales off by up to {off:.2g}, relative; expected amax / 448 in float32"
-        return announce([Check("fp8", "fp8", "wrong", float("inf"), note=note)])
+        return announce(wrong_check("fp8", "fp8", note))
     ratio = (blocks.double() / right.double()[..., None]).flatten(-2)
     found = codes.view(torch.float8_e4m3fn).double().reshape(ratio.shape)
     nearest = ratio.float().to(torch.float8_e4m3fn).double()
     tie = (found - ratio).abs() <= (nearest - ratio).abs() * (1 + 2.0**-20)
     bad = (found != nearest) & ~tie
     if not bad.any():
-        return announce([Check("fp8", "fp8", "bit-equal")])
-    first = tuple(int(i) for i in bad.nonzero()[0])
+        return announce(Check("fp8", "fp8", "bit-equal"))
+    first = tuple(bad.nonzero()[0].tolist())
     note = f"{int(bad.sum())} of {bad.numel()} codes differ; first at {list(first)}: {float(found[first]):g} for "
-    note += f"{float(nearest[first]):g} (x / scale = {float(ratio[first]):.6g})"
-    return announce([Check("fp8", "fp8", "wrong", float("inf"), note=note)])
+    return announce(
+        wrong_check("fp8", "fp8", f"{note}{float(nearest[first]):g} (x / scale = {float(ratio[first]):.6g})")
+    )
 
 
-def assert_fp8(codes: Tensor, scales: Tensor, x: Tensor, columns: int = 128) -> None:
-    """`check_fp8` as an assertion."""
-    require(check_fp8(codes, scales, x, columns))
+assert_fp8 = assertion(check_fp8)
 
 
 def check_layout(mine: Tensor, plain: Tensor, layout: str) -> list[Check]:
@@ -145,13 +132,10 @@ def check_layout(mine: Tensor, plain: Tensor, layout: str) -> list[Check]:
         return right.numel() == mine.numel() and torch.equal(right.flatten(), mine.flatten())
 
     if fits(layout):
-        return announce([Check(layout, "layout", "bit-equal")])
+        return announce(Check(layout, "layout", "bit-equal"))
     other = next((name for name in LAYOUTS if fits(name)), "")
     note = f"not {layout}" + ("" if other else ", nor any other layout that is known")
-    return announce([Check(layout, "layout", "wrong", float("inf"), note=note, looks_like=other,
-                           explains=float(bool(other)))])  # fmt: skip
+    return announce(wrong_check(layout, "layout", note, other))
 
 
-def assert_layout(mine: Tensor, plain: Tensor, layout: str) -> None:
-    """`check_layout` as an assertion."""
-    require(check_layout(mine, plain, layout))
+assert_layout = assertion(check_layout)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
-from torch import Tensor
 from torch.func import functional_call
 
 from ..model.cache import LayerState
@@ -14,7 +14,7 @@ from ..model.norms import rms_norm
 from ..model.ops import linear, promote
 from ..model.rope import rotary_angles
 from ..model.text import Layer
-from .case import Case, Inputs, Outputs, WrongKernel, on
+from .case import Case, Inputs, Outputs, by, on, out
 from .drawn import config_of, drawn, hidden, matrix
 
 DRAFT_FC, DRAFT_OUTPUT, CHOSEN_LOG_P = "mtp_fc", "final_norm", "log_p"
@@ -32,23 +32,19 @@ def draft_case(model: str = "tiny", tokens: int = 41, seed: int = 0) -> Case:
         states = {"embeds": drawn(seed, "embeds", tokens, D), "hidden": hidden(seed, "hidden", tokens, D)}
         return {**states, **norms, "fc": matrix(seed, "fc", D, 2 * D)}
 
-    def compute(i: Inputs) -> Outputs:
-        embeds = rms_norm("mtp_embedding", i["embeds"], i["embedding_norm"], eps)
+    def compute(i: Inputs, raw: bool = False) -> Outputs:
+        embeds = i["embeds"] if raw else rms_norm("mtp_embedding", i["embeds"], i["embedding_norm"], eps)
         states = rms_norm("mtp_hidden", i["hidden"], i["hidden_norm"], eps)
         return {DRAFT_FC: linear(DRAFT_FC, torch.cat((embeds, states), -1), i["fc"])}
 
-    def raw_embedding(i: Inputs) -> Outputs:
-        states = rms_norm("mtp_hidden", i["hidden"], i["hidden_norm"], eps)
-        return {DRAFT_FC: torch.cat((i["embeds"], states), -1) @ i["fc"].T}
-
-    wrong = (
-        WrongKernel("hidden state first", on(lambda w: w.roll(w.shape[1] // 2, 1), "fc")),
-        WrongKernel("draft norms without 1 +", on(lambda w: w - 1, *DRAFT_NORMS)),
-        WrongKernel("embedding not normalised", compute=raw_embedding),
-        WrongKernel("embedding of token t", on(lambda x: x.roll(1, 0), "embeds")),
-        WrongKernel("hidden state of token t+1", on(lambda x: x.roll(-1, 0), "hidden")),
-    )  # fmt: skip
-    return Case(f"draft-{model}-{tokens}", (DRAFT_FC,), make, compute, wrong=wrong, config=config)
+    wrong = {
+        "hidden state first": on(lambda w: w.roll(w.shape[1] // 2, 1), "fc"),
+        "draft norms without 1 +": on(lambda w: w - 1, *DRAFT_NORMS),
+        "embedding not normalised": by(partial(compute, raw=True)),
+        "embedding of token t": on(lambda x: x.roll(1, 0), "embeds"),
+        "hidden state of token t+1": on(lambda x: x.roll(-1, 0), "hidden"),
+    }
+    return Case(f"draft-{model}-{tokens}", (DRAFT_FC,), make, compute, wrong, config=config)
 
 
 def draft_layer_case(model: str = "tiny", tokens: int = 41, seed: int = 0) -> Case:
@@ -76,19 +72,16 @@ def draft_layer_case(model: str = "tiny", tokens: int = 41, seed: int = 0) -> Ca
         h_BTD = functional_call(layer, held, (i["x"], angles, None, LayerState()))
         return {DRAFT_OUTPUT: rms_norm(DRAFT_OUTPUT, h_BTD, i["norm.weight"], config.rms_norm_eps)}
 
-    def without_shared(w: Tensor) -> Tensor:
-        return torch.cat((w[:-1], torch.zeros_like(w[-1:])))
-
-    gains = [name for name in shapes if name.endswith("norm.weight")]
-    wrong = (
-        WrongKernel("draft norms without 1 +", on(lambda w: w - 1, *gains)),
-        WrongKernel("gain of the final norm left out", on(torch.zeros_like, "norm.weight")),
-        WrongKernel("attention left out of the draft", on(torch.zeros_like, "self_attn.o_proj.weight")),
-        WrongKernel("experts left out of the draft", on(torch.zeros_like, "mlp.experts.down_proj")),
-        WrongKernel("shared expert dropped", on(without_shared, "mlp.experts.down_proj")),
-        WrongKernel("positions of the draft all 0", on(torch.zeros_like, "position_ids")),
-    )
-    return Case(f"draft_layer-{model}-{tokens}", (DRAFT_OUTPUT,), make, compute, wrong=wrong, config=config)
+    gains, down = [name for name in shapes if name.endswith("norm.weight")], "mlp.experts.down_proj"
+    wrong = {
+        "draft norms without 1 +": on(lambda w: w - 1, *gains),
+        "gain of the final norm left out": on(torch.zeros_like, "norm.weight"),
+        "attention left out of the draft": on(torch.zeros_like, "self_attn.o_proj.weight"),
+        "experts left out of the draft": on(torch.zeros_like, down),
+        "shared expert dropped": on(lambda w: torch.cat((w[:-1], 0 * w[-1:])), down),
+        "positions of the draft all 0": on(torch.zeros_like, "position_ids"),
+    }
+    return Case(f"draft_layer-{model}-{tokens}", (DRAFT_OUTPUT,), make, compute, wrong, config=config)
 
 
 def log_p_case(vocabulary: int = 1000, tokens: int = 41, temperature: float = 0.7, seed: int = 0) -> Case:
@@ -104,13 +97,14 @@ def log_p_case(vocabulary: int = 1000, tokens: int = 41, temperature: float = 0.
         log_p = (promote(i["logits"]) / i["temperature"]).log_softmax(-1)
         return {CHOSEN_LOG_P: log_p.gather(-1, i["ids"][:, None])[:, 0]}
 
-    wrong = (
-        WrongKernel("temperature ignored", on(torch.ones_like, "temperature")),
-        WrongKernel("temperature multiplied", on(lambda t: 1 / t, "temperature")),
-        WrongKernel("log of base 2", outputs=lambda o, i: {CHOSEN_LOG_P: o[CHOSEN_LOG_P] / math.log(2)}),
-        WrongKernel("probability, not its log", outputs=lambda o, i: {CHOSEN_LOG_P: o[CHOSEN_LOG_P].exp()}),
-        WrongKernel("logits of the next row", on(lambda x: x.roll(-1, 0), "logits")),
-        WrongKernel("logits not normalised", outputs=lambda o, i: {
-            CHOSEN_LOG_P: (i["logits"] / i["temperature"]).gather(-1, i["ids"][:, None])[:, 0]}),
-    )  # fmt: skip
-    return Case(f"log_p-{vocabulary}-{tokens}", (CHOSEN_LOG_P,), make, compute, wrong=wrong)
+    wrong = {
+        "temperature ignored": on(torch.ones_like, "temperature"),
+        "temperature multiplied": on(lambda t: 1 / t, "temperature"),
+        "log of base 2": out(CHOSEN_LOG_P, lambda y, _: y / math.log(2)),
+        "probability, not its log": out(CHOSEN_LOG_P, lambda y, _: y.exp()),
+        "logits of the next row": on(lambda x: x.roll(-1, 0), "logits"),
+        "logits not normalised": out(
+            CHOSEN_LOG_P, lambda _, i: (i["logits"] / i["temperature"]).gather(-1, i["ids"][:, None])[:, 0]
+        ),
+    }
+    return Case(f"log_p-{vocabulary}-{tokens}", (CHOSEN_LOG_P,), make, compute, wrong)

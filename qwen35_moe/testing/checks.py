@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
+from ..numerics.arithmetics import get
 from ..numerics.taps import FunctionHandler, Site
-from ..oracle.judge.envelope import LIMIT, envelope, judge
+from ..oracle.judge.envelope import LIMIT, envelope, is_bf16, judge
 from ..oracle.judge.records import BF16_GRID
 from .case import Case, Outputs
 
@@ -21,9 +23,9 @@ from .case import Case, Outputs
 # then 83 %. Names that explain more belong to faults that differ in nothing that the inputs show.
 NAMED = 0.97
 ROWS_TRIED = 8  # of tokens that do not see each other, so many bad ones are looked at for the cause
-BF16_BITS = 8  # significant bits of bfloat16
 
 Kernel = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+P = ParamSpec("P")
 
 
 @dataclass
@@ -57,37 +59,47 @@ class Check:
         if self.note and not self.rows:
             text += self.note
         else:
-            text += f"{self.ratio:.3g} x the legal error (limit {self.limit:g})"
             row = self.row[0] if len(self.row) == 1 else list(self.row)
-            text += f", worst row {row}, column {self.column}"
+            text += f"{self.ratio:.3g} x the legal error (limit {self.limit:g}), worst row {row}, column {self.column}"
             text += f", {self.bad_rows} of {self.rows} rows" + (f"; {self.note}" if self.note else "")
-        if self.function:
-            text += f"; it computes the function {self.function}"
-        if self.looks_like:
-            text += f'; looks like "{self.looks_like}" ({100 * self.explains:.0f} %)'
-        return text
+        text += f"; it computes the function {self.function}" if self.function else ""
+        return text + (f'; looks like "{self.looks_like}" ({100 * self.explains:.0f} %)' if self.looks_like else "")
 
 
 # Whoever collects the checks of a session (the pytest plugin) puts a function here.
 LISTENERS: list[Callable[[Check], None]] = []
 
 
-def announce(checks: list[Check]) -> list[Check]:
+def announce(*checks: Check) -> list[Check]:
     """Hand checks to the listeners."""
     for check in checks:
         for listener in LISTENERS:
             listener(check)
-    return checks
+    return list(checks)
 
 
-def require(checks: Sequence[Check]) -> None:
-    """Raise AssertionError with the text of every check that is not good."""
-    if bad := [check for check in checks if not check.ok]:
-        raise AssertionError("\n".join([f"{bad[0].case}:", *map(str, bad)]))
+def wrong_check(case: str, output: str, note: str, other: str = "", **fields: Any) -> Check:
+    """A check that failed in a way that has no size; other: the name of what it would be right for."""
+    return Check(
+        case, output, "wrong", float("inf"), note=note, looks_like=other, explains=float(bool(other)), **fields
+    )
+
+
+def assertion(check: Callable[P, list[Check]]) -> Callable[P, None]:
+    """The check as an assertion: it raises AssertionError with the text of every result that is not good."""
+
+    @wraps(check)
+    def asserted(*args: P.args, **kwargs: P.kwargs) -> None:
+        __tracebackhide__ = True  # pytest ends its traceback at the caller
+        if bad := [result for result in check(*args, **kwargs) if not result.ok]:
+            raise AssertionError("\n".join([f"{bad[0].case}:", *map(str, bad)]))
+
+    return asserted
 
 
 def check_legal(found: Kernel, case: Case) -> list[Check]:
-    """Each output against the float64 truth, row by row, in units of the largest legal error."""
+    """Each output against the float64 truth, row by row, in units of the largest legal error: a tensor, several in the
+    order of `case.outputs`, or by name. Error: other outputs than the case's."""
     named = _named(found, case)
     checks = [_check(name, x, case) for name, x in named.items()]
     bad = [check for check in checks if not check.ok and check.rows]
@@ -100,17 +112,14 @@ def check_legal(found: Kernel, case: Case) -> list[Check]:
             check.looks_like, check.explains = looks_like, share
         if any(check.note == BF16_GRID for check in bad) and not looks_like:
             bad[0].looks_like, bad[0].explains = "state in bf16", 1.0
-    return announce(checks)
+    return announce(*checks)
 
 
-def assert_legal(found: Kernel, case: Case) -> None:
-    """A kernel's outputs are within legal rounding of the float64 truth, row by row."""
-    require(check_legal(found, case))
+assert_legal = assertion(check_legal)
 
 
 def _named(found: Kernel, case: Case) -> Outputs:
-    if isinstance(found, Tensor):
-        found = [found]
+    found = [found] if isinstance(found, Tensor) else found
     if not isinstance(found, Mapping):
         found = dict(zip(case.outputs, found, strict=False)) if len(found) == len(case.outputs) else {}
     if set(found) != set(case.outputs):
@@ -122,25 +131,20 @@ def _named(found: Kernel, case: Case) -> Outputs:
 def _check(name: str, x: Tensor, case: Case) -> Check:
     truth = case.truth[name]
     if x.numel() != truth.numel():
-        note = f"shape {list(x.shape)}, expected {list(truth.shape)}"
-        return Check(case.name, name, "wrong", float("inf"), note=note)
+        return wrong_check(case.name, name, f"shape {list(x.shape)}, expected {list(truth.shape)}")
     if not x.is_floating_point():
-        note = f"{x.dtype}, expected a floating-point dtype"
-        return Check(case.name, name, "wrong", float("inf"), note=note)
+        return wrong_check(case.name, name, f"{x.dtype}, expected a floating-point dtype")
     depth = max(1, truth.dim() - (2 if name in case.matrices else 1))
-    lead = truth.shape[:depth]
-    members = [member[name].reshape(-1, *truth.shape[depth:]) for member in case.members]
-    truth_R, x_R = truth.reshape(-1, *truth.shape[depth:]), x.reshape(-1, *truth.shape[depth:])
+    truth_R, x_R, *members = (
+        y.reshape(-1, *truth.shape[depth:]) for y in (truth, x, *(member[name] for member in case.members))
+    )
     verdict = judge(x_R, truth_R, envelope(truth_R, members, x.dtype), x.dtype)
-    bad = verdict.ratios > LIMIT
     error = (x_R[verdict.worst].to(torch.float64) - truth_R[verdict.worst]).abs().nan_to_num(torch.inf)
-    row = tuple(int(i) for i in np.unravel_index(verdict.worst, lead))
+    row = tuple(int(i) for i in np.unravel_index(verdict.worst, truth.shape[:depth]))
     check = Check(case.name, name, verdict.cls, verdict.ratio, LIMIT, row, int(error.flatten().argmax()),
-                  int(bad.sum()), len(x_R), verdict.rel)  # fmt: skip
-    if name == "gdn_state" and x.any():  # zeros are in every dtype
-        digits = significant_bits(x)
-        if digits <= BF16_BITS < min(significant_bits(member) for member in members):
-            check.verdict, check.note = "wrong", BF16_GRID
+                  int((verdict.ratios > LIMIT).sum()), len(x_R), verdict.rel)  # fmt: skip
+    if name == "gdn_state" and x.any() and is_bf16(x) and not any(map(is_bf16, members)):  # zeros are in every dtype
+        check.verdict, check.note = "wrong", BF16_GRID
     return check
 
 
@@ -150,46 +154,32 @@ def _function(x: Tensor, check: Check, case: Case) -> str:
     truth = case.truth[check.output]
     rows = torch.arange(min(len(truth), ROWS_TRIED)) + max(0, min(check.row[0], len(truth) - ROWS_TRIED))
     part, x = case.part(rows), x.to(torch.float64).reshape(truth.shape)[rows]
-    found = {case.function: part.truth, **{w.function: part.broken(w) for w in case.wrong if w.function}}
+    found = {case.function: part.truth}
+    found |= {wrong.function: part.broken(name) for name, wrong in case.wrong.items() if wrong.function}
     return min(found, key=lambda name: float((x - found[name][check.output]).norm().nan_to_num(torch.inf)))
-
-
-def significant_bits(x: Tensor) -> int:
-    """How many bits the longest significand in x has: 8 if all of it is bf16, 24 if float32."""
-    bits = x.to(torch.float32).contiguous().view(torch.int32) & 0x7FFFFF
-    bits = bits[bits != 0]
-    return 1 if not len(bits) else 24 - int((bits & -bits).min().to(torch.float64).log2())
 
 
 def explaining_fault(named: Outputs, case: Case, bad: Sequence[Check]) -> tuple[str, float]:
     """The known fault that explains most of the error, and the share of the squared error that it explains."""
-    rows = None
+    found = {check.output: named[check.output].to(torch.float64) for check in bad}
+    found = {name: x.reshape(-1, *case.truth[name].shape[1:]) for name, x in found.items()}
     if case.rowwise:
-        first = bad[0]
-        error = (named[first.output].to(torch.float64).reshape(case.truth[first.output].shape)
-                 - case.truth[first.output]).flatten(1).norm(dim=1).nan_to_num(torch.inf)  # fmt: skip
+        first = bad[0].output
+        error = (found[first] - case.truth[first]).flatten(1).norm(dim=1).nan_to_num(torch.inf)
         rows = error.argsort(descending=True)[:ROWS_TRIED].sort().values
-        case = case.part(rows)
-    names = [check.output for check in bad]
-    found = {name: named[name].to(torch.float64).reshape(-1, *case.truth[name].shape[1:]) for name in names}
-    found = {name: x if rows is None else x[rows] for name, x in found.items()}
+        case, found = case.part(rows), {name: x[rows] for name, x in found.items()}
     best, share = "", 0.0
-    for name, outputs in broken_outputs(case):
-        explained = explained_share(found, case.truth, outputs)
+    for name, outputs in _broken_outputs(case):
+        explained = _explained(found, case.truth, outputs)
         if explained > share:
             best, share = name, explained
     return (best, share) if share >= NAMED else ("", 0.0)
 
 
-def broken_outputs(case: Case) -> Iterator[tuple[str, Outputs]]:
-    """What each known fault would return."""
-    for wrong in case.wrong:
-        yield wrong.name, case.broken(wrong)
-    yield from one_expert_missing(case)
-
-
-def one_expert_missing(case: Case) -> Iterator[tuple[str, Outputs]]:
-    """The output without the share of one expert, for each that was chosen."""
+def _broken_outputs(case: Case) -> Iterator[tuple[str, Outputs]]:
+    """What each known fault would return; then, for experts, the output without the share of each that was chosen."""
+    for name in case.wrong:
+        yield name, case.broken(name)
     if "ids" not in case or "mlp_output" not in case.outputs:
         return
     shares: list[tuple[int, Tensor]] = []
@@ -198,15 +188,14 @@ def one_expert_missing(case: Case) -> Iterator[tuple[str, Outputs]]:
         if site.name == "moe_expert_weighted" and site.index is not None:
             shares.append((site.index, x))
 
-    case.exact(FunctionHandler(keep))
-    ids = case["ids"]
+    case.run(get(case.function), FunctionHandler(keep))
     for e, share in shares:
         y = case.truth["mlp_output"].clone()
-        y[(ids == e).any(1)] -= share
+        y[(case["ids"] == e).any(1)] -= share
         yield "expert dropped", {"mlp_output": y}
 
 
-def explained_share(found: Outputs, truth: Outputs, broken: Outputs) -> float:
+def _explained(found: Outputs, truth: Outputs, broken: Outputs) -> float:
     """1 - |found - broken|^2 / |found - truth|^2, each row in units of its size."""
     before = after = 0.0
     for name, x in found.items():
