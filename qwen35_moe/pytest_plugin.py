@@ -5,25 +5,11 @@ pytest loads it by its entry point, `qwen35_moe`.
 
 from __future__ import annotations
 
-import html
 import json
 import os
+from html import escape
 from pathlib import Path
 from typing import Any
-
-FORMS = (".html", ".json", ".sarif")
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>qwen35-moe checks</title><style>
-:root{{color-scheme:light dark;--bad:#b00020}}@media(prefers-color-scheme:dark){{:root{{--bad:#ff8a80}}}}
-body{{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem}}
-table{{border-collapse:collapse;width:100%}}td,th{{text-align:left;padding:.25rem .6rem;border-bottom:1px solid #8886}}
-td{{overflow-wrap:anywhere}}.bad{{color:var(--bad);font-weight:600}}
-@media(max-width:700px){{th{{display:none}}td,tr{{display:block}}td{{border:0}}tr{{border-bottom:1px solid #8886}}}}
-</style>
-<h1>{bad} of {count} checks failed</h1><p>qwen35-moe {version}; limit: 3.0 times the largest legal error.</p>
-<table><tr><th>test</th><th>case</th><th>verdict</th><th>what was found</th></tr>
-{rows}</table></html>
-"""
 
 
 class Report:
@@ -45,50 +31,51 @@ class Report:
         if worker is None and session.config.pluginmanager.hasplugin("dsession"):
             return
         path = self.path if worker is None else self.path.with_stem(f"{self.path.stem}-{worker}")
-        path.write_text(self.text(), encoding="utf-8")
-
-    def text(self) -> str:
-        """The report, in the form that the path's ending asks for."""
-        if self.path.suffix == ".json":
-            return json.dumps({"format": "qwen35-moe checks", "version": 1, "checks": [finite(c) for c in self.found]})
-        return self.sarif() if self.path.suffix == ".sarif" else self.page()
-
-    def page(self) -> str:
-        from . import __version__
-
-        rows = []
-        for check in sorted(self.found, key=lambda check: check["ok"]):  # failed ones first
-            cells = (check["test"], check["case"], check["verdict"], check["text"])
-            kind = "" if check["ok"] else ' class="bad"'
-            rows.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>\n")
-        bad = sum(not check["ok"] for check in self.found)
-        return PAGE.format(bad=bad, count=len(self.found), version=__version__, rows="".join(rows))
-
-    def sarif(self) -> str:
-        """SARIF 2.1.0, which code hosts show beside the lines: one result for each check that failed."""
-        from . import __version__
-
-        results = []
-        for check in self.found:
-            if check["ok"]:
-                continue
-            place = {"artifactLocation": {"uri": check["test"].partition("::")[0] or "tests"}}
-            results.append({
-                "ruleId": check["output"], "level": "error", "message": {"text": f"{check['test']}: {check['text']}"},
-                "locations": [{"physicalLocation": place}],
-            })  # fmt: skip
-        rules = [{"id": name} for name in sorted({check["output"] for check in self.found})]
-        driver = {"name": "qwen35-moe", "version": __version__, "rules": rules}
-        schema = "https://json.schemastore.org/sarif-2.1.0.json"
-        return json.dumps(
-            {"$schema": schema, "version": "2.1.0", "runs": [{"tool": {"driver": driver}, "results": results}]}
-        )
+        path.write_text(FORMS[path.suffix](self.found), encoding="utf-8")
 
 
-def finite(check: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: null."""
-    infinite = (float("inf"), float("-inf"))
-    return {key: None if value in infinite or value != value else value for key, value in check.items()}
+def as_page(found: list[dict[str, Any]]) -> str:
+    """A page, failed checks first."""
+    from . import __version__
+    from .oracle.report.page_parts import page_head
+
+    rows = []
+    for check in sorted(found, key=lambda check: check["ok"]):
+        cells = (check["test"], check["case"], check["verdict"], check["text"])
+        kind = "" if check["ok"] else ' style="color:var(--bad)"'
+        rows.append(f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n")
+    bad = sum(not check["ok"] for check in found)
+    return (
+        f'{page_head("qwen35-moe checks")}<div class="verdict{" bad" if bad else ""}">'
+        f"<b>{bad} of {len(found)} checks failed</b><p>qwen35-moe {__version__}; limit: 3.0 times the largest legal "
+        'error.</p></div><section style="overflow-wrap:anywhere"><table class="plain">'
+        "<tr><th>test</th><th>case</th><th>verdict</th><th>what was found</th></tr>\n"
+        f"{''.join(rows)}</table></section></main></html>\n"
+    )
+
+
+def as_json(found: list[dict[str, Any]]) -> str:
+    """JSON, which has no infinity: null."""
+    checks = [{key: None if value in (float("inf"), float("-inf")) or value != value else value
+               for key, value in check.items()} for check in found]  # fmt: skip
+    return json.dumps({"format": "qwen35-moe checks", "version": 1, "checks": checks})
+
+
+def as_sarif(found: list[dict[str, Any]]) -> str:
+    """SARIF 2.1.0, which code hosts show beside the lines: one result for each check that failed."""
+    from .cli.check import sarif_log
+
+    results = []
+    for check in (check for check in found if not check["ok"]):
+        place = {"artifactLocation": {"uri": check["test"].partition("::")[0] or "tests"}}
+        results.append({
+            "ruleId": check["output"], "level": "error", "message": {"text": f"{check['test']}: {check['text']}"},
+            "locations": [{"physicalLocation": place}],
+        })  # fmt: skip
+    return json.dumps(sarif_log("qwen35-moe", results))
+
+
+FORMS = {".html": as_page, ".json": as_json, ".sarif": as_sarif}
 
 
 def pytest_addoption(parser: Any) -> None:

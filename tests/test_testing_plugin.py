@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen35_moe import testing as qt
-from qwen35_moe.pytest_plugin import Report
+from qwen35_moe.pytest_plugin import FORMS, Report
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parent.parent
@@ -67,7 +67,7 @@ def test_reports(tmp_path, ending):
     case = qt.rms_norm_case()
     for factor in (1.0, 2.0):
         report(qt.check_legal(factor * case.truth["input_layernorm"].float(), case)[0])
-    text = report.text()
+    text = FORMS[f".{ending}"](report.found)
     assert "x the legal error (limit 3)" in text
     if ending == "html":
         assert "1 of 2 checks failed" in text and "test_&lt;norm&gt;" in text and "prefers-color-scheme:dark" in text

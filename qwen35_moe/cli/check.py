@@ -74,6 +74,11 @@ def sarif(path: str, records: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for record in records
     ]
-    rules = [{"id": rule} for rule in sorted({record["rule"] for record in records})]
-    driver = {"name": "qwen35-moe check", "version": __version__, "rules": rules}
+    return sarif_log("qwen35-moe check", results)
+
+
+def sarif_log(tool: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The results of one run of a tool, with the rules that they name."""
+    rules = [{"id": rule} for rule in sorted({result["ruleId"] for result in results})]
+    driver = {"name": tool, "version": __version__, "rules": rules}
     return {"$schema": SCHEMA, "version": "2.1.0", "runs": [{"tool": {"driver": driver}, "results": results}]}
