@@ -28,7 +28,7 @@ from qwen35_moe.trace.file import Trace
 
 # What the innermost functions of the main thread say of what it was doing; the first that matches.
 DOING = (
-    ("saving a state", r"trace/resume.py.* in write$|envelope_file.py.* in write$|in resumed$"),
+    ("saving a state", r"in save_state$|envelope_file.py.* in write$|in resumed$"),
     ("writing values", r"trace/writer.py.* in (flush|add_blocks|close|add|_begin|__init__)|trace/folder.py"),
     ("writing the envelope", r"envelope_file.py.* in _of_truth"),
     ("decoding", r"quant/|in decode"),

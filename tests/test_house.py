@@ -155,8 +155,7 @@ OPEN_HERE = {
     "testing.drawn": "the package's own configurations",
     "testing.gate": "the package's own configurations",
     "oracle.judge.envelope_file": "parses what its checksum covers",
-    "trace.folder": "the first 64 bytes of a regular file",
-    "trace.resume": "parses what this process has written",
+    "trace.folder": "the first 64 bytes of a regular file, and what this process has written",
     "trace.writer": "writes",
 }
 

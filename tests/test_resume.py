@@ -27,11 +27,12 @@ from qwen35_moe.run import files
 from qwen35_moe.run.files import whole
 from qwen35_moe.trace import folder as trace_folder
 from qwen35_moe.trace.file import Trace
-from qwen35_moe.trace.head import RESUME
+from qwen35_moe.trace.head import PARTIAL, RESUME
 
 Build = Callable[[str], Path]
 PROMPTS, OTHERS = [[1, 2, 3, 4, 5], [9, 8, 7], [5, 5, 5, 6]], [[4, 4], [3, 2, 1], [6]]
 FEW = ["--taps", "layer_output_sum", "--no-envelope"]
+STATE = f"{PARTIAL}/{RESUME}"
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -162,7 +163,9 @@ def test_what_is_there_stays_until_a_layer_takes_its_place(
         with killed(trace_cli, "_trace_group", 1):
             run("out", PROMPTS, "--batch", "1", *FEW)
     after = contents(tmp_path / "out")
-    assert {name: after.get(name) for name in before} == before
+    begun = moment in ("in the first layer", "no room for all of it")  # a first file is in its place
+    stays = [name for name in before if not (begun and name.startswith(PARTIAL))]
+    assert {name: after.get(name) for name in stays} == {name: before[name] for name in stays}
     assert run("out", [1, 2, 3], *FEW, "--resume") == 0
     assert len(Trace.open(tmp_path / "out")) == 4
 
@@ -173,7 +176,7 @@ def test_a_state_without_values_survives_a_full_disk(run: Callable[..., int], tm
     before = contents(tmp_path / "out")
     with killed(files, "save_file", 0, FULL):
         assert run("out", [1, 2, 3], *late, "--resume") == 2
-    assert (tmp_path / "out" / RESUME).read_bytes() == before[RESUME]
+    assert (tmp_path / "out" / STATE).read_bytes() == before[STATE]
     assert run("out", [1, 2, 3], *late, "--resume") == 0 == run("whole", [1, 2, 3], *late)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -345,14 +348,14 @@ def test_fewer_layers_than_are_done(
     assert "more layers are done already" in capsys.readouterr().err and contents(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("wrong", [{"next": "x"}, {"unused": 5}, {"threads": None}, {"next": 99}, {"more": 1}])
+@pytest.mark.parametrize("wrong", [{"next": "x"}, {"nan": 5}, {"threads": None}, {"next": 99}, {"more": 1}])
 def test_a_damaged_state_of_one_pass(
     run: Callable[..., int], tmp_path: Path, wrong: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("out", [1, 2], *FEW, "--layers", "0-1") == 0
-    with safe_open(tmp_path / "out" / RESUME, framework="pt") as file:
+    with safe_open(tmp_path / "out" / STATE, framework="pt") as file:
         state, x = json.loads(file.metadata()["state"]), file.get_tensor("sum")
-    save_file({"sum": x}, tmp_path / "out" / RESUME, {"state": json.dumps(state | wrong)})
+    save_file({"sum": x}, tmp_path / "out" / STATE, {"state": json.dumps(state | wrong)})
     assert run("out", [1, 2], *FEW, "--resume") == 2
     assert "a bug" not in capsys.readouterr().err
 

@@ -204,11 +204,11 @@ def test_another_run_is_not_continued(built: Build, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("foreign", [False, True])
-@pytest.mark.parametrize("name", ["resume.safetensors", "envelope-state.safetensors"])
+@pytest.mark.parametrize("name", ["partial/resume.safetensors", "envelope-state.safetensors"])
 def test_a_state_that_is_none_is_named(
     built: Build, tmp_path: Path, name: str, foreign: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, some = tmp_path / "out", "0-1" if name.startswith("resume") else "0-3"
+    out, some = tmp_path / "out", "0-1" if name.startswith("partial") else "0-3"
     assert main([*command(built("tiny-mxfp4"), out), "--layers", some]) == 0
     if foreign:
         save_file({"sum": torch.zeros(2)}, out / name)

@@ -10,9 +10,10 @@ import pytest
 
 from qwen35_moe.cli.main import main
 from qwen35_moe.oracle.judge.envelope_file import ENVELOPE, ENVELOPE_STATE
-from qwen35_moe.trace.head import RESUME
+from qwen35_moe.trace.head import PARTIAL, RESUME
 
 Build = Callable[[str], Path]
+STATE = f"{PARTIAL}/{RESUME}"
 
 
 def flip(file: Path, at: float = 0.9) -> None:
@@ -54,7 +55,7 @@ def test_a_trace_without_checksums_says_so(whole: Path, tmp_path: Path, capsys: 
     assert "no checksum is known" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["00001.safetensors", RESUME])
+@pytest.mark.parametrize("name", ["00001.safetensors", STATE])
 def test_resume_does_not_go_on_from_a_flipped_bit(
     name: str, built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,20 +68,20 @@ def test_resume_does_not_go_on_from_a_flipped_bit(
     assert main(arguments) == 0 and main(["verify", str(tmp_path / "t")]) == 0
 
 
-@pytest.mark.parametrize("said", [b'"next\\": 2', b'"ids\\\\\\": [[1', b"unused", b"sha256"])
+@pytest.mark.parametrize("said", [b'"next\\": 2', b'"ids\\\\\\": [[1', b"files", b"sha256"])
 def test_every_byte_of_a_state_is_under_its_checksum(
     said: bytes, built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The header says which layer comes next: a flipped bit there would go on with other layers."""
     arguments = ["trace", str(built("tiny")), "--ids", "1,2,3,4", "--out", str(tmp_path / "t"), "--quiet"]
     assert main([*arguments, "--layers", "0-1"]) == 0
-    held = bytearray((tmp_path / "t" / RESUME).read_bytes())
+    held = bytearray((tmp_path / "t" / STATE).read_bytes())
     at = held.index(said) + len(said) - 1
     held[at] ^= 1
-    (tmp_path / "t" / RESUME).write_bytes(held)
+    (tmp_path / "t" / STATE).write_bytes(held)
     assert main([*arguments, "--resume"]) == 2
     said_then = capsys.readouterr().err
-    assert RESUME in said_then and "Traceback" not in said_then
+    assert STATE in said_then and "Traceback" not in said_then
 
 
 def test_resume_does_not_go_on_from_a_damaged_envelope(

@@ -27,9 +27,16 @@ from ..oracle.judge.envelope_file import ENVELOPE, stored_envelope
 from ..run.files import save_checked, whole
 from ..run.streamed import HEAD_ROWS
 from ..trace.file import Trace
-from ..trace.folder import GROUPS, GROUPS_RUN, check_ours, remove_groups
+from ..trace.folder import (
+    GROUPS,
+    GROUPS_RUN,
+    check_ours,
+    check_same,
+    complete_trace,
+    has_state,
+    remove_groups,
+)
 from ..trace.head import Entry
-from ..trace.resume import check_same, complete_trace, state_folder
 from ..trace.writer import TraceWriter
 from ..untrusted import read_bytes, tensor_file
 
@@ -95,7 +102,7 @@ def begin_groups(out: Path, count: int, run: str, resume: bool, processes: Proce
     begun = resume and said.is_file()
     if begun:
         check_same(out, read_bytes(said).decode("utf-8", "replace"), run)
-    elif resume and state_folder(out) is not None:
+    elif resume and has_state(out):
         raise _other_way(out, "groups of prompts", "all prompts in one pass")
     processes.wait()
     if processes.rank == 0 and not begun:
@@ -109,7 +116,7 @@ def begin_groups(out: Path, count: int, run: str, resume: bool, processes: Proce
 
 def check_one_pass(out: Path, layers: int) -> None:
     """Error if the run that was begun there, and not finished, is one over groups of prompts."""
-    if (out / GROUPS / GROUPS_RUN).is_file() and state_folder(out) is None and complete_trace(out, layers) is None:
+    if (out / GROUPS / GROUPS_RUN).is_file() and not has_state(out) and complete_trace(out, layers) is None:
         raise _other_way(out, "all prompts in one pass", "groups of prompts")
 
 

@@ -1,5 +1,5 @@
 """Tracing a model layer by layer, so that a run of hours survives: after each layer its values and the residual stream
-are on disk, and a later run goes on from there with the same bytes (`resume.py`)."""
+are on disk, and a later run goes on from there with the same bytes (`folder.py`)."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ from ..run.prompt import Images, embed_prompt
 from ..run.streamed import StreamedHead
 from .drafts import trace_drafts
 from .file import Trace
-from .head import RESUME
+from .folder import START_ANEW, State, complete_trace, resumable, resumed_complete, run_of
 from .images import PIXELS, axes_of, images_meta
 from .progress import Progress
 from .recorder import Patterns, Recorder, sizes_of, step_record
-from .resume import State, complete_trace, resumable, resumed_complete, run_of
 from .writer import TraceWriter
 
 HEAD = "next_token_logits"
@@ -80,22 +79,15 @@ def trace_layers(model: Model, ids_BT: Tensor, out: str | Path, **options: Any) 
     if asked.resume and (there := complete_trace(out, count)) is not None:
         return there, resumed_complete(model, there, meta, aside)
     now = State(run_of(meta, ids_BT.device.type))
-    state, sum_BTD, base = now.resumed(out) if asked.resume else (now, None, None)
-    start = state.next
-    if start > stop:
-        do = "leave out --resume to start anew"
-        raise Qwen35Error(
-            "more layers are done already", where=out, expected=f"--layers 0-{start - 1}", found=last, do=do
-        )
-    used = origin_of(model).checkpoint.used
-    before = set(used)
-    used.update(name for name in origin_of(model).checkpoint.names() if _is_done(name, start))
-    used.difference_update(state.unused)
-    writer = TraceWriter(out, {**meta, "layers": stop}, state.files, base)
-    recorder, progress = (
-        Recorder(taps, experts=asked.experts, out=writer),
-        Progress(model, range(start, stop), asked.quiet, asked.label),
-    )
+    state, sum_BTD = now.resumed(out) if asked.resume else (now, None)
+    if (start := state.next) > stop:
+        expected = f"--layers 0-{start - 1}"
+        raise Qwen35Error("more layers are done already", where=out, expected=expected, found=last, do=START_ANEW)
+    checkpoint = origin_of(model).checkpoint
+    checkpoint.used.update(name for name in checkpoint.names() if _is_done(name, start))
+    writer = TraceWriter(out, {**meta, "layers": stop}, state.files if asked.resume else None)
+    recorder = Recorder(taps, experts=asked.experts, out=writer)
+    progress = Progress(model, range(start, stop), asked.quiet, asked.label)
     recorder.first_nan = state.nan
     with resumable(out, start):
         h_BTD, given = begin(model, ids_BT, mask, sum_BTD=sum_BTD, handlers=(recorder,), images=images)
@@ -105,9 +97,8 @@ def trace_layers(model: Model, ids_BT: Tensor, out: str | Path, **options: Any) 
                 with scope(layer=i):
                     h_BTD = model.layers[i](h_BTD, *given, LayerState())
                 writer.flush()
-                state.unused += sorted(n for n in origin_of(model).checkpoint.names() if _is_left(n, i, used))
                 state.next, state.files, state.nan = i + 1, dict(writer.sums), recorder.first_nan
-                state.write(writer, h_BTD)
+                writer.save_state(state, h_BTD)
             progress.done(i)
         with resumable(out, stop):
             if stop == count:
@@ -115,14 +106,11 @@ def trace_layers(model: Model, ids_BT: Tensor, out: str | Path, **options: Any) 
                 if drafts:
                     found = trace_drafts(model, ids_BT, mask, hidden_BTD, recorder, drafts, asked.hidden)
                     writer.meta["draft_ids"] = [x.tolist() for x in found]
-            writer.close()
-    if stop == count:
-        (out / RESUME).unlink(missing_ok=True)
+            writer.close(goes_on=stop < count)
     if recorder.first_nan:
         of = f" of {asked.label}" if asked.label else ""
         print(f"qwen35-moe: the trace{of} holds NaN or infinity, from {recorder.first_nan} on", file=sys.stderr)
-    used |= before  # by prompts that the same model was run on
-    return Trace.open(out), origin_of(model).checkpoint.report(aside)
+    return Trace.open(out), checkpoint.report(aside)
 
 
 def check_request(model: Model, ids_BT: Tensor, taps: Patterns, last: int | None) -> None:
@@ -218,7 +206,3 @@ def _is_done(name: str, below: int) -> bool:
     """Whether a run that has done the layers `below` has had its turn to read this tensor."""
     parts = name.split(".")
     return below > 0 and (parts[0] == "embed_tokens" or parts[0] == "layers" and int(parts[1]) < below)
-
-
-def _is_left(name: str, layer: int, used: set[str]) -> bool:
-    return name.startswith(f"layers.{layer}.") and name not in used

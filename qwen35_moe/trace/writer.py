@@ -21,7 +21,7 @@ from ..errors import Qwen35Error
 from ..numerics.taps import Site
 from ..run.files import check_claim, check_sha256, checked, file_sha256, save, whole
 from .file import CHUNK_BYTES, SUM_BEGINS, Trace, in_utf8
-from .folder import check_ours, finish, link, remove_older
+from .folder import START_ANEW, State, check_ours, finish, remove_older
 from .head import FORMAT, HEAD_FILE, PARTIAL, RESUME, VERSION, Entry, entries_of, records_of
 
 
@@ -55,16 +55,9 @@ class TraceWriter:
     an older unfinished one until the first file of this one is written: errors of a run show before that.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        meta: dict[str, Any] | None = None,
-        keep: Mapping[str, str] | None = None,
-        base: Path | None = None,
-    ):
-        """keep: files of a trace of the first layers to continue, with their checksums; they lie in `base`, that is OUT
-        or OUT/partial, beside its state. Error: such a file is damaged."""
-        self.out, self.meta, self.base = in_utf8(path), dict(meta or {}), base
+    def __init__(self, path: str | Path, meta: dict[str, Any] | None = None, keep: Mapping[str, str] | None = None):
+        """keep: files in OUT/partial of the run to continue, with their checksums. Error: such a file is damaged."""
+        self.out, self.meta, self._resumed = in_utf8(path), dict(meta or {}), keep is not None
         self.path = self.out / PARTIAL
         self.entries: list[Entry] = []
         self._open: dict[str, tuple[Entry, Tensor]] = {}
@@ -72,9 +65,8 @@ class TraceWriter:
         self.sums: dict[str, str] = dict(keep or {})  # file -> sha256
         check_ours(self.out)
         for name, known in self.sums.items():
-            assert base is not None
-            check_sha256(base / name, known, "leave out --resume to start anew")
-            self.entries += entries_of(records_of(base / name), base / name)
+            check_sha256(self.path / name, known, START_ANEW)
+            self.entries += entries_of(records_of(self.path / name), self.path / name)
         self._keys = {entry.key for entry in self.entries}
 
     @property
@@ -108,10 +100,11 @@ class TraceWriter:
         self.entries += entries
         self.sums[name] = file_sha256(self.path / name)
 
-    def save_state(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write the state that a later run continues from (`resume.State`)."""
+    def save_state(self, state: State, sum_BTD: Tensor) -> None:
+        """Write the state that a later run continues from."""
+        tensors = {"sum": sum_BTD.cpu().contiguous()}
         with self._new(RESUME) as temporary:
-            save(tensors, temporary, checked(tensors, metadata))
+            save(tensors, temporary, checked(tensors, {"state": json.dumps(asdict(state))}))
 
     @contextmanager
     def _new(self, name: str) -> Iterator[Path]:
@@ -130,13 +123,9 @@ class TraceWriter:
 
     def _begin(self, new: Path) -> None:
         """Leaves in OUT/partial the kept files alone, with their state, and the new one."""
-        kept = {*self.sums, *([RESUME] if self.base is not None else [])}
-        for old in list(self.path.iterdir()):
-            if old.name != new.name and (old.name not in kept or self.base != self.path):
-                old.unlink()
-        if self.base not in (None, self.path):
-            for name in sorted(kept, key=lambda name: name == RESUME):
-                link(self.base / name, self.path / name)
+        kept = {new.name, *self.sums, *([RESUME] if self._resumed else [])}
+        for old in [file for file in self.path.iterdir() if file.name not in kept]:
+            old.unlink()
         self._begun = True
 
     def add_blocks(self, site: Site, dims: str, shape: tuple[int, ...], blocks: Iterator[tuple[slice, Tensor]]) -> None:
@@ -156,8 +145,8 @@ class TraceWriter:
                     file.write(values.data)
         self._done(name, [done])
 
-    def close(self) -> None:
-        """Write the rest, and put the trace in the place of an older one."""
+    def close(self, goes_on: bool = False) -> None:
+        """Write the rest, and put the trace in the place of an older one. goes_on: a later run can add layers."""
         self.flush()
         head = {"format": FORMAT, "version": VERSION, "meta": self.meta, "files": self.sums,
                 "tensors": [asdict(e) for e in self.entries]}  # fmt: skip
@@ -165,6 +154,8 @@ class TraceWriter:
         with self._new(HEAD_FILE) as temporary:
             temporary.write_text(f'{text}{SUM_BEGINS}"{sha256(text.encode()).hexdigest()}"}}')
             remove_older(self.out)
+        if not goes_on:
+            (self.path / RESUME).unlink(missing_ok=True)
         finish(self.out)
 
     def __enter__(self) -> TraceWriter:

@@ -37,8 +37,8 @@ from qwen35_moe.gate.decide import VARIANTS, decide_layers
 from qwen35_moe.oracle.servers.readers import from_bytes
 from qwen35_moe.run.prompt import read_ids
 from qwen35_moe.trace.file import Trace
-from qwen35_moe.trace.head import RESUME
-from qwen35_moe.trace.resume import State
+from qwen35_moe.trace.folder import State
+from qwen35_moe.trace.head import PARTIAL, RESUME
 from weights import gate_recipes
 from weights.build import build
 
@@ -293,7 +293,7 @@ class Surfaces:
 
     def resume_state(self, chance: Chance) -> None:
         folder = self.fresh(self.folder / "begun")
-        (folder / RESUME).write_bytes(broken_bytes(chance, (folder / RESUME).read_bytes()))
+        (folder / PARTIAL / RESUME).write_bytes(broken_bytes(chance, (folder / PARTIAL / RESUME).read_bytes()))
         State("{}").resumed(folder)
 
     def ids_file(self, chance: Chance) -> None:

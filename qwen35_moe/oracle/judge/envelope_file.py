@@ -26,10 +26,10 @@ from ...run.origin import identity_of
 from ...run.streamed import HEAD_ROWS, StreamedHead
 from ...trace.drafts import draft_ids_of
 from ...trace.file import Trace
+from ...trace.folder import check_threads
 from ...trace.images import images_of
 from ...trace.layers import HEAD, begin, rounded_blocks
 from ...trace.progress import Progress
-from ...trace.resume import check_threads
 from ...untrusted import tensor_file
 from .envelope import Norms, rounding_loss
 from .replay import ReplayRouting
