@@ -17,7 +17,7 @@ from tolerances import FLOAT64_REORDERED
 import qwen35_moe as q
 from qwen35_moe.cli import shares
 from qwen35_moe.cli.main import main
-from qwen35_moe.run.files import Claim
+from qwen35_moe.run.files import claim
 from qwen35_moe.trace.file import Trace
 
 Build = Callable[[str], Path]
@@ -70,7 +70,7 @@ def test_two_processes_one_of_which_fails_and_resumes(built: Build, tmp_path: Pa
     assert main(options(built("tiny-mxfp4"), tmp_path, "shared", "--batch", "1", "--layers", "0-0")) == 0
     resume = options(built("tiny-mxfp4"), tmp_path, "shared", "--resume")
     told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with Claim(tmp_path / "shared" / "groups" / "00002"):  # the second process's prompt
+    with claim(tmp_path / "shared" / "groups" / "00002"):  # the second process's prompt
         both = [Child(tmp_path / f"said{n}", main, resume, RANK=n, LOCAL_RANK=n, **told) for n in "01"]
         assert both[1].wait() == 2
         both[0].kill()  # it waits for the other, as a launcher knows

@@ -25,7 +25,7 @@ from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.cli.main import main
 from qwen35_moe.oracle.judge.envelope import legal
 from qwen35_moe.oracle.judge.envelope_file import remaining, write_envelope
-from qwen35_moe.run.files import Claim
+from qwen35_moe.run.files import claim
 from qwen35_moe.run.origin import origin_of
 from qwen35_moe.run.streamed import HEAD_ROWS, consecutive
 from qwen35_moe.trace.file import Trace
@@ -330,7 +330,7 @@ def test_an_envelope_says_where_it_is(built: Build, tmp_path: Path, capsys: pyte
 
 
 def claims(out: Path) -> None:
-    with Claim(out):
+    with claim(out):
         print("claimed", flush=True)
         time.sleep(60)
 
@@ -355,7 +355,7 @@ def test_another_process_that_writes_there_is_kept_out(
     (tmp_path / "ids.json").write_text("[[1, 2], [3, 4]]")
     prompts[prompts.index("[[1, 2], [3, 4]]")] = str(tmp_path / "ids.json")
     assert main([*prompts, "--layers", "0-0"]) == 0
-    with Claim(out / "groups" / "00001"):
+    with claim(out / "groups" / "00001"):
         assert main(prompts) == 2
     assert "another process is writing here" in capsys.readouterr().err
     assert main([*prompts, "--resume"]) == 0

@@ -23,7 +23,7 @@ from ..oracle.dumps.draft_rows import hidden_of
 from ..oracle.dumps.readers import read_dump
 from ..oracle.judge.envelope import legal
 from ..oracle.judge.envelope_file import ENVELOPE, remaining, with_ids, write_envelope
-from ..run.files import Claim
+from ..run.files import claim
 from ..run.load import MODES, load
 from ..run.origin import origin_of
 from ..run.prompt import Images, padded, place_images, prompt_ids, read_ids
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     batch = args.batch or (len(ids) if processes.count == 1 else 1)
     groups = [slice(i, min(i + batch, len(ids))) for i in range(0, len(ids), batch)]
     try:
-        with Claim(Path(args.out)) if processes.rank == 0 else nullcontext():
+        with claim(Path(args.out)) if processes.rank == 0 else nullcontext():
             _trace(args, ids, mask, groups, processes)
     except KeyboardInterrupt:
         print("qwen35-moe: interrupted; the same command with --resume goes on after the last layer", file=sys.stderr)
@@ -138,7 +138,7 @@ def _trace(
         rows = groups[i]
         label = "" if len(groups) == 1 else f"prompts {rows.start} to {rows.stop - 1}"
         try:
-            with Claim(parts[i]) if label else nullcontext():
+            with claim(parts[i]) if label else nullcontext():
                 group = [None if x is None else x[rows] for x in (mask, args.hidden_states)]
                 _trace_group(args, model, ids[rows], group, parts[i], more, label)
         except Qwen35Error as error:

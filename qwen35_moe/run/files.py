@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -24,52 +24,39 @@ except ImportError:  # not on Windows, where nobody is kept out
 _claimed: dict[Path, int] = {}  # directories, and their descriptors
 
 
-class Claim:
-    """A directory that no other process can claim until this one releases it or ends. It is made if it is not there.
-    A directory that was made and stays empty is removed again, with its parents.
+@contextmanager
+def claim(path: Path) -> Iterator[None]:
+    """Inside of the block no other process can claim this directory. It is made if it is not there; one that was made
+    and stays empty is removed again, with its parents. On a file system without locks nobody is kept out.
     Error: another process has claimed it, or it cannot be written to.
-
-    On a file system without locks nobody is kept out; `locked` is then False.
     """
-
-    def __init__(self, path: Path):
-        path = path.resolve()
-        self._descriptor, self._path, self.locked = -1, path, False
-        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path = path.resolve()
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError("no permission to write there")
+        descriptor = None if fcntl is None else os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise Qwen35Error("cannot write here", where=path, found=error.strerror or error) from error
+    with ExitStack() as after:
+        if descriptor is not None:
+            after.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                do = "wait until it is done, or write to another folder"
+                raise Qwen35Error("another process is writing here", where=path, do=do) from None
+            except OSError:
+                pass
+            _claimed[path] = descriptor
+            after.callback(_claimed.pop, path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            if not os.access(path, os.W_OK | os.X_OK):
-                raise PermissionError("no permission to write there")
-            if fcntl is None:
-                return
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise Qwen35Error("cannot write here", where=path, found=error.strerror or error) from error
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.locked = True
-        except BlockingIOError:
-            os.close(self._descriptor)
-            do = "wait until it is done, or write to another folder"
-            raise Qwen35Error("another process is writing here", where=path, do=do) from None
-        except OSError:
-            pass
-        _claimed[path] = self._descriptor
-
-    def release(self) -> None:
-        with suppress(OSError):  # not empty
-            for folder in self._made:
-                folder.rmdir()
-        if self._descriptor >= 0:
-            _claimed.pop(self._path, None)
-            os.close(self._descriptor)
-        self._descriptor = -1
-
-    def __enter__(self) -> Claim:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
+            yield
+        finally:
+            with suppress(OSError):  # not empty
+                for folder in made:
+                    folder.rmdir()
 
 
 def check_claim(directory: Path) -> None:
@@ -119,7 +106,8 @@ def check_sha256(path: Path, known: str, do: str) -> None:
 
 def save_checked(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file, whole or not at all, whose metadata holds the checksum of all else that is in it."""
-    save_whole(tensors, path, checked(tensors, metadata or {}))
+    with whole(path) as temporary:
+        save(tensors, temporary, checked(tensors, metadata or {}))
 
 
 def checked(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
@@ -146,12 +134,6 @@ def tensors_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | 
         digest.update(f"{name} {x.dtype} {list(x.shape)} ".encode())
         digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, whole or not at all."""
-    with whole(path) as temporary:
-        save(tensors, temporary, metadata)
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..checkpoint import UsageReport
 from ..errors import Qwen35Error
 from ..model.text import Model
-from ..run.files import Claim, check_claim, read_checked
+from ..run.files import check_claim, claim, read_checked
 from ..run.origin import origin_of
 from ..untrusted import parse_json, tensor_file
 from .file import Trace
@@ -74,7 +74,7 @@ def remove_groups(out: Path) -> None:
         check_claim(out)
         (out / GROUPS / GROUPS_RUN).unlink(missing_ok=True)
         for group in sorted((out / GROUPS).iterdir()):
-            with Claim(group):
+            with claim(group):
                 shutil.rmtree(group)
         (out / GROUPS).rmdir()
 
