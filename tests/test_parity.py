@@ -100,10 +100,7 @@ def test_float32_is_no_further_from_the_truth_than_transformers(opened: Open, na
 def test_bf16_has_the_same_bits_at_every_tap(opened: Open, name: str, shape: tuple[int, int]) -> None:
     path = opened(name)
     ids = random_ids(path, *shape, seed=1)
-    assert_equal_bits(
-        q.trace(ours(path, BF16), ids, experts=True),
-        capture(theirs(path, torch.bfloat16), ids),
-    )
+    assert_equal_bits(q.trace(ours(path, BF16), ids, experts=True), capture(theirs(path, torch.bfloat16), ids))
 
 
 @pytest.mark.parametrize("steps", [(20, 1, 1), (65, 3, 1), (1, 1)])
@@ -113,10 +110,7 @@ def test_bf16_has_the_same_bits_when_a_sequence_goes_on(opened: Open, name: str,
     model, peer = ours(path, BF16), theirs(path, torch.bfloat16)
     own_cache, peer_cache, batch = q.Cache(), new_cache(peer), 2
     for ids in random_ids(path, batch, sum(steps), seed=2).split(steps, dim=1):
-        assert_equal_bits(
-            q.trace(model, ids, cache=own_cache, experts=True),
-            capture(peer, ids, **cached(peer_cache)),
-        )
+        assert_equal_bits(q.trace(model, ids, cache=own_cache, experts=True), capture(peer, ids, **cached(peer_cache)))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -202,10 +202,10 @@ BROKEN = {
         "patch_angles": lambda row, column, *rest, right=vision.patch_angles: right(column, row, *rest)
     },
     "row-major order instead of merge blocks": {
-        "patch_places": lambda grids, m, right=vision.patch_places: right(grids, 1),
+        "patch_places": lambda grids, m, right=vision.patch_places: right(grids, 1)
     },
     "position table not interpolated": {
-        "interpolate": lambda table, row, column, rows, columns: table[(row * 4 + column) % 16],
+        "interpolate": lambda table, row, column, rows, columns: table[(row * 4 + column) % 16]
     },
     "corners not aligned": {
         "interpolate": lambda table, row, column, rows, columns, right=vision.interpolate: right(

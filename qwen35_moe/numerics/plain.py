@@ -49,12 +49,7 @@ TRANSFORMERS_BF16 = Arithmetic(
         "gdn_recall": KEEP,
         "gdn_z_gate": KEEP,
     },
-    switches={
-        "gdn_padding": "fades",
-        "gdn_step_scale": "divided",
-        "moe_sum_order": "expert",
-        "moe_ties": "torch.topk",
-    },
+    switches={"gdn_padding": "fades", "gdn_step_scale": "divided", "moe_sum_order": "expert", "moe_ties": "torch.topk"},
     fuses=False,
 )
 

@@ -31,12 +31,7 @@ AITER_SMALL_BATCH = replace(
     SGLANG_BF16,
     name="sglang-aiter-small-batch",
     doc="The experts' kernel that SGLang 0.5.23 takes on gfx950 for up to 40 tokens at H = 4096, I = 256 a rank.",
-    rounds={
-        **SGLANG_BF16.rounds,
-        "moe_a1": torch.bfloat16,
-        "moe_a2": torch.bfloat16,
-        "moe_expert_weighted": KEEP,
-    },
+    rounds={**SGLANG_BF16.rounds, "moe_a1": torch.bfloat16, "moe_a2": torch.bfloat16, "moe_expert_weighted": KEEP},
 )
 
 

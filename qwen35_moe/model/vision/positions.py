@@ -131,10 +131,7 @@ def decode_positions(tokens_B: Tensor, rope_delta_B: Tensor, steps: int = 1) -> 
 
 
 def embed_images(
-    embeds_BTD: Tensor,
-    token_types_BT: Tensor,
-    image_embeds: Tensor | None = None,
-    video_embeds: Tensor | None = None,
+    embeds_BTD: Tensor, token_types_BT: Tensor, image_embeds: Tensor | None = None, video_embeds: Tensor | None = None
 ) -> Tensor:
     """Put rows of `image_embeds` [n, D] where the image placeholders are, in order, and those of videos likewise.
 
