@@ -150,21 +150,21 @@ def engine() -> Model:
 
 # Where each fault of the tower is seen first, in a dump that has the tower's modules.
 BLOCKS = {
-    "images in the wrong order": "images",
     "pixels in another order than the grids": "vision patches",
-    "only the first temporal slice of the patch kernel": "vision patches",
     "only the last temporal slice of the patch kernel": "vision patches",
     "image embeddings one token late": "images",
     "frames of a patch in reverse": "vision patches",
-    "rows and columns swapped in the tower's rotary embedding": "vision layer 0, attn",
-    "merge blocks read column by column": "vision merger",
     "merge blocks gathered twice": "vision merger",
 }
 TAPS = "vis_*,image_embeds,layer_input"
+# These are planted in transformers itself, below.
+LIVE = ("images in the wrong order", "only the first temporal slice of the patch kernel",
+        "position table not interpolated", "rows and columns swapped in the tower's rotary embedding",
+        "merge blocks read column by column")  # fmt: skip
 INSIDE_OF_THE_TOWER = ["vis_pos_embed", "vis_embed", "vis_rope_*", "vis_q", "vis_k", "vis_v", "vis_attn_[!o]*"]
 
 
-@pytest.mark.parametrize("fault", VISION_FAULTS, ids=lambda f: f.name)
+@pytest.mark.parametrize("fault", [f for f in VISION_FAULTS if f.name not in LIVE], ids=lambda f: f.name)
 def test_faults_of_the_tower_are_named_at_their_block(truth: Trace, source, engine: Model, fault: Fault) -> None:
     """In an engine-like run, whose dump has what modules return."""
     place = FaultSite(source.config, axes_in(truth), seen=seen_by_the_tower(source))

@@ -206,15 +206,15 @@ def test_a_bug_is_named_by_the_residual_stream_alone(
     assert str(found.diagnoses[0]).startswith(f"layer {layer}, {fault.block}: {name}")
 
 
-@pytest.mark.parametrize("tap", ["final_norm", "next_token_logits"])
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("tap", "name", "said"),
     [
-        ("shared expert counted twice", "layer 3, mlp: shared expert counted twice"),
-        ("no rotary at all", "layer 3, attn: no rotary at all"),
-        ("one expert's slot is zero", "layer 3, mlp: one expert's slot is zero (expert 1)"),
-        ("final norm without 1 +", "final_norm: final norm without 1 +"),
-        ("no known bug", "layer 3, input_layernorm, to {tap}: unknown (the best guess"),
+        ("next_token_logits", "shared expert counted twice", "layer 3, mlp: shared expert counted twice"),
+        ("final_norm", "no rotary at all", "layer 3, attn: no rotary at all"),
+        ("final_norm", "one expert's slot is zero", "layer 3, mlp: one expert's slot is zero (expert 1)"),
+        ("final_norm", "final norm without 1 +", "final_norm: final norm without 1 +"),
+        ("next_token_logits", "final norm without 1 +", "final_norm: final norm without 1 +"),
+        ("next_token_logits", "no known bug", "layer 3, input_layernorm, to {tap}: unknown (the best guess"),
     ],
 )
 def test_a_bug_of_the_last_layer_is_named_by_what_comes_after_it(
@@ -241,18 +241,23 @@ class Scaled(Handler):
         return x * self.factor if site.key == self.key else None
 
 
-@pytest.mark.parametrize("taps", ["layer_input", "layer_output_sum", "mlp_output"])
-def test_factors_are_fitted_to_the_stream_as_to_the_block(small: Callable[..., Path], source, taps: str) -> None:
+@pytest.mark.parametrize(
+    ("taps", "name", "factor", "said"),
+    [
+        ("layer_input", "mlp_output", 2.5, "whole block times 2.5"),
+        ("layer_input", "moe_shared_gated", 1.7, "shared expert times 1.7"),
+        ("layer_output_sum", "mlp_output", 0.0, "whole block times 0 "),
+        ("mlp_output", "moe_shared_gated", 1.7, "shared expert times 1.7"),
+    ],
+)
+def test_factors_are_fitted_to_the_stream_as_to_the_block(
+    small: Callable[..., Path], source, taps: str, name: str, factor: float, said: str
+) -> None:
     truth = trace(load(small("tiny-mxfp4", 4), text_only=True), IDS, taps=taps)
-    for name, factor, said in (
-        ("mlp_output", 2.5, "whole block times 2.5"),
-        ("mlp_output", 0.0, "whole block times 0 "),
-        ("moe_shared_gated", 1.7, "shared expert times 1.7"),
-    ):
-        model = load(small("tiny-mxfp4", 4), "sglang-bf16", "unfused", text_only=True)
-        run = trace(model, IDS, taps=taps, replay=[Scaled(f"layers.1.{name}", factor)])
-        found = compare(truth, from_trace(run), source, diagnoses=1)
-        assert str(found.diagnoses[0]).startswith(f"layer 1, mlp: {said}")
+    model = load(small("tiny-mxfp4", 4), "sglang-bf16", "unfused", text_only=True)
+    run = trace(model, IDS, taps=taps, replay=[Scaled(f"layers.1.{name}", factor)])
+    found = compare(truth, from_trace(run), source, diagnoses=1)
+    assert str(found.diagnoses[0]).startswith(f"layer 1, mlp: {said}")
 
 
 def test_layers_that_were_not_dumped_are_suspects(small: Callable[..., Path], truth: Trace, source) -> None:
@@ -346,7 +351,7 @@ def test_nan_missing_misshapen_and_holes_are_counted(truth: Trace, engine: Trace
     assert found.exit_code == 1 and next(r for r in found.records if r.nan).key == "layers.0.attn_output"
 
     # A token whose experts could be others is not judged where the dump does not say which; NaN is no other expert's.
-    for t in range(6):
+    for t in (0, 5):
         nan = engine["layers.1.mlp_output"].clone()
         nan.view(4, 6, -1)[2, t, 7] = torch.nan
         alone = {k: None for k in engine.sites if k != "layers.1.mlp_output"}
