@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.cli.main import main
-from qwen35_moe.gate.declared import BF16, MXFP4, NVFP4, ModuleSpec
-from qwen35_moe.quant.precision import MXFP8
+from qwen35_moe.quant.precision import BF16, MXFP4, MXFP8, NVFP4, ModuleSpec
 from qwen35_moe.run.lint import _gate, lint
 from qwen35_moe.run.lint_files import BYTES_AT_ONCE, check_bytes
 from weights import gate_recipes

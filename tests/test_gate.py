@@ -13,7 +13,8 @@ from gate_configs import FP4, FP8, GLM, NV, PREFIX, QWEN, TEXT, W4A4, W8A8, body
 
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.gate.decide import RULES, can_fuse_shared_expert, decide_layers, hazards
-from qwen35_moe.gate.declared import BF16, MXFP4, ModuleSpec, QuantConfig
+from qwen35_moe.gate.declared import QuantConfig
+from qwen35_moe.quant.precision import BF16, MXFP4, ModuleSpec
 
 # Columns: sglang-22948, sglang-0.5.23, is the body unquantised to SGLang's loader, vllm (opted in), atom,
 # atom-first-entry, strict (by the configuration alone). 1 = fuses.

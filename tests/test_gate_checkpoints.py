@@ -14,7 +14,8 @@ from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.cli.main import main
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.gate.decide import VARIANTS, can_fuse_shared_expert, decide_layers, hazards, slot_guard
-from qwen35_moe.gate.declared import BF16, MXFP4, NVFP4, ModuleSpec, QuantConfig, float_spec
+from qwen35_moe.gate.declared import QuantConfig
+from qwen35_moe.quant.precision import BF16, MXFP4, NVFP4, ModuleSpec, float_spec
 from weights import gate_recipes
 
 PARTS = ("gate", "up", "down")

@@ -15,9 +15,10 @@ from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.cli.gate import config_and_specs
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.gate.decide import RULES, VARIANTS, can_fuse_shared_expert, decide_layers, hazards
-from qwen35_moe.gate.declared import BF16, MXFP4, NVFP4, ModuleSpec, QuantConfig
+from qwen35_moe.gate.declared import QuantConfig
 from qwen35_moe.gate.records import GateModel
 from qwen35_moe.gate.strict import layer_facts
+from qwen35_moe.quant.precision import BF16, MXFP4, NVFP4, ModuleSpec
 from weights.build import real_config
 
 ENGINES = ("sglang", "vllm", "atom")

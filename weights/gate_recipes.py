@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from qwen35_moe.gate.declared import BF16, MXFP4, NVFP4, ModuleSpec
+from qwen35_moe.quant.precision import BF16, MXFP4, NVFP4, ModuleSpec
 
 from .layouts import QUARK_FP8, QUARK_WEIGHT
 

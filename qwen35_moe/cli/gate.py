@@ -13,8 +13,9 @@ from typing import Any
 
 from ..errors import Qwen35Error
 from ..gate.decide import NEWEST, RULES, VARIANTS, Options, decide_layers, hazards, rule_named, summarise
-from ..gate.declared import ModuleSpec, with_hf_quant_config
+from ..gate.declared import with_hf_quant_config
 from ..gate.records import GateModel
+from ..quant.precision import ModuleSpec
 from ..untrusted import read_json
 
 Lookup = Callable[[str], ModuleSpec | None]

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..errors import Qwen35Error
-from .declared import BF16, UNSTATED, ModuleSpec
+from ..quant.precision import BF16, UNSTATED, ModuleSpec
 from .engines import ENGINE_RULES, NEWEST
 from .records import PROJECTIONS, Decision, Evidence, GateModel, MoEBlock, Options
 from .strict import LayerFacts, SpecLookup, TooManyPatterns, layer_facts, read_stored, strict
@@ -87,12 +87,12 @@ def _decide(model: GateModel, rule: str, stored: Any, options: Mapping[str, Any]
     rule, checked, lookup = rule_named(rule), Options.from_kwargs(options), read_stored(stored)
     layers = (*model.layers, *model.drafts)
     if rule == "strict":
-        return [replace(strict(model, layer, checked, lookup), rule=rule, layer=layer.name) for layer in layers]
+        return [replace(next(strict(model, layer, checked, lookup)), rule=rule, layer=layer.name) for layer in layers]
     info, known, found = ENGINE_RULES[rule], dict[object, Decision](), []
     model = info.sees(model)
     for layer in layers:
         key = layer.name if info.by_layer else layer.draft
-        decision = known[key] = known[key] if key in known else info.decide(model, layer, checked)
+        decision = known[key] = known[key] if key in known else next(info.decide(model, layer, checked))
         found.append(replace(decision, rule=rule, layer=layer.name))
     return info.together(found)
 
@@ -156,7 +156,7 @@ def _misread(model: GateModel, truth: LayerFacts, decision: Decision) -> str:
     """
     rule, layer = ENGINE_RULES[decision.rule], truth.layer
     quant, plain = rule.reading(model), layer.draft and rule.plain_draft(model)
-    excluded = quant.exclude.hit(quant.names(layer.experts)) is not None
+    excluded = quant.excluded(layer.experts) is not None
     inside = quant.without_exclusions() if quant.exclude.semantics.children else quant
     whole = inside.spec_of(layer.experts)
     for facts, floats, believed in ((truth.routed, plain or excluded, inside), (truth.shared, plain, quant)):

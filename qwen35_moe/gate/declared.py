@@ -13,15 +13,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from ..errors import Qwen35Error
-from ..quant.precision import BF16, FLOATS, MXFP4, NVFP4, UNSTATED, Activation, ModuleSpec, float_spec
+from ..quant.precision import BF16, UNSTATED, ModuleSpec
 from .dialects import ALIASES, DIALECT_READERS
-from .entry_index import EntryIndex
-from .exclude import ExcludeList, Hit, exclude_list, first_match
-from .module_names import expand_fused, spellings
-from .namespaces import Namespace
-
-__all__ = ["BF16", "FLOATS", "MXFP4", "NVFP4", "UNSTATED", "Activation", "ModuleSpec", "QuantConfig", "Resolution",
-           "float_spec"]  # fmt: skip
+from .exclude import EntryIndex, ExcludeList, Hit
+from .names import Namespace, expand_fused, spellings
 
 
 class Resolution(NamedTuple):
@@ -60,11 +55,11 @@ class QuantConfig:
         """
         raw = as_raw(raw)
         if not raw:
-            return cls("none", exclude_list((), "quark"), BF16, "no quantization_config", (), "", {})
+            return cls("none", ExcludeList((), "quark"), BF16, "no quantization_config", (), "")
         method = stated_method(raw)
         if method not in DIALECT_READERS:
             source = f"quant_method {method!r}, which has no reader"
-            return cls(method, exclude_list((), "quark"), UNSTATED, source, raw=raw)
+            return cls(method, ExcludeList((), "quark"), UNSTATED, source, raw=raw)
         try:
             read = DIALECT_READERS[method](raw)
             return cls(method=method, raw=raw, num_hidden_layers=num_hidden_layers, shared_word=shared_word, **read)
@@ -75,30 +70,28 @@ class QuantConfig:
             raise Qwen35Error("cannot be read", where=where, expected=expected, found=error) from error
 
     def read_as(self, semantics: str, namespace: Namespace | None = None, nested: bool = True) -> QuantConfig:
-        """The same configuration as another reader takes it: its tests (exclude.SEMANTICS), its names for modules."""
-        key = semantics, namespace, nested
-        return self.view(key, lambda: self._read_as(*key))
+        """The same configuration as another reader takes it: its tests (readings.SEMANTICS), its names for modules."""
+
+        def made() -> QuantConfig:
+            entries, layers, count = self.exclude.entries, self.layers, self.num_hidden_layers or 0
+            if namespace is not None:
+                entries = tuple(namespace.entry(entry, nested, count) for entry in entries)
+                layers = tuple({namespace.key(key, nested, count): spec for key, spec in layers}.items())
+            exclude = ExcludeList(entries, semantics, self.exclude.key, self.exclude.written)
+            return replace(self, exclude=exclude, layers=layers, namespace=namespace, nested=nested, views={})
+
+        return self.view((semantics, namespace, nested), made)
 
     def without_exclusions(self) -> QuantConfig:
         """The same, with nothing excluded."""
-        exclude = replace(self.exclude, entries=(), written=())
-        return self.view("nothing excluded", lambda: replace(self, exclude=exclude, views={}))
+        nothing = ExcludeList((), self.exclude.semantics.name, self.exclude.key)
+        return self.view("nothing excluded", lambda: replace(self, exclude=nothing, views={}))
 
     def view(self, key: object, make: Callable[[], Any]) -> Any:
         """What `make` finds in this configuration, found once."""
         if key not in self.views:
             self.views[key] = make()
         return self.views[key]
-
-    def _read_as(self, semantics: str, namespace: Namespace | None, nested: bool) -> QuantConfig:
-        entries, layers = self.exclude.entries, self.layers
-        written: tuple[str, ...] = ()
-        if namespace is not None and self.namespace is None:
-            count = self.num_hidden_layers or 0
-            written, entries = entries, tuple(namespace.entry(e, nested, count) for e in entries)
-            layers = tuple({namespace.key(key, nested, count): spec for key, spec in layers}.items())
-        exclude = exclude_list(entries, semantics, self.exclude.list, written)
-        return replace(self, exclude=exclude, layers=layers, namespace=namespace, nested=nested, views={})
 
     @property
     def is_read(self) -> bool:
@@ -121,14 +114,17 @@ class QuantConfig:
             return (self.namespace.module(module, self.nested, self.num_hidden_layers or 0),)
         return spellings(module, self.num_hidden_layers, self.shared_word)
 
+    def excluded(self, module: str) -> Hit | None:
+        """The entry that excludes a module. Error: an entry that names only some parts of a fused one."""
+        return self.exclude.hit(self.names(module))
+
     def spec_of(self, module_name: str) -> Resolution:
         """The module's precision and the deciding entry: exclude list first, then layer patterns, then the default.
 
         The name may have any prefix, or be fused (`gate_up_proj`), or name all experts of a layer (`….mlp.experts`).
         Error: parts of a fused module with different precisions.
         """
-        names = self.names(module_name)
-        if hit := self.exclude.hit(names):
+        if hit := self.excluded(module_name):
             return Resolution(BF16, hit)
         if (parts := expand_fused(module_name)) and self.layers:
             found = [self.spec_of(part) for part in parts]
@@ -137,9 +133,8 @@ class QuantConfig:
                 what = "the parts of a fused module have different precisions"
                 raise Qwen35Error(what, where=module_name, found=said)
             return found[0]
-        tests = self.exclude.semantics.layer_tests
-        keys = [at for name in names if (at := first_match(self.layer_index, name, tests))] if self.layers else []
-        if keys:
+        tests, names = self.exclude.semantics.layer_tests, self.names(module_name) if self.layers else ()
+        if keys := [at for name in names if (at := self.layer_index.first(name, tests))]:
             pattern, spec = self.layers[min(keys)[0]]
             return Resolution(spec, Hit(self.layers_from, None, pattern, "layer pattern"))
         return Resolution(self.default, Hit(self.default_from, None, "", "default"))

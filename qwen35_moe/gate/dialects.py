@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import Qwen35Error
 from ..quant.precision import BF16, MXFP4, MXFP8, UNSTATED, Activation, ModuleSpec
-from .exclude import ExcludeList, exclude_list
+from .exclude import ExcludeList
 from .readings import layer_class
 
 
@@ -102,7 +102,7 @@ def _group_spec(group: Mapping[str, Any], form: str) -> ModuleSpec:
 
 
 def _modelopt(raw: Mapping[str, Any]) -> dict[str, Any]:
-    inner = raw.get("quantization", raw)
+    inner = modelopt_part(raw)
     algo = str(inner.get("quant_algo") or raw.get("quant_algo") or "").upper()
     layers = inner.get("quantized_layers") or {}
     specs = {name: _algo_spec(str(entry.get("quant_algo")).upper(), entry) for name, entry in layers.items()}
@@ -113,6 +113,11 @@ def _modelopt(raw: Mapping[str, Any]) -> dict[str, Any]:
         "default": BF16 if algo == "MIXED_PRECISION" else _algo_spec(algo, inner),
         "default_from": f"quant_algo {algo}",
     }
+
+
+def modelopt_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What ModelOpt says: hf_quant_config.json has it one level down."""
+    return raw.get("quantization", raw)
 
 
 def modelopt_list(raw: Mapping[str, Any]) -> str:
@@ -155,7 +160,7 @@ def _exclude(raw: Mapping[str, Any], key: str, semantics: str) -> ExcludeList:
     if not listed or not all(isinstance(e, str) for e in entries):
         where, found = f"quantization_config.{key}", repr(entries)[:200]
         raise Qwen35Error("an exclude list must hold strings", where=where, found=found)
-    return exclude_list(tuple(entries), semantics, key)
+    return ExcludeList(entries, semantics, key)
 
 
 def _first(spec: Any) -> Mapping[str, Any]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ..quant.precision import BF16, ModuleSpec
 from .atom import atom, atom_first_entry, atom_multimodal
 from .common import Rule
-from .declared import BF16, ModuleSpec, QuantConfig
-from .module_names import fused_name
-from .namespaces import ATOM, ATOM_MULTIMODAL, SGLANG, VLLM, Namespace
+from .declared import QuantConfig
+from .names import ATOM, ATOM_MULTIMODAL, SGLANG, VLLM, Namespace, fused_name
 from .records import Decision, GateModel
 from .sglang import plain_draft, sglang_0_5_23, sglang_22948
 from .vllm import all_or_none, vllm_0_33
@@ -39,7 +39,7 @@ class RuleInfo:
     def sees(self, model: GateModel) -> GateModel:
         """The model as the engine reads its config.json."""
         unseen = model.quant_inside and self.semantics != "vllm"
-        return replace(model, quant=QuantConfig.from_dict(None), facts={}) if unseen else model
+        return replace(model, quant=QuantConfig.from_dict(None)) if unseen else model
 
     def takes(self, quant: QuantConfig, module: str) -> ModuleSpec:
         """What the loader takes a projection for. SGLang and vLLM ask by the name of the fused module first."""

@@ -1,15 +1,153 @@
-"""Which entry of an exclude list names a module, under a reading of `readings.SEMANTICS`."""
+"""Which entry of an exclude list names a module, under a reading of `readings.SEMANTICS`.
+
+Lists have up to 30,840 entries, which name single experts one by one. An entry that states a layer's number, or an
+expert's, cannot match a name with another number. So `EntryIndex` keeps entries by these two numbers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import re
+from bisect import bisect
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from heapq import merge
 
 from ..errors import Qwen35Error
-from .entry_index import EntryIndex
-from .module_names import expand_fused, is_plain
-from .readings import SEMANTICS, Semantics, Test, matched, occurs_in_key, plain_matches
+from .names import expand_fused, is_plain
+from .readings import LAYER_CLASSES, SEMANTICS, Test, matched, occurs_in_key
+
+LAYER_PART, EXPERT = re.compile(r"(?:layers|blocks)\.\d+(?=\.|$)"), re.compile(r"experts\.(\d+)(?:\.|$)")
+EXPERT_NUMBER = re.compile(r"(?<=experts\.)\d+|(?<=experts\\\.)\d+")
+GLOB_CHARACTER = re.compile(r"\*|\?|\[[^\]]*\]")
+# A regular expression made of letters, escaped dots, `.*` and anchors only: its literal runs occur in what it matches.
+SIMPLE_REGEX = re.compile(r"\^?(?:[A-Za-z0-9_-]|\\\.|\.\*|\.(?=[A-Za-z]))*\$?")
+
+FEW = 8  # so many entries are tried without asking first which of them fit
+Numbers = tuple[str | None, int | None]  # "layers.3" or "blocks.3", and the expert; None where none is stated
+ANY_EXPERT = -1  # the place of an expert's number, for all entries of a layer
+
+
+@lru_cache(maxsize=65536)
+def numbers_of(name: str) -> Numbers:
+    """The numbers of layer and expert in a module's name."""
+    layer, expert = LAYER_PART.search(name), EXPERT.search(name)
+    return (layer[0] if layer else None, int(expert[1]) if expert else None)
+
+
+def runs_of(entry: str) -> tuple[str, ...]:
+    """The literal runs of an entry, all of which occur in whatever it matches; none where that cannot be told."""
+    if is_plain(entry):
+        return () if entry in LAYER_CLASSES else (entry,)
+    if not entry.startswith(("re:", "-:", "+:")):
+        return tuple(GLOB_CHARACTER.split(entry))
+    text = entry.partition(":")[2]
+    if not SIMPLE_REGEX.fullmatch(text):
+        return ()
+    return tuple(re.sub(r"\\\.|\.(?!\*)", ".", text.strip("^$")).split(".*"))
+
+
+def numbers_required(entry: str) -> Numbers:
+    """The numbers without which nothing matches an entry. (None, None) where that cannot be told."""
+    if is_plain(entry):
+        return numbers_of(entry)
+    found = [numbers_of(run + "~") for run in runs_of(entry)]  # more digits may follow a run: its end is no boundary
+    return next((n for n, _ in found if n is not None), None), next((n for _, n in found if n is not None), None)
+
+
+def shape_of(text: str) -> str:
+    """A name without its numbers: `layers.#.mlp.experts.#.up_proj`."""
+    return re.sub(r"\d+", "#", text)
+
+
+@lru_cache(maxsize=65536)
+def shapes_of(entry: str) -> tuple[str, tuple[str, ...]]:
+    """The shapes of an entry and of its runs."""
+    return shape_of(entry), tuple(map(shape_of, runs_of(entry)))
+
+
+def may_match(entry: str, shape: str) -> bool:
+    """Whether an entry may name a module of this shape, or continue its name, or hold it."""
+    whole, runs = shapes_of(entry)
+    return shape in whole or all(run in shape for run in runs)
+
+
+class EntryIndex:
+    """The entries of one list, by the numbers that they require.
+
+    values: what each entry stands for, where that is more than "excluded".
+    """
+
+    def __init__(self, entries: Iterable[str], values: Sequence[Hashable] = ()):
+        self.entries, self.values = tuple(entries), values
+        self._by: dict[Numbers, list[int]] = defaultdict(list)
+        self._fitting: dict[tuple[Numbers, str], list[int]] = {}
+        for i, entry in enumerate(self.entries):
+            layer, expert = numbers_required(entry)
+            self._by[layer, expert].append(i)
+            self._by[layer, ANY_EXPERT].append(i)
+
+    def first(self, name: str, tests: Sequence[Test]) -> tuple[int, str] | None:
+        """(index, the test that it passed) of the first entry that names a module."""
+        found = self.around(name) if occurs_in_key in tests else self.naming(name)
+        return next(((i, how) for i, entry in found if (how := matched(entry, name, tests))), None)
+
+    def naming(self, name: str) -> Iterator[tuple[int, str]]:
+        """(index, entry) in the list's order: those that could match a name."""
+        return self._merged(self._fit(key, name) for key in _keys(*numbers_of(name)))
+
+    def for_any_expert(self, name: str) -> Iterator[tuple[int, str]]:
+        """(index, entry) of those that could match the name of an expert, and state no expert's number."""
+        return self._merged(self._fit(key, name) for key in _keys(numbers_of(name)[0], None))
+
+    def around(self, name: str) -> Iterator[tuple[int, str]]:
+        """The same, and those that hold the name."""
+        layer, expert = numbers_of(name)
+        if layer is None:
+            return iter(enumerate(self.entries))
+        return self._merged(self._fit(key, name) for key in _keys(layer, ANY_EXPERT if expert is None else expert))
+
+    def below(self, name: str) -> Iterator[tuple[int, str]]:
+        """(index, entry) in the list's order: those that continue `name.`"""
+        return ((i, entry) for i, entry in self.around(name) if entry.startswith(name + "."))
+
+    def experts(self, name: str) -> dict[int, Hashable]:
+        """The experts of the name's layer that some entry names by number, and what is said of each.
+
+        Entries are read alike for two experts of whom the same is said: the same entries but for the number, with the
+        same values, at the same place among the entries that name no expert.
+        """
+        layer, _ = numbers_of(name)
+        others = [i for i, _ in self._merged(self._by.get(key, []) for key in _keys(layer, None))]
+        found: dict[int, list[Hashable]] = defaultdict(list)
+        for i, entry in self._merged(
+            self._by.get(key, []) for key in dict.fromkeys(((layer, ANY_EXPERT), (None, ANY_EXPERT)))
+        ):
+            if (number := numbers_required(entry)[1]) is not None:
+                value = self.values[i] if self.values else None
+                found[number].append((EXPERT_NUMBER.sub("", entry, count=1), value, bisect(others, i)))
+        return {number: tuple(said) for number, said in found.items()}
+
+    def _fit(self, key: Numbers, name: str) -> list[int]:
+        """The entries under a key that may match names of this shape; all of a short list."""
+        indices = self._by.get(key, [])
+        if len(indices) < FEW:
+            return indices
+        at = key, shape_of(name)
+        if at not in self._fitting:
+            self._fitting[at] = [i for i in indices if may_match(self.entries[i], at[1])]
+        return self._fitting[at]
+
+    def _merged(self, lists: Iterable[list[int]]) -> Iterator[tuple[int, str]]:
+        found = [indices for indices in lists if indices]
+        return ((i, self.entries[i]) for i in (found[0] if len(found) == 1 else merge(*found)))
+
+
+def _keys(layer: str | None, expert: int | None) -> Iterable[Numbers]:
+    if expert == ANY_EXPERT:
+        return dict.fromkeys(((layer, ANY_EXPERT), (None, ANY_EXPERT)))
+    return dict.fromkeys(((layer, expert), (layer, None), (None, expert), (None, None)))
 
 
 @dataclass(frozen=True)
@@ -20,41 +158,27 @@ class Hit:
     index: int | None
     entry: str
     how: str
-    name: str = ""
 
     def __str__(self) -> str:
         where = self.list if self.index is None else f"{self.list}[{self.index}]"
         return f"{where} = {self.entry!r} ({self.how})" if self.entry else where
 
 
-@dataclass(frozen=True)
 class ExcludeList:
-    """An exclude list under one reading. Real lists have 1,700 entries, and up to 30,840: see `EntryIndex`.
+    """An exclude list under one reading.
 
-    written: the entries as the file has them, where an engine has renamed them before it compares (`entries`).
+    entries: as they are compared. written: as the file has them, where an engine renames them first.
     """
 
-    entries: tuple[str, ...]
-    semantics: Semantics
-    list: str = "exclude"
-    written: tuple[str, ...] = ()
-    index: EntryIndex = field(init=False, repr=False, compare=False)
-    _parents: dict[str, int] = field(init=False, repr=False, compare=False)
-    _find: Callable[[tuple[str, ...]], Hit | None] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        parents: dict[str, int] = {}
-        for i, entry in enumerate(self.entries):
+    def __init__(self, entries: Iterable[str], semantics: str, key: str = "exclude", written: Sequence[str] = ()):
+        self.index, self.semantics, self.key = EntryIndex(entries), SEMANTICS[semantics], key
+        self.entries = self.index.entries
+        self.written = written or self.entries
+        for entry in self.entries:
             if not is_plain(entry):
                 matched(entry, "", self.semantics.tests)  # a bad regular expression is refused, whoever asks for what
-            at = -1 if entry.startswith("re:") else entry.find(".")  # readers of children compare how entries begin
-            while at >= 0:
-                parents.setdefault(entry[:at], i)
-                at = entry.find(".", at + 1)
         # The gate asks about the same few modules of a layer again and again, once for every rule.
-        cached = lru_cache(maxsize=8192)(self._search)
-        for key, value in {"index": EntryIndex(self.entries), "_parents": parents, "_find": cached}.items():
-            object.__setattr__(self, key, value)
+        self._find = lru_cache(maxsize=8192)(self._search)
 
     def hit(self, names: str | Sequence[str]) -> Hit | None:
         """The entry that excludes a module, given by all spellings of its name; None if no entry does.
@@ -63,51 +187,30 @@ class ExcludeList:
         """
         return self._find((names,) if isinstance(names, str) else tuple(names))
 
+    def direct(self, names: Sequence[str]) -> Hit | None:
+        """As `hit`, by the names alone: neither parts nor children."""
+        return self._earliest(self.index.first(name, self.semantics.tests) for name in names)
+
     def below(self, names: Sequence[str], how: str) -> Hit | None:
         """The first entry for a module below one of these."""
-        found = [self._parents[name] for name in names if name in self._parents]
-        return self._hit(min(found), how, "") if found else None
+        return self._earliest(next(((i, how) for i, _ in self.index.below(name)), None) for name in names)
+
+    def quoted(self, index: int, how: str) -> Hit:
+        return Hit(self.key, index, self.written[index], how)
+
+    def _earliest(self, found: Iterable[tuple[int, str] | None]) -> Hit | None:
+        first = min((at for at in found if at), key=lambda at: at[0], default=None)
+        return self.quoted(*first) if first else None
 
     def _search(self, names: tuple[str, ...]) -> Hit | None:
         children = [name for name in names if name.endswith(".experts")] if self.semantics.children else []
         return self.direct(names) or self.below(children, "one expert excludes the module") or self._parts(names)
 
-    def direct(self, names: Sequence[str]) -> Hit | None:
-        """As `hit`, by the names alone: neither parts nor children."""
-        found = [hit for name in names if (hit := self._first(name))]
-        return min(found, key=lambda hit: hit.index or 0, default=None)
-
-    def _first(self, name: str) -> Hit | None:
-        found = first_match(self.index, name, self.semantics.tests)
-        return self._hit(*found, name) if found else None
-
-    def _hit(self, index: int, how: str, name: str) -> Hit:
-        return Hit(self.list, index, (self.written or self.entries)[index], how, name)
-
     def _parts(self, names: Sequence[str]) -> Hit | None:
-        parts = expand_fused(names[0]) if self.semantics.fused else ()
+        parts = expand_fused(names[0])
         hits = [self.direct([f"{n.rpartition('.')[0]}.{p.rpartition('.')[2]}" for n in names]) for p in parts]
-        if hits and any(h is None for h in hits) and any(hits):
+        if any(hits) and not all(hits):
             what, do = "an exclude list names some parts of a fused module and not others", "list every part"
             where, expected = f"{names[0]} ({self.semantics.name} semantics)", f"all or none of {', '.join(parts)}"
             raise Qwen35Error(what, where=where, expected=expected, found=", ".join(str(h) for h in hits if h), do=do)
         return hits[0] if hits else None
-
-
-@lru_cache(maxsize=64)
-def exclude_list(
-    entries: tuple[str, ...], semantics: str, list: str = "exclude", written: tuple[str, ...] = ()
-) -> ExcludeList:
-    """An exclude list under a named reading; made once, as the gate asks for it layer by layer."""
-    return ExcludeList(entries, SEMANTICS[semantics], list, written)
-
-
-def first_match(index: EntryIndex, name: str, tests: Sequence[Test]) -> tuple[int, str] | None:
-    """(index, the test that it passed) of the first entry that names a module."""
-    found = [(index.plain[key], test.__name__) for key, test in plain_matches(name, tests) if key in index.plain]
-    others = index.around(name) if occurs_in_key in tests else index.patterns(name)
-    for i, entry in others:
-        if how := matched(entry, name, tests):
-            found.append((i, how))
-            break
-    return min(found, default=None)

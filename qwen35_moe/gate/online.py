@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .common import stops
 from .declared import QuantConfig
-from .records import Decision, Evidence, GateModel, MoEBlock
+from .records import Decision, GateModel, MoEBlock, stops
 
 # --quantization -> the methods of a checkpoint beside its own that it goes with.
 COMPATIBLE = {
@@ -43,25 +42,25 @@ def requantised(model: GateModel, layer: MoEBlock, word: str) -> GateModel | Dec
     if word == "quark_mxfp4":
         made = _quark_mxfp4(raw, method, model.top.get("model_type"))
         if isinstance(made, str):
-            return stops(f"SGLang has no conversion to MXFP4 from {made}", Evidence(f"--quantization {word}"))
+            return stops(f"SGLang has no conversion to MXFP4 from {made}", f"--quantization {word}")
         # A draft keeps the checkpoint's own quantisation, if there is one.
         return model if layer.draft and method else _with(model, made)
     if raw and not method:  # hf_quant_config.json with an algorithm that SGLang does not know
         if word.startswith("modelopt"):
-            return stops("hf_quant_config.json states an unknown algorithm", Evidence(f"--quantization {word}"))
+            return stops("hf_quant_config.json states an unknown algorithm", f"--quantization {word}")
         model, raw = _with(model, {}), {}
     if not raw and word in NEED_A_CHECKPOINT:
-        return stops(f"--quantization {word} needs a checkpoint that is", Evidence("no quantization_config"))
+        return stops(f"--quantization {word} needs a checkpoint that is", "no quantization_config")
     if not raw or word in ("", method):
         return model
     if method not in COMPATIBLE.get(word, ()):
-        return stops(f"the checkpoint is {method}, not {word}", Evidence(f"--quantization {word}"))
+        return stops(f"the checkpoint is {method}, not {word}", f"--quantization {word}")
     return model if method == "modelopt" else _with(model, {"quant_method": "nvfp4_online"})
 
 
 def _with(model: GateModel, raw: Mapping[str, Any]) -> GateModel:
     quant = QuantConfig.from_dict(raw, model.quant.num_hidden_layers, model.quant.shared_word)
-    return replace(model, quant=quant, facts={})
+    return replace(model, quant=quant)
 
 
 def _method(raw: Mapping[str, Any]) -> str:

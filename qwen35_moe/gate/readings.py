@@ -8,10 +8,11 @@ is a table, not folklore.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from .names import is_plain
 from .patterns import bounded_pattern
 
 
@@ -32,12 +33,14 @@ def regex_search(entry: str, name: str) -> bool:
 
 def glob(entry: str, name: str) -> bool:
     """Shell patterns over the whole name; `*` crosses dots."""
+    if is_plain(entry):  # a pattern that is compiled for one comparison takes long
+        return entry == name
     return not entry.startswith("re:") and fnmatchcase(name, entry)
 
 
 def glob_or_below(entry: str, name: str) -> bool:
     """A glob that also covers everything below what it names: ATOM tries `entry` and `entry + ".*"`."""
-    return glob(entry, name) or glob(entry + ".*", name)
+    return glob(entry, name) or (parent(entry, name) if is_plain(entry) else glob(entry + ".*", name))
 
 
 def parent(entry: str, name: str) -> bool:
@@ -66,23 +69,20 @@ def layer_class(entry: str, name: str) -> bool:
 
 
 LAYER_CLASSES = ("Linear", "FusedMoE")
-
-
 Test = Callable[[str, str], bool]
 
 
 @dataclass(frozen=True)
 class Semantics:
-    """How one reader matches a name against its exclude list.
+    """How one reader matches a name against its exclude list, and where that was read.
 
-    `fused`: a module such as gate_up_proj is looked up by its parts, which must agree. `children`: an entry below
-    `….experts` excludes the whole expert module. `layer_tests`: how keys of layer_quant_config are matched.
+    children: an entry below `….experts` excludes the whole expert module. layer_tests: how keys of layer_quant_config
+    are matched.
     """
 
     name: str
     tests: tuple[Test, ...]
     source: str
-    fused: bool = True
     children: bool = False
     layer_tests: tuple[Test, ...] = (exact, glob)
 
@@ -90,20 +90,18 @@ class Semantics:
 SEMANTICS = {
     s.name: s
     for s in (
-        Semantics("quark", (exact, glob, regex_match), "Quark 0.13: users' patterns are fnmatch", children=True),
-        Semantics("sglang", (exact, regex_match), "SGLang 0.5.23 quark/utils.py: should_ignore_layer", children=True),
-        Semantics("vllm", (exact, regex_match),
-                  "vLLM 0.33 quark/utils.py: should_ignore_layer; quark.py: get_layer_quant_config_from_name",
-                  children=True, layer_tests=(occurs_in_key,)),
-        Semantics("atom", (exact, regex_search, glob_or_below, parent), "ROCm/ATOM atom/config.py:483-493",
-                  children=True, layer_tests=(occurs_in_key,)),
-        Semantics("vllm-fp8", (exact,), "vLLM 0.33 utils/quant_utils.py: is_layer_skipped", children=True),
+        Semantics("quark", (exact, glob, regex_match), "Quark 0.13: users' patterns are fnmatch", True),
+        Semantics("sglang", (exact, regex_match), "SGLang 0.5.23 quark/utils.py: should_ignore_layer", True),
+        Semantics("vllm", (exact, regex_match), "vLLM 0.33 quark/utils.py: should_ignore_layer; quark.py: "
+                  "get_layer_quant_config_from_name", True, (occurs_in_key,)),
+        Semantics("atom", (exact, regex_search, parent, glob_or_below), "ROCm/ATOM atom/config.py:483-493",
+                  True, (occurs_in_key,)),
+        Semantics("vllm-fp8", (exact,), "vLLM 0.33 utils/quant_utils.py: is_layer_skipped", True),
         Semantics("fp8", (exact, segments), "SGLang 0.5.23 quantization/utils.py: is_layer_skipped (since #23467)"),
         Semantics("compressed-tensors", (exact, regex_match), "compressed-tensors 0.20: ignore and targets",
                   layer_tests=(exact, regex_match, layer_class)),
-        Semantics("modelopt", (exact, glob),
-                  "NVIDIA ModelOpt: exclude_modules, ignore; quantized_layers names experts as one",
-                  layer_tests=(exact, glob, parent)),
+        Semantics("modelopt", (exact, glob), "NVIDIA ModelOpt: exclude_modules, ignore; quantized_layers names experts "
+                  "as one", layer_tests=(exact, glob, parent)),
         Semantics("gptq", (negative_rule,), "GPTQModel: quantization_config.dynamic"),
     )
 }  # fmt: skip
@@ -112,20 +110,6 @@ SEMANTICS = {
 def matched(entry: str, name: str, tests: Sequence[Test]) -> str:
     """The name of the first test that `entry` passes for `name`, or "" ."""
     return next((test.__name__ for test in tests if test(entry, name)), "")
-
-
-def plain_matches(name: str, tests: Sequence[Test]) -> Iterator[tuple[str, Test]]:
-    """The plain entries that could match a name, by test: itself, its ancestors, runs of its segments."""
-    parts = name.split(".")
-    if exact in tests:
-        yield name, exact
-    if parent in tests:
-        yield from ((".".join(parts[:i]), parent) for i in range(len(parts) - 1, 0, -1))
-    if segments in tests:
-        ends = range(len(parts), 0, -1)
-        yield from ((".".join(parts[i:j]), segments) for j in ends for i in range(j))
-    if layer_class in tests:
-        yield from ((word, layer_class) for word in LAYER_CLASSES)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
 from ..errors import MOST_LAYERS, Qwen35Error
 from .declared import QuantConfig, quantization_of
 from .exclude import Hit
-from .module_names import shared_word
+from .names import shared_word
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -130,6 +130,27 @@ class Decision:
         return plain | {"evidence": evidence}
 
 
+Fact = Evidence | Hit | str
+
+
+def _decided(fused: bool, reason: str, facts: tuple[Fact, ...], online: bool = False, starts: bool = True) -> Decision:
+    evidence = (Evidence.of(f) if isinstance(f, Hit) else Evidence(f) if isinstance(f, str) else f for f in facts)
+    return Decision(fused, "", reason, tuple(evidence), online=online, starts=starts)
+
+
+def yes(reason: str, *facts: Fact, online: bool = False) -> Decision:
+    return _decided(True, reason, facts, online)
+
+
+def no(reason: str, *facts: Fact) -> Decision:
+    return _decided(False, reason, facts)
+
+
+def stops(reason: str, *facts: Fact) -> Decision:
+    """The engine raises while it starts, whatever it would have decided."""
+    return _decided(False, reason, facts, starts=False)
+
+
 @dataclass(frozen=True)
 class MoEBlock:
     """One MoE block: its canonical name, and whether it belongs to the MTP draft."""
@@ -142,9 +163,13 @@ class MoEBlock:
         return f"{self.name}.mlp.experts"
 
     @property
-    def shared(self) -> dict[str, str]:
-        """Projection -> module name of the shared expert."""
-        return {p: f"{self.name}.mlp.shared_expert.{p}" for p in PROJECTIONS}
+    def body(self) -> str:
+        return f"{self.name}.mlp.shared_expert"
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The projections of the shared expert."""
+        return tuple(f"{self.body}.{part}" for part in PROJECTIONS)
 
 
 @dataclass(frozen=True)
@@ -159,7 +184,6 @@ class GateModel:
     num_hidden_layers: int
     top: Mapping[str, Any]
     quant: QuantConfig
-    facts: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what `strict` has found out
 
     @property
     def nested(self) -> bool:

@@ -6,125 +6,136 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import Qwen35Error
-from .common import (
-    first_entry,
-    modelopt_stops,
+from .common import Answers, first_entry, modelopt_stops, quark_stops, refuse_sizes
+from .declared import QuantConfig
+from .dialects import modelopt_part
+from .exclude import Hit
+from .names import SGLANG, expand_fused, is_draft_entry, mentions_shared_body
+from .online import requantised
+from .readings import exact, glob
+from .records import (
+    PER_RANK_SLOT_BACKENDS,
+    PROJECTIONS,
+    Decision,
+    Evidence,
+    GateModel,
+    MoEBlock,
+    Options,
     no,
-    quark_stops,
-    refuse_platform,
-    refuse_sizes,
-    sglang_layer_config,
     stops,
     yes,
 )
-from .declared import QuantConfig
-from .module_names import is_draft_entry, mentions_shared_body
-from .namespaces import SGLANG
-from .online import requantised
-from .records import PER_RANK_SLOT_BACKENDS, PROJECTIONS, Decision, Evidence, GateModel, MoEBlock, Options
+
+LISTED, NOT_LISTED = (
+    "the exclude list names a shared expert",
+    "no entry of the exclude list names a shared expert's body",
+)
 
 
-def sglang_22948(model: GateModel, layer: MoEBlock, options: Options) -> Decision:
+def sglang_22948(model: GateModel, layer: MoEBlock, options: Options) -> Answers:
     """The seed PR, sgl-project/sglang #22948 (2026-04-16): a substring test over Quark's exclude list.
 
     Only Quark's configuration has a list under the name that is searched, so every other method passes.
     """
-    if (refusal := _refuse_before_quantisation(model, options)) is not None:
-        return refusal
-    if options.a2a_backend == "deepep":
-        return no("the all-to-all backend is deepep")
+    yield from _refusals(model, options, ("deepep",))
     if model.quant.method != "quark":
-        return yes(f"the gate does not look at method {model.quant.method!r}")
-    if hit := first_entry(model.quant, lambda e: mentions_shared_body(e) and not is_draft_entry(e)):
-        return no("the exclude list names a shared expert", Evidence.of(hit))
-    return yes("no entry of the exclude list names a shared expert's body")
+        yield yes(f"the gate does not look at method {model.quant.method!r}")
+    hit = first_entry(model.quant, lambda e: mentions_shared_body(e) and not is_draft_entry(e))
+    yield no(LISTED, hit) if hit else yes(NOT_LISTED)
 
 
-def sglang_0_5_23(model: GateModel, layer: MoEBlock, options: Options) -> Decision:
+def sglang_0_5_23(model: GateModel, layer: MoEBlock, options: Options) -> Answers:
     """SGLang 0.5.23: qwen2_moe.py:137-152, 283-302, quark.py:1085-1297, modelopt_quant.py:1552, qwen3_5_mtp.py:50."""
     read = requantised(model, layer, options.quantization.lower())
     if isinstance(read, Decision):
-        return read
-    model = read
-    if (trouble := _cannot_start(model.quant)) is not None:
-        return trouble
-    decision = plain_draft(model) if layer.draft else None
-    plain = decision is not None  # the draft is built without a quantisation
-    decision = decision if decision is not None else _sglang_quant(model, options)
-    if (refusal := _refuse_unseen(model, options)) is not None:
-        decision = refusal
-    if not plain and (trouble := _cannot_build(model, layer, decision)) is not None:
-        return trouble
+        yield read
+        return
+    yield from _cannot_start(read.quant)
+    plain = plain_draft(read) if layer.draft else None
+    decision = next(_fuses(read, plain, options))
+    if plain is None:
+        yield from _cannot_build(read, layer, decision)
     if decision and options.a2a_backend in PER_RANK_SLOT_BACKENDS and options.moe_ep_size > 1:
-        ranks = Evidence(f"a2a_backend = {options.a2a_backend}, moe_ep_size = {options.moe_ep_size}")
-        return no("the backend keeps a shared slot per rank, and Qwen has one slot in all", ranks)
-    return decision
+        ranks = f"a2a_backend = {options.a2a_backend}, moe_ep_size = {options.moe_ep_size}"
+        yield no("the backend keeps a shared slot per rank, and Qwen has one slot in all", ranks)
+    yield decision
 
 
-def _refuse_unseen(model: GateModel, options: Options) -> Decision | None:
-    """What SGLang 0.5.23 asks before it looks at the quantisation."""
-    if options.cutedsl_ar_fusion:
-        return no("the CuTe-DSL all-reduce fusion needs the shared expert apart")
-    if (refusal := _refuse_before_quantisation(model, options)) is not None:
-        return refusal
-    if options.a2a_backend in ("deepep", "deepep_v2", "mori"):
-        return no(f"the all-to-all backend is {options.a2a_backend}")
-    return None
-
-
-def _refuse_before_quantisation(model: GateModel, options: Options) -> Decision | None:
-    """What both versions ask first: platform, flag, sizes."""
-    if (refusal := refuse_platform(options)) is not None:
-        return refusal
+def _refusals(model: GateModel, options: Options, backends: tuple[str, ...]) -> Answers:
+    """What both versions ask before they look at the quantisation."""
+    if not (options.hip and options.aiter or not options.hip and options.cuda_opt_in):
+        needed = "needs ROCm with SGLANG_USE_AITER, or a CUDA model class that opts in"
+        yield no("the platform does not fuse", needed)
     if options.disable_shared_experts_fusion:
-        return no("--disable-shared-experts-fusion")
-    return refuse_sizes(model)
+        yield no("--disable-shared-experts-fusion")
+    yield from refuse_sizes(model)
+    if options.a2a_backend in backends:
+        yield no(f"the all-to-all backend is {options.a2a_backend}")
 
 
-def _cannot_start(quant: QuantConfig) -> Decision | None:
+def _cannot_start(quant: QuantConfig) -> Answers:
     """What raises while SGLang reads the configuration, whether it would fuse or not.
 
     configs/model_config.py: _parse_modelopt_quant_config; modelopt_quant.py: from_config of each class. An unknown
     algorithm is an error in config.json only, see `online.requantised`.
     """
     if quant.method == "quark":
-        return quark_stops(quant, "SGLang", ("exclude", "layer_quant_config"))
-    if quant.method != "modelopt":
-        return None
-    inner = quant.raw.get("quantization", quant.raw)
-    algo, group = str(inner.get("quant_algo", "")), inner.get("group_size", quant.raw.get("group_size"))
-    trouble = modelopt_stops(quant, algo, SGLANG_ALGOS, "SGLang")
-    if trouble is None and inner is not quant.raw and "FP4" in algo and not isinstance(group, int):
-        return stops("hf_quant_config.json states no group_size", Evidence(f"quant_algo = {algo}"))
-    return trouble
+        yield from quark_stops(quant, "SGLang", ("exclude", "layer_quant_config"))
+    if quant.method == "modelopt":
+        inner = modelopt_part(quant.raw)
+        algo, group = str(inner.get("quant_algo", "")), inner.get("group_size", quant.raw.get("group_size"))
+        yield from modelopt_stops(quant, algo, SGLANG_ALGOS, "SGLang")
+        if inner is not quant.raw and "FP4" in algo and not isinstance(group, int):
+            yield stops("hf_quant_config.json states no group_size", f"quant_algo = {algo}")
 
 
 SGLANG_ALGOS = ("FP8", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "MXFP8", "MIXED_PRECISION")
 
 
-def _cannot_build(model: GateModel, layer: MoEBlock, decision: Decision) -> Decision | None:
+def _cannot_build(model: GateModel, layer: MoEBlock, decision: Decision) -> Answers:
     """Modules of Quark's without one spec: a pair of which one part is excluded, entries for single experts with gaps.
 
     The shared expert is a module of its own only where it is not fused.
     """
-    if model.quant.method != "quark":
-        return None
     quant = model.quant.read_as("sglang", SGLANG, model.nested)
-    for i, at in enumerate(model.drafts if layer.draft else model.layers):
-        bodies = [] if decision else [f"{at.name}.mlp.shared_expert.gate_up_proj"]
+    for i, at in enumerate((model.drafts if layer.draft else model.layers) if quant.method == "quark" else ()):
+        bodies = [] if decision else [f"{at.body}.gate_up_proj"]
         # One module for all that are neither: the first layer of a target has a DeltaNet, a draft has attention.
         others = [] if i else [f"{at.name}.{'self_attn.o_proj' if layer.draft else 'linear_attn.out_proj'}"]
         for module in (at.experts, *bodies, *others):
-            names = quant.names(module)
             try:
-                spec = {} if quant.exclude.hit(names) else sglang_layer_config(quant, *names)
+                spec = {} if quant.excluded(module) else _layer_config(quant, *quant.names(module))
             except Qwen35Error as error:
-                return stops(f"a module has no single spec: {error.what}", Evidence(str(error.where)))
+                yield stops(f"a module has no single spec: {error.what}", str(error.where))
+                return
             if spec is None and "global_quant_config" in quant.raw:
-                return stops("no spec is stated for a module that is not excluded", Evidence(module))
+                yield stops("no spec is stated for a module that is not excluded", module)
             if any(isinstance((spec or {}).get(key), list) for key in ("weight", "input_tensors")):
-                return stops("a weight in two steps has no scheme in SGLang", Evidence(f"{module}: a list of specs"))
-    return None
+                yield stops("a weight in two steps has no scheme in SGLang", f"{module}: a list of specs")
+
+
+def _fuses(model: GateModel, plain: Decision | None, options: Options) -> Answers:
+    """What a model answers that starts. plain: the answer for a draft that is built without a quantisation."""
+    quant = model.quant
+    if options.cutedsl_ar_fusion:
+        yield no("the CuTe-DSL all-reduce fusion needs the shared expert apart")
+    yield from _refusals(model, options, ("deepep", "deepep_v2", "mori"))
+    if plain is not None:
+        yield plain
+    if quant.method == "modelopt" and quant.default.kind == "nvfp4":
+        # The same words as for Quark, but no exemption for the draft: an `mtp.` entry vetoes the whole model.
+        hit = first_entry(quant, mentions_shared_body)
+        yield no(LISTED, hit) if hit else yes(NOT_LISTED)
+    if quant.method != "quark":
+        yield yes(f"the gate does not look at method {quant.method!r}")
+    # The top level of a nested config.json has no layer count, so there only `mtp.` marks the draft.
+    count, drafts = model.top.get("num_hidden_layers"), model.top.get("num_nextn_predict_layers") or 0
+    hit = first_entry(quant, lambda e: mentions_shared_body(e) and not is_draft_entry(e, count, drafts))
+    if hit:
+        yield _online(model, options, hit)
+    if not quant.raw.get("layer_quant_config"):
+        yield yes(f"{NOT_LISTED}, and no layer has its own spec")
+    yield _layer_specs(quant)
 
 
 def plain_draft(model: GateModel) -> Decision | None:
@@ -133,35 +144,17 @@ def plain_draft(model: GateModel) -> Decision | None:
     if quant.method == "quark":
         hit = first_entry(quant, lambda e: e.startswith("mtp.") and "mlp.experts" in e)
         if hit is not None:
-            return yes("the draft's routed experts are excluded, so the draft is BF16 throughout", Evidence.of(hit))
+            return yes("the draft's routed experts are excluded, so the draft is BF16 throughout", hit)
     nvfp4 = quant.default.kind == "nvfp4" or any(spec.kind == "nvfp4" for _, spec in quant.layers)
     if quant.method == "modelopt" and nvfp4 and not any(name.startswith("mtp.") for name, _ in quant.layers):
         return yes("ModelOpt checkpoints keep the draft in BF16")
     return None
 
 
-def _sglang_quant(model: GateModel, options: Options) -> Decision:
-    quant = model.quant
-    if quant.method == "modelopt" and quant.default.kind == "nvfp4":
-        # The same words as for Quark, but no exemption for the draft: an `mtp.` entry vetoes the whole model.
-        if hit := first_entry(quant, mentions_shared_body):
-            return no("the exclude list names a shared expert", Evidence.of(hit))
-        return yes("no entry of the exclude list names a shared expert's body")
-    if quant.method != "quark":
-        return yes(f"the gate does not look at method {quant.method!r}")
-    # The top level of a nested config.json has no layer count, so there only `mtp.` marks the draft.
-    count, drafts = model.top.get("num_hidden_layers"), model.top.get("num_nextn_predict_layers") or 0
-    if hit := first_entry(quant, lambda e: mentions_shared_body(e) and not is_draft_entry(e, count, drafts)):
-        return _sglang_online(model, options, Evidence.of(hit))
-    if not quant.raw.get("layer_quant_config"):
-        return yes("no entry of the exclude list names a shared expert's body, and no layer has its own spec")
-    return _sglang_layer_specs(quant)
-
-
-def _sglang_online(model: GateModel, options: Options, entry: Evidence) -> Decision:
+def _online(model: GateModel, options: Options, entry: Hit) -> Decision:
     """An excluded shared expert fuses only if asked to be converted to MXFP4, and only on what that was measured on."""
     if not options.enforce_shared_experts_fusion:
-        return no("the exclude list names a shared expert", entry)
+        return no(LISTED, entry)
     kind = model.top.get("model_type")
     conditions = (
         (model.quant.raw.get("is_prequantized", True), "the checkpoint is not prequantized"),
@@ -170,17 +163,15 @@ def _sglang_online(model: GateModel, options: Options, entry: Evidence) -> Decis
         (options.gfx95, "the device has no FP4 (needs gfx95x)"),
         (kind in ("qwen3_5_moe", "qwen3_5_moe_text"), f"model_type {kind!r} was not measured"),
     )
-    missing = next((text for met, text in conditions if not met), "") or _not_mxfp4(model.quant)
-    if missing:
-        warning = Evidence(f"--enforce-shared-experts-fusion is ignored: {missing}", "warning")
-        return no("the exclude list names a shared expert", entry, warning)
+    if missing := next((text for met, text in conditions if not met), "") or _not_mxfp4(model.quant):
+        return no(LISTED, entry, Evidence(f"--enforce-shared-experts-fusion is ignored: {missing}", "warning"))
     return yes("the shared expert is excluded, and --enforce-shared-experts-fusion converts it", entry, online=True)
 
 
 def _not_mxfp4(quant: QuantConfig) -> str:
     """Which routed experts are not W4A4 MXFP4: those of layer 0, or of any key for experts."""
     try:
-        if not all(_is_mxfp4(sglang_layer_config(quant, f"{base}.mlp.experts")) for base in LAYER0_BASES):
+        if not all(_is_mxfp4(_layer_config(quant, f"{base}.mlp.experts")) for base in LAYER0_BASES):
             return "the routed experts of layer 0 are not MXFP4"
     except Qwen35Error as error:
         return f"the spec of layer 0 is ambiguous ({error.what})"
@@ -192,18 +183,18 @@ def _not_mxfp4(quant: QuantConfig) -> str:
 LAYER0_BASES = ("model.layers.0", "model.language_model.layers.0")
 
 
-def _sglang_layer_specs(quant: QuantConfig) -> Decision:
+def _layer_specs(quant: QuantConfig) -> Decision:
     """With layer_quant_config, routed and shared specs must be equal; SGLang asks layer 0 and the draft only."""
     shared = "shared_expert" + "s" * any(".shared_experts." in key for key in quant.raw["layer_quant_config"])
     try:
         for base in (*LAYER0_BASES, "model.decoder"):
-            routed = sglang_layer_config(quant, f"{base}.mlp.experts")
+            routed = _layer_config(quant, f"{base}.mlp.experts")
             for part in (*PROJECTIONS, "gate_up_proj"):
                 name = f"{base}.mlp.{shared}.{part}"
-                if sglang_layer_config(quant, name) != routed:
-                    return no("layer_quant_config gives routed and shared experts different specs", Evidence(name))
+                if _layer_config(quant, name) != routed:
+                    return no("layer_quant_config gives routed and shared experts different specs", name)
     except Qwen35Error as error:
-        return no("layer_quant_config gives no single spec", Evidence(f"{error.where}: {error.what}"))
+        return no("layer_quant_config gives no single spec", f"{error.where}: {error.what}")
     return yes("layer_quant_config gives routed and shared experts of layer 0 the same spec")
 
 
@@ -216,3 +207,36 @@ def _is_mxfp4(spec: Any) -> bool:
     expected = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}
     alike = all(isinstance(t, Mapping) and t.items() >= expected.items() for t in (weight, inputs))
     return alike and weight.get("is_dynamic") is not True and inputs.get("is_dynamic") is not False
+
+
+def _layer_config(quant: QuantConfig, name: str) -> Any:
+    """The raw Quark spec of a module as SGLang finds it: patterns, entries for single experts, the default.
+
+    Error: the parts of a fused module, or single experts, with different specs.
+    """
+    if parts := expand_fused(name):
+        specs = [_layer_config(quant, part) for part in parts]
+        if any(s != specs[0] for s in specs):
+            raise Qwen35Error("the parts of a fused module have different specs", where=name)
+        return specs[0]
+    if found := quant.layer_index.first(name, (exact, glob)):
+        return quant.key_specs[found[0]]
+    single = {key: quant.key_specs[i] for i, key in quant.layer_index.below(name)} if name.endswith(".experts") else {}
+    if single:
+        return _one_spec(name, single)
+    if quant.raw.get("layer_type_quant_config", ()) is None:
+        raise Qwen35Error("layer_type_quant_config is null, and SGLang looks into it", where=name)
+    return quant.raw.get("global_quant_config")
+
+
+def _one_spec(experts: str, single: Mapping[str, Any]) -> Any:
+    """The spec that entries for single experts give to all of them; they must begin at 0, leave no gap and be alike."""
+    projections: dict[str, set[str]] = {}
+    for key in single:
+        number, _, projection = key.partition(".experts.")[2].partition(".")
+        projections.setdefault(number, set()).add(projection)
+    specs, sets = list(single.values()), list(projections.values())
+    complete = set(projections) == {str(i) for i in range(len(projections))} and all(all(s) for s in sets)
+    if not complete or any(s != sets[0] for s in sets) or any(s != specs[0] for s in specs):
+        raise Qwen35Error("entries for single experts leave gaps or differ", where=experts)
+    return specs[0]

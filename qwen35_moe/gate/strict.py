@@ -7,16 +7,16 @@ readers of the exclude list agree about it. Where list and bytes disagree, the b
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from ..errors import Qwen35Error
-from .common import no, refuse_sizes, yes
-from .declared import BF16, UNSTATED, ModuleSpec, QuantConfig, Resolution
-from .entry_index import numbers_of
-from .exclude import Hit
-from .module_names import tells_experts_apart
-from .records import PROJECTIONS, Decision, Evidence, GateModel, MoEBlock, Options
+from ..quant.precision import BF16, UNSTATED, ModuleSpec
+from .common import Answers, refuse_sizes
+from .declared import QuantConfig, Resolution
+from .exclude import Hit, numbers_of
+from .names import tells_experts_apart
+from .records import PROJECTIONS, Evidence, GateModel, MoEBlock, Options, no, yes
 
 SpecLookup = Callable[[str], ModuleSpec | None]
 
@@ -31,7 +31,7 @@ class TooManyPatterns(Qwen35Error):
     """A list that takes too long to read. It says nothing about the checkpoint."""
 
 
-class Fact(NamedTuple):
+class ModuleFacts(NamedTuple):
     """One module: what the configuration declares, what another reader takes that to be, what the bytes are."""
 
     name: str
@@ -44,13 +44,12 @@ class Fact(NamedTuple):
         return self.stored or self.declared.spec
 
 
-@dataclass(frozen=True)
-class LayerFacts:
+class LayerFacts(NamedTuple):
     """The modules of one MoE block that fusion puts into one tensor."""
 
     layer: MoEBlock
-    shared: tuple[Fact, ...]
-    routed: tuple[Fact, ...]
+    shared: Sequence[ModuleFacts]
+    routed: Sequence[ModuleFacts]
 
 
 def read_stored(stored: SpecLookup | Mapping[str, ModuleSpec] | None) -> SpecLookup | None:
@@ -63,89 +62,76 @@ def layer_facts(model: GateModel, layer: MoEBlock, stored: SpecLookup | None) ->
 
     Collected once: the rules of all engines are judged by them.
     """
-    known = model.facts.get((layer, stored))
-    if known is None:
-        known = model.facts[layer, stored] = _collect(model, layer, stored)
-    return known
+
+    def collected() -> LayerFacts:
+        shared = [_facts(name, model.quant, stored) for name in layer.shared]
+        return LayerFacts(layer, shared, _routed(model, layer, stored))
+
+    return model.quant.view((layer, model.num_experts, stored), collected)
 
 
-def _collect(model: GateModel, layer: MoEBlock, stored: SpecLookup | None) -> LayerFacts:
-    quant = model.quant
-    others = tuple(quant.read_as(reader) for reader in OTHER_READERS.get(quant.method, ()))
-    shared = tuple(_fact(name, quant, others, stored) for name in layer.shared.values())
-    return LayerFacts(layer, shared, tuple(_routed(model, layer, quant, others, stored)))
-
-
-def _fact(name: str, quant: QuantConfig, others: Sequence[QuantConfig], stored: SpecLookup | None) -> Fact:
-    declared = quant.spec_of(name)
-    readings = [_as_read(name, other) for other in others]
-    if hit := quant.view(_block(name), lambda: _block_above(name, quant)):
+def _facts(name: str, quant: QuantConfig, stored: SpecLookup | None) -> ModuleFacts:
+    declared, parts = quant.spec_of(name), name.split(".")
+    block = ".".join(parts[: parts.index("mlp") + 2])  # `….mlp.experts` or `….mlp.shared_expert`
+    readings = [_as_read(name, block, quant.read_as(reader)) for reader in OTHER_READERS.get(quant.method, ())]
+    if hit := quant.view(block, lambda: _block_above(block, quant)):
         readings.append(Resolution(BF16, hit))
     second = next((reading for reading in readings if reading.spec != declared.spec), None)
-    return Fact(name, declared, second, stored(name) if stored else None)
+    return ModuleFacts(name, declared, second, stored(name) if stored else None)
 
 
-def _as_read(name: str, other: QuantConfig) -> Resolution:
+def _as_read(name: str, block: str, other: QuantConfig) -> Resolution:
     """What an engine takes a module for: it asks for all experts as one, so an entry for the block counts as well."""
-    own, whole = other.spec_of(name), other.spec_of(_block(name))
+    own, whole = other.spec_of(name), other.spec_of(block)
     return whole if whole.hit.entry and not own.hit.entry else own
 
 
-def _block(name: str) -> str:
-    """`….mlp.experts` or `….mlp.shared_expert`, of a projection."""
-    parts = name.split(".")
-    return ".".join(parts[: parts.index("mlp") + 2])
-
-
-def _block_above(name: str, quant: QuantConfig) -> Hit | None:
-    """An entry that names a block around a module (around all routed experts, not around one).
+def _block_above(block: str, quant: QuantConfig) -> Hit | None:
+    """An entry that names a block, or what is around it.
 
     Engines ask for `mlp.experts`, ATOM for `mlp.shared_expert`, and people write them by hand, also with a dot behind.
     """
-    parts = name.split(".")
-    blocks = [".".join(parts[:end]) + "." for end in range(parts.index("mlp") + 2, 1, -1)]
-    dotted = [spelled for block in blocks for spelled in quant.names(block)]
+    parts = block.split(".")
+    dotted = [n for end in range(len(parts), 1, -1) for n in quant.names(".".join(parts[:end]) + ".")]
     hit = quant.exclude.hit([*(n[:-1] for n in dotted), *dotted])
     return hit and replace(hit, how="a block around it")
 
 
-def _routed(
-    model: GateModel, layer: MoEBlock, quant: QuantConfig, others: Sequence[QuantConfig], stored: SpecLookup | None
-) -> list[Fact]:
+def _routed(model: GateModel, layer: MoEBlock, stored: SpecLookup | None) -> list[ModuleFacts]:
     """The routed experts, each kind once. Experts of whom list and bytes say the same are asked once."""
     whole = stored(layer.experts) if stored else None
     lookup = (lambda _: whole) if whole is not None else stored
-    one_kind = lookup is None or whole is not None
-    said = _said(model, layer, quant)
-    asked: dict[Hashable, dict[str, Fact]] = {}
-    facts: dict[object, Fact] = {}
+    said = _said(model, layer)
+    asked: dict[Hashable, dict[str, ModuleFacts]] = {}
+    found: dict[object, ModuleFacts] = {}
     for expert in range(max(model.num_experts, 1)):
         key: Hashable = expert if said is None else said.get(expert)
         alike = asked.get(key)
-        if alike is not None and one_kind:
+        if alike is not None and (lookup is None or whole is not None):
             continue
         for part in PROJECTIONS:
             name = f"{layer.experts}.{expert}.{part}"
             if alike is None:
-                fact = asked.setdefault(key, {})[part] = _fact(name, quant, others, lookup)
+                facts = asked.setdefault(key, {})[part] = _facts(name, model.quant, lookup)
             else:
-                fact = alike[part]._replace(name=name, stored=lookup(name) if lookup else None)
-            facts.setdefault((part, fact.declared.spec, fact.other and fact.other.spec, fact.stored), fact)
-    return list(facts.values())
+                facts = alike[part]._replace(name=name, stored=lookup(name) if lookup else None)
+            found.setdefault((part, facts.declared.spec, facts.other and facts.other.spec, facts.stored), facts)
+    return list(found.values())
 
 
-def _said(model: GateModel, layer: MoEBlock, quant: QuantConfig) -> Mapping[int, Hashable] | None:
+def _said(model: GateModel, layer: MoEBlock) -> Mapping[int, Hashable] | None:
     """What the configuration says of single experts of a layer; None if a pattern may tell any two of them apart.
 
     Error: so many such patterns that asking every expert about each would take minutes.
     """
     found: dict[int, list[Hashable]] = {}
     vague: set[str] = set()
+    quant = model.quant
+    spelled = {numbers_of(name): name for name in quant.names(layer.experts)}
     for index in (quant.exclude.index, quant.layer_index):
-        for part in PROJECTIONS:
-            for name in quant.names(f"{layer.experts}.0.{part}"):
-                vague |= {entry for _, entry in index.for_any_expert(name) if tells_experts_apart(entry)}
-        for name in {numbers_of(name): name for name in quant.names(layer.experts)}.values():
+        for name in quant.names(f"{layer.experts}.0.{PROJECTIONS[0]}"):
+            vague |= {entry for _, entry in index.for_any_expert(name) if tells_experts_apart(entry)}
+        for name in spelled.values():
             for expert, said in index.experts(name).items():
                 found.setdefault(expert, []).append((name, index is quant.layer_index, said))
     if len(vague) * model.num_experts > MOST_QUESTIONS:
@@ -155,43 +141,42 @@ def _said(model: GateModel, layer: MoEBlock, quant: QuantConfig) -> Mapping[int,
     return None if vague else {expert: tuple(said) for expert, said in found.items()}
 
 
-def strict(model: GateModel, layer: MoEBlock, options: Options, stored: SpecLookup | None) -> Decision:
+def strict(model: GateModel, layer: MoEBlock, options: Options, stored: SpecLookup | None) -> Answers:
     """The strict rule for one layer. Platform and transport do not enter: can is not may."""
     if options.disable_shared_experts_fusion:
-        return no("fusion is switched off")
-    if (refusal := refuse_sizes(model)) is not None:
-        return refusal
+        yield no("fusion is switched off")
+    yield from refuse_sizes(model)
     if stored is None and not model.quant.is_read:
         what = "what the quantisation does to a module is not known, and no bytes were given"
-        return no(what, Evidence(model.quant.default_from))
+        yield no(what, model.quant.default_from)
     try:
         facts = layer_facts(model, layer, stored)
     except Qwen35Error as error:
-        return no("a module has no single spec", Evidence(f"{error.where}: {error.what}", "warning"))
-    evidence = [*_entries(facts), *_warnings(facts)]
-    everything = (*facts.shared, *facts.routed)
-    unknown = [f for f in everything if f.stored is None]
-    if stored and unknown:
-        return no("a tensor is missing from the checkpoint", Evidence(unknown[0].name, "warning"), *evidence)
-    vague = [(f, f.other) for f in everything if f.other is not None and f.stored is None]
-    if vague:
-        fact, other = vague[0]
-        text = f"{fact.name}: {fact.declared.spec} by {fact.declared.hit}, yet {other.spec} to others by {other.hit}"
-        why = "readers of the exclude list disagree, and no bytes were given to settle it"
-        return no(why, Evidence(text, "warning"), *evidence)
+        yield no("a module has no single spec", Evidence(f"{error.where}: {error.what}", "warning"))
+        return
+    evidence, everything = [*_entries(facts), *_warnings(facts)], (*facts.shared, *facts.routed)
+    missing = [f.name for f in everything if f.stored is None]
+    if stored and missing:
+        yield no("a tensor is missing from the checkpoint", Evidence(missing[0], "warning"), *evidence)
+    for f in everything:
+        if f.other is not None and f.stored is None:
+            text = f"{f.name}: {f.declared.spec} by {f.declared.hit}, yet {f.other.spec} to others by {f.other.hit}"
+            why = "readers of the exclude list disagree, and no bytes were given to settle it"
+            yield no(why, Evidence(text, "warning"), *evidence)
     source = "in the bytes" if stored else "by the configuration; no bytes were seen"
     shared, routed = facts.shared[0].spec, facts.routed[0].spec
     for group, what in ((facts.routed, "the routed experts"), (facts.shared, "the shared expert's projections")):
         if odd := next((f for f in group if not f.spec.same_bytes(group[0].spec)), None):
-            found = Evidence(f"{group[0].name} is {group[0].spec}, {odd.name} is {odd.spec}")
-            return no(f"{what} are not alike", found, *evidence)
+            yield no(
+                f"{what} are not alike", f"{group[0].name} is {group[0].spec}, {odd.name} is {odd.spec}", *evidence
+            )
     if not shared.same_bytes(routed):
-        return no(f"the shared expert is {shared.kind}, the routed experts are {routed.kind}, {source}", *evidence)
+        yield no(f"the shared expert is {shared.kind}, the routed experts are {routed.kind}, {source}", *evidence)
     inputs = {f.declared.spec.activation for f in everything if not f.declared.spec.is_float}
     if len(inputs) > 1 and not shared.is_float:
-        found = Evidence(" and ".join(sorted(str(a) for a in inputs)))
-        return no("the inputs of shared and routed experts are quantised differently", found, *evidence)
-    return yes(f"shared and routed experts are both {shared.kind}, {source}", *evidence)
+        why, found = "the inputs of shared and routed experts are quantised differently", sorted(map(str, inputs))
+        yield no(why, " and ".join(found), *evidence)
+    yield yes(f"shared and routed experts are both {shared.kind}, {source}", *evidence)
 
 
 def _entries(facts: LayerFacts) -> list[Evidence]:

@@ -17,11 +17,11 @@ from ..checkpoint.checkpoint import TensorLayout
 from ..checkpoint.recognise import foreign_spec
 from ..errors import Qwen35Error
 from ..gate.decide import NEWEST, VARIANTS, decide_layers, hazards
-from ..gate.declared import ModuleSpec, QuantConfig
+from ..gate.declared import QuantConfig
 from ..gate.engines import ENGINE_RULES
 from ..gate.records import GateModel
 from ..model.config import Config
-from ..quant.precision import BF16, UNSTATED
+from ..quant.precision import BF16, UNSTATED, ModuleSpec
 from .lint_files import Finding, check_files, check_ids
 from .validate import model_config, validate
 

@@ -1,0 +1,183 @@
+"""Names of modules: how checkpoints spell them, how engines do, and what an entry's words give away."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+# Prefixes of the hub, of older vision-language exports and of text-only saves; a longer one before its own beginning.
+TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "language_model.")
+# Modules that engines build as one, and the names under which a checkpoint stores the parts.
+FUSED_NAMES = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+    "in_proj_qkvzba": ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+}
+FUSED_OF = {part: fused for fused, parts in reversed(FUSED_NAMES.items()) for part in parts}
+
+
+def expand_fused(name: str) -> tuple[str, ...]:
+    """`….mlp.shared_expert.gate_up_proj` -> its parts; () for a module that is not fused."""
+    head, dot, last = name.rpartition(".")
+    return tuple(head + dot + part for part in FUSED_NAMES.get(last, ()))
+
+
+def fused_name(name: str) -> str:
+    """`….shared_expert.up_proj` -> the module that engines build of it and its neighbours, `….gate_up_proj`; or ""."""
+    head, dot, last = name.rpartition(".")
+    return head + dot + FUSED_OF[last] if last in FUSED_OF else ""
+
+
+@lru_cache(maxsize=16384)
+def spellings(name: str, num_hidden_layers: int | None = None, shared_word: str = "shared_expert") -> tuple[str, ...]:
+    """Every way in which a checkpoint may write a module's name.
+
+    Text modules carry one of four prefixes or none; `mtp.layers.0.x` may also be `model.layers.78.x` with 78 =
+    num_hidden_layers (GLM-5.2, sglang #36124). shared_word: what the model calls its shared expert; `*experts*` covers
+    DeepSeek's `shared_experts`, and not the `shared_expert` of Qwen.
+    """
+    core = canonical_module(name).replace(".shared_expert.", f".{shared_word}.")
+    if core.startswith(("layers.", "embed_tokens", "norm")):
+        return (*(prefix + core for prefix in TEXT_PREFIXES), core)
+    if core.startswith("visual."):
+        return "model." + core, core
+    if core.startswith("lm_head"):
+        return core, "language_model." + core
+    if (draft := re.match(r"mtp\.layers\.(\d+)\.(.*)", core)) and num_hidden_layers is not None:
+        return core, *spellings(f"layers.{num_hidden_layers + int(draft[1])}.{draft[2]}", None, shared_word)
+    return (core,)
+
+
+def shared_word(model_type: object) -> str:
+    """What a family of models calls the shared expert: DeepSeek's and its heirs' `shared_experts`, Qwen's in one."""
+    return "shared_experts" if str(model_type).startswith(("deepseek", "glm", "kimi")) else "shared_expert"
+
+
+def canonical_module(name: str) -> str:
+    """A text module without its prefix: `model.language_model.layers.0.mlp.gate` -> `layers.0.mlp.gate`."""
+    for prefix in (*TEXT_PREFIXES, "model.language_model.model."):
+        if name.startswith(prefix + "layers.") or name in (prefix + "embed_tokens", prefix + "norm"):
+            return name[len(prefix) :]
+    return name.removeprefix("model.") if name.startswith("model.visual.") else name
+
+
+def is_draft_entry(entry: str, num_hidden_layers: int | None = None, num_nextn_predict_layers: int = 0) -> bool:
+    """Whether an entry names the MTP draft as SGLang 0.5.23 recognises it: `mtp.` or layers appended to the decoder.
+
+    The seed PR knew `mtp.` only, hence #36124. `model.language_model.layers.60.…` is recognised by neither.
+    """
+    first = num_hidden_layers or 0
+    appended = range(first, first + num_nextn_predict_layers) if num_hidden_layers is not None else ()
+    return entry.startswith(("mtp.", *(f"model.layers.{i}." for i in appended)))
+
+
+def mentions_shared_body(entry: str) -> bool:
+    """The substring test of SGLang's gates: `shared_expert`, but not the BF16 gate vector `shared_expert_gate`.
+
+    Without the second half it switches fusion off everywhere (vLLM #53248): every list names the gate vector.
+    """
+    return "shared_expert" in entry and "shared_expert_gate" not in entry
+
+
+def is_plain(entry: str) -> bool:
+    """A name and nothing else: no `re:`, no `-:`, no shell pattern."""
+    return not entry.startswith(("re:", "-:", "+:")) and not any(c in entry for c in "*?[")
+
+
+@lru_cache(maxsize=65536)
+def tells_experts_apart(entry: str) -> bool:
+    """Whether a pattern could name one routed expert and not another; when in doubt, yes.
+
+    Literals, also repeated, `*`, `.*`, `.+` and `\\d+` treat all expert numbers alike. A digit (outside a layer
+    number), a class, `?` or a count may not. So a reader of 512 experts may ask once instead of 512 times.
+    """
+    regex = re.match(r"re:|-:", entry)
+    text = re.sub(r"(\\?\.)?layers\\?\.\d+", "", entry[regex.end() :] if regex else entry)
+    alike = r"\\\.|(\.|\\d|\[0-9\])[*+]|\)\+|[A-Za-z_]\+?|[\^$|()-]" if regex else r"[A-Za-z_.*-]"
+    return not is_plain(entry) and re.sub(alike, "", text) != ""
+
+
+Renames = tuple[tuple[str, str], ...]  # prefix of an entry -> what stands there instead
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """One engine's names. nested: of a config.json with a text_config (with a vision tower); flat: of one without.
+
+    An entry is renamed only where it begins with the prefix. So a `re:` entry or a glob keeps the hub's prefix, and
+    then matches nothing in an engine that has another.
+    """
+
+    nested: str
+    flat: str
+    source: str
+    nested_renames: Renames = ()
+    flat_renames: Renames = ()
+    key_renames: Renames | None = None  # of keys of layer_quant_config; None: as entries
+    anywhere: bool = False  # entries are renamed wherever the prefix stands
+    appended_draft: bool = False  # the draft's layers are numbered behind the target's
+
+    def module(self, name: str, nested: bool, layers: int = 0) -> str:
+        """The engine's name of a module, given by any spelling. layers: of the target. The draft is `mtp.` to all."""
+        core, prefix = canonical_module(name), self.nested if nested else self.flat
+        return prefix + core if core.startswith("layers.") else self._draft(core, layers)
+
+    def entry(self, entry: str, nested: bool, layers: int = 0) -> str:
+        """An entry of the exclude list as the engine compares it."""
+        return self._draft(self._renamed(entry, self.nested_renames if nested else self.flat_renames), layers)
+
+    def key(self, key: str, nested: bool, layers: int = 0) -> str:
+        """A key of layer_quant_config as the engine compares it."""
+        return self.entry(key, nested, layers) if self.key_renames is None else self._renamed(key, self.key_renames)
+
+    def _renamed(self, entry: str, renames: Renames) -> str:
+        for old, new in renames:
+            if self.anywhere:
+                entry = entry.replace(old, new)
+            elif entry.startswith(old):
+                return new + entry[len(old) :]
+        return entry
+
+    def _draft(self, name: str, layers: int) -> str:
+        return DRAFT.sub(lambda n: f"mtp.layers.{layers + int(n[1])}.", name) if self.appended_draft else name
+
+
+# vLLM's names and those of ATOM's multimodal class, for a checkpoint with a vision tower.
+WITH_TOWER = (
+    *(("model.visual.", "visual."), ("lm_head.", "language_model.lm_head.")),
+    ("model.language_model.", "language_model.model."),
+)
+TEXT_ONLY = (("model.language_model.", "model."),)
+DRAFT = re.compile(r"^mtp\.layers\.(\d+)\.")
+SGLANG = Namespace(
+    "model.language_model.",
+    "model.",
+    "SGLang 0.5.23 models/qwen3_vl.py:1357, qwen3_5_text.py:75, qwen3_5_mtp.py:141; hf_to_sglang_mapper is None",
+)
+VLLM = Namespace(
+    "language_model.model.",
+    "model.",
+    "vLLM 0.33 models/qwen3_vl.py:1969, qwen3_5.py:327, qwen3_5.py:524, qwen3_5_mtp.py:234; get_rename_mapper",
+    WITH_TOWER,
+    TEXT_ONLY,
+)
+ATOM = Namespace(
+    "model.",
+    "model.",
+    "ROCm/ATOM atom/config.py: remap_layer_name; models/qwen3_5.py, text only; models/qwen3_5_mtp.py: Qwen3_5MTP",
+    TEXT_ONLY,
+    TEXT_ONLY,  # a text_config alone, with its checkpoint's list
+    key_renames=((".shared_expert_gate", ".gate"),),
+    anywhere=True,
+    appended_draft=True,
+)
+ATOM_MULTIMODAL = replace(
+    ATOM,
+    nested="language_model.model.",
+    source="ROCm/ATOM 00afbe32 model_engine/model_runner.py: support_model_arch_dict; models/qwen3_5.py",
+    nested_renames=WITH_TOWER,
+    flat_renames=(),
+)
