@@ -15,6 +15,7 @@ from benchmarks.real_engine.bugs import BUGS, CLEAN
 from benchmarks.real_engine.prompts import VOCABULARY, prompts
 from benchmarks.real_engine.sglang_bugs import PLANT as SGLANG
 from benchmarks.real_engine.sglang_images import PLANT as IMAGES
+from benchmarks.real_engine.sglang_images import RECIPE, write_processor
 from benchmarks.real_engine.transformers_bugs import PLANT as TRANSFORMERS
 from benchmarks.real_engine.vllm_bugs import PLANT as VLLM
 from qwen35_moe.model.cache import LayerState
@@ -23,9 +24,11 @@ from qwen35_moe.numerics.tap_keys import part_of
 from qwen35_moe.oracle.compare import diagnose
 from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.oracle.report import html, text
+from qwen35_moe.run.prompt import Images, load_images
+from weights.build import build
 
 Built = Callable[[str], Path]
-NAMES = ("dumps", "spec", "last-expert", "ranks")
+NAMES = ("dumps", "spec", "last-expert", "ranks", "images")
 DUMPS = [Path(__file__).parent / "data" / "real_gpu" / f"{name}.tar.xz" for name in NAMES]
 
 
@@ -70,6 +73,22 @@ def test_the_drafts_of_a_sglang_with_a_bug_in_its_target_are_right(built: Built,
     assert [len(rows) for rows in drafts.values()] == [16, 16]
     assert not [r for rows in drafts.values() for r in rows if r.bad]
     assert {r.rows for r in drafts["mtp.2"]} == {4}
+
+
+@pytest.mark.parametrize("bug", [CLEAN, "as-released", "position-table-ignored"])
+def test_images_of_a_real_sglang(dumps: Path, tmp_path: Path, bug: str) -> None:
+    """As released, 0.5.17 gives all axes of an image the position in time; `clean` takes another path of its own."""
+    checkpoint = build(RECIPE, tmp_path / "checkpoint")
+    write_processor(checkpoint)
+    name = f"image.{bug}"
+    images = Images(*load_images(checkpoint, [dumps / f"{name}.{i}.png" for i in range(2)]))
+    result = diagnose(checkpoint, read_dump(dumps / name), images=images, diagnoses=1)
+    if bug == CLEAN:
+        assert result.compared == 5 and not result.diverges, result.verdict
+    else:
+        assert judge.said(result, name).right, (result.verdict, result.diagnoses)
+    if bug == "position-table-ignored":
+        assert result.first is not None and "worst row: patch " in text.worst(result.first)
 
 
 @pytest.mark.parametrize("setup", ["tp2", "ep2"])

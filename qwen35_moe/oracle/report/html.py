@@ -9,7 +9,7 @@ from html import escape
 from ...numerics.tap_keys import base_name
 from ..judge.records import Comparison, Record, ratio_text
 from .page_parts import ADDED, COLOURS, FITTED, INHERITED, LEGAL_ERROR, LINES, ROUTING_NOTE, linked, page_head, say
-from .text import GOOD_FIT, SYMBOLS, broken, fold, grid, lists, short, weights_line, worst
+from .text import GOOD_FIT, SYMBOLS, broken, fold, grid, lists, row_text, short, weights_line, worst
 
 
 def html(result: Comparison, title: str = "qwen35-moe compare", made: Mapping[str, str] | None = None) -> str:
@@ -75,7 +75,7 @@ def _heat(result: Comparison) -> str:
 def _cell(r: Record | None, first: Record | None) -> str:
     if r is None:
         return "<td></td>"
-    where = f", worst at sequence {r.worst[0]} token {r.worst[1]}" if r.worst else ""
+    where = f", worst at {row_text(r)}" if r.worst else ""
     title = escape(f"{r.key}: {r.cls}{where}. {r.equal_to and 'equal to ' + r.equal_to} {r.note}".strip(), quote=True)
     mark = "&#9655; " if r is first else ""
     kind = f"c {r.cls.split()[0]}{' first' if r is first else ''}"

@@ -62,10 +62,16 @@ def grid(result: Comparison) -> tuple[list[int], list[str], dict[tuple[int, str]
 
 def worst(first: Record) -> str:
     """The worst row of a tap, and how many rows are bad."""
-    where = f"worst row: sequence {first.worst[0]}, token {first.worst[1]}; " if first.worst else ""
+    where = f"worst row: {row_text(first)}; " if first.worst else ""
     columns = f", {first.where}" if first.where else ""
     where = f"{starts(first)}{where}"
     return f"{where}{first.bad_rows} of {first.rows} rows beyond the limit{columns}; relative error {first.rel:.2g}"
+
+
+def row_text(record: Record) -> str:
+    """The worst row: a token of a sequence, or a patch of the images."""
+    row, token = record.worst or (0, 0)
+    return f"sequence {row}, token {token}" if token >= 0 else f"patch {row}"
 
 
 def starts(record: Record, most: int = 3) -> str:
