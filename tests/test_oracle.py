@@ -590,7 +590,7 @@ def test_reports_are_views_of_the_same_records(truth: Trace, engine: Trace, sour
             and "DIVERGES" in text
             and "whole block times 1.2" in " ".join(text.split())
         )
-    lines = [json.loads(line) for line in report.jsonl(found).splitlines()]
+    lines = [json.loads(line) for line in q.report(found, "json").splitlines()]
     assert lines[-1]["type"] == "summary" and lines[-1]["exit_code"] == found.exit_code == 1
     assert sum(line["type"] == "tap" for line in lines) == lines[-1]["total"]
     page = Page()

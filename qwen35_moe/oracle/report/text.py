@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +23,6 @@ SHORT_NAMES = {
     "gdn_state": "state", "gdn_core_out": "core", "final_norm": "norm", "next_token_logits": "logits",
 }  # fmt: skip
 
-LAYER_PREFIX = re.compile(r"layers\.\d+\.")
 QUIET = 8
 GOOD_FIT = 0.2  # a fit that leaves more of the error explains nothing
 
@@ -34,18 +31,20 @@ def short(tap: str) -> str:
     return SHORT_NAMES.get(tap, tap.removeprefix("moe_").removeprefix("gdn_"))
 
 
+def _times(ratio: float | None, kind: str) -> str:
+    return "" if ratio is None else f", {ratio_text(ratio)} x {kind}"
+
+
 def _outside(records: Iterable[Record]) -> Iterable[tuple[str, str]]:
     """Names and texts of taps that stand in no layer of the text model; a tower's or a draft head's that agree: one."""
     for part, some in groupby(records, key=lambda r: r.key.split(".")[0] if "." in r.key else ""):
         found = list(some)
-        fine = [r for r in found if part and r.cls in ("bit-equal", "within rounding")]
-        if fine:
+        if fine := [r for r in found if part and r.cls in ("bit-equal", "within rounding")]:
             yield part, f"{len(fine)} taps within rounding, at most {ratio_text(max(r.ratio or 0.0 for r in fine))} x"
         for r in found:
-            kinds = (("added", r.added), ("inherited", r.inherited))
-            errors = [f", {ratio_text(ratio)} x {kind}" for kind, ratio in kinds if ratio is not None]
+            note = f" ({r.note})" if r.note else ""
+            said = f"{r.cls}{_times(r.added, 'added')}{_times(r.inherited, 'inherited')}{note}"
             if r not in fine:
-                said = f"{r.cls}{''.join(errors)}{f' ({r.note})' if r.note else ''}"
                 yield (part, f"{r.key.partition('.')[2]}: {said}") if part else (short(r.key), said)
 
 
@@ -64,8 +63,7 @@ def worst(first: Record) -> str:
     """The worst row of a tap, and how many rows are bad."""
     where = f"worst row: {row_text(first)}; " if first.worst else ""
     columns = f", {first.where}" if first.where else ""
-    where = f"{starts(first)}{where}"
-    return f"{where}{first.bad_rows} of {first.rows} rows beyond the limit{columns}; relative error {first.rel:.2g}"
+    return f"{starts(first)}{where}{first.bad_rows} of {first.rows} rows beyond the limit{columns}; relative error {first.rel:.2g}"
 
 
 def row_text(record: Record) -> str:
@@ -110,8 +108,10 @@ def text(result: Comparison, width: int = 80) -> str:
         illegal, flips = sum(len(r.illegal) for r in result.routing), sum(len(r.flips) for r in result.routing)
         nonsense = sum(r.nonsense for r in result.routing)
         more = f", {nonsense} with ids that are repeated or no expert's" if nonsense else ""
-        agreed = f"{agree} of {total} sets of experts agree"
-        say("routing", f"{agreed}; {flips - illegal} legal flips, {illegal} illegal{more}")
+        say(
+            "routing",
+            f"{agree} of {total} sets of experts agree; {flips - illegal} legal flips, {illegal} illegal{more}",
+        )
     for i, said in enumerate(result.acceptance):
         say("" if i else "drafts", str(said))
     if (x := result.logits) is not None:
@@ -119,9 +119,8 @@ def text(result: Comparison, width: int = 80) -> str:
         say("logits", f"KL mean {x.kl_mean:.2g}, max {x.kl_max:.2g}; top-1 {100 * x.top1:.1f} %{legal}, "
                       f"top-5 {100 * x.top5:.1f} %; delta log p rms {x.delta_log_p_rms:.2g}")  # fmt: skip
     if result.weights:
-        wrong = [w for w in result.weights if w.bad]
         say("weights", weights_line(result))
-        for w in wrong[:8]:
+        for w in [w for w in result.weights if w.bad][:8]:
             say("", f"X {w.name}: {w.detail}")
     counts = result.summary
     found = ", ".join(f"{n} {c}" for c, n in counts.items() if c != "total" and n)
@@ -169,7 +168,7 @@ def fold(keys: Iterable[str]) -> list[str]:
     """One name for a tap of many layers: `layers.*.gdn_q (3)`."""
     found: dict[str, list[str]] = {}
     for key in keys:
-        name = f"layers.*.{base_name(key)}" if key.startswith("layers.") else LAYER_PREFIX.sub("layers.*.", key)
+        name = f"layers.*.{base_name(key)}" if key.startswith("layers.") else re.sub(r"layers\.\d+\.", "layers.*.", key)
         found.setdefault(name, []).append(key)
     return [all_[0] if len(all_) == 1 else f"{name} ({len(all_)})" for name, all_ in found.items()]
 
@@ -235,19 +234,6 @@ def _cell(record: Record | None, first: Record | None) -> str:
         return " " * 8
     mark = ">" if record is first else " "
     return f"{mark}{ratio_text(record.ratio):>6}{SYMBOLS[record.cls]}"
-
-
-def jsonl(result: Comparison) -> str:
-    """One JSON object a line; `type` says what it is. Infinity and NaN are strings."""
-    return "\n".join(json.dumps(_plain(row)) for row in result.rows()) + "\n"
-
-
-def _plain(x: object) -> object:
-    if isinstance(x, float) and not math.isfinite(x):
-        return str(x)
-    if isinstance(x, dict):
-        return {str(k): _plain(v) for k, v in x.items()}
-    return [_plain(v) for v in x] if isinstance(x, list | tuple) else x
 
 
 def write_report(path: str | Path, content: str) -> None:
