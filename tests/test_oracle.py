@@ -33,6 +33,7 @@ from qwen35_moe.oracle.judge.routing import compare_ids, could_flip
 from qwen35_moe.oracle.judge.suspects import accuse, suspects
 from qwen35_moe.oracle.judge.weights_check import check_weights
 from qwen35_moe.oracle.report import html as report_html
+from qwen35_moe.oracle.report import report as page_and_lines
 from qwen35_moe.oracle.report import text as report
 from qwen35_moe.oracle.truth import open_checkpoint, write_truth
 from qwen35_moe.quant.layouts import shuffle_scales, shuffle_weight
@@ -590,7 +591,7 @@ def test_reports_are_views_of_the_same_records(truth: Trace, engine: Trace, sour
             and "DIVERGES" in text
             and "whole block times 1.2" in " ".join(text.split())
         )
-    lines = [json.loads(line) for line in q.report(found, "json").splitlines()]
+    lines = [json.loads(line) for line in page_and_lines(found, "json").splitlines()]
     assert lines[-1]["type"] == "summary" and lines[-1]["exit_code"] == found.exit_code == 1
     assert sum(line["type"] == "tap" for line in lines) == lines[-1]["total"]
     page = Page()
