@@ -63,7 +63,8 @@ def worst(first: Record) -> str:
     """The worst row of a tap, and how many rows are bad."""
     where = f"worst row: {row_text(first)}; " if first.worst else ""
     columns = f", {first.where}" if first.where else ""
-    return f"{starts(first)}{where}{first.bad_rows} of {first.rows} rows beyond the limit{columns}; relative error {first.rel:.2g}"
+    many = f"{first.bad_rows} of {first.rows} rows beyond the limit"
+    return f"{starts(first)}{where}{many}{columns}; relative error {first.rel:.2g}"
 
 
 def row_text(record: Record) -> str:
