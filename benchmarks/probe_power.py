@@ -37,7 +37,7 @@ from qwen35_moe.oracle.judge.envelope import ALL_BF16, legal
 from qwen35_moe.oracle.judge.rerun import CPU
 from qwen35_moe.oracle.judge.split_k import split_products, splitting
 from qwen35_moe.oracle.servers.answer import Answer, row
-from qwen35_moe.oracle.servers.placed_faults import PlacedFault, placed_faults
+from qwen35_moe.oracle.servers.hypotheses import PlacedFault, placed_faults
 from qwen35_moe.oracle.servers.probe import How, Prepared, prepare
 from qwen35_moe.oracle.servers.prompts import drawn_prompts
 from qwen35_moe.oracle.servers.replay import Branch, Replay
@@ -135,9 +135,7 @@ def prepared(processes: int) -> Prepared:
         parts = pool.map(streams, [list(range(n, len(listed), processes)) for n in range(processes)], chunksize=1)
     for n, expert, stream in sorted((one for part in parts for one in part), key=lambda one: one[0]):
         h = PlacedFault(listed[n].fault, listed[n].layer, expert)
-        place = FaultSite(HERE.source.config, known.replay.positions)
-        branch = Branch(str(h), h.fault.arithmetic(get("float32")), stream, h, handlers=h.fault.handlers(place))
-        known.branches.append(branch)
+        known.branches.append(Branch(str(h), get("float32"), stream, h))
     return known
 
 

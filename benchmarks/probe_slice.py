@@ -27,8 +27,8 @@ from benchmarks.probe_power import ENGINES, PROMPTS, named, seen
 from qwen35_moe.numerics.tables import SGLANG_BF16
 from qwen35_moe.oracle.judge.where import Where
 from qwen35_moe.oracle.servers.dialects import TOKENS_PER_REQUEST
+from qwen35_moe.oracle.servers.hypotheses import PlacedFault
 from qwen35_moe.oracle.servers.judge import Judge
-from qwen35_moe.oracle.servers.placed_faults import PlacedFault
 from qwen35_moe.oracle.servers.probe import How, Prepared, prepare
 from qwen35_moe.oracle.servers.prompts import drawn_prompts
 from qwen35_moe.oracle.servers.replay import Branch, Replay

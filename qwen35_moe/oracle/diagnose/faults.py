@@ -186,7 +186,8 @@ class BrokenSource(WeightSource):
         return self.fault.weight(self, module, packed) if self.fault.weight and self._covers(module) else packed
 
     def slot(self, mlp: str, e: int) -> PackedExpert:
-        slot = super().slot(mlp, e)
+        shared = e == self.config.num_experts  # made of its three weights, which may be broken
+        slot = super().slot(mlp, e) if shared else self.inner.slot(mlp, e)
         single = self.fault.single and e != self.place.expert
         change = self.fault.slot
         return slot if change is None or single or not self._covers(mlp) else change(self, mlp, e, slot)

@@ -2,37 +2,56 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from ...quant.packed import Packed
 from ...run.experts import PackedExpert, moved
 from ...run.source import WeightSource
 
-BYTES = 18  # of an expert's number, decoded side by side for float64, float32 (twice, with a fault) and bf16
-SHARE_OF_MEMORY = 0.6  # that they may take: else experts are decoded when they are chosen
+FETCHERS = 4  # threads that bring the next layer's experts to the device
 
 
 class Held(WeightSource):
-    """A source whose experts are fetched to the device once a layer, as they are stored, and decoded there."""
+    """The weights of a layer, fetched to the device once, as they are stored, and of the experts of the next layer."""
 
     as_stored = False
 
     def __init__(self, inner: WeightSource, device: torch.device):
         super().__init__(inner.checkpoint, inner.config, inner.online)
         self.inner, self.device = inner, device
-        self.mlp, self.kept = "", dict[int, PackedExpert]()
+        self.pool, self.kept = ThreadPoolExecutor(FETCHERS), dict[str, Future[Any]]()
+
+    def begin(self, layer: int) -> None:
+        """Forgets the layers before; has the experts of this layer and of the next one fetched."""
+        self.kept = {key: value for key, value in self.kept.items() if key.startswith(f"layers.{layer}.")}
+        for i in range(layer, min(layer + 2, self.config.num_hidden_layers)):
+            for e in range(self.config.num_experts):
+                self._fetch(f"layers.{i}.mlp", e)
+
+    def _once(self, key: str, read: Callable[[], Any]) -> Future[Any]:
+        if key not in self.kept:
+            self.kept[key] = self.pool.submit(read)
+        return self.kept[key]
+
+    def _fetch(self, mlp: str, e: int) -> Future[PackedExpert]:
+        def read() -> PackedExpert:
+            gate_up, down = self.inner.slot(mlp, e)
+            return moved(gate_up, self.device), moved(down, self.device)
+
+        return self._once(f"{mlp}.{e}", read)
 
     def slot(self, mlp: str, e: int) -> PackedExpert:
-        if mlp != self.mlp:
-            self.mlp, self.kept = mlp, {}
-        if e not in self.kept:
-            gate_up, down = self.inner.slot(mlp, e)
-            self.kept[e] = moved(gate_up, self.device), moved(down, self.device)
-        return self.kept[e]
+        return self._fetch(mlp, e).result()
 
+    def tensor(self, name: str) -> Tensor:
+        return self._once(name, lambda: self.inner.tensor(name).to(self.device)).result()
 
-def has_room(size: int, device: torch.device) -> bool:
-    if device.type == "cuda":
-        return size < SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0]
-    return size < SHARE_OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    def weight(self, module: str, rows: slice | None = None) -> Packed:
+        if rows is not None:
+            return self.inner.weight(module, rows)
+        return self._once(f"{module}.weight", lambda: moved(self.inner.weight(module), self.device)).result()

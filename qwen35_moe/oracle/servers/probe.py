@@ -15,8 +15,8 @@ from ..judge.envelope import legal, with_declared_caches
 from ..judge.split_k import samples
 from ..judge.where import HERE, Where
 from .answer import Answer, Row
+from .hypotheses import PlacedFault, placed_faults
 from .judge import Judge, Positions
-from .placed_faults import PlacedFault, placed_faults
 from .replay import Branch, Replay
 from .routing import judge_routing
 from .verdict import Told, Verdict, decide, told

@@ -1,13 +1,15 @@
 """Runs the truth, legal arithmetics and planted faults on the same prompts, side by side in one pass over the layers.
 
 A hypothesis is a fault of the catalogue in all layers or in one. A fault of layer i starts from the truth's stream at
-layer i, so n layers cost n / 2 on average. Hypotheses whose layer is done share their products. Only the stream before
-the last norm is kept, [B, T, D]. log p of single tokens are computed from it on demand, so a vocabulary of 250,000 is
-never kept. Hypotheses are computed in float32, whose error is a hundredth of bf16's.
+layer i, so n layers cost n / 2 on average. Hypotheses run as one batch (`Struck`); a fault of weights, or of a rule of
+DeltaNet, has products of its own in the layers that it strikes. Only the stream before the last norm is kept,
+[B, T, D]. log p of single tokens are computed from it on demand, so a vocabulary of 250,000 is never kept. Hypotheses
+are computed in float32, whose error is a hundredth of bf16's.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,11 +30,14 @@ from ...run.source import WeightSource
 from ..diagnose.faults import FaultSite
 from ..judge.split_k import splitting
 from ..judge.where import HERE, Where
-from .held import BYTES, Held, has_room
-from .placed_faults import PlacedFault
+from .held import Held
+from .hypotheses import PlacedFault, SortedExperts, Struck
 
-TOGETHER = 1 << 13  # tokens that one layer is run on at once
+TOGETHER = 1 << 13  # tokens that one layer is run on at once on a CPU
 LOGITS_HELD = 1 << 26  # logits that are held at once
+BYTES = 18  # of an expert's number, decoded side by side for float64, float32 (twice, with a fault) and bf16
+NUMBERS = 24  # float32 of a chosen expert's row that a GPU holds at once, for each of the row's numbers
+SHARE_OF_MEMORY = 0.6  # that decoded experts may take: else experts are decoded when they are chosen
 
 
 class _Watch(Handler):
@@ -60,13 +65,8 @@ class Branch:
     stream: Tensor
     hypothesis: PlacedFault | None = None
     source: WeightSource | None = None
-    handlers: list[Handler] = field(default_factory=list)
     watch: _Watch | None = None
     routing: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # a layer: router logits [N, E], ids [N, A]
-
-    def strikes(self, layer: int) -> bool:
-        h = self.hypothesis
-        return h is not None and h.fault.block != "final_norm" and (h.layer is None or h.layer == layer)
 
 
 class Replay:
@@ -83,7 +83,12 @@ class Replay:
         self.positions = (ones.cumsum(1) - 1).clamp(min=0)
         c = self.config
         numbers = 3 * c.num_experts * c.moe_intermediate_size * c.hidden_size
-        self.mode = where.mode or ("decoded" if has_room(BYTES * numbers, self.device) else "stream")
+        if self.device.type == "cuda":
+            memory = torch.cuda.mem_get_info(self.device)[0]
+            self.together = max(TOGETHER, memory // (8 * NUMBERS * c.num_experts_per_tok * c.hidden_size))
+        else:
+            memory, self.together = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), TOGETHER
+        self.mode = where.mode or ("decoded" if BYTES * numbers < SHARE_OF_MEMORY * memory else "stream")
         self.held = Held(source, self.device) if self.mode == "decoded" else source
         self._layers: dict[Any, Layer] = {}
         self._ends: dict[Any, Model] = {}
@@ -143,15 +148,17 @@ class Replay:
     ) -> list[Branch]:
         """Branches after the last layer: the truth's, one a table, one a hypothesis, in this order."""
         base = arithmetics.get(truth)
-        quick = arithmetics.get("float32") if base.name == "exact" else base
+        self.quick = arithmetics.get("float32") if base.name == "exact" else base
         branches = [self._begin(table.name, table) for table in (base, *tables)]
         for branch in branches if routing else branches[:1]:
             branch.watch = _Watch()
-        clean = self._begin("quick", quick)
-        struck = [self._struck(h, quick, clean.stream) for h in faults if h.layer is None]
+        clean = self._begin("quick", self.quick)
+        struck = [self._struck(h, clean.stream) for h in faults if h.layer is None]
         later = [h for h in faults if h.layer is not None]
         begin = said = time.monotonic()
         for i in range(self.config.num_hidden_layers):
+            if isinstance(self.held, Held):
+                self.held.begin(i)
             before = clean.stream
             for branch in branches:
                 self._step(i, branch)
@@ -159,12 +166,9 @@ class Replay:
             busiest = int(ids.flatten().bincount().argmax()) if ids is not None else 0
             here = [h for h in later if h.layer == i]
             here = [PlacedFault(h.fault, i, busiest) if h.fault.single else h for h in here]
-            struck += [self._struck(h, quick, before) for h in here]
-            rest = [clean, *(b for b in struck if not b.strikes(i))]
-            for branch in struck:
-                if branch.strikes(i):
-                    self._step(i, branch)
-            self._together(i, rest)
+            struck += [self._struck(h, before) for h in here]
+            for group in self._groups(i, [clean, *struck] if faults else []):
+                self._together(i, group)
             said = self.where.progress(i + 1, self.config.num_hidden_layers, len(branches) + len(struck), begin, said)
         return [*branches, *struck]
 
@@ -172,32 +176,49 @@ class Replay:
         with using(table):
             return Branch(name, table, tap("embed_tokens", self._end(table).embed_tokens(self.ids)))
 
-    def _struck(self, h: PlacedFault, table: Arithmetic, stream: Tensor) -> Branch:
+    def _place(self, h: PlacedFault) -> FaultSite:
         layers = None if h.layer is None else frozenset({h.layer})
-        place = FaultSite(self.config, self.positions, layers, h.expert)
-        source = h.fault.source(self.source, place)
-        broken = None if source is self.source else source
-        return Branch(str(h), h.fault.arithmetic(table), stream, h, broken, h.fault.handlers(place))
+        return FaultSite(self.config, self.positions, layers, h.expert)
+
+    def _struck(self, h: PlacedFault, stream: Tensor) -> Branch:
+        source = h.fault.source(self.held, self._place(h))
+        return Branch(str(h), self.quick, stream, h, None if source is self.held else source)
 
     def _step(self, i: int, b: Branch) -> None:
-        fault = b.hypothesis.fault if b.hypothesis and b.strikes(i) else None
-        strikes = fault is not None and fault.applies(self.source, i, a4=b.table.name.startswith("exact+a4"))
-        fused = self.fused[i] or bool(strikes and fault and fault.fused)
-        layer = self._broken(i, b, fused) if strikes and b.source is not None else self._layer(i, b.table, fused)
-        watch = [b.watch] if b.watch else []
-        b.stream = self._forward(i, layer, b.table, b.stream, [*(b.handlers if strikes else ()), *watch], 1)
+        layer = self._layer(i, b.table, self.fused[i])
+        b.stream = self._forward(i, layer, b.table, b.stream, [b.watch] if b.watch else [], 1)
         if b.watch and b.watch.logits is not None and b.watch.ids is not None:
             b.routing.append((b.watch.logits.double().cpu(), b.watch.ids.long().cpu()))
 
-    def _together(self, i: int, branches: Sequence[Branch]) -> None:
-        """Branches that nothing strikes here, all under one table: as one batch."""
-        table = branches[0].table
-        layer = self._layer(i, table, self.fused[i])
-        size = max(1, TOGETHER // self.ids.numel())
-        for some in (branches[k : k + size] for k in range(0, len(branches), size)):
-            out = self._forward(i, layer, table, torch.cat([b.stream for b in some]), [], len(some))
-            for b, stream in zip(some, out.split(len(self.ids)), strict=True):
-                b.stream = stream
+    def _groups(self, i: int, branches: Sequence[Branch]) -> Iterator[list[tuple[Branch, bool]]]:
+        """Branches that can share the products of this layer, and whether their fault strikes there."""
+        groups: dict[Any, list[tuple[Branch, bool]]] = {}
+        for b in branches:
+            h, a4 = b.hypothesis, self.quick.name.startswith("exact+a4")
+            strikes = h is not None and h.strikes(self.source, i, a4)
+            own = id(b) if strikes and b.source else None
+            groups.setdefault((own, *(h.fault.switches.items() if h and strikes else ())), []).append((b, strikes))
+        for group in groups.values():
+            size = max(1, self.together // self.ids.numel())
+            yield from (group[k : k + size] for k in range(0, len(group), size))
+
+    def _together(self, i: int, group: Sequence[tuple[Branch, bool]]) -> None:
+        """One step of all branches of a group, as one batch."""
+        first, runs = group[0][0], [b for b, _ in group]
+        faults = {k: b.hypothesis for k, (b, strikes) in enumerate(group) if strikes and b.hypothesis}
+        table = faults[min(faults)].fault.arithmetic(self.quick) if faults else self.quick
+        broken = first if 0 in faults and first.source else None
+        fused = self.fused[i] or (broken is not None and faults[0].fault.fused)
+        layer = self._broken(i, broken, fused) if broken else self._layer(i, table, fused)
+        plain = layer.mlp.experts
+        layer.mlp.experts = experts = SortedExperts(plain)
+        handlers = [Struck(faults, len(runs), self._place(faults[min(faults)]), experts)] if faults else []
+        try:
+            out = self._forward(i, layer, table, torch.cat([b.stream for b in runs]), handlers, len(runs))
+        finally:
+            layer.mlp.experts = plain
+        for b, stream in zip(runs, out.split(len(self.ids)), strict=True):
+            b.stream = stream
 
     def _forward(
         self, i: int, layer: Layer, table: Arithmetic, stream: Tensor, handlers: Sequence[Handler], times: int
@@ -214,10 +235,11 @@ class Replay:
         """log p over the vocabulary after the tokens rows = (sequence [R], place [R]), some rows at a time."""
         step = max(1, LOGITS_HELD // self.config.vocab_size)
         end = self._end(b.table)
-        head = b.hypothesis is not None and b.hypothesis.fault.block == "final_norm"
+        h = b.hypothesis
+        handlers = h.fault.handlers(self._place(h)) if h and h.fault.block == "final_norm" else []
         for some in (slice(k, k + step) for k in range(0, len(rows[0]), step)):
             x = b.stream[rows[0][some], rows[1][some]][None]
-            with using(b.table), splitting(b.table), attach(*(b.handlers if head else ())):
+            with using(b.table), splitting(b.table), attach(*handlers):
                 logits = end.lm_head("next_token_logits", end.norm(x))
             yield some, logits[0].double().log_softmax(-1)
 
