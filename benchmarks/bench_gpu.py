@@ -38,7 +38,7 @@ from qwen35_moe.numerics.taps import FunctionHandler  # noqa: E402
 from qwen35_moe.quant import mxfp4  # noqa: E402
 from qwen35_moe.run.generate import generate  # noqa: E402
 from qwen35_moe.run.gpu.graphs import DecodeGraph, PrefillGraph  # noqa: E402
-from qwen35_moe.run.gpu.grouped_experts import StackedExperts  # noqa: E402
+from qwen35_moe.run.gpu.grouped_experts import ResidentExperts, StackedExperts  # noqa: E402
 
 LENGTHS = (128, 512, 2048)
 ROUNDS = 3  # of each side in turn
@@ -97,6 +97,8 @@ def random_model(
         else:
             value.normal_(0, 0.3 if "conv1d" in owner else 0.02, generator=draw)
         model.get_submodule(owner).register_parameter(last, nn.Parameter(value, requires_grad=False))
+    for module in [m for m in model.modules() if isinstance(m, MoE)] if not packed else []:
+        module.experts = ResidentExperts(module.experts.gate_up_proj, module.experts.down_proj, False)
     return model
 
 
