@@ -27,7 +27,7 @@ from qwen35_moe.oracle.dumps.align import Alignment, align
 from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.engine_names import SGLANG_NAMES, TRANSFORMERS_NAMES, TapRule, letters
 from qwen35_moe.oracle.dumps.holes import holes
-from qwen35_moe.oracle.dumps.join import join_ranks
+from qwen35_moe.oracle.dumps.ranks import join_ranks
 from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.dumps.readers.transformers import capture_transformers

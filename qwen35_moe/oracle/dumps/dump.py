@@ -23,9 +23,8 @@ from ...numerics.tap_table import TAPS
 from .drafts import mark
 from .engine_names import TapRule, letters, rule_for
 from .fusion import fused_layers
-from .join import by_row, declared_join, join_ranks
 from .pieces import Piece, Source, StepTokens, fenced, readable, whole_numbers
-from .ranks import check_ranks
+from .ranks import by_row, check_ranks, join_ranks, joining
 
 MOST_STEPS = 1 << 31
 # The meaning of an engine's name if its shared expert is a slot (True), and if it is not (False).
@@ -171,19 +170,18 @@ class Dump(Mapping[str, Tensor]):
                 raise Qwen35Error("ranks of this tap cannot be joined", where=key, do="dump with TP 1, or its dims")
             return source.pieces[0].load()
         check_ranks(self, source)
-        loaded = [piece.load() for piece in source.pieces]
+        join, pieces = joining(source)
+        loaded, where = [piece.load() for piece in pieces], pieces[0].where
         self._dtypes[key, step] = loaded[0].dtype
         if base_name(key).endswith("_ids"):
-            loaded = [whole_numbers(x, source.pieces[0].where) for x in loaded]
+            loaded = [whole_numbers(x, where) for x in loaded]
         elif not loaded[0].is_floating_point():
             found, do = str(loaded[0].dtype), "dump what its codes mean, or the tensor before it is quantised"
-            raise Qwen35Error("integers where values were expected", where=source.pieces[0].where, found=found, do=do)
+            raise Qwen35Error("integers where values were expected", where=where, found=found, do=do)
         if is_vision(key):  # patches; batches of one are left over in front of them, or behind
             loaded = [x.squeeze(0).squeeze(1) if x.dim() == 3 else x for x in loaded]
-        count = None if source.pieces[0].rows is not None or is_vision(key) else self.count(step)
-        ranks = [by_row(x, count) for x in loaded]
-        join, order = declared_join(source.pieces) or (source.rule.join, list(range(len(ranks))))
-        return join_ranks(key, [ranks[i] for i in order], join, source.rule.blocks, self.sizes)
+        count = None if pieces[0].rows is not None or is_vision(key) else self.count(step)
+        return join_ranks(key, [by_row(x, count) for x in loaded], join, source.rule.blocks, self.sizes)
 
     def width(self, key: str) -> int | None:
         """Features of a tap, as its first step has them; None where that cannot be read."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ....errors import Qwen35Error
 from ...servers.answer import UNKNOWN, Answer
@@ -64,14 +63,10 @@ def _routing(answer: Answer, step: int, text: Mapping[str, Any], where: str) -> 
     ids = shaped(answer.routed, text["num_hidden_layers"], text["num_experts_per_tok"], where)
     rows = torch.arange(min(len(ids), len(answer.ids)))  # a request's last token has no routing
     return [
-        Piece(f"routed_experts[{i}]", partial(_layer, ids[: len(rows)], i), step, layer=i, path="moe_topk_ids",
+        Piece(f"routed_experts[{i}]", partial(itself, ids[: len(rows), i]), step, layer=i, path="moe_topk_ids",
               where=where, rows=rows)
         for i in range(ids.shape[1])
     ]  # fmt: skip
-
-
-def _layer(x: Tensor, index: int) -> Tensor:
-    return x[:, index]
 
 
 def _log_p(answer: Answer, step: int, width: int, where: str) -> list[Piece]:

@@ -6,7 +6,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ....errors import Qwen35Error
 from ....untrusted import check_regular
+from ..pieces import StepTokens
 
 
 def load_pt(path: str | Path) -> Any:
@@ -36,12 +37,9 @@ def load_pt(path: str | Path) -> Any:
     except Exception as error:  # a broken pickle may raise anything
         if isinstance(error, pickle.UnpicklingError) and _first_byte(path) in (b"\x80", b"P"):  # a pickle, or a zip
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
-            raise Qwen35Error(
-                "file needs more than data to load, and was not executed",
-                where=path,
-                found=named[1] if named else "a pickle with code",
-                do="dump tensors only; never load such a file from somebody you do not trust",
-            ) from error
+            found, do = named[1] if named else "a pickle with code", "dump tensors only; never load strangers' pickles"
+            raise Qwen35Error("file needs more than data to load, and was not executed", where=path, found=found,
+                              do=do) from error  # fmt: skip
         first = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         size = path.stat().st_size if path.exists() else "absent"
         raise Qwen35Error("file is truncated or not a torch file", where=path, found=f"{size} bytes; {first}",
@@ -97,6 +95,25 @@ def load_tensor(path: str | Path, *keys: str | int) -> Tensor:
     if not isinstance(found, Tensor):
         raise Qwen35Error("not a tensor", where=path, found=type(found).__name__)
     return found
+
+
+def step_tokens(found: Mapping[str, Any]) -> StepTokens:
+    """The tokens of a step from the fields of its batch, as engines name them. Of positions in time, height and width,
+    those in time count."""
+    ids = found["input_ids"] if "input_ids" in found else found["sequences"]
+    batch = (ids.shape[0], ids.shape[1]) if ids.dim() == 2 else None
+
+    def row(name: str) -> Tensor | None:
+        x = found.get(name)
+        x = x[0] if isinstance(x, Tensor) and x.dim() == (2 if batch is None else 3) else x
+        return x.flatten() if isinstance(x, Tensor) else None
+
+    mask, given = torch.ones(ids.numel(), dtype=torch.bool) if batch else None, found.get("attention_mask")
+    if batch and given is not None and given.numel() == ids.numel():
+        mask = given.flatten().bool()
+    positions = row("positions" if "positions" in found else "position_ids")
+    requests = request_ids(found.get("rids", found.get("req_pool_indices")))
+    return StepTokens(ids.flatten(), positions, lengths(found.get("seq_lens")), requests, batch, mask, row("rotary"))
 
 
 def lengths(x: Any) -> list[int] | None:

@@ -28,7 +28,7 @@ from ..dump import Dump, Piece, StepTokens
 from ..engine_names import family_of, rule_for
 from ..pieces import itself, plain_values
 from . import saved
-from .common import costs_itself, lengths
+from .common import costs_itself, step_tokens
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".pkl")
 SUFFIXES = (".safetensors", ".npz", ".npy", *TORCH_SUFFIXES)
@@ -183,9 +183,9 @@ def tokens_of(core: Mapping[int, Mapping[str, Tensor]], pieces: Sequence[Piece])
     steps = sorted({piece.step for piece in pieces})
     some = {step: found for step, found in core.items() if {"input_ids", "sequences"} & set(found)}
     if len(some) != 1 or len(steps) < 2:
-        return {step: _tokens(found) for step, found in some.items()}
+        return {step: step_tokens(found) for step, found in some.items()}
     found = next(iter(some.values()))
-    whole = _tokens(found)
+    whole = step_tokens(found)
     if whole.ids is None or whole.batch is None and whole.ids.dim() != 1:
         return {steps[0]: whole}
     B, T = whole.batch or (1, whole.ids.numel())
@@ -209,17 +209,3 @@ def _rows(piece: Piece, B: int) -> int:
     """Tokens a sequence that a tensor is of."""
     x = piece.load()
     return x.shape[1] if x.dim() > 2 and x.shape[0] == B else max(1, x.shape[0] // B)
-
-
-def _tokens(core: Mapping[str, Tensor]) -> StepTokens:
-    ids = core["input_ids"] if "input_ids" in core else core["sequences"]
-    positions = core.get("positions", core.get("position_ids"))
-    if positions is not None and positions.dim() == 3:  # text, height, width
-        positions = positions[0]
-    batch = (ids.shape[0], ids.shape[1]) if ids.dim() == 2 else None
-    mask = torch.ones(ids.numel(), dtype=torch.bool) if batch else None
-    given = core.get("attention_mask")
-    if batch and given is not None and given.numel() == ids.numel():
-        mask = given.flatten().bool()
-    return StepTokens(ids.flatten(), None if positions is None else positions.flatten(),
-                  lengths(core.get("seq_lens")), batch=batch, mask=mask)  # fmt: skip

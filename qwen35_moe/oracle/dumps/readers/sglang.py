@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from ....errors import Qwen35Error
-from ..dump import Dump, Piece, StepTokens
+from ..dump import Dump, Piece
 from ..engine_names import family_of
 from ..pieces import once, plain_values
-from .common import a_dict, costs_itself, lengths, load_pt, load_tensor, request_ids
+from .common import a_dict, costs_itself, load_pt, load_tensor, step_tokens
 
 HELD = 1 << 13  # files that stay mapped until they are used; a process may have 65,530 mappings
 MOST_RANKS = 1 << 16
@@ -67,7 +67,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
     problems += _unsupported(path, pieces)
     # The same on all ranks: the last of these to be set is the first rank's.
     known = sorted((k for k, found in core.items() if isinstance(found.get("input_ids"), Tensor)), reverse=True)
-    tokens = {step: _tokens(core[step, rank]) for step, rank in known}
+    tokens = {step: step_tokens(core[step, rank]) for step, rank in known}
     if lost := [error for error in problems if not tokens and "name=input_ids__" in str(error)]:
         raise lost[0]
     family = family_of(piece.path for piece in pieces)  # the dumper can hook any model
@@ -102,19 +102,6 @@ def _experiments(path: Path) -> list[Path]:
 
 def _tags(file: Path) -> dict[str, str]:
     return dict(part.partition("=")[::2] for part in file.name.removesuffix(".pt").split("___"))
-
-
-def _tokens(found: Mapping[str, Any]) -> StepTokens:
-    positions, rotary = (
-        x[0] if isinstance(x, Tensor) and x.dim() == 2 else x  # text, height, width
-        for x in (found.get("positions"), found.get("rotary"))
-    )
-    requests = found.get("rids", found.get("req_pool_indices"))
-    ids = found["input_ids"]
-    batch = (ids.shape[0], ids.shape[1]) if ids.dim() == 2 else None
-    return StepTokens(ids.flatten(), positions.flatten() if isinstance(positions, Tensor) else None,
-                      lengths(found.get("seq_lens")), request_ids(requests), batch,
-                      rotary=rotary.flatten() if isinstance(rotary, Tensor) else None)  # fmt: skip
 
 
 def _unsupported(path: Path, pieces: list[Piece]) -> list[Qwen35Error]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ....errors import Qwen35Error
 from ..dump import Dump, Piece, StepTokens
 from ..pieces import itself
-from .common import lengths, load_pt
+from .common import load_pt, step_tokens
 
 BATCH_INFO = ".forward_batch_info."
 
@@ -51,7 +51,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
             if rank == 0:
                 core = {name.partition(BATCH_INFO)[2]: x for name, x in loaded.items() if BATCH_INFO in name}
                 if isinstance(core.get("input_ids"), Tensor):
-                    tokens[number] = _tokens(core)
+                    tokens[number] = step_tokens(core)
             for name, value in loaded.items():
                 late = "." not in name  # `model` and what comes after it
                 if BATCH_INFO in name or (late and number == 0):
@@ -80,10 +80,3 @@ def _folders(path: Path) -> list[Path]:
     if any(path.glob("Pass*.pt")):
         return [path]
     return sorted(p for p in path.glob("TP*_PP*_Rank*_pid*") if any(p.glob("Pass*.pt")))
-
-
-def _tokens(core: Mapping[str, Any]) -> StepTokens:
-    positions = core.get("positions")
-    if isinstance(positions, Tensor) and positions.dim() == 2:
-        positions = positions[0]
-    return StepTokens(core["input_ids"].flatten(), positions, lengths(core.get("seq_lens")))

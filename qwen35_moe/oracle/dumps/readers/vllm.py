@@ -10,7 +10,6 @@ Which ids were asked for is not in the file: `layers` says so.
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,13 @@ import torch
 from torch import Tensor
 
 from ....errors import Qwen35Error
-from ....untrusted import check_regular, parse_json, parse_npy, read_bytes, tensor_file
+from ....untrusted import check_regular, parse_json, read_bytes, tensor_file
+from ...servers.routed import from_base64, from_npy
 from ..dump import Dump, Piece, StepTokens
+from ..pieces import itself
+
+LARGEST_TEXT = 1 << 28  # bytes
+NPY = base64.b64encode(b"\x93NUMPY").decode()  # how a .npy file begins
 
 
 def sniff(path: Path) -> bool:
@@ -48,7 +52,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, layers: list[in
         raise Qwen35Error("routed experts are all zero", where=path, do="this build returns no routing for this model")
     numbers = range(ids.shape[1]) if layers is None else layers
     pieces = [
-        Piece(f"routed_experts[{i}]", partial(_layer, ids, i), layer=layer, path="moe_topk_ids", where=str(path))
+        Piece(f"routed_experts[{i}]", partial(itself, ids[:, i]), layer=layer, path="moe_topk_ids", where=str(path))
         for i, layer in enumerate(numbers)
     ]
     return Dump("routed experts", path, pieces, config=config, notes=["the last token of a request has no routing"])
@@ -73,12 +77,8 @@ def _read_hidden(path: Path, files: list[Path], config: Any, layers: list[int] |
         for i, layer in enumerate(numbers):
             name, at = ("layer_output_sum", layer - 1) if layer == last else ("layer_input", layer)
             raw = f"hidden_states[{layer}]"
-            pieces.append(Piece(raw, partial(_layer, hidden, i), step, layer=at, path=name, where=str(file)))
+            pieces.append(Piece(raw, partial(itself, hidden[:, i]), step, layer=at, path=name, where=str(file)))
     return Dump("vllm hidden states", path, pieces, tokens, config=config)
-
-
-def _layer(x: Tensor, index: int) -> Tensor:
-    return x[:, index]
 
 
 def _hidden_files(path: Path) -> list[Path]:
@@ -101,33 +101,25 @@ def _routed(path: Path) -> Tensor | None:
         if path.suffix == ".npy":
             check_regular(path)
             x = np.load(path, allow_pickle=False, mmap_mode="r")
-            found = torch.from_numpy(x.astype(np.int64)) if x.ndim == 3 and x.dtype.kind in "iu" else None
-        elif path.suffix in (".json", ".b64", ".txt") and path.stat().st_size < 1 << 28:
-            raw_text = read_bytes(path)
-            text, shape = raw_text.decode("utf-8"), None
-            if path.suffix == ".json":
-                answer = parse_json(raw_text, path)
-                text, shape = _find(answer, "routed_experts"), _find(answer, "routed_experts_shape")
-            raw = base64.b64decode(text or "", validate=True)
-            if raw[:6] == b"\x93NUMPY":
-                x = parse_npy(raw, path)
-                found = torch.from_numpy(x.astype(np.int64)) if x.ndim == 3 and x.dtype.kind in "iu" else None
-            else:  # SGLang: bare int32, and no shape
-                found = torch.frombuffer(bytearray(raw), dtype=torch.int32).long() if raw else None
-                found = found.reshape(shape) if found is not None and shape else found
-        else:
-            found = None
-    except (OSError, ValueError, UnicodeDecodeError, binascii.Error, RuntimeError, TypeError):
+            return torch.from_numpy(x.astype(np.int64)) if x.ndim == 3 and x.dtype.kind in "iu" else None
+        if path.suffix not in (".json", ".b64", ".txt") or path.stat().st_size >= LARGEST_TEXT:
+            return None
+        raw, shape = read_bytes(path), None
+        text: Any = raw.decode("utf-8")
+        if path.suffix == ".json":
+            answer = parse_json(raw, path)
+            text, shape = _find(answer, "routed_experts"), _find(answer, "routed_experts_shape")
+        if not text or str(text).startswith(NPY):
+            return from_npy(text, str(path)) if text else None
+        found = from_base64(text, str(path))
+        return found.reshape(shape) if shape else found
+    except (Qwen35Error, OSError, ValueError, RuntimeError, TypeError):
         return None
-    return found
 
 
 def _find(answer: Any, key: str) -> Any:
     """The first value under `key` anywhere in a JSON answer."""
-    if isinstance(answer, Mapping):
-        return (
-            answer[key]
-            if key in answer
-            else next((f for v in answer.values() if (f := _find(v, key)) is not None), None)
-        )
-    return next((f for v in answer if (f := _find(v, key)) is not None), None) if isinstance(answer, list) else None
+    if isinstance(answer, Mapping) and key in answer:
+        return answer[key]
+    below = answer.values() if isinstance(answer, Mapping) else answer if isinstance(answer, list) else ()
+    return next((found for value in below if (found := _find(value, key)) is not None), None)
