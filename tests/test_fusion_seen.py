@@ -11,7 +11,7 @@ import torch
 from engine_like import Engine, Value, padded_truth, tiny_model, write_dumper
 
 from qwen35_moe.oracle.dumps.align import align
-from qwen35_moe.oracle.dumps.holes import holes
+from qwen35_moe.oracle.dumps.checks import holes
 from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.trace.file import Trace
 

@@ -24,9 +24,9 @@ import qwen35_moe as q
 from qwen35_moe import Qwen35Error
 from qwen35_moe.numerics.tap_table import TAPS
 from qwen35_moe.oracle.dumps.align import Alignment, align
+from qwen35_moe.oracle.dumps.checks import holes
 from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.engine_names import SGLANG_NAMES, TRANSFORMERS_NAMES, TapRule, letters
-from qwen35_moe.oracle.dumps.holes import holes
 from qwen35_moe.oracle.dumps.ranks import join_ranks
 from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.oracle.dumps.readers.own import from_trace

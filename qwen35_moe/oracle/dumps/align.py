@@ -25,8 +25,7 @@ from .draft_rows import match_drafts, same_drafts
 from .dump import Dump
 from .match import match
 from .matched import Matched
-from .pair import Pair, broken_rows, fit, is_log_p, source_of, take
-from .scores import scores
+from .pair import Pair, broken_rows, fit, is_log_p, scores, source_of, take
 from .sequences import LOGITS
 from .step_rows import StepRows
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from torch import Tensor
 
@@ -40,57 +42,64 @@ def _bits(row: Tensor) -> bytes:
     return row.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-Tables = dict[int, Tensor]
+Tables = dict[int, Tensor]  # step -> [n, 3] row, b, t
+Places = list[tuple[int, int]]  # (b, t) of each row
 
 
 def by_count(dump: Dump, truth: Trace, only: list[int] | None) -> tuple[Tables, Tables, list[str]]:
-    """Rows of each step [n, 3] (row, b, t), the last tokens, and notes. The last steps whose rows add up to the truth's
-    tokens are taken to be those, in order."""
+    """Rows of each step, the last tokens of its runs, and notes. The first layout that has as many rows counts: logits
+    of the last tokens; a prefill and decodes; [B, T]; the last steps that together have the truth's tokens."""
     chosen = range(len(truth.ids) - len(branches_in(truth))) if only is None else only
-    real = {b: truth.mask[b].bool().nonzero().flatten() for b in chosen}
-    places = [[b, int(t)] for b, columns in real.items() for t in columns]
+    real = {b: truth.mask[b].bool().nonzero().flatten().tolist() for b in chosen}
+    places = [(b, t) for b, columns in real.items() for t in columns]
     counts = {step: dump.count(step) or 0 for step in dump.target_steps}
     if dump.format == "routed experts" and len(real) == 1 and [*counts.values()] == [len(places) - 1]:
         places.pop()  # the last token of a request has no routing
-    if set(map(base_name, dump)) == {"next_token_logits"} and len(counts) == 1:  # of the last token of each sequence
-        table = torch.tensor([[i, b, int(columns[-1])] for i, (b, columns) in enumerate(real.items())])
-        step = next(iter(counts))
-        if len(dump.read("next_token_logits", step)) == len(real) != len(places):
-            return {step: table}, {step: table}, []
-    if (batch := _decoded(counts, real)) is not None:
-        return *batch, ["the dump has no token ids: its rows were matched by their number, as one prefill and decodes"]
-    if (batch := _padded(dump, counts, real)) is not None:
-        return *batch, ["the dump has no token ids: its rows were taken for [B, T], padded on the right"]
+    told = "the dump has no token ids: its rows were "
+    logits = set(map(base_name, dump)) == {"next_token_logits"} and [*counts.values()] == [len(real)]
+    if logits and len(real) != len(places):
+        found, notes = {next(iter(counts)): _table([(b, columns[-1]) for b, columns in real.items()])}, []
+    elif (decoded := _decoded(counts, real)) is not None:
+        found, notes = decoded, [f"{told}matched by their number, as one prefill and decodes"]
+    elif (padded := _padded(dump, counts, real)) is not None:
+        found, notes = padded, [f"{told}taken for [B, T], padded on the right"]
+    else:
+        found, notes = _in_order(dump, counts, places, len(real)), [f"{told}matched by their number"]
+        left_out = len(counts) - len(found)
+        notes += [f"{left_out} other steps were left out (warm-up?)"] if left_out else []
+    return found, {step: _ends(table) for step, table in found.items()}, notes
+
+
+def _table(places: Places) -> Tensor:
+    return torch.tensor([[row, *place] for row, place in enumerate(places)])
+
+
+def _ends(table: Tensor) -> Tensor:
+    """[runs, 3] run, and b, t of its last token."""
+    last = table[torch.cat((table[1:, 1] != table[:-1, 1], torch.tensor([True])))]
+    return torch.cat((torch.arange(len(last))[:, None], last[:, 1:]), 1)
+
+
+def _in_order(dump: Dump, counts: dict[int, int], places: Places, sequences: int) -> Tables:
+    """The last steps whose rows add up to the truth's tokens. Error: there are none."""
     steps: list[int] = []
-    total = 0
     for step in reversed(counts):
-        if total < len(places):
+        if sum(counts[s] for s in steps) < len(places):
             steps.insert(0, step)
-            total += counts[step]
-    if total != len(places):
+    if sum(counts[s] for s in steps) != len(places):
         steps = [step for step, n in counts.items() if n == len(places)][-1:]
     if not steps:
-        raise Qwen35Error(
-            "dump has no token ids, and its rows do not fit the truth",
-            where=dump.path,
-            expected=f"{len(places)} tokens",
-            found=f"{list(counts.values())[:8]} rows a step",
-            do="give --ids; the first call is often warm-up: dump every call, and the same prompt",
-        )
-    if len(steps) > 1 and len(real) > 1:
+        do = "give --ids; the first call is often warm-up: dump every call, and the same prompt"
+        raise Qwen35Error("dump has no token ids, and its rows do not fit the truth", where=dump.path, do=do,
+                          expected=f"{len(places)} tokens", found=f"rows: {list(counts.values())[:8]}")  # fmt: skip
+    if len(steps) > 1 and sequences > 1:
         raise Qwen35Error("dump has no token ids, and several steps of several sequences", where=dump.path,
                           do="dump one sequence at a time, or the input ids with it")  # fmt: skip
-    where, at = {}, 0
-    for step in steps:
-        where[step] = torch.tensor([[i, *place] for i, place in enumerate(places[at : at + counts[step]])])
-        at += counts[step]
-    notes = ["the dump has no token ids: rows were matched by their number"]
-    left_out = len(counts) - len(steps)
-    notes += [f"{left_out} other steps were left out (warm-up?)"] if left_out else []
-    return where, {step: table[-1:] for step, table in where.items()}, notes
+    rest = iter(places)
+    return {step: _table(list(islice(rest, counts[step]))) for step in steps}
 
 
-def _padded(dump: Dump, counts: dict[int, int], real: dict[int, Tensor]) -> tuple[Tables, Tables] | None:
+def _padded(dump: Dump, counts: dict[int, int], real: dict[int, list[int]]) -> Tables | None:
     """One step of [B, T] tensors, of sequences of which the shorter ones are padded."""
     lengths = [len(columns) for columns in real.values()]
     if len(counts) != 1 or len(real) < 2 or next(iter(counts.values())) == sum(lengths):
@@ -99,30 +108,20 @@ def _padded(dump: Dump, counts: dict[int, int], real: dict[int, Tensor]) -> tupl
     shape = next(s[step].pieces[0].load().shape for s in dump.sources.values() if step in s)
     if len(shape) != 3 or shape[0] != len(real) or shape[1] < max(lengths):
         return None
-    T = shape[1]
-    rows = [[i * T + k, b, int(t)] for i, (b, columns) in enumerate(real.items()) for k, t in enumerate(columns)]
-    last = [[i, b, int(columns[-1])] for i, (b, columns) in enumerate(real.items())]
-    return {step: torch.tensor(rows)}, {step: torch.tensor(last)}
+    rows = [[i * shape[1] + k, b, t] for i, (b, columns) in enumerate(real.items()) for k, t in enumerate(columns)]
+    return {step: torch.tensor(rows)}
 
 
-def _decoded(counts: dict[int, int], real: dict[int, Tensor]) -> tuple[Tables, Tables] | None:
+def _decoded(counts: dict[int, int], real: dict[int, list[int]]) -> Tables | None:
     """Several sequences: a prefill of all, then steps of one token each. The token after the last step may be among
     the truth's, though it was never run."""
-    steps, B = list(counts), len(real)
-    decodes = len(steps) - 1
-    if B < 2 or decodes < 1 or any(counts[step] != B for step in steps[1:]):
+    first, *decodes = counts or [0]
+    if len(real) < 2 or not decodes or any(counts[step] != len(real) for step in decodes):
         return None
     for more in (0, 1):
-        prompts = {b: len(columns) - decodes - more for b, columns in real.items()}
-        if min(prompts.values()) > 0 and sum(prompts.values()) == counts[steps[0]]:
-            break
-    else:
-        return None
-    first = [[b, int(real[b][i])] for b, n in prompts.items() for i in range(n)]
-    where = {steps[0]: torch.tensor([[i, *place] for i, place in enumerate(first)])}
-    last = [[i, b, int(real[b][n - 1])] for i, (b, n) in enumerate(prompts.items())]
-    ends = {steps[0]: torch.tensor(last)}
-    for k, step in enumerate(steps[1:]):
-        rows = [[i, b, int(real[b][n + k])] for i, (b, n) in enumerate(prompts.items())]
-        where[step] = ends[step] = torch.tensor(rows)
-    return where, ends
+        prompts = {b: len(columns) - len(decodes) - more for b, columns in real.items()}
+        if min(prompts.values()) > 0 and sum(prompts.values()) == counts[first]:
+            each = {step: [(b, real[b][n + k]) for b, n in prompts.items()] for k, step in enumerate(decodes)}
+            each |= {first: [(b, t) for b, n in prompts.items() for t in real[b][:n]]}
+            return {step: _table(each[step]) for step in counts}
+    return None

@@ -20,11 +20,10 @@ from torch import Tensor
 from ...errors import Qwen35Error
 from ...numerics.tap_keys import base_name, by_rows, is_vision, per_token
 from ...numerics.tap_table import TAPS
-from .drafts import mark
 from .engine_names import TapRule, letters, rule_for
-from .fusion import fused_layers
+from .kinds import fused_layers, mark_drafts
 from .pieces import Piece, Source, StepTokens, fenced, readable, whole_numbers
-from .ranks import by_row, check_ranks, join_ranks, joining
+from .ranks import by_row, check_ranks, join_ranks, joining, world_of
 
 MOST_STEPS = 1 << 31
 # The meaning of an engine's name if its shared expert is a slot (True), and if it is not (False).
@@ -82,11 +81,11 @@ class Dump(Mapping[str, Tensor]):
         self.accepted: dict[int, tuple[int, list[int]]] = {}
         self.sources: dict[str, dict[int, Source]] = defaultdict(dict)
         self._counts: dict[int, int | None] = {}
-        self.world = 0  # how many ranks there were; 0: not looked for yet (ranks.py)
+        self.world = 0  # how many ranks there were; 0: not looked for yet
         self._dtypes: dict[tuple[str, int], torch.dtype] = {}
         for piece in (*pieces, *self.weights.values()):
             piece.load = partial(fenced, piece.load, piece.where or piece.raw)
-        self.drafts = mark(pieces, config)
+        self.drafts = mark_drafts(pieces, config)
         self.fused = {} if family == "transformers" else fused_layers(pieces, self.sizes, named=format != "atom")
         for pieces_of_one in _groups(pieces).values():
             self._place(sorted(pieces_of_one, key=lambda p: p.rank))
@@ -169,7 +168,8 @@ class Dump(Mapping[str, Tensor]):
             if len(source.pieces) > 1:
                 raise Qwen35Error("ranks of this tap cannot be joined", where=key, do="dump with TP 1, or its dims")
             return source.pieces[0].load()
-        check_ranks(self, source)
+        self.world = self.world or world_of(self.sources, self.sizes, self.count)
+        check_ranks(source, self.world, self.format, self.path)
         join, pieces = joining(source)
         loaded, where = [piece.load() for piece in pieces], pieces[0].where
         self._dtypes[key, step] = loaded[0].dtype

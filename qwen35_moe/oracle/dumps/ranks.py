@@ -4,8 +4,8 @@ join."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,10 +15,8 @@ from ...numerics.tap_keys import base_name
 from .engine_names import features, width
 from .pieces import Piece, Source
 
-if TYPE_CHECKING:
-    from .dump import Dump
-
 Blocks = tuple[tuple[str, str], ...]
+Sources = Mapping[str, Mapping[int, Source]]  # tap -> step -> where it comes from
 SOME = 8  # lost ranks that a message names
 RANK_FILES = {
     "sglang dumper": "step=*___rank={}___*.pt",
@@ -117,50 +115,37 @@ def joining(source: Source) -> tuple[str, list[Piece]]:
     return join, [seen[place] for place in sorted(seen)]
 
 
-def check_ranks(dump: Dump, source: Source) -> None:
-    """Raises Qwen35Error, the same one for all taps, if shares of a rank are not here."""
+def check_ranks(source: Source, world: int, format: str, path: Path) -> None:
+    """Raises Qwen35Error, the same one for all taps, if shares of a rank are not here. world: how many there were, if
+    the dump does not say more."""
     first = source.pieces[0]
     stages = int(first.parallel.get("pp_size", 1))
-    world = max(int(first.parallel.get("world_size", 1)) // stages, _world(dump))
+    world = max(int(first.parallel.get("world_size", 1)) // stages, world)
     here = [piece.rank for piece in source.pieces]
     if source.rule.join == "same" or len(here) >= world:
         return
     ranks = [str(rank) for rank in range(world) if stages == 1 and rank not in here]
     lost = ", ".join(ranks[:SOME]) + (", ..." if len(ranks) > SOME else "")
-    files = RANK_FILES.get(dump.format, "").format(lost if lost.isdigit() else "N")
-    raise Qwen35Error(f"rank {lost or '?'} is missing", where=dump.path,
-                      found=f"rank {', '.join(map(str, here))} of {world}", expected=files,
+    files = RANK_FILES.get(format, "").format(lost if lost.isdigit() else "N")
+    found = f"rank {', '.join(map(str, here))} of {world}"
+    raise Qwen35Error(f"rank {lost or '?'} is missing", where=path, found=found, expected=files,
                       do="copy the dumps of all ranks to one place")  # fmt: skip
 
 
-def _world(dump: Dump) -> int:
+def world_of(sources: Sources, sizes: Mapping[str, int], count: Callable[[int], int | None]) -> int:
     """How many ranks there were, if only one is here and does not say: by the shares of fused columns it holds."""
-    if dump.world:
-        return dump.world
     found: dict[Blocks, int] = {}
-    for steps in dump.sources.values():
+    for steps in sources.values():
         step, source = next(iter(steps.items()))
         blocks = source.rule.blocks
-        widths = [None if w.isdigit() else width(w, dump.sizes) for _, w in blocks]
+        widths = [None if w.isdigit() else width(w, sizes) for _, w in blocks]
         # Key and value heads are no measure: several ranks may hold the same ones.
         alone = len(source.pieces) == 1 and source.rule.join == "cat" and not any("g" in w for _, w in blocks)
         if alone and blocks not in found and len(blocks) > 1 and None not in widths:
             try:
-                columns = by_row(source.pieces[0].load(), dump.count(step)).shape[1]
+                columns = by_row(source.pieces[0].load(), count(step)).shape[1]
             except Qwen35Error:
                 continue
             whole = sum(w or 0 for w in widths)
             found[blocks] = whole // columns if columns and whole % columns == 0 else 1
-    dump.world = found.popitem()[1] if len(set(found.values())) == 1 else 1
-    return dump.world
-
-
-def owners(dump: Dump, key: str) -> Tensor | None:
-    """[features] the rank that each column of a tap came from; None where ranks hold no columns of it."""
-    step, source = next(iter(dump.sources[key].items()))
-    join, pieces = joining(source)
-    if join != "cat" or len(source.pieces) < 2:
-        return None
-    count = None if source.pieces[0].rows is not None else dump.count(step)
-    ranks = [torch.full_like(by_row(p.load(), count), p.rank, dtype=torch.float64) for p in pieces]
-    return join_ranks(key, ranks, join, source.rule.blocks, dump.sizes)[0]
+    return found.popitem()[1] if len(set(found.values())) == 1 else 1

@@ -15,8 +15,7 @@ from ...trace.layers import HEAD
 from ..diagnose.at_sight import OWN_LOGITS, against_own_logits
 from ..dumps.align import Alignment
 from ..dumps.dump import Dump
-from ..dumps.pair import Pair
-from ..dumps.ranks import owners
+from ..dumps.pair import Pair, owners
 from . import log_p as kl_base
 from .envelope import Class, TensorVerdict, envelope, is_bf16, judge
 from .envelope_file import SLOT_ORDERED, as_rows

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import Qwen35Error
 from ...numerics.tap_keys import base_name, per_token
 from ..dumps.align import Alignment
-from ..dumps.holes import holes
+from ..dumps.checks import holes
 from ..dumps.pair import Pair
 from .added import Judgement
 from .envelope import Class

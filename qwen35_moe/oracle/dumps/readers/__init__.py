@@ -14,8 +14,8 @@ from typing import Any
 
 from ....errors import Qwen35Error
 from ....untrusted import check_regular
+from ..checks import check_steps
 from ..dump import Dump, Piece, StepTokens
-from ..steps import check_steps
 from . import answers, atom, llama_cpp, own, plain, sglang, sglang_passes, transformers, vllm
 
 # The first that recognises a path reads it; `plain` takes what is left.
