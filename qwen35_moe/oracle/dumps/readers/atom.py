@@ -15,7 +15,7 @@ from typing import Any
 
 from ....errors import Qwen35Error
 from ..dump import Dump, Piece
-from .common import load_pt, load_tensor
+from .common import costs_itself, load_pt, load_tensor
 
 NAME = re.compile(r"layer(\d+)(?:_(\w+?))?_rank(\d+)(?:_call(\d+))?((?:_ctx(\d+))?(?:_fp\w+?)?(?:_bs\d+)?)\.pt")
 WEIGHT = re.compile(r"weight_rank(\d+)_layer(\d+)\.pt")
@@ -34,44 +34,30 @@ def known(file: Path) -> bool:
     return bool(NAME.fullmatch(file.name) or WEIGHT.fullmatch(file.name))
 
 
-def _call(name: re.Match[str]) -> tuple[int, int, str]:
-    """Which forward pass a file is of, in order of time as far as its name tells."""
-    return int(name[4] or 0), int(name[6] or 0), name[5]
-
-
 def sniff(path: Path) -> bool:
     return path.is_dir() and any(map(known, path.glob("*.pt")))
 
 
 def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Dump:
-    pieces: list[Piece] = []
-    weights: dict[str, Piece] = {}
-    problems: list[Qwen35Error] = []
-    files = [found for file in path.glob("*.pt") if (found := NAME.fullmatch(file.name))]
-    steps = {call: step for step, call in enumerate(sorted({_call(found) for found in files}))}
-    for file in sorted(path.glob("*.pt")):
-        if found := WEIGHT.fullmatch(file.name):
-            try:
-                for name in load_pt(file):
-                    if not name.startswith("_"):
-                        load = partial(load_tensor, file, name)
-                        weights[f"{name}@{found[1]}"] = Piece.named(name, load, rank=int(found[1]), where=str(file))
-            except Qwen35Error as error:
-                problems.append(error)
-        elif found := NAME.fullmatch(file.name):
-            layer, kind, rank = int(found[1]), found[2] or "", int(found[3])
-            path_below = next((p for pattern, p in MODULE_CLASSES if re.fullmatch(pattern, kind)), f"{kind}.output")
-            try:
-                load_tensor(file, "hidden")
-            except Qwen35Error as error:
-                problems.append(error)
-                continue
-            load = partial(load_tensor, file, "hidden")
-            raw = f"layers.{layer}.{kind}"
-            pieces.append(Piece(raw, load, steps[_call(found)], rank, layer, path_below, where=str(file)))
-    notes = (
-        []
-        if any(found[4] or found[5] for found in files) or not pieces
-        else ["one call a module was dumped: the first, which is the warm-up unless it was off"]
-    )
+    pieces, weights, problems = list[Piece](), dict[str, Piece](), list[Qwen35Error]()
+    files = sorted(path.glob("*.pt"))
+    # Which forward pass a file is of, in order of time as far as its name tells.
+    named = {f: m for f in files if (m := NAME.fullmatch(f.name))}
+    calls = {f: (int(m[4] or 0), int(m[6] or 0), m[5]) for f, m in named.items()}
+    steps = {call: step for step, call in enumerate(sorted(set(calls.values())))}
+    for file in files:
+        with costs_itself(problems, file):
+            if found := WEIGHT.fullmatch(file.name):
+                for name in (name for name in load_pt(file) if not name.startswith("_")):
+                    load = partial(load_tensor, file, name)
+                    weights[f"{name}@{found[1]}"] = Piece.named(name, load, rank=int(found[1]), where=str(file))
+            elif found := NAME.fullmatch(file.name):
+                layer, kind, rank = int(found[1]), found[2] or "", int(found[3])
+                load = partial(load_tensor, file, "hidden")
+                below = next((p for pattern, p in MODULE_CLASSES if re.fullmatch(pattern, kind)), f"{kind}.output")
+                load()  # a file that cannot be read is a problem of its own
+                raw = f"layers.{layer}.{kind}"
+                pieces.append(Piece(raw, load, steps[calls[file]], rank, layer, below, where=str(file)))
+    first = pieces and not any(m[4] or m[5] for m in named.values())
+    notes = ["one call a module was dumped: the first, which is the warm-up unless it was off"] if first else []
     return Dump("atom", path, pieces, problems=problems, notes=notes, config=config, weights=weights)

@@ -68,9 +68,8 @@ def _read_base(path: Path, config: Any) -> Dump:
     with path.open("rb") as file:
         header = file.read(20)
     if len(header) < 20:
-        raise Qwen35Error(
-            "file is truncated", where=path, expected="a header of 20 bytes", found=f"{len(header)} bytes"
-        )
+        found = f"{len(header)} bytes"
+        raise Qwen35Error("file is truncated", where=path, expected="a header of 20 bytes", found=found)
     n_ctx, n_vocab, n_chunk = struct.unpack("<3i", header[8:])
     if min(n_ctx, n_vocab, n_chunk) <= 0:
         raise Qwen35Error("not a KL base file", where=path, found=f"n_ctx, n_vocab, n_chunk {n_ctx, n_vocab, n_chunk}")
@@ -81,10 +80,8 @@ def _read_base(path: Path, config: Any) -> Dump:
     if size != expected:
         raise Qwen35Error("file is truncated", where=path, expected=f"{expected} bytes", found=f"{size} bytes",
                           do="let llama-perplexity finish")  # fmt: skip
-    ids = torch.from_numpy(np.fromfile(path, np.int32, n_chunk * n_ctx, offset=20).astype(np.int64)).view(
-        n_chunk, n_ctx
-    )
-    tokens = {i: StepTokens(ids[i], torch.arange(n_ctx)) for i in range(n_chunk)}
+    ids = torch.from_numpy(np.fromfile(path, np.int32, n_chunk * n_ctx, offset=20).astype(np.int64))
+    tokens = {i: StepTokens(row, torch.arange(n_ctx)) for i, row in enumerate(ids.view(n_chunk, n_ctx))}
     rows = torch.arange(first, first + count)
     pieces = [
         Piece(f"chunk {i}", partial(_log_probs, path, start + i * chunk_bytes, count, width, n_vocab), i,

@@ -8,7 +8,7 @@ are put back here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from ....errors import Qwen35Error
 from ..dump import Dump, Piece, StepTokens
 from ..pieces import itself
-from .common import load_pt, step_tokens
+from .common import costs_itself, load_pt, step_tokens
 
 BATCH_INFO = ".forward_batch_info."
 
@@ -29,9 +29,7 @@ def sniff(path: Path) -> bool:
 
 def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Dump:
     """The folder that was given to SGLang, or one of its TP*_PP*_Rank*_pid* folders."""
-    pieces: list[Piece] = []
-    problems: list[Qwen35Error] = []
-    tokens: dict[int, StepTokens] = {}
+    pieces, problems, tokens = list[Piece](), list[Qwen35Error](), dict[int, StepTokens]()
     folders = _folders(path)
     seen: dict[int, list[str]] = {}
     for folder in folders:
@@ -39,37 +37,33 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
         rank = int(found[3]) if found else 0
         seen.setdefault(rank, []).append(folder.name)
         for file in sorted(folder.glob("Pass*.pt")):
-            number = int(re.sub(r"\D", "", file.stem))
-            try:
-                loaded = load_pt(file)
+            with costs_itself(problems, file):
+                number, loaded = int(re.sub(r"\D", "", file.stem)), load_pt(file)
                 if not isinstance(loaded, dict):
                     raise Qwen35Error("not a pass of SGLang's", where=file, expected="a dict of tensors by module",
                                       found=type(loaded).__name__, do="keep other files out of the dump")  # fmt: skip
-            except Qwen35Error as error:
-                problems.append(error)
-                continue
-            if rank == 0:
                 core = {name.partition(BATCH_INFO)[2]: x for name, x in loaded.items() if BATCH_INFO in name}
-                if isinstance(core.get("input_ids"), Tensor):
+                if rank == 0 and isinstance(core.get("input_ids"), Tensor):
                     tokens[number] = step_tokens(core)
-            for name, value in loaded.items():
-                late = "." not in name  # `model` and what comes after it
-                if BATCH_INFO in name or (late and number == 0):
-                    continue
-                many = isinstance(value, (list, tuple))
-                for index in range(len(value)) if many else (None,):
-                    raw = f"{name}.output" + ("" if index is None else f".{index}")
-                    x = value if index is None else value[index]
-                    if not isinstance(x, Tensor):
-                        continue
-                    load = partial(itself, x)  # mapped from the file, not read
-                    world = {"world_size": len(folders)}
-                    step = number - 1 if late else number
-                    pieces.append(Piece.named(raw, load, step=step, rank=rank, parallel=world, where=str(file)))
+                for raw, x in _outputs(loaded):
+                    late = "." not in raw.rpartition(".output")[0]  # `model` and what comes after it
+                    if BATCH_INFO not in raw and not (late and number == 0):
+                        load, world = partial(itself, x), {"world_size": len(folders)}  # mapped, not read
+                        pieces.append(Piece.named(raw, load, step=number - late, rank=rank, parallel=world,
+                                                  where=str(file)))  # fmt: skip
     if twice := next((names for names in seen.values() if len(names) > 1), None):
         raise Qwen35Error("dumps of several runs lie here", where=path, found=", ".join(twice[:3]), do="keep one run")
     notes = ["outputs of `model` and the logits were moved back by one pass; those of the last pass were not written"]
     return Dump("sglang passes", path, pieces, tokens, problems, notes, config=config)
+
+
+def _outputs(loaded: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of what modules returned, entries of lists one by one."""
+    for name, value in loaded.items():
+        many = isinstance(value, (list, tuple))
+        for index, x in enumerate(value) if many else [(None, value)]:
+            if isinstance(x, Tensor):
+                yield f"{name}.output" + (f".{index}" if many else ""), x
 
 
 def known(file: Path) -> bool:

@@ -64,19 +64,15 @@ class TransformersCapture:
                 positions = kwargs.get("position_ids")
                 self.tokens[self.step] = _batch_tokens(ids, kwargs.get("attention_mask"), positions)
         known, given = self.tokens.get(self.step), kwargs.get("position_ids")
-        if (
-            known is not None and known.positions is None and isinstance(given, Tensor)
-        ):  # the model's own, for its layers
+        if known is not None and known.positions is None and isinstance(given, Tensor):  # for its layers
             known.positions = _flat_positions(given, known.batch)
         for index, value in (*enumerate(args), *kwargs.items()):
             self._keep(f"{name}.inputs.{index}", value)
 
     def _after(self, name: str, _: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, (tuple, list)):
-            for index, value in enumerate(output):
-                self._keep(f"{name}.output.{index}", value)
-        else:
-            self._keep(f"{name}.output", output)
+        many = isinstance(output, (tuple, list))
+        for index, value in enumerate(output if many else [output]):
+            self._keep(f"{name}.output" + (f".{index}" if many else ""), value)
 
     def _keep(self, raw: str, value: Any) -> None:
         if isinstance(value, Tensor) and not raw.startswith("."):
@@ -109,9 +105,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
     tree = read_json(files[0])
     if not isinstance(tree, dict) or "module_path" not in tree:
         raise Qwen35Error("not a debug tree", where=files[0], expected="an object with module_path and children")
-    pieces: list[Piece] = []
-    problems: list[Qwen35Error] = []
-    tokens: dict[int, StepTokens] = {}
+    pieces, problems, tokens = list[Piece](), list[Qwen35Error](), dict[int, StepTokens]()
     root = tree["module_path"]
     for raw, found in _tensors(tree):
         name = raw.removeprefix(root).removeprefix(".")
@@ -127,8 +121,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
         elif name not in ("inputs.input_ids", "model.inputs.input_ids"):
             pieces.append(Piece.named(name, partial(_load, file), where=str(file)))
     notes = ["the debug tree leaves out what containers of modules return, the MoE block's sum among them"]
-    kind: dict[str, Any] = {"family": "transformers", "config": config}
-    return Dump("transformers debug tree", path, pieces, tokens, problems, notes, **kind)
+    return Dump("transformers debug tree", path, pieces, tokens, problems, notes, "transformers", config)
 
 
 def _tensors(node: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
