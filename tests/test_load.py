@@ -16,7 +16,7 @@ from torch import Tensor
 import qwen35_moe as q
 from qwen35_moe.numerics.tables import TRANSFORMERS_BF16
 from qwen35_moe.quant.mxfp4 import decode
-from qwen35_moe.run.experts import PackedExperts, ViewedExperts
+from qwen35_moe.run.experts import PackedExperts
 from qwen35_moe.run.gpu.grouped_experts import ResidentExperts
 from qwen35_moe.run.load import MODES
 from qwen35_moe.run.origin import origin_of
@@ -75,8 +75,8 @@ def in_a_file(x: Tensor, files: list[str]) -> bool:
     ("recipe", "shared_expert", "kind"),
     [
         ("tiny", "unfused", ResidentExperts),  # fused 3-D tensors: one parameter, as it lies
-        ("tiny", "fused", ViewedExperts),  # slot E lies elsewhere
-        ("tiny-per-expert", "unfused", ViewedExperts),
+        ("tiny", "fused", PackedExperts),  # slot E lies elsewhere
+        ("tiny-per-expert", "unfused", PackedExperts),
     ],
 )
 def test_bf16_is_used_where_it_lies(built: Build, recipe: str, shared_expert: str, kind: type) -> None:

@@ -108,12 +108,8 @@ class Reader:
             if count == 0:
                 raise _failed(stored, f"the file ends at byte {at}; was it changed after it was opened?")
             rest, at = rest[count:], at + count
-        self.count(into.nbytes)
-
-    def count(self, nbytes: int) -> None:
-        """Adds to `bytes_read`, from any thread."""
         with self._lock:
-            self.bytes_read += nbytes
+            self.bytes_read += into.nbytes
 
 
 def _close_all(descriptors: dict[Path, int]) -> None:
@@ -185,19 +181,10 @@ class Rows:
 
     def gather(self, reader: Reader, runs: Sequence[slice]) -> Tensor:
         """Several runs of these rows, one after another: as `rows` and `read` of each, but much faster."""
-        count, size = sum(run.stop - run.start for run in runs), self.row_bytes
+        count, size, begin = sum(run.stop - run.start for run in runs), self.row_bytes, 0
         found = torch.empty(count * size, dtype=torch.uint8)
-        memory, begin, first = found.numpy().data, 0, self.stored.begin + self.first * size
-        descriptor = reader.descriptor(self.stored)
         for run in runs:
             end = begin + (run.stop - run.start) * size
-            try:
-                complete = os.preadv(descriptor, [memory[begin:end]], first + run.start * size) == end - begin
-            except OSError:
-                complete = False
-            if complete:
-                reader.count(end - begin)
-            else:
-                reader.read(self.stored, (self.first + run.start) * size, memory[begin:end])  # which says what is wrong
+            reader.read(self.stored, (self.first + run.start) * size, found.numpy().data[begin:end])
             begin = end
         return found.view(STORED_DTYPES[self.stored.dtype]).view(count, *self.size)

@@ -1,4 +1,4 @@
-"""Experts that are not one decoded tensor: packed ones, decoded when they are chosen, and views of mapped files."""
+"""Experts that are not one decoded tensor: they are decoded when they are chosen."""
 
 from __future__ import annotations
 
@@ -33,21 +33,6 @@ class ThreadedExperts(Experts):
         yield from side_by_side(compute, hit_experts(ids_TA, self.count), one_by_one=experts_watched())
 
 
-class ViewedExperts(ThreadedExperts):
-    """Experts whose stored bytes are already in the dtype of the computation: views, without a copy.
-
-    If gate and up are not adjacent, they are joined when the expert is chosen.
-    """
-
-    def __init__(self, packed: Sequence[PackedExpert], dtype: torch.dtype):
-        super().__init__(len(packed), packed[0][1].shape[1])
-        self.packed, self.dtype = packed, dtype
-
-    def at(self, e: int) -> tuple[Tensor, Tensor]:
-        gate_up, down = self.packed[e]
-        return gate_up.decode(self.dtype), down.decode(self.dtype)
-
-
 def as_one(weights: Sequence[Packed]) -> Tensor | None:
     """The view [E, O, I] of matrices [O, I] that lie one after another in memory; None where they do not."""
     view = adjoined([weight.values if isinstance(weight, Float) else None for weight in weights])
@@ -72,7 +57,8 @@ def moved(packed: Packed, device: torch.device) -> Packed:
 class PackedExperts(ThreadedExperts):
     """Experts that are decoded when a token chooses them. `read(e)` returns the stored expert, from memory or disk.
 
-    On a CPU, each thread decodes into one buffer of its own. For a GPU, they are decoded there.
+    On a CPU, each thread decodes into one buffer of its own; what has the dtype already, as in a mapped file, is used
+    where it is. For a GPU, they are decoded there.
     """
 
     def __init__(
@@ -89,12 +75,14 @@ class PackedExperts(ThreadedExperts):
 
     @torch.inference_mode()
     def at(self, e: int) -> tuple[Tensor, Tensor]:
-        stored = self.read(e)
-        if self.device.type != "cpu":
-            gate_up, down = (moved(packed, self.device).decode(self.dtype) for packed in stored)
-        else:
-            gate_up, down = (p.decode(self.dtype, scratch(i, p.shape, self.dtype)) for i, p in enumerate(stored))
+        gate_up, down = (self._decoded_one(which, packed) for which, packed in enumerate(self.read(e)))
         return gate_up, down
+
+    def _decoded_one(self, which: int, packed: Packed) -> Tensor:
+        if self.device.type != "cpu":
+            return moved(packed, self.device).decode(self.dtype)
+        there = isinstance(packed, Float) and packed.values.dtype == self.dtype
+        return packed.decode(self.dtype, None if there else scratch(which, packed.shape, self.dtype))
 
 
 _own = local()

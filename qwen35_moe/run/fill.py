@@ -11,7 +11,7 @@ from torch import nn
 from ..model.moe import Experts, MoE
 from ..model.ops import Linear
 from ..numerics.arithmetics import Arithmetic
-from .experts import PackedExpert, PackedExperts, ViewedExperts, as_one, is_stored_as, moved
+from .experts import PackedExpert, PackedExperts, as_one, is_stored_as, moved
 from .gpu.grouped_experts import ResidentExperts, stack_experts
 from .gpu.passing import PassingExperts
 from .source import WeightSource
@@ -76,7 +76,7 @@ def decoded_experts(stored: list[PackedExpert], dtype: torch.dtype, device: torc
     if device.type == "cpu" and all(is_stored_as(weight, dtype) for one in stored for weight in one):
         gate_up, down = (as_one([one[i] for one in stored]) for i in (0, 1))
         if gate_up is None or down is None:
-            return ViewedExperts(stored, dtype)
+            return PackedExperts(len(stored), stored[0][1].shape[1], stored.__getitem__, dtype, quantised)
         return ResidentExperts(gate_up, down, quantised)
     first = stored[0]
     gate_up, down = (torch.empty(len(stored), *weight.shape, dtype=dtype, device=device) for weight in first)

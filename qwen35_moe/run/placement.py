@@ -16,15 +16,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import Qwen35Error, extra
 from ..model.moe import MoE
 from ..model.text import Model
 from ..numerics.arithmetics import Arithmetic
-from .experts import PackedExperts, ViewedExperts
+from .experts import PackedExperts
 from .fill import fill
-from .gpu.grouped_experts import ResidentExperts
 from .origin import usable
 from .source import WeightSource
 
@@ -66,20 +64,11 @@ def place_model(
             continue
         module = model.get_submodule(unit)
         fill(module, "embed_tokens" if shares else unit, source, table, torch.device(where), mode)
-        if where == "cpu" != main:
-            _reach(module, torch.device(main))
+        for experts in (
+            part for part in module.modules() if where == "cpu" != main and isinstance(part, PackedExperts)
+        ):
+            experts.device = torch.device(main)  # they are no parameters, and so nothing that a hook moves
     dispatch_model(model, dict(places), main, preload_module_classes=NEVER_SPLIT, force_hooks=True)
-
-
-def _reach(module: nn.Module, main: torch.device) -> None:
-    """Experts that are no parameters, and so nothing that a hook moves, are handed out on the main device."""
-    for block in (block for block in module.modules() if isinstance(block, MoE)):
-        if isinstance(block.experts, PackedExperts):
-            block.experts.device = main
-        elif isinstance(block.experts, ViewedExperts):
-            pairs = [block.experts.at(e) for e in range(block.experts.count)]
-            gate_up, down = (torch.stack(matrices) for matrices in zip(*pairs, strict=True))
-            block.experts = ResidentExperts(gate_up, down)
 
 
 def units(model: Model) -> list[str]:

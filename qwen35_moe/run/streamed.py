@@ -60,20 +60,16 @@ class StreamedLayers(Sequence[nn.Module]):
         return self._arrived(i, None)
 
     def __iter__(self) -> Iterator[nn.Module]:
-        """One after the other. A broken scale of a layer is an error when the next layer has been begun, or at the end,
-        so that nobody waits for the device in between: go through to the end, or take single layers."""
+        """One after the other. A broken scale of a layer is an error at the end, so that nobody waits for the device in
+        between: go through to the end, or take single layers."""
         if not self.ahead:
             yield from map(self.__getitem__, range(len(self)))
             return
-        before = list[PendingScaleCheck]()
+        checks = list[PendingScaleCheck]()
         try:
             for i in range(len(self)):
-                now = list[PendingScaleCheck]()
-                yield self._arrived(i, now)
-                for check in before:
-                    check.wait()
-                before = now
-            for check in before:
+                yield self._arrived(i, checks)
+            for check in checks:
                 check.wait()
         finally:  # what an abandoned pass had asked for is forgotten
             self.coming = {}
