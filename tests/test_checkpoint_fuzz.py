@@ -70,7 +70,7 @@ def explore(folder: Path) -> None:
             step()
         except Qwen35Error as error:
             assert str(error)
-    ck.close()
+    ck.reader.close()
 
 
 @FUZZ
@@ -156,7 +156,7 @@ def test_any_config(folder: Path, data: st.DataObject) -> None:
         validate(ck, Config.from_dict(config))
     except Qwen35Error as error:
         assert str(error)
-    ck.close()
+    ck.reader.close()
 
 
 @pytest.mark.parametrize("changes", [

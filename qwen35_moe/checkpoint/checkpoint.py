@@ -62,20 +62,15 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """From a folder (with or without an index) or one .safetensors file.
-
-        Error: headers, index and file sizes contradict each other.
-        """
+        """From a folder (with or without an index) or one .safetensors file. Error: headers, index and file sizes
+        contradict each other."""
         return cls(open_folder(Path(path)))
-
-    def close(self) -> None:
-        self.reader.close()
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.reader.close()
 
     def names(self) -> list[str]:
         return list(self.tensors)
@@ -97,10 +92,8 @@ class Checkpoint:
         return found if stored.shape else found.view(())
 
     def weight(self, module: str) -> StoredWeight:
-        """The weight of a module, such as `layers.0.self_attn.q_proj` or `layers.0.mlp.experts.3.gate_proj`.
-
-        One expert's matrix is found in a fused tensor as well.
-        """
+        """The weight of a module, such as `layers.0.self_attn.q_proj` or `layers.0.mlp.experts.3.gate_proj`, which is
+        found in a fused tensor as well."""
         weight = self.find(module)
         self.used.update(stored.name for stored in weight.tensors)
         return weight
@@ -153,17 +146,13 @@ class Checkpoint:
         return count, False
 
     def layout(self, module: str) -> TensorLayout:
-        """Roles, dtypes and shapes of a module's tensors: what is said of one module holds for all of the same layout.
-
-        A checkpoint has 100,000 modules, nearly all of them experts, and a dozen layouts.
-        """
+        """Roles, dtypes and shapes of a module's tensors. What is said of one module holds for all of the same layout:
+        a checkpoint has 100,000 modules, nearly all of them experts, and a dozen layouts."""
         return tuple((role, stored.dtype, stored.shape) for role, stored in self.modules[module].items())
 
     def spec(self, module: str) -> ModuleSpec | None:
-        """The precision of a module's bytes. None if it is absent, or if its experts (`….mlp.experts`) differ.
-
-        Formats that cannot be decoded here are named as well, see `foreign_spec`.
-        """
+        """The precision of a module's bytes, also of foreign formats. None if it is absent, or if its experts
+        (`….mlp.experts`) differ."""
         if module in self.modules:
             layout = self.layout(module)
             if layout not in self._specs:
@@ -187,24 +176,13 @@ class Checkpoint:
         return usage_report(self.folder, self.used, aside)
 
     def identity(self) -> dict[str, Any]:
-        """A fingerprint that needs no full read: sizes, and hashes of config.json, of all headers, and of SAMPLES
-        pieces of each file.
+        """A fingerprint that needs no full read: sizes, and hashes of config.json, of all headers, and of some pieces
+        of each file. Names of files and folder do not matter.
 
-        Names of files and folder do not matter. Two checkpoints with equal headers that differ in a few weights may
-        have one fingerprint; `verify` tells them apart.
+        Two checkpoints with equal headers that differ in a few weights may have one fingerprint; `verify` tells them
+        apart.
         """
-        parts = sorted(f"{header.size} {header.sha256}" for header in self.folder.headers)
-        return {
-            "headers_sha256": hashlib.sha256("\n".join(parts).encode()).hexdigest(),
-            "sample_sha256": self._sample(),
-            "config_sha256": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
-            "bytes": sum(header.size for header in self.folder.headers),
-            "files": len(parts),
-            "tensors": len(self.tensors),
-        }
-
-    def _sample(self) -> str:
-        digest = hashlib.sha256()
+        digest, parts = hashlib.sha256(), sorted(f"{header.size} {header.sha256}" for header in self.folder.headers)
         for header in sorted(self.folder.headers, key=lambda header: (header.sha256, header.size)):
             try:
                 with open(header.file, "rb") as file:
@@ -213,16 +191,21 @@ class Checkpoint:
                         digest.update(file.read(PIECE))
             except OSError as error:
                 raise Qwen35Error("cannot read the file", where=header.file, found=error.strerror or error) from error
-        return digest.hexdigest()
+        return {
+            "headers_sha256": hashlib.sha256("\n".join(parts).encode()).hexdigest(),
+            "sample_sha256": digest.hexdigest(),
+            "config_sha256": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
+            "bytes": sum(header.size for header in self.folder.headers),
+            "files": len(parts),
+            "tensors": len(self.tensors),
+        }
 
     def verify(self, manifest: str | Path | None = None) -> Iterator[Checksum]:
-        """sha256 of every tensor or file that a manifest names (`sha256 ... name` a line).
-
-        Without one, of every file, against what the hub's downloader has left. Reads everything.
-        """
-        if manifest is None:
-            return verify_files(self.folder)
-        return verify_manifest(self.folder, self.reader, Path(manifest))
+        """sha256 of every tensor or file that a manifest names (`sha256 ... name` a line). Without one, of every file,
+        against what the hub's downloader has left. Reads everything."""
+        return (
+            verify_files(self.folder) if manifest is None else verify_manifest(self.folder, self.reader, Path(manifest))
+        )
 
     def _missing(self, name: str) -> Qwen35Error:
         """The error, with a name that differs in one word, and little. Not all of 100,000 names are looked at."""

@@ -33,22 +33,17 @@ class Checksum:
 
 
 def verify_files(folder: Folder) -> Iterator[Checksum]:
-    """Each file against the sha256 that the hub's own download left beside it, if it did."""
-    for header in folder.headers:
-        expected, source = _hub_checksum(header.file)
-        with open(header.file, "rb") as handle:
-            yield Checksum(header.file.name, hashlib.file_digest(handle, "sha256").hexdigest(), expected, source)
-
-
-def _hub_checksum(file: Path) -> tuple[str, str]:
-    """The hub's cache names a file by its sha256 and links to it; `hf download --local-dir` writes it down."""
-    target = file.resolve().name
-    if SHA256.fullmatch(target):
-        return target, "name in the hub's cache"
-    note = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
-    lines = read_bytes(note).decode("utf-8", "replace").split() if note.is_file() else []
-    etag = next((line for line in lines if SHA256.fullmatch(line)), "")
-    return etag, str(note) if etag else "nothing known"
+    """Each file against the sha256 that the hub's own download left: its cache names a file by its sha256 and links to
+    it; `hf download --local-dir` writes it down beside the file."""
+    for file in (header.file for header in folder.headers):
+        expected, source = file.resolve().name, "name in the hub's cache"
+        if not SHA256.fullmatch(expected):
+            note = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
+            lines = read_bytes(note).decode("utf-8", "replace").split() if note.is_file() else []
+            expected = next((line for line in lines if SHA256.fullmatch(line)), "")
+            source = str(note) if expected else "nothing known"
+        with open(file, "rb") as handle:
+            yield Checksum(file.name, hashlib.file_digest(handle, "sha256").hexdigest(), expected, source)
 
 
 def verify_manifest(folder: Folder, reader: Reader, manifest: Path) -> Iterator[Checksum]:

@@ -55,7 +55,13 @@ def open_folder(path: Path) -> Folder:
             raise Qwen35Error("not a checkpoint", where=path, found="a truth", do="name the checkpoint that was traced")
         if not files:
             raise Qwen35Error("no *.safetensors in this folder", where=path, do="give the folder of a checkpoint")
-        _check_numbering(files)
+        groups: dict[tuple[str, int], set[int]] = {}  # without an index, only the numbers show that a shard is missing
+        for match in filter(None, (NUMBERED.fullmatch(file.name) for file in files)):
+            groups.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+        for (stem, count), numbers in groups.items():
+            if len(numbers) != count:
+                where, found = root / f"{stem}*-of-{count}.safetensors", f"numbers {few(sorted(numbers))}"
+                raise Qwen35Error("shards are missing", where=where, expected=f"{count} files", found=found)
     copies: dict[str, list[TensorEntry]] = {}  # of names that are stored more than once
     for file in files:
         header = read_header(file)
@@ -71,13 +77,10 @@ def open_folder(path: Path) -> Folder:
     if weight_map is not None and index is not None:
         _obey_index(folder, copies, weight_map, index)
     elif copies:
-        found = next(iter(copies.values()))
-        do = f"keep only the files of one checkpoint in the folder, or add {INDEX}"
-        what, files_found = (
-            "a tensor is in two files, and no index says which one counts",
-            few(c.file.name for c in found),
-        )
-        raise found[0].wrong(what, "one file", files_found, do)
+        twice = next(iter(copies.values()))
+        what, do = "a tensor is in two files, and no index says which one counts", f"or add {INDEX}"
+        names = few(copy.file.name for copy in twice)
+        raise twice[0].wrong(what, "one file", names, f"keep only the files of one checkpoint in the folder, {do}")
     return folder
 
 
@@ -152,18 +155,6 @@ def read_config(root: Path) -> dict[str, Any]:
         raise Qwen35Error("config.json must hold an object", where=file, expected="{...}", found=type(config).__name__)
     beside = root / "hf_quant_config.json"
     return with_hf_quant_config(config, read_json(beside)) if beside.is_file() else config
-
-
-def _check_numbering(files: list[Path]) -> None:
-    """model-00002-of-00004: without an index, only the numbers show that a shard is missing."""
-    groups: dict[tuple[str, int], set[int]] = {}
-    for file in files:
-        if match := NUMBERED.fullmatch(file.name):
-            groups.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
-    for (stem, count), numbers in groups.items():
-        if len(numbers) != count:
-            where, found = files[0].parent / f"{stem}*-of-{count}.safetensors", f"numbers {few(sorted(numbers))}"
-            raise Qwen35Error("shards are missing", where=where, expected=f"{count} files", found=found)
 
 
 def few(items: Iterable[object]) -> str:

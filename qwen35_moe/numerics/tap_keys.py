@@ -47,13 +47,9 @@ def dims_of(name: str, rank: int) -> str:
         return " ".join(f"d{i}" for i in range(rank))
     dims = TAPS[name].dims
     if len(dims.split()) != rank:
-        raise Qwen35Error(
-            f"tap {name} has the wrong rank",
-            where="qwen35_moe/numerics/tap_table.py",
-            expected=dims,
-            found=f"{rank} dimensions",
-            do="tap the shape that the table names, or mend the table",
-        )
+        where, do = "qwen35_moe/numerics/tap_table.py", "tap the shape that the table names, or mend the table"
+        what, found = f"tap {name} has the wrong rank", f"{rank} dimensions"
+        raise Qwen35Error(what, where=where, expected=dims, found=found, do=do)
     return dims
 
 
@@ -95,10 +91,6 @@ def check_patterns(patterns: tuple[str, ...]) -> None:
 
 def refuse(name: str) -> NoReturn:
     """Error: no tap has this name, or matches this pattern."""
-    close = difflib.get_close_matches(base_name(name), TAPS, n=3, cutoff=0.5)
-    raise Qwen35Error(
-        "unknown tap name",
-        found=name,
-        expected=", ".join(close) or "a name in the tap table",
-        do="see qwen35_moe/numerics/tap_table.py, or list them with `qwen35-moe trace --list`",
-    )
+    close = ", ".join(difflib.get_close_matches(base_name(name), TAPS, n=3, cutoff=0.5)) or "a name in the tap table"
+    do = "see qwen35_moe/numerics/tap_table.py, or list them with `qwen35-moe trace --list`"
+    raise Qwen35Error("unknown tap name", found=name, expected=close, do=do)

@@ -124,18 +124,12 @@ def build_part(
     """The draft head ("mtp"; `fused` is its own) or the vision tower ("visual"), with weights from `source`."""
     config, vision = source.config, source.config.raw.get("vision_config")
     if name == "visual" and vision is None:
-        raise Qwen35Error(
-            "a vision tower without its configuration",
-            where=f"{source.checkpoint.path}: visual.*",
-            expected="vision_config in config.json",
-            do="text_only=True leaves the tower out",
-        )
+        where, do = f"{source.checkpoint.path}: visual.*", "text_only=True leaves the tower out"
+        what, expected = "a vision tower without its configuration", "vision_config in config.json"
+        raise Qwen35Error(what, where=where, expected=expected, do=do)
+    tower = None if name == "mtp" else VisionConfig.from_dict(vision or {}, config.hidden_size)
     with torch.device("meta"):
-        part = (
-            MTP(config, fused)
-            if name == "mtp"
-            else VisionTower(VisionConfig.from_dict(vision or {}, config.hidden_size))
-        )
+        part = MTP(config, fused) if tower is None else VisionTower(tower)
     if mode == "stream":
         return StreamedPart(name, part, source, table, device)
     if device.type != "meta":

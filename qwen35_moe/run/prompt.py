@@ -91,11 +91,7 @@ class Images:
 
     def given(self) -> dict[str, Tensor]:
         """Those that are there, by the names that `embed_prompt` has for them."""
-        parts = {
-            "pixel_values": self.pixel_values, "image_grid_thw": self.image_grid_thw,
-            "pixel_values_videos": self.pixel_values_videos, "video_grid_thw": self.video_grid_thw,
-        }  # fmt: skip
-        return {name: x for name, x in parts.items() if x is not None}
+        return {name: x for name, x in vars(self).items() if x is not None}
 
 
 @torch.inference_mode()
@@ -165,12 +161,8 @@ def place_images(config: Config, ids: Sequence[int], grids: Tensor, spatial_merg
     if found == sum(sizes):
         return list(ids)
     if found != len(sizes):
-        raise Qwen35Error(
-            "placeholders and images disagree",
-            where="ids",
-            expected=f"none, {len(sizes)} (one an image) or {sum(sizes)} (one a merge block) times {image}",
-            found=found,
-        )
+        expected = f"none, {len(sizes)} (one an image) or {sum(sizes)} (one a merge block) times {image}"
+        raise Qwen35Error("placeholders and images disagree", where="ids", expected=expected, found=found)
     left = iter(sizes)
     return [i for token in ids for i in ([image] * next(left) if token == image else [token])]
 
@@ -178,12 +170,8 @@ def place_images(config: Config, ids: Sequence[int], grids: Tensor, spatial_merg
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a checkpoint's folder, as transformers reads it."""
     if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
-        raise Qwen35Error(
-            "no tokenizer",
-            where=folder,
-            expected=" or ".join(TOKENIZER_FILES),
-            do="give the prompt as ids (--ids), or copy the model's tokenizer files into the folder",
-        )
+        do = "give the prompt as ids (--ids), or copy the model's tokenizer files into the folder"
+        raise Qwen35Error("no tokenizer", where=folder, expected=" or ".join(TOKENIZER_FILES), do=do)
     with extra("hf"):
         from transformers import AutoTokenizer
 

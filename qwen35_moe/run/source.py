@@ -55,12 +55,9 @@ class WeightSource:
             experts = self.checkpoint.find_experts(module)
             first, *rest = (weight for e in range(experts.count) for weight in experts.weights(e))
             odd = next(weight for weight in rest if weight.spec != first.spec)
-            raise Qwen35Error(
-                "experts of one layer differ in their format",
-                where=f"{self.checkpoint.path}: {odd.module}",
-                expected=f"{first.spec}, as {first.module}",
-                found=odd.spec,
-            )
+            where, expected = f"{self.checkpoint.path}: {odd.module}", f"{first.spec}, as {first.module}"
+            what = "experts of one layer differ in their format"
+            raise Qwen35Error(what, where=where, expected=expected, found=odd.spec)
         return spec
 
     def guard_slot(self, mlp: str) -> None:
@@ -77,7 +74,10 @@ class WeightSource:
             return self.checkpoint.experts(f"{mlp}.experts").read(e)
         parts = [self.weight(f"{mlp}.shared_expert.{name}_proj") for name in ("gate", "up", "down")]
         if self.online and self.spec(f"{mlp}.experts").kind == "mxfp4":
-            converted = [_convert(part) for part in parts]
+            converted: list[Packed] = [  # scale rule "even", as SGLang's online conversion
+                p if isinstance(p, PackedMXFP4) else PackedMXFP4(*encode(p.decode(torch.float32), "even"))
+                for p in parts
+            ]
             if mlp not in self.conversion:  # a streamed model comes here at every pass
                 self.conversion[mlp] = _distance(converted, parts)
             parts = converted
@@ -87,11 +87,6 @@ class WeightSource:
 def fuse(gate_proj: Packed, up_proj: Packed, down_proj: Packed) -> PackedExpert:
     """The shared expert as one more routed expert: (rows of gate, then rows of up; down). Moves bits only."""
     return concatenate(gate_proj, up_proj), down_proj
-
-
-def _convert(weight: Packed) -> Packed:
-    """A float weight as MXFP4, scale rule "even", as SGLang's online conversion does; MXFP4 stays as it is."""
-    return weight if isinstance(weight, PackedMXFP4) else PackedMXFP4(*encode(weight.decode(torch.float32), "even"))
 
 
 def _distance(converted: Sequence[Packed], stored: Sequence[Packed]) -> float:

@@ -106,39 +106,39 @@ def validate(ck: Checkpoint, config: Config | None = None, text_only: bool = Fal
             known.update(ck.expert_names(name), (s.name for s in ck.modules.get(split_role(name)[0], {}).values()))
     for name in () if len(problems) == ENOUGH_PROBLEMS else ck.tensors.keys() - known:
         if not any(fnmatchcase(name, pattern) for pattern in aside):
-            where, found = ck.stored(name).where, ck.stored(name)
-            problems.append(Qwen35Error("a tensor that is not expected", where=where, expected="none", found=found))
+            problems.append(ck.stored(name).wrong("a tensor that is not expected", "none"))
     if problems:
-        raise _advised(ck, problems[0]) if len(problems) == 1 else _as_one(ck, problems)
+        raise _as_one(ck, problems)
 
 
 def _as_one(ck: Checkpoint, problems: list[Qwen35Error]) -> Qwen35Error:
+    if len(problems) == 1:
+        p, do = problems[0], "if the head is the embedding, as in many small models"
+        if str(p.expected) != "lm_head.weight" or "embed_tokens" not in ck.modules:
+            return p
+        do += ', set "tie_word_embeddings": true in config.json'
+        return Qwen35Error(p.what, where=p.where, expected=p.expected, found=p.found, do=do)
     lines = [f"{p.where}: {p.what} (expected {p.expected}, found {p.found})" for p in problems]
     alike = Counter(re.sub(r"\d+", "#", line) for line in lines)  # hundreds of experts, in which all is the same
     first = {re.sub(r"\d+", "#", line): line for line in reversed(lines)}
     lines = [first[kind] + (f", and {n - 1} like it" if n > 1 else "") for kind, n in alike.items()]
     more = f"\n    and {len(lines) - SHOWN_PROBLEMS} other things" if len(lines) > SHOWN_PROBLEMS else ""
-    return Qwen35Error(
-        f"{len(problems)} things in the checkpoint do not fit its configuration",
-        where=ck.path,
-        expected="the tensors that config.json implies, and no others",
-        found="".join(f"\n    {line}" for line in lines[:SHOWN_PROBLEMS]) + more,
-    )
+    what, expected = "things in the checkpoint do not fit its configuration", "the tensors that config.json implies"
+    found = "".join(f"\n    {line}" for line in lines[:SHOWN_PROBLEMS]) + more
+    return Qwen35Error(f"{len(problems)} {what}", where=ck.path, expected=f"{expected}, and no others", found=found)
 
 
 def _check_prefix(ck: Checkpoint) -> None:
     """Error, naming what is stored, if the whole model stands under a prefix that is not one of the family's."""
     if "norm.weight" in ck or "embed_tokens.weight" in ck:
         return
-    ending = "embed_tokens.weight"
-    if stored := next((s for name, s in ck.tensors.items() if name.endswith("." + ending)), None):
-        raise Qwen35Error(
-            "the tensors carry a prefix that is not known",
-            where=stored.where,
-            expected="model.language_model., model., language_model.model. or repetitions of these",
-            found=stored.raw_name[: -len(ending)],
-            do="rename the tensors; an adapter must be merged first",
+    if stored := next((s for name, s in ck.tensors.items() if name.endswith(".embed_tokens.weight")), None):
+        expected = "model.language_model., model., language_model.model. or repetitions of these"
+        found, do = (
+            stored.raw_name.removesuffix("embed_tokens.weight"),
+            "rename the tensors; an adapter must be merged first",
         )
+        raise stored.wrong("the tensors carry a prefix that is not known", expected, found, do)
 
 
 def _vision_config(ck: Checkpoint, config: Config) -> VisionConfig | None:
@@ -148,13 +148,6 @@ def _vision_config(ck: Checkpoint, config: Config) -> VisionConfig | None:
     if not isinstance(raw, Mapping):
         raise Qwen35Error("bad value", where="config.json: vision_config", expected="an object", found=repr(raw)[:200])
     return VisionConfig.from_dict(raw, config.hidden_size)
-
-
-def _advised(ck: Checkpoint, error: Qwen35Error) -> Qwen35Error:
-    if str(error.expected) != "lm_head.weight" or "embed_tokens" not in ck.modules:
-        return error
-    do = 'if the head is the embedding, as in many small models, set "tie_word_embeddings": true in config.json'
-    return Qwen35Error(error.what, where=error.where, expected=error.expected, found=error.found, do=do)
 
 
 def _check_tensor(ck: Checkpoint, name: str, shape: tuple[int, ...]) -> Iterable[str]:
@@ -168,9 +161,7 @@ def _check_tensor(ck: Checkpoint, name: str, shape: tuple[int, ...]) -> Iterable
     packable = len(shape) == 2 and not module.startswith("visual.") and module != "embed_tokens"
     if weight.kind != "float" and not packable:
         stored = weight.values.stored
-        raise Qwen35Error(
-            "this tensor must be a float", where=stored.where, expected=f"BF16 {list(shape)}", found=weight.kind
-        )
+        raise stored.wrong("this tensor must be a float", f"BF16 {list(shape)}", weight.kind)
     return [s.name for role, s in ck.modules[module].items() if role != ".bias"]
 
 

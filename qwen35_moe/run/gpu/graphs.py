@@ -53,35 +53,26 @@ class DecodeGraph:
     def __init__(self, model: Model, cache: Cache, capacity: int, capture: bool = True):
         if cache.mask is not None or cache.next_position is None or capacity <= cache.length:
             found = "padding" if cache.mask is not None else f"{cache.length} tokens"
-            raise Qwen35Error(
-                "cannot go on from this cache",
-                where="DecodeGraph",
-                expected=f"1 to {capacity - 1} tokens, none of them padding",
-                found=found,
-            )
+            expected = f"1 to {capacity - 1} tokens, none of them padding"
+            raise Qwen35Error("cannot go on from this cache", where="DecodeGraph", expected=expected, found=found)
         self.model, self.capacity, self.length, self.capture = model, capacity, cache.length, capture
         self.position_B = cache.next_position.clone()
         device = self.position_B.device
         self.index = torch.tensor([cache.length], device=device)
         self.ids_B1 = torch.zeros(len(self.position_B), 1, dtype=torch.long, device=device)
-        self.buffers = {key: self._buffers(layer) for key, layer in cache.layers.items()}
+        self.buffers = {key: dict(map(self._buffer, layer.tensors())) for key, layer in cache.layers.items()}
         self._replay: Callable[[], Tensor] = self._step
-        if capture:
-            self._replay = captured(self._step, [self.position_B, self.index, *self._states()])
+        if capture:  # what a step overwrites is restored; a key or value that is written early is written again
+            states = [x for found in self.buffers.values() for name, x in found.items() if name not in ("k", "v")]
+            self._replay = captured(self._step, [self.position_B, self.index, *states])
 
-    def _buffers(self, layer: LayerState) -> dict[str, Tensor]:
-        buffers = {}
-        for name, x in layer.tensors():
-            if name in ("k", "v"):
-                buffers[name] = x.new_zeros(x.shape[0], self.capacity, *x.shape[2:])
-                buffers[name][:, : x.shape[1]] = x
-            else:
-                buffers[name] = x.clone()
-        return buffers
-
-    def _states(self) -> list[Tensor]:
-        """What a step overwrites; a key or value that is written early is written again."""
-        return [x for buffers in self.buffers.values() for name, x in buffers.items() if name not in ("k", "v")]
+    def _buffer(self, state: tuple[str, Tensor]) -> tuple[str, Tensor]:
+        name, x = state
+        if name not in ("k", "v"):
+            return name, x.clone()
+        buffer = x.new_zeros(x.shape[0], self.capacity, *x.shape[2:])
+        buffer[:, : x.shape[1]] = x
+        return name, buffer
 
     def _step(self) -> Tensor:
         layers: dict[str, LayerState] = {

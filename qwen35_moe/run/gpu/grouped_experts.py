@@ -122,16 +122,13 @@ def stack_experts(
     stored: Sequence[tuple[Packed, Packed]], dtype: torch.dtype, device: torch.device, quantised: bool
 ) -> StackedExperts | None:
     """Experts (gate_up, down) as `StackedExperts` on the device; None unless all are MXFP4."""
-    gate_up, down = (as_one_mxfp4([one[i] for one in stored], device) for i in (0, 1))
-    return None if gate_up is None or down is None else StackedExperts(gate_up, down, dtype, quantised)
-
-
-def as_one_mxfp4(weights: Sequence[Packed], device: torch.device) -> mxfp4.PackedMXFP4 | None:
-    """Weights [O, I] of equal shape as one [n, O, I] on the device; None unless all are MXFP4."""
-    parts = [part for weight in weights for part in (weight.parts if isinstance(weight, Stacked) else (weight,))]
-    packed = [part for part in parts if isinstance(part, mxfp4.PackedMXFP4)]
-    if len(packed) < len(parts):
-        return None
-    codes, scales = ([x.to(device) for x in xs] for xs in zip(*((p.codes, p.scales) for p in packed), strict=True))
-    n = len(weights)
-    return mxfp4.PackedMXFP4(*(torch.cat(xs).view(n, -1, xs[0].shape[-1]) for xs in (codes, scales)))
+    stacks = []
+    for weights in zip(*stored, strict=True):
+        parts = [part for weight in weights for part in (weight.parts if isinstance(weight, Stacked) else (weight,))]
+        packed = [part for part in parts if isinstance(part, mxfp4.PackedMXFP4)]
+        if len(packed) < len(parts):
+            return None
+        both = ([p.codes.to(device) for p in packed], [p.scales.to(device) for p in packed])
+        stacks.append(mxfp4.PackedMXFP4(*(torch.cat(xs).view(len(weights), -1, xs[0].shape[-1]) for xs in both)))
+    gate_up, down = stacks
+    return StackedExperts(gate_up, down, dtype, quantised)
