@@ -99,7 +99,8 @@ class Reader:
 
     def read(self, stored: TensorEntry, begin: int, into: memoryview) -> None:
         """Fills `into` with the bytes that begin at `begin` of the tensor. Other threads run meanwhile."""
-        descriptor, at, rest = self.descriptor(stored), stored.begin + begin, into
+        descriptor = self._descriptors.get(stored.file) or self.descriptor(stored)
+        at, rest = stored.begin + begin, into
         while len(rest):
             try:
                 count = os.preadv(descriptor, [rest], at)

@@ -1,9 +1,9 @@
 """Reading from disk to a device ahead of use: threads read into pinned buffers, and copy to the device from there.
 
 A `Layout` says where the bytes of many rows lie in files, and where they go in one buffer on the device. A `Fetch` is
-the future of such a buffer: threads take chunk after chunk from one queue. Their buffers are small enough to stay in
-the processor's cache, so that memory carries the bytes once. `preadv` and the wait for a copy let other threads of
-Python run; the rest of a chunk is a few calls. On a CPU the same code runs without streams and without pinned memory.
+the future of such a buffer: threads take chunk after chunk from one queue. `preadv` and the wait for a copy let other
+threads of Python run; the rest of a chunk is a few calls. On a CPU the same code runs without streams and without
+pinned memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ...checkpoint.reader import STORED_DTYPES, Reader, Rows
 from ...checkpoint.weight import StoredWeight
 from ...errors import Qwen35Error
 
-READ_AT_ONCE = 16 * 2**20  # bytes that a thread reads, and copies, at a time
+READ_AT_ONCE = 8 * 2**20  # bytes that a thread reads, and copies, at a time: more leave the cache, fewer cost calls
 BUFFERS = 2  # of this size that it has
 READER_THREADS = max(1, min(12, (os.cpu_count() or 1) * 3 // 4))  # threads; the other cores are left to what computes
 ALIGN = 256  # bytes; each part begins at a multiple, as memory that torch allocates: kernels choose by it
@@ -57,18 +57,17 @@ class Layout:
             order = [(i, part) for i in range(len(items)) for part in first]
             self._place(order)
         self.nbytes = max(begin + self.room * step for begin, step in self.strided)
-        extents = (Extent(*found[key], self.at[key], self.at[key] + self.sizes[key[1]]) for key in order)
-        self.chunks = list(_chunks(extents))
+        self.chunks = list(_chunks(Extent(*found[k], self.at[k], self.at[k] + self.sizes[k[1]]) for k in order))
 
     def _place(self, order: Sequence[tuple[int, int]]) -> bool:
         """Sets the place `at` of each (item, part), one behind the other. -> whether each part is a strided view"""
         self.at, end = dict[tuple[int, int], int](), 0
-        for i, part in order:
-            self.at[i, part] = end
-            end += -(-self.sizes[part] // ALIGN) * ALIGN
-        parts = range(len(self.sizes))
-        self.strided = [(self.at[0, part], self.at.get((1, part), end) - self.at[0, part]) for part in parts]
-        alike = all(self.at[i, part] == self.strided[part][0] + i * self.strided[part][1] for i, part in self.at)
+        for key in order:
+            self.at[key] = end
+            end += -(-self.sizes[key[1]] // ALIGN) * ALIGN
+        firsts = [self.at[0, part] for part in range(len(self.sizes))]
+        self.strided = [(first, self.at.get((1, part), end) - first) for part, first in enumerate(firsts)]
+        alike = all(at == self.strided[part][0] + i * self.strided[part][1] for (i, part), at in self.at.items())
         return alike and all(step > 0 for _, step in self.strided)
 
     def views(self, buffer: Tensor) -> list[Tensor]:
@@ -91,18 +90,14 @@ def _chunks(extents: Iterable[Extent]) -> Iterator[list[Extent]]:
                 chunk = []
             stop = min(end, (chunk[0].begin if chunk else begin) + READ_AT_ONCE)
             last = chunk[-1] if chunk else None
-            if last and last.end == begin and _adjoins(last, stored, at):
+            behind = last and last.stored.begin + last.at + last.end - last.begin == stored.begin + at
+            if last and behind and last.end == begin and last.stored.file == stored.file:
                 chunk[-1] = last._replace(end=stop)
             else:
                 chunk.append(Extent(stored, at, begin, stop))
             at, begin = at + stop - begin, stop
     if chunk:
         yield chunk
-
-
-def _adjoins(last: Extent, stored: TensorEntry, at: int) -> bool:
-    ends = last.stored.begin + last.at + last.end - last.begin
-    return last.stored.file == stored.file and ends == stored.begin + at
 
 
 class Buffer:
@@ -118,35 +113,30 @@ class Readers:
     """The reader threads of a device. Each has some buffers: it reads into one while the others are copied."""
 
     def __init__(self, device: torch.device):
-        self.device, self.own = device, local()
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.own, self.stream = local(), torch.cuda.Stream(device) if device.type == "cuda" else None
         self.pool = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="qwen35-moe-reader")
 
     def load(self, reader: Reader, chunks: deque[Sequence[Extent]], target: Tensor) -> torch.cuda.Event | None:
         """Takes chunks from the queue until there is none: reads each and starts its copy into the target.
         -> the event that they are there; None on a CPU."""
-        own = self.own
-        if "buffers" not in own.__dict__:
-            own.buffers = deque(Buffer(self.stream is not None) for _ in range(BUFFERS))
+        if "buffers" not in self.own.__dict__:
+            self.own.buffers = deque(Buffer(self.stream is not None) for _ in range(BUFFERS))
         with torch.cuda.stream(self.stream):
             while chunks:
                 try:
                     chunk = chunks.popleft()
                 except IndexError:  # another thread was quicker
                     break
-                own.buffers.rotate(-1)
-                self._load(reader, chunk, target, own.buffers[0])
+                self.own.buffers.rotate(-1)
+                buffer, begin, end = self.own.buffers[0], chunk[0].begin, chunk[-1].end
+                if buffer.copied is not None and not buffer.copied.query():  # to wait hands on Python's lock
+                    buffer.copied.synchronize()
+                for extent in chunk:
+                    reader.read(extent.stored, extent.at, buffer.values[extent.begin - begin : extent.end - begin])
+                target[begin:end].copy_(buffer.memory[: end - begin], non_blocking=True)
+                if buffer.copied is not None:
+                    buffer.copied.record(self.stream)
             return None if self.stream is None else self.stream.record_event()
-
-    def _load(self, reader: Reader, chunk: Sequence[Extent], target: Tensor, buffer: Buffer) -> None:
-        begin, end = chunk[0].begin, chunk[-1].end
-        if buffer.copied is not None:
-            buffer.copied.synchronize()
-        for extent in chunk:
-            reader.read(extent.stored, extent.at, buffer.values[extent.begin - begin : extent.end - begin])
-        target[begin:end].copy_(buffer.memory[: end - begin], non_blocking=True)
-        if buffer.copied is not None:
-            buffer.copied.record(self.stream)
 
 
 readers = cache(Readers)  # device -> its threads, which stay, as does their pinned memory
