@@ -21,11 +21,7 @@ FLOORS = (
     {"trace"}, {"oracle"}, {"testing", "cli"}, {"pytest_plugin"},
 )  # fmt: skip
 FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
-ABOVE_ALL = {
-    "__init__",
-    "__main__",
-    "pytest_plugin",
-}  # the face, `python -m qwen35_moe`, what pytest loads
+ABOVE_ALL = {"__init__", "__main__", "pytest_plugin"}  # the face, `python -m qwen35_moe`, what pytest loads
 
 
 @cache

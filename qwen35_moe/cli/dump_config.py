@@ -122,13 +122,7 @@ export ATOM_FWD_DUMP_LAYER_ATTR=layer_idx
 qwen35-moe diagnose CHECKPOINT engine_dump/
 """
 
-ENGINES = {
-    "sglang": _SGLANG,
-    "vllm": _VLLM,
-    "transformers": _TRANSFORMERS,
-    "llama.cpp": _LLAMA_CPP,
-    "atom": _ATOM,
-}
+ENGINES = {"sglang": _SGLANG, "vllm": _VLLM, "transformers": _TRANSFORMERS, "llama.cpp": _LLAMA_CPP, "atom": _ATOM}
 
 
 def dump_config(engine: str) -> str:

@@ -27,15 +27,7 @@ from ..oracle.judge.envelope_file import ENVELOPE, stored_envelope
 from ..run.files import save_checked, whole
 from ..run.streamed import HEAD_ROWS
 from ..trace.file import Trace
-from ..trace.folder import (
-    GROUPS,
-    GROUPS_RUN,
-    check_ours,
-    check_same,
-    complete_trace,
-    has_state,
-    remove_groups,
-)
+from ..trace.folder import GROUPS, GROUPS_RUN, check_ours, check_same, complete_trace, has_state, remove_groups
 from ..trace.head import Entry
 from ..trace.writer import TraceWriter
 from ..untrusted import read_bytes, tensor_file

@@ -30,15 +30,7 @@ from ..run.prompt import Images, padded, place_images, prompt_ids, read_ids
 from ..run.validate import model_config
 from ..trace.drafts import check_parts, unknown_drafts
 from ..trace.file import Trace, in_utf8
-from ..trace.folder import (
-    GROUPS,
-    GROUPS_RUN,
-    complete_trace,
-    remove_groups,
-    resumable,
-    resumed_complete,
-    run_of,
-)
+from ..trace.folder import GROUPS, GROUPS_RUN, complete_trace, remove_groups, resumable, resumed_complete, run_of
 from ..trace.layers import aside_of, check_request, meta_of, trace_layers
 from .device_options import add_device_options, add_ignored_keys, device_options
 from .image_options import add_image_options, given_images

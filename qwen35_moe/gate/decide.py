@@ -6,6 +6,14 @@ exclude list said BF16, and the loader copied BF16 bytes into a packed FP4 slot,
 >>> decision = can_fuse_shared_expert(config)
 >>> if decision: ...            # bool-like
 >>> print(decision)             # the reason, and the very entry of the exclude list
+
+The way to a decision, file by file:
+1. records.GateModel: of config.json, the MoE layers, the experts' sizes and the quantization_config.
+2. dialects: a quantization_config becomes an exclude list, patterns for single layers, and a default.
+3. names, readings: one engine's names for modules, its renaming of entries, and its ways of matching them.
+4. exclude, declared: what one module is to this reader, and which entry says so.
+5. strict, sglang, vllm, atom: a rule compares the shared expert with the routed ones, and gives its reason.
+6. here: a rule for each layer, one answer for all, and what would break if an engine acted on its answer.
 """
 
 from __future__ import annotations
@@ -19,7 +27,7 @@ from ..errors import Qwen35Error
 from ..quant.precision import BF16, UNSTATED, ModuleSpec
 from .engines import ENGINE_RULES, NEWEST
 from .records import PROJECTIONS, Decision, Evidence, GateModel, MoEBlock, Options
-from .strict import LayerFacts, SpecLookup, TooManyPatterns, layer_facts, read_stored, strict
+from .strict import LayerFacts, SpecLookup, Stored, TooManyPatterns, layer_facts, read_stored, strict
 
 RULES = ("strict", *ENGINE_RULES)
 
@@ -38,12 +46,7 @@ VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 
 def can_fuse_shared_expert(
-    config: Any,
-    quant_config: Any = None,
-    rule: str = "strict",
-    *,
-    stored: SpecLookup | Mapping[str, ModuleSpec] | None = None,
-    **options: Any,
+    config: Any, quant_config: Any = None, rule: str = "strict", *, stored: Stored = None, **options: Any
 ) -> Decision:
     """Whether the shared expert may be fused, under one rule, for the whole target model.
 
@@ -54,46 +57,38 @@ def can_fuse_shared_expert(
     True only if every MoE layer agrees; the draft has its own decision, in `decide_layers`.
     Error: unknown rule, option or quantisation method.
     """
-    return summarise(_decide(GateModel.from_config(config, quant_config), rule, stored, options), rule)
+    return summarise(decide_layers(config, quant_config, rule, stored=stored, **options), rule)
 
 
 def summarise(decisions: Iterable[Decision], rule: str) -> Decision:
     """One answer for the target model: yes if every layer says yes. The draft does not count."""
-    rule = NEWEST.get(rule, rule)
     decisions = [d for d in decisions if not d.draft]
-    if not decisions:
-        return Decision(False, rule, "the model has no MoE layer")
     against = [d for d in decisions if not d]
+    if not decisions:
+        return Decision(False, rule_named(rule), "the model has no MoE layer")
     if not against or len(against) == len(decisions):
         return replace(decisions[0], layer="model")
     first, fine = against[0], len(decisions) - len(against)
     reason = f"{len(against)} of {len(decisions)} layers may not fuse, first {first.layer}: {first.reason}"
-    return Decision(False, rule, reason, (*first.evidence, Evidence(f"{fine} layers could")))
+    return Decision(False, first.rule, reason, (*first.evidence, Evidence(f"{fine} layers could")))
 
 
 def decide_layers(
-    config: Any,
-    quant_config: Any = None,
-    rule: str = "strict",
-    *,
-    stored: SpecLookup | Mapping[str, ModuleSpec] | None = None,
-    **options: Any,
+    config: Any, quant_config: Any = None, rule: str = "strict", *, stored: Stored = None, **options: Any
 ) -> list[Decision]:
     """One decision per MoE layer, then one per MTP draft layer. Arguments as for `can_fuse_shared_expert`."""
-    return _decide(GateModel.from_config(config, quant_config), rule, stored, options)
-
-
-def _decide(model: GateModel, rule: str, stored: Any, options: Mapping[str, Any]) -> list[Decision]:
+    model = GateModel.from_config(config, quant_config)
     rule, checked, lookup = rule_named(rule), Options.from_kwargs(options), read_stored(stored)
     layers = (*model.layers, *model.drafts)
     if rule == "strict":
-        return [replace(next(strict(model, layer, checked, lookup)), rule=rule, layer=layer.name) for layer in layers]
+        return [replace(next(strict(model, at, checked, lookup)), rule=rule, layer=at.name) for at in layers]
     info, known, found = ENGINE_RULES[rule], dict[object, Decision](), []
     model = info.sees(model)
     for layer in layers:
         key = layer.name if info.by_layer else layer.draft
-        decision = known[key] = known[key] if key in known else next(info.decide(model, layer, checked))
-        found.append(replace(decision, rule=rule, layer=layer.name))
+        if key not in known:
+            known[key] = next(info.decide(model, layer, checked))
+        found.append(replace(known[key], rule=rule, layer=layer.name))
     return info.together(found)
 
 
@@ -108,12 +103,7 @@ def rule_named(rule: str) -> str:
     return rule
 
 
-def hazards(
-    config: Any,
-    quant_config: Any,
-    decisions: Iterable[Decision],
-    stored: SpecLookup | Mapping[str, ModuleSpec] | None = None,
-) -> dict[str, str]:
+def hazards(config: Any, quant_config: Any, decisions: Iterable[Decision], stored: Stored = None) -> dict[str, str]:
     """What would go wrong if an engine acted on its decisions: layer name -> what breaks.
 
     Judged by what is stored, or without bytes by the writer's reading of the exclude list. Two kinds: bytes that do not

@@ -8,6 +8,7 @@ by the number of open repeats in a row. Names of modules have a few hundred char
 from __future__ import annotations
 
 import re
+import re._compiler as compiler  # type: ignore[import-not-found, unused-ignore]
 import re._constants as codes  # type: ignore[import-not-found, unused-ignore]
 import re._parser as parser  # type: ignore[import-not-found, unused-ignore]
 from collections.abc import Iterable
@@ -70,9 +71,9 @@ def _ambiguous(body: Any) -> str:
             if len(letters) < len(firsts) or len(set(letters)) < len(letters):
                 return "alternatives that overlap, repeated"
         if code in _REPEATS and argument[0] != argument[1]:
-            after = items[i + 1] if i + 1 < len(items) else None
-            inner = _flat(argument[2])
-            if not (after and after[0] is codes.LITERAL and len(inner) == 1 and not _matches(inner[0], after[1])):
+            inner, (after, letter) = argument[2], items[i + 1] if i + 1 < len(items) else (None, 0)
+            ends = after is codes.LITERAL and inner.getwidth() == (1, 1)
+            if not ends or compiler.compile(inner).fullmatch(chr(letter)):
                 return "a repeat of a repeat"
     return ""
 
@@ -86,29 +87,6 @@ def _flat(tree: Any) -> list[tuple[Any, Any]]:
         else:
             found.append((code, argument))
     return found
-
-
-def _matches(item: tuple[Any, Any], letter: int) -> bool:
-    """Whether a one-character item may match this letter; true where that is not known."""
-    code, argument = item
-    if code is codes.LITERAL:
-        return argument == letter
-    if code is codes.NOT_LITERAL:
-        return argument != letter
-    if code is codes.IN:
-        return any(_holds(kind, value, letter) for kind, value in argument)
-    return True
-
-
-def _holds(kind: Any, value: Any, letter: int) -> bool:
-    """Whether an entry of a set, such as `\\d` or `a-z`, holds this letter; true where that is not known."""
-    if kind is codes.LITERAL:
-        return value == letter
-    if kind is codes.RANGE:
-        return value[0] <= letter <= value[1]
-    if kind is codes.CATEGORY and value in (codes.CATEGORY_DIGIT, codes.CATEGORY_WORD):
-        return chr(letter).isalnum() or chr(letter) == "_"
-    return True
 
 
 def _open_repeats(tree: Any) -> int:

@@ -19,6 +19,7 @@ from .names import tells_experts_apart
 from .records import PROJECTIONS, Evidence, GateModel, MoEBlock, Options, no, yes
 
 SpecLookup = Callable[[str], ModuleSpec | None]
+Stored = SpecLookup | Mapping[str, ModuleSpec] | None
 
 # Method -> who else reads such a list. vLLM reads Quark's as SGLang does.
 OTHER_READERS = {"quark": ("sglang", "atom"), "fp8": ("vllm-fp8", "atom")}
@@ -52,7 +53,7 @@ class LayerFacts(NamedTuple):
     routed: Sequence[ModuleFacts]
 
 
-def read_stored(stored: SpecLookup | Mapping[str, ModuleSpec] | None) -> SpecLookup | None:
+def read_stored(stored: Stored) -> SpecLookup | None:
     """A lookup of what is stored. Names are canonical (`layers.3.mlp.experts.17.up_proj`); None means "not known"."""
     return stored.get if isinstance(stored, Mapping) else stored
 
