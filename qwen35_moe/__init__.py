@@ -36,73 +36,30 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# public name -> (module, name in it; "" for the module itself)
-_PUBLIC = {
-    "KEEP": ("numerics.arithmetics", "KEEP"),
-    "Arithmetic": ("numerics.arithmetics", "Arithmetic"),
-    "Cache": ("model.cache", "Cache"),
-    "Config": ("model.config", "Config"),
-    "Model": ("model.text", "Model"),
-    "Sampling": ("run.generate", "Sampling"),
-    "arithmetic": ("numerics.arithmetics", ""),
-    "can_fuse_shared_expert": ("gate.decide", "can_fuse_shared_expert"),
-    "capture_transformers": ("oracle.dumps.readers.transformers", "capture_transformers"),
-    "compare": ("oracle.compare", "compare"),
-    "diagnose": ("oracle.compare", "diagnose"),
-    "embed_prompt": ("run.prompt", "embed_prompt"),
-    "fault_names": ("oracle.play", "fault_names"),
-    "generate": ("run.generate", "generate"),
-    "load": ("run.load", "load"),
-    "origin_of": ("run.origin", "origin_of"),
-    "play_engine": ("oracle.play", "play_engine"),
-    "quant": ("quant", ""),
-    "read_dump": ("oracle.dumps.readers", "read_dump"),
-    "report": ("oracle.report", "report"),
-    "score": ("run.generate", "score"),
-    "tables": ("numerics.tables", ""),
-    "tap_names": ("numerics.tap_table", ""),
-    "taps": ("numerics.taps", ""),
-    "trace": ("trace.recorder", "trace"),
-    "write_truth": ("oracle.truth", "write_truth"),
-}
+# module -> the public names in it; and modules that are public, under the name that they have here
+_NAMES_IN = {
+    "gate.decide": "can_fuse_shared_expert", "model.cache": "Cache", "model.config": "Config", "model.text": "Model",
+    "numerics.arithmetics": "KEEP Arithmetic", "oracle.compare": "compare diagnose", "oracle.report": "report",
+    "oracle.dumps.readers": "read_dump", "oracle.dumps.readers.transformers": "capture_transformers",
+    "oracle.play": "fault_names play_engine", "oracle.truth": "write_truth", "run.generate": "Sampling generate score",
+    "run.load": "load", "run.origin": "origin_of", "run.prompt": "embed_prompt", "trace.recorder": "trace",
+}  # fmt: skip
+_MODULES = {"arithmetic": "numerics.arithmetics", "quant": "quant", "tables": "numerics.tables",
+            "tap_names": "numerics.tap_table", "taps": "numerics.taps"}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names.split()}
 __all__ = [
-    "KEEP",
-    "Arithmetic",
-    "Cache",
-    "Config",
-    "Model",
-    "Qwen35Error",
-    "Sampling",
-    "arithmetic",
-    "can_fuse_shared_expert",
-    "capture_transformers",
-    "compare",
-    "diagnose",
-    "embed_prompt",
-    "fault_names",
-    "generate",
-    "load",
-    "origin_of",
-    "play_engine",
-    "quant",
-    "read_dump",
-    "report",
-    "score",
-    "tables",
-    "tap_names",
-    "taps",
-    "trace",
-    "write_truth",
-]
+    "KEEP", "Arithmetic", "Cache", "Config", "Model", "Qwen35Error", "Sampling", "arithmetic", "can_fuse_shared_expert",
+    "capture_transformers", "compare", "diagnose", "embed_prompt", "fault_names", "generate", "load", "origin_of",
+    "play_engine", "quant", "read_dump", "report", "score", "tables", "tap_names", "taps", "trace", "write_truth",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    module = _MODULE_OF.get(name) or _MODULES.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module_name, attribute = _PUBLIC[name]
-    module = import_module(f"{__name__}.{module_name}")
-    value = getattr(module, attribute) if attribute else module
-    globals()[name] = value
+    value: Any = import_module(f"{__name__}.{module}")
+    globals()[name] = value = getattr(value, name) if name in _MODULE_OF else value
     return value
 
 
@@ -110,7 +67,7 @@ class _Package(ModuleType):
     """The import system sets a subpackage as attribute of its package: `qwen35_moe.trace` must stay the function."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, ModuleType) and _PUBLIC.get(name, ("", ""))[1]):
+        if not (isinstance(value, ModuleType) and name in _MODULE_OF):
             super().__setattr__(name, value)
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwen35_moe.cli.main import COMMANDS, main
-from qwen35_moe.cli.parsing import HELP, layers
+from qwen35_moe.cli.parsing import layers
 from qwen35_moe.cli.report_options import write_outputs
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.gate.decide import rule_named
@@ -35,7 +35,7 @@ def said(capsys, *argv: str) -> tuple[int, str]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_help_has_an_example_exit_codes_and_formats(command, capsys):
     code, text = said(capsys, command, "-h")
-    assert code == 0 and command in HELP
+    assert code == 0
     assert re.search(rf"^example: qwen35-moe {command} ?.*^exit codes: 0 .*^formats: ", text, re.M | re.S)
 
 

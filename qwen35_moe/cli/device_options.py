@@ -1,4 +1,4 @@
-"""The options of the command line that say where a model computes."""
+"""Options of commands that load a model: where it computes, and the images of its prompt."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 from ..errors import Qwen35Error
 from ..run.origin import usable
 from ..run.placement import AUTOMATIC
+from ..run.prompt import Images, load_images
+from ..trace.images import read_images
 from ..untrusted import read_json
 
 
@@ -56,3 +58,19 @@ def device_options(args: argparse.Namespace) -> dict[str, Any]:
             where = f"--device-map {device_map}"
             raise Qwen35Error("no device map", where=where, expected=expected, found=found) from error
     return {"device_map": device_map, "max_memory": memory or None}
+
+
+def add_image_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
+    p.add_argument("--pixel-values", metavar="FILE", help="safetensors with pixel_values and image_grid_thw (or "
+                   "pixel_values_videos and video_grid_thw), as a processor gave them")  # fmt: skip
+
+
+def given_images(args: argparse.Namespace) -> Images | None:
+    """The images that the command line names; None: none. Error: in both ways."""
+    if args.image and args.pixel_values is not None:
+        where, expected = "--image, --pixel-values", "one of them"
+        raise Qwen35Error("images in two ways", where=where, expected=expected, found="both")
+    if args.image:
+        return Images(*load_images(args.checkpoint, args.image))
+    return None if args.pixel_values is None else read_images(args.pixel_values)

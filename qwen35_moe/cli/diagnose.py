@@ -7,7 +7,7 @@ import argparse
 from ..checkpoint import Checkpoint
 from ..oracle.compare import diagnose
 from ..oracle.dumps.readers import read_dump
-from .image_options import add_image_options, given_images
+from .device_options import add_image_options, given_images
 from .parsing import check_order
 from .report_options import add_report_options, add_shared, check_outputs, chosen, print_comparison
 

@@ -19,38 +19,63 @@ from typing import TextIO
 
 from .. import __version__
 from ..errors import Qwen35Error, printable
-from .parsing import Parser, ending
+from .parsing import Parser
 
-# command -> its module, with `configure(parser)` that sets `run(args) -> int` as a default; and its help. A module is
-# imported only when its command is called: importing torch takes seconds.
-COMMANDS = {
-    "info": ("info", "sizes, formats, the gate's decision, and the memory of a run"),
-    "gate": ("gate", "may the shared expert be fused? layer by layer"),
-    "check": ("check", "find defects of a checkpoint before it is served, engine by engine"),
-    "trace": ("trace", "write the truth: the value of every tap, and the errors of legal rounding"),
-    "generate": ("generate", "continue a prompt, or score an engine's tokens"),
-    "dump-config": ("dump_config", "print the settings that make an engine dump its values"),
-    "compare": ("compare", "compare an engine's dump with the truth: wrong or not, where first, and why"),
-    "diagnose": ("diagnose", "compute the truth for the tokens of a dump, then do what `compare` does"),
-    "probe": ("probe", "ask a running server for log p, and compare with its checkpoint"),
-    "build": ("build", "build a checkpoint of the real structure from a recipe"),
-    "compare-dumps": ("compare_dumps", "compare two dumps of the same tokens, without a truth"),
-    "verify": ("verify", "check the checksums of a truth"),
-    "demo": ("demo", "build tiny checkpoints, plant a known failure in an engine, and find it"),
-}
+CHECKPOINT = (
+    "CHECKPOINT: a folder of safetensors with config.json (BF16, FP8, MXFP4 of Quark, compressed-tensors or gpt-oss)"
+)
+DUMP = ("DUMP: SGLang's dumper or Pass*.pt, vLLM's hidden states, ATOM's layer files, transformers' debug tree, "
+        "llama.cpp's logits and KL base files, safetensors, npz, npy, pt")  # fmt: skip
+TRUTH = "TRUTH: what `trace` wrote"
+VERDICT = "0 all of it agrees, 1 something diverges, 2 something was not compared (docs/exit-codes.md)"
+DONE = "0 done, 2 could not be done"
+# command -> its help; an example, exit codes and formats, which end its `-h`. Its module has the command's name, and
+# `configure(parser)`, which sets `run(args) -> int` as a default. A module is imported only when its command is called:
+# importing torch takes seconds.
+COMMANDS: dict[str, tuple[str, str, str, str]] = {
+    "info": ("sizes, formats, the gate's decision, and the memory of a run", "CHECKPOINT --tokens 4096",
+             "0 done, 1 a checksum differs, 2 could not be read", CHECKPOINT),
+    "gate": ("may the shared expert be fused? layer by layer", "CHECKPOINT --all-rules",
+             "0 decided, whatever the answer, 2 could not be read", CHECKPOINT + "; or a config.json alone"),
+    "check": ("find defects of a checkpoint before it is served, engine by engine",
+              "CHECKPOINT --engine sglang --sarif check.sarif", "0 no error, 1 errors, 2 could not be read",
+              CHECKPOINT),
+    "trace": ("write the truth: the value of every tap, and the errors of legal rounding",
+              "CHECKPOINT --ids ids.json --out truth", DONE,
+              CHECKPOINT + ". ids.json: [1, 2, 3] or [[1, 2], [3]]. The trace: docs/trace-format.md"),
+    "generate": ("continue a prompt, or score an engine's tokens", "CHECKPOINT --ids 3,1,4 --top 3", DONE, CHECKPOINT),
+    "dump-config": ("print the settings that make an engine dump its values", "sglang", DONE,
+                    "prints text to paste; nothing is read"),
+    "compare": ("compare an engine's dump with the truth: wrong or not, where first, and why",
+                "truth DUMP --html report.html", VERDICT, f"{TRUTH}. {DUMP}"),
+    "diagnose": ("compute the truth for the tokens of a dump, then do what `compare` does",
+                 "CHECKPOINT DUMP --out truth", VERDICT, f"{CHECKPOINT}. {DUMP}"),
+    "probe": ("ask a running server for log p, and compare with its checkpoint", "CHECKPOINT http://127.0.0.1:30000",
+              "0 agrees, 1 diverges, 2 cannot tell or ask",
+              CHECKPOINT + ". Servers: SGLang, vLLM, llama-server, OpenAI-like"),
+    "build": ("build a checkpoint of the real structure from a recipe", "tiny-mxfp4 --out ckpt",
+              "0 built, 1 not the pinned bytes, 2 could not be built",
+              "RECIPE: a name above, or a .toml file of the same form"),
+    "compare-dumps": ("compare two dumps of the same tokens, without a truth", "before after", VERDICT, DUMP),
+    "verify": ("check the checksums of a truth", "truth", "0 all checksums hold, 2 a file differs or cannot be read",
+               TRUTH),
+    "demo": ("build tiny checkpoints, plant a known failure in an engine, and find it", "--out build/demo",
+             "0 all claims hold, 1 a claim fails, 2 could not be run", "takes no files"),
+}  # fmt: skip
 
 
 def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser, with the arguments of the command that `argv` names."""
-    codes = "example: qwen35-moe demo\nexit codes: 0 done or agree, 1 diverge, 2 could not be done"
-    parser = Parser(prog="qwen35-moe", description="A reference and an oracle for Qwen3.5 MoE.", epilog=codes)
+    epilog = "example: qwen35-moe demo\nexit codes: 0 done or agree, 1 diverge, 2 could not be done"
+    parser = Parser(prog="qwen35-moe", description="A reference and an oracle for Qwen3.5 MoE.", epilog=epilog)
     parser.add_argument("--version", action="version", version=f"qwen35-moe {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     named = next((word.lower() for word in argv if not word.startswith("-")), None)
-    for name, (module, text) in COMMANDS.items():
-        command = subparsers.add_parser(name, help=text, epilog=ending(name))
+    for name, (text, example, codes, formats) in COMMANDS.items():
+        epilog = f"example: qwen35-moe {name} {example}\nexit codes: {codes}\nformats: {formats}"
+        command = subparsers.add_parser(name, help=text, epilog=epilog)
         if name == named:
-            importlib.import_module(f"{__package__}.{module}").configure(command)
+            importlib.import_module(f"{__package__}.{name.replace('-', '_')}").configure(command)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What all commands parse alike: layers, names in any case, "did you mean", and the ends of their help texts."""
+"""What all commands parse alike: layers, numbers, names in any case, and "did you mean"."""
 
 from __future__ import annotations
 
@@ -12,39 +12,7 @@ from typing import Any, NoReturn
 
 from ..errors import Qwen35Error, printable
 
-CHECKPOINT = (
-    "CHECKPOINT: a folder of safetensors with config.json (BF16, FP8, MXFP4 of Quark, compressed-tensors or gpt-oss)"
-)
-DUMP = ("DUMP: SGLang's dumper or Pass*.pt, vLLM's hidden states, ATOM's layer files, transformers' debug tree, "
-        "llama.cpp's logits and KL base files, safetensors, npz, npy, pt")  # fmt: skip
-VERDICT = "0 all of it agrees, 1 something diverges, 2 something was not compared (docs/exit-codes.md)"
-DONE = "0 done, 2 could not be done"
 MOST_CHOICES = 20  # more are not listed in an error that names the nearest one
-# command -> an example, its exit codes, the formats that it takes.
-HELP: dict[str, tuple[str, str, str]] = {
-    "info": ("qwen35-moe info CHECKPOINT --tokens 4096", "0 done, 1 a checksum differs, 2 could not be read",
-             CHECKPOINT),
-    "gate": ("qwen35-moe gate CHECKPOINT --all-rules",
-             "0 decided, whatever the answer, 2 could not be read",
-             CHECKPOINT + "; or a config.json alone"),
-    "check": ("qwen35-moe check CHECKPOINT --engine sglang --sarif check.sarif",
-              "0 no error, 1 errors, 2 could not be read", CHECKPOINT),
-    "verify": ("qwen35-moe verify truth", "0 all checksums hold, 2 a file differs or cannot be read",
-               "TRUTH: what `trace` wrote"),
-    "trace": ("qwen35-moe trace CHECKPOINT --ids ids.json --out truth", DONE,
-              CHECKPOINT + ". ids.json: [1, 2, 3] or [[1, 2], [3]]. The trace: docs/trace-format.md"),
-    "generate": ("qwen35-moe generate CHECKPOINT --ids 3,1,4 --top 3", DONE, CHECKPOINT),
-    "dump-config": ("qwen35-moe dump-config sglang", DONE, "prints text to paste; nothing is read"),
-    "compare": ("qwen35-moe compare truth DUMP --html report.html", VERDICT, "TRUTH: what `trace` wrote. " + DUMP),
-    "compare-dumps": ("qwen35-moe compare-dumps before after", VERDICT, DUMP),
-    "diagnose": ("qwen35-moe diagnose CHECKPOINT DUMP --out truth", VERDICT, CHECKPOINT + ". " + DUMP),
-    "probe": ("qwen35-moe probe CHECKPOINT http://127.0.0.1:30000", "0 agrees, 1 diverges, 2 cannot tell or ask",
-              CHECKPOINT + ". Servers: SGLang, vLLM, llama-server, OpenAI-like"),
-    "build": ("qwen35-moe build tiny-mxfp4 --out ckpt", "0 built, 1 not the pinned bytes, 2 could not be built",
-              "RECIPE: a name above, or a .toml file of the same form"),
-    "demo": ("qwen35-moe demo --out build/demo", "0 all claims hold, 1 a claim fails, 2 could not be run",
-             "takes no files"),
-}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,12 +66,6 @@ class Formatter(argparse.HelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(super(Formatter, self)._fill_text(line, width, indent) for line in text.splitlines())
-
-
-def ending(command: str) -> str:
-    """What stands below the options in `-h`."""
-    example, codes, formats = HELP.get(command, (f"qwen35-moe {command}", DONE, ""))
-    return f"example: {example}\nexit codes: {codes}\nformats: {formats}"
 
 
 def layers(text: str, where: str = "--layer") -> list[int]:

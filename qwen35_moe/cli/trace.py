@@ -32,8 +32,7 @@ from ..trace.drafts import check_parts, unknown_drafts
 from ..trace.file import Trace, in_utf8
 from ..trace.folder import GROUPS, GROUPS_RUN, complete_trace, remove_groups, resumable, resumed_complete, run_of
 from ..trace.layers import aside_of, check_request, meta_of, trace_layers
-from .device_options import add_device_options, add_ignored_keys, device_options
-from .image_options import add_image_options, given_images
+from .device_options import add_device_options, add_ignored_keys, add_image_options, device_options, given_images
 from .parsing import layers, within
 from .report_options import add_shared
 from .shares import Processes, begin_groups, check_one_pass, join
