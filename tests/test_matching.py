@@ -113,9 +113,10 @@ def test_a_tree_of_drafts(truth: Trace) -> None:
 
     begun = flat((0, a[:3]), (0, b), seq_lens=[3, 5], requests=["a", "b"])
     ended = [flat((5, a[5:6]), seq_lens=[6], requests=["a"]), flat((6, a[6:]), seq_lens=[7], requests=["a"])]
-    steps = [begun, tree(3, [a[3], 99, a[4], 97, 96]), *ended]
-    dump, (first, *_) = dump_of(steps), branches_of(dump_of(steps), [torch.tensor(a), torch.tensor(b)])
-    assert (first.of, first.at, first.ids) == (0, 4, (99,))
+    for ids in ([a[3], a[4], 99, 97, 96], [a[3], 99, a[4], 97, 96]):
+        steps = [begun, tree(3, ids), *ended]
+        dump, (first, *more) = dump_of(steps), branches_of(dump_of(steps), [torch.tensor(a), torch.tensor(b)])
+        assert (first.of, first.at, first.ids) == (0, 4, (99,)) and not more
     found = matched(truth, *steps)
     assert found.where[1].tolist() == [[0, 0, 3], [2, 0, 4]] and not found.absent
     assert "2 rows of trees of drafts were not compared" in str(found.notes)

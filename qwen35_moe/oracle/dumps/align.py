@@ -30,10 +30,7 @@ from .sequences import LOGITS
 from .step_rows import StepRows
 
 # Paths; a down_proj that was dumped beside them has no gate, and is preferred.
-WITH_GATE = (
-    "mlp.shared_expert.output",
-    "mlp.shared_expert",
-)
+WITH_GATE = ("mlp.shared_expert.output", "mlp.shared_expert")
 TWO_MEANINGS = (
     ("moe_routed_output", "mlp_output", "the experts' output was taken for the block's"),
     ("moe_shared_output", "moe_shared_gated", "the shared expert's output was taken for the gated one"),
@@ -81,9 +78,8 @@ class Alignment:
                 raise Qwen35Error("the truth itself holds NaN or infinity here", where=key)
             return pair
         except Exception as error:  # one odd tensor costs its own tap
-            said = (
-                str(error) if isinstance(error, Qwen35Error) else f"cannot be compared: {type(error).__name__}: {error}"
-            )
+            known = isinstance(error, Qwen35Error)
+            said = str(error) if known else f"cannot be compared: {type(error).__name__}: {error}"
             return Pair(key, truth, None, torch.empty(0, 2), problem=said)
 
     def _rows(self, key: str, truth: Tensor) -> Pair:
@@ -91,10 +87,7 @@ class Alignment:
         B, T = truth.shape[:2]
         source, columns = source_of(self.dump, self.truth, key)
         dims = TAPS[base_name(key)].dims if base_name(key) in TAPS else ""
-        ours: list[Tensor] = []
-        theirs: list[Tensor] = []
-        rows: list[Tensor] = []
-        some: list[Tensor] = []
+        ours, theirs, rows, some = (list[Tensor]() for _ in range(4))
         for step in sorted(set(self.dump.sources[source]) & {*self.tokens_of.where, *self.tokens_of.drafts}):
             if dims == "b n t s" and self.dump.tokens[step].batch is not None:
                 x = scores(self.dump, self.tokens_of.where, source, step, truth)
@@ -185,9 +178,8 @@ def align(dump: Dump, truth: Trace, only: list[int] | None = None) -> Alignment:
     total, found = int(mask.sum()), int((hit & mask).sum())
     if found < total:
         notes.append(f"{total - found} of {total} tokens of the truth are not in the dump")
-    return Alignment(
-        dump, truth, keys, missing, extra, matched, list(dump.problems), [*dump.notes, *notes], found, total
-    )
+    notes = [*dump.notes, *notes]
+    return Alignment(dump, truth, keys, missing, extra, matched, list(dump.problems), notes, found, total)
 
 
 def _settle(dump: Dump, truth: Trace, matched: Matched) -> list[str]:

@@ -51,17 +51,10 @@ class Dump(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self,
-        format: str,
-        path: str | Path,
-        pieces: Sequence[Piece],
-        tokens: Mapping[int, StepTokens] | None = None,
-        problems: Sequence[Qwen35Error] = (),
-        notes: Sequence[str] = (),
-        family: str = "sglang",
-        config: Mapping[str, Any] | None = None,
-        weights: Mapping[str, Piece] | None = None,
-    ):
+        self, format: str, path: str | Path, pieces: Sequence[Piece], tokens: Mapping[int, StepTokens] | None = None,
+        problems: Sequence[Qwen35Error] = (), notes: Sequence[str] = (), family: str = "sglang",
+        config: Mapping[str, Any] | None = None, weights: Mapping[str, Piece] | None = None,
+    ):  # fmt: skip
         self.format, self.path, self.family = format, Path(path), family
         self.problems, self.notes = list(problems), list(notes)
         if far := [piece for piece in pieces if not 0 <= piece.step < MOST_STEPS]:
@@ -69,10 +62,8 @@ class Dump(Mapping[str, Tensor]):
             self.problems.append(Qwen35Error("no such step", where=far[0].where or far[0].raw, expected=expected,
                                              found=far[0].step))  # fmt: skip
             pieces = [piece for piece in pieces if 0 <= piece.step < MOST_STEPS]
-        self.tokens = {
-            step: readable(found, f"{path}: tokens of step {step}", self.problems)
-            for step, found in (tokens or {}).items()
-        }
+        found = (tokens or {}).items()
+        self.tokens = {step: readable(x, f"{path}: tokens of step {step}", self.problems) for step, x in found}
         self.config, self.sizes = config, letters(config)
         self.weights = dict(weights or {})
         self.unknown: list[str] = []
@@ -102,8 +93,7 @@ class Dump(Mapping[str, Tensor]):
             whole = not tower and first.layer is None and first.path.startswith(("output", "inputs"))  # of the model
             found = rule_for(f"model.{first.path}" if whole else first.path, "vision" if tower else self.family)
         if found is None:
-            if first.raw not in self.unknown:
-                self.unknown.append(first.raw)
+            self.unknown += [first.raw] if first.raw not in self.unknown else []
             return
         rule, preference = found
         for name in dict.fromkeys(name for name, _ in rule.blocks if name != "-"):
@@ -147,11 +137,12 @@ class Dump(Mapping[str, Tensor]):
             here = [k for k, steps in self.sources.items() if step in steps and per_token(k)]
             mine = [k for k in here if "logits" not in k] or here
             wide = [k for k in mine if base_name(k) in TAPS and TAPS[base_name(k)].dims.endswith(" d")]
-            x = self.sources[(wide + mine)[0]][step].pieces[0].load() if mine else None
-            d = self.sizes.get("d", x.shape[-1]) if x is not None else 0
-            flat = mine and ("next_token" in mine[0] or base_name(mine[0]) == "moe_router_logits")
-            d = x.shape[-1] if flat and x is not None and x.dim() else d
-            self._counts[step] = None if x is None else x.numel() // d if (wide or flat) and d else x.shape[0]
+            if not mine:
+                return None
+            x = self.sources[(wide + mine)[0]][step].pieces[0].load()
+            flat = "next_token" in mine[0] or base_name(mine[0]) == "moe_router_logits"
+            d = x.shape[-1] if flat and x.dim() else self.sizes.get("d", x.shape[-1])
+            self._counts[step] = x.numel() // d if (wide or flat) and d else x.shape[0]
         return self._counts[step]
 
     def read(self, key: str, step: int) -> Tensor:
@@ -209,9 +200,8 @@ class Dump(Mapping[str, Tensor]):
         """Another meaning for a tap."""
         for step, source in self.sources.pop(key).items():
             blocks = tuple((base_name(new) if n == base_name(key) else n, w) for n, w in source.rule.blocks)
-            self.sources.setdefault(new, {}).setdefault(
-                step, Source(source.pieces, TapRule(source.rule.join, blocks), source.preference)
-            )
+            renamed = replace(source, rule=TapRule(source.rule.join, blocks))
+            self.sources.setdefault(new, {}).setdefault(step, renamed)
 
     def dtype(self, key: str, step: int | None = None) -> torch.dtype:
         """The dtype that the engine wrote."""

@@ -70,9 +70,7 @@ class Matching:
         self.strange: list[Run] = []
         self.firsts: dict[tuple[int, int], str] = {}
         self.drafted: set[int] = set()  # sequences whose last run ended in rejected tokens
-        self.left: list[
-            tuple[int, int, Run]
-        ] = []  # drafts: the sequence that they leave, its tokens before, themselves
+        self.left: list[tuple[int, int, Run]] = []  # drafts: whose they are, how many tokens before them, themselves
         self.beyond = self.rejected = self.branched = 0
 
     def place(self, run: Run) -> int | None:
@@ -88,7 +86,7 @@ class Matching:
                 self.cached[b] = at
             self._name_first(left, b, at)
             self._take(left, b, at, n)
-            again = self.placed[b] == run.step  # another path of a tree of drafts
+            again = self.placed[b] == run.step  # another path of a tree
             self.filled[b], self.placed[b], found = max(at + n, again * self.filled[b]), run.step, b
             self.drafted.discard(b)
             if run.request is not None:
@@ -100,8 +98,8 @@ class Matching:
                 break
         if not len(left):
             return found
-        if found is not None and not run.undivided and self.filled[found] + len(left) > len(run):
-            self.left.append((found, self.filled[found], left))
+        if found is not None and not run.undivided and at > 0:
+            self.left.append((found, at + n, left))
             self.drafted.add(found)
             return found
         known = self.owner.get(run.request)
@@ -171,6 +169,7 @@ class Matching:
                 n = self._common(run, b, at)
                 whole = n == len(run) or (n > 0 and at + n == len(ids) and not run.undivided)
                 goes_on = 0 < filled == at and (known == b or (known is None and start == at))
+                goes_on = goes_on or (known == b and self.placed[b] == run.step)  # another path of a tree
                 if not n or not (whole or goes_on or run.undivided):
                     continue
                 others = known is None and b in self.owner.values()

@@ -23,10 +23,8 @@ INSTEAD = {
 }
 # A log p of some 12 is off by up to 2^-9 of that in bf16, and the sum of many such errors by less.
 LOG_P_SLACK = 0.05
-BESIDE = {
-    "moe_slot_ids": "moe_topk_ids",
-    "moe_slot_weights": "moe_topk_weights",
-}  # the tap as wide as the first columns
+# The tap as wide as the first columns.
+BESIDE = {"moe_slot_ids": "moe_topk_ids", "moe_slot_weights": "moe_topk_weights"}
 
 
 @dataclass

@@ -56,14 +56,14 @@ def split_runs(tokens: StepTokens) -> Iterator[tuple[Tensor, object]]:
     assert tokens.ids is not None
     positions = None if tokens.positions is None else tokens.positions.tolist()
     if tokens.batch is not None:
-        yield from _split_batch(tokens.batch, tokens.mask, positions)
+        yield from _split_batch(tokens, positions)
         return
     if (size := tree_size(tokens)) and tokens.positions is not None:
         for index, start in enumerate(range(0, tokens.ids.numel(), size)):
             for rows in _paths(tokens.positions[start : start + size]):
                 yield rows + start, tokens.requests[index] if tokens.requests else index
         return
-    stops = _stops(positions, tokens.seq_lens, tokens.requests, tokens.ids.numel())
+    stops = _stops(tokens)
     one_each = tokens.requests is not None and len(tokens.requests) == len(stops)
     for index, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
         yield torch.arange(start, stop), tokens.requests[index] if one_each and tokens.requests else None
@@ -75,7 +75,7 @@ def tree_size(tokens: StepTokens) -> int:
     ids, at, several = tokens.ids, tokens.positions, len(tokens.seq_lens or tokens.requests or ())
     if ids is None or at is None or tokens.batch is not None or not several or len(ids) % several:
         return 0
-    if len(_stops(at.tolist(), tokens.seq_lens, tokens.requests, len(ids))) == several:
+    if len(_stops(tokens)) == several:
         return 0
     trees = at.view(several, -1)
     rooted = (trees[:, 1:] > trees[:, :1]).all() and (trees.sort(1).values.diff(dim=1) <= 1).all()
@@ -99,11 +99,9 @@ def _paths(positions_T: Tensor) -> list[Tensor]:
     return [torch.cat(path)]
 
 
-def _split_batch(
-    batch: tuple[int, int], mask: Tensor | None, positions: Sequence[int] | None
-) -> Iterator[tuple[Tensor, object]]:
+def _split_batch(tokens: StepTokens, positions: Sequence[int] | None) -> Iterator[tuple[Tensor, object]]:
     """Rows of a padded batch; several sequences that are packed into one are split where positions go back."""
-    B, T = batch
+    (B, T), mask = tokens.batch or (1, 0), tokens.mask
     for b in range(B):
         rows = torch.arange(b * T, (b + 1) * T)
         rows = rows if mask is None else rows[mask[rows]]
@@ -115,10 +113,10 @@ def _split_batch(
             yield rows[start:stop], ("row", b) if len(stops) == 1 else ("row", b, k)
 
 
-def _stops(
-    positions: list[int] | None, seq_lens: list[int] | None, requests: Sequence[object] | None, count: int
-) -> list[int]:
+def _stops(tokens: StepTokens) -> list[int]:
     """Where sequences end in a flat step. `seq_lens` counts cached tokens too, and may or may not count the step's."""
+    seq_lens, requests, count = tokens.seq_lens, tokens.requests, tokens.count or 0
+    positions = None if tokens.positions is None else tokens.positions.tolist()
     if seq_lens and sum(seq_lens) == count:
         return [sum(seq_lens[: i + 1]) for i in range(len(seq_lens))]
     if positions is not None and seq_lens and (stops := _by_ends(positions, seq_lens, count)):

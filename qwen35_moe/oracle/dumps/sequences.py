@@ -50,9 +50,8 @@ def sequences_of(dump: Dump) -> list[Tensor]:
     if not rows:
         raise Qwen35Error("the dump does not say which tokens it is of", where=dump.path,
                           do="give --ids: the ids of its requests, with those that were generated")  # fmt: skip
-    dump.absent = [
-        f"a sequence from token {start} on, whose first were cached: give --ids" for start in cached.values()
-    ]
+    words = "a sequence from token {} on, whose first were cached: give --ids"
+    dump.absent = [words.format(start) for start in cached.values()]
     if dump.drafts or taken_back:
         rows = [x[: len(x) - _drafted(dump, last[b])] for b, x in enumerate(rows)]
     return rows
@@ -66,9 +65,8 @@ def placed(rows: list[Tensor], dump: Dump, config: Config, images: Images | None
     size = config.vocab_size
     outside = any(bool(((x < 0) | (x >= size)).any()) for x in rows)
     begins = config.raw.get("vision_start_token_id")  # a placeholder that a text model happens to say is no image
-    seen = any(map(is_vision, dump)) or any(
-        bool((placeholders(config, x)[1:] & ((x[:-1] == begins) | (begins is None))).any()) for x in rows
-    )
+    held = (placeholders(config, x)[1:] & ((x[:-1] == begins) | (begins is None)) for x in rows)
+    seen = any(map(is_vision, dump)) or any(bool(x.any()) for x in held)
     if images is None and (seen or outside):
         do = "give the images: --image, or --pixel-values"
         raise Qwen35Error("the dump is of a prompt with images, and there are no pixels", where=dump.path, do=do)

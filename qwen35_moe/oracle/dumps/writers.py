@@ -29,13 +29,9 @@ DUMPED = (
 
 
 def write_sglang_dump(
-    trace: Trace,
-    path: str | Path,
-    *,
-    names: Literal["taps", "hooks"] = "taps",
-    dtype: torch.dtype | None = None,
-    model: str = "model",
-) -> int:
+    trace: Trace, path: str | Path, *,
+    names: Literal["taps", "hooks"] = "taps", dtype: torch.dtype | None = None, model: str = "model",
+) -> int:  # fmt: skip
     """Write a trace as a dump that SGLang's comparator (0.5.23) takes as its baseline; returns the number of files.
 
     names    "taps": our names, as people patch them in; "hooks": the names and shapes of DUMPER_NON_INTRUSIVE_MODE=all,
@@ -48,19 +44,17 @@ def write_sglang_dump(
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     if any(path.iterdir()):
-        raise Qwen35Error(
-            "the folder is not empty", where=path, do="choose a new one: the comparator reads all it finds"
-        )
+        do = "choose a new one: the comparator reads all it finds"
+        raise Qwen35Error("the folder is not empty", where=path, do=do)
     real = trace.mask.bool()
     _save(path, 1, "input_ids", None, trace.ids[real], "t")
     _save(path, 2, "positions", None, trace.positions[real], "t")
     _save(path, 3, "seq_lens", None, real.sum(1), "")
-    count = 3
-    for name, layer, x in (_by_tap if names == "taps" else _by_hook)(trace, real, model):
-        count += 1
+    i = 3
+    for i, (name, layer, x) in enumerate((_by_tap if names == "taps" else _by_hook)(trace, real, model), 4):
         dims = f"t {re.sub('[^a-z]', '', TAPS[name].dims.split('t ', 1)[1]) or '1'}" if names == "taps" else ""
-        _save(path, count, name, layer, x if dtype is None else x.to(dtype), dims)
-    return count
+        _save(path, i, name, layer, x if dtype is None else x.to(dtype), dims)
+    return i
 
 
 Written = Iterator[tuple[str, int | None, Tensor]]

@@ -34,12 +34,9 @@ def _sniffs(reader: Any, path: Path) -> bool:
 
 
 def read_dump(
-    path: str | Path,
-    *,
-    config: Mapping[str, Any] | None = None,
-    name_map: Mapping[str, str] | str | Path | None = None,
-    layers: list[int] | None = None,
-) -> Dump:
+    path: str | Path, *, config: Mapping[str, Any] | None = None,
+    name_map: Mapping[str, str] | str | Path | None = None, layers: list[int] | None = None,
+) -> Dump:  # fmt: skip
     """Read a dump of any known format, found by looking.
 
     path       a directory or file
@@ -57,20 +54,16 @@ def read_dump(
     reader = next((r for r in READERS if _sniffs(r, path)), None)
     if reader is None:
         inside = sorted(p.name for p in path.iterdir())[:3] if path.is_dir() else [path.name]
-        raise Qwen35Error(
-            "dump is of no known format",
-            where=path,
-            found=", ".join(inside) or "an empty folder",
-            expected="SGLang dumper or Pass*.pt, ATOM layer*.pt, transformers debug tree, vLLM or llama.cpp files, "
-            "safetensors, npz or npy",
-            do="see `qwen35-moe dump-config ENGINE` for how to make one, or give a name map",
-        )
-    if name_map is not None and reader is not plain:
-        what, do = "a name map is for plain files", "leave it out: this format has names of its own"
-        raise Qwen35Error(what, where=path, found=reader.__name__.rpartition(".")[2], do=do)
-    if layers is not None and reader is not vllm:
-        what, do = "layer ids are for vLLM's files", "leave them out: this format names its layers"
-        raise Qwen35Error(what, where=path, found=reader.__name__.rpartition(".")[2], do=do)
+        raise Qwen35Error("dump is of no known format", where=path, found=", ".join(inside) or "an empty folder",
+                          expected="SGLang dumper or Pass*.pt, ATOM layer*.pt, transformers debug tree, vLLM or "
+                                   "llama.cpp files, safetensors, npz or npy",
+                          do="see `qwen35-moe dump-config ENGINE` for how to make one, or give a name map")  # fmt: skip
+    for given, only, what, do in (
+        (name_map, plain, "a name map is for plain files", "leave it out: this format has names of its own"),
+        (layers, vllm, "layer ids are for vLLM's files", "leave them out: this format names its layers"),
+    ):
+        if given is not None and reader is not only:
+            raise Qwen35Error(what, where=path, found=reader.__name__.rpartition(".")[2], do=do)
     try:
         dump = reader.read(path, config=config, name_map=name_map, layers=layers)
     except Qwen35Error:
@@ -82,17 +75,14 @@ def read_dump(
         if dump.problems:
             raise dump.problems[0]
         found = ", ".join(dump.unknown[:5]) or "no tensors"
-        do = "name the engine's dump: this is a checkpoint" if _is_checkpoint(path) else "give a name map (--name-map)"
+        checkpoint = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+        do = "name the engine's dump: this is a checkpoint" if checkpoint else "give a name map (--name-map)"
         raise Qwen35Error("nothing in the dump has a known name", where=path, found=found, do=do)
     check_steps(dump)
     if left := _not_understood(path, reader):
         dump.notes.append(f"{len(left)} files were not understood, and left out: {', '.join(left[:5])}"
                           f"{', ...' if len(left) > 5 else ''}")  # fmt: skip
     return dump
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
 
 
 def _not_understood(path: Path, reader: Any) -> list[str]:
