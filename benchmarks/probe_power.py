@@ -38,8 +38,7 @@ from qwen35_moe.oracle.judge.rerun import CPU
 from qwen35_moe.oracle.judge.split_k import split_products, splitting
 from qwen35_moe.oracle.servers.answer import Answer, row
 from qwen35_moe.oracle.servers.hypotheses import PlacedFault, placed_faults
-from qwen35_moe.oracle.servers.probe import How, Prepared, prepare
-from qwen35_moe.oracle.servers.prompts import drawn_prompts
+from qwen35_moe.oracle.servers.probe import How, Prepared, drawn_prompts, prepare
 from qwen35_moe.oracle.servers.replay import Branch, Replay
 from qwen35_moe.oracle.servers.verdict import Verdict
 from qwen35_moe.oracle.truth import open_checkpoint

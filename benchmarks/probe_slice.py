@@ -29,8 +29,7 @@ from qwen35_moe.oracle.judge.where import Where
 from qwen35_moe.oracle.servers.dialects import TOKENS_PER_REQUEST
 from qwen35_moe.oracle.servers.hypotheses import PlacedFault
 from qwen35_moe.oracle.servers.judge import Judge
-from qwen35_moe.oracle.servers.probe import How, Prepared, prepare
-from qwen35_moe.oracle.servers.prompts import drawn_prompts
+from qwen35_moe.oracle.servers.probe import How, Prepared, drawn_prompts, prepare
 from qwen35_moe.oracle.servers.replay import Branch, Replay
 from qwen35_moe.oracle.servers.verdict import Told, decide
 from qwen35_moe.oracle.truth import open_checkpoint

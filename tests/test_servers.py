@@ -36,8 +36,7 @@ from qwen35_moe.oracle.servers.buckets import buckets
 from qwen35_moe.oracle.servers.client import API_KEY, Server
 from qwen35_moe.oracle.servers.dialects import Asker
 from qwen35_moe.oracle.servers.judge import DECIDED
-from qwen35_moe.oracle.servers.probe import How, Prepared, prepare
-from qwen35_moe.oracle.servers.prompts import drawn_prompts, ordinary
+from qwen35_moe.oracle.servers.probe import How, Prepared, drawn_prompts, ordinary, prepare
 from qwen35_moe.oracle.servers.readers import from_bytes, from_json, read_answers
 from qwen35_moe.oracle.truth import Loaded, open_checkpoint, write_truth
 from qwen35_moe.run.load import build as build_model

@@ -20,8 +20,7 @@ from ..oracle.servers.answer import Answer
 from ..oracle.servers.buckets import Bucket, buckets
 from ..oracle.servers.client import API_KEY, RETRIES, Server
 from ..oracle.servers.dialects import ALL, APIS, Asker, saver
-from ..oracle.servers.probe import GIVEN, How, Prepared, prepare
-from ..oracle.servers.prompts import drawn_prompts
+from ..oracle.servers.probe import GIVEN, How, Prepared, drawn_prompts, prepare
 from ..oracle.servers.readers import read_answers
 from ..oracle.servers.verdict import Verdict
 from ..oracle.truth import open_checkpoint, weights_of
@@ -111,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     for n, one in enumerate(ids):
         answers += asker.ask([one])
         progress(n + 1, len(ids))
-    answers += asker.grown(ids[0], 1) if asker.dialect.whole else []  # from cached states, which prompts do not show
+    answers += asker.grown(ids[0], 1) if asker.whole else []  # from cached states, which prompts do not show
     found = buckets(asker, ids[0], args.batch, typical) if args.batch else []
     return print_verdict(known.judge(answers), args, found)
 

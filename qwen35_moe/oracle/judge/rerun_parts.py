@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,8 @@ from ..dumps.step_rows import StepRows
 from .hand_over import stepped
 from .replay import Restart
 from .split_k import splitting
+
+FETCHERS = 4  # threads that bring weights to the device
 
 
 @dataclass
@@ -62,25 +65,37 @@ class LayerSource(WeightSource):
         super().__init__(inner.checkpoint, inner.config, inner.online)
         self.inner, self.device, self.conversion = inner, device, inner.conversion
         self.with_experts, self.as_stored = with_experts, inner.as_stored and not with_experts
-        self.kept: dict[str, Any] = {}
+        self.kept: dict[str, Future[Any]] = {}
+        self.pool = ThreadPoolExecutor(FETCHERS)
 
-    def _once(self, name: str, read: Callable[[], Any]) -> Any:
-        if name not in self.kept:
-            self.kept[name] = read()
+    def _once(self, name: str, read: Callable[[], Any]) -> Future[Any]:
+        if name not in self.kept and self.device.type == "cpu":
+            self.kept[name] = Future()
+            self.kept[name].set_result(read())
+        elif name not in self.kept:
+            self.kept[name] = self.pool.submit(read)
         return self.kept[name]
 
     def tensor(self, name: str) -> Tensor:
-        return self._once(name, lambda: self.inner.tensor(name).to(self.device))
+        return self._once(name, lambda: self.inner.tensor(name).to(self.device)).result()
 
     def weight(self, module: str, rows: slice | None = None) -> Packed:
         if rows is not None:
             return self.inner.weight(module, rows)
-        return self._once(module, lambda: moved(self.inner.weight(module), self.device))
+        return self._once(f"{module}.weight", lambda: moved(self.inner.weight(module), self.device)).result()
 
     def slot(self, mlp: str, e: int) -> PackedExpert:
-        if not self.with_experts:
-            return self.inner.slot(mlp, e)
+        return self._fetch(mlp, e).result() if self.with_experts else self.inner.slot(mlp, e)
+
+    def _fetch(self, mlp: str, e: int) -> Future[PackedExpert]:
         return self._once(f"{mlp}[{e}]", lambda: tuple(moved(x, self.device) for x in self.inner.slot(mlp, e)))
+
+    def begin(self, mlp: str) -> LayerSource:
+        """Has the experts of a layer fetched, while another layer is at work."""
+        if self.with_experts and self.device.type != "cpu":
+            for e in range(self.config.num_experts):
+                self._fetch(mlp, e)
+        return self
 
 
 class Layers:
@@ -90,6 +105,7 @@ class Layers:
     def __init__(self, source: WeightSource, device: Callable[[int], torch.device], mode: str):
         self.source, self.device, self.mode = source, device, mode
         self.current, self.held = -1, LayerSource(source, torch.device("cpu"))
+        self.next = -1, self.held
         self.filled: dict[Any, Layer] = {}
         self.passing: PassingExperts | None = None
 
@@ -97,7 +113,8 @@ class Layers:
         """Layer i as the checkpoint has it."""
         if self.current != i:
             self.current, self.filled, self.passing = i, {}, None
-            self.held = LayerSource(self.source, self.device(i), self.mode == "decoded")
+            self.held = self.next[1] if self.next[0] == i else self._held(i)
+            self.next = i + 1, self._held(i + 1) if i + 1 < self.source.config.num_hidden_layers else self.held
         key = (table.dtype, tuple(sorted(table.weights.items())), table.quantised, fused)
         if key not in self.filled:
             layer = self.filled[key] = self._empty(i, fused)
@@ -115,7 +132,7 @@ class Layers:
         if source is self.source:
             return self.whole(i, table, fused)
         whole, layer = self.whole(i, table, fused), self._empty(i, fault.fused or fused)
-        if self.device(i).type == "cpu":
+        if self.device(i).type == "cpu" or self.held.with_experts:
             source = fault.source(self.held, place)
         for name, part in list(layer.named_children()):
             if (name == "mlp") != (fault.block == "mlp"):
@@ -123,6 +140,9 @@ class Layers:
             else:
                 fill(part, f"layers.{i}.{name}", source, table, self.device(i), self.mode)
         return layer
+
+    def _held(self, i: int) -> LayerSource:
+        return LayerSource(self.source, self.device(i), self.mode == "decoded").begin(f"layers.{i}.mlp")
 
     def _empty(self, i: int, fused: bool) -> Layer:
         with torch.device("meta"):

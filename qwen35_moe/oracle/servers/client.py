@@ -62,13 +62,8 @@ class Server:
                 expected, do = f"an answer within {self.timeout:g} s", "raise --timeout, or ask less"
                 failed = Qwen35Error("the server is slow", where=where, found=clean(error), expected=expected, do=do)
             except (OSError, http.client.HTTPException) as error:
-                found = clean(str(error) or type(error).__name__)
-                failed = Qwen35Error(
-                    "the server cannot be reached",
-                    where=where,
-                    found=found,
-                    do="check the URL, and that the server runs",
-                )
+                found, do = clean(str(error) or type(error).__name__), "check the URL, and that the server runs"
+                failed = Qwen35Error("the server cannot be reached", where=where, found=found, do=do)
             else:
                 if status == 200:
                     return parse_json(data, where)

@@ -15,9 +15,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import Qwen35Error
 from .answer import NO_LOG_P, Answer, clean
@@ -25,9 +24,7 @@ from .client import Refused, Server
 from .readers import from_json
 
 ALL = -1  # of `top`: the whole vocabulary
-TOKENS_PER_REQUEST = (
-    24  # tokens generated after each prompt, where prompts are told in one request: 8 prompts make 184 decode steps
-)
+TOKENS_PER_REQUEST = 24  # generated after each prompt that is told in one request: 8 prompts make 184 decode steps
 ASCII = 65  # ids of llama-server's texts are not known; this one is a letter in byte-level vocabularies
 
 Ids = Sequence[int]
@@ -35,51 +32,38 @@ Json = dict[str, Any]
 Save = Callable[[Json], None]
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """body(ids or lists of ids, tokens to generate, likeliest tokens, the model's name, whether log p of the prompt are
-    asked for). `whole`: those come in one request."""
+class Dialect(NamedTuple):
+    """body: ids (or lists of ids), tokens to generate, likeliest tokens -> the request. prompt: what asks for log p of
+    the prompt, too, where one request can. named: the model's name must be in the request."""
 
     owner: str
     path: str
-    body: Callable[[Any, int, int, str, bool], Json]
-    whole: bool = False
-    named: bool = False  # the model's name must be in the request
+    body: Callable[[Any, int, int], Json]
+    prompt: Callable[[int], Json] | None = None
+    named: bool = False
 
 
-def _sglang(ids: Any, new: int, top: int, _: str, prompt: bool) -> Json:
-    return {"input_ids": ids, "return_logprob": True, "logprob_start_len": 0 if prompt else -1, "top_logprobs_num": top,
-            "sampling_params": {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}}  # fmt: skip
-
-
-def _vllm(ids: Any, new: int, top: int, model: str, prompt: bool) -> Json:
-    return {"model": model, "prompt": ids, "max_tokens": new, "temperature": 0, "logprobs": top, "ignore_eos": True,
-            "return_token_ids": True, "return_tokens_as_token_ids": True,
-            **({"prompt_logprobs": top} if prompt else {})}  # fmt: skip
-
-
-def _llama(ids: Any, new: int, top: int, _: str, __: bool) -> Json:
-    return {"prompt": ids, "n_predict": new, "temperature": 0, "n_probs": top, "cache_prompt": True,
-            "return_tokens": True}  # fmt: skip
-
-
-def _trtllm(ids: Any, new: int, top: int, model: str, _: bool) -> Json:
-    return {"model": model, "prompt": ids, "max_tokens": new, "temperature": 1, "top_k": 1, "logprobs": top,
-            "detokenize": False, "add_special_tokens": False}  # fmt: skip
-
-
-def _openai(ids: Any, new: int, top: int, model: str, _: bool) -> Json:
-    return {"model": model, "prompt": ids, "max_tokens": new, "temperature": 0, "logprobs": top,
-            "return_tokens_as_token_ids": True}  # fmt: skip
+def _completion(ids: Any, new: int, top: int) -> Json:
+    return {"prompt": ids, "max_tokens": new, "temperature": 0, "logprobs": top, "return_tokens_as_token_ids": True}
 
 
 DIALECTS = {
-    "sglang": Dialect("sglang", "/generate", _sglang, whole=True),
-    "vllm": Dialect("vllm", "/v1/completions", _vllm, whole=True, named=True),
-    "llama.cpp": Dialect("llamacpp", "/completion", _llama),
-    "trtllm": Dialect("tensorrt_llm", "/v1/completions", _trtllm, named=True),
-    "openai": Dialect("", "/v1/completions", _openai, named=True),
-}
+    "sglang": Dialect("sglang", "/generate", lambda ids, new, top: {
+        "input_ids": ids, "return_logprob": True, "logprob_start_len": -1, "top_logprobs_num": top,
+        "sampling_params": {"max_new_tokens": new, "temperature": 0, "ignore_eos": True},
+    }, lambda top: {"logprob_start_len": 0}),
+    "vllm": Dialect("vllm", "/v1/completions", lambda *asked: {
+        **_completion(*asked), "ignore_eos": True, "return_token_ids": True,
+    }, lambda top: {"prompt_logprobs": top}, named=True),
+    "llama.cpp": Dialect("llamacpp", "/completion", lambda ids, new, top: {
+        "prompt": ids, "n_predict": new, "temperature": 0, "n_probs": top, "cache_prompt": True, "return_tokens": True,
+    }),
+    "trtllm": Dialect("tensorrt_llm", "/v1/completions", lambda ids, new, top: {
+        "prompt": ids, "max_tokens": new, "temperature": 1, "top_k": 1, "logprobs": top, "detokenize": False,
+        "add_special_tokens": False,
+    }, named=True),
+    "openai": Dialect("", "/v1/completions", _completion, named=True),
+}  # fmt: skip
 APIS = tuple(DIALECTS)
 
 
@@ -90,30 +74,31 @@ class Asker:
         self.server, self.save = server, save
         self.api = detect(server) if api == "auto" else api
         self.dialect = DIALECTS[self.api]
+        self.whole = self.dialect.prompt is not None  # log p of a prompt come in one request
         self.top = vocab if top == ALL and self.api != "vllm" else top
-        self.model = model or (served(server) if self.dialect.named else "")
+        self.model = {"model": model or served(server)} if self.dialect.named else {}
 
     def ask(self, prompts: Sequence[Ids]) -> Iterator[Answer]:
         """Answers for each prompt, one request each, or one request a token."""
         for ids in prompts:
-            yield from self.together([ids], TOKENS_PER_REQUEST) if self.dialect.whole else self.grown(ids, 1)
+            yield from self.together([ids], TOKENS_PER_REQUEST) if self.whole else self.grown(ids, 1)
 
     def together(self, prompts: Sequence[Ids], new: int = 1) -> list[Answer]:
         """All prompts in one request, so that the engine may run them as one batch, and `new` tokens after each."""
-        if not self.dialect.whole:
+        if self.dialect.prompt is None:
             raise Qwen35Error("no batch in one request", where="--batch", found=self.api, expected="sglang or vllm")
-        return self._post([list(p) for p in prompts] if len(prompts) > 1 else list(prompts[0]), new, True)
+        ids = [list(p) for p in prompts] if len(prompts) > 1 else list(prompts[0])
+        return self._post(self.dialect.body(ids, new, self.top) | self.dialect.prompt(self.top))
 
     def grown(self, ids: Ids, step: int) -> Iterator[Answer]:
         """The prompt fed `step` tokens at a time, each request with all tokens before it, which the engine may have
         cached: log p of the next tokens, and not of the prompt, since for those an engine computes everything again."""
         for end in range(step, len(ids), step):
-            yield from self._post(list(ids[:end]), 1, False)
+            yield from self._post(self.dialect.body(list(ids[:end]), 1, self.top))
 
-    def _post(self, ids: list[Any], new: int, prompt: bool) -> list[Answer]:
-        body = self.dialect.body(ids, new, self.top, self.model, prompt)
+    def _post(self, body: Json) -> list[Answer]:
         try:
-            return self._sent(body)
+            return self._sent(body | self.model)
         except Qwen35Error as error:
             if error.what != NO_LOG_P or self.api != "llama.cpp":
                 raise
@@ -135,17 +120,17 @@ def _tried(server: Server, path: str) -> Json:
     return {}
 
 
-def _models(found: Json) -> list[Json]:
-    entries = found.get("data")
+def _models(server: Server) -> list[Json]:
+    entries = _tried(server, "/v1/models").get("data")
     return [m for m in entries if isinstance(m, dict)] if isinstance(entries, list) else []
 
 
 def detect(server: Server) -> str:
     """Which engine answers. Sources: `owned_by` of each; SGLang's /server_info, llama.cpp's /props."""
-    models = _models(_tried(server, "/v1/models"))
+    models = _models(server)
     owners = {str(m.get("owned_by")) for m in models}
     for api, dialect in DIALECTS.items():
-        if dialect.owner in owners and dialect.owner:
+        if dialect.owner and dialect.owner in owners:
             return api
     for path, key, api in (("/server_info", "model_path", "sglang"), ("/get_server_info", "model_path", "sglang"),
                            ("/props", "default_generation_settings", "llama.cpp")):  # fmt: skip
@@ -158,8 +143,7 @@ def detect(server: Server) -> str:
 
 def served(server: Server) -> str:
     """The name of the model that is served: the only one, or an error that lists them."""
-    found = server.call("/v1/models")
-    names = [m["id"] for m in _models(found if isinstance(found, dict) else {}) if isinstance(m.get("id"), str)]
+    names = [m["id"] for m in _models(server) if isinstance(m.get("id"), str)]
     if len(names) != 1:
         listed = ", ".join(clean(name, 40) for name in names[:8]) or "none"
         raise Qwen35Error("which model shall be asked?", where=server.url, found=listed, do="say --model NAME")

@@ -42,6 +42,11 @@ class PlacedFault:
     def __hash__(self) -> int:
         return hash((self.fault.name, self.layer))
 
+    @property
+    def inside(self) -> bool:
+        """Whether it changes values inside experts."""
+        return not INSIDE.isdisjoint({*self.fault.taps, *self.fault.remembers})
+
     def strikes(self, source: WeightSource, layer: int, a4: bool) -> bool:
         """Whether it is at work on this layer."""
         kind = source.config.layer_types[layer]

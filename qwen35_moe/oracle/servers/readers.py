@@ -20,6 +20,8 @@ from .answer import (
     agreed,
     bad,
     checked_list,
+    from_base64,
+    from_npy,
     ids_in,
     mapping,
     number,
@@ -27,7 +29,6 @@ from .answer import (
     row,
     token,
 )
-from .routed import from_base64, from_npy
 
 JsonObject = Mapping[str, Any]
 LARGEST_ANSWER_FILE = 1 << 30  # bytes of a file of answers

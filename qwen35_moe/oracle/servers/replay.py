@@ -28,9 +28,9 @@ from ...run.fill import fill
 from ...run.load import build
 from ...run.source import WeightSource
 from ..diagnose.faults import FaultSite
+from ..judge.rerun_parts import Layers
 from ..judge.split_k import splitting
 from ..judge.where import HERE, Where
-from .held import Held
 from .hypotheses import PlacedFault, SortedExperts, Struck
 
 TOGETHER = 1 << 13  # tokens that one layer is run on at once on a CPU
@@ -64,7 +64,6 @@ class Branch:
     table: Arithmetic
     stream: Tensor
     hypothesis: PlacedFault | None = None
-    source: WeightSource | None = None
     watch: _Watch | None = None
     routing: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # a layer: router logits [N, E], ids [N, A]
 
@@ -89,8 +88,7 @@ class Replay:
         else:
             memory, self.together = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), TOGETHER
         self.mode = where.mode or ("decoded" if BYTES * numbers < SHARE_OF_MEMORY * memory else "stream")
-        self.held = Held(source, self.device) if self.mode == "decoded" else source
-        self._layers: dict[Any, Layer] = {}
+        self.layers = Layers(source, lambda _: self.device, self.mode)
         self._ends: dict[Any, Model] = {}
         self._heads: dict[torch.dtype, nn.Module] = {}
 
@@ -114,30 +112,6 @@ class Replay:
             self._heads[dtype] = head
         return self._heads[dtype]
 
-    def _layer(self, i: int, table: Arithmetic, fused: bool) -> Layer:
-        """Layer i as it is, kept while it is at work."""
-        key = (i, table.dtype, tuple(sorted(table.weights.items())), fused)
-        if key not in self._layers:
-            self._layers = {k: v for k, v in self._layers.items() if k[0] == i}
-            with torch.device("meta"):
-                layer = Layer(self.config, self.config.layer_types[i], fused)
-            fill(layer, f"layers.{i}", self.held, table, self.device, self.mode)
-            self._layers[key] = layer
-        return self._layers[key]
-
-    def _broken(self, i: int, b: Branch, fused: bool) -> Layer:
-        """Layer i with the weights of a fault; what the fault leaves alone is shared with the layer as it is."""
-        assert b.hypothesis is not None and b.source is not None
-        with torch.device("meta"):
-            layer = Layer(self.config, self.config.layer_types[i], fused)
-        whole = dict(self._layer(i, b.table, fused).named_children()) if fused == self.fused[i] else {}
-        for name, part in list(layer.named_children()):
-            if (name == "mlp") != (b.hypothesis.fault.block == "mlp") and name in whole:
-                layer.add_module(name, whole[name])
-            else:
-                fill(part, f"layers.{i}.{name}", b.source, b.table, self.device, self.mode)
-        return layer
-
     @torch.inference_mode()
     def run(
         self,
@@ -153,12 +127,10 @@ class Replay:
         for branch in branches if routing else branches[:1]:
             branch.watch = _Watch()
         clean = self._begin("quick", self.quick)
-        struck = [self._struck(h, clean.stream) for h in faults if h.layer is None]
+        struck = [Branch(str(h), self.quick, clean.stream, h) for h in faults if h.layer is None]
         later = [h for h in faults if h.layer is not None]
         begin = said = time.monotonic()
         for i in range(self.config.num_hidden_layers):
-            if isinstance(self.held, Held):
-                self.held.begin(i)
             before = clean.stream
             for branch in branches:
                 self._step(i, branch)
@@ -166,7 +138,7 @@ class Replay:
             busiest = int(ids.flatten().bincount().argmax()) if ids is not None else 0
             here = [h for h in later if h.layer == i]
             here = [PlacedFault(h.fault, i, busiest) if h.fault.single else h for h in here]
-            struck += [self._struck(h, before) for h in here]
+            struck += [Branch(str(h), self.quick, before, h) for h in here]
             for group in self._groups(i, [clean, *struck] if faults else []):
                 self._together(i, group)
             said = self.where.progress(i + 1, self.config.num_hidden_layers, len(branches) + len(struck), begin, said)
@@ -180,12 +152,8 @@ class Replay:
         layers = None if h.layer is None else frozenset({h.layer})
         return FaultSite(self.config, self.positions, layers, h.expert)
 
-    def _struck(self, h: PlacedFault, stream: Tensor) -> Branch:
-        source = h.fault.source(self.held, self._place(h))
-        return Branch(str(h), self.quick, stream, h, None if source is self.held else source)
-
     def _step(self, i: int, b: Branch) -> None:
-        layer = self._layer(i, b.table, self.fused[i])
+        layer = self.layers.whole(i, b.table, self.fused[i])
         b.stream = self._forward(i, layer, b.table, b.stream, [b.watch] if b.watch else [], 1)
         if b.watch and b.watch.logits is not None and b.watch.ids is not None:
             b.routing.append((b.watch.logits.double().cpu(), b.watch.ids.long().cpu()))
@@ -196,22 +164,27 @@ class Replay:
         for b in branches:
             h, a4 = b.hypothesis, self.quick.name.startswith("exact+a4")
             strikes = h is not None and h.strikes(self.source, i, a4)
-            own = id(b) if strikes and b.source else None
-            groups.setdefault((own, *(h.fault.switches.items() if h and strikes else ())), []).append((b, strikes))
+            key: tuple[Any, ...] = (None, False)
+            if h is not None and strikes:
+                own = h.fault.source(self.source, self._place(h)) is not self.source
+                key = (id(b) if own else None, h.inside, *h.fault.switches.items())
+            groups.setdefault(key, []).append((b, strikes))
         for group in groups.values():
             size = max(1, self.together // self.ids.numel())
             yield from (group[k : k + size] for k in range(0, len(group), size))
 
     def _together(self, i: int, group: Sequence[tuple[Branch, bool]]) -> None:
         """One step of all branches of a group, as one batch."""
-        first, runs = group[0][0], [b for b, _ in group]
+        runs = [b for b, _ in group]
         faults = {k: b.hypothesis for k, (b, strikes) in enumerate(group) if strikes and b.hypothesis}
         table = faults[min(faults)].fault.arithmetic(self.quick) if faults else self.quick
-        broken = first if 0 in faults and first.source else None
-        fused = self.fused[i] or (broken is not None and faults[0].fault.fused)
-        layer = self._broken(i, broken, fused) if broken else self._layer(i, table, fused)
+        layer = self.layers.whole(i, table, self.fused[i])
+        if len(runs) == 1 and faults:
+            layer = self.layers.broken(i, table, self.fused[i], faults[0].fault, self._place(faults[0]))
         plain = layer.mlp.experts
-        layer.mlp.experts = experts = SortedExperts(plain)
+        experts = SortedExperts(plain)
+        if any(h.inside for h in faults.values()):
+            layer.mlp.experts = experts
         handlers = [Struck(faults, len(runs), self._place(faults[min(faults)]), experts)] if faults else []
         try:
             out = self._forward(i, layer, table, torch.cat([b.stream for b in runs]), handlers, len(runs))

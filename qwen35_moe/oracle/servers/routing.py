@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ..judge.routing import Routing, compare_ids
-from .answer import FAR, Answer
+from .answer import FAR, Answer, shaped
 from .replay import Branch
-from .routed import shaped
 
 FLIPS_ALLOWED = 3
 

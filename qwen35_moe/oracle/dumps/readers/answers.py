@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from ....errors import Qwen35Error
-from ...servers.answer import UNKNOWN, Answer
+from ...servers.answer import UNKNOWN, Answer, shaped
 from ...servers.readers import read_answers
-from ...servers.routed import shaped
 from ..dump import Dump, Piece, StepTokens
 from ..pieces import itself
 

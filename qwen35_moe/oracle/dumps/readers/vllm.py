@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ....errors import Qwen35Error
 from ....untrusted import check_regular, parse_json, read_bytes, tensor_file
-from ...servers.routed import from_base64, from_npy
+from ...servers.answer import from_base64, from_npy
 from ..dump import Dump, Piece, StepTokens
 from ..pieces import itself
 
