@@ -94,7 +94,18 @@ def read_header(file: Path) -> Header:
         raise Qwen35Error("bad header", where=file, expected="an object", found=type(header).__name__)
     start = 8 + length
     entries = {name: _entry(entry, file, name, start) for name, entry in header.items() if name != "__metadata__"}
-    _check_cover(file, start, size, entries)
+    at, before = start, "the header"  # the tensors fill the file: none overlaps another, no gap, nothing after the last
+    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if begin != at:
+            what = "the header lies about offsets: "
+            what += "tensors overlap" if begin < at else "bytes that belong to none"
+            expected = f"begin at byte {at - start} of the data, where {before!r:.100} ends"
+            raise Qwen35Error(what, where=f"{file}: {name!r:.200}", expected=expected, found=begin - start)
+        at, before = end, name
+    if at != size:
+        what = "the file is cut off" if at > size else "the file has bytes that its header does not know"
+        where, do = file if at <= size else f"{file}: {before!r:.200}", "download the file again"
+        raise Qwen35Error(what, where=where, expected=f"{at} bytes", found=f"{size} bytes", do=do)
     return Header(file, size, hashlib.sha256(first + text).hexdigest(), entries, state)
 
 
@@ -131,23 +142,6 @@ def _entry(entry: Any, file: Path, name: str, start: int) -> tuple[str, tuple[in
 def _naturals(values: Any) -> bool:
     ints = isinstance(values, list) and set(map(type, values)) <= {int}
     return ints and (not values or min(values) >= 0 and max(values) < 2**63)
-
-
-def _check_cover(file: Path, start: int, size: int, entries: dict[str, tuple[str, tuple[int, ...], int, int]]) -> None:
-    """The tensors fill the file: none overlaps another, no gap, nothing after the last."""
-    at, before = start, "the header"
-    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if begin != at:
-            what = "the header lies about offsets: " + (
-                "tensors overlap" if begin < at else "bytes that belong to none"
-            )
-            expected = f"begin at byte {at - start} of the data, where {before!r:.100} ends"
-            raise Qwen35Error(what, where=f"{file}: {name!r:.200}", expected=expected, found=begin - start)
-        at, before = end, name
-    if at != size:
-        what = "the file is cut off" if at > size else "the file has bytes that its header does not know"
-        where, do = file if at <= size else f"{file}: {before!r:.200}", "download the file again"
-        raise Qwen35Error(what, where=where, expected=f"{at} bytes", found=f"{size} bytes", do=do)
 
 
 # The hub's `model.language_model.`, older `language_model.model.`, text-only `model.`, and repetitions of these.

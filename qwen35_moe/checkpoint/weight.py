@@ -84,10 +84,7 @@ class StoredWeight:
         return replace(self, shape=(O // 2, I), values=cut(self.values, i, 2), scale=scale)
 
     def read(self, rows: slice | None = None) -> Packed:
-        """The weight as it is stored, or some of its rows. For FP8 blocks, `rows` must start at a block boundary.
-
-        Error: a scale is NaN or infinite.
-        """
+        """The weight as it is stored, or some of its rows (see `some`). Error: a scale is NaN or infinite."""
         whole = self.interleaved and self.values.step == 1  # gate and up still take turns
         stored = self if whole or rows is None else self.some(rows)
         return self.assemble(*(part.read(self.reader) for part in stored.parts), rows=rows if whole else None)
@@ -95,7 +92,14 @@ class StoredWeight:
     def some(self, rows: slice) -> StoredWeight:
         """Rows of a matrix [O, I], as a weight. For FP8 blocks, they must start at a block boundary."""
         start, stop, _ = rows.indices(self.shape[0])
-        scale = None if self.scale is None else self._scale_rows(rows)
+        scale = self.scale
+        if scale is not None and self.kind == "fp8-block":
+            if start % (high := self.block[0]):
+                what, expected = "rows must begin with a block of scales", f"a multiple of {high}"
+                raise Qwen35Error(what, where=self.module, expected=expected, found=start)
+            scale = scale.rows(slice(start // high, -(-stop // high)))
+        elif scale is not None and self.kind != "fp8-tensor":
+            scale = scale.rows(rows)
         return replace(self, shape=(stop - start, *self.shape[1:]), values=self.values.rows(rows), scale=scale)
 
     @property
@@ -130,19 +134,6 @@ class StoredWeight:
                 codes, scale = (deinterleave_gate_up(x)[rows or slice(None)] for x in (codes, scale))
             return mxfp4.PackedMXFP4(codes, scale)
         return fp8.FP8(values, scale.view(()) if self.kind == "fp8-tensor" else scale)
-
-    def _scale_rows(self, rows: slice) -> Rows:
-        assert self.scale is not None
-        if self.kind == "fp8-tensor":
-            return self.scale
-        if self.kind != "fp8-block":
-            return self.scale.rows(rows)
-        start, stop, _ = rows.indices(self.shape[0])
-        high = self.block[0]
-        if start % high:
-            what, expected = "rows must begin with a block of scales", f"a multiple of {high}"
-            raise Qwen35Error(what, where=self.module, expected=expected, found=start)
-        return self.scale.rows(slice(start // high, -(-stop // high)))
 
 
 def _not_finite(scale: Tensor) -> Tensor:

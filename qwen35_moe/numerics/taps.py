@@ -16,7 +16,7 @@ not hold is an error everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -138,8 +138,8 @@ def _handled(handlers: tuple[Handler, ...], site: Site, name: str, x: Tensor) ->
 
 
 @contextmanager
-def _within(context: _Context) -> Iterator[None]:
-    token = _context.set(context)
+def _within(**fields: Any) -> Iterator[None]:
+    token = _context.set(_context.get()._replace(**fields))
     try:
         yield
     finally:
@@ -152,16 +152,12 @@ def attach(*handlers: Handler | TapFunction, instead_of: Handler | None = None) 
     instead_of: an attached handler that does not run inside the block."""
     context = _context.get()
     kept = [handler for handler in (*context.before, *context.after) if handler is not instead_of]
-    ordered = sorted((*kept, *map(_typed, handlers)), key=lambda h: h.stage)
+    plain = FunctionType | MethodType | BuiltinFunctionType | partial
+    new = (FunctionHandler(h) if isinstance(h, plain) else cast(Handler, h) for h in handlers)
+    ordered = sorted((*kept, *new), key=lambda h: h.stage)
     before, after = tuple(h for h in ordered if h.stage < ROUND), tuple(h for h in ordered if h.stage >= ROUND)
-    with _within(context._replace(before=before, after=after)):
+    with _within(before=before, after=after):
         yield
-
-
-def _typed(handler: Handler | TapFunction) -> Handler:
-    if isinstance(handler, FunctionType | MethodType | BuiltinFunctionType | partial):
-        return FunctionHandler(handler)
-    return cast(Handler, handler)
 
 
 def attached() -> tuple[Handler, ...]:
@@ -179,19 +175,11 @@ def rounder() -> Rounder | None:
     return _context.get().rounder
 
 
-@contextmanager
-def rounding(by: Rounder) -> Iterator[None]:
+def rounding(by: Rounder) -> AbstractContextManager[None]:
     """Inside the `with` block, round with this alone."""
-    with _within(_context.get()._replace(rounder=by)):
-        yield
+    return _within(rounder=by)
 
 
-@contextmanager
-def scope(**fields: Any) -> Iterator[None]:
+def scope(**fields: Any) -> AbstractContextManager[None]:
     """Set the place of the taps inside: `with scope(layer=3): ...`, `with scope(expert=17): ...`."""
-    context = _context.get()
-    token = _context.set(context._replace(site=replace(context.site, **fields)))
-    try:
-        yield
-    finally:
-        _context.reset(token)
+    return _within(site=replace(_context.get().site, **fields))

@@ -39,14 +39,12 @@ def fill_experts(
     """Replaces empty experts by real ones, and marks projections that take FP8 inputs."""
     for path, owner in list(module.named_modules(prefix=prefix)):
         if isinstance(owner, MoE):
-            _fill_experts(owner, path, source, table, device, mode)
+            owner.experts = _experts(owner, path, source, table, device, mode)
         if isinstance(owner, Linear) and table.quantises("fp8"):
             owner.quantised = source.spec(path).kind.startswith("fp8")
 
 
-def _fill_experts(
-    moe: MoE, path: str, source: WeightSource, table: Arithmetic, device: torch.device, mode: str
-) -> None:
+def _experts(moe: MoE, path: str, source: WeightSource, table: Arithmetic, device: torch.device, mode: str) -> Experts:
     """Experts of one block, decoded or packed; a BF16 shared expert never reaches a slot of packed ones."""
     count, F, dtype = moe.experts.count, moe.experts.intermediate, table.weight_dtype(f"{path}.experts")
     quantised = table.quantises(source.spec(f"{path}.experts").kind)
@@ -58,17 +56,14 @@ def _fill_experts(
     if mode != "stream":
         stored = [read(e) for e in range(count)]
         if mode == "decoded":
-            moe.experts = decoded_experts(stored, dtype, device, quantised)
-            return
+            return decoded_experts(stored, dtype, device, quantised)
         if device.type == "cuda" and (stacked := stack_experts(stored, dtype, device, quantised)) is not None:
-            moe.experts = stacked
-            return
+            return stacked
         read = stored.__getitem__
     if device.type == "cuda" and source.as_stored:
-        weights = partial(source.stored, path)
-        moe.experts = PassingExperts(count, F, partial(source.slot, path), dtype, quantised, device, stored=weights)
-    else:
-        moe.experts = PackedExperts(count, F, read, dtype, quantised, device)
+        slot, weights = partial(source.slot, path), partial(source.stored, path)
+        return PassingExperts(count, F, slot, dtype, quantised, device, stored=weights)
+    return PackedExperts(count, F, read, dtype, quantised, device)
 
 
 def decoded_experts(stored: list[PackedExpert], dtype: torch.dtype, device: torch.device, quantised: bool) -> Experts:

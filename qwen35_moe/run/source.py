@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -74,12 +72,15 @@ class WeightSource:
             return self.checkpoint.experts(f"{mlp}.experts").read(e)
         parts = [self.weight(f"{mlp}.shared_expert.{name}_proj") for name in ("gate", "up", "down")]
         if self.online and self.spec(f"{mlp}.experts").kind == "mxfp4":
-            converted: list[Packed] = [  # scale rule "even", as SGLang's online conversion
-                p if isinstance(p, PackedMXFP4) else PackedMXFP4(*encode(p.decode(torch.float32), "even"))
-                for p in parts
-            ]
+            converted = list(parts)
+            for i, part in enumerate(parts):
+                if not isinstance(part, PackedMXFP4):  # scale rule "even", as SGLang's online conversion
+                    converted[i] = PackedMXFP4(*encode(part.decode(torch.float32), "even"))
             if mlp not in self.conversion:  # a streamed model comes here at every pass
-                self.conversion[mlp] = _distance(converted, parts)
+                new, old = ([part.decode(torch.float64) for part in some] for some in (converted, parts))
+                size = sum(float(x.square().sum()) for x in old)
+                error = sum(float((a - b).square().sum()) for a, b in zip(new, old, strict=True))
+                self.conversion[mlp] = (error / size) ** 0.5 if size else 0.0
             parts = converted
         return fuse(*parts)
 
@@ -87,10 +88,3 @@ class WeightSource:
 def fuse(gate_proj: Packed, up_proj: Packed, down_proj: Packed) -> PackedExpert:
     """The shared expert as one more routed expert: (rows of gate, then rows of up; down). Moves bits only."""
     return concatenate(gate_proj, up_proj), down_proj
-
-
-def _distance(converted: Sequence[Packed], stored: Sequence[Packed]) -> float:
-    """|converted - stored| / |stored|, over all of them."""
-    pairs = [(a.decode(torch.float64), b.decode(torch.float64)) for a, b in zip(converted, stored, strict=True)]
-    error, size = (sum(float(x.square().sum()) for x in xs) for xs in zip(*((a - b, b) for a, b in pairs), strict=True))
-    return (error / size) ** 0.5 if size else 0.0

@@ -84,7 +84,8 @@ def trace_layers(model: Model, ids_BT: Tensor, out: str | Path, **options: Any) 
         expected = f"--layers 0-{start - 1}"
         raise Qwen35Error("more layers are done already", where=out, expected=expected, found=last, do=START_ANEW)
     checkpoint = origin_of(model).checkpoint
-    checkpoint.used.update(name for name in checkpoint.names() if _is_done(name, start))
+    done = ("embed_tokens.", *(f"layers.{i}." for i in range(start))) if start else ()
+    checkpoint.used.update(name for name in checkpoint.names() if name.startswith(done))
     writer = TraceWriter(out, {**meta, "layers": stop}, state.files if asked.resume else None)
     recorder = Recorder(taps, experts=asked.experts, out=writer)
     progress = Progress(model, range(start, stop), asked.quiet, asked.label)
@@ -200,9 +201,3 @@ def rounded_blocks(model: Model, x_BTD: Tensor) -> Iterator[tuple[slice, Tensor]
     """The logits of a streamed head, block by block, as the arithmetic stores them."""
     for rows, part in model.lm_head.blocks(HEAD, x_BTD):  # type: ignore[operator]
         yield rows, model.arithmetic.round(HEAD, part)
-
-
-def _is_done(name: str, below: int) -> bool:
-    """Whether a run that has done the layers `below` has had its turn to read this tensor."""
-    parts = name.split(".")
-    return below > 0 and (parts[0] == "embed_tokens" or parts[0] == "layers" and int(parts[1]) < below)
