@@ -17,7 +17,7 @@ from torch import Tensor
 from qwen35_moe.model.cache import Cache
 from qwen35_moe.model.mtp import MTP, draft_head, with_hidden
 from qwen35_moe.model.text import Model
-from qwen35_moe.model.vision.positions import decode_positions, embed_images, rope_positions, token_types
+from qwen35_moe.model.vision.positions import embed_images, rope_positions, token_types
 from qwen35_moe.model.vision.tower import VisionTower
 from qwen35_moe.numerics import arithmetics as arithmetic
 from qwen35_moe.numerics import taps
@@ -38,17 +38,17 @@ def exact() -> Parts:
 
 
 @torch.inference_mode()
-def prepare(parts: Parts, ids: Tensor, pixels: Tensor, grids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings [B, T, D], positions [3, B, T], rope_delta [B]."""
+def prepare(parts: Parts, ids: Tensor, pixels: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings [B, T, D], positions [3, B, T]."""
     model, _, tower = parts
     types = token_types(ids, IMAGE, VIDEO)
     with arithmetic.using(model.arithmetic):
         embeds = embed_images(model.embed_tokens(ids), types, tower(pixels, grids))
-    return embeds, *rope_positions(types, grids, spatial_merge_size=tower.config.spatial_merge_size)
+    return embeds, rope_positions(types, grids, spatial_merge_size=tower.config.spatial_merge_size)
 
 
 def logits_of(parts: Parts, *inputs: Tensor) -> Tensor:
-    embeds, positions, _ = prepare(parts, *inputs)
+    embeds, positions = prepare(parts, *inputs)
     return parts[0](inputs_embeds=embeds, position_ids=positions)
 
 
@@ -112,13 +112,13 @@ def test_a_batch_with_padding(exact: Parts) -> None:
 
 
 def test_decoding_after_an_image_equals_prefill_at_every_tap(exact: Parts) -> None:
-    """300 tokens one by one, positions from the cache alone, and from `rope_delta`: as all at once."""
+    """300 tokens one by one, positions from the cache alone: as all at once."""
     model = exact[0]
     ids, pixels, grids = several_images()
     prompt = ids.shape[1]
     more = torch.randint(2, 250, (1, 300), generator=torch.Generator().manual_seed(6))
-    embeds, positions, delta = prepare(exact, ids, pixels, grids)
-    after = decode_positions(torch.tensor([prompt]), delta, 300)
+    embeds, positions = prepare(exact, ids, pixels, grids)
+    after = positions.max() + 1 + torch.arange(300).expand(3, 1, -1)
     all_embeds = torch.cat((embeds, model.embed_tokens(more)), 1)
     whole: dict[str, Tensor] = {}
     with taps.attach(lambda site, x: whole.update({site.key: x})):
@@ -159,7 +159,7 @@ def test_the_draft_head_sees_the_image(exact: Parts) -> None:
     """Rows before, within and after an image, in pieces and at once; embeddings of placeholders are the image's."""
     model, mtp, _ = exact
     ids, pixels, grids = several_images()
-    embeds, positions, _ = prepare(exact, ids, pixels, grids)
+    embeds, positions = prepare(exact, ids, pixels, grids)
     _, hidden = with_hidden(model, inputs_embeds=embeds, position_ids=positions)
     nexts, at = embeds[:, 1:], positions[:, :, :-1]
     whole, _ = draft_head(model, mtp, None, hidden[:, :-1], position_ids=at, next_embeds=nexts)

@@ -19,7 +19,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeTextR
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.model.config import Config
 from qwen35_moe.model.rope import rotary_angles
-from qwen35_moe.model.vision.positions import decode_positions, embed_images, rope_positions, token_types
+from qwen35_moe.model.vision.positions import embed_images, rope_positions, token_types
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 IMAGE, VIDEO = 252, 253
@@ -93,15 +93,13 @@ def test_two_hundred_layouts_equal_transformers(block: int) -> None:
         sequences, images, videos, m = random_layout(rng)
         types, mask = pad(rng, sequences)
         grids = [torch.tensor(g) if g else None for g in (images, videos)]
-        expected, delta = transformers_positions(types, *grids, mask, m)
-        found, found_delta = rope_positions(types, *grids, mask, m)
+        expected, _ = transformers_positions(types, *grids, mask, m)
+        found = rope_positions(types, *grids, mask, m)
         assert torch.equal(found, expected), f"seed {seed}"
-        assert torch.equal(found_delta, delta[:, 0]), f"seed {seed}"
         for b, sequence in enumerate(sequences):  # padding changes nothing but the place
             assert (found[:, b][:, ~mask[b].bool()] == 0).all()
-            assert (mask[b].sum() + found_delta[b]) == found[:, b].max() + 1
             if len(sequences) == 1:
-                alone = rope_positions(torch.tensor([sequence]), *grids, spatial_merge_size=m)[0]
+                alone = rope_positions(torch.tensor([sequence]), *grids, spatial_merge_size=m)
                 assert torch.equal(alone[:, 0], found[:, b, mask[b].bool()])
 
 
@@ -110,54 +108,33 @@ def test_fixture() -> None:
     config = json.loads((FIXTURES / "bf16-hub" / "config.json").read_text())
     types = token_types(expected["image/input_ids"], config["image_token_id"], config["video_token_id"])
     assert torch.equal(types.int(), expected["image/mm_token_type_ids"])
-    positions, delta = rope_positions(types, expected["image/image_grid_thw"])
+    positions = rope_positions(types, expected["image/image_grid_thw"])
     assert torch.equal(positions.int(), expected["image/position_ids"])
-    assert torch.equal(delta[:, None].int(), expected["image/rope_delta"])
 
 
 def test_by_hand() -> None:
     """Two tokens, an image of 1 x 2 x 3 blocks, one token: written out once, from the definition."""
-    positions, delta = rope_positions(torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 0]]), torch.tensor([[1, 4, 6]]))
+    positions = rope_positions(torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 0]]), torch.tensor([[1, 4, 6]]))
     assert positions[:, 0].tolist() == [
         [0, 1, 2, 2, 2, 2, 2, 2, 5],
         [0, 1, 2, 2, 2, 3, 3, 3, 5],
         [0, 1, 2, 3, 4, 2, 3, 4, 5],
     ]
-    assert delta.tolist() == [-3]
 
 
 def test_text_counts_up_and_padding_does_not() -> None:
-    positions, delta = rope_positions(
-        torch.zeros(2, 4).long(), attention_mask=torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    )
+    positions = rope_positions(torch.zeros(2, 4).long(), attention_mask=torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]))
     assert positions[1].tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
-    assert delta.tolist() == [0, 0]
-    positions, delta = rope_positions(torch.zeros(1, 3).long(), attention_mask=torch.zeros(1, 3))
-    assert positions.eq(0).all() and delta.tolist() == [0]
+    assert rope_positions(torch.zeros(1, 3).long(), attention_mask=torch.zeros(1, 3)).eq(0).all()
 
 
 def test_adjacent_images_equal_images_set_apart() -> None:
     """Two images without text between: transformers refuses them; ours stand as with a token between, less one."""
     grids = torch.tensor([[1, 4, 4], [1, 2, 6]])
-    apart, _ = rope_positions(torch.tensor([[0, 1, 1, 1, 1, 0, 1, 1, 1, 0]]), grids)
-    close, _ = rope_positions(torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 0]]), grids)
+    apart = rope_positions(torch.tensor([[0, 1, 1, 1, 1, 0, 1, 1, 1, 0]]), grids)
+    close = rope_positions(torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 0]]), grids)
     assert torch.equal(close[:, :, :5], apart[:, :, :5])
     assert torch.equal(close[:, :, 5:], apart[:, :, 6:] - 1)
-
-
-def test_decoding_goes_on_where_the_prompt_ends() -> None:
-    """Images with t = 1, as every processor makes them: a tall one would reach in time beyond the text after it."""
-    for seed in range(20):
-        rng = random.Random(seed)
-        sequences, images, videos, m = random_layout(rng, times=(1,))
-        grids = [torch.tensor(g) if g else None for g in (images, videos)]
-        types, mask = pad(rng, sequences)
-        _, delta = rope_positions(types, *grids, mask, m)
-        longer, mask_longer = pad(random.Random(0), [s + [0] * 7 for s in sequences])
-        expected, _ = rope_positions(longer, *grids, mask_longer, m)
-        found = decode_positions(mask.sum(1), delta, steps=7)
-        for b in range(len(sequences)):
-            assert torch.equal(found[:, b], expected[:, b, mask_longer[b].bool()][:, -7:])
 
 
 @pytest.mark.parametrize(

@@ -94,12 +94,10 @@ def draft_head(
     cache = Cache() if cache is None else cache
     given = next_ids if next_embeds is None else next_embeds
     if given is None or given.shape[:2] != hidden_BTD.shape[:2]:
-        raise Qwen35Error(
-            "hidden states and next tokens disagree",
-            expected=f"next_ids {list(hidden_BTD.shape[:2])}: for each token t the token t+1",
-            found=None if given is None else list(given.shape),
-            do="drop the last hidden state, or append the token that was sampled from it",
-        )
+        expected = f"next_ids {list(hidden_BTD.shape[:2])}: for each token t the token t+1"
+        found, do = given if given is None else list(given.shape), "drop the last hidden state, or append the token "
+        what, do = "hidden states and next tokens disagree", f"{do}that was sampled from it"
+        raise Qwen35Error(what, expected=expected, found=found, do=do)
     real_BS, position_ids = extend(cache, hidden_BTD, attention_mask, position_ids)
     with arithmetics.using(model.arithmetic), scope(part="mtp"):
         embeds_BTD = tap("embed_tokens", model.embed_tokens(next_ids) if next_embeds is None else next_embeds)

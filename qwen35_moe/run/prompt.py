@@ -125,7 +125,7 @@ def embed_prompt(
             for i, part in zip(seen, tower(pixels_LY, grids_n3).split(counts), strict=True):
                 rows[i] = part
         embeds_BTD = embed_images(model.embed_tokens(input_ids), types_BT, *rows)
-    positions_3BT, _ = rope_positions(
+    positions_3BT = rope_positions(
         types_BT, image_grid_thw, video_grid_thw, attention_mask, tower.config.spatial_merge_size
     )
     mask = {} if attention_mask is None else {"attention_mask": attention_mask}

@@ -44,7 +44,7 @@ def axes_of(config: Config, ids_BT: Tensor, mask: Tensor | None, images: Images)
     """[3, B, T] the positions of a prompt with images."""
     vision = VisionConfig.from_dict(config.raw.get("vision_config") or {}, config.hidden_size)
     types_BT, grids = placeholders(config, ids_BT), (images.image_grid_thw, images.video_grid_thw)
-    return rope_positions(types_BT, *grids, mask, vision.spatial_merge_size)[0]
+    return rope_positions(types_BT, *grids, mask, vision.spatial_merge_size)
 
 
 def axes_in(trace: Trace) -> Tensor | None:

@@ -175,13 +175,10 @@ def _check_keys(text: Mapping[str, Any], ignore: Iterable[str]) -> None:
         LOG.warning("config.json: keys that change nothing here: %s", ", ".join(passing))
     if unknown := [key for key in unknown if not key.startswith(HARMLESS)]:
         near = get_close_matches(unknown[0], known, n=1)
-        raise Qwen35Error(
-            "unknown keys, which might change what the model computes",
-            where="config.json",
-            expected=f"{near[0]!r}?" if near else "keys of the Qwen3.5 MoE family",
-            found=", ".join(unknown),
-            do="if they are harmless, name them: load(..., ignore_config_keys=[...]), or --ignore-config-keys",
-        )
+        what, found = "unknown keys, which might change what the model computes", ", ".join(unknown)
+        do = "if they are harmless, name them: load(..., ignore_config_keys=[...]), or --ignore-config-keys"
+        expected = f"{near[0]!r}?" if near else "keys of the Qwen3.5 MoE family"
+        raise Qwen35Error(what, where="config.json", expected=expected, found=found, do=do)
     for key, only in ONLY.items():
         if (found := text.get(key, only)) != only:
             raise Qwen35Error("bad value", where=f"config.json: {key}", expected=f"{only!r}; all there is", found=found)

@@ -28,15 +28,10 @@ def check_family(top: Mapping[str, Any], text: Mapping[str, Any], ignore: Iterab
         if kind in (None, "", *FAMILY):
             continue
         why = next((text for name, text in OTHER_MODELS.items() if kind in (name, f"{name}_text")), "")
-        raise Qwen35Error(
-            "a model of another family" + (f": {why}" if why else ""),
-            where="config.json: model_type",
-            expected=" or ".join(FAMILY) + " (Qwen3.5, Qwen3.6 and Qwen3.8 MoE)",
-            found=repr(kind),
-            do=""
-            if why
-            else 'if it is the same model under another name, load(..., ignore_config_keys=["model_type"])',
-        )
+        what, expected = "a model of another family", " or ".join(FAMILY) + " (Qwen3.5, Qwen3.6 and Qwen3.8 MoE)"
+        do = 'if it is the same model under another name, load(..., ignore_config_keys=["model_type"])'
+        what, do = (f"{what}: {why}", "") if why else (what, do)
+        raise Qwen35Error(what, where="config.json: model_type", expected=expected, found=repr(kind), do=do)
     if "num_experts" not in text and "intermediate_size" in text:
         expected, found = "num_experts and moe_intermediate_size", "intermediate_size and no experts"
         raise Qwen35Error("a dense model", where="config.json", expected=expected, found=found)

@@ -69,10 +69,8 @@ class RopeScaling:
         if kind in PLAIN:
             return None
         if not isinstance(kind, str) or kind not in KEYS_OF_TYPE:
-            expected = ", ".join((*PLAIN, *KEYS_OF_TYPE))
-            raise Qwen35Error(
-                "unsupported rotary embedding", where=WHERE, expected=expected, found=f"rope_type {kind!r}"
-            )
+            what, expected = "unsupported rotary embedding", ", ".join((*PLAIN, *KEYS_OF_TYPE))
+            raise Qwen35Error(what, where=WHERE, expected=expected, found=f"rope_type {kind!r}")
         needed, optional = KEYS_OF_TYPE[kind]
         given = {key: value for key, value in rope.items() if key not in COMMON and value is not None}
         if missing := [key for key in needed if key not in given]:
@@ -89,9 +87,7 @@ class RopeScaling:
 
     def ratio(self) -> float:
         """s: `factor`, or else how much longer the context became."""
-        return (
-            self.max_position_embeddings / self.original_max_position_embeddings if self.factor is None else self.factor
-        )
+        return self.factor or self.max_position_embeddings / self.original_max_position_embeddings
 
     def amplitude(self) -> float:
         """The factor of cos and sin. YaRN: 0.1 ln s + 1; LongRoPE: sqrt(1 + ln s / ln L)."""
@@ -153,12 +149,8 @@ class RopeScaling:
 
     def _llama3(self, w: Tensor) -> Tensor:
         """w / s where the wavelength is above L / low_freq_factor, w where it is below L / high_freq_factor."""
-        L, s, low, high = (
-            self.original_max_position_embeddings,
-            self.ratio(),
-            self.low_freq_factor,
-            self.high_freq_factor,
-        )
+        L, s = self.original_max_position_embeddings, self.ratio()
+        low, high = self.low_freq_factor, self.high_freq_factor
         assert low is not None and high is not None
         wavelength = 2 * math.pi / w
         smooth = (L / wavelength - low) / (high - low)
@@ -179,8 +171,7 @@ def _number(key: str, value: Any) -> Any:
     good = all(isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < math.inf for x in items)
     whole = not key.endswith("position_embeddings") or float(value).is_integer() if good and not several else True
     if key == "truncate" or not good or not whole or several and items is not value:
-        expected = (
-            "true or false" if key == "truncate" else "a list of positive numbers" if several else "a positive number"
-        )
+        expected = "a list of positive numbers" if several else "a positive number"
+        expected = "true or false" if key == "truncate" else expected
         raise Qwen35Error("bad value", where=f"{WHERE}: {key}", expected=expected, found=repr(value))
     return tuple(value) if several else value

@@ -28,22 +28,14 @@ def token_types(input_ids: Tensor, image_token_id: int, video_token_id: int) -> 
 def check_grids(grid_thw: Tensor, spatial_merge_size: int, kind: str) -> list[tuple[int, int, int]]:
     """The grids as tuples (t, h, w), or an error for one that cannot be cut into merge blocks."""
     if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():
-        raise Qwen35Error(
-            "grids of the wrong form",
-            where=f"{kind}_grid_thw",
-            expected="integers [count, 3]: (t, h, w)",
-            found=f"{grid_thw.dtype} {list(grid_thw.shape)}",
-        )
+        expected, found = "integers [count, 3]: (t, h, w)", f"{grid_thw.dtype} {list(grid_thw.shape)}"
+        raise Qwen35Error("grids of the wrong form", where=f"{kind}_grid_thw", expected=expected, found=found)
     grids = [(int(t), int(h), int(w)) for t, h, w in grid_thw.tolist()]
     for i, (t, h, w) in enumerate(grids):
         if min(t, h, w) < 1 or h % spatial_merge_size or w % spatial_merge_size:
-            raise Qwen35Error(
-                "a grid that cannot be cut into merge blocks",
-                where=f"{kind}_grid_thw[{i}]",
-                expected=f"t >= 1, h and w positive multiples of {spatial_merge_size}",
-                found=(t, h, w),
-                do="grids count patches, not pixels and not tokens",
-            )
+            what, do = "a grid that cannot be cut into merge blocks", "grids count patches, not pixels and not tokens"
+            where, expected = f"{kind}_grid_thw[{i}]", f"t >= 1, h and w positive multiples of {spatial_merge_size}"
+            raise Qwen35Error(what, where=where, expected=expected, found=(t, h, w), do=do)
     return grids
 
 
@@ -53,8 +45,8 @@ def rope_positions(
     video_grid_thw: Tensor | None = None,
     attention_mask: Tensor | None = None,
     spatial_merge_size: int = 2,
-) -> tuple[Tensor, Tensor]:
-    """M-RoPE positions (time, height, width) of a batch: [3, B, T], and `rope_delta` [B], both int64.
+) -> Tensor:
+    """M-RoPE positions (time, height, width) of a batch: int64 [3, B, T].
 
     With `p` the next free position of a sequence (0 at its start):
 
@@ -64,16 +56,14 @@ def rope_positions(
 
     rows and columns counted in merge blocks, `token_types_BT` as `token_types` gives them. Grids are used up in the
     order of the placeholders, sequence by sequence. Padding (`attention_mask` 0, on either side or within) is left out
-    of the count and stands at position 0. `rope_delta` = highest position + 1 - number of unpadded tokens: what
-    `decode_positions` needs. Source: transformers 5.23 `get_rope_index`, which equals this on every layout it accepts;
-    this accepts adjacent images too, where a run of placeholders covers several grids.
+    of the count and stands at position 0. Source: transformers 5.23 `get_rope_index`, which equals this on every layout
+    it accepts; this accepts adjacent images too, where a run of placeholders covers several grids.
     """
     if token_types_BT.ndim != 2:
         raise Qwen35Error("token types of the wrong rank", expected="[batch, tokens]", found=list(token_types_BT.shape))
     if attention_mask is not None and attention_mask.shape != token_types_BT.shape:
-        raise Qwen35Error(
-            "attention mask of the wrong shape", expected=list(token_types_BT.shape), found=list(attention_mask.shape)
-        )
+        what, shape = "attention mask of the wrong shape", list(attention_mask.shape)
+        raise Qwen35Error(what, expected=list(token_types_BT.shape), found=shape)
     grids: dict[int, deque[tuple[int, int, int]]] = {IMAGE: deque(), VIDEO: deque()}
     if image_grid_thw is not None:
         grids[IMAGE].extend(check_grids(image_grid_thw, spatial_merge_size, "image"))
@@ -81,22 +71,16 @@ def rope_positions(
         for t, h, w in check_grids(video_grid_thw, spatial_merge_size, "video"):
             grids[VIDEO].extend([(1, h, w)] * t)
 
-    batch, length = token_types_BT.shape
-    positions_3BT = torch.zeros(3, batch, length, dtype=torch.int64, device=token_types_BT.device)
-    delta_B = torch.zeros(batch, dtype=torch.int64, device=token_types_BT.device)
+    positions_3BT = torch.zeros(3, *token_types_BT.shape, dtype=torch.int64, device=token_types_BT.device)
     for b, types_T in enumerate(token_types_BT):
         kept_T = torch.ones_like(types_T, dtype=torch.bool) if attention_mask is None else attention_mask[b].bool()
         rows = _one_sequence(types_T[kept_T].tolist(), grids, spatial_merge_size, sequence=b)
         positions_3BT[:, b, kept_T] = rows.to(positions_3BT.device)
-        delta_B[b] = rows.max() + 1 - rows.shape[1] if rows.numel() else 0
     for kind, left in grids.items():
         if left:
-            raise Qwen35Error(
-                f"more {KIND[kind]} grids than placeholders",
-                found=f"{len(left)} left over: {list(left)}",
-                do="a video counts once for each of its frames",
-            )
-    return positions_3BT, delta_B
+            found, do = f"{len(left)} left over: {list(left)}", "a video counts once for each of its frames"
+            raise Qwen35Error(f"more {KIND[kind]} grids than placeholders", found=found, do=do)
+    return positions_3BT
 
 
 def _one_sequence(types: list[int], grids: dict[int, deque[tuple[int, int, int]]], m: int, sequence: int) -> Tensor:
@@ -111,23 +95,15 @@ def _one_sequence(types: list[int], grids: dict[int, deque[tuple[int, int, int]]
             t, h, w = grids[kind].popleft() if grids[kind] else (0, 0, 0)
             tokens = t * (h // m) * (w // m)
             if not 0 < tokens <= count:
-                raise Qwen35Error(
-                    f"{KIND[kind]} placeholders and grids disagree",
-                    where=f"sequence {sequence}, token {at}",
-                    expected=f"{tokens} placeholders for grid {(t, h, w)}" if t else "a grid for each run",
-                    found=f"{count} placeholders in a row",
-                    do=f"a grid (t, h, w) stands for t * h/{m} * w/{m} placeholders",
-                )
+                what, do = f"{KIND[kind]} placeholders and grids disagree", f"t * h/{m} * w/{m} placeholders"
+                where, found = f"sequence {sequence}, token {at}", f"{count} placeholders in a row"
+                expected = f"{tokens} placeholders for grid {(t, h, w)}" if t else "a grid for each run"
+                do = f"a grid (t, h, w) stands for {do}"
+                raise Qwen35Error(what, where=where, expected=expected, found=found, do=do)
             runs.append(p + torch.cartesian_prod(torch.arange(t), torch.arange(h // m), torch.arange(w // m)).T)
             p, at, count = p + max(h, w) // m, at + tokens, count - tokens
         at += count
     return torch.cat(runs, dim=1)
-
-
-def decode_positions(tokens_B: Tensor, rope_delta_B: Tensor, steps: int = 1) -> Tensor:
-    """Positions [3, B, steps] of the tokens that follow: unpadded tokens so far + `rope_delta` + 0, 1, ..."""
-    start_B = tokens_B.to(rope_delta_B.device) + rope_delta_B
-    return (start_B[:, None] + torch.arange(steps, device=start_B.device)).expand(3, -1, -1)
 
 
 def embed_images(
@@ -142,18 +118,14 @@ def embed_images(
         places_BT = token_types_BT == kind
         wanted, given = int(places_BT.sum()), 0 if rows is None else rows.shape[0]
         if wanted != given:
-            raise Qwen35Error(
-                f"{KIND[kind]} placeholders and {KIND[kind]} embeddings disagree",
-                expected=f"{wanted} rows, one for each placeholder",
-                found=f"{given} rows",
-                do="check that the prompt and the grids come from the same call of the processor",
-            )
+            what, found = f"{KIND[kind]} placeholders and {KIND[kind]} embeddings disagree", f"{given} rows"
+            do = "check that the prompt and the grids come from the same call of the processor"
+            raise Qwen35Error(what, expected=f"{wanted} rows, one for each placeholder", found=found, do=do)
         if rows is None:
             continue
         if rows.shape[1:] != embeds_BTD.shape[2:]:
-            raise Qwen35Error(
-                f"{KIND[kind]} embeddings of the wrong width", expected=embeds_BTD.shape[2], found=list(rows.shape[1:])
-            )
+            what = f"{KIND[kind]} embeddings of the wrong width"
+            raise Qwen35Error(what, expected=embeds_BTD.shape[2], found=list(rows.shape[1:]))
         out_BTD = out_BTD.to(torch.promote_types(out_BTD.dtype, rows.dtype), copy=True)
         out_BTD[places_BT] = rows.to(out_BTD)
     return tap("inputs_embeds", out_BTD)
