@@ -159,9 +159,8 @@ class Judgement:
         """Write a verdict on the rows `keep` of a pair, whose values are x and truth. Returns [n, 2] its bad rows."""
         rows, bad = pair.rows[keep], verdict.ratios > self.limit
         b, t = rows[verdict.worst].tolist()
-        record.cls, record.ratio_l2, record.ratio_max = verdict.cls, verdict.ratio_l2, verdict.ratio_max
-        record.worst, record.rel, record.rows, record.nan = (int(b), int(t)), verdict.rel, len(rows), pair.nan
-        record.bad_rows = int(bad.sum())
+        record.cls, record.worst, record.rel = verdict.cls, (int(b), int(t)), verdict.rel
+        record.rows, record.nan, record.bad_rows = len(rows), pair.nan, int(bad.sum())
         if record.bad:
             record.starts = self.alignment.tokens_of.starts(rows[bad])
             record.where = wrong_columns(

@@ -17,7 +17,7 @@ from ..dumps.checks import holes
 from ..dumps.pair import Pair
 from .added import Judgement
 from .envelope import Class
-from .envelope_file import RowErrors
+from .envelope_file import row_errors
 from .log_p import LOG_P
 from .records import POSITIONS, Comparison, Record, block_of, layer_of
 from .suspects import CACHED, after_cached
@@ -85,7 +85,7 @@ def _judge_logits(work: Judgement, stored: Mapping[str, Tensor]) -> None:
     pair = None if key is None else work.alignment.pair(key)
     if pair is not None and pair.engine is not None and pair.chosen is None:
         known = stored.get("next_token_logits")
-        noise = None if known is None else RowErrors.of(known, work.index(pair)).error.max
+        noise = None if known is None else row_errors(known, work.index(pair))[0].max
         work.result.logits = compare_logits(pair, noise, work.alignment.truth.ids)
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,24 +40,21 @@ ENVELOPE, ENVELOPE_STATE = "envelope.safetensors", "envelope-state.safetensors"
 SLOT_ORDERED = ("moe_topk_weights", "moe_topk_probs", "moe_slot_weights")
 
 
-class RowErrors(NamedTuple):
-    """Norms of the rows of one tap: the largest legal error, the truth, and the truth's error when it is stored in
-    bf16."""
+def row_errors(rows_R6: Tensor, index: Tensor) -> tuple[Norms, Norms, Norms]:
+    """Norms of the rows of one tap: the largest legal error, the truth, the truth's error when stored in bf16."""
+    columns = rows_R6.to(torch.float64)[index].unbind(1)
+    return Norms(*columns[:2]), Norms(*columns[2:4]), Norms(*columns[4:])
 
-    error: Norms
-    size: Norms
-    bf16: Norms
 
-    @classmethod
-    def of(cls, rows_R6: Tensor, index: Tensor) -> RowErrors:
-        columns = rows_R6.to(torch.float64)[index].unbind(1)
-        return cls(*(Norms(*columns[i : i + 2]) for i in (0, 2, 4)))
+def _file_of(truth: Trace) -> Path | None:
+    """The envelope beside a truth, if there is one."""
+    path = None if truth.path is None else truth.path / ENVELOPE
+    return path if path is not None and path.is_file() else None
 
 
 def stored_envelope(truth: Trace) -> dict[str, Tensor]:
-    """Key -> [rows, 6], the columns of `RowErrors`."""
-    path = None if truth.path is None else truth.path / ENVELOPE
-    if path is None or not path.is_file():
+    """Key -> [rows, 6], the columns of `row_errors`."""
+    if (path := _file_of(truth)) is None:
         return truth.meta.get("_envelope", {})
     with tensor_file(path, "remove it, or write the trace again") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -65,11 +62,9 @@ def stored_envelope(truth: Trace) -> dict[str, Tensor]:
 
 def check_envelope(truth: Trace) -> bool:
     """Whether there is an envelope beside a truth. Error: its checksum does not hold."""
-    path = None if truth.path is None else truth.path / ENVELOPE
-    if path is None or not path.is_file():
-        return False
-    read_checked(path, "remove it, and run `qwen35-moe trace --resume` with the same options")
-    return True
+    if (path := _file_of(truth)) is not None:
+        read_checked(path, "remove it, and run `qwen35-moe trace --resume` with the same options")
+    return path is not None
 
 
 def as_rows(key: str, x: Tensor, tokens: int) -> Tensor:
@@ -106,16 +101,16 @@ class _Errors(Handler):
         error = error if known is None else error.largest(known)
         self.norms[key] = Norms(*torch.stack((error.l2, error.max), out=self.room[key]))
 
-    def write(self, path: Path | None, run: dict[str, str], sum_BTD: Tensor | None) -> None:
+    def write(self, path: Path | None, run: dict[str, str], sum_BTD: Tensor | None = None) -> None:
         """Write all that is known so far, as a whole file. Does nothing if the truth is in memory."""
-        if path is None:
-            return
-        tensors = {f"error.{key}": torch.stack((n.l2, n.max)) for key, n in self.norms.items()}
-        if sum_BTD is not None:
-            tensors["sum"] = sum_BTD.cpu().contiguous()
-        save_checked(tensors, path, run)
+        if path is not None:
+            tensors = {f"error.{key}": torch.stack((n.l2, n.max)) for key, n in self.norms.items()}
+            tensors |= {} if sum_BTD is None else {"sum": sum_BTD.cpu().contiguous()}
+            save_checked(tensors, path, run)
 
-    def read(self, path: Path) -> tuple[dict[str, str], Tensor | None]:
+    def read(self, path: Path | None) -> tuple[dict[str, str], Tensor | None]:
+        if path is None or not path.is_file():
+            return {}, None
         run, tensors = read_checked(path, "remove it: the envelope begins anew, the trace stays")
         sum_BTD = tensors.pop("sum", None)
         for name, x in tensors.items():
@@ -141,10 +136,10 @@ def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, 
     if len(truth.steps) != 1:
         raise Qwen35Error("an envelope needs a truth of one forward pass", where=truth.path, found=len(truth.steps))
     errors, state = _Errors(truth), None if truth.path is None else truth.path / ENVELOPE_STATE
-    if resume and state is not None and (state.parent / ENVELOPE).is_file():
+    if resume and state is not None and _file_of(truth) is not None:
         state.unlink(missing_ok=True)
         return
-    run, sum_BTD = errors.read(state) if resume and state is not None and state.is_file() else ({}, None)
+    run, sum_BTD = errors.read(state) if resume else ({}, None)
     done, first, threads = json.loads(run.get("done", "[]")), int(run.get("next", 0)), torch.get_num_threads()
     if state is not None and run:
         check_threads(state, int(run.get("threads", threads)))
@@ -172,11 +167,8 @@ def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, 
                 mask, ids = truth.mask.to(hidden_BTD.device), [x.to(hidden_BTD.device) for x in drafts]
                 draft_chains(model, model.mtp, ids, hidden_BTD, None if mask.all() else mask)
         done, first, sum_BTD = [*done, name], 0, None
-        errors.write(state, {"done": json.dumps(done), "threads": str(threads)}, None)
-    out = {
-        key: torch.cat((_columns(error), _of_truth(truth, key)), 1).to(torch.float32)
-        for key, error in errors.norms.items()
-    }
+        errors.write(state, {"done": json.dumps(done), "threads": str(threads)})
+    out = {key: _columns(error, *_of_truth(truth, key)) for key, error in errors.norms.items()}
     if truth.path is None or state is None:
         truth.meta["_envelope"] = out
         return
@@ -186,10 +178,8 @@ def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, 
 
 def remaining(truth: Trace, tables: Iterable[Arithmetic]) -> list[Arithmetic]:
     """The arithmetics that an interrupted `write_envelope` has not finished."""
-    if truth.path is None or not (truth.path / ENVELOPE_STATE).is_file():
-        return list(tables)
-    done = json.loads(_Errors(truth).read(truth.path / ENVELOPE_STATE)[0]["done"])
-    return [table for table in tables if table.name not in done]
+    run = {} if truth.path is None else _Errors(truth).read(truth.path / ENVELOPE_STATE)[0]
+    return [table for table in tables if table.name not in json.loads(run.get("done", "[]"))]
 
 
 def _begin(model: Model, truth: Trace, sum_BTD: Tensor | None) -> tuple[Tensor, tuple[Any, ...]]:
@@ -202,37 +192,33 @@ def _head(model: Model, errors: _Errors, sum_BTD: Tensor) -> Tensor:
     """Norm (which is returned) and head; the logits of a streamed head are many, and never all there."""
     with arithmetics.using(model.arithmetic):
         x_BTD = model.norm(sum_BTD)
-        if HEAD not in errors.truth or not isinstance(model.lm_head, StreamedHead):
+        if HEAD in errors.truth and isinstance(model.lm_head, StreamedHead):
+            blocks = rounded_blocks(model, x_BTD)
+            errors.add(
+                HEAD, _side_by_side(Norms.of(x.cpu().flatten(0, 1), _logits(errors.truth, v)) for v, x in blocks)
+            )
+        else:
             model.lm_head(HEAD, x_BTD)
-            return x_BTD
-        parts = (
-            Norms.of(part.cpu().flatten(0, 1), minus=_slice(errors.truth, which).flatten(0, 1))
-            for which, part in rounded_blocks(model, x_BTD)
-        )
-        errors.add(HEAD, _side_by_side(parts))
         return x_BTD
 
 
-def _of_truth(truth: Trace, key: str) -> Tensor:
-    """The truth's own columns of `RowErrors`: its size, and what one rounding to bf16 loses.  -> [rows, 4]"""
+def _of_truth(truth: Trace, key: str) -> tuple[Norms, Norms]:
+    """The truth's size in each row, and what one rounding to bf16 loses of it."""
     if key != HEAD:
         x = as_rows(key, truth[key], truth.ids.numel())
-        return torch.cat((_columns(Norms.of(x)), _columns(rounding_loss(x, torch.bfloat16))), 1)
+        return Norms.of(x), rounding_loss(x, torch.bfloat16)
     V = truth.sites[key].shape[-1]
-    blocks = [slice(v, min(v + HEAD_ROWS, V)) for v in range(0, V, HEAD_ROWS)]
-    parts = (
-        [f(_slice(truth, which).flatten(0, 1)) for f in (Norms.of, lambda x: rounding_loss(x, torch.bfloat16))]
-        for which in blocks
-    )
-    return torch.cat([_columns(_side_by_side(norms)) for norms in zip(*parts, strict=True)], 1)
+    blocks = [slice(v, min(v + HEAD_ROWS, V)) for v in range(0, V, HEAD_ROWS)]  # read one by one, once for each norm
+    sizes = _side_by_side(Norms.of(_logits(truth, v)) for v in blocks)
+    return sizes, _side_by_side(rounding_loss(_logits(truth, v), torch.bfloat16) for v in blocks)
 
 
-def _slice(truth: Trace, which: slice) -> Tensor:
-    """Some of the truth's logits."""
+def _logits(truth: Trace, which: slice) -> Tensor:
+    """Some of the truth's logits [tokens, n]."""
     if truth.path is None:
-        return truth[HEAD][..., which]
+        return truth[HEAD][..., which].flatten(0, 1)
     with tensor_file(truth.path / truth.sites[HEAD].file) as file:
-        return file.get_slice(HEAD)[:, :, which]
+        return file.get_slice(HEAD)[:, :, which].flatten(0, 1)
 
 
 def _side_by_side(parts: Iterable[Norms]) -> Norms:
@@ -240,5 +226,5 @@ def _side_by_side(parts: Iterable[Norms]) -> Norms:
     return reduce(lambda a, b: Norms(torch.hypot(a.l2, b.l2), torch.maximum(a.max, b.max)), parts)
 
 
-def _columns(norms: Norms) -> Tensor:
-    return torch.stack((norms.l2, norms.max), 1)
+def _columns(*norms: Norms) -> Tensor:
+    return torch.stack([x for each in norms for x in (each.l2, each.max)], 1).to(torch.float32)

@@ -21,9 +21,9 @@ from ...model.rope import rotary_angles
 from ...model.text import Layer
 from ...numerics.tap_keys import base_name
 from ...numerics.tap_table import TAPS
-from ...numerics.taps import OBSERVE, Handler, Site, attach
+from ...numerics.taps import attach
 from ..dumps.step_rows import Foreign
-from .replay import Restart
+from .replay import Captured, Restart
 
 OF_SEQUENCES = ("gdn_state", "gdn_conv_state")  # taps with one row a sequence
 
@@ -92,74 +92,57 @@ class HandOver:
     page: int = 0
 
 
-class Collect(Handler):
-    """Values of the pieces of one sequence, by key."""
-
-    stage, sees_experts = OBSERVE + 1, False
-
-    def __init__(self) -> None:
-        self.parts: dict[str, list[Tensor]] = {}
-
-    def __call__(self, site: Site, x: Tensor) -> None:
-        if site.index is None and site.expert is None:
-            self.parts.setdefault(site.key, []).append(x)
-
-
-class _Stepped(nn.Module):
-    """In the place of a layer's mixer: the same values, but for the sequences of a plan."""
+class _Steps:
+    """In the place of a mixer's forward: the same values, but for the sequences of a plan."""
 
     def __init__(self, layer: Layer, mixer: nn.Module, plan: HandOver, restart: Restart, tokens: Any, config: Config):
-        super().__init__()
-        self.layer, self.mixer, self.plan, self.restart = [layer], [mixer], plan, restart  # in lists: no submodules
-        self.tokens, self.config, self.done = tokens, config, False
+        self.layer, self.mixer, self.plan, self.restart = layer, mixer, plan, restart
+        self.tokens, self.config, self.right, self.done = tokens, config, mixer.forward, False
 
-    def forward(self, x_BTD: Tensor, *rest: Any) -> Tensor:
-        y_BTD = self.mixer[0](x_BTD, *rest)
+    def __call__(self, x_BTD: Tensor, *rest: Any) -> Tensor:
+        y_BTD = self.right(x_BTD, *rest)
         if self.done:  # a further draft of a chain
             return y_BTD
         self.done = True
-        seen, key = self.restart.seen, ""
+        seen = self.restart.seen
         for b in self.plan.broken:
             columns = self.tokens.mask[b].nonzero().flatten()
-            collect = Collect()
-            self._sequence(b, columns, x_BTD, collect)
-            for key, parts in collect.parts.items():
+            pieces = self._sequence(b, columns, x_BTD)
+            for key in seen.keys() & pieces[0].keys():
                 name = base_name(key)
-                if key not in seen or name not in TAPS:
-                    continue
                 if name in OF_SEQUENCES:
-                    seen[key] = seen[key].index_copy(
-                        0, torch.tensor([b], device=seen[key].device), parts[-1].to(seen[key].dtype)
-                    )
-                elif TAPS[name].dims.startswith("b t "):
                     seen[key] = seen[key].clone()
-                    seen[key][b, columns] = torch.cat(parts, 1)[0]
+                    seen[key][b] = pieces[-1][key][0].to(seen[key])
+                elif name in TAPS and TAPS[name].dims.startswith("b t "):
+                    seen[key] = seen[key].clone()
+                    seen[key][b, columns] = torch.cat([piece[key] for piece in pieces], 1)[0]
         key = next(k for k in seen if k.endswith(".attn_output"))
-        y_BTD = seen[key]
-        return self.restart.captured.put(key, y_BTD, self.tokens.count) if key in self.restart.captured else y_BTD
+        captured = self.restart.captured
+        return captured.put(key, seen[key], self.tokens.count) if key in captured else seen[key]
 
-    def _sequence(self, b: int, columns: Tensor, x_BTD: Tensor, collect: Collect) -> None:
-        """Run a sequence step by step."""
-        plan, broken = self.plan, self.plan.broken[b]
-        state, short, first = LayerState(), LayerState(), broken[0]
-        snapshots = {0: LayerState()}
+    def _sequence(self, b: int, columns: Tensor, x_BTD: Tensor) -> list[dict[str, Tensor]]:
+        """Run a sequence step by step. Returns the values at the mixer's taps in each piece."""
+        plan, broken, shift, pieces = self.plan, self.plan.broken[b], 0, []
+        state, snapshots = LayerState(), {0: LayerState()}
         pages = {at: at - at % plan.page if plan.page else at for at in broken}
         snapshot = [at - 1 for at in broken if at and plan.change is not None]  # of the state before the last token
         cuts = sorted({0, plan.earlier.get(b, 0), *broken, *snapshot, *pages.values(), len(columns)})
-        shift = 0
         for start, stop in zip(cuts, cuts[1:], strict=False):
-            snapshots[start], short = replace(state), snapshots.get(start - 1, LayerState())
+            snapshots[start] = replace(state)
             if start in broken and plan.shift is not None:
-                shift = plan.shift(self._position(b, columns[first]), plan.padding.get(b, 0))
+                shift = plan.shift(int(self._positions(b, columns[broken[0]]).flatten()[0]), plan.padding.get(b, 0))
             if start in broken and plan.change is not None:
-                before = broken[broken.index(start) - 1] if start != first else plan.earlier.get(b, 0)
-                ran_on = self._ran_on(b, start, columns, state)
-                other = self._other(b, start, x_BTD)
+                before = broken[broken.index(start) - 1] if start != broken[0] else plan.earlier.get(b, 0)
+                short = snapshots.get(start - 1, LayerState())
+                other, ran_on = self._other(b, start, x_BTD), self._ran_on(b, start, columns, state)
                 page = snapshots[pages[start]]
                 handed = Handed(replace(state), snapshots[before], short, start - before, other, ran_on, page)
                 state = replace(plan.change(handed))
-            with attach(collect, instead_of=self.restart):
-                self._run(b, columns[start:stop], x_BTD[b : b + 1, columns[start:stop]], state, shift)
+            piece = Restart(Captured(), 0)
+            with attach(piece, instead_of=self.restart):
+                self._run(x_BTD[b : b + 1, columns[start:stop]], self._positions(b, columns[start:stop]) + shift, state)
+            pieces.append(piece.seen)
+        return pieces
 
     def _other(self, b: int, at: int, x_BTD: Tensor) -> LayerState | None:
         if (b, at) not in self.plan.other:
@@ -167,36 +150,32 @@ class _Stepped(nn.Module):
         other, count = self.plan.other[b, at]
         columns, state = self.tokens.mask[other].nonzero().flatten()[:count], LayerState()
         with attach(instead_of=self.restart):
-            self._run(other, columns, x_BTD[other : other + 1, columns], state)
+            self._run(x_BTD[other : other + 1, columns], self._positions(other, columns), state)
         return state
 
     def _ran_on(self, b: int, at: int, columns: Tensor, state: LayerState) -> LayerState:
         """The state after the foreign rows before a step, too; the right state where there are none."""
-        foreign = self.plan.foreign.get((b, at))
+        state, foreign = replace(state), self.plan.foreign.get((b, at))
         if foreign is None:
-            return replace(state)
-        state, first = replace(state), self._position(b, columns[at - 1]) + 1 if at else 0
-        weight = next(self.mixer[0].parameters())
+            return state
+        first = int(self._positions(b, columns[at - 1]).flatten()[0]) + 1 if at else 0
+        weight = next(self.mixer.parameters())
         x_TD = foreign.x.to(weight.device)
-        positions_T = first + torch.arange(len(x_TD), device=weight.device)
         with attach(instead_of=self.restart):
-            x_TD = x_TD if foreign.normed else self.layer[0].input_layernorm(x_TD)
-            self._run(b, positions_T, x_TD[None].to(weight.dtype), state, positions=True)
+            x_TD = x_TD if foreign.normed else self.layer.input_layernorm(x_TD)
+            self._run(x_TD[None].to(weight.dtype), first + torch.arange(len(x_TD), device=weight.device), state)
         return state
 
-    def _position(self, b: int, column: Tensor | int) -> int:
-        return int(self.tokens.positions[..., b, column].flatten()[0])
+    def _positions(self, b: int, columns: Tensor) -> Tensor:
+        """Positions [T], or [3, T], of a sequence's columns."""
+        return self.tokens.positions[..., b, columns]
 
-    def _run(
-        self, b: int, columns: Tensor, x_1TD: Tensor, state: LayerState, shift: int = 0, positions: bool = False
-    ) -> Tensor:
-        """positions: `columns` holds positions, for rows that are none of the sequence's."""
-        mixer = self.mixer[0]
-        if not isinstance(mixer, Attention):
-            return mixer(x_1TD, None, state)
-        at_T = columns if positions else self.tokens.positions[..., b, columns]  # or [3, T]
-        cos, sin = rotary_angles(self.config, (at_T + shift)[..., None, :], x_1TD.dtype)
-        return mixer(x_1TD, cos, sin, None, state)
+    def _run(self, x_1TD: Tensor, at_T: Tensor, state: LayerState) -> None:
+        if isinstance(self.mixer, Attention):
+            cos, sin = rotary_angles(self.config, at_T[..., None, :], x_1TD.dtype)
+            self.right(x_1TD, cos, sin, None, state)
+        else:
+            self.right(x_1TD, None, state)
 
 
 @contextmanager
@@ -206,10 +185,9 @@ def stepped(layer: Any, plan: HandOver | None, restart: Restart, tokens: Any, co
     if plan is None or layer is None:
         yield
         return
-    name = "self_attn" if layer.kind == FULL else "linear_attn"
-    mixer = layer.get_submodule(name)
-    layer.register_module(name, _Stepped(layer, mixer, plan, restart, tokens, config))
+    mixer = layer.get_submodule("self_attn" if layer.kind == FULL else "linear_attn")
+    mixer.forward = _Steps(layer, mixer, plan, restart, tokens, config)
     try:
         yield
     finally:
-        layer.register_module(name, mixer)
+        del mixer.forward

@@ -20,7 +20,7 @@ from ...trace.layers import HEAD
 from ..dumps.pair import Pair
 from .added import ID_TAPS, ROUTED_TAPS, Judgement
 from .envelope import Norms, envelope, judge
-from .envelope_file import ENVELOPE, SLOT_ORDERED, RowErrors
+from .envelope_file import ENVELOPE, SLOT_ORDERED, row_errors
 from .log_p import LOG_P, error_of_log_p, loss_in_file
 from .patterns import judge_size
 from .records import Record, block_of, layer_of
@@ -103,7 +103,7 @@ def _could_differ(work: Judgement, key: str, stored: Mapping[str, Tensor]) -> Te
 def _router(work: Judgement, key: str, stored: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The truth's router logits [B*T, E], and the largest legal error of one in each row."""
     logits = work.alignment.truth[key].flatten(0, -2)
-    errors = RowErrors.of(stored[key], torch.arange(len(logits))).error
+    errors = row_errors(stored[key], torch.arange(len(logits)))[0]
     return logits, envelope(logits, [errors], torch.bfloat16).max
 
 
@@ -142,7 +142,7 @@ def _judge(work: Judgement, key: str, stored: Mapping[str, Tensor], first_B: Ten
         return record
     if not keep.all():
         index, x, truth = index[keep], x[keep], truth[keep]
-    error, size, bf16 = RowErrors.of(stored[HEAD if key == LOG_P else key], index)
+    error, size, bf16 = row_errors(stored[HEAD if key == LOG_P else key], index)
     rounding = bf16 if pair.dtype == torch.bfloat16 else None
     if key == LOG_P:
         error, size, rounding = error_of_log_p(error, truth.shape[1]), Norms.of(truth), loss_in_file(truth)

@@ -76,8 +76,6 @@ class Record:
     added: float | None = None
     inherited: float | None = None
     inherited_rel: float | None = None
-    ratio_l2: float = 0.0
-    ratio_max: float = 0.0
     rel: float = 0.0
     worst: tuple[int, int] | None = None
     rows: int = 0
@@ -159,29 +157,31 @@ class Comparison:
         return any(r.bad for r in self.records) or illegal or any(w.bad for w in self.weights)
 
     @property
+    def incomplete(self) -> list[str]:
+        """What could not be compared, in words."""
+        counts = {"taps not comparable": self.summary["not comparable"],
+                  "taps dumped for other layers or steps only": len(self.holes),
+                  "problems": len(self.problems)}  # fmt: skip
+        figures = [(r.key, x) for r in self.records for x in (r.added, r.inherited, r.rel)]
+        said = {} if self.logits is None else asdict(self.logits)
+        figures += [("logits", x) for x in said.values() if isinstance(x, float)]
+        unsaid = [f"figures of {key} are NaN" for key, x in figures if x is not None and x != x]
+        return [f"{count} {what}" for what, count in counts.items() if count] + unsaid[:1]
+
+    @property
     def exit_code(self) -> int:
         """0: all of it agrees; 1: something diverges; 2: something could not be compared."""
         if self.diverges:
             return 1
-        incomplete = self.summary["not comparable"] or self.holes or self.problems or self.unsaid
-        return 2 if incomplete or not self.compared or (self.absent and not self.partial) else 0
-
-    @property
-    def unsaid(self) -> list[str]:
-        """The figures that are NaN: their values were not judged."""
-        figures = [(r.key, x) for r in self.records for x in (r.added, r.inherited, r.rel)]
-        if self.logits is not None:
-            figures += [("logits", x) for x in asdict(self.logits).values() if isinstance(x, float)]
-        return [key for key, x in figures if x is not None and x != x]
+        return 2 if self.incomplete or not self.compared or (self.absent and not self.partial) else 0
 
     @property
     def verdict(self) -> str:
-        counts = self.summary
-        if self.diverges:
-            record = self.first
-            if record is None:
-                wrong = next((w for w in self.weights if w.bad), None)
-                return f"DIVERGES: weight {wrong.name}" if wrong else "DIVERGES: routing"
+        record = self.first
+        if self.diverges and record is None:
+            wrong = next((w for w in self.weights if w.bad), None)
+            return f"DIVERGES: weight {wrong.name}" if wrong else "DIVERGES: routing"
+        if record is not None:
             if record.key == POSITIONS:
                 return f"DIVERGES: first at positions: {record.note}"
             places = record.suspects or [(record.layer, record.block)]
@@ -191,40 +191,39 @@ class Comparison:
             return f"DIVERGES: first seen at {tap}; made somewhere in {where}"
         if not self.compared:
             return "NOT COMPARED: no tap of the dump could be compared"
-        strange = f"; {len(self.unknown)} names of the dump are unknown" if len(self.unknown) > self.compared else ""
         some = f" on {self.tokens[0]} of {self.tokens[1]} tokens" if self.absent else ""
+        if self.incomplete:
+            return f"INCOMPLETE: {', '.join(self.incomplete)}; {self.compared} taps agree{some}"
+        strange = f"; {len(self.unknown)} names of the dump are unknown" if len(self.unknown) > self.compared else ""
         agrees = f"AGREES{some}: {self.compared} taps within rounding{strange}"
-        if counts["not comparable"] or self.holes or self.problems or self.unsaid:
-            parts = [f"{counts['not comparable']} taps not comparable" if counts["not comparable"] else "",
-                     f"{len(self.holes)} taps dumped for other layers or steps only" if self.holes else "",
-                     f"{len(self.problems)} problems" if self.problems else "",
-                     f"figures of {self.unsaid[0]} are NaN" if self.unsaid else ""]  # fmt: skip
-            return f"INCOMPLETE: {', '.join(p for p in parts if p)}; {self.compared} taps agree{some}"
         return agrees if self.exit_code == 0 else f"{agrees}; not compared: {', '.join(self.absent)}"
 
     def rows(self) -> list[dict[str, Any]]:
         """Everything as plain dicts, one a line of the JSONL report."""
-        head = {"truth": self.truth, "engine": self.engine, "limit": self.limit, "envelope": list(self.members)}
-        coverage = {"tokens": list(self.tokens), "absent": self.absent, "partial": self.partial}
-        lines: list[dict[str, Any]] = [{"type": "run", **head, **coverage}]
-        lines += [{"type": "tap", **asdict(r)} for r in self.records]
-        lines += [{"type": "extra", "key": key} for key in self.extra]
-        lines += [{"type": "unknown name", "key": key} for key in self.unknown]
-        lines += [{"type": "hole", "key": key} for key in self.holes]
-        for r in self.routing:
-            lines.append({"type": "routing", "layer": r.layer, "tokens": r.tokens, "agree": r.agree,
-                          "legal_flips": len(r.flips) - len(r.illegal), "illegal_flips": len(r.illegal),
-                          "nonsense": r.nonsense, "flips": [asdict(f) for f in r.flips]})  # fmt: skip
-        lines += [{"type": "weight", **asdict(w)} for w in self.weights]
-        lines += [{"type": "diagnosis", "text": str(d), "name": d.name, **asdict(d)} for d in self.diagnoses]
-        lines += [{"type": "acceptance", **asdict(a)} for a in self.acceptance]
-        if self.logits is not None:
-            lines.append({"type": "logits", **asdict(self.logits)})
-        lines += [{"type": "problem", "text": str(p)} for p in self.problems]
-        lines += [{"type": "note", "text": note} for note in self.notes]
-        lines.append({"type": "summary", **self.summary, "extra": len(self.extra), "verdict": self.verdict,
-                      "exit_code": self.exit_code})  # fmt: skip
-        return lines
+        routing = [
+            {"layer": r.layer, "tokens": r.tokens, "agree": r.agree, "legal_flips": len(r.flips) - len(r.illegal),
+             "illegal_flips": len(r.illegal), "nonsense": r.nonsense, "flips": [asdict(f) for f in r.flips]}
+            for r in self.routing
+        ]  # fmt: skip
+        run = {"truth": self.truth, "engine": self.engine, "limit": self.limit, "envelope": list(self.members),
+               "tokens": list(self.tokens), "absent": self.absent, "partial": self.partial}  # fmt: skip
+        end = {**self.summary, "extra": len(self.extra), "verdict": self.verdict, "exit_code": self.exit_code}
+        lines: dict[str, list[dict[str, Any]]] = {
+            "run": [run],
+            "tap": [asdict(r) for r in self.records],
+            "extra": [{"key": key} for key in self.extra],
+            "unknown name": [{"key": key} for key in self.unknown],
+            "hole": [{"key": key} for key in self.holes],
+            "routing": routing,
+            "weight": [asdict(w) for w in self.weights],
+            "diagnosis": [{"text": str(d), "name": d.name, **asdict(d)} for d in self.diagnoses],
+            "acceptance": [asdict(a) for a in self.acceptance],
+            "logits": [] if self.logits is None else [asdict(self.logits)],
+            "problem": [{"text": str(p)} for p in self.problems],
+            "note": [{"text": note} for note in self.notes],
+            "summary": [end],
+        }
+        return [{"type": kind, **line} for kind, some in lines.items() for line in some]
 
 
 def span(places: Sequence[BlockId]) -> str:

@@ -10,23 +10,18 @@ from torch import Tensor
 from ...numerics.arithmetics import current
 from ...numerics.taps import OBSERVE, REPLAY, Handler, Site
 
-ROUTING = {
-    "ids": ("moe_topk_ids",),  # which experts; the weights are our own at those ids
-    "weights": ("moe_topk_ids", "moe_topk_weights"),  # isolates the experts from the router
-    "logits": ("moe_router_logits",),  # everything after the router's product
-}
-
 
 class ReplayRouting(Handler):
-    """Repeats a captured routing. `values` maps keys ("layers.3.moe_topk_ids") to tensors of the same shape as ours."""
+    """Repeats a captured choice of experts; their weights are our own at those ids. `values` maps keys
+    ("layers.3.moe_topk_ids") to tensors of the same shape as ours."""
 
     stage, sees_experts = REPLAY, False
 
-    def __init__(self, values: Mapping[str, Tensor], level: str = "ids"):
-        self.values, self.names = values, ROUTING[level]
+    def __init__(self, values: Mapping[str, Tensor]):
+        self.values = values
 
     def __call__(self, site: Site, x: Tensor) -> Tensor | None:
-        if site.name in self.names and site.key in self.values:
+        if site.name == "moe_topk_ids" and site.key in self.values:
             return self.values[site.key].reshape(x.shape).to(x)
         return None
 

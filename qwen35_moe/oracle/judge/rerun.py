@@ -27,7 +27,7 @@ from ...run.prompt import embed_prompt, placeholders
 from ...run.source import WeightSource
 from ..diagnose.faults import Fault, FaultSite
 from ..diagnose.seen import Seen
-from .hand_over import Collect, stepped
+from .hand_over import stepped
 from .log_p import LOG_P, log_p
 from .replay import Captured, Restart
 from .rerun_parts import Layers, SharedPart, TruthTokens, drafted, under
@@ -199,10 +199,10 @@ class Rerun:
         mixer = layer.self_attn if layer.kind == FULL else layer.linear_attn
         steps = {} if self.tokens.step_rows is None else self.tokens.step_rows.beside(i)
         for step, rows in steps.items():
-            x_1TD, collect = rows.x[None].to(self.device(f"layers.{i}"), self.streams[0].dtype), Collect()
-            with under(table, collect), scope(layer=i):
+            x_1TD, watch = rows.x[None].to(self.device(f"layers.{i}"), self.streams[0].dtype), Restart(Captured(), 0)
+            with under(table, watch), scope(layer=i):
                 mixer(x_1TD if rows.normed else layer.input_layernorm(x_1TD), None, LayerState())
-            found[step] = {name: collect.parts[f"layers.{i}.{name}"][0][0].cpu() for name in names}
+            found[step] = {name: watch.seen[f"layers.{i}.{name}"][0].cpu() for name in names}
         return found
 
     def _boundary(self, i: int) -> tuple[str, str]:
