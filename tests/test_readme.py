@@ -31,10 +31,7 @@ def checkout(tmp_path_factory) -> Path:
     tools = root / "tools"
     tools.mkdir()
     python = sys.executable
-    for name, command in (
-        ("python", f'exec "{python}" "$@"'),
-        ("qwen35-moe", f'exec "{python}" -m qwen35_moe "$@"'),
-    ):
+    for name, command in (("python", f'exec "{python}" "$@"'), ("qwen35-moe", f'exec "{python}" -m qwen35_moe "$@"')):
         tool = tools / name
         tool.write_text(f"#!/bin/sh\n{command}\n")
         tool.chmod(0o755)
