@@ -26,11 +26,10 @@ from weights.build import build as build_checkpoint
 
 IDS = (torch.arange(32) * 7919 % 251)[None]
 NEW = (
-    "input norm with 1 + twice", "final norm with 1 + twice", "q norm with 1 + twice",
+    "input norm with 1 + twice", "q norm with 1 + twice",
     "shared expert sharded on 2 ranks and never reduced, the last share",
-    "attention sharded on 2 ranks and never reduced", "output gates of another rank", "values of another rank",
-    "values of another rank in DeltaNet", "beta of another rank in DeltaNet", "b, a strided view, read as contiguous",
-    "a, a strided view, read as contiguous",
+    "attention sharded on 2 ranks and never reduced", "output gates of another rank",
+    "values of another rank in DeltaNet", "b, a strided view, read as contiguous",
 )  # fmt: skip
 
 IN_EACH_STEP = {

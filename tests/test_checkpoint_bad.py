@@ -383,11 +383,6 @@ def test_a_copy_that_the_index_does_not_point_at_is_reported(tmp_path: Path) -> 
     assert duplicated and all(".safetensors: " in where for where in duplicated) and not ck.report().complete
 
 
-def test_no_such_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(Qwen35Error, match="no such checkpoint"):
-        Checkpoint.open(tmp_path / "nowhere")
-
-
 def test_a_file_cut_short_after_opening(tmp_path: Path) -> None:
     folder = write(tmp_path, tensors("bf16 fused")[0], ("model.safetensors",), None)
     opened, fresh = Checkpoint.open(folder), Checkpoint.open(folder)

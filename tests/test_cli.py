@@ -17,8 +17,6 @@ from qwen35_moe.cli.report_options import write_outputs
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.gate.decide import rule_named
 from qwen35_moe.numerics.arithmetics import get
-from qwen35_moe.oracle.judge.records import Record
-from qwen35_moe.oracle.report.text import _parts
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,13 +51,6 @@ def test_every_type_of_json_is_documented():
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "qwen35_moe").rglob("*.py")]
     types = {name for text in sources for name in re.findall(r'\{"type": "([a-z ]+)", (?!"text": text)', text)}
     assert len(types - {"image"}) > 10 and all(f"`{name}`" in page for name in types - {"image"})
-
-
-def test_the_guilty_column_stands_in_the_first_table():
-    taps = [f"tap{i}" for i in range(12)]
-    first = Record("layers.1.tap9", "wrong", "mlp", 1)
-    assert _parts(taps, 4, first) == [taps[6:10], taps[:4], [*taps[4:6], *taps[10:]]]
-    assert _parts(taps, 8, None) == [taps[:8], taps[8:]] == _parts(taps, 8, Record("layers.0.tap3", "wrong", "mlp", 0))
 
 
 def test_words_are_put_right(capsys):

@@ -135,7 +135,7 @@ def test_ids_of_experts_in_a_dtype_without_comparisons(
     assert verdict(files, saved(files, tmp_path, lambda x: x.to(torch.uint16), "moe_topk_ids"), capsys)[0] == 0
 
 
-@pytest.mark.parametrize("tap", ["mlp_output", "attn_output", "moe_router_logits", "layer_input", "moe_topk_weights"])
+@pytest.mark.parametrize("tap", ["mlp_output", "moe_router_logits", "layer_input"])
 def test_nan_in_one_row_of_a_right_engine_diverges(
     tap: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

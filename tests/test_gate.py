@@ -290,14 +290,6 @@ def test_atom_first_entry_says_that_it_was_the_wrong_one() -> None:
     assert "does not name the target's shared expert body" in decision.warnings[0]
 
 
-def test_vllm_is_opt_in_and_layers_must_agree() -> None:
-    assert not can_fuse_shared_expert(QWEN, None, "vllm")
-    mixed = can_fuse_shared_expert(QWEN, quark(*body(range(1))), "vllm", vllm_opt_in=True)
-    assert not mixed.starts and "3 are, 1 are not" in mixed.reason
-    halves = can_fuse_shared_expert(QWEN, quark(*body(parts="gate")), "vllm", vllm_opt_in=True)
-    assert not halves.starts and "only one of a fused pair is excluded" in halves.reason
-
-
 class EngineQuarkConfig:
     """As SGLang and vLLM hold it: the file's dictionary, and the exclude list as an attribute of its own."""
 
@@ -369,13 +361,6 @@ def test_inputs_that_are_quantised_differently() -> None:
 def test_a_block_that_is_not_stated_contradicts_none() -> None:
     block, unstated, other = (ModuleSpec("fp8-block", size) for size in ((128, 128), (), (64, 64)))
     assert block.same_bytes(unstated) and unstated.same_bytes(block) and not block.same_bytes(other)
-
-
-def test_layers_without_experts_are_not_asked() -> None:
-    names = [d.layer for d in decide_layers(TEXT | {"mlp_only_layers": [1], "mtp_num_hidden_layers": 0})]
-    assert names == ["layers.0", "layers.2", "layers.3"]
-    names = [d.layer for d in decide_layers(TEXT | {"decoder_sparse_step": 2, "mtp_num_hidden_layers": 0})]
-    assert names == ["layers.1", "layers.3"]
 
 
 @pytest.mark.parametrize(

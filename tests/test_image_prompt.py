@@ -112,13 +112,13 @@ def test_a_batch_with_padding(exact: Parts) -> None:
 
 
 def test_decoding_after_an_image_equals_prefill_at_every_tap(exact: Parts) -> None:
-    """300 tokens one by one, positions from the cache alone: as all at once."""
+    """60 tokens one by one, positions from the cache alone: as all at once."""
     model = exact[0]
     ids, pixels, grids = several_images()
     prompt = ids.shape[1]
-    more = torch.randint(2, 250, (1, 300), generator=torch.Generator().manual_seed(6))
+    more = torch.randint(2, 250, (1, 60), generator=torch.Generator().manual_seed(6))
     embeds, positions = prepare(exact, ids, pixels, grids)
-    after = positions.max() + 1 + torch.arange(300).expand(3, 1, -1)
+    after = positions.max() + 1 + torch.arange(60).expand(3, 1, -1)
     all_embeds = torch.cat((embeds, model.embed_tokens(more)), 1)
     whole: dict[str, Tensor] = {}
     with taps.attach(lambda site, x: whole.update({site.key: x})):

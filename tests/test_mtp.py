@@ -206,25 +206,6 @@ def test_taps_stand_under_mtp(exact: Pair, ids: Tensor) -> None:
     assert all(x.dtype in (torch.float64, torch.int64) for x in seen.values())
 
 
-def test_speculation_writes_what_greedy_decoding_writes(exact: Pair, ids: Tensor) -> None:
-    """Draft three, verify in one pass, keep what is accepted: the same 24 tokens as one by one."""
-    model, mtp = exact
-    plain, cache, token = [], Cache(), ids[:1, :10]
-    for _ in range(24):
-        token = greedy(model(token, cache=cache)[:, -1])[:, None]
-        plain.append(int(token))
-    logits, hidden = with_hidden(model, ids[:1, :10])
-    tokens = [*ids[0, :10].tolist(), int(greedy(logits[:, -1]))]
-    while len(tokens) < 10 + 24:
-        drafts = draft(model, mtp, torch.tensor([tokens[1:]]), hidden, 3)[0][0]
-        logits, all_hidden = with_hidden(model, torch.tensor([[*tokens, *drafts.tolist()]]))
-        best = greedy(logits[0, -4:])
-        accepted = int((drafts == best[:3]).int().cumprod(0).sum())
-        tokens += [*drafts[:accepted].tolist(), int(best[accepted])]
-        hidden = all_hidden[:, : len(tokens) - 1]
-    assert tokens[10:34] == plain
-
-
 def test_wrong_input_to_the_head_is_named(exact: Pair, ids: Tensor) -> None:
     _, hidden = with_hidden(exact[0], ids[:, :5])
     with pytest.raises(Qwen35Error, match="for each token t the token t"):

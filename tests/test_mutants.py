@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,11 @@ CHOSEN = (
 def benches(small: Callable[[str], Path]) -> dict[str, Bench]:
     source = open_checkpoint(small("tiny-mxfp4"))[1].source
     return {regime: Bench(source, regime, IDS) for regime in mutants.REGIMES[:2]}
+
+
+@pytest.fixture(scope="module")
+def stepped(built: Callable[[str], Path]) -> Callable[[str], Bench]:
+    return cache(lambda regime: Bench(open_checkpoint(built("tiny"))[1].source, regime, IDS[:, :30]))
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.name in CHOSEN], ids=lambda f: f.name)
@@ -64,10 +70,9 @@ def test_unlisted_fault_is_unknown(benches: dict[str, Bench], fault: Fault) -> N
         ("prefix", "recurrent state of the last multiple of 4 tokens"),
     ],
 )
-def test_fault_between_steps_is_named_with_its_step(built: Callable[[str], Path], regime: str, name: str) -> None:
+def test_fault_between_steps_is_named_with_its_step(stepped: Callable[[str], Bench], regime: str, name: str) -> None:
     """Its layer, its step and its sequence are drawn."""
-    bench = Bench(open_checkpoint(built("tiny"))[1].source, regime, IDS[:, :30])
-    found = bench.between_steps(next(f for f in STEP_FAULTS if f.name == name))
+    found = stepped(regime).between_steps(next(f for f in STEP_FAULTS if f.name == name))
     assert found is not None and found.found and found.named_right, found
 
 

@@ -100,44 +100,6 @@ def test_text_draft_and_image_agree_with_the_fixture(left: dict[str, Tensor], dt
 # What is captured.
 
 
-def test_capturing_changes_nothing_and_leaves_nothing() -> None:
-    model, ids = load(torch.bfloat16), torch.arange(2, 72)[None]
-    taps = capture(model, ids)
-    assert torch.equal(taps["next_token_logits"], logits_of(model, ids))
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.get_decoder().modules())
-
-
-def test_what_is_captured_fits_together() -> None:
-    """Each value is where its name says: the stream adds up, heads are in place, experts' rows are by token."""
-    taps = capture(load(torch.float32), torch.arange(2, 72)[None])
-    for n in range(4):
-        of = {key.removeprefix(f"layers.{n}."): x for key, x in taps.items() if key.startswith(f"layers.{n}.")}
-        assert torch.equal(of["layer_input"] + of["attn_output"], of["pre_mlp_residual_sum"])
-        assert torch.equal(of["pre_mlp_residual_sum"] + of["mlp_output"], of["layer_output_sum"])
-        assert torch.equal(of["moe_routed_output"] + of["moe_shared_gated"], of["mlp_output"][0])
-        assert torch.equal(of["moe_router_logits"].softmax(-1).topk(3).indices, of["moe_topk_ids"])
-        total = torch.zeros(70, 64)
-        for e in range(8):
-            token = (of["moe_topk_ids"] == e).any(-1)
-            total[token] += of[f"moe_expert_weighted.{e}"]
-            assert torch.equal(total[token], of[f"moe_partial_sum.{e}"])
-        assert torch.equal(total, of["moe_routed_output"])
-        if n < 3:
-            assert torch.equal(taps[f"layers.{n + 1}.layer_input"], of["layer_output_sum"])
-            q, k, v = of["gdn_conv_act"].split((32, 32, 64), -1)
-            assert torch.equal(v.unflatten(-1, (4, 16)), of["gdn_v"])
-            assert rel_l2(of["gdn_q_scaled"] * 4, of["gdn_q"]) == 0
-            k = k.unflatten(-1, (2, 16))
-            assert rel_l2(k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt(), of["gdn_k"]) < 1e-6
-            assert rel_l2(torch.nn.functional.silu(of["gdn_conv"]), of["gdn_conv_act"]) < 1e-6
-        else:
-            gated = of["attn_context"].flatten(2) * of["attn_gate"]
-            assert torch.equal(gated, of["attn_pre_o_proj"])
-            assert torch.equal(of["attn_q"][..., 8:], of["attn_q_norm"][..., 8:])
-            scores = (of["attn_q"].transpose(1, 2) @ of["attn_k"].transpose(1, 2).repeat_interleave(2, 1).mT).tril()
-            assert rel_l2(of["attn_qk"].tril(), scores) < 1e-6
-
-
 def test_captured_steps_are_the_pieces_of_one_run() -> None:
     model, ids = load(torch.float32), torch.arange(2, 32)[None]
     whole, memory = capture(model, ids), new_cache(model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
@@ -121,15 +120,6 @@ def test_a_layer_is_gone_when_nobody_holds_it(built: Build) -> None:
         gc.enable()
 
 
-def test_the_next_layer_is_read_while_one_computes(built: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no more than that one."""
-    model, begun = streamed(built("tiny-mxfp4")), []
-    original = StreamedLayers._begun
-    monkeypatch.setattr(StreamedLayers, "_begun", lambda self, i: begun.append(i) or original(self, i))
-    for i, _ in enumerate(model.layers):
-        assert begun == list(range(min(i + 2, len(model.layers))))
-
-
 def test_what_adjoins_is_read_at_once(built: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunk by chunk, each byte once, whatever the tensors are that it belongs to."""
     checkpoint, reads = source(built("tiny")).checkpoint, []
@@ -142,18 +132,6 @@ def test_what_adjoins_is_read_at_once(built: Build, monkeypatch: pytest.MonkeyPa
     both = Fetch(halves, CPU).result()[0]
     assert torch.equal(both.flatten(0, 1), checkpoint.tensors and Rows.of(stored).read(checkpoint.reader))
     assert sum(reads[:-1]) == stored.nbytes and len(reads[:-1]) == -(-stored.nbytes // CHUNK)
-
-
-def test_a_reader_takes_its_buffers_in_turn(built: Build) -> None:
-    """Whatever the number of chunks: the one that was used last is the last to be used again."""
-    checkpoint = source(built("tiny")).checkpoint
-    layout = Layout(checkpoint.reader, [[Rows.of(checkpoint.stored("lm_head.weight"))]])
-    readers, target = prefetch.readers(CPU), torch.empty(layout.nbytes, dtype=torch.uint8)
-    used = []
-    for chunk in layout.chunks[: 3 * prefetch.BUFFERS]:
-        readers.load(checkpoint.reader, deque([chunk]), target)
-        used.append(readers.own.buffers[0].memory.data_ptr())
-    assert used[: prefetch.BUFFERS] * 3 == used and len(set(used)) == prefetch.BUFFERS > 1
 
 
 def cut(file: Path, at: int) -> None:

@@ -113,15 +113,6 @@ def test_a_kill_while_joining_leaves_no_half_trace(
     assert {p.name for p in tmp_path.iterdir()} == {"ids.json", "out"}
 
 
-def test_first_layers_of_groups_now_the_others_later(built: Build, tmp_path: Path) -> None:
-    more = ("--batch", "2", "--no-envelope")
-    assert main(options(built("tiny-mxfp4"), tmp_path, "whole", *more)) == 0
-    assert main(options(built("tiny-mxfp4"), tmp_path, "out", *more, "--layers", "0-0")) == 0
-    assert max(entry.layer or 0 for entry in Trace.open(tmp_path / "out").sites.values()) == 0
-    assert main(options(built("tiny-mxfp4"), tmp_path, "out", *more, "--resume")) == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
 def test_foreign_files_stay(built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out" / "groups").mkdir(parents=True)
     (tmp_path / "out" / "groups" / "thesis.tex").touch()
@@ -168,6 +159,8 @@ def test_a_request_that_fails_leaves_the_trace_that_is_there(
         ["--device-map", "cpu.json", "--device", "cuda"],
         ["--arithmetic", "nonsense"],
         ["--ids", "1,2,999999"],
+        ["--ids", "none.json"],
+        ["--taps", "moe_topk"],
     ):
         assert main([*good, *wrong]) == 2, wrong
         assert contents(tmp_path / "out") == before, wrong

@@ -256,11 +256,6 @@ def transformers_run(path: Path, plant: Callable[[int, Any], None]) -> Dump:
     return capture.dump()
 
 
-def zero_state(step: int, cache: Any) -> None:
-    if step == 2:
-        cache.layers[GDN].recurrent_states[0].zero_()
-
-
 def reversed_conv(step: int, cache: Any) -> None:
     if step == 2:
         last = cache.layers[GDN].conv_states[0][..., -3:]
@@ -276,7 +271,6 @@ def lost_rows(step: int, cache: Any) -> None:
 @pytest.mark.parametrize(
     ("plant", "name", "layer"),
     [
-        (zero_state, "recurrent state not handed over", GDN),
         (reversed_conv, "conv state reversed", GDN),
         (lost_rows, "KV rows of the step before zero", ATTN),
         (lambda *_: None, "", 0),

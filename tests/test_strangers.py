@@ -31,15 +31,6 @@ def test_ids_and_masks_need_not_be_tensors(built: Build, given: Callable[[list[l
     assert torch.equal(traced["next_token_logits"], expected)
 
 
-@pytest.mark.parametrize("mode", ["stream", "packed"])
-def test_tracing_an_id_beyond_the_vocabulary_says_so(
-    built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
-) -> None:
-    arguments = ["trace", str(built("tiny")), "--ids", "1,99999", "--mode", mode, "--out", str(tmp_path / "out")]
-    assert cli.main(arguments) == 2
-    assert "not in the vocabulary\n  where: input_ids[0, 1]" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("command", [["trace", "--out", "out"], ["generate"]])
 def test_a_device_that_is_absent_is_named(built: Build, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     assert cli.main([*command[:1], str(built("tiny")), "--ids", "1,2", *command[1:], "--device", "cuda:77"]) == 2
@@ -108,12 +99,6 @@ def test_the_output_of_attention_is_not_taken_for_the_layers(built: Build, tmp_p
 def config_with(**quant: object) -> dict[str, object]:
     sizes = dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32)
     return {"num_hidden_layers": 1, "num_experts": 2, **sizes, "quantization_config": quant}
-
-
-@pytest.mark.parametrize("entries", [5, {"lm_head": 1}, "lm_head", [None]])
-def test_an_exclude_list_is_a_list_of_strings(entries: object) -> None:
-    with pytest.raises(q.Qwen35Error, match="an exclude list must hold strings"):
-        q.can_fuse_shared_expert(config_with(quant_method="quark", exclude=entries))
 
 
 def test_a_method_that_is_an_enum_is_called_by_its_value() -> None:

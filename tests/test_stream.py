@@ -18,7 +18,6 @@ import pytest
 import torch
 from forked import Child
 from kills import contents
-from safetensors.torch import save_file
 
 import qwen35_moe as q
 from qwen35_moe.checkpoint import Checkpoint
@@ -139,7 +138,7 @@ def command(checkpoint: Path, out: Path) -> list[str]:
     return [*kills.arguments(checkpoint, out), "--no-envelope"]
 
 
-@pytest.mark.parametrize("states", [2, 7])
+@pytest.mark.parametrize("states", [7])
 def test_a_killed_process_resumes_to_the_same_bytes(
     built: Build, tmp_path: Path, of_commands: dict[str, bytes], states: int
 ) -> None:
@@ -152,7 +151,7 @@ def test_a_killed_process_resumes_to_the_same_bytes(
     assert contents(tmp_path / "out") == of_commands
 
 
-@pytest.mark.parametrize("call", [1, 4, 5, 10, 19, 20, 21])
+@pytest.mark.parametrize("call", [1, 5, 19, 21])
 def test_an_envelope_that_stops_anywhere_resumes_to_the_same_bytes(
     built: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enveloped: Path, call: int
 ) -> None:
@@ -201,23 +200,6 @@ def test_another_run_is_not_continued(built: Build, tmp_path: Path) -> None:
         trace_layers(model, IDS + 1, tmp_path, resume=True, quiet=True)
     trace_layers(model, IDS, tmp_path, resume=True, quiet=True)
     assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("foreign", [False, True])
-@pytest.mark.parametrize("name", ["partial/resume.safetensors", "envelope-state.safetensors"])
-def test_a_state_that_is_none_is_named(
-    built: Build, tmp_path: Path, name: str, foreign: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, some = tmp_path / "out", "0-1" if name.startswith("partial") else "0-3"
-    assert main([*command(built("tiny-mxfp4"), out), "--layers", some]) == 0
-    if foreign:
-        save_file({"sum": torch.zeros(2)}, out / name)
-    else:
-        (out / name).write_bytes(b"garbage")
-    assert main([*kills.arguments(built("tiny-mxfp4"), out), "--resume"]) == 2
-    error = capsys.readouterr().err
-    assert ("its checksum is another" if foreign else "cannot read the") in error
-    assert name in error and "report it" not in error
 
 
 def test_a_full_disk_or_a_read_error_leaves_a_message_and_a_resumable_state(
@@ -275,24 +257,6 @@ def test_ids_from_a_file_and_what_the_command_says(
     found = Trace.open(tmp_path / "o")
     assert found.mask.tolist() == [[1, 1, 1], [1, 1, 0]] and all(".moe_" in key for key in found)
     assert found.meta["fused"] == [True] * 4
-
-
-def test_a_mistake_costs_no_trace(built: Build, tmp_path: Path) -> None:
-    """Ids and patterns are looked at before what is there is removed."""
-    out = tmp_path / "out"
-    options = ["--no-envelope", "--quiet", "--out", str(out)]
-    assert main(["trace", str(built("tiny-mxfp4")), "--ids", "1,2,3", *options]) == 0
-    before = contents(out)
-    for mistake in (["--ids", "1,2,300"], ["--ids", "1,2,3", "--taps", "moe_topk"], ["--ids", "none.json"]):
-        assert main(["trace", str(built("tiny-mxfp4")), *mistake, *options]) == 2
-    (tmp_path / "ids.json").write_text("[[1, 2], [3, 300]]")
-    (tmp_path / "fine.json").write_text("[[1, 2], [3, 4]]")
-    for mistake in (
-        ["--ids", str(tmp_path / "ids.json")],
-        ["--ids", str(tmp_path / "fine.json"), "--taps", "moe_topk"],
-    ):
-        assert main(["trace", str(built("tiny-mxfp4")), *mistake, "--batch", "1", *options]) == 2
-    assert contents(out) == before
 
 
 def test_a_complete_run_reports_the_same_when_it_is_resumed(built: Build, tmp_path: Path) -> None:
@@ -397,20 +361,6 @@ def test_nan_in_the_logits_alone(built: Build, tmp_path: Path, capsys: pytest.Ca
     for mode in ("stream", "decoded"):
         assert main([*command(broken, tmp_path / mode), "--mode", mode]) == 0
         assert NOT_FINITE.format("next_token_logits") in capsys.readouterr().err
-
-
-def test_weights_that_changed_under_equal_headers_are_not_gone_on_with(
-    built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(built("tiny"), tmp_path / "copy")
-    assert main([*command(tmp_path / "copy", tmp_path / "out"), "--layers", "0-1"]) == 0
-    embedding = Checkpoint.open(tmp_path / "copy").stored("embed_tokens.weight")
-    before = embedding.file.read_bytes()
-    changed = command(tmp_path / "copy", tmp_path / "out")
-    embedding.file.write_bytes(before[: embedding.begin] + bytes(embedding.nbytes) + before[embedding.end :])
-    assert main([*changed, "--resume"]) == 2 and "differing: checkpoint" in capsys.readouterr().err
-    embedding.file.write_bytes(before)
-    assert main([*changed, "--resume"]) == 0  # its time does not matter: it may be a copy
 
 
 @pytest.mark.parametrize("mode", ["decoded", "packed", "stream"])

@@ -27,9 +27,9 @@ def test_a_map_says_where_each_layer_runs(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_compare_and_diagnose_take_the_options_of_trace(
-    built: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, engine, truth = str(built("tiny")), str(tmp_path / "engine"), str(tmp_path / "truth")
+    path, engine, truth = str(small("tiny")), str(tmp_path / "engine"), str(tmp_path / "truth")
     common = ["trace", path, "--ids", "1,2,3,4,5,6", "--quiet", "--out"]
     assert main([*common, engine, "--no-envelope", "--arithmetic", "sglang-bf16"]) == main([*common, truth]) == 0
     capsys.readouterr()
@@ -43,7 +43,7 @@ def test_compare_and_diagnose_take_the_options_of_trace(
     assert said[0] == said[1] == said[2]
     monkeypatch.setattr(where, "SECONDS_BETWEEN_LINES", 0.0)
     assert main(["diagnose", path, engine, "--device", "cpu"]) == 0
-    assert "layer 4/4  run again under 5 arithmetics  0 s left" in capsys.readouterr().err
+    assert "layer 2/2  run again under 5 arithmetics  0 s left" in capsys.readouterr().err
     assert main(["diagnose", path, engine, "--quiet"]) == 0
     assert not capsys.readouterr().err
     assert main(["compare", truth, engine, "--device", "nowhere"]) == 2

@@ -15,7 +15,7 @@ def surfaces(tmp_path_factory: pytest.TempPathFactory) -> Surfaces:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 10**9))
 def test_nothing_but_our_own_errors(surfaces: Surfaces, name: str, seed: int) -> None:
     assert run(surfaces.all()[name], seed) < 10  # seconds: nothing hangs
