@@ -17,7 +17,6 @@ from fixture_models import FIXTURES, read
 from safetensors.torch import load_file
 from test_golden import (  # noqa: F401 - collected here, too
     test_append_kernel,
-    test_both_forms_of_the_delta_rule_agree_on_the_kernels_inputs,
     test_conv_kernel_is_reproduced_bit_for_bit,
     test_delta_rule_kernels_are_as_far_from_exact_as_their_rounding,
     test_exact_with_activation_quantiser_is_the_function_that_the_kernel_rounds,
@@ -43,7 +42,6 @@ from test_mtp import (  # noqa: F401
     test_a_chain_is_the_head_fed_with_itself,
     test_fixtures,
     test_fused_equals_unfused,
-    test_speculation_writes_what_greedy_decoding_writes,
     test_the_cache_carries_the_head_on,
 )
 from test_vision import test_fixture  # noqa: F401
