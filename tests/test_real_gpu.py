@@ -102,7 +102,6 @@ def test_two_ranks_of_a_clean_sglang_are_joined_and_agree(built: Built, dumps: P
 RANKS = [
     "ep2.rank-1-shared-twice",
     "tp2.rank-1-experts-swapped",
-    "ep2.rank-1-experts-swapped",
     "tp2.rank-1-not-reduced",
 ]
 

@@ -40,15 +40,7 @@ def sizes_of(config: q.Config) -> dict[str, int]:
 
 # Functions in which a letter is free: N is any number of rows in an expert, A also counts the fused slot, W counts the
 # memory of the convolution, which is one less than its taps, H is any head's width in `_chunks`.
-FREE = {
-    "moe.py": "NTA",
-    "router.py": "TAE",
-    "deltanet.py": "HWS",
-    "attention.py": "",
-    "text.py": "",
-    "norms.py": "",
-    "rope.py": "",
-}
+FREE = {"moe.py": "NTA", "router.py": "TAE", "deltanet.py": "HWS"}
 
 
 class Audit:
@@ -59,14 +51,14 @@ class Audit:
         if event != "return" or frame.f_code.co_filename not in FILES:
             return
         file = Path(frame.f_code.co_filename).name
-        known = {letter: size for letter, size in self.sizes.items() if letter not in FREE[file]}
+        known = {letter: size for letter, size in self.sizes.items() if letter not in FREE.get(file, "")}
         for name, x in frame.f_locals.items():
             suffix = SUFFIX.search(name)
             if not suffix or not isinstance(x, torch.Tensor):
                 continue
             self.seen.add(f"{file}:{frame.f_code.co_name}:{name}")
             dimensions = [m.groups() for m in DIMENSION.finditer(suffix[1])]
-            found = self.complaint(dimensions, x, known, FREE[file])
+            found = self.complaint(dimensions, x, known, FREE.get(file, ""))
             if found:
                 self.wrong.append(f"{file}: {frame.f_code.co_name}: {name} is {list(x.shape)}: {found}")
 
