@@ -128,10 +128,10 @@ def test_faults_of_the_draft_head_are_named(small: Callable[..., Path], truth: T
     assert found.diagnoses[0].name == name, str(found.diagnoses[0])
 
 
-def test_a_truth_of_drafts_has_their_envelope(small: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_truth_of_drafts_has_their_envelope(built: Callable[[str], Path], tmp_path: Path) -> None:
     """In bf16 some chains start from other ids; without the checkpoint, too, all taps are compared."""
     for name, options in (("truth", []), ("bf16", ["--arithmetic", "sglang-bf16", "--no-envelope"])):
-        run = ["trace", str(small("tiny")), "--ids", "1,2,3,4,5,6,7,8", "--drafts", "2", "--quiet"]
+        run = ["trace", str(built("tiny")), "--ids", "1,2,3,4,5,6,7,8", "--drafts", "2", "--quiet"]
         assert cli.main([*run, *options, "--out", str(tmp_path / name)]) == 0
     truth = Trace.open(tmp_path / "truth")
     truth.meta["checkpoint"]["path"] = str(tmp_path / "nowhere")
