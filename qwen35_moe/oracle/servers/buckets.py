@@ -7,7 +7,7 @@ addition (the root of two times the typical legal error of a position).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,41 +35,30 @@ class Bucket:
         return f"{self.name}: {said}{'  <-- differs' if self.bad else ''}"
 
 
-Known = dict[tuple[int, ...], dict[int, float]]
-
-
 def buckets(asker: Asker, prompt: Sequence[int], sizes: Sequence[int], typical: float) -> list[Bucket]:
     """Asks for each size. `typical`: the legal error of a position, the median of sigma."""
-    alone = _rows(asker.together([prompt], DECODE_TOKENS), 0)
-    found = [
-        _bucket("once more, perhaps from a cache", alone, [_rows(asker.together([prompt], DECODE_TOKENS), 0)], typical)
-    ]
-    for n in sizes:
-        cut = asker.together([prompt[:n]], 1)
-        found.append(_bucket(f"{n} tokens alone", alone, [_rows(cut, 0)], typical))
-        fed = [_rows([a], 0) for a in asker.grown(prompt, n)]
-        found.append(_bucket(f"fed {n} at a time", alone, fed, typical))
-        if n == 1:
-            continue
-        many = asker.together([prompt] * n, DECODE_TOKENS)
-        first = len(prompt)
-        found.append(_bucket(f"batch of {n}, prompt", alone, [_rows([a], 0, first + 1) for a in many], typical))
-        found.append(_bucket(f"batch of {n}, decode", alone, [_rows([a], first + 1) for a in many], typical))
-    return found
+    alone = _rows(asker.together([prompt], DECODE_TOKENS)[0])
 
-
-def _rows(answers: Sequence[Answer], start: int, stop: int = 1 << 30) -> Known:
-    """log p by the tokens before them, of places from `start` on."""
-    return {tuple(a.ids[: r.place]): r.log_p for a in answers for r in a.rows if r.log_p and start <= r.place < stop}
-
-
-def _bucket(name: str, alone: Known, others: Sequence[Known], typical: float) -> Bucket:
-    sizes = list[float]()
-    for other in others:
-        for key, log_p in other.items():
+    def bucket(name: str, others: Iterable[Answer], start: int = 0, stop: int = 1 << 30) -> Bucket:
+        sizes = list[float]()
+        for key, log_p in (item for other in others for item in _rows(other, start, stop).items()):
             off = [log_p[i] - x for i, x in alone.get(key, {}).items() if i in log_p]
             if off:
                 sizes.append(float(torch.tensor(off, dtype=torch.float64).square().mean().sqrt()))
-    if not sizes:
-        return Bucket(name, 0, 0.0)
-    return Bucket(name, len(sizes), float(torch.tensor(sizes).median()) / (2**0.5 * typical))
+        ratio = float(torch.tensor(sizes).median()) / (2**0.5 * typical) if sizes else 0.0
+        return Bucket(name, len(sizes), ratio)
+
+    found, first = [bucket("once more, perhaps from a cache", asker.together([prompt], DECODE_TOKENS))], len(prompt) + 1
+    for n in sizes:
+        found.append(bucket(f"{n} tokens alone", asker.together([prompt[:n]], 1)))
+        found.append(bucket(f"fed {n} at a time", asker.grown(prompt, n)))
+        if n > 1:
+            many = asker.together([prompt] * n, DECODE_TOKENS)
+            found.append(bucket(f"batch of {n}, prompt", many, 0, first))
+            found.append(bucket(f"batch of {n}, decode", many, first))
+    return found
+
+
+def _rows(answer: Answer, start: int = 0, stop: int = 1 << 30) -> dict[tuple[int, ...], dict[int, float]]:
+    """log p by the tokens before them, of places from `start` on."""
+    return {tuple(answer.ids[: r.place]): r.log_p for r in answer.rows if r.log_p and start <= r.place < stop}

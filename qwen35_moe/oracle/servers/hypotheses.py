@@ -64,12 +64,8 @@ def placed_faults(source: WeightSource, which: str = "each", a4: bool = False) -
             continue
         layers = [i for i, kind in enumerate(kinds) if KINDS.get(fault.block, kind) == kind]
         layers = [i for i in layers if fault.applies(source, i, a4)]
-        if not layers:
-            continue
-        if not fault.single:
-            found.append(PlacedFault(fault))
-        if which == "each" and fault.block != "final_norm":
-            found += [PlacedFault(fault, i) for i in layers]
+        found += [PlacedFault(fault)] * (bool(layers) and not fault.single)
+        found += [PlacedFault(fault, i) for i in layers if which == "each" and fault.block != "final_norm"]
     return found
 
 
@@ -109,13 +105,8 @@ class Struck(Handler):
     """Plants the faults of the runs of a batch, each in its own share. `faults`: number of the run -> its fault;
     `place`: of one run."""
 
-    @property
-    def stage(self) -> int:
-        return BREAK
-
-    @property
-    def sees_experts(self) -> bool:
-        return False
+    stage = BREAK
+    sees_experts = False
 
     def __init__(self, faults: dict[int, PlacedFault], runs: int, place: FaultSite, experts: SortedExperts):
         self.faults, self.runs, self.place, self.experts = faults, runs, place, experts

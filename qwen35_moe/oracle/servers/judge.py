@@ -162,19 +162,12 @@ class Judge:
         found = Look([self._quantile(z0, q) for q in QUANTILES], need=self.need)
         gains, sure, left = self.gains(z0, z(self.size(d - self.signals), self.sigma))
         for h in gains.argsort(descending=True).tolist():
-            layers, block = self._where(h)
-            found.explanations.append(
-                Explanation(
-                    self.names[h], float(gains[h]), float(sure[h]), float(left[h]), bool(self.seen[h]), layers, block
-                )
-            )
+            planted = self.branches[h].hypothesis if h < len(self.branches) else None
+            layers = () if planted is None or planted.layer is None else (planted.layer,)
+            numbers = float(gains[h]), float(sure[h]), float(left[h]), bool(self.seen[h])
+            block = "" if planted is None else planted.fault.block
+            found.explanations.append(Explanation(self.names[h], *numbers, layers, block))
         return found
-
-    def _where(self, h: int) -> tuple[tuple[int, ...], str]:
-        hypothesis = self.branches[h].hypothesis if h < len(self.branches) else None
-        if hypothesis is None:
-            return (), ""
-        return () if hypothesis.layer is None else (hypothesis.layer,), hypothesis.fault.block
 
     def _quantile(self, z0: Tensor, q: float) -> Quantile:
         """Bounds by order statistics: the number of positions below a quantile is binomial."""

@@ -145,7 +145,7 @@ def _replayed(
 ) -> Prepared:  # fmt: skip
     rows, mask = padded([torch.tensor(list(one)) for one in ids])
     replay = Replay(source, fused, rows, mask, where)
-    branches = replay.run(truth, tables, listed, routing=True)
+    branches = replay.run(truth, tables, listed)
     return Prepared([list(one) for one in ids], replay, branches, len(tables))
 
 

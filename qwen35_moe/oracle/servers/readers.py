@@ -57,8 +57,11 @@ def from_bytes(data: bytes, where: str) -> list[Answer]:
 def from_json(found: Any, where: str, request: JsonObject | None = None) -> list[Answer]:
     """Answers in one JSON value, each of its sequences one."""
     if isinstance(found, list):
-        requests = _requests(request, len(checked_list(found, where)))
-        return [a for x, r in zip(found, requests, strict=True) for a in from_json(_object(x, where), where, r)]
+        ids, requests = (request or {}).get("input_ids"), [request or {}] * len(checked_list(found, where))
+        if isinstance(ids, list) and ids and isinstance(ids[0], list) and len(ids) == len(found):
+            requests = [{**(request or {}), "input_ids": one} for one in ids]
+        # an entry is no list again: nothing here recurses as deep as a stranger likes
+        return [a for x, r in zip(found, requests, strict=True) for a in from_json(mapping(x, where), where, r)]
     found = mapping(found, where)
     if "response" in found:
         if found.get("status", 200) != 200:
@@ -74,19 +77,6 @@ def from_json(found: Any, where: str, request: JsonObject | None = None) -> list
     if "error" in found or found.get("object") == "error":
         raise bad("the server refused", where, found.get("error") or found.get("message"))
     raise bad(NO_LOG_P, where, ", ".join(map(str, found)), "meta_info, choices or completion_probabilities")
-
-
-def _object(found: Any, where: str) -> JsonObject:
-    """An entry of a list, which is no list again: nothing here recurses as deep as a stranger likes."""
-    return mapping(found, where)
-
-
-def _requests(request: JsonObject | None, count: int) -> list[JsonObject]:
-    """The request of each answer of a batch."""
-    ids = (request or {}).get("input_ids")
-    if isinstance(ids, list) and ids and isinstance(ids[0], list) and len(ids) == count:
-        return [{**(request or {}), "input_ids": one} for one in ids]
-    return [request or {}] * count
 
 
 def sglang(found: JsonObject, request: JsonObject, where: str) -> Answer:
@@ -238,13 +228,11 @@ def _echo(
     known = {r.place for r in rows}
     for i, (name, value) in enumerate(zip(new, values, strict=False)):
         top = mapping(tops[i], where) if i < len(tops) and tops[i] and by_id else {}
-        pairs = [(token(k, where), number(v, where)) for k, v in top.items()]
-        pairs.append((name, None if value is None else number(value, where)))
+        pairs = [(token(k, where), number(v, where)) for k, v in [*top.items(), (name, value)] if v is not None]
         if start + i not in known and any(x is not None for _, x in pairs):
             rows = [*rows, row(start + i, pairs, bool(top))]
     if by_id or given:
         if echo and ids is not None:
             agreed(ids, new[: len(ids)], where)
         ids = [*(ids or [])[:start], *new]
-    by_text = not by_id and (any(tops) or not new)
-    return ids, rows, [BY_TEXT] if by_text else []
+    return ids, rows, [BY_TEXT] if not by_id and (any(tops) or not new) else []

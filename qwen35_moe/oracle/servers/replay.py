@@ -23,7 +23,7 @@ from ...model.rope import rotary_angles
 from ...model.text import Layer, Model
 from ...numerics import arithmetics
 from ...numerics.arithmetics import Arithmetic, using
-from ...numerics.taps import Handler, Site, attach, scope, tap
+from ...numerics.taps import FunctionHandler, Handler, attach, scope, tap
 from ...run.fill import fill
 from ...run.load import build
 from ...run.source import WeightSource
@@ -37,23 +37,8 @@ TOGETHER = 1 << 13  # tokens that one layer is run on at once on a CPU
 LOGITS_HELD = 1 << 26  # logits that are held at once
 BYTES = 18  # of an expert's number, decoded side by side for float64, float32 (twice, with a fault) and bf16
 NUMBERS = 24  # float32 of a chosen expert's row that a GPU holds at once, for each of the row's numbers
+ROUTING = "moe_router_logits", "moe_topk_ids"
 SHARE_OF_MEMORY = 0.6  # that decoded experts may take: else experts are decoded when they are chosen
-
-
-class _Watch(Handler):
-    """Keeps what the router of the current layer said."""
-
-    sees_experts = False
-
-    def __init__(self) -> None:
-        self.logits: Tensor | None = None
-        self.ids: Tensor | None = None
-
-    def __call__(self, site: Site, x: Tensor) -> None:
-        if site.name == "moe_router_logits":
-            self.logits = x
-        if site.name == "moe_topk_ids":
-            self.ids = x
 
 
 @dataclass
@@ -64,7 +49,6 @@ class Branch:
     table: Arithmetic
     stream: Tensor
     hypothesis: PlacedFault | None = None
-    watch: _Watch | None = None
     routing: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # a layer: router logits [N, E], ids [N, A]
 
 
@@ -113,19 +97,11 @@ class Replay:
         return self._heads[dtype]
 
     @torch.inference_mode()
-    def run(
-        self,
-        truth: str | Arithmetic,
-        tables: Sequence[Arithmetic],
-        faults: Sequence[PlacedFault],
-        routing: bool = False,
-    ) -> list[Branch]:
+    def run(self, truth: str | Arithmetic, tables: Sequence[Arithmetic], faults: Sequence[PlacedFault]) -> list[Branch]:
         """Branches after the last layer: the truth's, one a table, one a hypothesis, in this order."""
         base = arithmetics.get(truth)
         self.quick = arithmetics.get("float32") if base.name == "exact" else base
         branches = [self._begin(table.name, table) for table in (base, *tables)]
-        for branch in branches if routing else branches[:1]:
-            branch.watch = _Watch()
         clean = self._begin("quick", self.quick)
         struck = [Branch(str(h), self.quick, clean.stream, h) for h in faults if h.layer is None]
         later = [h for h in faults if h.layer is not None]
@@ -134,8 +110,7 @@ class Replay:
             before = clean.stream
             for branch in branches:
                 self._step(i, branch)
-            ids = branches[0].watch.ids  # type: ignore[union-attr]
-            busiest = int(ids.flatten().bincount().argmax()) if ids is not None else 0
+            busiest = int(branches[0].routing[i][1].flatten().bincount().argmax())
             here = [h for h in later if h.layer == i]
             here = [PlacedFault(h.fault, i, busiest) if h.fault.single else h for h in here]
             struck += [Branch(str(h), self.quick, before, h) for h in here]
@@ -153,10 +128,13 @@ class Replay:
         return FaultSite(self.config, self.positions, layers, h.expert)
 
     def _step(self, i: int, b: Branch) -> None:
-        layer = self.layers.whole(i, b.table, self.fused[i])
-        b.stream = self._forward(i, layer, b.table, b.stream, [b.watch] if b.watch else [], 1)
-        if b.watch and b.watch.logits is not None and b.watch.ids is not None:
-            b.routing.append((b.watch.logits.double().cpu(), b.watch.ids.long().cpu()))
+        """One layer of the truth or of a legal arithmetic; keeps what its router says."""
+        seen = dict[str, Tensor]()
+        watch = FunctionHandler(lambda site, x: seen.update({site.name: x} if site.name in ROUTING else {}),
+                                sees_experts=False)  # fmt: skip
+        b.stream = self._forward(i, self.layers.whole(i, b.table, self.fused[i]), b.table, b.stream, [watch], 1)
+        logits, ids = (seen[name] for name in ROUTING)
+        b.routing.append((logits.double().cpu(), ids.long().cpu()))
 
     def _groups(self, i: int, branches: Sequence[Branch]) -> Iterator[list[tuple[Branch, bool]]]:
         """Branches that can share the products of this layer, and whether their fault strikes there."""

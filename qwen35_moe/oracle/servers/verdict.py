@@ -101,17 +101,11 @@ def told(answers: Sequence[Answer], ids: Sequence[Sequence[int]], vocab: int) ->
         notes.append(f"{elsewhere} positions are not judged: they follow other tokens than the prompts'")
     if empty:
         notes.append(f"{empty} positions are told without any log p")
-    keys, tables = [*rows], [log_p for log_p, _ in rows.values()]
-    best = torch.tensor([b for _, b in rows.values()])
-    found = Told(*_table(keys, [_few(t, _next(ids[b], p)) for t, (b, p) in zip(tables, keys, strict=True)]), best,
-                 list(dict.fromkeys(notes)))  # fmt: skip
-    if max(map(len, tables)) > TOKENS_PER_POSITION:
-        found.whole = _table(keys, tables)
-    return found
-
-
-def _next(ids: Sequence[int], place: int) -> int:
-    return ids[place + 1] if place + 1 < len(ids) else UNKNOWN
+    keys, tables, best = [*rows], [log_p for log_p, _ in rows.values()], torch.tensor([b for _, b in rows.values()])
+    given = [ids[b][place + 1] if place + 1 < len(ids[b]) else UNKNOWN for b, place in keys]
+    few = [_few(log_p, i) for log_p, i in zip(tables, given, strict=True)]
+    whole = _table(keys, tables) if max(map(len, tables)) > TOKENS_PER_POSITION else None
+    return Told(*_table(keys, few), best, list(dict.fromkeys(notes)), whole)
 
 
 def _few(log_p: dict[int, float], given: int) -> dict[int, float]:
@@ -141,19 +135,17 @@ def _same(said: Sequence[int], known: Sequence[int], place: int) -> bool:
 
 def decide(judge: Judge, found: Told, routing: Sequence[str] = ()) -> Verdict:
     """The verdict on the answers. `routing`: the evidence of the answers' experts against the engine."""
-    look = judge.look(found.log_p)
+    look, nan = judge.look(found.log_p), int((found.log_p.isnan() & judge.known).any(1).sum())
     positions, sequences = len(found.log_p), len(found.at.sequence.unique())
     best = max((e for e in look.explanations if e.visible), key=lambda e: e.sure, default=None)
-    nan = int((found.log_p.isnan() & judge.known).any(1).sum())
     routing = [f"log p at {nan} of {positions} positions are NaN", *routing] if nan else routing
     finding, why = _finding(look, best, routing, judge.blind())
-    notes = list(found.notes)
+    evidence, notes = [*_lines(look, best), *_top_k(judge, found), *routing], list(found.notes)
     if finding != "agrees" and _stranger(judge, found):
         notes.append("log p have little to do with the truth's: this looks like another model, or another prompt")
     group = _alike(look) if finding != "agrees" else []
-    evidence = [*_lines(look, best), *_top_k(judge, found), *routing]
-    nearest = look.explanations[0] if look.explanations else None
     unseen = judge.power()[1] if finding != "diverges" else []
+    nearest = look.explanations[0] if look.explanations else None
     return Verdict(finding, why, evidence, group, nearest, positions, sequences, look.quantiles, best, notes, unseen)
 
 
@@ -163,19 +155,17 @@ def _finding(look: Look, best: Explanation | None, routing: Sequence[str], blind
             return "diverges", f"the {q.name} of the differences is {q.ratio:.3g} x the legal one"
     if routing:
         return "diverges", routing[0]
+    unsure: Outcome = "cannot tell without a dump"
     if best is not None:
         said = f"{best.name}: {best.sure:.0f} nats likelier than rounding, without its strongest prompt"
         if best.sure > look.need:
             return "diverges", said
         if best.sure > look.need / 2 or max(e.gain for e in look.explanations if e.visible) > look.need:
-            return (
-                "cannot tell without a dump",
-                f"a suspicion: {said}; more than {look.need:.0f} decide. Ask more prompts",
-            )
+            return unsure, f"a suspicion: {said}; more than {look.need:.0f} decide. Ask more prompts"
     if look.quantiles[0].high > FAR:
-        return "cannot tell without a dump", "the differences may be beyond the limit: ask more prompts"
+        return unsure, "the differences may be beyond the limit: ask more prompts"
     if blind:
-        return "cannot tell without a dump", blind
+        return unsure, blind
     return "agrees", "the differences are within legal rounding, and no fault of the catalogue explains them better"
 
 
