@@ -32,7 +32,6 @@ from qwen35_moe.oracle.judge.envelope_file import ENVELOPE, as_rows
 from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.head import Entry
 from qwen35_moe.trace.writer import TraceWriter
-from qwen35_moe.trace.writer import write as write_trace
 
 EVERY = {
     "layer_input": 2048, "input_layernorm": 2048, "attn_output": 2048, "pre_mlp_residual": 2048,
@@ -119,7 +118,9 @@ def write(folder: Path, layers: int, tokens: int) -> Callable[[str], None]:
     def write_dump(form: str) -> None:
         shutil.rmtree(folder / "dump", ignore_errors=True)
         if form == "trace":
-            write_trace(engine, folder / "dump")
+            with TraceWriter(folder / "dump", engine.meta) as writer:
+                for key, entry in engine.sites.items():
+                    writer.add(entry, engine[key])
         elif form == "sglang":
             write_sglang_dump(engine, folder / "dump")
         else:

@@ -163,7 +163,7 @@ def decode(args: argparse.Namespace) -> None:
 
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         out = torch.empty(shape, dtype=dtype, device=DEVICE)
-        moved = packed.nbytes + out.nbytes
+        moved = packed.codes.nbytes + packed.scales.nbytes + out.nbytes
         ways = {
             "decode": lambda out=out: packed.decode(out.dtype, out),
             "plain torch": lambda out=out: mxfp4.decode_in_pieces(packed.codes, packed.scales, out.dtype, out),

@@ -109,7 +109,6 @@ def test_decode_in_pieces_into_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None
     scales = torch.randint(0, 256, (3, 10, 3), dtype=torch.uint8, generator=generator)
     weight = PackedMXFP4(codes, scales)
     assert weight.shape == (3, 10, 96)
-    assert weight.nbytes == 3 * 10 * 51
     for dtype in EXACT:
         whole = decode_plain(codes, scales, dtype)
         for pieces in (1, 7, 2**16):

@@ -23,7 +23,7 @@ from qwen35_moe.trace import writer as writer_module
 from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.head import Entry
 from qwen35_moe.trace.recorder import record, trace
-from qwen35_moe.trace.writer import TraceWriter, write
+from qwen35_moe.trace.writer import TraceWriter
 
 SEQUENCES = [[5, 9, 200, 7, 31, 8, 77], [5, 9, 4, 250, 3]]
 
@@ -47,7 +47,10 @@ def test_disk_and_memory_hold_the_same(model, tmp_path: Path) -> None:
     disk = padded_truth(model, SEQUENCES, out=tmp_path / "t")
     assert list(memory) == list(disk) and memory.meta == disk.meta
     assert all(torch.equal(memory[key], disk[key]) for key in memory)
-    again = write(memory, tmp_path / "again")
+    with TraceWriter(tmp_path / "again", memory.meta) as writer:
+        for key, entry in memory.sites.items():
+            writer.add(entry, memory[key])
+    again = Trace.open(tmp_path / "again")
     assert again.sites == disk.sites
     assert again.ids.tolist()[0] == SEQUENCES[0] and again.mask[1].tolist() == [1, 1, 1, 1, 1, 0, 0]
     assert disk.meta["arithmetic"] == "exact" and disk.meta["config"]["num_experts"] == 8

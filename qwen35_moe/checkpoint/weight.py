@@ -15,7 +15,7 @@ from ..quant.layouts import deinterleave_gate_up
 from ..quant.packed import Float, Packed, concatenate
 from ..quant.precision import ModuleSpec, float_spec
 from .header import TensorEntry
-from .reader import STORED_DTYPES, Reader, Rows
+from .reader import Reader, Rows
 
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -31,11 +31,6 @@ class StoredWeight:
     scale: Rows | None
     block: tuple[int, ...]  # elements that share a scale: (32,) along a row, (128, 128) rows by columns
     reader: Reader
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The stored dtype: torch.uint8 for MXFP4."""
-        return STORED_DTYPES[self.values.stored.dtype]
 
     @property
     def tensors(self) -> tuple[TensorEntry, ...]:
@@ -87,7 +82,10 @@ class StoredWeight:
         """The weight as it is stored, or some of its rows (see `some`). Error: a scale is NaN or infinite."""
         whole = self.interleaved and self.values.step == 1  # gate and up still take turns
         stored = self if whole or rows is None else self.some(rows)
-        return self.assemble(*(part.read(self.reader) for part in stored.parts), rows=rows if whole else None)
+        parts = [part.read(self.reader) for part in stored.parts]
+        if self.scale is not None:
+            _check_finite(parts[1], self.scale.stored)
+        return self._packed(*parts, rows=rows if whole else None)
 
     def some(self, rows: slice) -> StoredWeight:
         """Rows of a matrix [O, I], as a weight. For FP8 blocks, they must start at a block boundary."""
@@ -104,21 +102,12 @@ class StoredWeight:
 
     @property
     def parts(self) -> tuple[Rows, ...]:
-        """The rows to read for `assemble`."""
+        """The rows to read: values, and scales if there are any."""
         return (self.values,) if self.scale is None else (self.values, self.scale)
 
-    def assemble(self, values: Tensor, scale: Tensor | None = None, *, rows: slice | None = None) -> Packed:
-        """The weight, from the tensors that were read. rows: the ones to keep, if gate and up alternate."""
-        if scale is None or self.scale is None:
-            return Float(values)
-        _check_finite(scale, self.scale.stored)
-        return self._packed(values, scale, rows=rows)
-
     def of(self, parts: Iterable[Tensor], doubts: list[Tensor], count: int | None = None) -> Packed:
-        """As `assemble`, on any device, without waiting for it. Adds a check for NaN and infinite scales to `doubts`.
-
-        The parts of float and MXFP4 weights may be stacks: then the first `count` are used.
-        """
+        """The weight from its parts, on any device, without waiting for it. Adds a check for NaN and infinite scales to
+        `doubts`. The parts of float and MXFP4 weights may be stacks: then the first `count` are used."""
         values, *scales = parts
         doubts += [_not_finite(scale[:count]).any() for scale in scales]
         return self._packed(values, *scales)
@@ -174,11 +163,6 @@ class StoredExperts:
         if not self.fused:
             return tuple(self.find(f"{self.prefix}.{e}.{name}") for name in EXPERT_PROJECTIONS)
         return tuple(self.find(f"{self.prefix}.{name}").expert(e) for name in ("gate_up_proj", "down_proj"))
-
-    @property
-    def kind(self) -> str:
-        """The format of the first expert. Others may differ; `Checkpoint.spec` tells."""
-        return self.weights(0)[0].kind
 
     def read(self, e: int) -> tuple[Packed, Packed]:
         """(gate_up, down) of expert e, as stored."""

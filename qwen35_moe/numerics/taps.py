@@ -81,16 +81,11 @@ TapFunction = Callable[[Site, Tensor], Any]
 class FunctionHandler(Handler):
     """A plain function as a handler."""
 
+    stage: int = OBSERVE
+    sees_experts: bool = True
+
     def __init__(self, function: TapFunction, stage: int = OBSERVE, sees_experts: bool = True):
-        self.function, self._stage, self._sees_experts = function, stage, sees_experts
-
-    @property
-    def stage(self) -> int:
-        return self._stage
-
-    @property
-    def sees_experts(self) -> bool:
-        return self._sees_experts
+        self.function, self.stage, self.sees_experts = function, stage, sees_experts
 
     def __call__(self, site: Site, x: Tensor, /) -> Tensor | None:
         return self.function(site, x)

@@ -61,10 +61,6 @@ class FP8:
     def shape(self) -> torch.Size:
         return self.values.shape
 
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.scale.nbytes
-
     def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The values. Their product with the scale is computed in float32 (in float64 if `dtype` is that) and rounded
         once, to `dtype`; with a bfloat16 scale it has 12 significant bits and is exact in float32.

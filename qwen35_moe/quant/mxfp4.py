@@ -56,10 +56,6 @@ class PackedMXFP4:
     def shape(self) -> torch.Size:
         return torch.Size((*self.codes.shape[:-1], 2 * self.codes.shape[-1]))
 
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
-
     def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         return decode(self.codes, self.scales, dtype, out)
 

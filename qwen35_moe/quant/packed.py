@@ -18,11 +18,6 @@ class Packed(Protocol):
         """The shape of what `decode` returns."""
         ...
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes it takes as stored, scales included."""
-        ...
-
     def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The values in `dtype`; into `out` if given."""
         ...
@@ -38,10 +33,6 @@ class Float:
     def shape(self) -> torch.Size:
         return self.values.shape
 
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes
-
     def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The tensor itself (no copy) where it has that dtype already and no `out` is given."""
         return self.values.to(dtype) if out is None else out.copy_(self.values)
@@ -56,10 +47,6 @@ class Stacked:
     @property
     def shape(self) -> torch.Size:
         return torch.Size((sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:]))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
 
     def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         if out is None:

@@ -20,17 +20,9 @@ from torch import Tensor
 from ..errors import Qwen35Error
 from ..numerics.taps import Site
 from ..run.files import check_claim, check_sha256, checked, file_sha256, save, whole
-from .file import CHUNK_BYTES, SUM_BEGINS, Trace, in_utf8
+from .file import CHUNK_BYTES, SUM_BEGINS, in_utf8
 from .folder import START_ANEW, State, check_ours, finish, remove_older
 from .head import FORMAT, HEAD_FILE, PARTIAL, RESUME, VERSION, Entry, entries_of, records_of
-
-
-def write(trace: Trace, path: str | Path) -> Trace:
-    """Write a trace to a directory and return the one read from there."""
-    with TraceWriter(path, trace.meta) as writer:
-        for key, entry in trace.sites.items():
-            writer.add(entry, trace[key])
-    return Trace.open(path)
 
 
 def _header(entry: Entry, nbytes: int) -> bytes:
