@@ -69,7 +69,7 @@ def known(*names: str) -> dict[str, Wrong]:
     return {fault.name: Wrong(fault=fault) for fault in (*FAULTS, *ANGLES) if fault.name in names}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Case:
     """`case["x"]` is a copy of an input, `case.to("cuda")` has all of them on a device; `outputs` are what a kernel
     returns, in this order.
@@ -77,23 +77,27 @@ class Case:
     function   the arithmetic of the truth: `exact`, or `exact+a4` where activations are quantised
     wrong      the known faults by name, for `broken`
     rowwise    the inputs whose first dimension is the outputs' (tokens that do not see each other); () if they do
-    matrices   outputs that are judged by matrices (a state per head), not by their last dimension
     """
 
     name: str
     outputs: tuple[str, ...]
-    make: Make = field(repr=False)
-    compute: Compute = field(repr=False)
-    wrong: Mapping[str, Wrong] = field(default_factory=dict, repr=False)
+    make: Make
+    compute: Compute
+    wrong: Mapping[str, Wrong] = field(default_factory=dict)
     rowwise: tuple[str, ...] = ()
     function: str = "exact"
-    matrices: tuple[str, ...] = ("gdn_state",)
-    config: Config = field(default_factory=lambda: config_of("tiny"), repr=False)
-    top_k: int = 0
+    config: Config = field(default_factory=lambda: config_of("tiny"))
 
     @property
     def __name__(self) -> str:  # what pytest calls it by
         return self.name
+
+    def __repr__(self) -> str:
+        return f"<case {self.name}>"
+
+    @property
+    def top_k(self) -> int:
+        return self.config.num_experts_per_tok
 
     @cached_property
     def _inputs(self) -> Inputs:

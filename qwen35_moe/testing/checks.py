@@ -22,6 +22,7 @@ from .case import Case, Outputs
 # right name explains at least 99.94 %; a wrong one at most 95 % ("shared gate not squashed" for a missing 1/ep_size),
 # then 83 %. Names that explain more belong to faults that differ in nothing that the inputs show.
 NAMED = 0.97
+MATRICES = ("gdn_state", "gdn_conv_state")  # judged by matrices (a state per head), not by the last dimension
 ROWS_TRIED = 8  # of tokens that do not see each other, so many bad ones are looked at for the cause
 
 Kernel = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -134,7 +135,7 @@ def _check(name: str, x: Tensor, case: Case) -> Check:
         return wrong_check(case.name, name, f"shape {list(x.shape)}, expected {list(truth.shape)}")
     if not x.is_floating_point():
         return wrong_check(case.name, name, f"{x.dtype}, expected a floating-point dtype")
-    depth = max(1, truth.dim() - (2 if name in case.matrices else 1))
+    depth = max(1, truth.dim() - (2 if name in MATRICES else 1))
     truth_R, x_R, *members = (
         y.reshape(-1, *truth.shape[depth:]) for y in (truth, x, *(member[name] for member in case.members))
     )

@@ -186,8 +186,7 @@ def conv_case(model: str = "tiny", tokens: int = 41, seed: int = 0) -> Case:
         "silu twice": out(CONV, lambda y, _: F.silu(y)),
         "state not updated": out(CONV_STATE, lambda _, i: i["state"]),
     }
-    return Case(f"conv-{model}-{tokens}", (CONV, CONV_STATE), make, compute, wrong, config=config,
-                matrices=(CONV_STATE,))  # fmt: skip
+    return Case(f"conv-{model}-{tokens}", (CONV, CONV_STATE), make, compute, wrong, config=config)
 
 
 def gating_case(model: str = "qwen3.5-35b-a3b", tokens: int = 41, seed: int = 0) -> Case:

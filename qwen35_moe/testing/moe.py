@@ -75,7 +75,7 @@ def router_case(model: str = "tiny", tokens: int = 41, seed: int = 0, ties: bool
     config = config_of(model)
     return Case(f"router-{model}-{tokens}", (TOPK_WEIGHTS,), lambda: routing_inputs(config, tokens, seed, ties),
                 lambda i: {TOPK_WEIGHTS: route(i["x"], i["router"], config.num_experts_per_tok)[1]},
-                config=config, top_k=config.num_experts_per_tok)  # fmt: skip
+                config=config)  # fmt: skip
 
 
 def routing_inputs(config: Config, tokens: int, seed: int, ties: bool) -> Inputs:
@@ -161,10 +161,9 @@ def moe_case(
 
 def moe_given(make: Make, name: str, activations: str = "none", config: Config | None = None) -> Case:
     """The case of such inputs, by a function that returns them."""
-    config, quantised = config or config_of("tiny"), activations != "none"
+    quantised = activations != "none"
     return Case(name, (BLOCK_OUTPUT,), make, lambda i: block(i, quantised), wrong_experts(quantised),
-                ("x", "ids", "weights"), FUNCTIONS[activations], config=config,
-                top_k=config.num_experts_per_tok)  # fmt: skip
+                ("x", "ids", "weights"), FUNCTIONS[activations], config or config_of("tiny"))  # fmt: skip
 
 
 def block(i: Inputs, quantised: bool) -> Outputs:
