@@ -25,10 +25,8 @@ from qwen35_moe.model.vision.config import VisionConfig
 from qwen35_moe.model.vision.position_table import patch_places
 from qwen35_moe.model.vision.positions import token_types
 from qwen35_moe.oracle.compare import compare
-from qwen35_moe.oracle.diagnose.faults import Fault, FaultSite
-from qwen35_moe.oracle.diagnose.rope_faults import counted, off_after, time_only
-from qwen35_moe.oracle.diagnose.seen import Seen
-from qwen35_moe.oracle.diagnose.vision_faults import VISION_FAULTS
+from qwen35_moe.oracle.diagnose.faults import Fault, FaultSite, Seen
+from qwen35_moe.oracle.diagnose.vision_faults import VISION_FAULTS, counted, off_after, time_only
 from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.engine_names import VISION_NAMES
 from qwen35_moe.oracle.dumps.readers import read_dump

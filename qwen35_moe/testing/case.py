@@ -20,7 +20,7 @@ from ..numerics.arithmetics import Arithmetic, get, using
 from ..numerics.taps import Handler, attach, scope
 from ..oracle.diagnose.catalogue import FAULTS
 from ..oracle.diagnose.faults import Fault, FaultSite
-from ..oracle.diagnose.rope_faults import ANGLES
+from ..oracle.diagnose.vision_faults import ANGLES
 from ..oracle.judge.envelope import legal
 from ..oracle.judge.split_k import splitting
 from .drawn import config_of

@@ -31,8 +31,8 @@ from .faults import Fault
 from .guilty import GuiltyTap
 from .other_experts import OTHERS, solved
 from .rank_shares import blame, faults_of_sums
-from .rope_faults import ANGLES
 from .steps import EXPLAINED, hypotheses, in_engine_steps
+from .vision_faults import ANGLES
 
 WORTH, TRIES = 0.4, 3  # hypotheses that explain less are not looked at closely, nor more than so many
 WORTH_OF_ROUNDING = 0.2  # the same of a coarser format: legal rounding makes much of that error

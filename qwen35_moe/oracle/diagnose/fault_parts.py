@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from ...numerics.choices import in_fp8
 from ...quant.fp8 import FP8
@@ -14,16 +15,34 @@ from ...quant.layouts import shuffle_scales
 from ...quant.mxfp4 import PackedMXFP4, quantise_dequantise
 from ...quant.packed import Float, Packed, Stacked
 from ...run.experts import PackedExpert
-from .faults import BrokenSource, ExpertChange, FaultSite, TapChange
+from .faults import BrokenSource, ExpertChange, FaultSite, TapChange, WeightChange
+
+QK_NORMS, QKV = ("attn_q_norm", "attn_k_norm"), ("attn_q", "attn_k", "attn_v")
 
 
-def on_packed(change: Callable[[PackedMXFP4], PackedMXFP4]) -> ExpertChange:
+def plain(change: Callable[[Tensor], Tensor]) -> TapChange:
+    """A change of a value that needs nothing else."""
+    return lambda x, _, __: change(x)
+
+
+def taken_from(name: str) -> TapChange:
+    """The value of another tap instead."""
+    return lambda x, kept, _: kept[name].view_as(x)
+
+
+def bf16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).to(x.dtype)
+
+
+ones, without_one, one_more = (plain(change) for change in (torch.ones_like, lambda x: x - 1, lambda x: x + 1))
+sqrt_width = plain(lambda x: x * x.shape[-1] ** 0.5)
+
+
+def on_slots(change: Callable[[Packed], Packed]) -> ExpertChange:
     """A change of the packed weights of routed experts."""
 
     def leaf(packed: Packed) -> Packed:
-        if isinstance(packed, Stacked):
-            return Stacked(tuple(leaf(part) for part in packed.parts))
-        return change(packed) if isinstance(packed, PackedMXFP4) else packed
+        return Stacked(tuple(map(leaf, packed.parts))) if isinstance(packed, Stacked) else change(packed)
 
     def both(source: BrokenSource, mlp: str, e: int, slot: PackedExpert) -> PackedExpert:
         return (leaf(slot[0]), leaf(slot[1])) if e < source.config.num_experts else slot
@@ -31,29 +50,26 @@ def on_packed(change: Callable[[PackedMXFP4], PackedMXFP4]) -> ExpertChange:
     return both
 
 
-def on_fp8(block: str, change: Callable[[Tensor], Tensor]) -> Callable[[BrokenSource, str, Packed], Packed]:
+def on_packed(change: Callable[[PackedMXFP4], PackedMXFP4]) -> ExpertChange:
+    """The same of those in MXFP4."""
+    return on_slots(lambda w: change(w) if isinstance(w, PackedMXFP4) else w)
+
+
+def codes(change: Callable[[Tensor], Tensor]) -> ExpertChange:
+    return on_packed(lambda w: PackedMXFP4(change(w.codes), w.scales))
+
+
+def scales(change: Callable[[Tensor], Tensor]) -> ExpertChange:
+    return on_packed(lambda w: PackedMXFP4(w.codes, change(w.scales)))
+
+
+def fp8_scales(change: Callable[[Tensor], Tensor]) -> Callable[[Packed], Packed]:
+    return lambda w: FP8(w.values, change(w.scale)) if isinstance(w, FP8) else w
+
+
+def on_fp8(block: str, change: Callable[[Tensor], Tensor]) -> WeightChange:
     """A change of the scales of FP8 weights, of the projections of a block."""
-
-    def leaf(_: BrokenSource, module: str, packed: Packed) -> Packed:
-        if isinstance(packed, FP8) and f".{block}." in module:
-            return FP8(packed.values, change(packed.scale))
-        return packed
-
-    return leaf
-
-
-def fp8_experts(change: Callable[[Tensor], Tensor]) -> ExpertChange:
-    """The same of routed experts."""
-
-    def leaf(packed: Packed) -> Packed:
-        if isinstance(packed, Stacked):
-            return Stacked(tuple(leaf(part) for part in packed.parts))
-        return FP8(packed.values, change(packed.scale)) if isinstance(packed, FP8) else packed
-
-    def both(source: BrokenSource, mlp: str, e: int, slot: PackedExpert) -> PackedExpert:
-        return (leaf(slot[0]), leaf(slot[1])) if e < source.config.num_experts else slot
-
-    return both
+    return lambda _, module, w: fp8_scales(change)(w) if f".{block}." in module else w
 
 
 def rolled(scale: Tensor) -> Tensor:
@@ -72,10 +88,17 @@ def bf16_as_fp4(source: BrokenSource, module: str, packed: Packed) -> Packed:
     mlp, _, name = module.partition(".shared_expert.")
     gate_up, down = source.inner.slot(mlp, 0)
     gate, up = scales_of(gate_up).chunk(2)
-    scales = {"gate_proj": gate, "up_proj": up, "down_proj": scales_of(down)}[name]
-    return PackedMXFP4(
-        packed.values.to(torch.bfloat16).view(torch.uint8)[:, : packed.shape[1] // 2].contiguous(), scales
-    )
+    theirs = {"gate_proj": gate, "up_proj": up, "down_proj": scales_of(down)}[name]
+    stored = packed.values.to(torch.bfloat16).view(torch.uint8)
+    return PackedMXFP4(stored[:, : packed.shape[1] // 2].contiguous(), theirs)
+
+
+def zeros(_: BrokenSource, __: str, packed: Packed) -> Packed:
+    return Float(torch.zeros(packed.shape, dtype=torch.bfloat16))
+
+
+def no_shared_expert(source: BrokenSource, module: str, packed: Packed) -> Packed:
+    return zeros(source, module, packed) if ".shared_expert." in module else packed
 
 
 def swap_b_and_a(source: BrokenSource, module: str, packed: Packed) -> Packed:
@@ -96,18 +119,13 @@ def neighbour(source: BrokenSource, mlp: str, e: int, slot: PackedExpert) -> Pac
 
 def scaled(factor: float) -> Mapping[str, TapChange]:
     """The shared expert's share times a factor, fused or not."""
-
-    def last_slot(x: Tensor, _: Any, __: Any) -> Tensor:
-        return torch.cat((x[:, :-1], x[:, -1:] * factor), 1)
-
-    return {"moe_shared_gated": lambda x, _, __: x * factor, "moe_slot_weights": last_slot}
+    slots = plain(lambda x: torch.cat((x[:, :-1], x[:, -1:] * factor), 1))
+    return {"moe_shared_gated": plain(lambda x: x * factor), "moe_slot_weights": slots}
 
 
 def routed(factor: float) -> Mapping[str, TapChange]:
-    def but_last(x: Tensor, _: Any, __: Any) -> Tensor:
-        return torch.cat((x[:, :-1] * factor, x[:, -1:]), 1)
-
-    return {"moe_routed_output": lambda x, _, __: x * factor, "moe_slot_weights": but_last}
+    slots = plain(lambda x: torch.cat((x[:, :-1] * factor, x[:, -1:]), 1))
+    return {"moe_routed_output": plain(lambda x: x * factor), "moe_slot_weights": slots}
 
 
 def rotate_with(
@@ -138,12 +156,9 @@ def rotary(**ways: Any) -> Mapping[str, TapChange]:
     return {"attn_q": rotate_with("attn_q_norm", **ways), "attn_k": rotate_with("attn_k_norm", **ways)}
 
 
-QK_NORMS = ("attn_q_norm", "attn_k_norm")
-
-
 def gate_first(x: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
     """The norm of core_out * silu(z), where it should be norm(core_out) * silu(z)."""
-    y = kept["gdn_core_out"].to(x.dtype) * torch.nn.functional.silu(kept["gdn_z"].to(x.dtype)).view_as(x)
+    y = kept["gdn_core_out"].to(x.dtype) * silu(kept["gdn_z"].to(x.dtype)).view_as(x)
     return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + place.config.rms_norm_eps)
 
 
@@ -174,48 +189,32 @@ def split_halves(x: Tensor, _: Any, place: FaultSite) -> Tensor:
     return torch.cat((q, gate), -1).flatten(-2)
 
 
-def half(x: Tensor, _: Any, __: Any) -> Tensor:
-    F = x.shape[-1] // 2
-    return torch.cat((x[..., :F], torch.zeros_like(x[..., F:])), -1)
+def one_share(x: Tensor, rank: int, ranks: int, inside: float = 1.0, outside: float = 0.0) -> Tensor:
+    """x times a factor in one rank's part of the last dimension, and times another elsewhere."""
+    begin, end = (k * x.shape[-1] // ranks for k in (rank, rank + 1))
+    factor = torch.full_like(x[0] if x.dim() > 1 else x, outside)
+    factor[..., begin:end] = inside
+    return x * factor
 
 
 def activations(rule: str) -> Mapping[str, TapChange]:
     names = ("moe_a1", "moe_a2", "moe_shared_a1", "moe_shared_a2")
-    return dict.fromkeys(names, lambda x, _, __: quantise_dequantise(x, scale_rule=rule))
+    return dict.fromkeys(names, plain(lambda x: quantise_dequantise(x, scale_rule=rule)))
 
 
-def ones(x: Tensor, _: Any, __: Any) -> Tensor:
-    return torch.ones_like(x)
+def tiled(scale: Tensor) -> Tensor:
+    return shuffle_scales(scale).flatten()[: scale.numel()].view_as(scale).contiguous()
 
 
-def without_one(x: Tensor, _: Any, __: Any) -> Tensor:
-    return x - 1
-
-
-def one_more(x: Tensor, _: Any, __: Any) -> Tensor:
-    return x + 1
-
-
-def sqrt_width(x: Tensor, _: Any, __: Any) -> Tensor:
-    return x * x.shape[-1] ** 0.5
-
-
-def tiled(scales: Tensor) -> Tensor:
-    return shuffle_scales(scales).flatten()[: scales.numel()].view_as(scales).contiguous()
-
-
-def ggml(codes: Tensor) -> Tensor:
-    """Packed bytes whose nibbles come out where a reader of the split order puts those of `codes`."""
-    blocks = codes.unflatten(-1, (-1, 16))
+def ggml(stored: Tensor) -> Tensor:
+    """Packed bytes whose nibbles come out where a reader of the split order puts those of `stored`."""
+    blocks = stored.unflatten(-1, (-1, 16))
     flat = torch.cat((blocks & 15, blocks >> 4), -1)
     return (flat[..., 0::2] | flat[..., 1::2] << 4).flatten(-2)
 
 
-def gate_logit(kept: dict[str, Tensor], place: FaultSite) -> Tensor:
-    return kept["attn_q_gate"].unflatten(-1, (place.config.num_attention_heads, -1)).chunk(2, -1)[1]
-
-
-QKV = ("attn_q", "attn_k", "attn_v")
+def gate_by_silu(x: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
+    return kept["attn_q_gate"].unflatten(-1, (place.config.num_attention_heads, -1)).chunk(2, -1)[1].to(x.dtype) * x
 
 
 def fp8_keys_and_values(own_step: bool) -> TapChange:

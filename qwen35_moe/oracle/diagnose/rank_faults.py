@@ -5,28 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .fault_parts import one_share, plain
 from .faults import Fault, FaultSite, Heads, TapChange
-
-
-def one_share(rank: int, ranks: int, dim: int = -1) -> TapChange:
-    """The share of one rank along a dimension; zeros in the place of the others'."""
-
-    def change(x: Tensor, _: dict[str, Tensor], __: FaultSite) -> Tensor:
-        width, y = x.shape[dim] // ranks, torch.zeros_like(x)
-        y.narrow(dim, rank * width, width).copy_(x.narrow(dim, rank * width, width))
-        return y
-
-    return change
-
-
-def rank_on(ranks: int, by: int, width: str = "head") -> TapChange:
-    """Each rank has the heads of the one `by` after it: [B, T, heads, width], or heads side by side ("flat")."""
-
-    def change(x: Tensor, _: dict[str, Tensor], __: FaultSite) -> Tensor:
-        dim = 2 if width == "head" else -1
-        return x.roll(-by * (x.shape[dim] // ranks), dim)
-
-    return change
 
 
 def strided(name: str, product: tuple[str, ...]) -> TapChange:
@@ -52,56 +32,63 @@ def strided(name: str, product: tuple[str, ...]) -> TapChange:
     return change
 
 
-def beta_of(change: TapChange) -> TapChange:
-    return lambda x, kept, place: change(x, kept, place).to(x.dtype).sigmoid()
+def _beta(x: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
+    return strided("gdn_b", BA)(x, kept, place).to(x.dtype).sigmoid()
 
 
-# The block's part, its block, the tap that each rank has a share of, its dimension and heads; of so many ranks, which.
-SHARES: tuple[tuple[str, str, str, int, Heads, str, tuple[tuple[int, int], ...]], ...] = (
-    ("shared expert", "mlp", "moe_shared_act", -1, "query", "vLLM 37856, 38795, 39181",
-     ((2, 0), (2, 1), (4, 0), (8, 0))),
-    ("routed experts", "mlp", "moe_expert_act", -1, "query", "vLLM 44679", ((2, 1), (4, 0))),
-    ("attention", "attn", "attn_pre_o_proj", 2, "query", "", ((2, 0), (2, 1), (4, 0))),
-    ("DeltaNet", "gdn", "gdn_norm_out", 2, "value", "", ((2, 0), (2, 1), (4, 0))),
-)  # fmt: skip
-RARE_SHARES = ((4, 1), (4, 2), (4, 3))
+def _share(rank: int, ranks: int) -> TapChange:
+    """The share of one rank of the last dimension, or of the last two; zeros in the place of the others'."""
+    return plain(lambda x: one_share(x.flatten(2) if x.dim() == 4 else x, rank, ranks).view_as(x))
+
+
+def _moved(ranks: int, by: int, dim: int) -> TapChange:
+    """Each rank has the heads of the one `by` after it."""
+    return plain(lambda x: x.roll(-by * (x.shape[dim] // ranks), dim))
 
 
 def _which(rank: int, ranks: int) -> str:
     return "" if rank == 0 else ", the last share" if rank == ranks - 1 else f", share {rank + 1}"
 
 
+# The block's part, its block, the tap that each rank has a share of, its heads; of so many ranks, which.
+SHARES: tuple[tuple[str, str, str, Heads, str, tuple[tuple[int, int], ...]], ...] = (
+    ("shared expert", "mlp", "moe_shared_act", "query", "vLLM 37856, 38795, 39181", ((2, 0), (2, 1), (4, 0), (8, 0))),
+    ("routed experts", "mlp", "moe_expert_act", "query", "vLLM 44679", ((2, 1), (4, 0))),
+    ("attention", "attn", "attn_pre_o_proj", "query", "", ((2, 0), (2, 1), (4, 0))),
+    ("DeltaNet", "gdn", "gdn_norm_out", "value", "", ((2, 0), (2, 1), (4, 0))),
+)
+RARE_SHARES = ((4, 1), (4, 2), (4, 3))
 SHARDED = tuple(
     Fault(f"{part} sharded on {ranks} ranks and never reduced{_which(rank, ranks)}", block,
-          "one rank's share stands for the sum", seen, {tap: one_share(rank, ranks, dim)},
+          "one rank's share stands for the sum", seen, {tap: _share(rank, ranks)},
           heads=(kind, 1 if block == "mlp" else ranks), rare=(ranks, rank) in RARE_SHARES)
-    for part, block, tap, dim, kind, seen, of in SHARES for ranks, rank in (*of, *RARE_SHARES)
+    for part, block, tap, kind, seen, of in SHARES for ranks, rank in (*of, *RARE_SHARES)
 )  # fmt: skip
 
-# What belongs to another rank, the tap, whether their heads lie side by side, and what there must be several of.
-HEADS: tuple[tuple[str, str, str, str, Heads], ...] = (
-    ("output gates of another rank", "attn", "attn_gate", "head", "query"),
-    ("queries of another rank", "attn", "attn_q", "head", "query"),
-    ("keys of another rank", "attn", "attn_k", "head", "kv"),
-    ("values of another rank", "attn", "attn_v", "flat", "kv"),
-    ("context of another rank", "attn", "attn_context", "head", "query"),
-    ("gates of another rank in DeltaNet", "gdn", "gdn_z_gate", "head", "value"),
-    ("values of another rank in DeltaNet", "gdn", "gdn_v", "head", "value"),
-    ("keys of another rank in DeltaNet", "gdn", "gdn_k", "head", "key"),
-    ("beta of another rank in DeltaNet", "gdn", "gdn_beta", "head", "value"),
-    ("decay of another rank in DeltaNet", "gdn", "gdn_g", "head", "value"),
+# What belongs to another rank, the tap, the dimension of its heads (-1: they lie side by side), and their kind.
+HEADS: tuple[tuple[str, str, str, int, Heads], ...] = (
+    ("output gates of another rank", "attn", "attn_gate", 2, "query"),
+    ("queries of another rank", "attn", "attn_q", 2, "query"),
+    ("keys of another rank", "attn", "attn_k", 2, "kv"),
+    ("values of another rank", "attn", "attn_v", -1, "kv"),
+    ("context of another rank", "attn", "attn_context", 2, "query"),
+    ("gates of another rank in DeltaNet", "gdn", "gdn_z_gate", 2, "value"),
+    ("values of another rank in DeltaNet", "gdn", "gdn_v", 2, "value"),
+    ("keys of another rank in DeltaNet", "gdn", "gdn_k", 2, "key"),
+    ("beta of another rank in DeltaNet", "gdn", "gdn_beta", 2, "value"),
+    ("decay of another rank in DeltaNet", "gdn", "gdn_g", 2, "value"),
 )
 MOVED = tuple(
-    Fault(f"{name}{more}", block, "", "ROLL 497" * name.startswith("output"), {tap: rank_on(ranks, by, width)},
-          heads=(several, ranks))
-    for name, block, tap, width, several in HEADS
+    Fault(f"{name}{more}", block, "", "ROLL 497" * name.startswith("output"), {tap: _moved(ranks, by, dim)},
+          heads=(kind, ranks))
+    for name, block, tap, dim, kind in HEADS
     for ranks, by, more in ((2, 1, ""), (4, 1, ", the next of 4"), (4, -1, ", the one before of 4"))
 )  # fmt: skip
 
 BA = ("gdn_b", "gdn_a")
 STRIDED = (
     Fault("b, a strided view, read as contiguous", "gdn", "beta from rows of b and a in turn", "sglang 21836",
-          {"gdn_beta": beta_of(strided("gdn_b", BA))}, BA, rows=True),
+          {"gdn_beta": _beta}, BA, rows=True),
     Fault("a, a strided view, read as contiguous", "gdn", "the decay from rows of b and a in turn", "sglang 21836",
           {"gdn_a": strided("gdn_a", BA)}, BA, late=True, rows=True),
 )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ..dumps.engine_names import TapRule
 from ..dumps.pieces import Source
 from ..judge.envelope import envelope, judge
 from ..judge.rerun import Rerun
+from .fault_parts import one_share, plain
 from .faults import BrokenSource, Fault, FaultSite
 
 SUMS = ("moe_routed_output", "mlp_output")
@@ -39,28 +41,19 @@ class Share:
 
     def columns(self, x: Tensor, inside: float, outside: float = 1.0, of: tuple[int, int] | None = None) -> Tensor:
         """x times a factor in this rank's part of the last dimension, and times another elsewhere."""
-        i, n = self.tp if of is None else of
-        begin, end = (k * x.shape[-1] // n for k in (i, i + 1))
-        factor = torch.full_like(x[0], outside) if x.dim() > 1 else torch.full_like(x, outside)
-        factor[..., begin:end] = inside
-        return x * factor
-
-    def experts(self, weights_TA: Tensor, ids_TA: Tensor, count: int, inside: float, outside: float) -> Tensor:
-        """Routing weights times a factor for experts of this rank, and times another for the others."""
-        i, n = self.ep
-        mine = (ids_TA * n // count) == i
-        return weights_TA * torch.where(mine, inside, outside).to(weights_TA)
+        return one_share(x, *(of or self.tp), inside, outside)
 
     @property
     def alone(self) -> Fault:
         """The block as this rank alone computes it: its partial sums."""
 
-        def weights(x: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
-            return self.experts(x, kept["moe_topk_ids"], place.config.num_experts, 1.0, 0.0)
+        def weights(x_TA: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
+            i, n = self.ep
+            return x_TA * (kept["moe_topk_ids"] * n // place.config.num_experts == i).to(x_TA)
 
         return Fault("", "mlp", taps={
-            "moe_shared_act": lambda x, _, __: self.columns(x, 1.0, 0.0),
-            "moe_expert_act": lambda x, _, __: self.columns(x, 1.0, 0.0, self.moe_tp),
+            "moe_shared_act": plain(lambda x: self.columns(x, 1.0, 0.0)),
+            "moe_expert_act": plain(lambda x: self.columns(x, 1.0, 0.0, self.moe_tp)),
             "moe_topk_weights": weights,
         }, remembers=("moe_topk_ids",))  # fmt: skip
 
@@ -76,20 +69,6 @@ def shares_of(source: Source) -> list[Share]:
         ep = (known["moe_ep_rank"], known["moe_ep_size"])
         found.append(Share(piece.rank, (known["tp_rank"], known["tp_size"]), ep, moe_tp))
     return found if all(share.tp[1] == count for share in found) else []
-
-
-def faults_of_ranks(shares: Sequence[Share]) -> list[Fault]:
-    """What one rank may do wrong with its share of the MoE block."""
-    found = []
-    for share in shares:
-        for factor, what in ((2.0, "counted twice"), (0.0, "lost")):
-
-            def columns(x: Tensor, _: Any, __: Any, share: Share = share, factor: float = factor) -> Tensor:
-                return share.columns(x, factor)
-
-            name = f"shared expert {what} on rank {share.rank}"
-            found.append(Fault(name, "mlp", "its share of the sum", "sglang 23084", {"moe_shared_act": columns}))
-    return found
 
 
 def swapped(a: int, b: int, share: Share | None = None) -> Fault:
@@ -195,4 +174,9 @@ def faults_of_sums(
     error_T = error_T if blamed is None else blamed.error_T
     some = [None, *shares] if blamed is None else blamed.ranks
     pairs = swaps(error_T, ids_TA, E) if len(error_T) == len(ids_TA) else []
-    return [*faults_of_ranks(shares), *(swapped(a, b, share) for a, b in pairs for share in some)]
+    lost_or_twice = [
+        Fault(f"shared expert {what} on rank {share.rank}", "mlp", "its share of the sum", "sglang 23084",
+              {"moe_shared_act": plain(partial(share.columns, inside=factor))})
+        for share in shares for factor, what in ((2.0, "counted twice"), (0.0, "lost"))
+    ]  # fmt: skip
+    return [*lost_or_twice, *(swapped(a, b, share) for a, b in pairs for share in some)]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...model.cache import LayerState
 from ..judge.hand_over import Handed, HandOverChange, Shift
+from .fault_parts import bf16
 
 PAGES = (1, 2, 4, 8, 16, 32, 64, 128)  # rows of a page of a KV cache
 Needs = Literal["", "earlier", "other", "rejected", "padding", "square"]
@@ -80,10 +81,6 @@ def rows_of_another(most: int = 1 << 30) -> HandOverChange:
 
 def zeroed(x: Tensor, n: int) -> Tensor:
     return torch.cat((x[:, :-n], torch.zeros_like(x[:, -n:])), 1)
-
-
-def bf16(x: Tensor) -> Tensor:
-    return x.to(torch.bfloat16).to(x.dtype)
 
 
 def other_layout(conv_1CW: Tensor) -> Tensor:

@@ -1,16 +1,19 @@
-"""Images as engines get them wrong: order, position table, patches that are merged, slices in time."""
+"""Images and rotary angles as engines get them wrong: order, table of positions, merging, axes, counting, scaling."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import isqrt
 
 import torch
 from torch import Tensor
 
 from ...model.vision.position_table import interpolate, patch_places
-from .faults import Fault, FaultSite, TapChange
-from .seen import Seen
+from ...model.vision.positions import VIDEO
+from .fault_parts import plain
+from .faults import Fault, FaultSite, Seen, TapChange
+
+PositionChange = Callable[[Tensor, Seen | None], Tensor]  # [3, B, T] -> [3, B, T]
 
 
 def seeing(change: Callable[[Tensor, Seen], Tensor]) -> TapChange:
@@ -88,46 +91,142 @@ def slices(change: Callable[[Tensor], Tensor]) -> TapChange:
     return seeing(flat)
 
 
-def one_slice(which: int) -> Callable[[Tensor], Tensor]:
+def one_slice(which: int) -> TapChange:
     """One of the frames that a patch holds; zeros in the place of the others."""
+    return slices(lambda x: torch.zeros_like(x).index_copy(2, torch.tensor([which % x.shape[2]]), x[:, :, [which]]))
 
-    def change(x_LCfv: Tensor) -> Tensor:
-        keep_f1 = (torch.arange(x_LCfv.shape[2]) == which % x_LCfv.shape[2])[:, None]
-        return x_LCfv * keep_f1.to(x_LCfv)
+
+def same(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
+    return x_3BT
+
+
+def time_only(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
+    return x_3BT[:1].expand(3, -1, -1)
+
+
+def axes_swapped(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
+    return x_3BT[[0, 2, 1]]
+
+
+def counted(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
+    """Every token one further on, on all axes."""
+    return torch.arange(x_3BT.shape[2]).expand_as(x_3BT)
+
+
+def counted_after(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
+    """Images stand where they should, and what follows goes on after as many positions as they have tokens. Where all
+    axes are equal a token is text, or an image's first."""
+    index_T = torch.arange(x_3BT.shape[2])
+    text_BT = (x_3BT == x_3BT[:1]).all(0)
+    last_BT = torch.where(text_BT, index_T, -1).cummax(1).values.clamp(min=0)
+    ahead_BT = (index_T - x_3BT[0]).gather(1, last_BT)
+    return x_3BT + ahead_BT
+
+
+def off_after(by: int) -> PositionChange:
+    """What follows an image, `by` further on for each image before it."""
+
+    def change(x_3BT: Tensor, seen: Seen | None) -> Tensor:
+        if seen is None:
+            return x_3BT
+        inside_BT = (seen.types != 0).long().to(x_3BT.device)
+        ended_BT = ((inside_BT.roll(1, 1) == 1) & (inside_BT == 0)).long()
+        ended_BT[:, 0] = 0
+        return x_3BT + by * ended_BT.cumsum(1)
 
     return change
 
 
-def turned_over(x: Tensor, _: dict[str, Tensor], __: FaultSite) -> Tensor:
-    """Cosines or sines of rows where those of columns should be, and the other way round."""
-    return x.roll(x.shape[-1] // 2, -1)
+def frames_counted(x_3BT: Tensor, seen: Seen | None) -> Tensor:
+    """Each frame of a video one further on in time, as in Qwen2.5-VL. Here time stands in the text between frames."""
+    if seen is None or not seen.videos:
+        return x_3BT
+    size, x_3BT = seen.config.spatial_merge_size**2, x_3BT.clone()
+    frames = [torch.full((h * w // size,), k) for t, h, w in seen.videos for k in range(t)]
+    x_3BT[0, seen.types == VIDEO] += torch.cat(frames).to(x_3BT)
+    return x_3BT
 
 
-VISION_FAULTS = (
-    Fault("images in the wrong order", "vision", "embeddings put in the place of another image's", "",
-          {"image_embeds": reversed_images(block=1)}, late=True, needs="images"),
-    Fault("pixels in another order than the grids", "vision", "", "", {"vis_pixels": reversed_images(block=0)},
-          late=True, needs="images"),
-    Fault("only the first temporal slice of the patch kernel", "vision", "a Conv2d for the Conv3d", "",
-          {"vis_pixels": slices(one_slice(0))}, late=True, needs="images"),
-    Fault("only the last temporal slice of the patch kernel", "vision", "", "", {"vis_pixels": slices(one_slice(-1))},
-          late=True, needs="images"),
-    Fault("image embeddings one token late", "vision", "placeholders counted from 1", "",
-          {"image_embeds": lambda x, _, __: x.roll(1, 0)}, late=True, needs="images"),
-    Fault("frames of a patch in reverse", "vision", "", "", {"vis_pixels": slices(lambda x: x.flip(2))}, late=True,
-          needs="images"),
-    Fault("position table not interpolated", "vision", "its corner taken as it is", "",
-          {"vis_pos_embed": seeing(cropped)}, needs="images"),
-    Fault("position table by the nearest entry", "vision", "", "", {"vis_pos_embed": seeing(nearest)}, needs="images"),
-    Fault("position table without aligned corners", "vision", "align_corners=False", "",
-          {"vis_pos_embed": seeing(unaligned)}, needs="images"),
-    Fault("position table row by row", "vision", "patches come in merge blocks", "",
-          {"vis_pos_embed": seeing(row_by_row)}, needs="images"),
-    Fault("position table ignored", "vision", "", "", {"vis_pos_embed": lambda x, _, __: x * 0}, needs="images"),
-    Fault("rows and columns swapped in the tower's rotary embedding", "vision", "", "",
-          {"vis_rope_cos": turned_over, "vis_rope_sin": turned_over}, needs="images"),
-    Fault("merge blocks read column by column", "vision", "", "", {"vis_merger_norm": seeing(columns_first)},
-          late=True, needs="images"),
-    Fault("merge blocks gathered twice", "vision", "patches taken to come row by row", "",
-          {"vis_merger_norm": seeing(gathered_again)}, late=True, needs="images"),
+def turned(
+    positions: PositionChange, blocks: bool = False, scaled: bool = True, theta: float | None = None
+) -> Mapping[str, TapChange]:
+    """cos and sin of the angles at other positions; `blocks`: the axes' frequencies side by side, not interleaved;
+    not `scaled`: without `rope_scaling`; of another `theta`."""
+
+    def angles(place: FaultSite) -> tuple[Tensor, float]:
+        c, R = place.config, place.config.rotary_dim
+        at_3BT = place.positions if place.positions.dim() == 3 else place.positions.expand(3, -1, -1)
+        at_3BT = positions(at_3BT, place.seen)
+        j = torch.arange(R // 2)
+        time, height, width = c.mrope_section
+        if blocks:
+            axis_j = (j >= time).long() + (j >= time + height)
+        else:
+            axis_j = torch.where((j % 3 == 1) & (j < 3 * height), 1, torch.where((j % 3 == 2) & (j < 3 * width), 2, 0))
+        frequency_j, amplitude = (theta or c.rope_theta) ** (-2 * j.double() / R), 1.0
+        if scaled and c.rope_scaling is not None:
+            rotated, amplitude = int(c.head_dim * c.partial_rotary_factor), c.rope_scaling.amplitude()
+            frequency_j = c.rope_scaling.frequencies(c.rope_theta, rotated, c.head_dim, at_3BT, torch.float64)
+        return at_3BT[axis_j].movedim(0, -1).double() * frequency_j, amplitude
+
+    def of(function: Callable[[Tensor], Tensor]) -> TapChange:
+        def change(_: Tensor, __: dict[str, Tensor], place: FaultSite) -> Tensor:
+            angle_BTj, amplitude = angles(place)
+            return function(angle_BTj) * amplitude
+
+        return change
+
+    return {"rope_cos": of(torch.cos), "rope_sin": of(torch.sin)}
+
+
+# Cosines or sines of rows where those of columns should be, and the other way round.
+turned_over = plain(lambda x: x.roll(x.shape[-1] // 2, -1))
+VISION_FAULTS = tuple(
+    Fault(name, "vision", doc, "", dict.fromkeys(taps.split(), change), late=late, needs="images")
+    for name, doc, taps, change, late in (
+        ("images in the wrong order", "embeddings put in the place of another image's", "image_embeds",
+         reversed_images(block=1), True),
+        ("pixels in another order than the grids", "", "vis_pixels", reversed_images(block=0), True),
+        ("only the first temporal slice of the patch kernel", "a Conv2d for the Conv3d", "vis_pixels", one_slice(0),
+         True),
+        ("only the last temporal slice of the patch kernel", "", "vis_pixels", one_slice(-1), True),
+        ("image embeddings one token late", "placeholders counted from 1", "image_embeds",
+         plain(lambda x: x.roll(1, 0)), True),
+        ("frames of a patch in reverse", "", "vis_pixels", slices(lambda x: x.flip(2)), True),
+        ("position table not interpolated", "its corner taken as it is", "vis_pos_embed", seeing(cropped), False),
+        ("position table by the nearest entry", "", "vis_pos_embed", seeing(nearest), False),
+        ("position table without aligned corners", "align_corners=False", "vis_pos_embed", seeing(unaligned), False),
+        ("position table row by row", "patches come in merge blocks", "vis_pos_embed", seeing(row_by_row), False),
+        ("position table ignored", "", "vis_pos_embed", plain(lambda x: x * 0), False),
+        ("rows and columns swapped in the tower's rotary embedding", "", "vis_rope_cos vis_rope_sin", turned_over,
+         False),
+        ("merge blocks read column by column", "", "vis_merger_norm", seeing(columns_first), True),
+        ("merge blocks gathered twice", "patches taken to come row by row", "vis_merger_norm",
+         seeing(gathered_again), True),
+    )
 )  # fmt: skip
+
+ROTARY_FAULTS = (
+    *(Fault(name, "attn", doc, seen, turned(change), needs="images") for name, doc, seen, change in (
+        ("M-RoPE height and width dropped", "all axes have the position in time", "sglang 34446", time_only),
+        ("M-RoPE height and width swapped", "", "", axes_swapped))),
+    Fault("M-RoPE sections in blocks", "attn", "frequencies of the axes side by side, not interleaved", "",
+          turned(same, blocks=True), needs="images"),
+    *(Fault(name, "attn", doc, "", turned(change), needs="images") for name, doc, change in (
+        ("image positions counted by tokens", "an image has one position a token", counted),
+        ("positions after an image counted by tokens", "text goes on after as many positions as an image has tokens",
+         counted_after),
+        ("positions after an image one too low", "text goes on at the image's last position", off_after(-1)),
+        ("positions after an image one too high", "", off_after(1)),
+        ("frames of a video counted in time", "as in Qwen2.5-VL", frames_counted))),
+    Fault("rotary scaling ignored", "attn", "rope_type (YaRN, ...) of config.json not read", "omlx 3347, mlx-lm 1507",
+          turned(same, scaled=False), needs="scaled"),
+)  # fmt: skip
+
+# Where the angles themselves were dumped, before any layer turned by them.
+ANGLES = (
+    Fault("rotary theta 10000", "attn", "rope_theta ignored", "", turned(same, scaled=False, theta=10000.0)),
+    Fault(
+        "no rotary at all", "attn", "", "", {"rope_cos": plain(torch.ones_like), "rope_sin": plain(torch.zeros_like)}
+    ),
+)

@@ -25,8 +25,7 @@ from ...numerics.taps import Handler, scope, tap
 from ...run.load import build, build_part
 from ...run.prompt import embed_prompt, placeholders
 from ...run.source import WeightSource
-from ..diagnose.faults import Fault, FaultSite
-from ..diagnose.seen import Seen
+from ..diagnose.faults import Fault, FaultSite, Seen
 from .hand_over import stepped
 from .log_p import LOG_P, log_p
 from .replay import Captured, Restart
