@@ -15,7 +15,7 @@ from qwen35_moe.oracle.diagnose.at_sight import OTHER_CHECKPOINT, OWN_LOGITS, VI
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.fault_parts import on_packed
 from qwen35_moe.oracle.diagnose.faults import BrokenSource, Fault, FaultSite
-from qwen35_moe.oracle.diagnose.other_experts import OTHERS
+from qwen35_moe.oracle.diagnose.guilty import OTHERS
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.quant.mxfp4 import PackedMXFP4

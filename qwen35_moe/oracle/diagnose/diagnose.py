@@ -14,7 +14,7 @@ than rounding, too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,8 +28,7 @@ from ..judge.rerun import Rerun, Taps
 from .at_sight import known_at_sight
 from .catalogue import FAULTS
 from .faults import Fault
-from .guilty import GuiltyTap
-from .other_experts import OTHERS, solved
+from .guilty import OTHERS, GuiltyTap, solved
 from .rank_shares import blame, faults_of_sums
 from .steps import EXPLAINED, hypotheses, in_engine_steps
 from .vision_faults import ANGLES
@@ -65,71 +64,73 @@ def explain(rerun: Rerun, layer: int | None, bad: Sequence[Record], work: Any, s
         places = [(None, "vision")]
     blocks = [block for _, block in places]
     where = span(places) if layer is None else " to ".join(dict.fromkeys((blocks[0], blocks[-1])))
-    if (
-        work.alignment.pair(key).engine is None
-        or base_name(key) == "moe_topk_ids"
-        or not {first.block, *blocks} & {*DIAGNOSED}
-    ):
+    computed = base_name(key) != "moe_topk_ids" and not {first.block, *blocks}.isdisjoint(DIAGNOSED)
+    if not computed or work.alignment.pair(key).engine is None:
         return Diagnosis(layer, where, first.key, [], False, note="nothing that can be recomputed was captured")
-    case = GuiltyTap(key, work.alignment.pair(key), work, seen[0][key])
-    if not case.used.any():  # another tap of the block may have kept something, as states of other heads do
-        key = first.key
-        case = GuiltyTap(key, work.alignment.pair(key), work, seen[0][key])
-    if not case.used.any():
-        return Diagnosis(layer, where, key, [], False, note="every number of it is NaN or infinity")
+    # Where a tap has no finite number, another one of the block may have kept some, as states of other heads do.
+    cases = (GuiltyTap(one, work, rerun, layer, seen) for one in (key, first.key))
+    case = next((case for case in cases if case.used.any()), None)
+    if case is None:
+        return Diagnosis(layer, where, first.key, [], False, note="every number of it is NaN or infinity")
     case.blamed = blame(first.key, work, rerun, layer, seen)
-    bad_rows = {} if sees else case.first_bad(seen[1:])
-    tried = _tried(rerun, layer, places, case, seen, bad_rows)
-    diagnosis = Diagnosis(layer, first.block, key, [h for h, *_ in tried], False)
-    return _named(diagnosis, tried, first, case, rerun, where, sees)
-
-
-Tried = list[tuple[Hypothesis, int | None, Fault, int]]  # with the layer, and the expert where it is a fault of one
-
-
-def _tried(
-    rerun: Rerun, layer: int | None, places: Sequence[BlockId], case: GuiltyTap, seen: Sequence[Taps],
-    bad_rows: Mapping[int, int],
-) -> Tried:  # fmt: skip
-    """What each fault that may be at work there explains of the error, the best first."""
-    tried: Tried = []
-    table = rerun.tables[0]
-    for at, fault, expert in _candidates(rerun, places, table.name, case, seen, bad_rows, tried):
-        taps = rerun.fault(at, fault, table, 0, expert, to_head=layer is None)
-        if case.key in taps:
+    tried = list[Tried]()
+    for at, fault, expert in _candidates(case, places, {} if sees else case.first_bad(seen[1:]), tried):
+        made = case.output(at, fault, expert, 0, rerun.tables[0])
+        if made is not None:
             name = f"{fault.name} (expert {expert})" if fault.single else fault.name
-            share = case.explains(case.rows(taps[case.key]))
-            tried.append((Hypothesis(name, share, fault.seen, fault.doc, fault.where), at, fault, expert))
-    return sorted(tried, key=lambda one: (one[0].name == OTHERS) * NEARLY - one[0].explains)
+            told = Hypothesis(name, case.explains(made), fault.seen, fault.doc, fault.where)
+            tried.append(Tried(told, at, fault, expert))
+    tried.sort(key=lambda one: (one.told.name == OTHERS) * NEARLY - one.told.explains)
+    diagnosis = Diagnosis(layer, first.block, case.key, [one.told for one in tried], False)
+    if not _without_hypotheses(diagnosis, first, case):
+        answer = _answer(diagnosis, tried, first, case)
+        own = (layer, where if answer is None else "mlp")
+        found = ((one.at, one.fault.block) for one in tried if one.told is answer)
+        sight = (None, first.block.replace("stream", "images"))
+        diagnosis.layer, diagnosis.block = sight if sees else next(found, own)
+    return diagnosis
 
 
-def _named(
-    diagnosis: Diagnosis, tried: Tried, first: Record, case: GuiltyTap, rerun: Rerun, where: str, sees: bool
-) -> Diagnosis:
-    """The diagnosis, with the fault that is the answer, if one is: it leaves no more than rounding. where: the block in
-    words, without an answer; sees: it is the vision tower."""
-    layer, limit = diagnosis.layer, case.work.limit
-    diagnosis.note = "" if case.blamed is None else str(case.blamed)
+@dataclass
+class Tried:
+    """A hypothesis, its layer, and the expert where it is a fault of one."""
+
+    told: Hypothesis
+    at: int | None
+    fault: Fault
+    expert: int
+
+
+def _without_hypotheses(diagnosis: Diagnosis, first: Record, case: GuiltyTap) -> bool:
+    """Whether the ranks or the digits say what it is."""
+    blamed = "" if case.blamed is None else str(case.blamed)
     if case.blamed is not None and case.blamed.reduced:
-        diagnosis.hypotheses.insert(0, Hypothesis(diagnosis.note, 1.0, "", "it goes on with its own share of the sum"))
-        diagnosis.named, diagnosis.note = True, ""
-        return diagnosis
-    if first.note == BF16_GRID:
+        diagnosis.hypotheses.insert(0, Hypothesis(blamed, 1.0, "", "it goes on with its own share of the sum"))
+        diagnosis.named = True
+    elif first.note == BF16_GRID:
         diagnosis.hypotheses.sort(key=lambda h: h.name != "state in bf16")
         diagnosis.named, diagnosis.note = True, BF16_GRID
-        return diagnosis
-    answer = None
-    for hypothesis, at, fault, expert in tried[:TRIES]:
-        worth = WORTH_OF_ROUNDING if fault.rounds else WORTH
-        for way in in_engine_steps(fault, rerun, case.work.alignment) if hypothesis.explains > worth else ():
+    else:
+        diagnosis.note = blamed
+    return diagnosis.named
 
-            def run(i: int, table: Arithmetic, at: Any = at, fault: Fault = way, expert: int = expert) -> Tensor:
-                return case.rows(rerun.fault(at, fault, table, i, expert, to_head=layer is None)[case.key])
 
-            if answer is None and case.settled(run, rerun.tables) <= limit:
-                answer = hypothesis
+def _answer(diagnosis: Diagnosis, tried: Sequence[Tried], first: Record, case: GuiltyTap) -> Hypothesis | None:
+    """The hypothesis that leaves no more than rounding, if one does. It comes first."""
+    answer, layer, limit, tables = None, diagnosis.layer, case.work.limit, case.rerun.tables
+    for one in tried[:TRIES]:
+        worth = one.told.explains > (WORTH_OF_ROUNDING if one.fault.rounds else WORTH)
+        for way in in_engine_steps(one.fault, case.rerun, case.work.alignment) if worth else ():
+
+            def run(i: int, table: Arithmetic, one: Tried = one, way: Fault = way) -> Tensor:
+                output = case.output(one.at, way, one.expert, i, table)
+                assert output is not None  # it was computed under the first table
+                return output
+
+            if answer is None and case.settled(run, tables) <= limit:
+                answer = one.told
     if layer is not None and base_name(case.key) in HOLD_MLP:
-        fitted, leaves = _fit(diagnosis, case, rerun, layer)
+        fitted, leaves = _fit(diagnosis, case, layer)
         in_all_rows = first.by_rows <= limit  # and in none alone: see patterns.py
         if answer is None and (fitted.explains > WORTH or in_all_rows) and leaves <= limit:
             answer = fitted
@@ -137,68 +138,40 @@ def _named(
     diagnosis.hypotheses.sort(key=lambda h: (h is not answer, -h.explains))
     diagnosis.named = answer is not None
     diagnosis.note = "" if diagnosis.named else diagnosis.note
-    own = (layer, where if answer is None else "mlp")
-    found = ((at, fault.block) for hypothesis, at, fault, _ in tried if hypothesis is answer)
-    diagnosis.layer, diagnosis.block = (None, first.block.replace("stream", "images")) if sees else next(found, own)
-    return diagnosis
+    return answer
 
 
 def _candidates(
-    rerun: Rerun, places: Sequence[BlockId], truth: str, case: GuiltyTap, seen: Sequence[Taps], bad: Mapping[int, int],
-    tried: Tried,
-) -> Iterator[tuple[int | None, Fault, int]]:  # fmt: skip
+    case: GuiltyTap, places: Sequence[BlockId], bad: Mapping[int, int], tried: Sequence[Tried]
+) -> Iterator[tuple[int | None, Fault, int]]:
     """The faults of the blocks that are suspect, with their layer, and the experts that a fault of one could be of;
     then those of the steps at which the sequences begin to go wrong (`bad`)."""
+    rerun, alignment = case.rerun, case.work.alignment
+    a4, images = "a4" in rerun.tables[0].name, rerun.tokens.images is not None
+
+    def best() -> float:
+        return max((one.told.explains for one in tried), default=0.0)
+
     catalogue = (*FAULTS, *ANGLES) if case.key.startswith("rope_") else FAULTS
     for at, fault in ((at, fault) for at, block in places for fault in catalogue if fault.block == block):
-        if fault.rare and _best_of(tried) > EXPLAINED:
+        if fault.rare and best() > EXPLAINED:
             continue
-        if at is None or fault.applies(rerun.source, at, "a4" in truth, rerun.tokens.images is not None):
-            suspects = _suspects(case, f"layers.{at}.moe_topk_ids", rerun, seen) if fault.single else [0]
+        if at is None or fault.applies(rerun.source, at, a4, images):
+            suspects = case.suspects(at) if fault.single and at is not None else [0]
             yield from ((at, fault, expert) for expert in suspects)
     for at, block in places:
         if at is not None and block == "mlp":
-            sources = case.work.alignment.dump.sources.get(f"layers.{at}.mlp_output", {})
-            ids, error_T = _ids(case, f"layers.{at}.moe_topk_ids", rerun, seen), case.error.square().sum(1)
-            for fault in faults_of_sums(sources, case.blamed, error_T, ids, rerun.config.num_experts):
-                yield at, fault, 0
-            for fault in solved(case, rerun, at, seen[0], ids):
-                yield at, fault, 0
+            sources = alignment.dump.sources.get(f"layers.{at}.mlp_output", {})
+            sums = faults_of_sums(sources, case.blamed, case.energy, case.ids(at), rerun.config.num_experts)
+            yield from ((at, fault, 0) for fault in (*sums, *solved(case, at)))
         if at is not None or block == "mtp":
-            best = partial(_best_of, tried)
-            yield from ((at, fault, 0) for fault in hypotheses(rerun, at, block, case.work.alignment, bad, best))
+            yield from ((at, fault, 0) for fault in hypotheses(rerun, at, block, alignment, bad, best))
 
 
-def _best_of(tried: Tried) -> float:
-    return max((hypothesis.explains for hypothesis, *_ in tried), default=0.0)
-
-
-def _suspects(case: GuiltyTap, ids_key: str, rerun: Rerun, seen: Sequence[Taps]) -> list[int]:
-    """Experts whose tokens hold nearly all of the error, those with the fewest tokens first."""
-    ids, energy = _ids(case, ids_key, rerun, seen), case.error.square().sum(1)
-    found = []
-    for e in ids.unique().tolist():
-        hit = (ids == e).any(1)
-        if energy[hit].sum() >= 0.95 * energy.sum():
-            found.append((int(hit.sum()), e))
-    return [e for _, e in sorted(found)[:3]]
-
-
-def _ids(case: GuiltyTap, ids_key: str, rerun: Rerun, seen: Sequence[Taps]) -> Tensor:
-    """The experts of each row that is used: the engine's, or the truth's."""
-    alignment = case.work.alignment
-    ids = alignment.pair(ids_key).engine if ids_key in alignment.keys else None
-    if ids is None or len(ids) != len(case.used):
-        chosen = seen[0].get(ids_key, rerun.chosen)
-        assert chosen is not None  # a layer has run
-        ids = case.of_all(chosen)
-    return ids[case.used].long()
-
-
-def _fit(diagnosis: Diagnosis, case: GuiltyTap, rerun: Rerun, layer: int) -> tuple[Hypothesis, float]:
+def _fit(diagnosis: Diagnosis, case: GuiltyTap, layer: int) -> tuple[Hypothesis, float]:
     """Fit engine = rest + a R + b gS + c S, rows in units of their size. Returns the hypothesis that fits, and the
     ratio that it leaves: the best single factor, or all three factors if none alone is enough."""
-    names = [f"layers.{layer}.{name}" for name in MLP_PARTS]
+    rerun, names = case.rerun, [f"layers.{layer}.{name}" for name in MLP_PARTS]
 
     def parts(i: int, table: Arithmetic) -> list[Tensor]:
         taps = rerun.run_layer(layer, table, rerun.streams[i], fused=False)[0]
@@ -213,34 +186,27 @@ def _fit(diagnosis: Diagnosis, case: GuiltyTap, rerun: Rerun, layer: int) -> tup
         solution = torch.linalg.lstsq(matrix, y[:, None]).solution.flatten()
         return solution.tolist(), float((y - matrix @ solution).norm())
 
-    abc, left = fit(rest, R, gS, S)
-    diagnosis.fit, diagnosis.fit_left = (
-        (abc[0], abc[1], abc[2]),
-        (left / float((case.error / case.size[:, None]).norm())) ** 2,
-    )
-    one = {
-        "shared expert times": fit(rest + R, gS),
-        "routed experts times": fit(rest + gS, R),
-        "whole block times": fit(rest, R + gS),
-    }
-    best = min(one, key=lambda n: one[n][1])
-    x = one[best][0][0]
-    weights = {"shared": (1.0, x, 0.0), "routed": (x, 1.0, 0.0), "whole": (x, x, 0.0)}[best.split()[0]]
+    (a, b, c), left = fit(rest, R, gS, S)
+    diagnosis.fit = (a, b, c)
+    diagnosis.fit_left = (left / float((case.error / case.size[:, None]).norm())) ** 2
+    singles = [
+        ("shared expert", fit(rest + R, gS)), ("routed experts", fit(rest + gS, R)), ("whole block", fit(rest, R + gS))
+    ]  # fmt: skip
+    name, ((x,), _) = min(singles, key=lambda one: one[1][1])
+    all_three = f"routed x {_number(a)}, gated shared x {_number(b)}, ungated shared x {_number(c)}"
+    ways = [((1.0 if name[0] == "s" else x), (1.0 if name[0] == "r" else x), 0.0, f"{name} times {_number(x)}"),
+            (a, b, c, all_three)]  # fmt: skip
+    for a, b, c, told in ways:
 
-    def settled(a: float, b: float, c: float, name: str) -> tuple[Hypothesis, float]:
-        def run(i: int, table: Arithmetic) -> Tensor:
+        def run(i: int, table: Arithmetic, a: float = a, b: float = b, c: float = c) -> Tensor:
             other, r, gs, s = (rest, R, gS, S) if i == 0 else parts(i, table)
             return other + a * r + b * gs + c * s
 
-        return Hypothesis(name, case.explains(run(0, rerun.tables[0])), "", "least squares"), case.settled(
-            run, rerun.tables
-        )
-
-    found = settled(*weights, f"{best} {_number(x)}")
-    if found[1] <= case.work.limit:
-        return found
-    a, b, c = abc
-    return settled(a, b, c, f"routed x {_number(a)}, gated shared x {_number(b)}, ungated shared x {_number(c)}")
+        hypothesis = Hypothesis(told, case.explains(run(0, rerun.tables[0])), "", "least squares")
+        leaves = case.settled(run, rerun.tables)
+        if leaves <= case.work.limit:
+            break
+    return hypothesis, leaves
 
 
 def _number(x: float) -> str:

@@ -1,4 +1,4 @@
-"""One tap that went wrong, and what a hypothesis leaves of its error."""
+"""One tap that went wrong: what a hypothesis leaves of its error, and experts that are solved for."""
 
 from __future__ import annotations
 
@@ -7,28 +7,60 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from ...numerics.arithmetics import Arithmetic
 from ..judge.envelope import envelope, judge
-from ..judge.rerun import Taps
+from ..judge.rerun import Rerun, Taps
 from ..judge.suspects import DOUBTFUL_LIMITS, batches
+from .faults import Fault, FaultSite
 from .rank_shares import Blame
+
+TOKENS_SOLVED, OFF, LEFT = 32, 0.01, 0.05  # solved for at most; relative errors: of those; what solving may leave
+LEAST_SHARE = 0.03  # of the largest weight: what is less is no expert, but rounding
+OTHERS = "experts other than those dumped"
 
 
 class GuiltyTap:
     """One tap that went wrong: what the engine had, and what was right. Numbers that are not finite count as 0 in both,
-    and rows without any other are left out."""
+    and rows without any other are left out. seen: the taps of its layer, the truth's first."""
 
-    def __init__(self, key: str, pair: Any, work: Any, truth: Tensor):
-        self.key, self.pair, self.work = key, pair, work
+    def __init__(self, key: str, work: Any, rerun: Rerun, layer: int | None, seen: Sequence[Taps]):
+        self.key, self.work, self.rerun, self.layer, self.seen = key, work, rerun, layer, seen
+        self.pair = work.alignment.pair(key)
         self.blamed: Blame | None = None
-        engine, truth = pair.engine.to(torch.float64), self.of_all(truth).to(torch.float64)
+        engine, truth = self.pair.engine.to(torch.float64), self.of_all(seen[0][key]).to(torch.float64)
         finite = engine.isfinite() & truth.isfinite()
-        self.used, self.broken = finite.any(1), not finite.all()
+        self.used = finite.any(1)
         self.finite = finite[self.used]
         self.engine, self.truth = (torch.where(self.finite, x[self.used], 0.0) for x in (engine, truth))
         self.size = (self.engine.norm(dim=1) + self.truth.norm(dim=1)).clamp(min=torch.finfo(torch.float64).tiny)
         self.error = self.engine - self.truth
+        self.energy = self.error.square().sum(1)
+
+    def output(self, at: int | None, fault: Fault, expert: int, i: int, table: Arithmetic) -> Tensor | None:
+        """Its values with a fault, under a table that starts where table i did; None if it is not computed then."""
+        taps = self.rerun.fault(at, fault, table, i, expert, to_head=self.layer is None)
+        return self.rows(taps[self.key]) if self.key in taps else None
+
+    def ids(self, at: int) -> Tensor:
+        """The experts of each row that is used: the engine's, or the truth's."""
+        alignment, key = self.work.alignment, f"layers.{at}.moe_topk_ids"
+        ids = alignment.pair(key).engine if key in alignment.keys else None
+        if ids is None or len(ids) != len(self.used):
+            chosen = self.seen[0].get(key, self.rerun.chosen)
+            assert chosen is not None  # a layer has run
+            ids = self.of_all(chosen)
+        return ids[self.used].long()
+
+    def suspects(self, at: int) -> list[int]:
+        """Experts whose tokens hold nearly all of the error, those with the fewest tokens first."""
+        ids = self.ids(at)
+        hits = {e: (ids == e).any(1) for e in ids.unique().tolist()}
+        return sorted(
+            (e for e, hit in hits.items() if self.energy[hit].sum() >= 0.95 * self.energy.sum()),
+            key=lambda e: (int(hits[e].sum()), e),
+        )[:3]
 
     def of_all(self, y: Tensor) -> Tensor:
         """Our value at all rows of the pair, on the CPU."""
@@ -73,3 +105,51 @@ class GuiltyTap:
             outputs += [taps[self.key] for taps in batch]
             ratio = self.left(outputs)
         return ratio
+
+
+def outputs_of_all(rerun: Rerun, layer: int, x_TD: Tensor) -> Tensor:
+    """What each expert makes of each token, W_down (silu(W_gate x) * W_up x): [T, D, E]."""
+    found = []
+    for e in range(rerun.config.num_experts):
+        gate_up, down = (part.decode(torch.float64) for part in rerun.source.slot(f"layers.{layer}.mlp", e))
+        gate, up = (x_TD @ gate_up.T).chunk(2, -1)
+        found.append((silu(gate) * up) @ down.T)
+    return torch.stack(found, -1)
+
+
+def solved(case: GuiltyTap, layer: int) -> list[Fault]:
+    """The fault whose routed output is sum_a w_a f_{e_a}(x). The experts e are those of the largest coefficients c in
+    the least-squares solution of (engine - rest) = sum_e c_e f_e(x), token by token; w is solved for these alone. None
+    where the dumped experts come out, or fewer, or where this leaves much of the output. `rest` is what the experts do
+    not make.
+    """
+    at, rerun, taps, ids_TA = f"layers.{layer}.", case.rerun, case.seen[0], case.ids(layer)
+    needed = [at + name for name in ("moe_routed_output", "pre_mlp_layernorm_output")]
+    off = case.error.norm(dim=1) / case.size
+    bad = (off > OFF).nonzero().flatten()
+    if not all(key in taps for key in needed) or not len(bad) or len(bad) > TOKENS_SOLVED or len(ids_TA) != len(off):
+        return []
+    routed, x = (case.of_all(taps[key]).double()[case.used][bad] for key in needed)
+    if routed.shape != case.truth[bad].shape or rerun.config.num_experts > x.shape[1]:
+        return []
+    wanted = case.engine[bad] - (case.truth[bad] - routed)
+    outputs = outputs_of_all(rerun, layer, x)
+    c = torch.linalg.lstsq(outputs, wanted[..., None]).solution[..., 0]
+    chosen = c.topk(ids_TA.shape[1], -1).indices
+    some = outputs.gather(2, chosen[:, None].expand(-1, x.shape[1], -1))
+    w = torch.linalg.lstsq(some, wanted[..., None]).solution
+    sum_TD = (some @ w)[..., 0]
+    left = (wanted - sum_TD).norm(dim=1) / wanted.norm(dim=1)
+    same = (chosen.sort(1).values == ids_TA[bad].sort(1).values).all(1)
+    if bool(same.any()) or left.max() > LEFT or bool((w.amin(1) < LEAST_SHARE * w.amax(1)).any()):
+        return []
+    rows = case.work.index(case.pair)[case.used][bad]
+
+    def change(y: Tensor, _: dict[str, Tensor], __: FaultSite) -> Tensor:
+        flat = y.reshape(-1, y.shape[-1]).clone()
+        flat[rows] = sum_TD.to(flat)
+        return flat.view_as(y)
+
+    first = f"token {int(rows[0]) % case.work.T}: {sorted(chosen[0].tolist())} for {sorted(ids_TA[bad][0].tolist())}"
+    where = first if len(bad) == 1 else f"{len(bad)} tokens, {first}"
+    return [Fault(OTHERS, "mlp", "its output is that of others", taps={"moe_routed_output": change}, where=where)]
