@@ -108,107 +108,92 @@ def hypotheses(
     explained: the share of the error that the best of those explains that were tried so far."""
     real_BT, kinds = rerun.tokens.mask.bool(), rerun.config.layer_types
     part = "mtp" if block == "mtp" else ""
-    tables = tables_of(alignment, part)
-    cuts = cuts_of(tables, real_BT)
     has = "attn" if layer is None or kinds[layer] == FULL else "gdn"
-    foreign = _Foreign(rerun, alignment, layer, tables, cuts)
-    first = onsets(cuts, bad) if part or (layer is not None and block == has) else []
-    for number, begun in enumerate(earlier(first, cuts)):
-        if number and explained() > EXPLAINED:
+    if not part and (layer is None or block != has):
+        return
+    plans = _Plans(rerun, alignment, layer, tables_of(alignment, part))
+    for number, begun in enumerate(earlier(onsets(plans.cuts, bad), plans.cuts)):
+        if not begun or (number and explained() > EXPLAINED):
             return
-        for fault in (f for f in STEP_FAULTS if f.block == has) if begun else ():
-            for name, plan, kind in _plans(fault, begun, foreign, rerun, cuts):
-                step, at = begun[0].cuts[0].step, begun[0].cuts[0].at
-                column = int(real_BT[begun[0].b].nonzero()[at])
-                whose = "" if len(real_BT) == 1 else f"sequence {begun[0].b}, "
-                more = f"; {len(begun)} sequences" if len(begun) > 1 else ""
+        step, at = begun[0].cuts[0].step, begun[0].cuts[0].at
+        whose = "" if len(real_BT) == 1 else f"sequence {begun[0].b}, "
+        more = f"; {len(begun)} sequences" if len(begun) > 1 else ""
+        where = f"{whose}token {int(real_BT[begun[0].b].nonzero()[at])} on{more}"
+        for fault in (f for f in STEP_FAULTS if f.block == has):
+            for name, plan, kind in plans.of(fault, begun):
                 said = f"{'draft head: ' * bool(part)}{name} at step {step}{kind}"
-                yield Fault(said, block, seen=fault.seen, hand_over=plan, where=f"{whose}token {column} on{more}")
+                yield Fault(said, block, seen=fault.seen, hand_over=plan, where=where)
 
 
-def _plans(
-    fault: StepFault, begun: Sequence[Onset], foreign: _Foreign, rerun: Rerun, cuts: Mapping[int, Sequence[Cut]]
-) -> Iterator[tuple[str, HandOver, str]]:
-    """A fault's ways to happen: at one step, or at each from there on; with the state of one or another sequence."""
-    from_start = all(o.cuts[0].at == 0 for o in begun)
-    if any(o.cuts[0].at == 0 for o in begun) and not (from_start and fault.needs == "padding"):
-        return
-    if fault.needs == "earlier" and not all(o.before.at > 0 for o in begun):
-        return
-    if fault.page and not all(o.cuts[0].at > fault.page and o.cuts[0].at % fault.page > 1 for o in begun):
-        return  # there is no such state, or it is the right one, or one token short
-    c = rerun.config
-    if fault.needs == "square" and c.linear_key_head_dim != c.linear_value_head_dim:
-        return
-    for kind in ("", " and each after it"):
-        if kind and (all(len(o.cuts) == 1 for o in begun) or fault.rows):
-            return
-        broken = {o.b: tuple(cut.at for cut in (o.cuts if kind or fault.shift else o.cuts[:1])) for o in begun}
-        plan = HandOver(broken, {o.b: o.before.at for o in begun}, fault.change, fault.shift, page=fault.page)
-        if fault.needs in ("rejected", "padding"):
-            plan = foreign.added(plan, fault.needs)
-            if not plan.foreign:
+class _Plans:
+    """How faults may happen at steps of a dump. Rows of a dump that are no tokens of the truth stand beside those that
+    are: rejected drafts, padding. The draft head (layer None) has rows of further drafts, which it drops when the next
+    step begins."""
+
+    def __init__(self, rerun: Rerun, alignment: Alignment, layer: int | None, tables: Mapping[int, Tensor]):
+        self.rerun, self.alignment, self.layer, self.tables = rerun, alignment, layer, tables
+        self.mask, self.branches = rerun.tokens.mask, alignment.tokens_of.branches
+        self.cuts = cuts_of(tables, self.mask.bool())
+
+    def of(self, fault: StepFault, begun: Sequence[Onset]) -> Iterator[tuple[str, HandOver, str]]:
+        """A fault's ways to happen: at one step, or at each from there on; with the state of one or another
+        sequence."""
+        for kind in ("", " and each after it") if self._can(fault, begun) else ():
+            if kind and (fault.shift is not None or fault.rows or all(len(o.cuts) == 1 for o in begun)):
                 return
-        if fault.shift is not None:
-            if not kind:
-                yield fault.name, plan, ""
-            return
-        if fault.needs != "other":
-            yield fault.name, plan, kind
-            continue
-        branches = foreign.alignment.tokens_of.branches
-        for number in range(1, min(len(cuts.keys() - branches), OTHER_SEQUENCES + 1)):
-            other = _others(plan.broken, cuts, number, rerun.tokens.mask, branches)
-            if other and all(fault.rows < min(at, other[b, at][1]) for b, at in other):
-                whose = other[begun[0].b, begun[0].cuts[0].at][0]
-                yield f"{fault.name} ({whose})", replace(plan, other=other), kind
+            broken = {o.b: tuple(cut.at for cut in (o.cuts if kind or fault.shift else o.cuts[:1])) for o in begun}
+            plan = HandOver(broken, {o.b: o.before.at for o in begun}, fault.change, fault.shift, page=fault.page)
+            if fault.needs in ("rejected", "padding"):
+                plan = self._with_foreign(plan, fault.needs)
+                if not plan.foreign:
+                    return
+            if fault.needs != "other":
+                yield fault.name, plan, kind
+                continue
+            for number in range(1, min(len(self.cuts.keys() - self.branches), OTHER_SEQUENCES + 1)):
+                other = self._others(broken, number)
+                if other and all(fault.rows < min(at, other[b, at][1]) for b, at in other):
+                    whose = other[begun[0].b, begun[0].cuts[0].at][0]
+                    yield f"{fault.name} ({whose})", replace(plan, other=other), kind
 
+    def _can(self, fault: StepFault, begun: Sequence[Onset]) -> bool:
+        """Whether what the fault hands over exists, and is neither the right state nor one token short."""
+        starts, config = [o.cuts[0].at for o in begun], self.rerun.config
+        if not all(starts):
+            return not any(starts) and fault.needs == "padding"
+        square = config.linear_key_head_dim == config.linear_value_head_dim
+        needs = {"earlier": all(o.before.at > 0 for o in begun), "square": square}
+        return needs.get(fault.needs, True) and (
+            not fault.page or all(at > fault.page and at % fault.page > 1 for at in starts)
+        )
 
-def _others(
-    broken: Mapping[int, Sequence[int]],
-    cuts: Mapping[int, Sequence[Cut]],
-    number: int,
-    mask_BT: Tensor,
-    branches: Mapping[int, tuple[int, int]],
-) -> dict[tuple[int, int], tuple[int, int]]:
-    """`HandOver.other` with the number-th sequence after each; empty where one of them had not begun."""
-    found, order = {}, sorted(cuts.keys() - branches)
-    for b, starts in broken.items():
-        whose = branches[b][0] if b in branches else b
-        other, step_of = order[(order.index(whose) + number) % len(order)], {cut.at: cut.step for cut in cuts[b]}
-        for at in starts:
-            later = [cut.at for cut in cuts[other] if cut.step >= step_of[at]]
-            found[b, at] = (other, min(later, default=int(mask_BT[other].sum())))
-    return found if all(count for _, count in found.values()) else {}
+    def _others(self, broken: Mapping[int, Sequence[int]], number: int) -> dict[tuple[int, int], tuple[int, int]]:
+        """`HandOver.other` with the number-th sequence after each; empty where one of them had not begun."""
+        found, order = {}, sorted(self.cuts.keys() - self.branches)
+        for b, starts in broken.items():
+            whose = self.branches[b][0] if b in self.branches else b
+            other, step_of = order[(order.index(whose) + number) % len(order)], {c.at: c.step for c in self.cuts[b]}
+            for at in starts:
+                later = [cut.at for cut in self.cuts[other] if cut.step >= step_of[at]]
+                found[b, at] = (other, min(later, default=int(self.mask[other].sum())))
+        return found if all(count for _, count in found.values()) else {}
 
-
-class _Foreign:
-    """Rows of a dump that are no tokens of the truth, beside those that are: rejected drafts, padding. The draft head
-    (layer None) has rows of further drafts, which it drops when the next step begins."""
-
-    def __init__(
-        self, rerun: Rerun, alignment: Alignment, layer: int | None, tables: Mapping[int, Tensor],
-        cuts: Mapping[int, Sequence[Cut]],
-    ):  # fmt: skip
-        self.rerun, self.alignment, self.layer, self.tables, self.cuts = rerun, alignment, layer, tables, cuts
-
-    def added(self, plan: HandOver, needs: str) -> HandOver:
+    def _with_foreign(self, plan: HandOver, needs: str) -> HandOver:
         found: dict[tuple[int, int], Foreign] = {}
-        padding: dict[int, int] = {}
-        for b, broken in plan.broken.items():
-            for at in broken:
-                x = (self._chain(b, at) if needs == "rejected" else None) if self.layer is None else (
-                    self.alignment.step_rows.mixer_input(self.layer, *self._rows(b, at, needs)))  # fmt: skip
-                if x is not None:
-                    found[b, at], padding[b] = x, len(x.x)
-        return replace(plan, foreign=found, padding=padding)
+        for b, at in ((b, at) for b, broken in plan.broken.items() for at in broken):
+            if self.layer is not None:
+                x = self.alignment.step_rows.mixer_input(self.layer, *self._rows(b, at, needs))
+            else:
+                x = self._chain(b, at) if needs == "rejected" else None
+            if x is not None:
+                found[b, at] = x
+        return replace(plan, foreign=found, padding={b: len(x.x) for (b, _), x in found.items()})
 
     def _chain(self, b: int, at: int) -> Foreign | None:
         """What the attention of the further drafts read that started from the token before."""
-        columns = self.rerun.tokens.mask[b].nonzero().flatten()
-        row = b * self.rerun.tokens.mask.shape[1] + int(columns[at - 1])
-        keys = [f"mtp.{k}.layers.0.input_layernorm" for k in range(2, len(self.rerun.tokens.drafts) + 1)]
-        whole = [self.rerun.captured.whole(key, self.rerun.tokens.count) for key in keys if at]
+        row, tokens = b * self.mask.shape[1] + int(self.mask[b].nonzero().flatten()[at - 1]), self.rerun.tokens
+        keys = [f"mtp.{k}.layers.0.input_layernorm" for k in range(2, len(tokens.drafts) + 1)]
+        whole = [self.rerun.captured.whole(key, tokens.count) for key in keys if at]
         rows = [x[row] for x in whole if x is not None and x[row].isfinite().all()]
         return Foreign(torch.stack(rows), True) if rows else None
 
@@ -220,10 +205,9 @@ class _Foreign:
         table, tokens = self.tables.get(step), self.alignment.dump.tokens.get(step)
         if table is None or tokens is None:
             return step, []
-        sequences = len(self.rerun.tokens.mask) - len(self.alignment.tokens_of.branches)
+        sequences = len(self.mask) - len(self.branches)
         mine, all_rows = table[table[:, 1] == b, 0], set(table[table[:, 1] < sequences, 0].tolist())
-        count = tokens.count or 0
-        low, high = 0, count
+        low, high = 0, tokens.count or 0
         if tokens.batch is not None:
             low = int(mine.min()) // tokens.batch[1] * tokens.batch[1]
             high = low + tokens.batch[1]
