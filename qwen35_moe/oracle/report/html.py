@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 
 from ...numerics.tap_keys import base_name
 from ..judge.records import Comparison, Record, ratio_text
 from .page_parts import ADDED, COLOURS, FITTED, INHERITED, LEGAL_ERROR, LINES, ROUTING_NOTE, linked, page_head, say
-from .text import GOOD_FIT, SYMBOLS, broken, fold, grid, lists, row_text, short, weights_line, worst
+from .text import GOOD_FIT, SYMBOLS, facts, grid, row_text, short, worst
 
 
 def html(result: Comparison, title: str = "qwen35-moe compare", made: Mapping[str, str] | None = None) -> str:
@@ -89,13 +89,8 @@ def _growth(result: Comparison) -> str:
                if base_name(r.key) in ("layer_input", "layer_output_sum") and r.inherited_rel]  # fmt: skip
     blocks: dict[int, float] = {}
     for r in result.records:
-        if (
-            base_name(r.key) in ("attn_output", "mlp_output")
-            and r.layer is not None
-            and r.added is not None
-            and r.rel > 0
-        ):
-            blocks[r.layer] = max(blocks.get(r.layer, 0), r.rel)
+        if base_name(r.key) in ("attn_output", "mlp_output") and None not in (r.layer, r.added) and r.rel > 0:
+            blocks[int(r.layer or 0)] = max(blocks.get(int(r.layer or 0), 0), r.rel)
     lines = {"stream, against the truth (inherited)": sorted(dict(streams).items()),
              "blocks, on the engine's input (added)": sorted(blocks.items())}  # fmt: skip
     values = [v for points in lines.values() for _, v in points if math.isfinite(v) and v > 0]
@@ -109,25 +104,22 @@ def _growth(result: Comparison) -> str:
         height = (math.log10(min(max(v, 10**low), 10**high)) - low) / max(high - low, 1)
         return left + (W - left - 20) * x / max(last, 1), top + (H - top - 30) * (1 - height)
 
-    svg = [f'<svg viewBox="0 0 {W} {H}" width="100%" role="img" aria-label="error by layer">']
+    svg, legend = [f'<svg viewBox="0 0 {W} {H}" width="100%" role="img" aria-label="error by layer">'], []
     for p in range(low, high + 1):
         y = at(0, 10.0**p)[1]
         svg.append(f'<line x1="{left}" x2="{W - 20}" y1="{y:.1f}" y2="{y:.1f}"/>'
                    f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">1e{p}</text>')  # fmt: skip
     for layer in range(0, last + 1, max(1, last // 12)):
         svg.append(f'<text x="{at(layer, 1)[0]:.1f}" y="{H - 8}" text-anchor="middle">{layer}</text>')
-    styles = [style for points, style in zip(lines.values(), LINES, strict=True) if points]
-    lines = {name: points for name, points in lines.items() if points}
-    for (_, points), (colour, dash, shape) in zip(lines.items(), styles, strict=True):
+    for (name, points), (colour, dash, shape, mark) in zip(lines.items(), LINES, strict=True):
         xy = [at(x, v) for x, v in points if math.isfinite(v)]
-        svg.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}" '
-                   f'points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in xy)}"/>')  # fmt: skip
-        for x, y in xy:
-            svg.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' if shape == "circle" else
-                       f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8" fill="{colour}"/>')  # fmt: skip
-    legend = " &nbsp; ".join(f'<span style="color:{c}">{"&#9679;&mdash;" if s == "circle" else "&#9632;- -"} {n}</span>'
-                             for n, (c, _, s) in zip(lines, styles, strict=True))  # fmt: skip
-    return f"<h2>Relative error by layer</h2><section><p>{legend}</p>{''.join(svg)}</svg></section>"
+        if points:
+            legend.append(f'<span style="color:{colour}">{mark} {name}</span>')
+            svg.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}" '
+                       f'points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in xy)}"/>')  # fmt: skip
+        svg += [shape.format(x=x, y=y, colour=colour) for x, y in xy]
+    said = " &nbsp; ".join(legend)
+    return f"<h2>Relative error by layer</h2><section><p>{said}</p>{''.join(svg)}</svg></section>"
 
 
 def _routing(result: Comparison) -> str:
@@ -153,36 +145,14 @@ def _rest(result: Comparison) -> str:
         f"<td>{escape(r.note)}</td></tr>"
         for r in result.records if not r.key.startswith("layers.") and r.cls != "missing"
     )  # fmt: skip
-    out = f"<h2>Outside of the layers</h2><section><table>{rows}</table>" if rows else "<section>"
-    out += "".join(f"<p>{escape(str(said))}.</p>" for said in result.acceptance)
-    if (x := result.logits) is not None:
-        legal = "" if x.legal_flips is None else f", {x.legal_flips} of {x.flips} flips within noise"
-        out += (f"<p>KL divergence mean {x.kl_mean:.2g}, max {x.kl_max:.2g} nat. Same best token {100 * x.top1:.1f} %"
-                f"{legal}; top-5 overlap {100 * x.top5:.1f} %. Change of log p: rms {x.delta_log_p_rms:.2g}, largest "
-                f"{x.delta_log_p_max:.2g}.</p>")  # fmt: skip
-    wrong = [w for w in result.weights if w.bad]
-    if result.weights:
-        out += f"<p>Dumped weights: {weights_line(result)}.</p>"
-        out += "".join(f"<p>&#10007; <code>{escape(w.name)}</code>: {escape(w.detail)}</p>" for w in wrong[:20])
-    return out + "</section>"
+    return f"<h2>Outside of the layers</h2><section><table>{rows}</table></section>" if rows else ""
 
 
 def _facts(result: Comparison, made: Mapping[str, str]) -> str:
-    counts = result.summary
-    taps = ", ".join(f"{n} {c}" for c, n in counts.items() if n and c != "total")
-    facts = {"truth": result.truth, "engine": result.engine, "tokens": "{} of {}".format(*result.tokens),
-             "envelope": ", ".join(result.members), "limit": f"{result.limit:g}",
-             "taps": f"{taps}: {counts['total']} in all",
-             "checkpoint": result.checkpoint, **made,
-             **{f"note {i + 1}": note for i, note in enumerate(result.notes)},
-             **{f"problem {i + 1}": str(p) for i, p in enumerate(result.problems)}}  # fmt: skip
-    out = "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"
-    for _, what, keys in lists(result):
-        out += _folded(f"{len(keys)} {what}", keys)
-    for reason, keys in broken(result).items():
-        out += _folded(f"{len(keys)} not comparable: {reason}", keys)
-    return f"<h2>What was compared</h2><section>{out}</section>"
-
-
-def _folded(summary: str, keys: Sequence[str]) -> str:
-    return f"<details><summary>{escape(summary)}</summary><code>{escape(', '.join(fold(keys)))}</code></details>"
+    head = [("truth", result.truth), ("engine", result.engine), ("tokens", "{} of {}".format(*result.tokens)),
+            ("envelope", ", ".join(result.members)), ("limit", f"{result.limit:g}"),
+            ("checkpoint", result.checkpoint), *made.items()]  # fmt: skip
+    rows = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(told)}</dd>" for name, told in (*head, *facts(result, most=10**6))
+    )
+    return f"<h2>What was compared</h2><section><dl>{rows}</dl></section>"

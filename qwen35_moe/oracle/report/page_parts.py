@@ -31,7 +31,7 @@ td.first{border-color:#000}
 .plain th{text-align:left;padding-left:0}.plain th.num{text-align:right}
 dl{display:grid;grid-template-columns:130px 1fr;gap:4px 12px;margin:0}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-details{margin-top:8px}summary{cursor:pointer}code{font-size:13px;overflow-wrap:anywhere}
+code{font-size:13px;overflow-wrap:anywhere}
 svg text{font:12px system-ui,sans-serif;fill:var(--soft)}svg line{stroke:var(--line)}
 td.c,.key span[style]{color:#1b1f24}.say{color:var(--soft);margin:6px 0 10px}a{color:inherit}
 :root{color-scheme:light dark;--one:#2b5c94;--two:#a8501f}
@@ -45,7 +45,7 @@ dl{grid-template-columns:1fr}dt{margin-top:6px}.bars{display:none}
 @media print{body{font-size:10px;background:#fff}main{padding:0;max-width:none}section,.verdict{padding:6px;border:0}
 h1,h2{font-size:12px;margin:8px 0 2px;break-after:avoid}
 .verdict b{font-size:15px}th{font-size:10px}
-td.c,.heat th,.key span{font-size:8px;padding:0 1px}details{display:none}
+td.c,.heat th,.key span{font-size:8px;padding:0 1px}
 .plain td{padding:0 6px 0 0}svg{max-height:120px}*{print-color-adjust:exact}}
 """
 # A report that a fault was seen in, "sglang 22948, 27936", and where it is kept.
@@ -74,7 +74,12 @@ ROUTING_NOTE = (
     "A flip is legal if the margin of the logits is within their noise."
 )
 FITTED = "The factors that bring the block's parts closest to the engine's output. Right factors are 1, 1 and 0."
-LINES = (("var(--one)", "", "circle"), ("var(--two)", "6 4", "rect"))
+# Of lines: the colour, the dashes, a point, and the line in the legend.
+LINES = (
+    ("var(--one)", "", '<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>', "&#9679;&mdash;"),
+    ("var(--two)", "6 4", '<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="var(--paper)" stroke="{colour}"/>',
+     "&#9675;- -"),
+)  # fmt: skip
 
 
 def page_head(title: str) -> str:

@@ -80,6 +80,52 @@ def starts(record: Record, most: int = 3) -> str:
     return f"first bad row: {', '.join(found[:most])}{more}; " if found else ""
 
 
+def facts(result: Comparison, most: int = 10) -> list[tuple[str, str]]:
+    """(label, text) of all that is neither a verdict nor a tap's error, with at most so many names of each kind."""
+
+    def some(keys: Sequence[str], what: str = "") -> str:
+        folded = fold(keys)
+        return f"{len(keys)}{what}: {', '.join(folded[:most])}{', ...' if len(folded) > most else ''}"
+
+    found = []
+    if result.routing:
+        total, agree = sum(r.tokens for r in result.routing), sum(r.agree for r in result.routing)
+        illegal, flips = sum(len(r.illegal) for r in result.routing), sum(len(r.flips) for r in result.routing)
+        nonsense = sum(r.nonsense for r in result.routing)
+        more = f", {nonsense} with ids that are repeated or no expert's" if nonsense else ""
+        agreed = f"{agree} of {total} sets of experts agree"
+        found.append(("routing", f"{agreed}; {flips - illegal} legal flips, {illegal} illegal{more}"))
+    found += [("" if i else "drafts", str(said)) for i, said in enumerate(result.acceptance)]
+    if (x := result.logits) is not None:
+        legal = "" if x.legal_flips is None or not x.flips else f" ({x.legal_flips} of {x.flips} flips within noise)"
+        kl = f"KL mean {x.kl_mean:.2g}, max {x.kl_max:.2g}"
+        best = f"top-1 {100 * x.top1:.1f} %{legal}, top-5 {100 * x.top5:.1f} %"
+        found.append(("logits", f"{kl}; {best}; delta log p rms {x.delta_log_p_rms:.2g}"))
+    if result.weights:
+        good, wrong = sum(w.good for w in result.weights), [w for w in result.weights if w.bad]
+        rest = len(result.weights) - good - len(wrong)
+        others = f"; {rest} not compared (one rank's shares, or not in the checkpoint)" if rest else ""
+        of = f"{good} of {len(result.weights)} as the checkpoint has them"
+        found.append(("weights", f"{of}, {len(wrong)} wrong{others}"))
+        found += [("", f"X {w.name}: {w.detail}") for w in wrong[:most]]
+    counts = result.summary
+    classes = ", ".join(f"{n} {c}" for c, n in counts.items() if c != "total" and n)
+    found.append(("taps", f"{classes}: {counts['total']} in all"))
+    missing = [r.key for r in result.records if r.cls == "missing"]
+    for label, what, keys in (("missing", "not in the dump", missing), ("extra", "in the dump only", result.extra),
+                              ("unknown", "names that no reader knows", result.unknown),
+                              ("holes", "dumped for other layers or steps only", result.holes)):  # fmt: skip
+        found += [(label, some(keys, f" {what}"))] if keys else []
+    if nan := [f"{r.key} ({r.nan} rows)" for r in result.records if r.nan]:
+        found.append(("NaN in", some(nan)))
+    broken: dict[str, list[str]] = {}
+    for r in [r for r in result.records if r.cls == "not comparable"]:
+        broken.setdefault(" ".join(r.note.split()), []).append(r.key)
+    found += [("broken", f"{some(keys)}: {reason}") for reason, keys in broken.items()]
+    found += [("problem", " ".join(str(problem).split())) for problem in result.problems]
+    return found + [("note", note) for note in result.notes]
+
+
 def text(result: Comparison, width: int = 80) -> str:
     """The whole report; no line is longer than `width`."""
     lines: list[str] = []
@@ -87,82 +133,28 @@ def text(result: Comparison, width: int = 80) -> str:
     def say(label: str, value: str) -> None:
         lines.extend(textwrap.wrap(f"{label:<9}{value}", width, subsequent_indent=" " * 9) or [""])
 
+    def indented(value: str) -> None:
+        lines.extend(textwrap.wrap(value, width, initial_indent="  ", subsequent_indent="  "))
+
     say("truth", result.truth)
     say("engine", f"{result.engine}; {result.tokens[0]} of {result.tokens[1]} tokens")
     say("limit", f"{result.limit:g} x the largest error of {', '.join(result.members)}, or of one rounding")
-    lines.append("")
-    lines += textwrap.wrap(result.verdict, width)
+    lines += ["", *textwrap.wrap(result.verdict, width)]
     if result.first:
-        lines += textwrap.wrap(worst(result.first), width, initial_indent="  ", subsequent_indent="  ")
+        indented(worst(result.first))
     for d in result.diagnoses:
         lines += ["", *textwrap.wrap(str(d), width, subsequent_indent="  ")]
         if d.fit and d.fit_left < GOOD_FIT:
             a, b, c = d.fit
-            fit = f"fit: {a:.3f} routed + {b:.3f} gated shared + {c:.3f} ungated shared, {100 * d.fit_left:.2g} % left"
-            lines += textwrap.wrap(fit, width, initial_indent="  ", subsequent_indent="  ")
+            left = f"{100 * d.fit_left:.2g} % left"
+            indented(f"fit: {a:.3f} routed + {b:.3f} gated shared + {c:.3f} ungated shared, {left}")
     lines += ["", *_heat(result, width)]
-    for name, text in _outside([r for r in result.records if not r.key.startswith("layers.") and r.cls != "missing"]):
-        say(name, text)
+    for name, told in _outside([r for r in result.records if not r.key.startswith("layers.") and r.cls != "missing"]):
+        say(name, told)
     lines.append("")
-    if result.routing:
-        total, agree = sum(r.tokens for r in result.routing), sum(r.agree for r in result.routing)
-        illegal, flips = sum(len(r.illegal) for r in result.routing), sum(len(r.flips) for r in result.routing)
-        nonsense = sum(r.nonsense for r in result.routing)
-        more = f", {nonsense} with ids that are repeated or no expert's" if nonsense else ""
-        say(
-            "routing",
-            f"{agree} of {total} sets of experts agree; {flips - illegal} legal flips, {illegal} illegal{more}",
-        )
-    for i, said in enumerate(result.acceptance):
-        say("" if i else "drafts", str(said))
-    if (x := result.logits) is not None:
-        legal = "" if x.legal_flips is None or not x.flips else f" ({x.legal_flips} of {x.flips} flips within noise)"
-        say("logits", f"KL mean {x.kl_mean:.2g}, max {x.kl_max:.2g}; top-1 {100 * x.top1:.1f} %{legal}, "
-                      f"top-5 {100 * x.top5:.1f} %; delta log p rms {x.delta_log_p_rms:.2g}")  # fmt: skip
-    if result.weights:
-        say("weights", weights_line(result))
-        for w in [w for w in result.weights if w.bad][:8]:
-            say("", f"X {w.name}: {w.detail}")
-    counts = result.summary
-    found = ", ".join(f"{n} {c}" for c, n in counts.items() if c != "total" and n)
-    say("taps", f"{found}: {counts['total']} in all")
-    for label, what, keys in lists(result):
-        say(label, _some(keys, f" {what}"))
-    if nan := [f"{r.key} ({r.nan} rows)" for r in result.records if r.nan]:
-        say("NaN in", _some(nan))
-    for reason, keys in broken(result).items():
-        say("broken", f"{_some(keys)}: {reason}")
-    for problem in result.problems:
-        say("problem", " ".join(str(problem).split()))
-    for note in result.notes:
-        say("note", note)
+    for label, told in facts(result):
+        say(label, told)
     return "\n".join(line[:width] for line in lines)
-
-
-def lists(result: Comparison) -> list[tuple[str, str, list[str]]]:
-    """Names of taps that only one side has: a label, what they are, the names. Empty lists are left out."""
-    missing = [r.key for r in result.records if r.cls == "missing"]
-    found = [("missing", "not in the dump", missing), ("extra", "in the dump only", result.extra),
-             ("unknown", "names that no reader knows", result.unknown),
-             ("holes", "dumped for other layers or steps only", result.holes)]  # fmt: skip
-    return [row for row in found if row[2]]
-
-
-def weights_line(result: Comparison) -> str:
-    """How many of the dumped weights are right, wrong, or not compared."""
-    good, bad = sum(w.good for w in result.weights), sum(w.bad for w in result.weights)
-    rest = len(result.weights) - good - bad
-    others = f"; {rest} not compared (one rank's shares, or not in the checkpoint)" if rest else ""
-    return f"{good} of {len(result.weights)} as the checkpoint has them, {bad} wrong{others}"
-
-
-def broken(result: Comparison) -> dict[str, list[str]]:
-    """Why taps could not be compared, and which."""
-    found: dict[str, list[str]] = {}
-    for r in result.records:
-        if r.cls == "not comparable":
-            found.setdefault(" ".join(r.note.split()), []).append(r.key)
-    return found
 
 
 def fold(keys: Iterable[str]) -> list[str]:
@@ -172,11 +164,6 @@ def fold(keys: Iterable[str]) -> list[str]:
         name = f"layers.*.{base_name(key)}" if key.startswith("layers.") else re.sub(r"layers\.\d+\.", "layers.*.", key)
         found.setdefault(name, []).append(key)
     return [all_[0] if len(all_) == 1 else f"{name} ({len(all_)})" for name, all_ in found.items()]
-
-
-def _some(keys: Sequence[str], what: str = "") -> str:
-    folded = fold(keys)
-    return f"{len(keys)}{what}: {', '.join(folded[:10])}{', ...' if len(folded) > 10 else ''}"
 
 
 def _heat(result: Comparison, width: int) -> list[str]:
