@@ -53,13 +53,12 @@ def altered(name: str, function: Callable[[Tensor], Tensor]) -> HandOverChange:
     return lambda handed: replace(handed.right, **{name: function(dict(handed.right.tensors())[name])})
 
 
-def rows(function: Callable[[Tensor, int], Tensor]) -> HandOverChange:
-    """Keys and values changed alike; the second argument is how many tokens the step before had."""
+def rows(function: Callable[[Tensor, int, Tensor], Tensor]) -> HandOverChange:
+    """Keys and values changed alike, by how many tokens the step before had, and by those of another sequence."""
 
     def change(handed: Handed) -> LayerState:
-        k, v = handed.right.k, handed.right.v
-        assert k is not None and v is not None
-        return replace(handed.right, k=function(k, handed.tokens), v=function(v, handed.tokens))
+        right, other = (dict(state.tensors()) for state in (handed.right, handed.other or handed.right))
+        return replace(handed.right, **{n: function(right[n], handed.tokens, other[n]) for n in ("k", "v")})
 
     return change
 
@@ -67,19 +66,14 @@ def rows(function: Callable[[Tensor, int], Tensor]) -> HandOverChange:
 def rows_of_another(most: int = 1 << 30) -> HandOverChange:
     """As many rows as both sequences have, or the first so many of them."""
 
-    def other(mine: Tensor | None, theirs: Tensor | None) -> Tensor:
-        assert mine is not None and theirs is not None
+    def first(mine: Tensor, _: int, theirs: Tensor) -> Tensor:
         n = min(mine.shape[1], theirs.shape[1], most)
         return torch.cat((theirs[:, :n], mine[:, n:]), 1)
 
-    def change(handed: Handed) -> LayerState:
-        assert handed.other is not None
-        return replace(handed.right, k=other(handed.right.k, handed.other.k), v=other(handed.right.v, handed.other.v))
-
-    return change
+    return rows(first)
 
 
-def zeroed(x: Tensor, n: int) -> Tensor:
+def zeroed(x: Tensor, n: int, _: Tensor) -> Tensor:
     return torch.cat((x[:, :-n], torch.zeros_like(x[:, -n:])), 1)
 
 
@@ -88,25 +82,20 @@ def other_layout(conv_1CW: Tensor) -> Tensor:
     return conv_1CW.mT.contiguous().view_as(conv_1CW)
 
 
-def _handed(which: str) -> tuple[StepFault, ...]:
-    """Each state of DeltaNet, and both together, taken from the wrong place."""
-    return (
-        StepFault(f"{which} not handed over", "gdn", taken(which, lambda _: None),
-                  seen="modular 6681, sglang 33515, omlx 2119"),
-        StepFault(f"{which} of an earlier step", "gdn", taken(which, lambda h: h.earlier), needs="earlier",
-                  seen="sparkinfer 610, vllm 55766"),
-        StepFault(f"{which} one token short", "gdn", taken(which, lambda h: h.short), seen="sglang 39342"),
-        StepFault(f"{which} of another sequence", "gdn", taken(which, lambda h: h.other), needs="other",
-                  seen="sglang 33515, sparkinfer 1071"),
-        StepFault(f"{which} not rolled back after rejected drafts", "gdn", taken(which, lambda h: h.ran_on),
-                  needs="rejected", seen="rMLX 436, tpu-inference 3178, mlx-lm 1456, vllm-ascend 6822"),
-        StepFault(f"{which} with padding in it", "gdn", taken(which, lambda h: h.ran_on), needs="padding",
-                  seen="maxtext 5292"),
-    )  # fmt: skip
-
+# Each state of DeltaNet, and both together, taken from the wrong place.
+TAKEN: tuple[tuple[str, Callable[[Handed], LayerState | None], Needs, str], ...] = (
+    ("not handed over", lambda _: None, "", "modular 6681, sglang 33515, omlx 2119"),
+    ("of an earlier step", lambda h: h.earlier, "earlier", "sparkinfer 610, vllm 55766"),
+    ("one token short", lambda h: h.short, "", "sglang 39342"),
+    ("of another sequence", lambda h: h.other, "other", "sglang 33515, sparkinfer 1071"),
+    ("not rolled back after rejected drafts", lambda h: h.ran_on, "rejected",
+     "rMLX 436, tpu-inference 3178, mlx-lm 1456, vllm-ascend 6822"),
+    ("with padding in it", lambda h: h.ran_on, "padding", "maxtext 5292"),
+)  # fmt: skip
 
 STEP_FAULTS: tuple[StepFault, ...] = (
-    *(fault for which in ("state", "recurrent state", "conv state") for fault in _handed(which)),
+    *(StepFault(f"{which} {name}", "gdn", taken(which, source), needs=needs, seen=seen)
+      for which in ("state", "recurrent state", "conv state") for name, source, needs, seen in TAKEN),
     *(StepFault(f"{which} of the last multiple of {n} tokens", "gdn", taken(which, lambda h: h.page), page=n,
                 seen="sglang 39342, sparkinfer 610") for which in ("state", "recurrent state") for n in PAGES[2:]),
     StepFault("recurrent state transposed", "gdn", altered("state", lambda x: x.mT), needs="square",
@@ -115,11 +104,11 @@ STEP_FAULTS: tuple[StepFault, ...] = (
     StepFault("conv state reversed", "gdn", altered("conv", lambda x: x.flip(-1)), seen=""),
     StepFault("conv state in the other layout", "gdn", altered("conv", other_layout), seen=""),
     StepFault("KV not handed over", "attn", lambda _: LayerState(), seen="modular 6681"),
-    StepFault("last KV row missing", "attn", rows(lambda x, _: x[:, :-1])),
-    StepFault("KV rows of the step before missing", "attn", rows(lambda x, n: x[:, :-n]), needs="earlier"),
+    StepFault("last KV row missing", "attn", rows(lambda x, *_: x[:, :-1])),
+    StepFault("KV rows of the step before missing", "attn", rows(lambda x, n, _: x[:, :-n]), needs="earlier"),
     StepFault("KV rows of the step before zero", "attn", rows(zeroed)),
-    StepFault("last KV row doubled", "attn", rows(lambda x, _: torch.cat((x, x[:, -1:]), 1))),
-    StepFault("KV rows of the step before doubled", "attn", rows(lambda x, n: torch.cat((x, x[:, -n:]), 1))),
+    StepFault("last KV row doubled", "attn", rows(lambda x, *_: torch.cat((x, x[:, -1:]), 1))),
+    StepFault("KV rows of the step before doubled", "attn", rows(lambda x, n, _: torch.cat((x, x[:, -n:]), 1))),
     StepFault("KV rows of another sequence", "attn", rows_of_another(), needs="other", seen="vLLM 35744"),
     *(StepFault(f"KV rows of another sequence, the first {n}", "attn", rows_of_another(n), needs="other",
                 seen="vLLM 35744", rows=n) for n in PAGES),
