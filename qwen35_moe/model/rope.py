@@ -19,9 +19,14 @@ def rotary_angles(config: Config, position_ids: Tensor, dtype: torch.dtype) -> t
     A scaled embedding (`config.rope_scaling`) has other frequencies, and may make cos and sin longer. Computed in at
     least float32; `dtype` is the model's.
     """
+    angle_BTj, amplitude = angles_of(config, position_ids, torch.promote_types(dtype, torch.float32))
+    return tap("rope_cos", angle_BTj.cos() * amplitude), tap("rope_sin", angle_BTj.sin() * amplitude)
+
+
+def angles_of(config: Config, position_ids: Tensor, wide: torch.dtype) -> tuple[Tensor, float]:
+    """The angles [B, T, R/2], and what their cos and sin are multiplied by."""
     if position_ids.dim() == 2:
         position_ids = position_ids.expand(3, -1, -1)
-    wide = torch.promote_types(dtype, torch.float32)
     j = torch.arange(config.rotary_dim // 2, device=position_ids.device)
     scaling, amplitude = config.rope_scaling, 1.0
     frequency_j = 1 / config.rope_theta ** (2 * j.to(wide) / config.rotary_dim)
@@ -30,9 +35,7 @@ def rotary_angles(config: Config, position_ids: Tensor, dtype: torch.dtype) -> t
         frequency_j = scaling.frequencies(config.rope_theta, rotated, config.head_dim, position_ids, wide)
     _, height, width = config.mrope_section
     axis_j = torch.where((j % 3 == 1) & (j < 3 * height), 1, torch.where((j % 3 == 2) & (j < 3 * width), 2, 0))
-    position_BTj = position_ids[axis_j].movedim(0, -1)
-    angle_BTj = position_BTj.to(wide) * frequency_j
-    return tap("rope_cos", angle_BTj.cos() * amplitude), tap("rope_sin", angle_BTj.sin() * amplitude)
+    return position_ids[axis_j].movedim(0, -1).to(wide) * frequency_j, amplitude
 
 
 def rotate(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from ...numerics.choices import in_fp8
 from ...quant.fp8 import FP8
@@ -224,21 +224,12 @@ def fp8_keys_and_values(own_step: bool) -> TapChange:
     def change(x: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
         q, k, v = (kept[name].to(x.dtype) for name in QKV)
         v = v.unflatten(-1, (-1, q.shape[-1])) if v.dim() == 3 else v
-        steps = place.steps(q[..., 0, 0])
-        y = torch.empty_like(x)
+        steps, y = place.steps(q[..., 0, 0]), torch.empty_like(x)
         for step in steps.unique().tolist():
             cached = (steps <= step if own_step else steps < step)[..., None, None]
-            queries = steps == step
-            y[queries] = _context(q, *(torch.where(cached, in_fp8(z), z) for z in (k, v)))[queries]
+            read_k, read_v = (torch.where(cached, in_fp8(z), z).transpose(1, 2) for z in (k, v))
+            found = scaled_dot_product_attention(q.transpose(1, 2), read_k, read_v, is_causal=True, enable_gqa=True)
+            y[steps == step] = found.transpose(1, 2)[steps == step]
         return y
 
     return change
-
-
-def _context(q_BTNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(H)) v with a causal mask, and no taps."""
-    T, N, H = q_BTNH.shape[1:]
-    k, v = (z.repeat_interleave(N // z.shape[2], 2).transpose(1, 2) for z in (k_BTGH, v_BTGH))
-    scores = (q_BTNH.transpose(1, 2) @ k.mT) * H**-0.5
-    future = torch.ones(T, T, dtype=torch.bool, device=q_BTNH.device).triu(1)
-    return (scores.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(1, 2)

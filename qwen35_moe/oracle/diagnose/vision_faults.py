@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import isqrt
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...model.rope import angles_of
 from ...model.vision.position_table import interpolate, patch_places
 from ...model.vision.positions import VIDEO
 from .fault_parts import plain
@@ -147,27 +150,18 @@ def frames_counted(x_3BT: Tensor, seen: Seen | None) -> Tensor:
     return x_3BT
 
 
-def turned(
-    positions: PositionChange, blocks: bool = False, scaled: bool = True, theta: float | None = None
-) -> Mapping[str, TapChange]:
-    """cos and sin of the angles at other positions; `blocks`: the axes' frequencies side by side, not interleaved;
-    not `scaled`: without `rope_scaling`; of another `theta`."""
+def turned(positions: PositionChange, blocks: bool = False, **other: Any) -> Mapping[str, TapChange]:
+    """cos and sin of the angles at other positions. blocks: the axes' frequencies side by side, not interleaved;
+    other: what the configuration says instead."""
 
     def angles(place: FaultSite) -> tuple[Tensor, float]:
-        c, R = place.config, place.config.rotary_dim
-        at_3BT = place.positions if place.positions.dim() == 3 else place.positions.expand(3, -1, -1)
-        at_3BT = positions(at_3BT, place.seen)
-        j = torch.arange(R // 2)
-        time, height, width = c.mrope_section
-        if blocks:
-            axis_j = (j >= time).long() + (j >= time + height)
-        else:
-            axis_j = torch.where((j % 3 == 1) & (j < 3 * height), 1, torch.where((j % 3 == 2) & (j < 3 * width), 2, 0))
-        frequency_j, amplitude = (theta or c.rope_theta) ** (-2 * j.double() / R), 1.0
-        if scaled and c.rope_scaling is not None:
-            rotated, amplitude = int(c.head_dim * c.partial_rotary_factor), c.rope_scaling.amplitude()
-            frequency_j = c.rope_scaling.frequencies(c.rope_theta, rotated, c.head_dim, at_3BT, torch.float64)
-        return at_3BT[axis_j].movedim(0, -1).double() * frequency_j, amplitude
+        config, at_BT = replace(place.config, **other), place.positions
+        at_3BT = positions(at_BT if at_BT.dim() == 3 else at_BT.expand(3, -1, -1), place.seen)
+        if not blocks:
+            return angles_of(config, at_3BT, torch.float64)
+        (time, amplitude), (height, _), (width, _) = (angles_of(config, at_BT, torch.float64) for at_BT in at_3BT)
+        first, second = config.mrope_section[0], sum(config.mrope_section[:2])
+        return torch.cat((time[..., :first], height[..., first:second], width[..., second:]), -1), amplitude
 
     def of(function: Callable[[Tensor], Tensor]) -> TapChange:
         def change(_: Tensor, __: dict[str, Tensor], place: FaultSite) -> Tensor:
@@ -220,12 +214,12 @@ ROTARY_FAULTS = (
         ("positions after an image one too high", "", off_after(1)),
         ("frames of a video counted in time", "as in Qwen2.5-VL", frames_counted))),
     Fault("rotary scaling ignored", "attn", "rope_type (YaRN, ...) of config.json not read", "omlx 3347, mlx-lm 1507",
-          turned(same, scaled=False), needs="scaled"),
+          turned(same, rope_scaling=None), needs="scaled"),
 )  # fmt: skip
 
 # Where the angles themselves were dumped, before any layer turned by them.
 ANGLES = (
-    Fault("rotary theta 10000", "attn", "rope_theta ignored", "", turned(same, scaled=False, theta=10000.0)),
+    Fault("rotary theta 10000", "attn", "rope_theta ignored", "", turned(same, rope_scaling=None, rope_theta=10000.0)),
     Fault(
         "no rotary at all", "attn", "", "", {"rope_cos": plain(torch.ones_like), "rope_sin": plain(torch.zeros_like)}
     ),
