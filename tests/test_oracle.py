@@ -599,20 +599,7 @@ def test_reports_are_views_of_the_same_records(truth: Trace, engine: Trace, sour
 def test_reports_of_60_layers() -> None:
     names = [n for n in DUMPED.split(",") if n not in ("embed_tokens", "final_norm", "next_token_logits")] * 4
     records = [
-        Record(
-            f"layers.{i}.{n}_{k}",
-            "within rounding",
-            "mlp",
-            i,
-            1 + i / 100,
-            1.2,
-            1e-3,
-            1.0,
-            1.0,
-            1e-3,
-            (0, 511),
-            rows=512,
-        )
+        Record(f"layers.{i}.{n}_{k}", "within rounding", "mlp", i, 1 + i / 100, 1.2, rel=1e-3, worst=(0, 511), rows=512)
         for i in range(60)
         for k, n in enumerate(names)
     ]
