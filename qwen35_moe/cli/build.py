@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..weights.build import add_arguments, run
+from ..weights.build import add_arguments
 
 
 def configure(p: argparse.ArgumentParser) -> None:
@@ -12,4 +12,3 @@ def configure(p: argparse.ArgumentParser) -> None:
         "Builds a checkpoint of real names, dtypes and sizes (or small ones). An integer hash draws its values."
     )
     add_arguments(p)
-    p.set_defaults(run=run)

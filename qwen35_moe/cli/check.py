@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .. import __version__
-from ..gate.engines import NEWEST
+from ..gate.decide import NEWEST
 from .device_options import add_ignored_keys
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
@@ -27,7 +27,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sarif", metavar="FILE", help="write the findings as SARIF 2.1.0, required fields only")
     parser.add_argument("--json", metavar="FILE", help="write the findings as JSON")
     add_ignored_keys(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,7 +23,6 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("dump", help="dump of an engine: a folder or a file; or answers of a server (JSON, JSONL)")
     p.add_argument("--checkpoint", help="the truth's checkpoint, if it was moved")
     add_report_options(p)
-    p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

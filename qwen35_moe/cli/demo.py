@@ -97,7 +97,6 @@ def planted_failure(checkpoint: Path, out: Path, layer: int = 1) -> bool:
 def configure(p: argparse.ArgumentParser) -> None:
     p.description = "Builds tiny checkpoints, compares the model with transformers, and finds a planted fault."
     p.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for checkpoints and report")
-    p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -21,7 +21,6 @@ def configure(p: argparse.ArgumentParser) -> None:
     add_image_options(p)
     add_shared(p)
     add_report_options(p)
-    p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

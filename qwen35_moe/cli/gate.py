@@ -42,7 +42,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         + ", ".join(f.name for f in fields(Options)),
     )
     parser.add_argument("--config-only", action="store_true", help="read config.json alone, no tensors")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

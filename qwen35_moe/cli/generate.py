@@ -52,7 +52,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_device_options(parser)
     add_ignored_keys(parser)
     parser.add_argument("--text-only", action="store_true", help="load neither draft head nor vision tower")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -30,7 +30,6 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--verify", action="store_true", help="read everything and compare all known checksums")
     p.add_argument("--manifest", help="file of expected checksums, lines `sha256 ... name`; implies --verify")
     add_ignored_keys(p)
-    p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -29,9 +29,9 @@ DUMP = ("DUMP: SGLang's dumper or Pass*.pt, vLLM's hidden states, ATOM's layer f
 TRUTH = "TRUTH: what `trace` wrote"
 VERDICT = "0 all of it agrees, 1 something diverges, 2 something was not compared (docs/exit-codes.md)"
 DONE = "0 done, 2 could not be done"
-# command -> its help; an example, exit codes and formats, which end its `-h`. Its module has the command's name, and
-# `configure(parser)`, which sets `run(args) -> int` as a default. A module is imported only when its command is called:
-# importing torch takes seconds.
+# command -> its help; an example, exit codes and formats, which end its `-h`. Its module has the command's name,
+# `configure(parser)`, which adds its arguments, and `run(args) -> int`. A module is imported only when its command is
+# called: importing torch takes seconds.
 COMMANDS: dict[str, tuple[str, str, str, str]] = {
     "info": ("sizes, formats, the gate's decision, and the memory of a run", "CHECKPOINT --tokens 4096",
              "0 done, 1 a checksum differs, 2 could not be read", CHECKPOINT),
@@ -75,7 +75,9 @@ def parser_for(argv: Sequence[str]) -> argparse.ArgumentParser:
         epilog = f"example: qwen35-moe {name} {example}\nexit codes: {codes}\nformats: {formats}"
         command = subparsers.add_parser(name, help=text, epilog=epilog)
         if name == named:
-            importlib.import_module(f"{__package__}.{name.replace('-', '_')}").configure(command)
+            module = importlib.import_module(f"{__package__}.{name.replace('-', '_')}")
+            module.configure(command)
+            command.set_defaults(run=module.run)
     return parser
 
 

@@ -70,7 +70,6 @@ def configure(p: argparse.ArgumentParser) -> None:
     p.add_argument("--no-envelope", action="store_true", help="do not compute the errors of legal rounding")
     p.add_argument("--quiet", action="store_true", help="print no progress to stderr")
     p.add_argument("--list", action="store_true", help="list all taps and arithmetics, and exit")
-    p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

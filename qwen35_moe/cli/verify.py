@@ -13,7 +13,6 @@ def configure(p: argparse.ArgumentParser) -> None:
         "Reads all files of a trace and of its envelope, and compares their checksums with those in the trace."
     )
     p.add_argument("truth", help="folder that `trace` wrote")
-    p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from .common import Answers, first_entry, refuse_sizes, several_steps, steps
+from .common import Answers, first_entry, refuse_sizes, several_steps
 from .declared import QuantConfig
-from .dialects import modelopt_part
+from .dialects import modelopt_part, steps
 from .exclude import ExcludeList, Hit
 from .names import ATOM, ATOM_MULTIMODAL, Namespace, is_draft_entry, mentions_shared_body
 from .readings import occurs_in_key

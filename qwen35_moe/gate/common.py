@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .declared import QuantConfig
-from .dialects import modelopt_list, modelopt_part
+from .dialects import modelopt_list, modelopt_part, steps
 from .exclude import Hit
 from .records import Decision, Evidence, GateModel, MoEBlock, Options, no, stops
 
@@ -41,11 +41,6 @@ def quark_stops(quant: QuantConfig, engine: str, read: Sequence[str]) -> Answers
     """A Quark configuration with null where the engine reads a list or a dictionary."""
     null = (key for key in read if quant.raw.get(key, ()) is None)
     yield from (stops(f"{key} is null, and {engine} iterates over it", f"{key} = null") for key in null)
-
-
-def steps(spec: Any) -> list[Mapping[str, Any]]:
-    """Quark quantises a tensor in one step or in several."""
-    return [step for step in (spec if isinstance(spec, list) else [spec]) if isinstance(step, Mapping) and step]
 
 
 def several_steps(spec: Mapping[str, Any]) -> bool:

@@ -18,17 +18,73 @@ The way to a decision, file by file:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
 from ..errors import Qwen35Error
 from ..quant.precision import BF16, UNSTATED, ModuleSpec
-from .engines import ENGINE_RULES, NEWEST
+from .atom import atom, atom_first_entry, atom_multimodal
+from .common import Rule
+from .declared import QuantConfig
+from .names import ATOM, ATOM_MULTIMODAL, SGLANG, VLLM, Namespace, fused_name
 from .records import PROJECTIONS, Decision, Evidence, GateModel, MoEBlock, Options
-from .strict import LayerFacts, SpecLookup, Stored, TooManyPatterns, layer_facts, read_stored, strict
+from .sglang import plain_draft, sglang_0_5_23, sglang_22948
+from .strict import SpecLookup, Stored, TooManyPatterns, layer_facts, read_stored, strict
+from .vllm import all_or_none, vllm_0_33
 
+
+@dataclass(frozen=True)
+class RuleInfo:
+    """A rule, and how the loader that goes with it reads the exclude list.
+
+    names: the engine's names for modules; None where any spelling counts. by_layer: the answer may differ from layer to
+    layer. together: what the engine makes of the answers for all layers. fp8: how it reads lists of the method fp8.
+    plain_draft: whether it builds the draft of a model without a quantisation.
+    """
+
+    decide: Rule
+    semantics: str
+    source: str
+    names: Namespace | None = None
+    by_layer: bool = True
+    together: Callable[[list[Decision]], list[Decision]] = list
+    fp8: str = "fp8"
+    plain_draft: Callable[[GateModel], bool] = lambda _: False
+
+    def sees(self, model: GateModel) -> GateModel:
+        """The model as the engine reads its config.json."""
+        unseen = model.quant_inside and self.semantics != "vllm"
+        return replace(model, quant=QuantConfig.from_dict(None)) if unseen else model
+
+    def takes(self, quant: QuantConfig, module: str) -> ModuleSpec:
+        """What the loader takes a projection for. SGLang and vLLM ask by the name of the fused module first."""
+        fused = fused_name(module) if self.semantics != "atom" else ""
+        return BF16 if fused and quant.exclude.direct(quant.names(fused)) else quant.spec_of(module).spec
+
+    def reading(self, model: GateModel) -> QuantConfig:
+        """A model's configuration as the engine's loader takes it."""
+        model = self.sees(model)
+        how = {"quark": self.semantics, "fp8": self.fp8}.get(model.quant.method)
+        return model.quant.read_as(how, self.names, model.nested) if how else model.quant
+
+
+ENGINE_RULES = {
+    "sglang-22948": RuleInfo(sglang_22948, "sglang", "sgl-project/sglang #22948, the seed PR", SGLANG, by_layer=False),
+    "sglang-0.5.23": RuleInfo(
+        sglang_0_5_23, "sglang", "SGLang 0.5.23", SGLANG, False, plain_draft=lambda m: plain_draft(m) is not None
+    ),
+    "vllm-0.33": RuleInfo(vllm_0_33, "vllm", "vLLM 0.33", VLLM, together=all_or_none, fp8="vllm-fp8"),
+    "atom-ffdf3bb5": RuleInfo(atom, "atom", "ROCm/ATOM ffdf3bb5, with prefixes", ATOM, fp8="atom"),
+    "atom-00afbe32": RuleInfo(
+        atom_multimodal, "atom", "ROCm/ATOM 00afbe32, with a vision tower", ATOM_MULTIMODAL, fp8="atom"
+    ),
+    "atom-first-entry": RuleInfo(atom_first_entry, "atom", "ROCm/ATOM, without prefixes", by_layer=False),
+}
+
+# An engine's name alone means its newest version.
+NEWEST = {"sglang": "sglang-0.5.23", "vllm": "vllm-0.33", "atom": "atom-ffdf3bb5"}
 RULES = ("strict", *ENGINE_RULES)
 
 # What `--all-rules` shows: every engine as it comes, and with the switch that its users turn.
@@ -109,53 +165,42 @@ def hazards(config: Any, quant_config: Any, decisions: Iterable[Decision], store
     Judged by what is stored, or without bytes by the writer's reading of the exclude list. Two kinds: bytes that do not
     fit the fused slot (the failure of PR 22948), and a loader that takes a module for something it is not.
     """
-    model, lookup = GateModel.from_config(config, quant_config), read_stored(stored)
+    model, lookup, found = GateModel.from_config(config, quant_config), read_stored(stored), dict[str, str]()
     layers = {layer.name: layer for layer in (*model.layers, *model.drafts)}
-    return {d.layer: text for d in decisions if (text := _hazard(model, layers[d.layer], d, lookup))}
+    for decision in decisions:
+        try:
+            text = next(_breaks(model, layers[decision.layer], decision, lookup), "")
+        except TooManyPatterns:
+            text = ""  # nothing is known, so nothing is said to break
+        except Qwen35Error as error:
+            text = f"{error.what}: {error.where} is {error.found}, expected {error.expected}"
+        found |= {decision.layer: text} if text else {}
+    return found
 
 
-def _hazard(model: GateModel, layer: MoEBlock, decision: Decision, stored: SpecLookup | None) -> str:
-    try:
-        truth = layer_facts(model, layer, stored)
-        if decision:
-            if uneven := _uneven(truth):
-                return uneven
-            shared = {fact.name: fact.spec for fact in truth.shared}
-            slot_guard(layer.experts, truth.routed[0].spec, shared, convert=decision.online)
-        return "" if decision.rule == "strict" or not decision.starts else _misread(model, truth, decision)
-    except TooManyPatterns:
-        return ""  # nothing is known, so nothing is said to break
-    except Qwen35Error as error:
-        return f"{error.what}: {error.where} is {error.found}, expected {error.expected}"
-
-
-def _uneven(facts: LayerFacts) -> str:
-    """Why the experts cannot lie in one tensor, whatever the shared expert is. Nothing stored: nothing is missing."""
-    everything, first = (*facts.routed, *facts.shared), facts.routed[0]
-    absent = [f.name for f in everything if f.stored is None]
-    if 0 < len(absent) < len(everything):
-        return f"a fused slot would stay unfilled: {absent[0]} is missing from the checkpoint"
-    odd = next((f for f in facts.routed if not f.spec.same_bytes(first.spec)), None)
-    return f"the routed experts are not alike: {first.name} is {first.spec}, {odd.name} is {odd.spec}" if odd else ""
-
-
-def _misread(model: GateModel, truth: LayerFacts, decision: Decision) -> str:
-    """The first module that the engine's loader takes for something that it is not.
-
-    It asks for the routed experts as one module, not for their projections.
-    """
-    rule, layer = ENGINE_RULES[decision.rule], truth.layer
+def _breaks(model: GateModel, layer: MoEBlock, decision: Decision, stored: SpecLookup | None) -> Iterator[str]:
+    shared, routed = layer_facts(model, layer, stored)
+    first, absent = routed[0], [f.name for f in (*routed, *shared) if f.stored is None]
+    if decision:
+        if 0 < len(absent) < len(routed) + len(shared):  # nothing stored: nothing is missing
+            yield f"a fused slot would stay unfilled: {absent[0]} is missing from the checkpoint"
+        for odd in (f for f in routed if not f.spec.same_bytes(first.spec)):
+            yield f"the routed experts are not alike: {first.name} is {first.spec}, {odd.name} is {odd.spec}"
+        slot_guard(layer.experts, first.spec, {f.name: f.spec for f in shared}, convert=decision.online)
+    if decision.rule == "strict" or not decision.starts:
+        return
+    # What the engine's loader takes for something that it is not. It asks for the routed experts as one module.
+    rule = ENGINE_RULES[decision.rule]
     quant, plain = rule.reading(model), layer.draft and rule.plain_draft(model)
     excluded = quant.excluded(layer.experts) is not None
     inside = quant.without_exclusions() if quant.exclude.semantics.children else quant
     whole = inside.spec_of(layer.experts)
-    for facts, floats, believed in ((truth.routed, plain or excluded, inside), (truth.shared, plain, quant)):
+    for facts, floats, believed in ((routed, plain or excluded, inside), (shared, plain, quant)):
         for fact in facts:
-            at_once = facts is truth.routed and whole.hit.entry
+            at_once = facts is routed and whole.hit.entry
             a, b = fact.spec, BF16 if floats else whole.spec if at_once else rule.takes(believed, fact.name)
             if not (b == UNSTATED or a.is_float and b.is_float or a.same_bytes(b)):
-                return f"the loader takes {fact.name} for {b.kind}, but it is {a.kind} ({fact.declared.hit})"
-    return ""
+                yield f"the loader takes {fact.name} for {b.kind}, but it is {a.kind} ({fact.declared.hit})"
 
 
 def slot_guard(slot: str, spec: ModuleSpec, tensors: Mapping[str, ModuleSpec | None], *, convert: bool = False) -> None:

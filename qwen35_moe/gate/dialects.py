@@ -15,9 +15,15 @@ from .exclude import ExcludeList
 from .readings import layer_class
 
 
+def steps(spec: Any) -> list[Mapping[str, Any]]:
+    """Quark quantises a tensor in one step or in several."""
+    return [step for step in (spec if isinstance(spec, list) else [spec]) if isinstance(step, Mapping) and step]
+
+
 def quark_spec(entry: Mapping[str, Any] | None) -> ModuleSpec:
     """One Quark spec, `{"weight": {...}, "input_tensors": {...}}`; a null weight is an unquantised module."""
-    weight, inputs = _first((entry or {}).get("weight")), _first((entry or {}).get("input_tensors"))
+    # Of several steps, the first is what is stored.
+    weight, inputs = (next(iter(steps((entry or {}).get(key))), {}) for key in ("weight", "input_tensors"))
     if not weight:
         return BF16
     dtype, scheme, group = str(weight.get("dtype")), str(weight.get("qscheme")), int(weight.get("group_size") or 0)
@@ -161,12 +167,6 @@ def _exclude(raw: Mapping[str, Any], key: str, semantics: str) -> ExcludeList:
         where, found = f"quantization_config.{key}", repr(entries)[:200]
         raise Qwen35Error("an exclude list must hold strings", where=where, found=found)
     return ExcludeList(entries, semantics, key)
-
-
-def _first(spec: Any) -> Mapping[str, Any]:
-    """Quark stores a list where a tensor is quantised in two steps; the first step is what is stored."""
-    first = spec[0] if isinstance(spec, list) and spec else spec
-    return first if isinstance(first, Mapping) else {}
 
 
 def _short(dtype: str) -> str:

@@ -97,10 +97,6 @@ class EntryIndex:
         """(index, entry) in the list's order: those that could match a name."""
         return self._merged(self._fit(key, name) for key in _keys(*numbers_of(name)))
 
-    def for_any_expert(self, name: str) -> Iterator[tuple[int, str]]:
-        """(index, entry) of those that could match the name of an expert, and state no expert's number."""
-        return self._merged(self._fit(key, name) for key in _keys(numbers_of(name)[0], None))
-
     def around(self, name: str) -> Iterator[tuple[int, str]]:
         """The same, and those that hold the name."""
         layer, expert = numbers_of(name)

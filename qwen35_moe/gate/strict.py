@@ -14,7 +14,7 @@ from ..errors import Qwen35Error
 from ..quant.precision import BF16, UNSTATED, ModuleSpec
 from .common import Answers, refuse_sizes
 from .declared import QuantConfig, Resolution
-from .exclude import Hit, numbers_of
+from .exclude import Hit, numbers_of, numbers_required
 from .names import tells_experts_apart
 from .records import PROJECTIONS, Evidence, GateModel, MoEBlock, Options, no, yes
 
@@ -48,7 +48,6 @@ class ModuleFacts(NamedTuple):
 class LayerFacts(NamedTuple):
     """The modules of one MoE block that fusion puts into one tensor."""
 
-    layer: MoEBlock
     shared: Sequence[ModuleFacts]
     routed: Sequence[ModuleFacts]
 
@@ -66,7 +65,7 @@ def layer_facts(model: GateModel, layer: MoEBlock, stored: SpecLookup | None) ->
 
     def collected() -> LayerFacts:
         shared = [_facts(name, model.quant, stored) for name in layer.shared]
-        return LayerFacts(layer, shared, _routed(model, layer, stored))
+        return LayerFacts(shared, _routed(model, layer, stored))
 
     return model.quant.view((layer, model.num_experts, stored), collected)
 
@@ -131,7 +130,8 @@ def _said(model: GateModel, layer: MoEBlock) -> Mapping[int, Hashable] | None:
     spelled = {numbers_of(name): name for name in quant.names(layer.experts)}
     for index in (quant.exclude.index, quant.layer_index):
         for name in quant.names(f"{layer.experts}.0.{PROJECTIONS[0]}"):
-            vague |= {entry for _, entry in index.for_any_expert(name) if tells_experts_apart(entry)}
+            named = (entry for _, entry in index.naming(name) if numbers_required(entry)[1] is None)
+            vague |= set(filter(tells_experts_apart, named))
         for name in spelled.values():
             for expert, said in index.experts(name).items():
                 found.setdefault(expert, []).append((name, index is quant.layer_index, said))

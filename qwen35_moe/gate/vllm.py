@@ -12,9 +12,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ..errors import Qwen35Error
-from .common import Answers, modelopt_stops, quark_stops, refuse_sizes, several_steps, steps
+from .common import Answers, modelopt_stops, quark_stops, refuse_sizes, several_steps
 from .declared import QuantConfig
-from .dialects import ALIASES, modelopt_part
+from .dialects import ALIASES, modelopt_part, steps
 from .exclude import Hit
 from .names import VLLM
 from .readings import occurs_in_key

@@ -16,9 +16,8 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.checkpoint import TensorLayout
 from ..checkpoint.recognise import foreign_spec
 from ..errors import Qwen35Error
-from ..gate.decide import NEWEST, VARIANTS, decide_layers, hazards
+from ..gate.decide import ENGINE_RULES, NEWEST, VARIANTS, decide_layers, hazards
 from ..gate.declared import QuantConfig
-from ..gate.engines import ENGINE_RULES
 from ..gate.records import GateModel
 from ..model.config import Config
 from ..quant.precision import BF16, UNSTATED, ModuleSpec
