@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..weights.build import add_arguments
+from ..weights.build import run as run
 
 
 def configure(p: argparse.ArgumentParser) -> None:
