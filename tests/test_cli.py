@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from qwen35_moe.cli.report_options import write_outputs
 from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.gate.decide import rule_named
 from qwen35_moe.numerics.arithmetics import get
+from qwen35_moe.oracle.judge.records import Comparison
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +50,7 @@ def test_every_type_of_json_is_documented():
     page = (ROOT / "docs/json.md").read_text(encoding="utf-8")
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "qwen35_moe").rglob("*.py")]
     types = {name for text in sources for name in re.findall(r'\{"type": "([a-z ]+)", (?!"text": text)', text)}
+    types |= set(re.findall(r'^ {12}"([a-z ]+)": ', inspect.getsource(Comparison.rows), re.M))
     assert len(types - {"image"}) > 10 and all(f"`{name}`" in page for name in types - {"image"})
 
 
