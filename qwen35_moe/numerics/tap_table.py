@@ -34,22 +34,22 @@ class TapName:
     other: str = ""
 
 
-_ = TapName
+def _(dims: str, meaning: str, sglang: str = "", transformers: str = "", other: str = "") -> TapName:
+    """transformers "=": the same as SGLang's."""
+    return TapName(dims, meaning, sglang, sglang if transformers == "=" else transformers, other)
+
+
 TAPS: dict[str, TapName] = {
-    "embed_tokens": _("b t d", "token embeddings", "embed_tokens.output", "embed_tokens.output"),
-    "final_norm": _(
-        "b t d", "after the last norm", "norm.output", "norm.output", "vLLM hidden_states file, last layer"
-    ),
+    "embed_tokens": _("b t d", "token embeddings", "embed_tokens.output", "="),
+    "final_norm": _("b t d", "after the last norm", "norm.output", "=", "vLLM hidden_states file, last layer"),
     "next_token_logits": _("b t v", "logits", "logits_processor.output.next_token_logits", "lm_head.output"),
     # The residual stream and the norms.
     "layer_input": _("b t d", "residual stream at the layer's entry", "layer_input", "inputs.0", "vLLM hidden_states"),
-    "input_layernorm": _("b t d", "after the first norm", "input_layernorm.output", "input_layernorm.output"),
+    "input_layernorm": _("b t d", "after the first norm", "input_layernorm.output", "="),
     "pre_mlp_residual_sum": _("b t d", "residual + attn_output as the second norm reads it"),
     "pre_mlp_residual": _("b t d", "the same as it is stored", "pre_mlp_residual", "post_attention_layernorm.inputs.0"),
-    "pre_mlp_layernorm_output": _(
-        "b t d", "after the second norm", "post_attention_layernorm.output", "post_attention_layernorm.output"
-    ),
-    "mlp_output": _("t d", "what the MoE block adds to the stream", "mlp.output", "mlp.output"),
+    "pre_mlp_layernorm_output": _("b t d", "after the second norm", "post_attention_layernorm.output", "="),
+    "mlp_output": _("t d", "what the MoE block adds to the stream", "mlp.output", "="),
     "layer_output_sum": _("b t d", "residual stream at the layer's exit", "", "output", "ATOM layerLL_*.pt `hidden`"),
     # Full attention.
     "attn_a1": _("b t d", "input of q, k and v, quantised (where W8A8 rounds)"),
@@ -110,7 +110,7 @@ TAPS: dict[str, TapName] = {
     "gdn_norm_normed": _("b t j p", "gated norm: x / rms"),
     "gdn_norm_weighted": _("b t j p", "gated norm: times weight"),
     "gdn_z_gate": _("b t j p", "gated norm: silu(z)"),
-    "gdn_norm_out": _("b t j p", "gated norm: times silu(z)", "linear_attn.norm.output", "linear_attn.norm.output"),
+    "gdn_norm_out": _("b t j p", "gated norm: times silu(z)", "linear_attn.norm.output", "="),
     # MoE: all tokens of the batch in one row of tokens.
     "moe_router_logits": _("t e", "router logits", "mlp.gate.output", "mlp.gate.output.0"),
     "moe_router_probs": _("t e", "softmax over all experts"),
@@ -121,9 +121,7 @@ TAPS: dict[str, TapName] = {
     "moe_topk_weights": _("t a", "their weights, renormalised", "mlp.topk.output.0", "mlp.gate.output.1"),
     "moe_slot_ids": _("t a", "slots the fused kernel reads, shared last", "mlp.experts.inputs.1.1"),
     "moe_slot_weights": _("t a", "their weights, the shared gate last", "mlp.experts.inputs.1.0"),
-    "moe_shared_gate_logit": _(
-        "t 1", "shared gate before sigmoid", "mlp.shared_expert_gate.output", "mlp.shared_expert_gate.output"
-    ),
+    "moe_shared_gate_logit": _("t 1", "shared gate before sigmoid", "mlp.shared_expert_gate.output", "="),
     "moe_shared_gate": _("t 1", "shared gate after sigmoid"),
     "moe_a1": _("t d", "input of quantised experts (where W4A4 and W8A8 round)"),
     "moe_expert_gate_up": _("r 2f", "one expert: gate, then up"),
@@ -148,15 +146,13 @@ TAPS: dict[str, TapName] = {
         "mlp.shared_expert.act_fn.output",
         "mlp.shared_expert.down_proj.inputs.0",
     ),
-    "moe_shared_output": _(
-        "t d", "shared expert, ungated", "mlp.shared_expert.down_proj.output", "mlp.shared_expert.down_proj.output"
-    ),
+    "moe_shared_output": _("t d", "shared expert, ungated", "mlp.shared_expert.down_proj.output", "="),
     "moe_shared_gated": _("t d", "shared expert times its gate"),
     "moe_routed_output": _(
         "t d",
         "sum of the routed experts alone",
         "mlp.experts.output",
-        "mlp.experts.output",
+        "=",
         "with a fused shared expert SGLang's mlp.experts is mlp_output",
     ),
     # The draft head, before its layer; after it `final_norm` and `next_token_logits`, as above.

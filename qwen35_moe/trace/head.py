@@ -16,7 +16,7 @@ from ..untrusted import parse_json, read_json, tensor_file
 FORMAT, VERSION = "qwen35-moe-trace", 1
 HEAD_FILE = "trace.json"  # written last
 PARTIAL = "partial"  # folder of an unfinished trace, in that of the trace
-RESUME = "resume.safetensors"  # the state that `--resume` continues from (resume.py); no part of the trace
+RESUME = "resume.safetensors"  # the state that `--resume` continues from (folder.py); no part of the trace
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _KINDS = {
     "key": str, "name": str, "dims": str, "dtype": str, "file": str, "part": str, "step": int, "layer": int | None,
@@ -50,21 +50,19 @@ class Entry:
 
 
 def read_head(path: Path, partial: bool) -> dict[str, Any]:
-    unfinished = path if partial else path / PARTIAL
-    chunks = sorted(p for p in unfinished.glob("*.safetensors") if CHUNK_NAME.fullmatch(p.name))
     if (path / HEAD_FILE).is_file():
         head = read_json(path / HEAD_FILE)
-        if not isinstance(head, dict) or (head.get("format"), head.get("version")) != (FORMAT, VERSION):
-            found = f"{head.get('format')} {head.get('version')}" if isinstance(head, dict) else type(head).__name__
-            raise Qwen35Error(
-                "trace.json is of another format", where=path, expected=f"{FORMAT} {VERSION}", found=found
-            )
-        return head
+        said = [head.get(key) for key in ("format", "version")] if isinstance(head, dict) else type(head).__name__
+        if said != [FORMAT, VERSION]:
+            raise Qwen35Error("trace.json is of another format", where=path, expected=[FORMAT, VERSION], found=said)
+        return dict(head)
+    unfinished = path if partial else path / PARTIAL
+    chunks = sorted(p for p in unfinished.glob("*.safetensors") if CHUNK_NAME.fullmatch(p.name))
     if not chunks:
         raise Qwen35Error("no trace here", where=path, expected="a folder with trace.json", do="run `qwen35-moe trace`")
     if not partial:
-        raise Qwen35Error("trace is unfinished", where=path, found=f"{len(chunks)} files and no trace.json",
-                          do="run the trace again, or open what is there with partial=True")  # fmt: skip
+        do = "run the trace again, or open what is there with partial=True"
+        raise Qwen35Error("trace is unfinished", where=path, found=f"{len(chunks)} files and no trace.json", do=do)
     return {"meta": {}, "tensors": [record for chunk in chunks for record in records_of(chunk)]}
 
 
@@ -73,7 +71,7 @@ def check_meta(meta: Any, where: Path) -> None:
     if not isinstance(meta, dict):
         raise Qwen35Error("trace.json has no meta", where=where, expected="{...}", do="write the trace again")
     kinds = {"config": dict, "checkpoint": dict, "arithmetic": str, "fused": list, "layers": int, "steps": list,
-             "images": dict, "draft_ids": list, "branches": list}  # fmt: skip
+             "images": dict, "draft_ids": list}  # fmt: skip
     for key, kind in kinds.items():
         if meta.get(key) is not None and not isinstance(meta[key], kind):
             raise bad_head(where, f"meta.{key}", kind.__name__, meta[key])
@@ -82,18 +80,16 @@ def check_meta(meta: Any, where: Path) -> None:
     for i, step in enumerate(meta.get("steps") or ()):
         found = step if isinstance(step, dict) else {}
         axes = found.get("axes", [])
-        tables = [_shape(found.get("ids"), 0), *(_shape(found.get(name)) for name in ("positions", "mask")),
-                  *(map(_shape, axes) if isinstance(axes, list) and len(axes) in (0, 3) else [None])]  # fmt: skip
-        if None in tables or len(set(tables)) != 1:
+        shapes = {_shape(found.get("ids"), 0), _shape(found.get("positions")), _shape(found.get("mask"))}
+        shapes |= {*map(_shape, axes)} if isinstance(axes, list) and len(axes) in (0, 3) else {None}
+        if None in shapes or len(shapes) != 1:
             raise bad_head(where, f"meta.steps.{i}", "ids, positions and mask, each [B][T] whole numbers", step)
     if bad := [ids for ids in meta.get("draft_ids") or () if _shape(ids, -1) is None]:
         raise bad_head(where, "meta.draft_ids", "[B][T] token ids a draft", bad[0])
-    if (branches := meta.get("branches")) and (_shape(branches, 0) or (0, 0))[1] != 2:
-        raise bad_head(where, "meta.branches", "[n][2]: a sequence, and how many of its tokens a branch has", branches)
     if (images := meta.get("images")) is not None:
         grids, ids = images.get("grids"), images.get("placeholders")
-        shapes = [_shape(grid, 1) for grid in grids.values()] if isinstance(grids, dict) else [None]
-        if not all(shape is not None and shape[1] == 3 for shape in shapes) or _shape([ids], 0) is None:
+        sizes = [_shape(grid, 1) for grid in grids.values()] if isinstance(grids, dict) else [None]
+        if any(size is None or size[1] != 3 for size in sizes) or _shape([ids], 0) is None:
             raise bad_head(where, "meta.images", "{grids: {image: [n][3]}, placeholders: token ids}", images)
 
 
