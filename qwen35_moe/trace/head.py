@@ -52,9 +52,10 @@ class Entry:
 def read_head(path: Path, partial: bool) -> dict[str, Any]:
     if (path / HEAD_FILE).is_file():
         head = read_json(path / HEAD_FILE)
-        said = [head.get(key) for key in ("format", "version")] if isinstance(head, dict) else type(head).__name__
+        said = [head.get(key) for key in ("format", "version")] if isinstance(head, dict) else [type(head).__name__]
         if said != [FORMAT, VERSION]:
-            raise Qwen35Error("trace.json is of another format", where=path, expected=[FORMAT, VERSION], found=said)
+            expected, found = f"{FORMAT} {VERSION}", " ".join(map(str, said))
+            raise Qwen35Error("trace.json is of another format", where=path, expected=expected, found=found)
         return dict(head)
     unfinished = path if partial else path / PARTIAL
     chunks = sorted(p for p in unfinished.glob("*.safetensors") if CHUNK_NAME.fullmatch(p.name))
