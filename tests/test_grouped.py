@@ -18,6 +18,7 @@ from qwen35_moe.numerics import arithmetics as arithmetic
 from qwen35_moe.numerics.metrics import rel_l2
 from qwen35_moe.quant import mxfp4
 from qwen35_moe.quant.packed import concatenate
+from qwen35_moe.run import fill
 from qwen35_moe.run.generate import generate
 from qwen35_moe.run.gpu import grouped, grouped_experts
 from qwen35_moe.run.gpu.graphs import DecodeGraph, PrefillGraph, can_capture
@@ -71,6 +72,10 @@ def test_packed_experts_pair_by_pair_and_in_batches(tokens: int, monkeypatch: py
     assert packed is not None
     decoded = moe.DecodedExperts(*packed.decoded(slice(None)), quantised=True)
     assert torch.equal(decoded.gate_up_proj[5], stored[5][0].decode(torch.float64))
+    monkeypatch.setattr(fill, "NUMBERS_AT_ONCE", 3 * D * F)
+    for stack, parameter in ((packed.gate_up, decoded.gate_up_proj), (packed.down, decoded.down_proj)):
+        fill.decode_stacked(stack, out := torch.zeros_like(parameter))
+        assert torch.equal(out, parameter)
     ids, weights = routed(tokens)
     x = drawn(tokens, D, seed=2)
     loop = decoded.combine(x, ids, weights)

@@ -51,6 +51,7 @@ class Checkpoint:
         self._expert_names: dict[str, list[str]] = {}  # "layers.0.mlp.experts" -> names of its tensors
         self._expert_ids: dict[str, set[int]] = {}
         self._specs: dict[TensorLayout, ModuleSpec] = {}
+        self._expert_specs: dict[str, ModuleSpec | None] = {}
         for name, stored in self.tensors.items():
             module, role = split_role(name)
             self.modules.setdefault(module, {})[role] = stored
@@ -162,14 +163,15 @@ class Checkpoint:
         if match and match["expert"] and match["prefix"] in self._expert_names:
             whole = "down_proj" if match["projection"] == "down_proj" else "gate_up_proj"
             return foreign_spec(self.modules.get(f"{match['prefix']}.{whole}", {})) or self.find(module).spec
-        if module not in self._expert_names:
-            return None
+        if module in self._expert_specs or module not in self._expert_names:
+            return self._expert_specs.get(module)
         parts = dict.fromkeys(split_role(name)[0] for name in self._expert_names[module])
         kinds = {self.layout(part): part for part in parts}.values()
         if not any(foreign_spec(self.modules[part]) for part in kinds):
             self.find_experts(module)  # are they all there?
         specs = {self.spec(part) for part in kinds}
-        return specs.pop() if len(specs) == 1 else None
+        self._expert_specs[module] = specs.pop() if len(specs) == 1 else None
+        return self._expert_specs[module]
 
     def report(self, aside: Iterable[str] = ("visual.*", "mtp.*")) -> UsageReport:
         """What became of every tensor; `aside` are patterns of those that are left out on purpose."""

@@ -6,15 +6,19 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..model.moe import Experts, MoE
 from ..model.ops import Linear
 from ..numerics.arithmetics import Arithmetic
+from ..quant import mxfp4
+from ..quant.mxfp4 import PackedMXFP4
 from .experts import PackedExpert, PackedExperts, as_one, is_stored_as, moved
 from .gpu.grouped_experts import ResidentExperts, stack_experts
 from .gpu.passing import PassingExperts
 from .source import WeightSource
+
+NUMBERS_AT_ONCE = 2**26  # of decoded experts
 
 
 def fill(
@@ -75,6 +79,17 @@ def decoded_experts(stored: list[PackedExpert], dtype: torch.dtype, device: torc
         return ResidentExperts(gate_up, down, quantised)
     first = stored[0]
     gate_up, down = (torch.empty(len(stored), *weight.shape, dtype=dtype, device=device) for weight in first)
-    for e, one in enumerate(stored):
+    stacked = None if device.type == "cpu" else stack_experts(stored, dtype, device, quantised)
+    if stacked is not None:
+        decode_stacked(stacked.gate_up, gate_up)
+        decode_stacked(stacked.down, down)
+    for e, one in enumerate(stored if stacked is None else ()):
         gate_up[e], down[e] = (moved(weight, device).decode(dtype) for weight in one)
     return ResidentExperts(gate_up, down, quantised)
+
+
+def decode_stacked(stacked: PackedMXFP4, out: Tensor) -> None:
+    """Weights [E, O, I] into `out`, as many at once as makes one size for all: a GPU compiles each size."""
+    step = max(1, NUMBERS_AT_ONCE // out[0].numel())
+    for some in (slice(e, e + step) for e in range(0, len(out), step)):
+        mxfp4.decode(stacked.codes[some], stacked.scales[some], out.dtype, out[some])

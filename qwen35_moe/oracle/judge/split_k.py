@@ -16,6 +16,7 @@ import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -64,9 +65,13 @@ class SplitK(TorchFunctionMode):
 
     def _shares(self, x: Tensor) -> Sequence[Tensor]:
         if self.order is not None:
-            generator = torch.Generator().manual_seed(self.order)
-            x = x[..., torch.randperm(x.shape[-1], generator=generator)]
+            x = x[..., _order(self.order, x.shape[-1], x.device)]
         return x.chunk(self.parts, -1)
+
+
+@cache
+def _order(seed: int, size: int, device: torch.device) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def split_products(table: Arithmetic, parts: int, order: int | None = None) -> Arithmetic:
