@@ -52,17 +52,15 @@ def draft_rows(dump: Dump, mask_BT: Tensor, next_BT: Tensor) -> DraftRows:
         own = [(run.request if run.request is not None else i, run) for i, run in enumerate(runs(dump, [step]))]
         if number == 1:
             owner = {name: matching.place(run) for name, run in own}
-            tables = matching.tables.get(step, [])
             found.ends[step] = torch.tensor(matching.last.get(step, [])).reshape(-1, 3)
-        else:
-            tables = []
-            for name, run in own:
-                b = owner.get(name)
-                at = 0 if b is None else matching.filled[b] - 1
-                if b is None or len(run) > 1 or run.start not in (None, at + number - 1):
-                    found.left_out += len(run)
-                else:
-                    tables.append(torch.tensor([[int(run.rows[0]), b, int(matching.real[b][at])]]))
+        tables = list(matching.tables.get(step, []))
+        for name, run in own if number > 1 else ():
+            b = owner.get(name)
+            at = 0 if b is None else matching.filled[b] - 1
+            if b is None or len(run) > 1 or run.start not in (None, at + number - 1):
+                found.left_out += len(run)
+            else:
+                tables.append(torch.tensor([[int(run.rows[0]), b, int(matching.real[b][at])]]))
         if tables:
             table, ids = torch.cat(tables), dump.tokens[step].ids
             assert ids is not None

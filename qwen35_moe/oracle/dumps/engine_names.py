@@ -203,9 +203,14 @@ def rule_for(path: str, family: str) -> tuple[TapRule, int] | None:
     return None
 
 
+def text_config(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The text model's part of a config.json; empty without one."""
+    return (config or {}).get("text_config", config or {})
+
+
 def letters(config: Mapping[str, Any] | None) -> dict[str, int]:
     """Sizes by the legend's lower-case letters; empty without a config."""
-    config = (config or {}).get("text_config", config or {})
+    config = text_config(config)
     return {letter: int(config[name]) for letter, name in LETTERS.items() if name in config}
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Qwen35Error
+from .engine_names import text_config
 from .pieces import Piece, once
 
 CHOSEN_LISTS = tuple(f"mlp.experts.inputs.{name}.{i}" for name in ("1", "topk_output") for i in (1, 0))
@@ -86,7 +87,7 @@ def draft_steps(pieces: Sequence[Piece], config: Mapping[str, Any] | None) -> se
     heads = {p.step for p in own if p.layer is None and HEAD_ONLY.match(p.path)}
     first = [p for p in own if p.layer == 0]
     linear, full = ({p.step for p in first if p.path.startswith(some)} for some in (LINEAR_MODULES, FULL_MODULES))
-    kinds = (config or {}).get("text_config", config or {}).get("layer_types")
+    kinds = text_config(config).get("layer_types")
     return heads | (full - linear if (kinds[0] == "linear_attention" if kinds else linear) else set())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -76,11 +75,8 @@ def fenced(load: Callable[[], Tensor], where: str) -> Tensor:
 def once(x: Tensor, load: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """For a piece that is mapped already, whose file need not be opened again for its first use. After that it is let
     go: pages that were read count as this process's memory while they are mapped."""
-    return partial(_once, [x], load)
-
-
-def _once(first: list[Tensor], load: Callable[[], Tensor]) -> Tensor:
-    return first.pop() if first else load()
+    first = [x]
+    return lambda: first.pop() if first else load()
 
 
 def itself(x: Tensor) -> Tensor:

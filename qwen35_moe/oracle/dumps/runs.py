@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,14 +55,13 @@ def runs(dump: Dump, steps: Iterable[int] | None = None) -> Iterator[Run]:
 def split_runs(tokens: StepTokens) -> Iterator[tuple[Tensor, object]]:
     """(rows, request) of each run of a step."""
     assert tokens.ids is not None
-    positions = None if tokens.positions is None else tokens.positions.tolist()
     if tokens.batch is not None:
-        yield from _split_batch(tokens, positions)
+        yield from _split_batch(tokens)
         return
     if (size := tree_size(tokens)) and tokens.positions is not None:
-        for index, start in enumerate(range(0, tokens.ids.numel(), size)):
-            for rows in _paths(tokens.positions[start : start + size]):
-                yield rows + start, tokens.requests[index] if tokens.requests else index
+        for index, positions in enumerate(tokens.positions.split(size)):
+            for rows in _paths(positions):
+                yield rows + index * size, tokens.requests[index] if tokens.requests else index
         return
     stops = _stops(tokens)
     one_each = tokens.requests is not None and len(tokens.requests) == len(stops)
@@ -99,35 +99,28 @@ def _paths(positions_T: Tensor) -> list[Tensor]:
     return [torch.cat(path)]
 
 
-def _split_batch(tokens: StepTokens, positions: Sequence[int] | None) -> Iterator[tuple[Tensor, object]]:
+def _split_batch(tokens: StepTokens) -> Iterator[tuple[Tensor, object]]:
     """Rows of a padded batch; several sequences that are packed into one are split where positions go back."""
-    (B, T), mask = tokens.batch or (1, 0), tokens.mask
-    for b in range(B):
-        rows = torch.arange(b * T, (b + 1) * T)
+    (B, T), mask, at = tokens.batch or (1, 0), tokens.mask, tokens.positions
+    for b, rows in enumerate(torch.arange(B * T).split(T) if T else ()):
         rows = rows if mask is None else rows[mask[rows]]
-        if not len(rows):
-            continue
-        at = None if positions is None else [positions[r] for r in rows.tolist()]
-        stops = [*([] if at is None else [i for i in range(1, len(at)) if at[i] <= at[i - 1]]), len(rows)]
-        for k, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
-            yield rows[start:stop], ("row", b) if len(stops) == 1 else ("row", b, k)
+        parts = [rows] if at is None else rows.tensor_split((at[rows].diff() <= 0).nonzero().flatten() + 1)
+        for k, part in enumerate(parts if len(rows) else ()):
+            yield part, ("row", b) if len(parts) == 1 else ("row", b, k)
 
 
 def _stops(tokens: StepTokens) -> list[int]:
     """Where sequences end in a flat step. `seq_lens` counts cached tokens too, and may or may not count the step's."""
-    seq_lens, requests, count = tokens.seq_lens, tokens.requests, tokens.count or 0
-    positions = None if tokens.positions is None else tokens.positions.tolist()
+    seq_lens, at, count = tokens.seq_lens or [], tokens.positions, tokens.count or 0
     if seq_lens and sum(seq_lens) == count:
-        return [sum(seq_lens[: i + 1]) for i in range(len(seq_lens))]
-    if positions is not None and seq_lens and (stops := _by_ends(positions, seq_lens, count)):
+        return list(accumulate(seq_lens))
+    if at is not None and seq_lens and (stops := _by_ends(at.tolist(), seq_lens, count)):
         return stops
-    several = len(seq_lens or requests or ())
+    several = len(seq_lens or tokens.requests or ())
     size = count // several if several and count % several == 0 else 0
-    if size and (size == 1 or (positions is not None and _consecutive(positions, size))):
+    if size == 1 or (size and at is not None and bool((at.view(several, size).diff(dim=1) == 1).all())):
         return list(range(size, count + 1, size))
-    if positions is None:
-        return [count]
-    return [i for i in range(1, count) if positions[i] != positions[i - 1] + 1] + [count]
+    return [*([] if at is None else ((at.diff() != 1).nonzero().flatten() + 1).tolist()), count]
 
 
 def _by_ends(positions: list[int], seq_lens: list[int], count: int) -> list[int]:
@@ -137,7 +130,3 @@ def _by_ends(positions: list[int], seq_lens: list[int], count: int) -> list[int]
         at = next((i + 1 for i in range(at, count) if positions[i] == length - 1), count + 1)
         stops.append(at)
     return stops if stops[-1] == count else []
-
-
-def _consecutive(positions: list[int], size: int) -> bool:
-    return all(positions[i] == positions[i - 1] + 1 for i in range(1, len(positions)) if i % size)

@@ -16,6 +16,7 @@ from ....errors import Qwen35Error
 from ...servers.answer import UNKNOWN, Answer, shaped
 from ...servers.readers import read_answers
 from ..dump import Dump, Piece, StepTokens
+from ..engine_names import text_config
 from ..pieces import itself
 
 JSON_SUFFIXES = (".json", ".jsonl")
@@ -36,7 +37,7 @@ def sniff(path: Path) -> bool:
 
 def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Dump:
     answers = read_answers(path)
-    text = (config or {}).get("text_config", config or {})
+    text = text_config(config)
     pieces: list[Piece] = []
     tokens: dict[int, StepTokens] = {}
     notes, problems = [], list[Qwen35Error]()

@@ -33,7 +33,7 @@ def known(file: Path) -> bool:
 
 def sniff(path: Path) -> bool:
     if path.is_dir():
-        return len(_logit_files(path)) > 0
+        return bool(_logit_files(path))
     with path.open("rb") as file:
         return file.read(8) == MAGIC or (path.suffix == ".bin" and path.name.startswith(("llamacpp-", "pytorch-")))
 

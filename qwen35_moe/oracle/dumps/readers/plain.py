@@ -25,7 +25,7 @@ from ....numerics.tap_keys import base_name
 from ....numerics.tap_table import TAPS
 from ....untrusted import check_regular, native, parse_npy, read_json, tensor_file
 from ..dump import Dump, Piece, StepTokens
-from ..engine_names import family_of, rule_for
+from ..engine_names import family_of, rule_for, text_config
 from ..pieces import itself, plain_values
 from . import saved
 from .common import costs_itself, step_tokens
@@ -61,7 +61,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, name_map: Any =
                                                 found=f"{mapped[step, name]} and {raw}: {name}"))  # fmt: skip
                 mapped.setdefault((step, name), raw)
                 entries.append((step, name, load, str(file)))
-    text = (config or {}).get("text_config", config or {})
+    text = text_config(config)
     last = text.get("num_hidden_layers") or saved.layers_in([name for _, name, *_ in entries])
     pieces: list[Piece] = []
     core: dict[int, dict[str, Tensor]] = {}

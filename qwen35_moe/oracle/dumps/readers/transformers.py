@@ -21,6 +21,7 @@ from ....untrusted import read_json, tensor_file
 from ..dump import Dump, Piece, StepTokens
 
 TREE = "_debug_tree_FULL_TENSORS.json"
+TENSOR_FIELDS = {"shape", "dtype", "value"}  # what the tree says of one
 
 
 def sniff(path: Path) -> bool:
@@ -45,11 +46,9 @@ class TransformersCapture:
         self._handles: list[Any] = []
 
     def __enter__(self) -> TransformersCapture:
-        for name, module in self.model.named_modules():
-            # The root's hook comes first, and counts the steps.
-            before, after = partial(self._before, name), partial(self._after, name)
-            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(after))
+        for name, module in self.model.named_modules():  # the root's hook comes first, and counts the steps
+            self._handles += [module.register_forward_pre_hook(partial(self._before, name), with_kwargs=True),
+                              module.register_forward_hook(partial(self._after, name))]  # fmt: skip
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -129,18 +128,14 @@ def _tensors(node: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]
     name = node["module_path"]
     inputs = node.get("inputs") or {}
     for index, value in (*enumerate(inputs.get("args") or []), *(inputs.get("kwargs") or {}).items()):
-        if _is_tensor(value):
+        if isinstance(value, Mapping) and set(value) >= TENSOR_FIELDS:
             yield f"{name}.inputs.{index}", value
     for child in node.get("children") or []:
         yield from _tensors(child)
     outputs = node.get("outputs")
     for index, value in enumerate(outputs if isinstance(outputs, list) else [outputs]):
-        if _is_tensor(value):
+        if isinstance(value, Mapping) and set(value) >= TENSOR_FIELDS:
             yield f"{name}.output" + (f".{index}" if isinstance(outputs, list) else ""), value
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Mapping) and {"shape", "dtype", "value"} <= set(value)
 
 
 def _load(file: Path) -> Tensor:

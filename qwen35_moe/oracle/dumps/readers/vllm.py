@@ -23,6 +23,7 @@ from ....errors import Qwen35Error
 from ....untrusted import check_regular, parse_json, read_bytes, tensor_file
 from ...servers.answer import from_base64, from_npy
 from ..dump import Dump, Piece, StepTokens
+from ..engine_names import text_config
 from ..pieces import itself
 
 LARGEST_TEXT = 1 << 28  # bytes
@@ -39,7 +40,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, layers: list[in
     ids = _routed(path)
     assert ids is not None
     if ids.dim() == 1:  # SGLang's has no shape
-        sizes = (config or {}).get("text_config", config or {})
+        sizes = text_config(config)
         shape = [sizes.get(name, 0) for name in ("num_hidden_layers", "num_experts_per_tok")]
         if not all(shape) or len(ids) % (shape[0] * shape[1]):
             raise Qwen35Error("shape of the routed experts is not known", where=path, found=f"{len(ids)} ids",
@@ -64,7 +65,7 @@ def _read_hidden(path: Path, files: list[Path], config: Any, layers: list[int] |
         with tensor_file(file) as opened:
             hidden = opened.get_tensor("hidden_states")
             ids = opened.get_tensor("token_ids")
-        count, last = hidden.shape[1], (config or {}).get("text_config", config or {}).get("num_hidden_layers")
+        count, last = hidden.shape[1], text_config(config).get("num_hidden_layers")
         if layers is None and (last is None or count not in (last, last + 1)):
             do = "give --layer-ids, as in eagle_aux_hidden_state_layer_ids"
             raise Qwen35Error("layers of these hidden states are not known", where=file, found=count, do=do)
