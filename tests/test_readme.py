@@ -1,11 +1,10 @@
-"""Every command block of the README runs, and the demo prints what the README shows."""
+"""The README's example runs, and the demo prints what the README shows. Its commands: test_wheel.py."""
 
 from __future__ import annotations
 
 import io
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -65,23 +64,6 @@ def demo(checkout) -> str:
         patch.setenv("COLUMNS", "80")
         assert cli.main(["demo"]) == 0
     return printed.getvalue()
-
-
-def test_every_command_runs(checkout, demo, monkeypatch, capsys):
-    commands = [line.split(" #")[0] for block in blocks("sh") for line in block.splitlines()]
-    assert len(commands) > 10
-    monkeypatch.chdir(checkout)
-    for command in commands:
-        words = shlex.split(command.removeprefix("! "))
-        if words == ["qwen35-moe", "demo"]:
-            continue
-        if words[0] == "qwen35-moe":  # in this process, which has torch imported already
-            code = cli.main(words[1:])
-            assert code == command.startswith("! "), f"{command}\n{capsys.readouterr()}"
-        else:
-            done = run(command, checkout)
-            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        assert "Traceback" not in capsys.readouterr().err
 
 
 def test_the_example_runs(checkout):

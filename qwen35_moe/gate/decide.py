@@ -149,8 +149,8 @@ def decide_layers(
 
 
 def rule_named(rule: str) -> str:
-    """The rule with its version: `sglang` means the newest. Error: an unknown name."""
-    rule = NEWEST.get(rule, rule)
+    """The rule with its version, by its name in any case: `sglang` means the newest. Error: an unknown name."""
+    rule = NEWEST.get(rule.lower(), rule.lower())
     if rule not in RULES:
         names = (*RULES, *NEWEST)
         near = get_close_matches(rule, names, n=1)

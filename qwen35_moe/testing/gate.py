@@ -27,7 +27,7 @@ ENTRIES = (
     "re:model.language_model.layers.{l}.mlp.shared.*", "*mlp.shared_expert.{p}_proj*", "mtp.layers.0.mlp.experts.*",
     "model.language_model.layers.{l}.mlp.experts", "re:.*gate$", "*layers.{l}.mlp*",
 )  # fmt: skip
-CONFIG_COUNT = 1000
+CONFIG_COUNT = 2000
 
 
 def real_configs() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -37,8 +37,9 @@ def real_configs() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def random_configs(count: int = CONFIG_COUNT, seed: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A small model under exclude lists of up to four entries, drawn from an integer hash."""
+    """A model of two layers under exclude lists of up to four entries, drawn from an integer hash."""
     config = json.loads((CONFIGS / "tiny.json").read_text(encoding="utf-8"))
+    config["text_config"] |= {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
     weight = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0", "is_dynamic": False}
     quark = {"quant_method": "quark", "layer_quant_config": {}, "layer_type_quant_config": {}}
     quark["global_quant_config"] = {"weight": weight, "input_tensors": weight | {"is_dynamic": True}}
@@ -48,8 +49,8 @@ def random_configs(count: int = CONFIG_COUNT, seed: int = 0) -> Iterator[tuple[s
         for _ in range(bits % 5):
             bits //= 5
             text, bits = ENTRIES[bits % len(ENTRIES)], bits // len(ENTRIES)
-            entries.append(text.replace("{l}", str(bits % 4)).replace("{p}", ("gate", "up", "down")[bits // 4 % 3]))
-            bits //= 12
+            entries.append(text.replace("{l}", str(bits % 2)).replace("{p}", ("gate", "up", "down")[bits // 2 % 3]))
+            bits //= 6
         yield f"list {i}", config | {"quantization_config": quark | {"exclude": entries}}
 
 
