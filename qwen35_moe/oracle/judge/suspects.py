@@ -120,7 +120,7 @@ def after_cached(r: Record, work: Any) -> bool:
     if r.block not in ("attn", "gdn") or not r.bad or r.nan:
         return False
     seen = torch.cat([table[:, 1:3] for table in work.alignment.tokens_of.read.values()])
-    bad = work.bad_at[r.key] if r.key in work.bad_at else seen  # no row alone is bad, only all together
+    bad = work.bad_at.get(r.key, seen)  # no row alone is bad, only all together
     return all(bool((seen[seen[:, 0] == b, 1] > 0).all()) for b in bad[:, 0].unique())
 
 
