@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
+from ..model.cache import Cache
+from ..model.config import Config
+from ..model.text import Model
 from ..numerics.tap_keys import check_patterns, dims_of, matching, split_patterns
 from ..numerics.tap_table import TAPS
 from ..numerics.taps import Handler, Site, attach
@@ -110,14 +113,14 @@ def record(patterns: Patterns = "*", **options: Any) -> Recorder:
 
 
 def trace(
-    model: Any,
+    model: Model,
     input_ids: Tensor,
     *,
     taps: Patterns = "*",
     experts: bool = False,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    cache: Any = None,
+    cache: Cache | None = None,
     replay: Handler | Iterable[Handler] = (),
     chunks: Iterable[int] | None = None,
     images: Images | None = None,
@@ -141,11 +144,7 @@ def trace(
                           expected=f"{input_ids.shape[1]} tokens, and a cache for several chunks",
                           found=f"{sizes}, cache {cache}")  # fmt: skip
     handlers = (replay,) if callable(replay) else tuple(replay)
-    known = {
-        "arithmetic": _name(getattr(model, "arithmetic", "")),
-        "checkpoint": identity_of(model),
-        "config": sizes_of(getattr(model, "config", None)),
-    }
+    known = {"arithmetic": model.arithmetic.name, "checkpoint": identity_of(model), "config": sizes_of(model.config)}
     taps = taps if images is None else (*split_patterns(taps), PIXELS)
     known |= {} if images is None else {"images": images_meta(model.config, images)}
     with record(taps, experts=experts, out=out, meta={**known, **(meta or {})}) as recorder, attach(*handlers):
@@ -172,22 +171,16 @@ def _pieces(sizes: list[int], mask: Tensor | None) -> Iterator[tuple[slice, Tens
         yield slice(start, stop), None if mask is None else mask[:, : mask.shape[1] - sum(sizes) + stop]
 
 
-def sizes_of(config: Any) -> dict[str, int]:
-    """The whole numbers of a config (object or dict): what a reader needs to split fused tensors."""
-    fields = config if isinstance(config, dict) else getattr(config, "__dict__", {})
-    fields = fields.get("text_config", fields)
-    return {k: v for k, v in fields.items() if isinstance(v, int) and not isinstance(v, bool)}
+def sizes_of(config: Config) -> dict[str, int]:
+    """The whole numbers of a config: what a reader needs to split fused tensors."""
+    return {key: value for key, value in vars(config).items() if type(value) is int}
 
 
-def _name(arithmetic: Any) -> str:
-    return arithmetic if isinstance(arithmetic, str) else getattr(arithmetic, "name", "")
-
-
-def step_record(ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> dict[str, Any]:
+def step_record(ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache | None) -> dict[str, Any]:
     """Ids, positions and mask [B, T] of one forward pass. A mask may also cover the cached tokens: then [B, S]."""
     new = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :].long()
     if positions is None:
-        past = getattr(cache, "next_position", None)
+        past = None if cache is None else cache.next_position
         positions = (new.cumsum(1) - 1).clamp(min=0) + (0 if past is None else past[:, None])
     axes = {"axes": positions.tolist()} if positions.dim() == 3 else {}
     if positions.dim() == 3:  # time, height, width: the time row orders tokens
