@@ -175,7 +175,7 @@ def test_a_path_that_is_not_utf8(model, tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_names(model) -> None:
     with pytest.raises(Qwen35Error, match="unknown tap name(.|\n)*moe_router_logits"):
-        record("moe_router_logit")
+        trace(model, torch.tensor(SEQUENCES[:1]), taps="moe_router_logit")
     check_patterns(("layers.3.*", "gdn_*", "*.gain", "layers.0.moe_expert_7_down", "mtp.*"))
     with pytest.raises(Qwen35Error, match="wrong rank"):
         dims_of("layer_input", 2)

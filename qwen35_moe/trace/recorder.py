@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -45,22 +45,16 @@ class Recorder(Handler):
     """
 
     def __init__(
-        self,
-        patterns: Patterns = "*",
-        *,
-        experts: bool = False,
-        out: str | Path | TraceWriter | None = None,
+        self, patterns: Patterns = "*", experts: bool = False, out: TraceWriter | None = None,
         meta: dict[str, Any] | None = None,
-    ):
+    ):  # fmt: skip
         self.patterns = split_patterns(patterns)
         check_patterns(self.patterns)
         self.experts, self.step = experts, 0
         self.meta = {"steps": [], **(meta or {})}
-        self.trace = Trace(meta=self.meta)
-        self._writer = TraceWriter(out) if isinstance(out, (str, Path)) else out
+        self.trace, self._writer = Trace(meta=self.meta), out
         self._seen: set[str] = set()
         self.first_nan = ""  # key of the first value that holds one
-        self._attached: Any = None
 
     @property
     def sees_experts(self) -> bool:
@@ -69,18 +63,17 @@ class Recorder(Handler):
 
     def wants(self, site: Site) -> bool:
         found = matching(self.patterns, site.name, site.key)
-        if site.index is not None or site.expert is not None:
-            named = any(_last(p) == site.name or "expert" in p and site.index is None for p in found)
-            return bool(found) and (self.experts or named)
-        return bool(found)
+        if self.experts or site.index is None and site.expert is None:
+            return bool(found)
+        return any(_last(p) == site.name or "expert" in p and site.index is None for p in found)
 
     def __call__(self, site: Site, x: Tensor) -> None:
         if not self.wants(site):
             return
         entry = Entry.of(site, x, dims_of(site.name, x.dim()), self.step)
         if entry.key in self._seen:
-            raise Qwen35Error("tap was met twice in one forward pass", found=entry.key,
-                              do="call recorder.next_step() between forward passes")  # fmt: skip
+            do = "call recorder.next_step() between forward passes"
+            raise Qwen35Error("tap was met twice in one forward pass", found=entry.key, do=do)
         self._seen.add(entry.key)
         self.look(entry.key, x)
         # A copy: caches and states are changed in place later on.
@@ -94,22 +87,23 @@ class Recorder(Handler):
     def next_step(self) -> None:
         self.step += 1
 
-    def __enter__(self) -> Recorder:
-        self._attached = attach(self)
-        self._attached.__enter__()
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._attached.__exit__(kind, error, tb)
-        if self._writer is not None and kind is None:
-            self._writer.meta = self.meta
-            self._writer.close()
-            self.trace = Trace.open(self._writer.out)
-
-
-def record(patterns: Patterns = "*", **options: Any) -> Recorder:
-    """A Recorder, to be used in a `with` statement; `.trace` holds what it saw."""
-    return Recorder(patterns, **options)
+@contextmanager
+def record(
+    patterns: Patterns = "*",
+    experts: bool = False,
+    out: str | Path | None = None,
+    meta: dict[str, Any] | None = None,
+) -> Iterator[Recorder]:
+    """A Recorder that sees what runs inside of the block; `.trace` holds it, after the block the one in `out`."""
+    writer = None if out is None else TraceWriter(out)
+    recorder = Recorder(patterns, experts, writer, meta)
+    with attach(recorder):
+        yield recorder
+    if writer is not None:
+        writer.meta = recorder.meta
+        writer.close()
+        recorder.trace = Trace.open(writer.out)
 
 
 def trace(
