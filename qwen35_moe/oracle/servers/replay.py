@@ -19,14 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from ...model.cache import LayerState
+from ...model.norms import RMSNorm
+from ...model.ops import Linear
 from ...model.rope import rotary_angles
-from ...model.text import Layer, Model
+from ...model.text import Layer
 from ...numerics import arithmetics
 from ...numerics.arithmetics import Arithmetic, using
 from ...numerics.taps import FunctionHandler, Handler, attach, scope, tap
 from ...run.fill import fill
-from ...run.load import build
 from ...run.source import WeightSource
+from ...run.streamed import StreamedEmbedding, StreamedHead
 from ..diagnose.faults import FaultSite
 from ..judge.rerun_parts import Layers
 from ..judge.split_k import splitting
@@ -73,28 +75,24 @@ class Replay:
             memory, self.together = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), TOGETHER
         self.mode = where.mode or ("decoded" if BYTES * numbers < SHARE_OF_MEMORY * memory else "stream")
         self.layers = Layers(source, lambda _: self.device, self.mode)
-        self._ends: dict[Any, Model] = {}
+        self._norms: dict[str, RMSNorm] = {}
         self._heads: dict[torch.dtype, nn.Module] = {}
 
-    def _end(self, table: Arithmetic) -> Model:
-        """Embedding, last norm and head in a table's dtypes."""
-        key = (table.name, table.dtype)
-        if key not in self._ends:
-            end = self._ends[key] = build(self.source, table, self.fused, self.device, "stream")
-            if self.device.type == "cuda":
-                end.lm_head = self._head(table)
-        return self._ends[key]
-
-    def _head(self, table: Arithmetic) -> nn.Module:
-        """The head in memory, one a dtype."""
-        dtype = table.weight_dtype("lm_head.weight")
-        if dtype not in self._heads:
+    def _end(self, table: Arithmetic) -> tuple[RMSNorm, nn.Module]:
+        """The last norm and the head in a table's dtypes. A GPU holds one head a dtype."""
+        c, dtype = self.config, table.weight_dtype("lm_head.weight")
+        if table.name not in self._norms:
             with torch.device("meta"):
-                head = Model(self.config, table, self.fused).lm_head
-            name = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
-            fill(head, name, self.source, table, self.device)
-            self._heads[dtype] = head
-        return self._heads[dtype]
+                self._norms[table.name] = RMSNorm(c.hidden_size, c.rms_norm_eps, "final_norm")
+                head = Linear(c.hidden_size, c.vocab_size)
+            fill(self._norms[table.name], "norm", self.source, table, self.device)
+            if self.device.type == "cpu":
+                self._heads[dtype] = StreamedHead(self.source, table, self.device)
+            elif dtype not in self._heads:
+                name = "embed_tokens" if c.tie_word_embeddings else "lm_head"
+                fill(head, name, self.source, table, self.device)
+                self._heads[dtype] = head
+        return self._norms[table.name], self._heads[dtype]
 
     @torch.inference_mode()
     def run(self, truth: str | Arithmetic, tables: Sequence[Arithmetic], faults: Sequence[PlacedFault]) -> list[Branch]:
@@ -121,7 +119,7 @@ class Replay:
 
     def _begin(self, name: str, table: Arithmetic) -> Branch:
         with using(table):
-            return Branch(name, table, tap("embed_tokens", self._end(table).embed_tokens(self.ids)))
+            return Branch(name, table, tap("embed_tokens", StreamedEmbedding(self.source, table)(self.ids)))
 
     def _place(self, h: PlacedFault) -> FaultSite:
         layers = None if h.layer is None else frozenset({h.layer})
@@ -185,13 +183,13 @@ class Replay:
     def log_p(self, b: Branch, rows: tuple[Tensor, Tensor]) -> Iterator[tuple[slice, Tensor]]:
         """log p over the vocabulary after the tokens rows = (sequence [R], place [R]), some rows at a time."""
         step = max(1, LOGITS_HELD // self.config.vocab_size)
-        end = self._end(b.table)
+        norm, head = self._end(b.table)
         h = b.hypothesis
         handlers = h.fault.handlers(self._place(h)) if h and h.fault.block == "final_norm" else []
         for some in (slice(k, k + step) for k in range(0, len(rows[0]), step)):
             x = b.stream[rows[0][some], rows[1][some]][None]
             with using(b.table), splitting(b.table), attach(*handlers):
-                logits = end.lm_head("next_token_logits", end.norm(x))
+                logits = head("next_token_logits", norm(x))
             yield some, logits[0].double().log_softmax(-1)
 
     def gather(self, b: Branch, rows: tuple[Tensor, Tensor], ids_RK: Tensor) -> Tensor:

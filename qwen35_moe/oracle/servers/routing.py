@@ -52,8 +52,7 @@ def judge_routing(
         most = max(_illegal(r) for r in others)
         if _illegal(result) > FAR * most + FLIPS_ALLOWED:
             wrong.append(f"layer {i}: {_illegal(result)} of {result.tokens} sets of experts are none that rounding "
-                         "makes "
-                         f"(legal arithmetics: {most})")  # fmt: skip
+                         f"makes (legal arithmetics: {most})")  # fmt: skip
     return wrong, [f"experts: {total - flips} of {total} sets as the truth's"]
 
 
