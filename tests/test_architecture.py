@@ -1,4 +1,4 @@
-"""docs/architecture.md names files and functions that are there."""
+"""docs/architecture.md and docs/judge.md name files and functions that are there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 # `name` or `Class.name`, then the file in brackets behind it.
-NAMED = re.findall(r"`([A-Za-z_][\w.]*)`s?\s+\(`([\w/]+\.py)`\)", PAGE)
+JUDGE = (ROOT / "docs/judge.md").read_text(encoding="utf-8")
+NAMED = re.findall(r"`([A-Za-z_][\w.]*)`s?\s+\(`([\w/]+\.py)`\)", PAGE + JUDGE)
 
 
 def defined(file: Path) -> set[str]:

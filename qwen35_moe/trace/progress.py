@@ -36,10 +36,18 @@ class Progress(Handler):
 
     def say(self, end: str = "\n") -> None:
         self.said = time.monotonic()
-        took, done = self.said - self.begin, self.layer - self.layers.start
-        left = f"{took / done * (self.layers.stop - self.layer):.0f} s left" if done else "time left not known yet"
+        left = time_left(self.begin, self.layer - self.layers.start, len(self.layers))
         read = self.reader.bytes_read / 1e9
         text = f"layer {self.layer}/{self.layers.stop}  expert {self.expert}/{self.hit}  {read:.1f} GB read  {left}"
         if not self.quiet:
-            start = "\r\033[K" if sys.stderr.isatty() else ""
-            print(f"{start}{self.label}{text}", end=end, file=sys.stderr, flush=True)
+            show(f"{self.label}{text}", end)
+
+
+def time_left(begin: float, done: int, of: int) -> str:
+    """In words, from when a run began and how many of its layers are done."""
+    return f"{(time.monotonic() - begin) / done * (of - done):.0f} s left" if done else "time left not known yet"
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Writes a line to stderr; on a terminal, in the place of the line before."""
+    print(f"\r\033[K{text}" if sys.stderr.isatty() else text, end=end, file=sys.stderr, flush=True)

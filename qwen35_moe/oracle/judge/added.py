@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -190,39 +191,30 @@ class Judgement:
             return could_flip(logits_TE, delta_T, A)
         if ids_key in self.records:
             return None
-        index = self.index(pair)
-        width = max(logits_TE.shape[1], int(seen[0][ids_key].max()) + 1)  # a fused slot has an id, and no logit
-        logits = torch.nn.functional.pad(logits_TE, (0, width - logits_TE.shape[1]), value=torch.inf)
-        routing = compare_ids(seen[0][ids_key].cpu()[index], pair.engine, logits[index], delta_T[index], layer)
-        self.record_routing(ids_key, layer, pair, routing, self._against_own(logits_key, pair))
+        index, truth = self.index(pair), seen[0][ids_key].cpu()
+        routing = compare_ids(truth[index], pair.engine, logits_TE[index], delta_T[index], layer)
+        own = self.alignment.pair(logits_key) if logits_key in self.alignment.keys else None
+        contradicted = 0  # rows of the engine's ids that its own logits contradict, where the dump has both
+        if own is not None and own.engine is not None and torch.equal(own.rows, pair.rows):
+            contradicted = int(against_own_logits(pair.engine[:, : pair.truth.shape[1]], own.engine).sum())
+        self.record_routing(ids_key, pair, routing, contradicted)
         return None
 
-    def _against_own(self, logits_key: str, pair: Pair) -> int:
-        """How many of the engine's rows of ids its own logits contradict, where the dump has both."""
-        if logits_key not in self.alignment.keys:
-            return 0
-        logits = self.alignment.pair(logits_key)
-        if logits.engine is None or pair.engine is None or not torch.equal(logits.rows, pair.rows):
-            return 0
-        ids = pair.engine[:, : pair.truth.shape[1]]
-        return int(against_own_logits(ids, logits.engine).sum())
-
-    def record_routing(self, key: str, layer: int | None, pair: Pair, routing: Routing, own: int = 0) -> None:
+    def record_routing(self, key: str, pair: Pair, routing: Routing, contradicted: int = 0) -> None:
         self.result.routing.append(routing)
-        bad = max(len(routing.illegal) + routing.nonsense, own)
+        bad, illegal = max(len(routing.illegal) + routing.nonsense, contradicted), routing.illegal
         cls: Class = "wrong" if bad else "within rounding" if routing.flips else "bit-equal"
-        worst = max(routing.flips, key=lambda f: f.margin - f.noise, default=None)
         ratio = max((f.margin / f.noise if f.noise else float("inf") for f in routing.flips), default=0.0)
+        ratio = float("inf") if routing.nonsense or contradicted else ratio
+        worst = max(routing.flips, key=lambda f: f.margin - f.noise, default=None)
         row = routing.senseless if routing.nonsense else None if worst is None else worst.row
         where = None if row is None else (int(pair.rows[row][0]), int(pair.rows[row][1]))
-        legal = len(routing.flips) - len(routing.illegal)
-        note = f"{routing.agree} of {routing.tokens} sets agree, {legal} legal flips"
-        note += f"; in {own} rows {OWN_LOGITS}" if own else ""
-        ratio = float("inf") if routing.nonsense or own else ratio
-        record = Record(key, cls, "mlp", layer, ratio, rows=routing.tokens, bad_rows=bad, worst=where, note=note)
-        strange = [flip.row for flip in routing.illegal] + ([] if routing.senseless is None else [routing.senseless])
-        record.starts = self.alignment.tokens_of.starts(pair.rows[strange])
-        self.records[key] = record
+        note = f"{routing.agree} of {routing.tokens} sets agree, {len(routing.flips) - len(illegal)} legal flips"
+        note += f"; in {contradicted} rows {OWN_LOGITS}" if contradicted else ""
+        strange = [flip.row for flip in illegal] + ([] if routing.senseless is None else [routing.senseless])
+        starts = self.alignment.tokens_of.starts(pair.rows[strange])
+        record = Record(key, cls, "mlp", routing.layer, ratio, rows=routing.tokens, bad_rows=bad, worst=where)
+        self.records[key] = replace(record, note=note, starts=starts)
 
     def judged(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> list[Record]:
         """The records of a layer (None: of the embedding or the head), in order of execution."""

@@ -1,21 +1,13 @@
-"""The ratio of a tensor: its error, token by token, in units of the error that legal roundings make.
-
-The truth is `exact`, on the same bytes. The arithmetics that an engine may have (LEGAL) run on the same input. The
-envelope is the largest of their errors, and at least one rounding of the truth to the engine's dtype.
+"""The ratio of a tensor: its error, token by token, in units of the error that legal roundings make (docs/judge.md).
 
     l2 = |e|_2 / envelope_2      max = |e|_max / envelope_max      rms: of min(l2, LIMIT) over ENOUGH tokens
     ratio of a token = max( l2, max / NUMBER, min(l2, rms) min(rms, TENSOR) )      of a tensor: that of its worst token
-
-The legal errors of one token are few samples of a random size, and may be small by chance. So the envelope of a token
-is at least the root mean square of the tensor's relative errors, times the token's norm. The norm of a row of few
-numbers may be near zero. There the envelope is the largest error of all rows.
 
 One number scatters more than the norm of a row, and the norm of a row scatters more than all rows together. NUMBER and
 TENSOR bring the three to one scale: without them clean engines, their own arithmetic left out of the envelope, reach
 2.1 by a row, 3.0 by one number of it, 1.6 by all rows. LIMIT is near the geometric mean of the worst clean engine and
 the least fault, both of checkpoints that nothing was chosen by (2.15 and 4.38, docs/margin.md). A right kernel reaches
-2.88. Constant factors of 1.02 are below the rounding of a row, and are seen by another statistic
-(`patterns.py`). From LIMIT to twice LIMIT a tensor is "suspicious", above that it is "wrong". Neither passes.
+2.88. From LIMIT to twice LIMIT a tensor is "suspicious", above that it is "wrong". Neither passes.
 """
 
 from __future__ import annotations

@@ -56,8 +56,7 @@ def computed(
         return table
     tables = [arithmetics.get(family + choice) for choice in choices]
     for _, seen in rerun(tables):
-        errors = {key: _errors(key, seen, work) for key in seen[0] if _tells(key, work)}
-        if shown := {key: e for key, e in errors.items() if e}:
+        if shown := {key: errors for key in seen[0] if (errors := _errors(key, seen, work))}:
             totals = [sum(log(max(e[i], 1e-12)) for e in shown.values()) for i in range(len(tables))]
             best = min(range(len(tables)), key=lambda i: totals[i])
             key = next(iter(shown))
@@ -67,23 +66,19 @@ def computed(
     return table
 
 
-def _tells(key: str, work: Judgement) -> bool:
-    return key in work.alignment.keys and base_name(key) not in (*ID_TAPS, *SLOT_ORDERED) and not key.endswith(".gain")
-
-
 def _errors(key: str, seen: Sequence[dict[str, Tensor]], work: Judgement) -> list[float]:
     """The median relative error of the engine's rows against each function; empty where they do not differ."""
+    if key not in work.alignment.keys or base_name(key) in (*ID_TAPS, *SLOT_ORDERED) or key.endswith(".gain"):
+        return []
     pair = work.alignment.pair(key)
     if pair.engine is None or not len(pair.rows):
         return []
     values = [work.rows(taps[key], pair) for taps in seen]
-    sizes = Norms.of(values[0]).l2
+    sizes, engine = Norms.of(values[0]).l2, pair.engine.to(values[0].device)
     apart = max(float((Norms.of(v, minus=values[0]).l2 / sizes).nan_to_num().median()) for v in values[1:])
     if apart <= SAME:
         return []
-    engine = pair.engine.to(values[0].device)
-    found = [float((Norms.of(engine, minus=v).l2 / sizes).nan_to_num(nan=1.0).median()) for v in values]
-    return [min(e, 1.0) for e in found]
+    return [min(float((Norms.of(engine, minus=v).l2 / sizes).nan_to_num(nan=1.0).median()), 1.0) for v in values]
 
 
 def truth_in(table: Arithmetic, truth: Trace, source: WeightSource, fused: Sequence[bool], rerun: Rerun) -> Trace:

@@ -1,15 +1,13 @@
 """The inherited error: each tap against the truth itself, in units of the envelope of a whole run (`envelope_file.py`).
 
 If an engine chooses other experts at a token, this token and all later ones of its sequence are left out: they are
-another computation. Taps are read and judged one after another, so memory holds one tap of each side. Operations run in
-the calling thread. An operation takes a tenth of a millisecond on rows in the cache; threads that share it would wait
-for each other longer than that.
+another computation. Taps are judged one after another, so memory holds one tap of each side. Operations run in the
+calling thread: they take a tenth of a millisecond, and threads that share one would wait for each other longer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -30,18 +28,6 @@ from .suspects import UNSAID
 AFTER = ("final_norm", "head")  # blocks after the last layer
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Operations run in the thread that calls them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
 def inherited(work: Judgement, stored: Mapping[str, Tensor]) -> None:
     """Judge all taps that both sides and the envelope have, and all choices of experts."""
     if not stored and work.result.layers == ():
@@ -49,10 +35,15 @@ def inherited(work: Judgement, stored: Mapping[str, Tensor]) -> None:
             "truth has no envelope, and the checkpoint is not here", where=work.alignment.truth.path,
             expected=ENVELOPE, do="write the truth with `qwen35-moe trace`, or give --checkpoint",
         )  # fmt: skip
-    for key, first_B in _first_others(work, stored):
-        if base_name(key) not in ID_TAPS and (HEAD if key == LOG_P else key) in stored:
-            with work.fenced(key, layer_of(key)):
-                work.records[key] = _judge(work, key, stored, first_B)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for key, first_B in _first_others(work, stored):
+            if base_name(key) not in ID_TAPS and (HEAD if key == LOG_P else key) in stored:
+                with work.fenced(key, layer_of(key)):
+                    work.records[key] = _judge(work, key, stored, first_B)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _first_others(work: Judgement, stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -116,9 +107,7 @@ def _judge_ids(work: Judgement, key: str, pair: Pair, layer: int | None, stored:
     except Qwen35Error:
         return  # it is counted where the logits themselves are judged
     index = work.index(pair)
-    width = max(logits.shape[1], int(pair.truth.max()) + 1)
-    logits = torch.nn.functional.pad(logits, (0, width - logits.shape[1]), value=torch.inf)
-    work.record_routing(key, layer, pair, compare_ids(pair.truth, pair.engine, logits[index], noise[index], layer))
+    work.record_routing(key, pair, compare_ids(pair.truth, pair.engine, logits[index], noise[index], layer))
 
 
 def _judge(work: Judgement, key: str, stored: Mapping[str, Tensor], first_B: Tensor) -> Record:

@@ -53,8 +53,11 @@ class Routing:
 def compare_ids(
     truth_RA: Tensor, engine_RA: Tensor, logits_RE: Tensor, delta_R: Tensor, layer: int | None = None
 ) -> Routing:
-    """Compare ids [R, A] as sets, given the truth's logits [R, E] and the largest legal error of a logit [R]."""
+    """Compare ids [R, A] as sets, given the truth's logits [R, E] and the largest legal error of a logit [R]. A fused
+    slot has an id, and no logit: no other expert can take its place."""
     routing = Routing(layer, len(truth_RA))
+    slots = int(truth_RA.max()) + 1 - logits_RE.shape[1] if len(truth_RA) else 0
+    logits_RE = torch.nn.functional.pad(logits_RE, (0, max(0, slots)), value=torch.inf)
     sets_RA = engine_RA.long().sort(1).values
     differ_R = (truth_RA.long().sort(1).values != sets_RA).any(1)
     nonsense_R = (sets_RA < 0).any(1) | (sets_RA >= logits_RE.shape[1]).any(1) | (sets_RA.diff(dim=1) == 0).any(1)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...run.load import usable
+from ...trace.progress import show, time_left
 
 SECONDS_BETWEEN_LINES = 10.0  # seconds between two lines of progress in a file
 
@@ -47,10 +48,8 @@ class Where:
         now, tty = time.monotonic(), sys.stderr.isatty()
         if self.quiet or (not tty and now - said < SECONDS_BETWEEN_LINES):
             return said
-        left = f"{(now - begin) / done * (layers - done):.0f} s left" if done else "time left not known yet"
-        start, end = ("\r\033[K", "" if done < layers else "\n") if tty else ("", "\n")
-        text = f"layer {done}/{layers}  run again under {arithmetics} arithmetics  {left}"
-        print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
+        text = f"layer {done}/{layers}  run again under {arithmetics} arithmetics  {time_left(begin, done, layers)}"
+        show(text, end="" if tty and done < layers else "\n")
         return now
 
 
