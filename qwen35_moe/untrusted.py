@@ -10,6 +10,7 @@ import io
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -114,21 +115,15 @@ def refuse_pointer(first: bytes, where: object) -> None:
 def _unique(pairs: list[tuple[str, Any]], where: object) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise Qwen35Error("a key is repeated", where=where, expected="every key once", found=repr(twice)[:200])
     return found
 
 
-def _check_depth(value: Any) -> None:
-    """Error where lists and objects are nested deeper than MAX_DEPTH; level by level, so that no stack is needed."""
-    level, depth = [value], 0
-    while level:
-        level = (
-            [x for v in level for x in (v.values() if isinstance(v, dict) else v) if isinstance(x, dict | list)]
-            if depth
-            else [v for v in level if isinstance(v, dict | list)]
-        )
-        depth += 1
-        if level and depth > MAX_DEPTH:
-            raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+def _check_depth(value: Any, levels: int = MAX_DEPTH - 1) -> None:
+    """Error where lists and objects are nested deeper than MAX_DEPTH. levels: how many may lie within this value."""
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if isinstance(inner, dict | list):
+            if not levels:
+                raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+            _check_depth(inner, levels - 1)

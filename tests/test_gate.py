@@ -323,13 +323,19 @@ def test_an_exclude_list_alone_is_about_something_quantised(rule: str) -> None:
         assert can_fuse_shared_expert(QWEN, wrapped(other), rule)
 
 
-def test_an_entry_for_the_block_settles_nothing_without_bytes() -> None:
-    """To Quark it names no linear module; ATOM takes all below it, and SGLang's gate any string with the word."""
-    for entry in ("shared_expert", "shared_expert.", "experts", "experts.3"):
-        for more in ([], ["*linear_attn*"], ["re:.*gate$"]):
-            decision = can_fuse_shared_expert(QWEN, quark(f"{PREFIX}.0.mlp.{entry}", *more))
-            assert not decision
-            assert f"{PREFIX}.0.mlp.{entry}" in str(decision)
+BLOCKS = [f"{PREFIX}.0.mlp.{block}" for block in ("shared_expert", "shared_expert.", "experts", "experts.3")]
+PATTERNS = ["re:shared_expert", "*mlp.shared_expert", "re:mlp.experts", "*.mlp.experts"]
+
+
+@pytest.mark.parametrize("entry", [*BLOCKS, *PATTERNS])
+def test_what_some_readers_take_for_excluded_settles_nothing_without_bytes(entry: str) -> None:
+    """An entry for a block names no linear module to Quark; ATOM takes all below it, and patterns anywhere."""
+    for more in ([], ["*linear_attn*"], ["re:.*gate$"]):
+        decision = can_fuse_shared_expert(QWEN, quark(entry, *more))
+        assert not decision and entry in str(decision)
+    if entry in PATTERNS:
+        assert "readers of the exclude list disagree" in can_fuse_shared_expert(QWEN, quark(entry)).reason
+        assert can_fuse_shared_expert(QWEN, quark(entry), stored=lambda name: MXFP4)
     assert can_fuse_shared_expert(QWEN, quark(f"{PREFIX}.0.mlp.shared_expert_gate"))
 
 
@@ -344,13 +350,6 @@ def test_an_entry_for_the_block_settles_nothing_in_any_dialect(block: str) -> No
         assert can_fuse_shared_expert(QWEN, quant, stored=lambda _: MXFP4)
 
 
-@pytest.mark.parametrize("entry", ["re:shared_expert", "*mlp.shared_expert", "re:mlp.experts", "*.mlp.experts"])
-def test_what_only_atom_reads_as_excluded_settles_nothing_without_bytes(entry: str) -> None:
-    decision = can_fuse_shared_expert(QWEN, quark(entry))
-    assert not decision and "readers of the exclude list disagree" in decision.reason
-    assert can_fuse_shared_expert(QWEN, quark(entry), stored=lambda name: MXFP4)
-
-
 def test_inputs_that_are_quantised_differently() -> None:
     """W4A16 and W4A4 are two functions, unless the bytes are floats: engines quantise no inputs of those."""
     config = QWEN | {"quantization_config": quark(layers={"*shared_expert*": {"weight": FP4}})}
@@ -363,48 +362,38 @@ def test_a_block_that_is_not_stated_contradicts_none() -> None:
     assert block.same_bytes(unstated) and unstated.same_bytes(block) and not block.same_bytes(other)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"num_hidden_layers": 10**9}, {"mtp_num_hidden_layers": 10**30}, {"mtp_num_hidden_layers": "x"},
-     {"mlp_only_layers": -1}, {"mlp_only_layers": True}, {"decoder_sparse_step": -2}],
-    ids=str,
-)  # fmt: skip
-def test_layers_that_cannot_be_counted(changes: dict[str, Any]) -> None:
-    config = {"num_hidden_layers": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, **changes}
-    with pytest.raises(Qwen35Error, match="layers cannot be counted"):
-        can_fuse_shared_expert(config)
+def spec(**changes: Any) -> dict[str, Any]:
+    return quark(global_quant_config=changes)
 
 
-@pytest.mark.parametrize("key", ["shared_expert_intermediate_size", "num_experts"])
-def test_a_size_that_is_no_number(key: str) -> None:
-    with pytest.raises(Qwen35Error, match=f"(?s)wrong type.*{key}"):
-        can_fuse_shared_expert(TEXT | {key: "32"})
+def group(**changes: Any) -> dict[str, Any]:
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": ["Linear"], **changes}}}
 
 
-@pytest.mark.parametrize(
-    "quantised",
-    [{"layer_quant_config": "x"}, {"global_quant_config": -1}, {"global_quant_config": [None]},
-     {"global_quant_config": {"weight": {"group_size": "x", "dtype": "fp4"}}},
-     {"global_quant_config": W4A4 | {"input_tensors": FP4 | {"group_size": [32]}}}],
-    ids=str,
-)  # fmt: skip
-def test_a_quantisation_that_is_none(quantised: dict[str, Any]) -> None:
-    config = {"num_hidden_layers": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
-    with pytest.raises(Qwen35Error, match="(?s)cannot be read.*quantization_config"):
-        can_fuse_shared_expert(config, {"quant_method": "quark", **quantised})
+NO_NUMBER = "cannot be read.*a number was expected"
+# keys of config.json, its quantisation, what the error says
+REFUSED: list[tuple[dict[str, Any], dict[str, Any] | None, str]] = [
+    *((changes, None, "layers cannot be counted") for changes in (
+        {"num_hidden_layers": 10**9}, {"mtp_num_hidden_layers": 10**30}, {"mtp_num_hidden_layers": "x"},
+        {"mlp_only_layers": -1}, {"mlp_only_layers": True}, {"decoder_sparse_step": -2})),
+    *(({key: "32"}, None, f"wrong type.*{key}") for key in ("shared_expert_intermediate_size", "num_experts")),
+    *(({}, quant, "cannot be read.*quantization_config") for quant in (
+        quark(layers="x"), quark(global_quant_config=-1), quark(global_quant_config=[None]),
+        spec(weight={"group_size": "x", "dtype": "fp4"}),
+        spec(**W4A4 | {"input_tensors": FP4 | {"group_size": [32]}}))),
+    ({}, NV | {"group_size": [[]]}, NO_NUMBER),
+    ({}, NV | {"quant_algo": "W4A16_NVFP4", "group_size": {"a": 1}}, NO_NUMBER),
+    ({}, group(weights={"num_bits": 4, "type": "float", "group_size": [16]}), NO_NUMBER),
+    ({}, group(weights={"num_bits": 4, "type": "int"},
+               input_activations={"num_bits": 8, "type": "int", "group_size": [1]}), NO_NUMBER),
+    ({}, quark() | {"exclude": "lm_head"}, "must hold strings"),
+    ({}, quark("re:*.mlp.gate"), r"not a valid regular expression.*found: \*.mlp.gate"),
+    ({}, quark(layer_type_quant_config={"Linear": W8A8}), "by a layer's type are not read"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "quantised",
-    [{"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": [[]]},
-     {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "group_size": {"a": 1}},
-     {"quant_method": "compressed-tensors", "config_groups": {"group_0": {
-         "targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "group_size": [16]}}}},
-     {"quant_method": "compressed-tensors", "config_groups": {"group_0": {
-         "targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"},
-         "input_activations": {"num_bits": 8, "type": "int", "group_size": [1]}}}}],
-    ids=str,
-)  # fmt: skip
-def test_a_list_in_a_numbers_place(quantised: dict[str, Any]) -> None:
-    with pytest.raises(Qwen35Error, match="(?s)cannot be read.*a number was expected"):
-        can_fuse_shared_expert(TEXT, quantised)
+@pytest.mark.parametrize(("changes", "quant", "message"), REFUSED, ids=[str(row[:2])[-60:] for row in REFUSED])
+def test_configurations_that_are_refused(changes: dict[str, Any], quant: dict[str, Any] | None, message: str) -> None:
+    with pytest.raises(Qwen35Error, match=f"(?s){message}") as raised:
+        can_fuse_shared_expert(TEXT | changes, quant)
+    assert str(raised.value).count("found:") <= 1, "an error inside another one"

@@ -1,7 +1,7 @@
 """One precision per module: what a quantization_config says a module is, and the entry that says so.
 
 Every dialect that has a reader (`dialects.DIALECT_READERS`) becomes one question, `QuantConfig.spec_of(name)`.
-It is the refactor that the reviewers of sglang PR 22948 asked for: no gate has to search strings for "shared_expert".
+The reviewers of sglang PR 22948 asked for that: so no gate has to search strings for "shared_expert".
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class QuantConfig:
             return cls(method, ExcludeList((), "quark"), UNSTATED, source, raw=raw)
         try:
             read = DIALECT_READERS[method](raw)
-            return cls(method=method, raw=raw, num_hidden_layers=num_hidden_layers, shared_word=shared_word, **read)
+            return cls(method, *read, raw=raw, num_hidden_layers=num_hidden_layers, shared_word=shared_word)
         except Qwen35Error:
             raise
         except (AttributeError, TypeError, ValueError, KeyError) as error:

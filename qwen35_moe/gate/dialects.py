@@ -1,18 +1,26 @@
-"""The dialects of quantization_config that are read, method by method: see DIALECT_READERS.
-
-Each reader turns its dialect into the arguments of `QuantConfig`: an exclude list, ordered patterns, a default.
-"""
+"""The dialects of quantization_config that are read, method by method: see DIALECT_READERS."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import Qwen35Error
 from ..quant.precision import BF16, MXFP4, MXFP8, UNSTATED, Activation, ModuleSpec
 from .exclude import ExcludeList
 from .readings import layer_class
+
+
+class Declared(NamedTuple):
+    """What a configuration says: an exclude list, the default and ordered patterns for single layers, each with the
+    key that states it."""
+
+    exclude: ExcludeList
+    default: ModuleSpec
+    default_from: str
+    layers: tuple[tuple[str, ModuleSpec], ...] = ()
+    layers_from: str = "layer_quant_config"
 
 
 def steps(spec: Any) -> list[Mapping[str, Any]]:
@@ -41,50 +49,39 @@ def quark_spec(entry: Mapping[str, Any] | None) -> ModuleSpec:
     return ModuleSpec(_short(dtype), (group,) if group else (), scale, activation)
 
 
-def _quark(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _quark(raw: Mapping[str, Any]) -> Declared:
     if types := raw.get("layer_type_quant_config"):
         where, do = "quantization_config.layer_type_quant_config", "say it by names, in layer_quant_config"
         found = ", ".join(map(str, types))
         raise Qwen35Error("specs by a layer's type are not read", where=where, expected="{}", found=found, do=do)
     layers = tuple((key, quark_spec(spec)) for key, spec in (raw.get("layer_quant_config") or {}).items())
-    stated = "global_quant_config" in raw  # every file has it; an excerpt that lists exclusions is about something
-    return {
-        "exclude": _exclude(raw, "exclude", "quark"),
-        "layers": layers,
-        "default": quark_spec(raw["global_quant_config"]) if stated else UNSTATED,
-        "default_from": "global_quant_config" if stated else "a quantisation that is not stated",
-    }
+    stated = "global_quant_config" in raw  # every file has it; a list alone is of something quantised
+    default = quark_spec(raw["global_quant_config"]) if stated else UNSTATED
+    source = "global_quant_config" if stated else "a quantisation that is not stated"
+    return Declared(_exclude(raw, "exclude", "quark"), default, source, layers)
 
 
-def _fp8(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _fp8(raw: Mapping[str, Any]) -> Declared:
     block = tuple(map(int, raw.get("weight_block_size") or ()))
     activation = Activation("fp8", raw.get("activation_scheme", "dynamic") == "dynamic", block[-1] if block else None)
-    return {
-        "exclude": _exclude(raw, "ignored_layers" if raw.get("ignored_layers") else "modules_to_not_convert", "fp8"),
-        "default": ModuleSpec("fp8-block" if block else "fp8-tensor", block, "f32", activation),
-        "default_from": "weight_block_size" if block else "quant_method",
-    }
+    exclude = _exclude(raw, "ignored_layers" if raw.get("ignored_layers") else "modules_to_not_convert", "fp8")
+    default = ModuleSpec("fp8-block" if block else "fp8-tensor", block, "f32", activation)
+    return Declared(exclude, default, "weight_block_size" if block else "quant_method")
 
 
-def _mxfp4(raw: Mapping[str, Any]) -> dict[str, Any]:
-    exclude = _exclude(raw, "modules_to_not_convert", "fp8")
-    return {"exclude": exclude, "default": MXFP4, "default_from": "quant_method"}
+def _mxfp4(raw: Mapping[str, Any]) -> Declared:
+    return Declared(_exclude(raw, "modules_to_not_convert", "fp8"), MXFP4, "quant_method")
 
 
-def _compressed_tensors(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _compressed_tensors(raw: Mapping[str, Any]) -> Declared:
     layers = []
     for group in (raw.get("config_groups") or {}).values():
         spec = _group_spec(group, group.get("format") or raw.get("format") or "")
         layers += [(target, spec) for target in group.get("targets") or ()]
     # names, then patterns, then classes
     layers.sort(key=lambda layer: (layer_class(layer[0], ""), layer[0].startswith("re:")))
-    return {
-        "exclude": _exclude(raw, "ignore", "compressed-tensors"),
-        "layers": tuple(layers),
-        "layers_from": "config_groups",
-        "default": BF16,
-        "default_from": "no config group names it",
-    }
+    exclude = _exclude(raw, "ignore", "compressed-tensors")
+    return Declared(exclude, BF16, "no config group names it", tuple(layers), "config_groups")
 
 
 def _group_spec(group: Mapping[str, Any], form: str) -> ModuleSpec:
@@ -107,18 +104,14 @@ def _group_spec(group: Mapping[str, Any], form: str) -> ModuleSpec:
     return ModuleSpec(f"int{bits}", block, "", activation) if bits else BF16
 
 
-def _modelopt(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _modelopt(raw: Mapping[str, Any]) -> Declared:
     inner = modelopt_part(raw)
     algo = str(inner.get("quant_algo") or raw.get("quant_algo") or "").upper()
     layers = inner.get("quantized_layers") or {}
     specs = {name: _algo_spec(str(entry.get("quant_algo")).upper(), entry) for name, entry in layers.items()}
-    return {
-        "exclude": _exclude(inner, modelopt_list(raw), "modelopt"),
-        "layers": tuple(specs.items()),
-        "layers_from": "quantized_layers",
-        "default": BF16 if algo == "MIXED_PRECISION" else _algo_spec(algo, inner),
-        "default_from": f"quant_algo {algo}",
-    }
+    exclude = _exclude(inner, modelopt_list(raw), "modelopt")
+    default = BF16 if algo == "MIXED_PRECISION" else _algo_spec(algo, inner)
+    return Declared(exclude, default, f"quant_algo {algo}", tuple(specs.items()), "quantized_layers")
 
 
 def modelopt_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -151,13 +144,10 @@ def _algo_spec(algo: str, entry: Mapping[str, Any]) -> ModuleSpec:
     return UNSTATED  # INT4_AWQ, W4A8_AWQ, ...: what they are is in the bytes
 
 
-def _gptq(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _gptq(raw: Mapping[str, Any]) -> Declared:
     bits, group = raw.get("bits", 4), raw.get("group_size") or -1
-    return {
-        "exclude": _exclude({"dynamic": tuple(raw.get("dynamic") or ())}, "dynamic", "gptq"),
-        "default": ModuleSpec(f"int{bits}", (group,) if group > 0 else (), "f16"),
-        "default_from": "bits",
-    }
+    exclude = _exclude({"dynamic": tuple(raw.get("dynamic") or ())}, "dynamic", "gptq")
+    return Declared(exclude, ModuleSpec(f"int{bits}", (group,) if group > 0 else (), "f16"), "bits")
 
 
 def _exclude(raw: Mapping[str, Any], key: str, semantics: str) -> ExcludeList:
@@ -177,11 +167,5 @@ def _short(dtype: str) -> str:
 ALIASES = {"compressed_tensors": "compressed-tensors", "gptq_marlin": "gptq", "gptqmodel": "gptq"}
 ALIASES |= dict.fromkeys(("modelopt_fp4", "modelopt_fp8", "modelopt_mixed", "modelopt_mxfp8", "nvfp4"), "modelopt")
 
-DIALECT_READERS = {
-    "quark": _quark,
-    "fp8": _fp8,
-    "mxfp4": _mxfp4,
-    "compressed-tensors": _compressed_tensors,
-    "modelopt": _modelopt,
-    "gptq": _gptq,
-}
+DIALECT_READERS = {"quark": _quark, "fp8": _fp8, "mxfp4": _mxfp4, "compressed-tensors": _compressed_tensors,
+                   "modelopt": _modelopt, "gptq": _gptq}  # fmt: skip

@@ -13,6 +13,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import merge
+from itertools import product
 
 from ..errors import Qwen35Error
 from .names import expand_fused, is_plain
@@ -117,9 +118,7 @@ class EntryIndex:
         layer, _ = numbers_of(name)
         others = [i for i, _ in self._merged(self._by.get(key, []) for key in _keys(layer, None))]
         found: dict[int, list[Hashable]] = defaultdict(list)
-        for i, entry in self._merged(
-            self._by.get(key, []) for key in dict.fromkeys(((layer, ANY_EXPERT), (None, ANY_EXPERT)))
-        ):
+        for i, entry in self._merged(self._by.get(key, []) for key in _keys(layer, ANY_EXPERT)):
             if (number := numbers_required(entry)[1]) is not None:
                 value = self.values[i] if self.values else None
                 found[number].append((EXPERT_NUMBER.sub("", entry, count=1), value, bisect(others, i)))
@@ -141,9 +140,8 @@ class EntryIndex:
 
 
 def _keys(layer: str | None, expert: int | None) -> Iterable[Numbers]:
-    if expert == ANY_EXPERT:
-        return dict.fromkeys(((layer, ANY_EXPERT), (None, ANY_EXPERT)))
-    return dict.fromkeys(((layer, expert), (layer, None), (None, expert), (None, None)))
+    experts = (expert,) if expert == ANY_EXPERT else (expert, None)
+    return dict.fromkeys(product((layer, None), experts))
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ class ExcludeList:
         self.written = written or self.entries
         for entry in self.entries:
             if not is_plain(entry):
-                matched(entry, "", self.semantics.tests)  # a bad regular expression is refused, whoever asks for what
+                matched(entry, "", self.semantics.tests)  # a bad regular expression is refused, whatever is asked first
         # The gate asks about the same few modules of a layer again and again, once for every rule.
         self._find = lru_cache(maxsize=8192)(self._search)
 

@@ -52,7 +52,7 @@ def spellings(name: str, num_hidden_layers: int | None = None, shared_word: str 
 
 
 def shared_word(model_type: object) -> str:
-    """What a family of models calls the shared expert: DeepSeek's and its heirs' `shared_experts`, Qwen's in one."""
+    """What a family of models calls the shared expert: DeepSeek, GLM and Kimi say `shared_experts`, Qwen does not."""
     return "shared_experts" if str(model_type).startswith(("deepseek", "glm", "kimi")) else "shared_expert"
 
 

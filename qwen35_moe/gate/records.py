@@ -102,7 +102,7 @@ class Decision:
 
     @property
     def draft(self) -> bool:
-        """Whether this is about a layer of the MTP draft, which the target's layers do not wait for."""
+        """Whether this is about a layer of the MTP draft. The target's answer does not depend on it."""
         return self.layer.startswith("mtp.")
 
     @property

@@ -143,7 +143,7 @@ def _said(model: GateModel, layer: MoEBlock) -> Mapping[int, Hashable] | None:
 
 
 def strict(model: GateModel, layer: MoEBlock, options: Options, stored: SpecLookup | None) -> Answers:
-    """The strict rule for one layer. Platform and transport do not enter: can is not may."""
+    """The strict rule for one layer. It asks what is right, not what a platform or a transport can do."""
     if options.disable_shared_experts_fusion:
         yield no("fusion is switched off")
     yield from refuse_sizes(model)
