@@ -21,7 +21,7 @@ class Matched:
     """where      step -> [n, 3]: row in the dump, b, t
     ends       step -> [runs, 3]: run, and b, t of its last token, or -1 if the truth does not have this token
     drafts     step of a draft head -> [n, 3]: row in the dump, b, t
-    branches   sequence that is a branch -> sequence that it leaves, and how many of its tokens it has (`branches.py`)
+    branches   sequence that is a branch -> sequence that it leaves, and how many of its tokens it has
     positions  [n, 5]: b, t, the truth's position, the dump's, and the one that its rotary embedding took
     absent     parts of the truth that the dump does not hold, in words
     firsts     (b, t) of the first token of each run -> what it is the first of, in words
