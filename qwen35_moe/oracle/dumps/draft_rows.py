@@ -7,7 +7,6 @@ draft of a chain has one row a sequence, and goes on from the last right row of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,49 +24,32 @@ HIDDEN = "final_norm"
 MOST_BRANCH_TOKENS = 1024  # or as many as the sequences have: so branches at most double the time of a long truth
 
 
-@dataclass
-class DraftRows:
-    """where   step -> [n, 4]: row in the dump, b, t, the id that it starts from
-    ends       step -> [runs, 3]: run, and b, t of its last token, or -1
-    left_out   rows after a rejected draft, of more than one chain, or that do not stand where the chain goes on
-    """
-
-    where: dict[int, Tensor] = field(default_factory=dict)
-    ends: dict[int, Tensor] = field(default_factory=dict)
-    left_out: int = 0
-
-    def ids(self, numbers: dict[int, int], like_BT: Tensor) -> list[Tensor]:
-        """[B, T] for each draft of a chain: the ids that it starts from, -1 where the dump does not hold it."""
-        found = [torch.full_like(like_BT, -1) for _ in range(max(numbers.values(), default=0))]
-        for step, table in self.where.items():
-            found[numbers[step] - 1][table[:, 1], table[:, 2]] = table[:, 3]
-        return found
-
-
-def draft_rows(dump: Dump, mask_BT: Tensor, next_BT: Tensor) -> DraftRows:
-    """next_BT: token t+1 of row t, FIRST where it is not known."""
-    matching, found = Matching(dump, mask_BT, next_BT), DraftRows()
+def draft_rows(dump: Dump, mask_BT: Tensor, next_BT: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor], int]:
+    """next_BT: token t+1 of row t, FIRST where it is not known. Returns
+    step -> [n, 4]: row in the dump, b, t, the id that it starts from;
+    step -> [runs, 3]: run, and b, t of its last token, or -1;
+    how many rows were left out: after a rejected draft, of more than one chain, or where the chain does not go on."""
+    matching, where, ends, left_out = Matching(dump, mask_BT, next_BT), dict[int, Tensor](), dict[int, Tensor](), 0
     owner: dict[object, int | None] = {}
     for step, number in sorted(dump.drafts.items()):
         own = [(run.request if run.request is not None else i, run) for i, run in enumerate(runs(dump, [step]))]
         if number == 1:
             owner = {name: matching.place(run) for name, run in own}
-            found.ends[step] = torch.tensor(matching.last.get(step, [])).reshape(-1, 3)
+            ends[step] = torch.tensor(matching.last.get(step, [])).reshape(-1, 3)
         tables = list(matching.tables.get(step, []))
         for name, run in own if number > 1 else ():
             b = owner.get(name)
             at = 0 if b is None else matching.filled[b] - 1
             if b is None or len(run) > 1 or run.start not in (None, at + number - 1):
-                found.left_out += len(run)
+                left_out += len(run)
             else:
                 tables.append(torch.tensor([[int(run.rows[0]), b, int(matching.real[b][at])]]))
-        if tables:
-            table, ids = torch.cat(tables), dump.tokens[step].ids
-            assert ids is not None
-            found.where[step] = torch.cat((table, ids[table[:, :1]]), 1)
-    found.left_out += matching.rejected + matching.beyond + sum(map(len, matching.strange))
-    found.left_out += sum(len(run) for _, _, run in matching.left)
-    return found
+        ids = dump.tokens[step].ids if tables else None
+        if ids is not None:
+            table = torch.cat(tables)
+            where[step] = torch.cat((table, ids[table[:, :1]]), 1)
+    rest = [*matching.strange, *(run for _, _, run in matching.left)]
+    return where, ends, left_out + matching.rejected + matching.beyond + sum(map(len, rest))
 
 
 def drafts_of(dump: Dump, rows: Sequence[Tensor], own: int) -> list[Tensor]:
@@ -77,7 +59,10 @@ def drafts_of(dump: Dump, rows: Sequence[Tensor], own: int) -> list[Tensor]:
     mask_BT = torch.ones_like(ids_BT) if mask is None else mask
     next_BT = torch.where(mask_BT.roll(-1, 1).bool(), ids_BT.roll(-1, 1), FIRST)
     next_BT[:, -1] = FIRST
-    return draft_rows(dump, mask_BT[:own], next_BT[:own]).ids(dump.drafts, ids_BT)
+    found = [torch.full_like(ids_BT, -1) for _ in range(max(dump.drafts.values(), default=0))]
+    for step, table in draft_rows(dump, mask_BT[:own], next_BT[:own])[0].items():
+        found[dump.drafts[step] - 1][table[:, 1], table[:, 2]] = table[:, 3]
+    return found
 
 
 def branches_of(dump: Dump, rows: Sequence[Tensor]) -> list[DraftBranch]:
@@ -118,9 +103,9 @@ def match_drafts(dump: Dump, truth: Trace, matched: Matched) -> None:
     if not dump.drafts or not drafts:
         return
     own = len(drafts[0]) - len(matched.branches)
-    found = draft_rows(dump, truth.mask[:own], drafts[0][:own])
+    where, ends, left_out = draft_rows(dump, truth.mask[:own], drafts[0][:own])
     other = deeper = 0
-    for step, table in found.where.items():
+    for step, table in where.items():
         number = dump.drafts[step]
         if number > len(drafts):
             deeper += len(table)
@@ -128,9 +113,9 @@ def match_drafts(dump: Dump, truth: Trace, matched: Matched) -> None:
         same = drafts[number - 1][table[:, 1], table[:, 2]] == table[:, 3]
         other += int((~same).sum())
         matched.drafts[step] = table[same, :3]
-        matched.ends |= {step: found.ends[step]} if step in found.ends else {}
+        matched.ends |= {step: ends[step]} if step in ends else {}
     rows = sum(map(len, matched.drafts.values()))
-    matched.notes.append(f"draft head: {rows} rows of {len(matched.drafts)} steps were compared; {found.left_out} rows "
+    matched.notes.append(f"draft head: {rows} rows of {len(matched.drafts)} steps were compared; {left_out} rows "
                          "after rejected drafts were not")  # fmt: skip
     for count, why in ((other, "start from other tokens than the truth's"), (deeper, "are of later drafts than its")):
         if count:

@@ -1,7 +1,7 @@
 """An engine's dump, whatever its format: pieces as they were written, joined and split into our taps when asked for.
 
 A reader (readers/) turns files into `Piece`s: one tensor each, with the engine's name, its step and rank, and a way to
-load it. `Dump` finds out which taps they hold (names.py), joins ranks, splits fused columns, and gives each tap as
+load it. `Dump` finds out which taps they hold (`engine_names`), joins ranks, splits fused columns and gives each tap as
 rows: one row a token of that step, features flattened. Nothing is loaded before it is asked for.
 """
 
