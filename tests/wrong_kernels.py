@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from layouts import E2M1
 from torch import Tensor
-
-GRID = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
-GRID = torch.cat((GRID, -GRID))
 
 
 def bf16(x: Tensor) -> Tensor:
@@ -16,7 +14,7 @@ def bf16(x: Tensor) -> Tensor:
 
 def unpack(codes: Tensor, scales: Tensor, fault: str) -> Tensor:
     low, high = (codes & 15, codes >> 4) if fault != "nibbles swapped" else (codes >> 4, codes & 15)
-    values = GRID[torch.stack((low, high), -1).flatten(-2).long()]
+    values = E2M1.float()[torch.stack((low, high), -1).flatten(-2).long()]
     if fault == "scales rotated":
         scales = scales.roll(1, -1)
     bias = {"scales one step high": 126, "scales one step low": 128}.get(fault, 127)
@@ -113,12 +111,16 @@ def gdn(case, fault: str = "") -> tuple[Tensor, Tensor]:
     return bf16(torch.stack(outputs, 1)), state
 
 
+def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
 def rms_norm(case, fault: str = "") -> Tensor:
     x, w = case["x"].float(), case["weight"].float()
     x = x - x.mean(-1, keepdim=True) if fault == "mean subtracted, as in LayerNorm" else x
     eps = {"eps 1e-5 for 1e-6": 1e-5, "eps left out": 0.0}.get(fault, 1e-6)
     gain = {"input norm without 1 +": w, "input norm with 1 + twice": 2 + w}.get(fault, 1 + w)
-    return bf16(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain)
+    return bf16(unit(x, eps) * gain)
 
 
 def gated_norm(case, fault: str = "") -> Tensor:
@@ -127,7 +129,7 @@ def gated_norm(case, fault: str = "") -> Tensor:
     if fault == "gate before norm":
         x, gate = x * gate, 1.0
     w = 1 + w if fault == "gated norm with 1 +" else w
-    return bf16(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w * gate)
+    return bf16(unit(x) * w * gate)
 
 
 def l2_norm(case, fault: str = "") -> Tensor:
@@ -214,8 +216,7 @@ def append(case, fault: str = "") -> Tensor:
 
 def draft(case, fault: str = "") -> Tensor:
     def norm(x: Tensor, w: Tensor) -> Tensor:
-        x, gain = x.float(), w.float() + (fault != "draft norms without 1 +")
-        return bf16(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * gain).float()
+        return bf16(unit(x.float()) * (w.float() + (fault != "draft norms without 1 +"))).float()
 
     embeds = case["embeds"].roll(1, 0) if fault == "embedding of token t" else case["embeds"]
     halves = norm(embeds, case["embedding_norm"]), norm(case["hidden"], case["hidden_norm"])
