@@ -30,6 +30,7 @@ JOINED_MODULES = {
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
 SCALE_NAMES = ("weight_scale", "weight_scale_inv")
+SHUFFLED = "Aiter's layout"
 ANEW = "weights with one scale each are quantised anew where an engine joins them"
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")  # engines append rows of zeros, then split them
 
@@ -95,7 +96,7 @@ def _stored(packed: Packed, dtype: torch.dtype, scales: bool) -> Tensor:
 def _plain(name: str, x: Tensor, truth: Tensor, scales: bool) -> Weight:
     if x.dtype == truth.dtype == torch.uint8 and not torch.equal(x, truth):
         if _shuffled(x, truth, scales):
-            return Weight(name, "reordered", "Aiter's layout")
+            return Weight(name, "reordered", SHUFFLED)
         if x.dim() == 2 and torch.equal(x.T, truth):
             return Weight(name, "reordered", "transposed, as kernels of FP8 read it")
     if x.numel() != truth.numel():
@@ -110,7 +111,7 @@ def _plain(name: str, x: Tensor, truth: Tensor, scales: bool) -> Weight:
     ways = {"reversed along its last dimension": truth.flip(-1)}
     if truth.dim() == 2:
         ways["halves swapped"] = torch.cat(tuple(reversed(truth.chunk(2))))
-    return Weight(name, "wrong", _way(x.to(truth.dtype), ways) or _share(x.to(torch.float64) != wide))
+    return Weight(name, "wrong", _way(x, truth, ways))
 
 
 def _experts(
@@ -133,31 +134,26 @@ def _experts(
     rows = truths[0].shape[0]
     slots = x.reshape(-1, rows, x.shape[-1]) if x.shape[-2] % rows == 0 or x.dim() == 3 else x[None]
     for e, slot in enumerate(slots):
-        where = f"{name}[{which[e] if e < len(which) else E}]"
         if e >= len(truths):
-            yield Weight(
-                where, "wrong", "a slot for the shared expert, whose stored format is another: see sglang 22948"
-            )
+            what = "a slot for the shared expert, whose stored format is another: see sglang 22948"
+            yield Weight(f"{name}[{E}]", "wrong", what)
             continue
-        truth = truths[e]
+        truth, where = truths[e], f"{name}[{which[e]}]"
         if torch.equal(slot, truth):
             yield Weight(where, "equal")
         elif _shuffled(slot, truth, scales):
-            yield Weight(where, "reordered", "Aiter's layout")
-        elif not scales and truth.dtype == torch.uint8 and torch.equal((slot << 4) | (slot >> 4), truth):
-            yield Weight(where, "wrong", "nibbles swapped")
+            yield Weight(where, "reordered", SHUFFLED)
         else:
             ways = {"all zero": torch.zeros_like(truth)}
             ways |= {f"holds expert {o}": t for o, t in zip(which, truths, strict=True) if o != which[e]}
+            if not scales and truth.dtype == torch.uint8:
+                ways["nibbles swapped"] = (truth << 4) | (truth >> 4)
             if gate_up:
                 ways["gate and up swapped"] = torch.cat(tuple(reversed(truth.chunk(2))))
                 ways["gate and up interleaved"] = interleave_gate_up(truth)
             if scales:
-                ways["one step high"], ways["one step low"] = truth + 1, truth - 1
-                ways["rotated"] = truth.roll(1, -1)
-            yield Weight(
-                where, "wrong", _way(slot, ways) or _share(slot != truth if slot.shape == truth.shape else None)
-            )
+                ways |= {"one step high": truth + 1, "one step low": truth - 1, "rotated": truth.roll(1, -1)}
+            yield Weight(where, "wrong", _way(slot, truth, ways))
 
 
 def _shuffled(slot: Tensor, truth: Tensor, scales: bool) -> bool:
@@ -168,9 +164,11 @@ def _shuffled(slot: Tensor, truth: Tensor, scales: bool) -> bool:
     return torch.equal(plain, truth)
 
 
-def _way(x: Tensor, ways: dict[str, Tensor]) -> str:
-    return next((name for name, y in ways.items() if y.shape == x.shape and torch.equal(x, y.to(x.dtype))), "")
-
-
-def _share(differ: Tensor | None) -> str:
-    return "shape" if differ is None else f"{100 * float(differ.double().mean()):.1f} % of it differs"
+def _way(x: Tensor, truth: Tensor, ways: dict[str, Tensor]) -> str:
+    """The known way in which x is wrong, or how much of it is."""
+    for name, y in ways.items():
+        if y.shape == x.shape and (torch.equal(x, y.to(x.dtype)) or torch.equal(x.to(y.dtype), y)):
+            return name
+    if x.shape != truth.shape:
+        return "shape"
+    return f"{100 * float((x.to(torch.float64) != truth.to(torch.float64)).double().mean()):.1f} % of it differs"
