@@ -29,8 +29,7 @@ from qwen35_moe.oracle.dumps.writers import DUMPED
 from qwen35_moe.oracle.truth import write_truth
 from qwen35_moe.quant import mxfp4
 from qwen35_moe.run.generate import generate
-from qwen35_moe.run.gpu.compiled import compiling
-from qwen35_moe.run.gpu.graphs import DecodeGraph, PrefillGraph, can_capture
+from qwen35_moe.run.gpu.graphs import DecodeGraph, PrefillGraph, can_capture, compiling
 from qwen35_moe.run.gpu.grouped_experts import ResidentExperts
 from qwen35_moe.run.origin import origin_of
 from qwen35_moe.run.prompt import embed_prompt
@@ -282,7 +281,7 @@ def test_passes_over_memory_have_the_bits_of_plain_torch(
         ids = ids_of(shape[1], shape[0]).to(GPU)
         plain = q.trace(model, ids)
         with monkeypatch.context() as patch, compiling():
-            patch.setattr("qwen35_moe.run.gpu.compiled.LARGE", 0)
+            patch.setattr("qwen35_moe.run.gpu.graphs.LARGE", 0)
             compiled = q.trace(model, ids)
         for key, x in plain.items():
             assert torch.equal(compiled[key], x), key

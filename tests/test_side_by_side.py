@@ -10,7 +10,7 @@ import torch
 
 from qwen35_moe.numerics.taps import Site, attach, scope, tap
 from qwen35_moe.oracle.judge.split_k import SplitK
-from qwen35_moe.run.side_by_side import WORKERS, side_by_side
+from qwen35_moe.run.experts import WORKERS, side_by_side
 
 
 @pytest.fixture(autouse=True)

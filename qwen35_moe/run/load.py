@@ -25,10 +25,10 @@ from ..model.text import Model
 from ..model.vision.tower import VisionConfig, VisionTower
 from ..numerics import arithmetics
 from ..numerics.arithmetics import Arithmetic
+from .experts import fix_threads
 from .fill import fill
 from .origin import HostCheck, Origin, check_default_device, usable
 from .placement import place_model
-from .side_by_side import fix_threads
 from .source import WeightSource
 from .streamed import LAYERS_OF_PART, StreamedEmbedding, StreamedHead, StreamedPart, stream_layers
 from .validate import model_config, validate

@@ -1,26 +1,46 @@
 """A forward pass as one CUDA graph: the same kernels and bits, launched at once instead of one by one from Python.
 
 A graph has fixed shapes and addresses, so that keys and values live in buffers of a fixed capacity. On a device without
-graphs both classes run the same step directly.
+graphs both classes run the same step directly. In a long prefill, chains of elementwise operations are compiled
+to one pass over memory, which takes seconds for each shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, wraps
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import Qwen35Error
+from ...model import deltanet, norms
 from ...model.cache import Cache, LayerState
 from ...model.moe import MoE
 from ...model.ops import accumulation_dtype
 from ...model.text import Model
 from ...numerics import arithmetics as arithmetic
-from .compiled import compiling
+from . import grouped
 from .grouped import has_grouped_mm
 from .grouped_experts import ResidentExperts, StackedExperts
+
+# With fewer elements a launch costs more than the memory that is saved.
+LARGE = 2**20
+
+# Functions of tensors that may be compiled to the bits of plain torch: each operation rounds for itself and no product
+# is fused with a sum. They hold nothing but products, sums of two and moves: how a compiler adds up a row, or computes
+# exp, is its own affair. And no taps, which a compiled function would not call.
+ONE_PASS: tuple[tuple[ModuleType, str], ...] = (
+    (norms, "squares"),
+    (norms, "normalised"),
+    (deltanet, "chunk_operands"),
+    (deltanet, "weighted_sum"),
+    (grouped, "sum_of_slots"),
+)
 
 
 @dataclass
@@ -122,8 +142,8 @@ def can_capture(model: Model) -> bool:
     weight = torch.empty(0, dtype=model.arithmetic.weight_dtype("experts"), device=device)
     products = (("moe_expert_gate_up", config.hidden_size), ("moe_expert_down", config.moe_intermediate_size))
     with arithmetic.using(model.arithmetic):
-        grouped = all(has_grouped_mm(accumulation_dtype(name, weight), device, columns) for name, columns in products)
-    if not grouped or not isinstance(model.layers, nn.ModuleList) or "hf_device_map" in vars(model):
+        groups = all(has_grouped_mm(accumulation_dtype(name, weight), device, columns) for name, columns in products)
+    if not groups or not isinstance(model.layers, nn.ModuleList) or "hf_device_map" in vars(model):
         return False
     experts = (module.experts for module in model.layers.modules() if isinstance(module, MoE))
     return all(isinstance(found, ResidentExperts | StackedExperts) for found in experts)
@@ -132,8 +152,7 @@ def can_capture(model: Model) -> bool:
 class PrefillGraph:
     """`model(ids)` of one shape [B, T], again and again. `cache` is that of the last call; clone it to go on.
 
-    Passes over memory are compiled for long inputs, which takes seconds for each shape (`compiled.py`); the bits are
-    those of `model(ids)`.
+    Passes over memory are compiled for long inputs; the bits are those of `model(ids)`.
     """
 
     @torch.inference_mode()
@@ -175,3 +194,36 @@ def captured(run: Callable[[], Tensor], changed: list[Tensor]) -> Callable[[], T
         return out
 
     return replay
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Inside of the block, in all threads, the functions in ONE_PASS are compiled for large tensors on a GPU."""
+    # Each shape is a compilation of its own; beyond the limit, calls would run uncompiled.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    plain = [(module, name, vars(module)[name]) for module, name in ONE_PASS]
+    for module, name, function in plain:
+        setattr(module, name, one_pass(function))
+    try:
+        yield
+    finally:
+        for module, name, function in plain:
+            setattr(module, name, function)
+
+
+@cache
+def one_pass(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, compiled where its first tensor is large, on a GPU and no float64."""
+
+    @cache
+    def compiled() -> Callable[..., Any]:
+        # The pattern matcher takes a value that is rounded and widened again for one that need not be rounded.
+        options: dict[str, Any] = {"emulate_precision_casts": True, "pattern_matcher": False}
+        return torch.compile(function, dynamic=False, options=options)
+
+    @wraps(function)
+    def run(x: Tensor, *rest: Any) -> Any:
+        large = x.is_cuda and x.numel() >= LARGE and x.dtype != torch.float64
+        return (compiled() if large else function)(x, *rest)
+
+    return run
