@@ -95,6 +95,8 @@ def assertion(check: Callable[P, list[Check]]) -> Callable[P, None]:
         if bad := [result for result in check(*args, **kwargs) if not result.ok]:
             raise AssertionError("\n".join([f"{bad[0].case}:", *map(str, bad)]))
 
+    asserted.__name__ = asserted.__qualname__ = check.__name__.replace("check", "assert")
+    asserted.__doc__ = f"`{check.__name__}` as an assertion.\n\n    {check.__doc__}"
     return asserted
 
 
