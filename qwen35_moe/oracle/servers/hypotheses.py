@@ -58,14 +58,15 @@ def placed_faults(source: WeightSource, which: str = "each", a4: bool = False) -
     """The faults that an engine can have on this checkpoint: `all` (layers at once), `each` (also layer by layer), or
     `none`, without rare ones. A fault of the draft head shows in no log p, one of the hand-over between steps in none
     of a prompt; one of one expert is in one layer only."""
-    kinds, found = source.config.layer_types, list[PlacedFault]()
+    found = list[PlacedFault]()
     for fault in () if which == "none" else FAULTS:
         if fault.block == "mtp" or fault.hand_over is not None or fault.rare:
             continue
-        layers = [i for i, kind in enumerate(kinds) if KINDS.get(fault.block, kind) == kind]
-        layers = [i for i in layers if fault.applies(source, i, a4)]
-        found += [PlacedFault(fault)] * (bool(layers) and not fault.single)
-        found += [PlacedFault(fault, i) for i in layers if which == "each" and fault.block != "final_norm"]
+        everywhere = PlacedFault(fault)
+        layers = [i for i in range(source.config.num_hidden_layers) if everywhere.strikes(source, i, a4)]
+        if fault.block == "final_norm" or (layers and not fault.single):
+            found.append(everywhere)
+        found += [PlacedFault(fault, i) for i in layers if which == "each"]
     return found
 
 

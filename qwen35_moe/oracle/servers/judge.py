@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -78,15 +78,6 @@ class Explanation:
     visible: bool
     layers: tuple[int, ...] = ()  # at which it strikes; none: at all
     block: str = ""
-
-
-@dataclass
-class Look:
-    """One engine, seen by both tests. `explanations`: the best first."""
-
-    quantiles: list[Quantile]
-    explanations: list[Explanation] = field(default_factory=list)
-    need: float = DECIDED  # the gain that decides
 
 
 class Judge:
@@ -155,19 +146,17 @@ class Judge:
         least = gains.amin(0)
         return (least > need) | loud, need, least / need
 
-    def look(self, log_p: Tensor) -> Look:
-        """An engine's log p [R, K] at these positions."""
+    def look(self, log_p: Tensor) -> tuple[list[Quantile], list[Explanation]]:
+        """What both tests say of an engine's log p [R, K] at these positions; the best explanation first."""
         d = log_p - self.truth
-        z0 = z(self.size(d), self.sigma)
-        found = Look([self._quantile(z0, q) for q in QUANTILES], need=self.need)
+        z0, found = z(self.size(d), self.sigma), list[Explanation]()
         gains, sure, left = self.gains(z0, z(self.size(d - self.signals), self.sigma))
-        for h in gains.argsort(descending=True).tolist():
+        for h in gains.argsort(descending=True, stable=True).tolist():
             planted = self.branches[h].hypothesis if h < len(self.branches) else None
             layers = () if planted is None or planted.layer is None else (planted.layer,)
             numbers = float(gains[h]), float(sure[h]), float(left[h]), bool(self.seen[h])
-            block = "" if planted is None else planted.fault.block
-            found.explanations.append(Explanation(self.names[h], *numbers, layers, block))
-        return found
+            found.append(Explanation(self.names[h], *numbers, layers, planted.fault.block if planted else ""))
+        return [self._quantile(z0, q) for q in QUANTILES], found
 
     def _quantile(self, z0: Tensor, q: float) -> Quantile:
         """Bounds by order statistics: the number of positions below a quantile is binomial."""

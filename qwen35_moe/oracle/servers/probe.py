@@ -70,23 +70,33 @@ class Prepared:
         return Judge(self.replay, self.branches, self.members, Positions(sequence, place, ids, known))
 
     def judge(self, answers: Sequence[Answer]) -> Verdict:
-        """The verdict. Raises Qwen35Error where the answers are of other tokens, or of another model."""
+        """The verdict. Raises Qwen35Error where the answers are of other tokens, or of another model.
+
+        What the generated tokens say comes from other kernels and from cached states. Their truth is computed now: they
+        were not known before. No fault is replayed on them.
+        """
         asked, again, longer = self._parts(answers)
-        verdict, found = self._judged(asked, routed=True)
+        verdict, found = self._judged(asked)
         if found.whole is not None:
             at, log_p = found.whole
             off = (log_p - self.replay.gather(self.branches[0], at.rows, at.ids)).abs()[at.known]
-            verdict.evidence.append(
-                f"all {len(off)} log p told: |delta| median {float(off.median()):.2g}, largest {float(off.max()):.2g}"
-            )
+            verdict.evidence.append(f"all {len(off)} log p told: |delta| median {float(off.median()):.2g}, largest "
+                                    f"{float(off.max()):.2g}")  # fmt: skip
         if again:
-            verdict.add("asked again", self._judged(again)[0])
-        return self._with_decode(verdict, longer)
+            verdict.add("asked again", self._judged([replace(a, routed=None) for a in again])[0])
+        count = sum(len(a.rows) for a in longer)
+        if count >= FEWEST_POSITIONS:
+            r, tables = self.replay, [b.table for b in self.branches[1 : self.members + 1]]
+            known = _replayed(r.source, r.fused, [a.ids for a in longer], self.branches[0].table, tables, [], r.where)
+            verdict.add("in decode", known._judged(longer)[0])
+        elif count:
+            verdict.notes.append(f"{count} generated tokens are not judged: {FEWEST_POSITIONS} are worth it")
+        return verdict
 
-    def _judged(self, answers: Sequence[Answer], routed: bool = False) -> tuple[Verdict, Told]:
+    def _judged(self, answers: Sequence[Answer]) -> tuple[Verdict, Told]:
         found = told(answers, self.ids, self.replay.config.vocab_size)
         width = self.replay.ids.shape[1]
-        wrong, said = judge_routing(answers if routed else [], self.ids, width, self.branches, self.members)
+        wrong, said = judge_routing(answers, self.ids, width, self.branches, self.members)
         verdict = decide(Judge(self.replay, self.branches, self.members, found.at), found, wrong)
         verdict.evidence += said
         return verdict, found
@@ -108,22 +118,6 @@ class Prepared:
                 if some or kept is parts[0]:
                     kept.append(replace(answer, rows=some))
         return parts
-
-    def _with_decode(self, verdict: Verdict, longer: Sequence[Answer]) -> Verdict:
-        """The verdict, and what the generated tokens say, which come from other kernels and from cached states. Their
-        truth is computed now: they were not known before. No fault is replayed on them."""
-        if (count := sum(len(a.rows) for a in longer)) < FEWEST_POSITIONS:
-            verdict.notes += (
-                [f"{count} generated tokens are not judged: {FEWEST_POSITIONS} are worth it"] if count else []
-            )
-            return verdict
-        r, tables = self.replay, [b.table for b in self.branches[1 : self.members + 1]]
-        known = _replayed(r.source, r.fused, [a.ids for a in longer], self.branches[0].table, tables, [], r.where)
-        found = told(longer, known.ids, r.config.vocab_size)
-        wrong, _ = judge_routing(longer, known.ids, known.replay.ids.shape[1], known.branches, known.members)
-        decode = decide(Judge(known.replay, known.branches, known.members, found.at), found, wrong)
-        verdict.add("in decode", decode)
-        return verdict
 
 
 def prepare(

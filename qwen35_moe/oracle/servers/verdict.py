@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...errors import Qwen35Error
 from .answer import FAR, UNKNOWN, Answer
-from .judge import Explanation, Judge, Look, Positions, Quantile
+from .judge import Explanation, Judge, Positions, Quantile
 
 Outcome = Literal["agrees", "diverges", "cannot tell without a dump"]
 EXIT: dict[Outcome, int] = {"agrees": 0, "diverges": 1, "cannot tell without a dump": 2}
@@ -135,55 +135,49 @@ def _same(said: Sequence[int], known: Sequence[int], place: int) -> bool:
 
 def decide(judge: Judge, found: Told, routing: Sequence[str] = ()) -> Verdict:
     """The verdict on the answers. `routing`: the evidence of the answers' experts against the engine."""
-    look, nan = judge.look(found.log_p), int((found.log_p.isnan() & judge.known).any(1).sum())
+    (quantiles, explanations), nan = judge.look(found.log_p), int((found.log_p.isnan() & judge.known).any(1).sum())
     positions, sequences = len(found.log_p), len(found.at.sequence.unique())
-    best = max((e for e in look.explanations if e.visible), key=lambda e: e.sure, default=None)
+    visible = [e for e in explanations if e.visible]
+    best = max(visible, key=lambda e: e.sure, default=None)
     routing = [f"log p at {nan} of {positions} positions are NaN", *routing] if nan else routing
-    finding, why = _finding(look, best, routing, judge.blind())
-    evidence, notes = [*_lines(look, best), *_top_k(judge, found), *routing], list(found.notes)
+    finding, why = _finding(judge, quantiles, visible, routing)
+    lines = [f"{q.name} of |delta log p|: {q.ratio:.2f} x the legal one (99.9 % sure: {q.low:.2f} to "
+             f"{q.high:.2f}; limit {FAR:g})" for q in quantiles]  # fmt: skip
+    if best is not None:
+        lines.append(f"likeliest fault: {best.name}, {best.gain:+.0f} nats over rounding, {best.sure:+.0f} without its "
+                     f"strongest prompt (more than {judge.need:.0f} decide)")  # fmt: skip
+    notes, evidence = list(found.notes), [*lines, *_top_k(judge, found), *routing]
     if finding != "agrees" and _stranger(judge, found):
         notes.append("log p have little to do with the truth's: this looks like another model, or another prompt")
-    group = _alike(look) if finding != "agrees" else []
+    nearest = explanations[0] if explanations else None
+    alike = list[Explanation]()
+    if finding != "agrees" and nearest is not None and nearest.gain > judge.need / 2 and nearest.left <= FAR:
+        alike = [e for e in explanations if e.gain > nearest.gain - ALIKE and e.left <= FAR]
     unseen = judge.power()[1] if finding != "diverges" else []
-    nearest = look.explanations[0] if look.explanations else None
-    return Verdict(finding, why, evidence, group, nearest, positions, sequences, look.quantiles, best, notes, unseen)
+    return Verdict(finding, why, evidence, alike, nearest, positions, sequences, quantiles, best, notes, unseen)
 
 
-def _finding(look: Look, best: Explanation | None, routing: Sequence[str], blind: str) -> tuple[Outcome, str]:
-    for q in look.quantiles:
+def _finding(
+    judge: Judge, quantiles: Sequence[Quantile], visible: Sequence[Explanation], routing: Sequence[str]
+) -> tuple[Outcome, str]:
+    for q in quantiles:
         if q.low > FAR:
             return "diverges", f"the {q.name} of the differences is {q.ratio:.3g} x the legal one"
     if routing:
         return "diverges", routing[0]
     unsure: Outcome = "cannot tell without a dump"
-    if best is not None:
+    if visible:
+        best = max(visible, key=lambda e: e.sure)
         said = f"{best.name}: {best.sure:.0f} nats likelier than rounding, without its strongest prompt"
-        if best.sure > look.need:
+        if best.sure > judge.need:
             return "diverges", said
-        if best.sure > look.need / 2 or max(e.gain for e in look.explanations if e.visible) > look.need:
-            return unsure, f"a suspicion: {said}; more than {look.need:.0f} decide. Ask more prompts"
-    if look.quantiles[0].high > FAR:
+        if best.sure > judge.need / 2 or max(e.gain for e in visible) > judge.need:
+            return unsure, f"a suspicion: {said}; more than {judge.need:.0f} decide. Ask more prompts"
+    if quantiles[0].high > FAR:
         return unsure, "the differences may be beyond the limit: ask more prompts"
-    if blind:
+    if blind := judge.blind():
         return unsure, blind
     return "agrees", "the differences are within legal rounding, and no fault of the catalogue explains them better"
-
-
-def _alike(look: Look) -> list[Explanation]:
-    """The best explanation, if it leaves no more than rounding, and those that explain as well."""
-    if not look.explanations or look.explanations[0].gain <= look.need / 2 or look.explanations[0].left > FAR:
-        return []
-    best = look.explanations[0].gain
-    return [e for e in look.explanations if e.gain > best - ALIKE and e.left <= FAR]
-
-
-def _lines(look: Look, best: Explanation | None) -> list[str]:
-    lines = [f"{q.name} of |delta log p|: {q.ratio:.2f} x the legal one (99.9 % sure: {q.low:.2f} to "
-             f"{q.high:.2f}; limit {FAR:g})" for q in look.quantiles]  # fmt: skip
-    if best is not None:
-        lines.append(f"likeliest fault: {best.name}, {best.gain:+.0f} nats over rounding, {best.sure:+.0f} without its "
-                     f"strongest prompt (more than {look.need:.0f} decide)")  # fmt: skip
-    return lines
 
 
 def _top_k(judge: Judge, found: Told) -> list[str]:
