@@ -18,6 +18,7 @@ from ..checkpoint import Checkpoint
 from ..model.config import FULL, Config
 from ..numerics.arithmetics import get
 from ..numerics.tap_table import TAPS
+from ..oracle.dumps.engine_names import LETTERS
 from ..run.streamed import HEAD_ROWS
 from ..trace.file import CHUNK_BYTES
 
@@ -75,13 +76,10 @@ def _layers(checkpoint: Checkpoint) -> tuple[int, int]:
 
 def tap_bytes(config: Config, kind: str, tokens: int, width: int) -> list[int]:
     """Bytes of each tap of a layer: the product of its dims (tap_table.py), for one sequence of so many tokens."""
-    c, elsewhere = config, "gdn_" if kind == FULL else "attn_"
-    J, K, P, M = c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim, c.linear_num_key_heads
-    sizes = {
-        "t": tokens, "s": tokens, "d": c.hidden_size, "n": c.num_attention_heads, "g": c.num_key_value_heads,
-        "h": c.head_dim, "r": c.head_dim, "j": J, "m": M, "k": K, "p": P, "c": c.conv_dim,
-        "w": c.linear_conv_kernel_dim - 1, "e": c.num_experts, "a": c.num_experts_per_tok + 1,
-        "f": c.shared_expert_intermediate_size,
+    elsewhere = "gdn_" if kind == FULL else "attn_"
+    sizes = {letter: vars(config)[key] for letter, key in LETTERS.items()} | {
+        "t": tokens, "s": tokens, "r": config.head_dim, "c": config.conv_dim, "w": config.linear_conv_kernel_dim - 1,
+        "a": config.num_experts_per_tok + 1,
     }  # fmt: skip
     found = []
     for name, tap in TAPS.items():
