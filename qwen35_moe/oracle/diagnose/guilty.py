@@ -40,7 +40,7 @@ class GuiltyTap:
 
     def output(self, at: int | None, fault: Fault, expert: int, i: int, table: Arithmetic) -> Tensor | None:
         """Its values with a fault, under a table that starts where table i did; None if it is not computed then."""
-        taps = self.rerun.fault(at, fault, table, i, expert, to_head=self.layer is None)
+        taps = self.rerun.fault(at, fault, table, i, expert, self.layer is None, self.key)
         return self.rows(taps[self.key]) if self.key in taps else None
 
     def ids(self, at: int) -> Tensor:

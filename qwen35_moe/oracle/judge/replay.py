@@ -86,6 +86,23 @@ class Captured:
         return flat.view(x.shape)
 
 
+class Reached(Exception):
+    """The run need not go on."""
+
+
+class Until(Handler):
+    """Ends a run behind the tap of a key, once `Restart` has its value."""
+
+    stage, sees_experts = OBSERVE + 2, False
+
+    def __init__(self, key: str):
+        self.key = key
+
+    def __call__(self, site: Site, x: Tensor) -> None:
+        if site.key == self.key and site.expert is None and site.index is None:
+            raise Reached
+
+
 class Restart(Handler):
     """Records the model's values, and lets it continue with the engine's. So every block runs on the engine's own
     input, and an error shows only where it is made.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -28,7 +29,7 @@ from ...run.source import WeightSource
 from ..diagnose.faults import Fault, FaultSite, Seen
 from .hand_over import stepped
 from .log_p import LOG_P, log_p
-from .replay import Captured, Restart
+from .replay import Captured, Reached, Restart, Until
 from .rerun_parts import Layers, SharedPart, TruthTokens, drafted, under
 from .where import HERE, Where
 
@@ -114,21 +115,23 @@ class Rerun:
         restart = Restart(self.captured, self.tokens.count)
         layer = self.layers.broken(i, table, self.fused[i] if fused is None else fused, fault, place)
         tokens, stream_BTD = self.tokens.on(device), stream_BTD.to(device)
-        with under(table, *handlers, *fault.handlers(place), restart):
+        after = stream_BTD  # where a handler ends the run
+        with suppress(Reached), under(table, *handlers, *fault.handlers(place), restart):
             angles = rotary_angles(self.config, tokens.positions, stream_BTD.dtype)
             with scope(layer=i), stepped(layer, fault.hand_over, restart, tokens, self.config):
                 out = layer(stream_BTD, angles, tokens.real, LayerState())
             after = self._enter(i + 1, out)
-        restart.seen.pop(f"layers.{i}.layer_input")  # an output of the layer before
+        restart.seen.pop(f"layers.{i}.layer_input", None)  # an output of the layer before
         return restart.seen, after
 
     @torch.inference_mode()
     def fault(
-        self, i: int | None, fault: Fault, table: Arithmetic, like: int, expert: int = 0, to_head: bool = False
-    ) -> Taps:
+        self, i: int | None, fault: Fault, table: Arithmetic, like: int, expert: int = 0, to_head: bool = False,
+        until: str = "",
+    ) -> Taps:  # fmt: skip
         """The values at the taps of layer i (None: before the first, or after the last layer) with a fault, under a
         table that starts where table `like` did. to_head: the values at the taps after the last layer, which may be
-        layer i."""
+        layer i. until: the key of the one tap that is wanted, behind which the layer need not run."""
         place, model, table = self.place(fault, i, expert), self.models[like], fault.arithmetic(table)
         if fault.block == "mtp":
             return drafted(self, model, self.streams[like], table, fault, place)
@@ -139,7 +142,9 @@ class Rerun:
             if source is not self.source:
                 model = build(source, table, self.fused, self.device("norm"), "stream")
             return self.head(model, self.streams[like], fault.handlers(place), table)
-        taps, after = self.run_layer(i, table, (self.before if to_head else self.streams)[like], fault, expert)
+        stream = (self.before if to_head else self.streams)[like]
+        wanted = [Until(until)] if until and not to_head and fault.hand_over is None else []
+        taps, after = self.run_layer(i, table, stream, fault, expert, wanted)
         return self.head(model, after, table=table) if to_head else taps
 
     def taps(self, i: int | None, tables: Sequence[tuple[int, Arithmetic]]) -> list[Taps]:
