@@ -72,16 +72,6 @@ def test_a_dump_goes_to_another_process(files: Path) -> None:
     assert torch.equal(dump["layers.1.mlp_output"], q.read_dump(files / "dump")["layers.1.mlp_output"])
 
 
-def test_clean_agrees(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verdict(files, files / "dump", capsys)[0] == 0
-
-
-@pytest.mark.parametrize("layer", ["-1", "2", "77"])
-def test_a_layer_that_is_not_there_is_no_verdict(layer: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, said = verdict(files, files / "dump", capsys, "--layer", layer)
-    assert code == 2 and "no such layer" in said
-
-
 @pytest.mark.parametrize("odd", ODD)
 def test_an_odd_tensor_costs_its_own_tap(odd: str, files: Path, tmp_path: Path, small: Build) -> None:
     dump = saved(files, tmp_path, ODD[odd])

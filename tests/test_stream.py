@@ -240,12 +240,6 @@ def test_progress_names_layer_experts_and_time(
     assert all("expert" in line and "GB read" in line and "s left" in line for line in lines)
 
 
-@pytest.mark.parametrize("ids", ["1,2,x", "nowhere.json", "[]"])
-def test_ids_that_are_none(built: Build, tmp_path: Path, ids: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["trace", str(built("tiny")), "--ids", ids, "--out", str(tmp_path / "o")]) == 2
-    assert "token ids" in capsys.readouterr().err
-
-
 def test_ids_from_a_file_and_what_the_command_says(
     built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
