@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,6 +13,14 @@ import qwen35_moe as q
 from qwen35_moe.model.config import FULL, LINEAR
 from qwen35_moe.numerics.taps import attach
 from qwen35_moe.run.origin import origin_of
+
+
+@contextmanager
+def refused(words: list[str]) -> Iterator[None]:
+    """One error that says all these words."""
+    with pytest.raises(q.Qwen35Error) as error:
+        yield
+    assert [word for word in words if word not in str(error.value)] == []
 
 
 @pytest.fixture
@@ -59,10 +69,8 @@ CONFIGS = {
 def test_config(raw, case):
     change, words = CONFIGS[case]
     change(text(raw))
-    with pytest.raises(q.Qwen35Error) as error:
+    with refused(words):
         q.Config.from_dict(raw)
-    for word in words:
-        assert word in str(error.value)
 
 
 def test_what_a_config_leaves_out(raw):
@@ -122,10 +130,8 @@ CALLS = [
 
 @pytest.mark.parametrize("ids, kwargs, words", CALLS)
 def test_what_a_model_refuses(model, ids, kwargs, words):
-    with pytest.raises(q.Qwen35Error) as error:
+    with refused(words):
         model(ids, **kwargs)
-    for word in words:
-        assert word in str(error.value)
 
 
 def test_a_mask_that_contradicts_the_cache(model):
@@ -172,10 +178,8 @@ def test_a_failed_call_leaves_the_cache_as_it_was(model):
     ("nowhere", {"device": "gpu"}, ["no such device", "gpu"]),
 ])  # fmt: skip
 def test_what_load_cannot_use(built, path, kwargs, words):
-    with pytest.raises(q.Qwen35Error) as error:
+    with refused(words):
         q.load(built(path) if path == "tiny" else path, **kwargs)
-    for word in words:
-        assert word in str(error.value)
 
 
 def test_names_that_no_table_has(model):

@@ -50,26 +50,6 @@ def case(small: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
     return folder / "truth", q.load(path, "exact", "unfused", text_only=True)
 
 
-def test_right_ranks_agree(case: tuple[Path, Model], tmp_path: Path) -> None:
-    truth, model = case
-    write_dumper(tmp_path / "dump", in_bf16(Engine(model, SEQUENCES, 2, 2).values(STEPS)), 2)
-    assert main(["compare", str(truth), str(tmp_path / "dump")]) == 0
-
-
-def test_passes_agree(case: tuple[Path, Model], tmp_path: Path) -> None:
-    truth, model = case
-    write_passes(tmp_path / "dump", in_bf16(Engine(model, SEQUENCES, 2).values(STEPS)))
-    assert main(["compare", str(truth), str(tmp_path / "dump")]) == 0
-
-
-def test_one_faulty_rank_is_found(case: tuple[Path, Model], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    truth, model = case
-    write_dumper(tmp_path / "dump", in_bf16(FaultyRank(model, SEQUENCES, 2, 1).values(STEPS)), 2)
-    capsys.readouterr()
-    assert main(["compare", str(truth), str(tmp_path / "dump")]) == 1
-    assert "DIVERGES: first at layer 1, mlp, tap layers.1.moe_routed_output" in capsys.readouterr().out
-
-
 class FaultyQueries(Engine):
     """Rank 1 has the rows of its query, key and value projections in another order, in layer 1."""
 
@@ -80,14 +60,28 @@ class FaultyQueries(Engine):
             yield value
 
 
-def test_a_faulty_rank_is_named_where_it_has_columns_of_its_own(
-    case: tuple[Path, Model], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+SAID = "rows beyond the limit, in columns of rank 1 only"
+
+
+@pytest.mark.parametrize(
+    ("engine", "ep", "write", "code", "said"),
+    [
+        (Engine, 2, write_dumper, 0, ["AGREES"]),
+        (Engine, 1, write_passes, 0, ["AGREES"]),
+        (FaultyRank, 1, write_dumper, 1, ["first at layer 1, mlp, tap layers.1.moe_routed_output"]),
+        (FaultyQueries, 1, write_dumper, 1, ["first at layer 1, attn", SAID]),
+    ],
+)
+def test_two_ranks(
+    case: tuple[Path, Model], tmp_path: Path, capsys, engine: type[Engine], ep: int, write, code: int, said: list[str]
 ) -> None:
+    """test_readers has every split of a clean engine; here is the verdict."""
     truth, model = case
-    write_dumper(tmp_path / "dump", in_bf16(FaultyQueries(model, SEQUENCES, 2).values(STEPS)), 2)
-    assert main(["compare", str(truth), str(tmp_path / "dump")]) == 1
-    said = " ".join(capsys.readouterr().out.split())
-    assert "first at layer 1, attn" in said and "rows beyond the limit, in columns of rank 1 only" in said
+    values = in_bf16(engine(model, SEQUENCES, 2, ep).values(STEPS))
+    write(tmp_path / "dump", values, *[2] * (write is write_dumper))
+    assert main(["compare", str(truth), str(tmp_path / "dump")]) == code
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(words in printed for words in said), printed
 
 
 def test_wrong_columns() -> None:
