@@ -124,14 +124,11 @@ def test_real_answers_are_read(name: str, engine: str, ids: int, rows: int, firs
     assert [row.place for row in told] == list(range(ids - rows, ids))
 
 
-def test_the_likeliest_token_is_named_where_it_was_asked_for() -> None:
+def test_what_an_answer_leaves_open() -> None:
+    """The likeliest token, where it was not asked for; lists that are keyed by text."""
     assert read_answers(DATA / "vllm_prompt_logprobs_0.json")[0].rows[0].best is None
     assert read_answers(DATA / "vllm_completions_prompt_logprobs_token_ids.json")[0].rows[0].best == 113
-
-
-def test_lists_keyed_by_text_are_left_out_and_it_is_said() -> None:
-    answer = read_answers(DATA / "vllm_completions_echo_logprobs_text.json")[0]
-    assert "keyed by text" in answer.notes[0]
+    assert "keyed by text" in read_answers(DATA / "vllm_completions_echo_logprobs_text.json")[0].notes[0]
 
 
 @pytest.mark.parametrize(

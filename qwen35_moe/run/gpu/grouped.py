@@ -60,9 +60,10 @@ def grouped_linear(name: str, x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) 
         y_NO = _grouped_mm(x_NI, weight_EOI.mT, offs=ends_E)
     else:
         y_NO, start = x_NI.new_empty(len(x_NI), weight_EOI.shape[1], dtype=dtype), 0
+        x_NI = x_NI.to(dtype)
         for end, weight_OI in zip(ends_E.tolist(), weight_EOI, strict=True):
             if end > start:
-                y_NO[start:end] = F.linear(x_NI[start:end].to(dtype), weight_OI.to(dtype))
+                y_NO[start:end] = F.linear(x_NI[start:end], weight_OI.to(dtype))
             start = end
     return _rounded(name, y_NO)
 
