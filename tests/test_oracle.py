@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from qwen35_moe.oracle.judge.envelope import LIMIT, Norms, envelope, judge, lega
 from qwen35_moe.oracle.judge.envelope_file import write_envelope
 from qwen35_moe.oracle.judge.records import Comparison, Record
 from qwen35_moe.oracle.judge.replay import Captured, ReplayRouting
+from qwen35_moe.oracle.judge.rerun import Rerun
 from qwen35_moe.oracle.judge.routing import compare_ids, could_flip
 from qwen35_moe.oracle.judge.suspects import accuse, suspects
 from qwen35_moe.oracle.judge.weights_check import check_weights
@@ -594,6 +596,27 @@ def test_reports_are_views_of_the_same_records(truth: Trace, engine: Trace, sour
     page.feed(report_html.html(found))
     assert page.open == [] or page.open == ["html"] or not page.open
     assert all(link.startswith("https://github.com/") for link in page.links), "links to reports; nothing is loaded"
+
+
+def test_layers_that_nobody_asks_for_do_not_run(
+    truth: Trace, engine: Trace, source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layer before runs from its dumped input, whose digits beyond bf16 a whole run has: the norms, which read them
+    in a sum, err a little more or less. All else is the same."""
+    whole, ran, run_layer = compare(truth, from_trace(engine), source), list[int](), Rerun.run_layer
+
+    def watched(self: Rerun, i: int, *rest: Any, **more: Any) -> Any:
+        ran.append(i)
+        return run_layer(self, i, *rest, **more)
+
+    monkeypatch.setattr(Rerun, "run_layer", watched)
+    part = compare(truth, from_trace(engine), source, layers=[2])
+    assert set(ran) == {1, 2} and not part.diverges
+    ours, theirs = ({r.key: r for r in one.records if r.layer == 2 and r.added is not None} for one in (part, whole))
+    assert len(ours) > 9 and all(r.cls in (theirs[key].cls, "within rounding") for key, r in ours.items())
+    assert {key for key, r in ours.items() if r.added != theirs[key].added} == {
+        "layers.2.input_layernorm", "layers.2.pre_mlp_layernorm_output"
+    }  # fmt: skip
 
 
 def test_reports_of_60_layers() -> None:

@@ -1,8 +1,7 @@
 """Which function an engine computes: whether it quantises the inputs of FP8 products, and in which groups.
 
-The bytes of an FP8 checkpoint do not tell. Most engines run it as W8A8, some as W8A16 (weights decoded, activations in
-bf16). Both are right, and they are 3 % apart. So the dump decides. The first taps that differ between the functions are
-computed by each function, on the engine's own input. The function that is nearest to the engine is taken.
+The bytes of an FP8 checkpoint do not tell: most engines run it as W8A8, some as W8A16. Both are right, and they are 3 %
+apart. So the first taps that differ are computed by each function, on the engine's own input. The nearest is taken.
 """
 
 from __future__ import annotations

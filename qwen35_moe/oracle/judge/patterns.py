@@ -1,9 +1,8 @@
 """Patterns in the error of a tap: some columns hold it all, or a factor is wrong in all rows alike.
 
-Rounding errors of different tokens are independent, but a wrong factor errs in the same direction everywhere. So all
-rows together show it long before one row does: engine - truth = sum_i d_i part_i, by least squares, each row in units
-of the truth's norm. The standard error of d comes from the rows themselves: each is left out in turn (the jackknife).
-It is large if one row alone decides.
+A wrong factor errs in the same direction everywhere, and roundings do not. So all rows together show it long before one
+row does: engine - truth = sum_i d_i part_i, by least squares, each row in units of the truth's norm. The standard error
+of d comes from the rows themselves: each is left out in turn (the jackknife).
 
     ratio = |d_i| / max(standard error of d_i, 2^-8)        2^-8: a factor that an engine stores in bf16
 """

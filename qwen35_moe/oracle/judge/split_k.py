@@ -1,9 +1,8 @@
 """Products as kernels compute them: split along the inner dimension, in any order, with rounded partial sums.
 
-Workgroups that share an inner dimension (split-K), ranks of tensor parallelism and atomic additions all make partial
-sums, store them in the engine's dtype, and add them in an unspecified order. Products of two activations (of DeltaNet's
-chunks) take their operands in that dtype, as tensor cores do. These values have no taps, so a table of roundings cannot
-describe them. The end of an arithmetic's name does:
+Workgroups that share an inner dimension (split-K), ranks and atomic additions store partial sums in the engine's dtype,
+and add them in an unspecified order. Products of two activations (of DeltaNet's chunks) take their operands in that
+dtype. These values have no taps, so the end of an arithmetic's name describes them:
 
     sglang-bf16/split-4       each product in 4 parts, added in fp32
     sglang-bf16/split-4.7     the same, with the inner dimension in the seventh random order, and for odd numbers with

@@ -1,16 +1,12 @@
 """Who is to blame for a bad tap, and what excuses it.
 
-Suspects are the blocks that ran since the last value of the engine was put in. If a dump has every boundary, this is
-the tap's own block. If it has some layers or taps only, any block since the last captured value may have made the
-error. For a sum this value is the residual stream, for a block it is its norm's output. A block that another tap shows
-to be right is no suspect.
+Suspects are the blocks that ran since the last value of the engine was put in: for a sum the residual stream, for a
+block its norm's output. A block that another tap shows to be right is no suspect.
 
-A tap just beyond the limit gets a second look: more legal roundings are tried before an engine is blamed. The envelope
-of a few arithmetics has few samples of a random error. If one number decides a token's error (a routing weight, a
-logit), all samples may be small by chance. A Gaussian error exceeds 3 times the largest of 4 such errors once in 70
-rows, and of 20 such errors once in 60,000. So up to SAMPLES more are made, a few at a time. They are made for ratios
-from LOOK on, so that a clean tap is not clean by chance, up to DOUBTFUL_LIMITS limits: no rounding makes a larger
-error.
+A tap just beyond the limit gets a second look, since few arithmetics are few samples of a random error. A Gaussian
+error exceeds 3 times the largest of 4 such errors once in 70 rows, and of 20 such errors once in 60,000. So up to
+SAMPLES more are made, for ratios from LOOK on (no tap is clean by chance) up to DOUBTFUL_LIMITS limits (no rounding
+makes a larger error).
 """
 
 from __future__ import annotations
