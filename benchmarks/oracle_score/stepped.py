@@ -138,8 +138,8 @@ def _suits(fault: StepFault, at: int, before: Step, steps: Sequence[Step]) -> bo
     """Whether the fault can be at step `at`, which follows the step `before`."""
     if before.padded or fault.needs == "padding":
         return before.padded > 0 and fault.needs == "padding"
-    if steps[0].padded and fault.block == "attn" and fault.change is not None:
-        return False  # the mask of the batch has a column for each row
+    if steps[0].padded and (fault.page or (fault.block == "attn" and fault.change is not None)):
+        return False  # the mask of the batch has a column for each row; its pages begin elsewhere in each sequence
     needs = {"rejected": before.rejected > 0, "earlier": at > 1 and not steps[at - 2].unseen}
     start, page = steps[at].start, fault.page
     kept = not page or (start % page > 1 and start - start % page > max(before.start, page - 1))

@@ -149,12 +149,12 @@ def _candidates(
     rerun, alignment = case.rerun, case.work.alignment
     a4, images = "a4" in rerun.tables[0].name, rerun.tokens.images is not None
 
-    def best() -> float:
-        return max((one.told.explains for one in tried), default=0.0)
+    def best() -> Hypothesis | None:
+        return max((one.told for one in tried), key=lambda told: told.explains, default=None)
 
     catalogue = (*FAULTS, *ANGLES) if case.key.startswith("rope_") else FAULTS
     for at, fault in ((at, fault) for at, block in places for fault in catalogue if fault.block == block):
-        if fault.rare and best() > EXPLAINED:
+        if fault.rare and (known := best()) is not None and known.explains > EXPLAINED:
             continue
         if at is None or fault.applies(rerun.source, at, a4, images):
             suspects = case.suspects(at) if fault.single and at is not None else [0]

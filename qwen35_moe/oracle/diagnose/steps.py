@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...model.config import FULL
 from ..dumps.align import Alignment
+from ..judge.diagnosis import Hypothesis
 from ..judge.hand_over import Foreign, HandOver
 from ..judge.rerun import Rerun
 from .faults import Fault
@@ -101,11 +102,12 @@ def _from(b: int, own: Sequence[Cut], step: int) -> Onset:
 
 def hypotheses(
     rerun: Rerun, layer: int | None, block: str, alignment: Alignment, bad: Mapping[int, int],
-    explained: Callable[[], float],
+    best: Callable[[], Hypothesis | None],
 ) -> Iterator[Fault]:  # fmt: skip
     """Faults of the catalogue, bound to the steps where the error of each sequence begins, or may have begun. The draft
     head (layer None) has those of an attention layer.
-    explained: the share of the error that the best of those explains that were tried so far."""
+    best: the hypothesis that explains most of those that were tried so far. If it explains nearly all of the error,
+    the fault that it names is still tried at earlier steps, and no other."""
     real_BT, kinds = rerun.tokens.mask.bool(), rerun.config.layer_types
     part = "mtp" if block == "mtp" else ""
     has = "attn" if layer is None or kinds[layer] == FULL else "gdn"
@@ -113,15 +115,17 @@ def hypotheses(
         return
     plans = _Plans(rerun, alignment, layer, tables_of(alignment, part))
     for number, begun in enumerate(earlier(onsets(plans.cuts, bad), plans.cuts)):
-        if not begun or (number and explained() > EXPLAINED):
+        if not begun:
             return
+        told = best() if number else None
+        name = told.name if told is not None and told.explains > EXPLAINED else ""
         step, at = begun[0].cuts[0].step, begun[0].cuts[0].at
         whose = "" if len(real_BT) == 1 else f"sequence {begun[0].b}, "
         more = f"; {len(begun)} sequences" if len(begun) > 1 else ""
         where = f"{whose}token {int(real_BT[begun[0].b].nonzero()[at])} on{more}"
-        for fault in (f for f in STEP_FAULTS if f.block == has):
-            for name, plan, kind in plans.of(fault, begun):
-                said = f"{'draft head: ' * bool(part)}{name} at step {step}{kind}"
+        for fault in (f for f in STEP_FAULTS if f.block == has and (not name or f"{f.name} " in name)):
+            for what, plan, kind in plans.of(fault, begun):
+                said = f"{'draft head: ' * bool(part)}{what} at step {step}{kind}"
                 yield Fault(said, block, seen=fault.seen, hand_over=plan, where=where)
 
 
@@ -145,7 +149,7 @@ class _Plans:
             plan = HandOver(broken, {o.b: o.before.at for o in begun}, fault.change, fault.shift, page=fault.page)
             if fault.needs in ("rejected", "padding"):
                 plan = self._with_foreign(plan, fault.needs)
-                if not plan.foreign:
+                if not plan.foreign or (kind and len(plan.foreign) <= len(begun)):
                     return
             if fault.needs != "other":
                 yield fault.name, plan, kind
