@@ -131,7 +131,7 @@ def text(result: Comparison, width: int = 80) -> str:
     lines: list[str] = []
 
     def say(label: str, value: str) -> None:
-        lines.extend(textwrap.wrap(f"{label:<9}{value}", width, subsequent_indent=" " * 9) or [""])
+        lines.extend(textwrap.wrap(f"{label[:8]:<9}{value}", width, subsequent_indent=" " * 9) or [""])
 
     def indented(value: str) -> None:
         lines.extend(textwrap.wrap(value, width, initial_indent="  ", subsequent_indent="  "))
