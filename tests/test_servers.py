@@ -32,9 +32,8 @@ from qwen35_moe.oracle.judge.envelope import LIMIT
 from qwen35_moe.oracle.judge.where import HERE, Where
 from qwen35_moe.oracle.servers import client
 from qwen35_moe.oracle.servers.answer import Answer
-from qwen35_moe.oracle.servers.buckets import buckets
 from qwen35_moe.oracle.servers.client import API_KEY, Server
-from qwen35_moe.oracle.servers.dialects import Asker
+from qwen35_moe.oracle.servers.dialects import Asker, buckets
 from qwen35_moe.oracle.servers.judge import DECIDED
 from qwen35_moe.oracle.servers.probe import How, Prepared, drawn_prompts, ordinary, prepare
 from qwen35_moe.oracle.servers.readers import from_bytes, from_json, read_answers

@@ -17,9 +17,8 @@ from ..numerics.choices import STATE_DTYPES
 from ..oracle.judge.where import Where
 from ..oracle.report import servers as pages
 from ..oracle.servers.answer import Answer
-from ..oracle.servers.buckets import Bucket, buckets
 from ..oracle.servers.client import API_KEY, RETRIES, Server
-from ..oracle.servers.dialects import ALL, APIS, Asker, saver
+from ..oracle.servers.dialects import ALL, APIS, Asker, Bucket, buckets, saver
 from ..oracle.servers.probe import GIVEN, How, Prepared, drawn_prompts, prepare
 from ..oracle.servers.readers import read_answers
 from ..oracle.servers.verdict import Verdict

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...model.config import Config
 from ...numerics.arithmetics import Arithmetic
@@ -15,17 +16,18 @@ from ...run.generate import uniform
 from ...run.prompt import padded
 from ...run.source import WeightSource
 from ..judge.envelope import legal, with_declared_caches
+from ..judge.routing import Routing, compare_ids
 from ..judge.split_k import samples
 from ..judge.where import HERE, Where
-from .answer import Answer, Row
+from .answer import FAR, Answer, Row, shaped
 from .hypotheses import PlacedFault, placed_faults
 from .judge import Judge, Positions
 from .replay import Branch, Replay
-from .routing import judge_routing
 from .verdict import Told, Verdict, decide, told
 
 MORE = 4  # legal arithmetics besides those of the envelope: their products in other orders
 FEWEST_POSITIONS = 16  # positions of generated tokens that are worth a truth of their own
+FLIPS_ALLOWED = 3  # of experts, in a layer
 GIVEN = 20  # likeliest tokens that a server is asked for
 
 
@@ -156,3 +158,50 @@ def drawn_prompts(config: Config, prompts: int, tokens: int, seed: int = 0) -> l
     """`prompts` lists of `tokens` ids, uniform over the ordinary ones: id = floor(u(seed, place) n)."""
     n = ordinary(config)
     return [[int(uniform(seed, p * tokens + t) * n) for t in range(tokens)] for p in range(prompts)]
+
+
+def judge_routing(
+    answers: Sequence[Answer], ids: Sequence[Sequence[int]], width: int, branches: Sequence[Branch], members: int
+) -> tuple[list[str], list[str]]:
+    """(what speaks against the engine, what else to say). `width`: T of the padded prompts; `branches`: the truth's and
+    `members` legal ones.
+
+    The experts are judged as those of a dump: as sets; a flip within the noise of the logits is legal. The noise is
+    what the legal arithmetics make of a router logit of that token by then, flips in the layers before among it. Those
+    move logits by more than a few runs show. So a layer counts as wrong only if it has more illegal flips than FAR
+    times what a legal arithmetic has when it is judged by the others, and FLIPS_ALLOWED besides.
+    """
+    truth = branches[0].routing
+    picked, theirs = list[int](), list[Tensor]()
+    for answer in answers:
+        b = next((b for b, known in enumerate(ids) if answer.ids[: len(known)] == list(known)), None)
+        if answer.routed is not None and b is not None:
+            A = truth[0][1].shape[-1]
+            found = shaped(answer.routed, len(truth), A, f"{answer.engine}: routed_experts")
+            n = min(len(ids[b]), len(found))
+            picked += range(b * width, b * width + n)
+            theirs.append(found[:n])
+    if not picked:
+        return [], []
+    rows, engine = torch.tensor(picked), torch.cat(theirs)
+    wrong, flips, total = list[str](), 0, 0
+    for i, (logits, chosen) in enumerate(truth):
+        ours = logits.flatten(0, -2)[rows]
+        legal = [b.routing[i] for b in branches[1 : members + 1]]
+        off = torch.stack([(x.flatten(0, -2)[rows] - ours).abs().amax(1) for x, _ in legal])
+        sets = chosen.flatten(0, -2)[rows]
+        result = compare_ids(sets, engine[:, i], ours, off.amax(0), i)
+        others = [
+            compare_ids(sets, x.flatten(0, -2)[rows], ours, torch.cat((off[:m], off[m + 1 :])).amax(0), i)
+            for m, (_, x) in enumerate(legal)
+        ]
+        flips, total = flips + len(result.flips), total + result.tokens
+        most = max(_illegal(r) for r in others)
+        if _illegal(result) > FAR * most + FLIPS_ALLOWED:
+            wrong.append(f"layer {i}: {_illegal(result)} of {result.tokens} sets of experts are none that rounding "
+                         f"makes (legal arithmetics: {most})")  # fmt: skip
+    return wrong, [f"experts: {total - flips} of {total} sets as the truth's"]
+
+
+def _illegal(r: Routing) -> int:
+    return len(r.illegal) + r.nonsense
