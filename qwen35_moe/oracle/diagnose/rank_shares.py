@@ -98,8 +98,7 @@ def swaps(error_T: Tensor, ids_TA: Tensor, count: int, at_most: int = 3) -> list
     either_EE = own_E[:, None] + own_E - both_EE
     cost_EE = tokens_E[:, None] + tokens_E
     good = (either_EE >= 0.98 * error_T.sum()).triu(1) & (own_E > 0)[:, None] & (own_E > 0)
-    pairs = good.nonzero().tolist()
-    return sorted(((a, b) for a, b in pairs), key=lambda ab: float(cost_EE[ab[0], ab[1]]))[:at_most]
+    return sorted(((a, b) for a, b in good.nonzero().tolist()), key=lambda ab: float(cost_EE[ab]))[:at_most]
 
 
 @dataclass
