@@ -11,7 +11,6 @@ from pathlib import Path
 from ..errors import Qwen35Error
 from ..untrusted import read_bytes
 from .folder import Folder
-from .header import TensorEntry
 from .reader import Reader
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -69,21 +68,15 @@ def verify_manifest(folder: Folder, reader: Reader, manifest: Path) -> Iterator[
             raise Qwen35Error("bad line in the manifest", where=where, expected="sha256 ... name", found=line[:200])
         last = rest.split()[-1].removeprefix("*")
         name = rest[2:] if rest[1] in " *" and (rest[2:] in tensors or is_file(rest[2:])) else last
-        if name in tensors:
-            found = tensor_digest(reader, tensors[name])
+        found = ""
+        if (stored := tensors.get(name)) is not None:
+            digest, buffer = hashlib.sha256(), memoryview(bytearray(min(HASHED_AT_ONCE, stored.nbytes)))
+            for begin in range(0, stored.nbytes, HASHED_AT_ONCE):
+                piece = buffer[: min(HASHED_AT_ONCE, stored.nbytes - begin)]
+                reader.read(stored, begin, piece)
+                digest.update(piece)
+            found = digest.hexdigest()
         elif is_file(name):
             with open(root / name, "rb") as handle:
                 found = hashlib.file_digest(handle, "sha256").hexdigest()
-        else:
-            found = ""
         yield Checksum(name, found, expected, str(manifest))
-
-
-def tensor_digest(reader: Reader, stored: TensorEntry) -> str:
-    """sha256 of a tensor's bytes, read in pieces."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(HASHED_AT_ONCE, stored.nbytes)))
-    for begin in range(0, stored.nbytes, HASHED_AT_ONCE):
-        piece = buffer[: min(HASHED_AT_ONCE, stored.nbytes - begin)]
-        reader.read(stored, begin, piece)
-        digest.update(piece)
-    return digest.hexdigest()
