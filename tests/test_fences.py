@@ -194,7 +194,8 @@ MEANINGLESS: list[tuple[str, Any]] = [
     ("meta.steps.1", None), ("meta.images", 5), ("meta.images", {}), ("meta.images", {"grids": {}, "placeholders": []}),
     ("meta.images", {"grids": {"image": [[1, 2]]}, "placeholders": [1]}), ("meta.draft_ids", 5),
     ("meta.draft_ids", [[["a"]]]), ("tensors.0.layer", 10**18), ("tensors.0.shape", [2**70]),
-    ("meta.checkpoint.path", 0.5), ("meta.checkpoint.path", ["x"]),
+    ("meta.checkpoint.path", 0.5), ("meta.checkpoint.path", ["x"]), ("meta.branches", 5), ("meta.branches", [[0]]),
+    ("meta.branches", [[9, 1]]), ("meta.branches", [[0, 99]]), ("meta.branches", [[0, 1]] * 9),
 ]  # fmt: skip
 
 

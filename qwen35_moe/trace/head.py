@@ -72,7 +72,7 @@ def check_meta(meta: Any, where: Path) -> None:
     if not isinstance(meta, dict):
         raise Qwen35Error("trace.json has no meta", where=where, expected="{...}", do="write the trace again")
     kinds = {"config": dict, "checkpoint": dict, "arithmetic": str, "fused": list, "layers": int, "steps": list,
-             "images": dict, "draft_ids": list}  # fmt: skip
+             "images": dict, "draft_ids": list, "branches": list}  # fmt: skip
     for key, kind in kinds.items():
         if meta.get(key) is not None and not isinstance(meta[key], kind):
             raise bad_head(where, f"meta.{key}", kind.__name__, meta[key])
@@ -87,6 +87,8 @@ def check_meta(meta: Any, where: Path) -> None:
             raise bad_head(where, f"meta.steps.{i}", "ids, positions and mask, each [B][T] whole numbers", step)
     if bad := [ids for ids in meta.get("draft_ids") or () if _shape(ids, -1) is None]:
         raise bad_head(where, "meta.draft_ids", "[B][T] token ids a draft", bad[0])
+    if (branches := meta.get("branches")) and (_shape(branches, 0) or (0, 0))[1] != 2:
+        raise bad_head(where, "meta.branches", "[n][2]: a sequence, and how many of its tokens a branch has", branches)
     if (images := meta.get("images")) is not None:
         grids, ids = images.get("grids"), images.get("placeholders")
         sizes = [_shape(grid, 1) for grid in grids.values()] if isinstance(grids, dict) else [None]

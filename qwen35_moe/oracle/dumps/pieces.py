@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,8 +76,12 @@ def fenced(load: Callable[[], Tensor], where: str) -> Tensor:
 def once(x: Tensor, load: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """For a piece that is mapped already, whose file need not be opened again for its first use. After that it is let
     go: pages that were read count as this process's memory while they are mapped."""
-    first = [x]
-    return lambda: first.pop() if first else load()
+    return partial(_once, [x], load)
+
+
+def _once(first: list[Tensor], load: Callable[[], Tensor]) -> Tensor:
+    """A function of its own, so that a dump can be sent to another process."""
+    return first.pop() if first else load()
 
 
 def itself(x: Tensor) -> Tensor:
