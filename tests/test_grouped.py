@@ -16,6 +16,7 @@ import qwen35_moe as q
 from qwen35_moe.model import moe
 from qwen35_moe.numerics import arithmetics as arithmetic
 from qwen35_moe.numerics.metrics import rel_l2
+from qwen35_moe.oracle.judge.split_k import split_products, splitting
 from qwen35_moe.quant import mxfp4
 from qwen35_moe.quant.packed import concatenate
 from qwen35_moe.run import fill
@@ -57,6 +58,21 @@ def test_grouped_is_the_loop(name: str, order: str) -> None:
         loop = plain.combine(x, ids, weights)
         assert torch.equal(experts.combine_grouped(x, ids, weights), loop)
         assert torch.equal(experts.combine(x, ids, weights), loop)
+
+
+@pytest.mark.parametrize("order", [None, 2, 3])
+def test_groups_are_split_as_a_whole(order: int | None) -> None:
+    """Split-K takes shares of all experts at once, to the bits of the shares of each."""
+    table = split_products(arithmetic.get("sglang-bf16"), 2, order)
+    weights_of = drawn(E, 2 * F, D, dtype=table.dtype), drawn(E, D, F, dtype=table.dtype, seed=1)
+    plain, experts = moe.DecodedExperts(*weights_of), ResidentExperts(*weights_of)
+    (ids, weights), x = routed(T), drawn(T, D, dtype=table.dtype, seed=2)
+    with arithmetic.using(table):
+        whole = plain.combine(x, ids, weights.float())
+        with splitting(table):
+            loop = plain.combine(x, ids, weights.float())
+            assert torch.equal(experts.combine_grouped(x, ids, weights.float()), loop)
+    assert not torch.equal(whole, loop)
 
 
 @pytest.mark.parametrize("tokens", [3, T])

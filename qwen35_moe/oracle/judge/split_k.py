@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...numerics.arithmetics import Arithmetic
+from ...run.gpu.grouped import looped_linear
 
 PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 _SPLIT = re.compile(r"/split-(\d+)(?:\.(\d+))?$")
@@ -46,14 +47,14 @@ class SplitK(TorchFunctionMode):
         kwargs = kwargs or {}
         if f in PRODUCTS and args[0].dtype == torch.float32:
             return f(*(x.to(self.dtype).to(torch.float32) for x in args))
-        if f not in (F.linear, torch._grouped_mm) or args[0].dtype == torch.float64:
+        if f not in (F.linear, torch._grouped_mm, looped_linear) or args[0].dtype == torch.float64:
             return f(*args, **kwargs)
         x, grouped = args[0], f is torch._grouped_mm
 
         def product(a: Tensor, b: Tensor) -> Tensor:
             if grouped:  # rows are whole 16 bytes there
                 a, b = (F.pad(y, (0, -y.shape[-1] % 8)) for y in (a, b))
-            return f(a, b.mT if grouped else b, **kwargs).to(self.dtype)
+            return f(a, b.mT if grouped else b, *args[2:], **kwargs).to(self.dtype)
 
         parts = map(product, self._shares(x), self._shares(args[1].mT if grouped else args[1]))
         total = next(parts).to(torch.float32)

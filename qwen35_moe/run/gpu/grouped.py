@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ...model.ops import accumulation_dtype, one_wide, promote
 from ...numerics import arithmetics as arithmetic
@@ -59,13 +60,21 @@ def grouped_linear(name: str, x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) 
     if has_grouped_mm(dtype, x_NI.device, x_NI.shape[1]):
         y_NO = _grouped_mm(x_NI, weight_EOI.mT, offs=ends_E)
     else:
-        y_NO, start = x_NI.new_empty(len(x_NI), weight_EOI.shape[1], dtype=dtype), 0
-        x_NI = x_NI.to(dtype)
-        for end, weight_OI in zip(ends_E.tolist(), weight_EOI, strict=True):
-            if end > start:
-                y_NO[start:end] = F.linear(x_NI[start:end], weight_OI.to(dtype))
-            start = end
+        y_NO = looped_linear(x_NI.to(dtype), weight_EOI, ends_E)
     return _rounded(name, y_NO)
+
+
+def looped_linear(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows ends[e-1] .. ends[e] of x times weight[e]^T in the dtype of x, one product each. A mode may override
+    it as a whole.  -> [N, O]"""
+    if has_torch_function((x_NI,)):
+        return handle_torch_function(looped_linear, (x_NI,), x_NI, weight_EOI, ends_E)
+    y_NO, start = x_NI.new_empty(len(x_NI), weight_EOI.shape[1]), 0
+    for end, weight_OI in zip(ends_E.tolist(), weight_EOI, strict=True):
+        if end > start:
+            y_NO[start:end] = F.linear(x_NI[start:end], weight_OI.to(x_NI.dtype))
+        start = end
+    return y_NO
 
 
 # Public since torch 2.10, the same operation under a private name before.
