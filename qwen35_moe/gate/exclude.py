@@ -63,15 +63,15 @@ def shape_of(text: str) -> str:
 
 
 @lru_cache(maxsize=65536)
-def shapes_of(entry: str) -> tuple[str, tuple[str, ...]]:
-    """The shapes of an entry and of its runs."""
-    return shape_of(entry), tuple(map(shape_of, runs_of(entry)))
+def shapes_of(entry: str) -> tuple[str, str]:
+    """The shapes of an entry and of its longest run."""
+    return shape_of(entry), shape_of(max(runs_of(entry), key=len, default=""))
 
 
 def may_match(entry: str, shape: str) -> bool:
     """Whether an entry may name a module of this shape, or continue its name, or hold it."""
-    whole, runs = shapes_of(entry)
-    return shape in whole or all(run in shape for run in runs)
+    whole, run = shapes_of(entry)
+    return run in shape or shape in whole
 
 
 class EntryIndex:
