@@ -32,8 +32,9 @@ CACHED = (
     "prompt without a prefix cache"
 )
 FLIPS = 0.05  # of a layer's tokens have legally other experts: 47 of 1052 in SGLang 0.5.17 on a slice of the 35B
-# Cached values carry the errors of all layers before, which the rerun's do not: clean runs in W8A8 reached 1.4 limits.
-CACHED_LIMITS = 2.0
+# Cached values carry the errors of all layers before, which the rerun's do not: clean runs in W8A8 reached 1.36 limits,
+# the least unlisted fault of the score made 1.74.
+CACHED_LIMITS = 1.5
 SAMPLES, TABLES_PER_BATCH = 24, 4
 LOOK, DOUBTFUL_LIMITS = 2.0, 4.0
 
