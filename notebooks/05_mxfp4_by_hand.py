@@ -175,7 +175,8 @@ matrix = bf16.weight(name).read().decode(torch.float64)
 stored = mxfp4.weight(name).read()
 codes, scales = encode(matrix, "even")
 assert torch.equal(codes, stored.codes) and torch.equal(scales, stored.scales)
-print(f"{name}: {list(matrix.shape)}, {2 * matrix.numel()} bytes in BF16, {stored.nbytes} in MXFP4")
+packed = stored.codes.nbytes + stored.scales.nbytes
+print(f"{name}: {list(matrix.shape)}, {2 * matrix.numel()} bytes in BF16, {packed} in MXFP4")
 
 fig, axes = plt.subplots(1, 3, figsize=(8.4, 2.6))
 size = matrix.abs().max()

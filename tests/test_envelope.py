@@ -48,6 +48,12 @@ def test_split_products_are_sums_of_rounded_parts() -> None:
         assert all(v == v.to(torch.bfloat16) for v in F.linear(x, w).flatten())
 
 
+def test_a_bias_is_added_once() -> None:
+    x, w, bias = (torch.full(size, value) for size, value in (((3, 8), 1.0), ((2, 8), 0.5), ((2,), 16.0)))
+    with SplitK(4):
+        assert (F.linear(x, w, bias) == 20).all()  # each of these numbers is one of bf16
+
+
 @pytest.mark.parametrize("parts", [2, 3])
 def test_grouped_products_are_split_as_others(parts: int) -> None:
     x, w = (y.to(torch.bfloat16) for y in (_random(6, 48), _random(3, 16, 48)))

@@ -50,6 +50,7 @@ class SplitK(TorchFunctionMode):
         if f not in (F.linear, torch._grouped_mm, looped_linear) or args[0].dtype == torch.float64:
             return f(*args, **kwargs)
         x, grouped = args[0], f is torch._grouped_mm
+        args, bias = (args[:2], [b for b in args[2:] if b is not None]) if f is F.linear else (args, [])
 
         def product(a: Tensor, b: Tensor) -> Tensor:
             if grouped:  # rows are whole 16 bytes there
@@ -61,7 +62,7 @@ class SplitK(TorchFunctionMode):
         for part in parts:
             total = total + part
             total = total.to(self.dtype).to(torch.float32) if self.running else total
-        return total.to(x.dtype)
+        return sum(bias, total).to(x.dtype)  # a bias is added once
 
     def _shares(self, x: Tensor) -> Sequence[Tensor]:
         if self.order is not None:
