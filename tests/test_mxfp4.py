@@ -21,6 +21,7 @@ from qwen35_moe.quant.mxfp4 import (
     SCALE_RULES,
     PackedMXFP4,
     decode,
+    decode_flat,
     decode_plain,
     encode,
     products,
@@ -80,6 +81,16 @@ def test_every_byte_pair_is_what_ocp_says(dtype: torch.dtype) -> None:
     assert sorted(set(expected[~held].abs().tolist())) == beyond
     result = decode(codes, scales, dtype)
     assert torch.equal(bits(result), bits(expected.to(dtype)))
+    assert torch.equal(bits(result), bits(decode_plain(codes, scales, dtype)))
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+def test_the_formula_that_a_gpu_compiles(dtype: torch.dtype) -> None:
+    codes, scales = every_byte_pair()
+    table = products(torch.promote_types(dtype, torch.float32), torch.device("cpu"))
+    result = torch.empty(256, 512, dtype=dtype)
+    worth = table[:, 2].contiguous()  # code 2 is 1.0
+    decode_flat(codes.flatten(), scales.flatten(), table[127], worth, result.view(-1))
     assert torch.equal(bits(result), bits(decode_plain(codes, scales, dtype)))
 
 
