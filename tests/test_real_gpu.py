@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,8 @@ def test_images_of_a_real_sglang(dumps: Path, tmp_path: Path, bug: str) -> None:
         assert judge.said(result, name).right, (result.verdict, result.diagnoses)
     if bug == "position-table-ignored":
         assert result.first is not None and "worst row: patch " in text.worst(result.first)
+        state = replace(result.first, key="layers.0.gdn_state", worst=(1, -1))  # after the end of a sequence
+        assert text.row_text(state) == "sequence 1, token -1"
 
 
 @pytest.mark.parametrize("setup", ["tp2", "ep2"])

@@ -70,7 +70,7 @@ def worst(first: Record) -> str:
 def row_text(record: Record) -> str:
     """The worst row: a token of a sequence, or a patch of the images."""
     row, token = record.worst or (0, 0)
-    return f"sequence {row}, token {token}" if token >= 0 else f"patch {row}"
+    return f"patch {row}" if record.key.startswith("visual.") else f"sequence {row}, token {token}"
 
 
 def starts(record: Record, most: int = 3) -> str:
