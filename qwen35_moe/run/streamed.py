@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from copy import deepcopy
 from itertools import groupby, islice
 from typing import Any
 
@@ -54,7 +53,7 @@ class StreamedLayers(Sequence[nn.Module]):
         if not 0 <= i < len(self):
             raise IndexError(i)
         if not self.ahead:
-            layer = deepcopy(self.empty[i])
+            layer = twin(self.empty[i])
             fill(layer, f"{self.prefix}.{i}", self.source, self.table, self.device, "stream")
             return layer
         return self._arrived(i, None)
@@ -174,7 +173,7 @@ class StreamedPart(nn.Module):
         self.empty = (empty,)  # in a tuple: its parameters, which are none, are not this module's
 
     def forward(self, *args: Any) -> Tensor:
-        part = deepcopy(self.empty[0])
+        part = twin(self.empty[0])
         stream_layers(part, LAYERS_OF_PART[self.name], f"{self.name}.{LAYERS_OF_PART[self.name]}", *self.read_from)
         fill(part, self.name, *self.read_from, mode="stream")
         return part(*args)
