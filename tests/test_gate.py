@@ -60,7 +60,7 @@ def test_exclude_rows(name: str, exclude: list[str], expected: str) -> None:
 
 
 def test_draft_layers_by_number() -> None:
-    """#36124: GLM-5.2 spells its draft `model.layers.78`; the seed PR let three such names veto 78 layers."""
+    """#36124: GLM-5.2 spells its draft `model.layers.78`; PR 22948 let three such names veto 78 layers."""
     names = [f"model.layers.78.mlp.shared_experts.{p}_proj" for p in ("down", "gate", "up")]
     quant = quark(*names, *(f"model.layers.78.mlp.experts.{e}.up_proj" for e in range(8)))
     assert not can_fuse_shared_expert(GLM, quant, "sglang-22948")

@@ -1,4 +1,4 @@
-"""ATOM's gates, written from what they do, not copied: atom/model_ops/topK.py, config.py, quant_spec.py."""
+"""ATOM's rules, written from what they do, not copied: atom/model_ops/topK.py, config.py, quant_spec.py."""
 
 from __future__ import annotations
 
@@ -55,9 +55,8 @@ atom_multimodal = partial(
 
 
 def atom_first_entry(model: GateModel, layer: MoEBlock, options: Options) -> Answers:
-    """ATOM without prefixes: the first entry that contains "shared_expert" speaks for all layers.
-
-    It is often `shared_expert_gate`, or belongs to the draft, and then switches fusion off for no reason.
+    """ATOM where its gate is called without the names of the modules: the first entry that contains "shared_expert"
+    decides for all layers. Often that is the gate vector's, or the draft's, and fusion is off for no reason.
     """
     yield from _refusals(model, options)
     quant = model.quant.read_as("atom")

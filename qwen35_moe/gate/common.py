@@ -64,6 +64,6 @@ def several_steps(spec: Mapping[str, Any]) -> bool:
 
 
 def first_entry(quant: QuantConfig, test: Callable[[str], bool]) -> Hit | None:
-    """The first entry of the exclude list that passes a test of the raw string."""
+    """The first entry of the exclude list whose text passes a test."""
     listed = quant.exclude
     return next((listed.quoted(i, "substring") for i, entry in enumerate(listed.entries) if test(entry)), None)

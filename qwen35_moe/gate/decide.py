@@ -1,17 +1,17 @@
-"""The fusion gate: may the shared expert become one more slot of the routed experts?
+"""The fusion gate: one answer for everybody who asks whether the shared expert is fused.
 
-One predicate for loader, constructor and router. sglang PR 22948 exists because there were three: the model fused, the
-exclude list said BF16, and the loader copied BF16 bytes into a packed FP4 slot, which reads as noise.
+Before sglang PR 22948 the model, the exclude list and the loader were not asked together: the model fused, the list
+said BF16, and the loader copied BF16 bytes into an FP4 slot, which computes noise.
 
 >>> decision = can_fuse_shared_expert(config)
->>> if decision: ...            # bool-like
+>>> if decision: ...            # true if fused
 >>> print(decision)             # the reason, and the very entry of the exclude list
 
 The way to a decision, file by file:
 1. records.GateModel: of config.json, the MoE layers, the experts' sizes and the quantization_config.
-2. dialects: a quantization_config becomes an exclude list, patterns for single layers, and a default.
+2. dialects: a quantization_config becomes an exclude list, specs for patterns of names, and a default.
 3. names, readings: one engine's names for modules, its renaming of entries, and its ways of matching them.
-4. exclude, declared: what one module is to this reader, and which entry says so.
+4. exclude, declared: what one module is under this reading, and which entry says so.
 5. strict, sglang, vllm, atom: a rule compares the shared expert with the routed ones, and gives its reason.
 6. here: a rule for each layer, one answer for all, and what would break if an engine acted on its answer.
 """
@@ -28,7 +28,7 @@ from ..quant.precision import BF16, UNSTATED, ModuleSpec
 from .atom import atom, atom_first_entry, atom_multimodal
 from .common import Rule
 from .declared import QuantConfig
-from .names import ATOM, ATOM_MULTIMODAL, SGLANG, VLLM, Namespace, fused_name
+from .names import ATOM, ATOM_MULTIMODAL, SGLANG, VLLM, Namespace, merged_name
 from .records import PROJECTIONS, Decision, Evidence, GateModel, MoEBlock, Options
 from .sglang import plain_draft, sglang_0_5_23, sglang_22948
 from .strict import SpecLookup, Stored, TooManyPatterns, layer_facts, read_stored, strict
@@ -37,11 +37,12 @@ from .vllm import all_or_none, vllm_0_33
 
 @dataclass(frozen=True)
 class RuleInfo:
-    """A rule, and how the loader that goes with it reads the exclude list.
+    """A rule, and how the loader of the same engine reads the exclude list.
 
-    names: the engine's names for modules; None where any spelling counts. by_layer: the answer may differ from layer to
-    layer. together: what the engine makes of the answers for all layers. fp8: how it reads lists of the method fp8.
-    plain_draft: whether it builds the draft of a model without a quantisation.
+    semantics, fp8: the reading (`readings.SEMANTICS`) of Quark's lists, and of those of the method fp8. names: the
+    engine's names for modules; None where any spelling counts. by_layer: the answer may differ from layer to layer.
+    together: what the engine makes of the answers for all layers. plain_draft: whether it builds a model's draft
+    unquantised, whatever the target is.
     """
 
     decide: Rule
@@ -54,24 +55,24 @@ class RuleInfo:
     plain_draft: Callable[[GateModel], bool] = lambda _: False
 
     def sees(self, model: GateModel) -> GateModel:
-        """The model as the engine reads its config.json."""
+        """The model as the engine sees it: only vLLM looks for a quantization_config in text_config."""
         unseen = model.quant_inside and self.semantics != "vllm"
         return replace(model, quant=QuantConfig.from_dict(None)) if unseen else model
 
     def takes(self, quant: QuantConfig, module: str) -> ModuleSpec:
-        """What the loader takes a projection for. SGLang and vLLM ask by the name of the fused module first."""
-        fused = fused_name(module) if self.semantics != "atom" else ""
-        return BF16 if fused and quant.exclude.direct(quant.names(fused)) else quant.spec_of(module).spec
+        """What the loader takes a projection for. SGLang and vLLM ask by the name of the merged module first."""
+        merged = merged_name(module) if self.semantics != "atom" else ""
+        return BF16 if merged and quant.exclude.direct(quant.names(merged)) else quant.spec_of(module).spec
 
     def reading(self, model: GateModel) -> QuantConfig:
-        """A model's configuration as the engine's loader takes it."""
+        """The model's quantization_config as the engine's loader reads it."""
         model = self.sees(model)
         how = {"quark": self.semantics, "fp8": self.fp8}.get(model.quant.method)
         return model.quant.read_as(how, self.names, model.nested) if how else model.quant
 
 
 ENGINE_RULES = {
-    "sglang-22948": RuleInfo(sglang_22948, "sglang", "sgl-project/sglang #22948, the seed PR", SGLANG, by_layer=False),
+    "sglang-22948": RuleInfo(sglang_22948, "sglang", "sgl-project/sglang #22948", SGLANG, by_layer=False),
     "sglang-0.5.23": RuleInfo(
         sglang_0_5_23, "sglang", "SGLang 0.5.23", SGLANG, False, plain_draft=lambda m: plain_draft(m) is not None
     ),
@@ -108,7 +109,7 @@ def can_fuse_shared_expert(
 
     config: a config.json's dictionary (nested or flat) or a config object. quant_config: its quantization_config, if
     not inside. rule: one of RULES. stored: module name -> ModuleSpec of what the tensors really are
-    (`Checkpoint.spec`), for `strict`; engines do not look. options: fields of `Options`.
+    (`Checkpoint.spec`); `strict` alone looks at it. options: fields of `Options`.
 
     True only if every MoE layer agrees; the draft has its own decision, in `decide_layers`.
     Error: unknown rule, option or quantisation method.
@@ -162,8 +163,9 @@ def rule_named(rule: str) -> str:
 def hazards(config: Any, quant_config: Any, decisions: Iterable[Decision], stored: Stored = None) -> dict[str, str]:
     """What would go wrong if an engine acted on its decisions: layer name -> what breaks.
 
-    Judged by what is stored, or without bytes by the writer's reading of the exclude list. Two kinds: bytes that do not
-    fit the fused slot (the failure of PR 22948), and a loader that takes a module for something it is not.
+    Judged by the stored specs; where none are given, by the exclude list under the reading of the tool that wrote it.
+    Two kinds: bytes that do not fit the fused slot (the failure of PR 22948), and a loader that takes a module for
+    something that it is not.
     """
     model, lookup, found = GateModel.from_config(config, quant_config), read_stored(stored), dict[str, str]()
     layers = {layer.name: layer for layer in (*model.layers, *model.drafts)}
@@ -204,9 +206,9 @@ def _breaks(model: GateModel, layer: MoEBlock, decision: Decision, stored: SpecL
 
 
 def slot_guard(slot: str, spec: ModuleSpec, tensors: Mapping[str, ModuleSpec | None], *, convert: bool = False) -> None:
-    """Refuses to fill a fused slot with anything but what its kernel reads. The loader calls it before copying a byte.
+    """Refuses to fill slot E with anything but what its kernel reads. The loader calls it before copying a byte.
 
-    slot: its name, for the message. spec: the routed experts' spec. tensors: shared expert module -> what is stored.
+    slot: its name, for the message. spec: the routed experts' spec. tensors: module of the body -> what is stored.
     convert: floats are quantised to the slot's format on the way (online conversion), so floats are allowed.
     Error, naming the tensor: its bytes are of another kind than the slot's; a part of the slot would stay unfilled; a
     tensor would be left over.

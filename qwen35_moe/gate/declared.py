@@ -1,7 +1,7 @@
-"""One precision per module: what a quantization_config says a module is, and the entry that says so.
+"""What a quantization_config says of one module, whatever method wrote it, and the entry that says so.
 
-Every dialect that has a reader (`dialects.DIALECT_READERS`) becomes one question, `QuantConfig.spec_of(name)`.
-The reviewers of sglang PR 22948 asked for that: so no gate has to search strings for "shared_expert".
+`QuantConfig.spec_of(name)` answers that for every method of `dialects.DIALECT_READERS`. The reviewers of sglang PR
+22948 asked for such a question, so that no rule need search strings for "shared_expert".
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..errors import Qwen35Error
 from ..quant.precision import BF16, UNSTATED, ModuleSpec
 from .dialects import ALIASES, DIALECT_READERS
 from .exclude import EntryIndex, ExcludeList, Hit
-from .names import Namespace, expand_fused, spellings
+from .names import Namespace, parts_of, spellings
 
 
 class Resolution(NamedTuple):
@@ -28,7 +28,7 @@ class Resolution(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """A quantization_config: an exclude list, ordered patterns for single layers, and a default."""
+    """A quantization_config: an exclude list, specs for patterns of names (the first that matches), and a default."""
 
     method: str
     exclude: ExcludeList
@@ -70,7 +70,7 @@ class QuantConfig:
             raise Qwen35Error("cannot be read", where=where, expected=expected, found=error) from error
 
     def read_as(self, semantics: str, namespace: Namespace | None = None, nested: bool = True) -> QuantConfig:
-        """The same configuration as another reader takes it: its tests (readings.SEMANTICS), its names for modules."""
+        """The same configuration under a reading (`readings.SEMANTICS`), with an engine's names for modules."""
 
         def made() -> QuantConfig:
             entries, layers, count = self.exclude.entries, self.layers, self.num_hidden_layers or 0
@@ -88,14 +88,14 @@ class QuantConfig:
         return self.view("nothing excluded", lambda: replace(self, exclude=nothing, views={}))
 
     def view(self, key: object, make: Callable[[], Any]) -> Any:
-        """What `make` finds in this configuration, found once."""
+        """`make()`, called once for a key: what was found in this configuration is kept with it."""
         if key not in self.views:
             self.views[key] = make()
         return self.views[key]
 
     @property
     def is_read(self) -> bool:
-        """Whether the method has a reader, so that `spec_of` knows more than that something is quantised."""
+        """Whether the method is known, so that `spec_of` says more than that something is quantised."""
         return self.method in DIALECT_READERS or self.method == "none"
 
     @cached_property
@@ -104,29 +104,29 @@ class QuantConfig:
 
     @cached_property
     def key_specs(self) -> tuple[Any, ...]:
-        """The raw specs of layer_quant_config, in the order of `layer_index`: of keys that become one, the last."""
+        """Quark's own dictionaries for the entries of `layer_index`; of keys that are renamed alike, the last."""
         given, names, count = self.raw.get("layer_quant_config") or {}, self.namespace, self.num_hidden_layers or 0
         return tuple({names.key(k, self.nested, count) if names else k: spec for k, spec in given.items()}.values())
 
     def names(self, module: str) -> tuple[str, ...]:
-        """The names under which entries may name a module."""
+        """The names of a module that entries are compared with."""
         if self.namespace is not None:
             return (self.namespace.module(module, self.nested, self.num_hidden_layers or 0),)
         return spellings(module, self.num_hidden_layers, self.shared_word)
 
     def excluded(self, module: str) -> Hit | None:
-        """The entry that excludes a module. Error: an entry that names only some parts of a fused one."""
+        """The entry that excludes a module. Error: only some parts of a merged module are excluded."""
         return self.exclude.hit(self.names(module))
 
     def spec_of(self, module_name: str) -> Resolution:
-        """The module's precision and the deciding entry: exclude list first, then layer patterns, then the default.
+        """The module's spec and the deciding entry: exclude list first, then patterns of names, then the default.
 
-        The name may have any prefix, or be fused (`gate_up_proj`), or name all experts of a layer (`….mlp.experts`).
-        Error: parts of a fused module with different precisions.
+        The name may have any prefix, be a merged module's, or name all experts of a layer (`….mlp.experts`).
+        Error: parts of a merged module with different specs.
         """
         if hit := self.excluded(module_name):
             return Resolution(BF16, hit)
-        if (parts := expand_fused(module_name)) and self.layers:
+        if (parts := parts_of(module_name)) and self.layers:
             found = [self.spec_of(part) for part in parts]
             if any(f.spec != found[0].spec for f in found):
                 said = "; ".join(f"{p}: {f.spec} from {f.hit}" for p, f in zip(parts, found, strict=True))
@@ -168,7 +168,7 @@ def stated_method(raw: Mapping[str, Any]) -> str:
 
 
 def method_of(raw: Mapping[str, Any]) -> str:
-    """The quant_method of a quantization_config. Error: one that has no reader."""
+    """The quant_method of a quantization_config. Error: one that is not in DIALECT_READERS."""
     method = stated_method(raw)
     if method not in DIALECT_READERS:
         where, expected = "quantization_config.quant_method", ", ".join(sorted(DIALECT_READERS))
@@ -178,8 +178,8 @@ def method_of(raw: Mapping[str, Any]) -> str:
 
 
 def as_raw(quant_config: Any) -> Mapping[str, Any]:
-    """The dictionary behind a quantization_config: itself; an object's `to_dict()`; or of an engine's object the
-    dictionary that it keeps (`quant_config`) or its attributes, with `exclude_layers` as the exclude list."""
+    """A quantization_config as a dictionary. Of an object: its `to_dict()`; else the `quant_config` that it keeps, or
+    its attributes. `exclude_layers`, as engines call it, becomes the exclude list."""
     raw = quant_config.to_dict() if hasattr(quant_config, "to_dict") else quant_config
     if raw is not None and not isinstance(raw, Mapping):
         if not hasattr(raw, "__dict__"):

@@ -1,4 +1,4 @@
-"""The dialects of quantization_config that are read, method by method: see DIALECT_READERS."""
+"""How each quant_method writes its quantization_config: one parser a method, in DIALECT_READERS."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .readings import layer_class
 
 
 class Declared(NamedTuple):
-    """What a configuration says: an exclude list, the default and ordered patterns for single layers, each with the
-    key that states it."""
+    """What a configuration says: an exclude list, a default, and specs for patterns of names in their order; of the
+    last two also the key that states them."""
 
     exclude: ExcludeList
     default: ModuleSpec
@@ -24,7 +24,7 @@ class Declared(NamedTuple):
 
 
 def steps(spec: Any) -> list[Mapping[str, Any]]:
-    """Quark quantises a tensor in one step or in several."""
+    """The steps in which Quark quantises a tensor, mostly one: spec["weight"] or spec["input_tensors"], as a list."""
     return [step for step in (spec if isinstance(spec, list) else [spec]) if isinstance(step, Mapping) and step]
 
 
@@ -115,12 +115,12 @@ def _modelopt(raw: Mapping[str, Any]) -> Declared:
 
 
 def modelopt_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What ModelOpt says: hf_quant_config.json has it one level down."""
+    """The dictionary with ModelOpt's keys: in hf_quant_config.json it lies under `quantization`."""
     return raw.get("quantization", raw)
 
 
 def modelopt_list(raw: Mapping[str, Any]) -> str:
-    """Where ModelOpt lists what it leaves out: hf_quant_config.json has one key, config.json either, `ignore` first."""
+    """The key of ModelOpt's exclude list: `ignore`, if config.json has it; otherwise `exclude_modules`."""
     return "ignore" if "quantization" not in raw and "ignore" in raw else "exclude_modules"
 
 

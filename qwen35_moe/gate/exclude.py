@@ -1,4 +1,4 @@
-"""Which entry of an exclude list names a module, under a reading of `readings.SEMANTICS`.
+"""Which entry of an exclude list names a module, under one reading (`readings.SEMANTICS`).
 
 Lists have up to 30,840 entries, which name single experts one by one. An entry that states a layer's number, or an
 expert's, cannot match a name with another number. So `EntryIndex` keeps entries by these two numbers.
@@ -16,7 +16,7 @@ from heapq import merge
 from itertools import product
 
 from ..errors import Qwen35Error
-from .names import expand_fused, is_plain
+from .names import is_plain, parts_of
 from .readings import LAYER_CLASSES, SEMANTICS, Test, matched, occurs_in_key
 
 LAYER_PART, EXPERT = re.compile(r"(?:layers|blocks)\.\d+(?=\.|$)"), re.compile(r"experts\.(\d+)(?:\.|$)")
@@ -38,7 +38,7 @@ def numbers_of(name: str) -> Numbers:
 
 
 def runs_of(entry: str) -> tuple[str, ...]:
-    """The literal runs of an entry, all of which occur in whatever it matches; none where that cannot be told."""
+    """The texts between an entry's wildcards, which occur in whatever it matches; none where that cannot be told."""
     if is_plain(entry):
         return () if entry in LAYER_CLASSES else (entry,)
     if not entry.startswith(("re:", "-:", "+:")):
@@ -64,12 +64,12 @@ def shape_of(text: str) -> str:
 
 @lru_cache(maxsize=65536)
 def shapes_of(entry: str) -> tuple[str, str]:
-    """The shapes of an entry and of its longest run."""
+    """The shapes of an entry and of its longest run (`runs_of`)."""
     return shape_of(entry), shape_of(max(runs_of(entry), key=len, default=""))
 
 
 def may_match(entry: str, shape: str) -> bool:
-    """Whether an entry may name a module of this shape, or continue its name, or hold it."""
+    """Whether an entry may name a module of this shape, or begin with its name, or contain it."""
     whole, run = shapes_of(entry)
     return run in shape or shape in whole
 
@@ -77,7 +77,7 @@ def may_match(entry: str, shape: str) -> bool:
 class EntryIndex:
     """The entries of one list, by the numbers that they require.
 
-    values: what each entry stands for, where that is more than "excluded".
+    values: the spec that each entry gives; none of an exclude list.
     """
 
     def __init__(self, entries: Iterable[str], values: Sequence[Hashable] = ()):
@@ -95,25 +95,25 @@ class EntryIndex:
         return next(((i, how) for i, entry in found if (how := matched(entry, name, tests))), None)
 
     def naming(self, name: str) -> Iterator[tuple[int, str]]:
-        """(index, entry) in the list's order: those that could match a name."""
+        """(index, entry) in the list's order: those that may match a name."""
         return self._merged(self._fit(key, name) for key in _keys(*numbers_of(name)))
 
     def around(self, name: str) -> Iterator[tuple[int, str]]:
-        """The same, and those that hold the name."""
+        """The same, and those that contain the name."""
         layer, expert = numbers_of(name)
         if layer is None:
             return iter(enumerate(self.entries))
         return self._merged(self._fit(key, name) for key in _keys(layer, ANY_EXPERT if expert is None else expert))
 
     def below(self, name: str) -> Iterator[tuple[int, str]]:
-        """(index, entry) in the list's order: those that continue `name.`"""
+        """(index, entry) in the list's order: those that begin with `name.`"""
         return ((i, entry) for i, entry in self.around(name) if entry.startswith(name + "."))
 
     def experts(self, name: str) -> dict[int, Hashable]:
-        """The experts of the name's layer that some entry names by number, and what is said of each.
+        """Expert -> what the list says of it, for experts of the name's layer that an entry names by number.
 
-        Entries are read alike for two experts of whom the same is said: the same entries but for the number, with the
-        same values, at the same place among the entries that name no expert.
+        Two experts with equal values here are alike under every reading: the same entries but for the number name
+        them, give them the same specs, and stand at the same place among the entries that name no expert.
         """
         layer, _ = numbers_of(name)
         others = [i for i, _ in self._merged(self._by.get(key, []) for key in _keys(layer, None))]
@@ -177,16 +177,16 @@ class ExcludeList:
     def hit(self, names: str | Sequence[str]) -> Hit | None:
         """The entry that excludes a module, given by all spellings of its name; None if no entry does.
 
-        Error: parts of a fused module disagree (engines refuse to load such a checkpoint).
+        Error: parts of a merged module disagree (engines refuse to load such a checkpoint).
         """
         return self._find((names,) if isinstance(names, str) else tuple(names))
 
     def direct(self, names: Sequence[str]) -> Hit | None:
-        """As `hit`, by the names alone: neither parts nor children."""
+        """As `hit`, by the names alone: no parts of a merged module, no entries for single experts."""
         return self._earliest(self.index.first(name, self.semantics.tests) for name in names)
 
     def below(self, names: Sequence[str], how: str) -> Hit | None:
-        """The first entry for a module below one of these."""
+        """The first entry for a module below one of these; `how` goes into the answer."""
         return self._earliest(next(((i, how) for i, _ in self.index.below(name)), None) for name in names)
 
     def quoted(self, index: int, how: str) -> Hit:
@@ -201,7 +201,7 @@ class ExcludeList:
         return self.direct(names) or self.below(children, "one expert excludes the module") or self._parts(names)
 
     def _parts(self, names: Sequence[str]) -> Hit | None:
-        parts = expand_fused(names[0])
+        parts = parts_of(names[0])
         hits = [self.direct([f"{n.rpartition('.')[0]}.{p.rpartition('.')[2]}" for n in names]) for p in parts]
         if any(hits) and not all(hits):
             what, do = "an exclude list names some parts of a fused module and not others", "list every part"

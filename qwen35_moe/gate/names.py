@@ -1,4 +1,4 @@
-"""Names of modules: how checkpoints spell them, how engines do, and what an entry's words give away."""
+"""Names of modules: how checkpoints spell them, how engines do, and what the text of an entry says by itself."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-# Prefixes of the hub, of older vision-language exports and of text-only saves; a longer one before its own beginning.
+# Prefixes of checkpoints on the hub, of older vision-language exports and of text-only saves; a longer one first.
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "language_model.")
-# Modules that engines build as one, and the names under which a checkpoint stores the parts.
-FUSED_NAMES = {
+# Merged module -> the names under which a checkpoint stores its parts.
+MERGED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
     "in_proj_qkvzba": ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
 }
-FUSED_OF = {part: fused for fused, parts in reversed(FUSED_NAMES.items()) for part in parts}
+MERGED_OF = {part: merged for merged, parts in reversed(MERGED.items()) for part in parts}
 
 
-def expand_fused(name: str) -> tuple[str, ...]:
-    """`….mlp.shared_expert.gate_up_proj` -> its parts; () for a module that is not fused."""
+def parts_of(name: str) -> tuple[str, ...]:
+    """`….mlp.shared_expert.gate_up_proj` -> its parts; () for a module that is not merged."""
     head, dot, last = name.rpartition(".")
-    return tuple(head + dot + part for part in FUSED_NAMES.get(last, ()))
+    return tuple(head + dot + part for part in MERGED.get(last, ()))
 
 
-def fused_name(name: str) -> str:
-    """`….shared_expert.up_proj` -> the module that engines build of it and its neighbours, `….gate_up_proj`; or ""."""
+def merged_name(name: str) -> str:
+    """`….shared_expert.up_proj` -> the merged module that it is a part of, `….shared_expert.gate_up_proj`; or ""."""
     head, dot, last = name.rpartition(".")
-    return head + dot + FUSED_OF[last] if last in FUSED_OF else ""
+    return head + dot + MERGED_OF[last] if last in MERGED_OF else ""
 
 
 @lru_cache(maxsize=16384)
@@ -65,9 +65,9 @@ def canonical_module(name: str) -> str:
 
 
 def is_draft_entry(entry: str, num_hidden_layers: int | None = None, num_nextn_predict_layers: int = 0) -> bool:
-    """Whether an entry names the MTP draft as SGLang 0.5.23 recognises it: `mtp.` or layers appended to the decoder.
+    """Whether SGLang takes an entry for the draft's: `mtp.`, since #36124 also layers numbered behind the target's.
 
-    The seed PR knew `mtp.` only, hence #36124. `model.language_model.layers.60.…` is recognised by neither.
+    `model.language_model.layers.60.…` is taken for the draft's by no version.
     """
     first = num_hidden_layers or 0
     appended = range(first, first + num_nextn_predict_layers) if num_hidden_layers is not None else ()
@@ -75,9 +75,9 @@ def is_draft_entry(entry: str, num_hidden_layers: int | None = None, num_nextn_p
 
 
 def mentions_shared_body(entry: str) -> bool:
-    """The substring test of SGLang's gates: `shared_expert`, but not the BF16 gate vector `shared_expert_gate`.
+    """SGLang's test whether an entry means the body: it contains `shared_expert`, and not `shared_expert_gate`.
 
-    Without the second half it switches fusion off everywhere (vLLM #53248): every list names the gate vector.
+    Without the exception, no model would fuse (vLLM #53248): every list names the gate vector, which is BF16.
     """
     return "shared_expert" in entry and "shared_expert_gate" not in entry
 
@@ -92,7 +92,7 @@ def tells_experts_apart(entry: str) -> bool:
     """Whether a pattern could name one routed expert and not another; when in doubt, yes.
 
     Literals, also repeated, `*`, `.*`, `.+` and `\\d+` treat all expert numbers alike. A digit (outside a layer
-    number), a class, `?` or a count may not. So a reader of 512 experts may ask once instead of 512 times.
+    number), a class, `?` or a count may not. Where no pattern tells them apart, one question stands for 512 experts.
     """
     regex = re.match(r"re:|-:", entry)
     text = re.sub(r"(\\?\.)?layers\\?\.\d+", "", entry[regex.end() :] if regex else entry)
@@ -105,10 +105,11 @@ Renames = tuple[tuple[str, str], ...]  # prefix of an entry -> what stands there
 
 @dataclass(frozen=True)
 class Namespace:
-    """One engine's names. nested: of a config.json with a text_config (with a vision tower); flat: of one without.
+    """One engine's names for modules. nested, flat: what stands before `layers.N`, if config.json has a text_config (a
+    vision tower), and if it has none.
 
-    An entry is renamed only where it begins with the prefix. So a `re:` entry or a glob keeps the hub's prefix, and
-    then matches nothing in an engine that has another.
+    An entry is renamed only where it begins with a prefix to rename. So a `re:` entry or a glob keeps the prefix of
+    the checkpoint, and then matches nothing in an engine that has another.
     """
 
     nested: str

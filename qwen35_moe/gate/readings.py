@@ -1,8 +1,7 @@
-"""The ways of reading one entry, as pure functions of strings, and who reads in which way: `SEMANTICS`.
+"""The tests whether an entry names a module, as pure functions of strings, and who makes which test: `SEMANTICS`.
 
 Quark writes globs and exports exact names; SGLang and vLLM read exact names and `re:`; ATOM reads globs, parents and
-`re:` anywhere in the name; block-FP8 lists are read segment by segment. So "which engine would leave this module alone"
-is a table, not folklore.
+`re:` anywhere in the name; lists of block FP8 are read segment by segment.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from .names import is_plain
 from .patterns import bounded_pattern
 
 
-# One test per way of reading: (entry, name) -> does the entry name the module?
+# A test: (entry, name) -> does the entry name the module?
 def exact(entry: str, name: str) -> bool:
     return entry == name
 
@@ -74,10 +73,10 @@ Test = Callable[[str, str], bool]
 
 @dataclass(frozen=True)
 class Semantics:
-    """How one reader matches a name against its exclude list, and where that was read.
+    """A reading: the tests that an engine or a tool makes with entries of an exclude list, and where that was read.
 
-    children: an entry below `….experts` excludes the whole expert module. layer_tests: how keys of layer_quant_config
-    are matched.
+    children: an entry below `….experts` excludes all experts of the layer. layer_tests: the tests of patterns that have
+    a spec of their own, such as the keys of layer_quant_config.
     """
 
     name: str

@@ -65,7 +65,7 @@ PER_RANK_SLOT_BACKENDS = ("deepep", "deepep_v2", "mooncake", "mori", "pplx", "me
 
 @dataclass(frozen=True)
 class Evidence:
-    """One fact behind a decision. kind: "entry" (quotes the list), "fact", "warning", or "format" (not read at all)."""
+    """One fact behind a decision. kind: "entry" (quotes it), "fact", "warning", "format" (the engine reads none)."""
 
     text: str
     kind: str = "fact"
@@ -168,13 +168,13 @@ class MoEBlock:
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """The projections of the shared expert."""
+        """The names of the body's projections."""
         return tuple(f"{self.body}.{part}" for part in PROJECTIONS)
 
 
 @dataclass(frozen=True)
 class GateModel:
-    """What the gate needs of a config.json, nested or flat."""
+    """What a rule needs of a config.json. layers, drafts: those with experts, of target and draft. top: all of it."""
 
     layers: tuple[MoEBlock, ...]
     drafts: tuple[MoEBlock, ...]

@@ -1,4 +1,4 @@
-"""SGLang's two gates, the seed PR's and today's, written from what they do, not copied. Neither sees a tensor."""
+"""SGLang's rules, of PR 22948 and of 0.5.23, written from what they do, not copied. Neither looks at a tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .common import Answers, first_entry, modelopt_stops, quark_stops, refuse_si
 from .declared import QuantConfig
 from .dialects import modelopt_part
 from .exclude import Hit
-from .names import SGLANG, expand_fused, is_draft_entry, mentions_shared_body
+from .names import SGLANG, is_draft_entry, mentions_shared_body, parts_of
 from .online import requantised
 from .readings import exact, glob
 from .records import (
@@ -33,7 +33,7 @@ LISTED, NOT_LISTED = (
 
 
 def sglang_22948(model: GateModel, layer: MoEBlock, options: Options) -> Answers:
-    """The seed PR, sgl-project/sglang #22948 (2026-04-16): a substring test over Quark's exclude list.
+    """sgl-project/sglang PR 22948 (2026-04-16): a substring test over Quark's exclude list.
 
     Only Quark's configuration has a list under the name that is searched, so every other method passes.
     """
@@ -139,7 +139,7 @@ def _fuses(model: GateModel, plain: Decision | None, options: Options) -> Answer
 
 
 def plain_draft(model: GateModel) -> Decision | None:
-    """The draft's own quantisation: None means "as the target"; otherwise the draft is built in BF16 and may fuse."""
+    """The decision for a draft that SGLang builds in BF16, whatever the target is; None if it is built like it."""
     quant = model.quant
     if quant.method == "quark":
         hit = first_entry(quant, lambda e: e.startswith("mtp.") and "mlp.experts" in e)
@@ -214,7 +214,7 @@ def _layer_config(quant: QuantConfig, name: str) -> Any:
 
     Error: the parts of a fused module, or single experts, with different specs.
     """
-    if parts := expand_fused(name):
+    if parts := parts_of(name):
         specs = [_layer_config(quant, part) for part in parts]
         if any(s != specs[0] for s in specs):
             raise Qwen35Error("the parts of a fused module have different specs", where=name)

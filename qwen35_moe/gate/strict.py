@@ -1,7 +1,7 @@
 """Our own rule: fuse where the shared expert is stored as the routed experts of that very layer are, and nowhere else.
 
-What a module is comes from its bytes if they can be seen, and otherwise from the configuration, provided that all known
-readers of the exclude list agree about it. Where list and bytes disagree, the bytes decide and the evidence warns.
+What a module is comes from its bytes if they can be seen, and otherwise from the configuration, provided that all
+readings of the exclude list agree about it. Where list and bytes disagree, the bytes decide and the evidence warns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SpecLookup = Callable[[str], ModuleSpec | None]
 Stored = SpecLookup | Mapping[str, ModuleSpec] | None
 
 # Method -> who else reads such a list. vLLM reads Quark's as SGLang does.
-OTHER_READERS = {"quark": ("sglang", "atom"), "fp8": ("vllm-fp8", "atom")}
+OTHER_READINGS = {"quark": ("sglang", "atom"), "fp8": ("vllm-fp8", "atom")}
 
 # Patterns times experts of a layer. Measured for 512 experts in 60 layers: 10 patterns take 10 s of processor time.
 MOST_QUESTIONS = 5120
@@ -33,7 +33,7 @@ class TooManyPatterns(Qwen35Error):
 
 
 class ModuleFacts(NamedTuple):
-    """One module: what the configuration declares, what another reader takes that to be, what the bytes are."""
+    """One module: what it is declared to be, what it is under a reading that disagrees, what is stored."""
 
     name: str
     declared: Resolution
@@ -46,7 +46,7 @@ class ModuleFacts(NamedTuple):
 
 
 class LayerFacts(NamedTuple):
-    """The modules of one MoE block that fusion puts into one tensor."""
+    """The modules of one MoE block that would lie in one tensor if the shared expert is fused."""
 
     shared: Sequence[ModuleFacts]
     routed: Sequence[ModuleFacts]
@@ -58,9 +58,9 @@ def read_stored(stored: Stored) -> SpecLookup | None:
 
 
 def layer_facts(model: GateModel, layer: MoEBlock, stored: SpecLookup | None) -> LayerFacts:
-    """The facts of one layer, under the writer's reading of the exclude list and beside it those of others.
+    """The facts of one layer, declared as the tool that wrote the exclude list reads it.
 
-    Collected once: the rules of all engines are judged by them.
+    Collected once: `hazards` judges all rules by them.
     """
 
     def collected() -> LayerFacts:
@@ -73,7 +73,7 @@ def layer_facts(model: GateModel, layer: MoEBlock, stored: SpecLookup | None) ->
 def _facts(name: str, quant: QuantConfig, stored: SpecLookup | None) -> ModuleFacts:
     declared, parts = quant.spec_of(name), name.split(".")
     block = ".".join(parts[: parts.index("mlp") + 2])  # `….mlp.experts` or `….mlp.shared_expert`
-    readings = [_as_read(name, block, quant.read_as(reader)) for reader in OTHER_READERS.get(quant.method, ())]
+    readings = [_as_read(name, block, quant.read_as(reader)) for reader in OTHER_READINGS.get(quant.method, ())]
     if hit := quant.view(block, lambda: _block_above(block, quant)):
         readings.append(Resolution(BF16, hit))
     second = next((reading for reading in readings if reading.spec != declared.spec), None)
@@ -143,7 +143,7 @@ def _said(model: GateModel, layer: MoEBlock) -> Mapping[int, Hashable] | None:
 
 
 def strict(model: GateModel, layer: MoEBlock, options: Options, stored: SpecLookup | None) -> Answers:
-    """The strict rule for one layer. It asks what is right, not what a platform or a transport can do."""
+    """The strict rule for one layer. It asks what is right, not what a platform or an all-to-all backend can do."""
     if options.disable_shared_experts_fusion:
         yield no("fusion is switched off")
     yield from refuse_sizes(model)

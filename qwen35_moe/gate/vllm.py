@@ -1,7 +1,7 @@
-"""vLLM's gate, written from what it does, not copied: quantization/utils/config_utils.py:59-370, fused_moe/utils.py.
+"""vLLM's rule, written from what it does, not copied: quantization/utils/config_utils.py:59-370, fused_moe/utils.py.
 
-It is asked layer by layer, behind an environment variable that is off by default. Where layers differ, or where one
-part of a fused pair is left out and the other is not, vLLM raises while it builds the model.
+vLLM asks it layer by layer, and only if an environment variable says so, which is not set by default. Where layers
+differ, or one of gate_proj and up_proj is excluded and the other is not, vLLM raises while it builds the model.
 """
 
 from __future__ import annotations

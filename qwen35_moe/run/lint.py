@@ -1,7 +1,8 @@
-"""Defects of a checkpoint, found before anyone serves it: in headers, in config.json, and with `bytes` in every value.
+"""Defects of a checkpoint, found before anyone serves it: in its headers, its config.json and the files beside them.
 
-Nothing is computed. Each finding names a module, what is wrong, and which engines it concerns: the newest rule of each,
-as it comes and with the switches that its users turn (`gate.decide.VARIANTS`).
+Nothing is computed. Each finding names a module, what is wrong, and which engines it concerns: the newest version of
+each, as it comes and with the switches that its users turn (`gate.decide.VARIANTS`). Every stored value is read by
+`lint_files.check_bytes`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The files beside the tensors, ids of special tokens, and every stored value: what a lint reads besides headers."""
+"""What a lint reads besides headers: the files beside the tensors, ids of special tokens, and every stored value."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPECIAL = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong. level: "error" (it breaks), "warning" (it may), or "note"."""
+    """One thing that is wrong. level: "error" (it breaks), "warning" (it may), or "note". rule: its kind, as "nan"."""
 
     level: str
     rule: str
@@ -38,7 +38,7 @@ class Finding:
 
 
 def check_ids(checkpoint: Checkpoint, config: Config) -> Iterator[Finding]:
-    """Ids of special tokens, which must have a row of the embedding, and rotary settings that are not stated."""
+    """Ids of special tokens that have no row in the embedding, and rotary settings that are absent."""
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     generation = root / "generation_config.json"
     places: list[tuple[str, Any]] = [("config.json", config.raw), ("config.json", config.raw.get("text_config"))]
@@ -60,7 +60,7 @@ def check_ids(checkpoint: Checkpoint, config: Config) -> Iterator[Finding]:
 
 
 def check_files(path: Path) -> Iterator[Finding]:
-    """Tokenizer and chat template, without which a server starts and answers nothing, or in another format."""
+    """A missing tokenizer, without which a server knows ids only, or chat template, without which it refuses chats."""
     root = path if path.is_dir() else path.parent
     if not any((root / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         yield Finding("note", "tokenizer", str(root), "no tokenizer.json: a server needs one, or ids only")
@@ -78,7 +78,7 @@ def _has_template(root: Path) -> bool:
 
 
 def check_bytes(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Reads every tensor, in the order of the files: NaN and infinite values, scales that are zero, zeros only."""
+    """Reads every tensor, in the order of the files: NaN and infinity, scales that are zero, tensors of zeros only."""
     buffer = np.empty(BYTES_AT_ONCE, np.uint8)
     for name, stored in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].file, item[1].begin)):
         scale, sizes = "scale" in name.rpartition(".")[2], range(0, stored.nbytes, BYTES_AT_ONCE)
