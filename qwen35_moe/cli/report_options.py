@@ -62,7 +62,7 @@ def add_report_options(p: argparse.ArgumentParser) -> None:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Error: two outputs in one place, or an output in the place of what the command reads."""
+    """Error: two outputs have one path, or an output has the path of an input."""
     given = {name: Path(value).resolve() for name, value in vars(args).items() if isinstance(value, str | Path)}
     new = [given[name] for name in ("html", "json", "save", "out") if name in given]
     read = {given[name] for name in ("truth", "checkpoint", "dump", "a", "b", "ids", "name_map") if name in given}
@@ -82,7 +82,7 @@ def chosen(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def where(args: argparse.Namespace) -> Where:
-    """Where blocks run again. Error: what `trace` refuses, too; limits, which one layer at a time has no need of."""
+    """Where blocks run again. Error: what `trace` refuses; limits of memory, of which only one layer is in it."""
     options = device_options(args)
     if options.get("max_memory"):
         raise Qwen35Error("one layer is held at a time", where="--max-memory", do="leave it out")
@@ -113,8 +113,8 @@ def print_comparison(result: Comparison, args: argparse.Namespace) -> int:
 
 
 def write_outputs(code: int, files: Mapping[Path, Callable[[], str]], page: Path | None = None) -> int:
-    """Writes each file, and prints where the page is. The exit code: a verdict of 1 stands where a file cannot be
-    written; 0 becomes 2."""
+    """Writes files (path -> what makes its text), and prints the path of the page. Returns the exit code: `code`, or 2
+    instead of 0 if a file cannot be written."""
     for path, content in files.items():
         try:
             write_report(path, content())

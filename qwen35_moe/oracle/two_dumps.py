@@ -91,8 +91,9 @@ def order_of(key: str) -> tuple[int, int, int, int]:
 
 @dataclass
 class Difference:
-    """One tap of two dumps. rows that both have, rows that differ, the first of them (sequence, token), the size of the
-    difference over that of the tap; with a checkpoint, each dump's own error in units of the legal one."""
+    """One tap of two dumps. rows: those that both have; differ: of these, how many differ; first: (sequence, token) of
+    the first; rel: the norm of the difference over that of the tap; error_a, error_b: with a checkpoint, each dump's
+    error in units of the legal one."""
 
     key: str
     rows: int
@@ -106,8 +107,7 @@ class Difference:
 
 @dataclass
 class TwoDumps:
-    """The comparison of two dumps. `a`, `b`: their comparisons with the checkpoint's truth, if there is a
-    checkpoint."""
+    """The comparison of two dumps. a, b: their comparisons with the truth, if there is a checkpoint."""
 
     taps: list[Difference]
     tokens: tuple[int, int]  # of the first dump, and how many of them both have
@@ -167,7 +167,7 @@ def compare_dumps(
 ) -> TwoDumps:
     """Compare two dumps of the same tokens, tap by tap.
 
-    Values are compared in the narrower of their two dtypes. Partial sums of ranks are added exactly before. options:
+    Partial sums of ranks are added first, exactly. Values are compared in the narrower of their two dtypes. options:
     those of `diagnose`. Errors: a dump without ids; no token or tap in common.
     """
     for dump in (a, b):

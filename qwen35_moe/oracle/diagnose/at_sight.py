@@ -1,5 +1,5 @@
-"""What is known without running anything again: ids that the engine's own logits contradict, victims of a NaN, and a
-checkpoint that is not the one that the engine loaded."""
+"""What is known without trying a fault: ids that the engine's own logits contradict, logits with a constant factor,
+blocks whose input holds NaN already, and a checkpoint that is not the one that the engine loaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def against_own_logits(ids_RA: Tensor, logits_RE: Tensor) -> Tensor:
 
 
 def known_at_sight(layer: int | None, first: Record) -> Diagnosis | None:
-    """The diagnosis of a layer whose first bad record says it itself."""
+    """The diagnosis, where the note of the first bad record is one already."""
     if SCALE_NOTE in first.note:
         cause = Hypothesis(f"logits {first.note}", 1.0, "", "in all rows alike, whatever was chosen before")
         return Diagnosis(layer, "head", first.key, [cause], True)
@@ -39,8 +39,8 @@ def known_at_sight(layer: int | None, first: Record) -> Diagnosis | None:
 
 
 def spare_victims(bad: Sequence[Record], begun: bool) -> list[Record]:
-    """The bad records of a layer without those that are bad in rows with NaN alone, where a NaN came before (`begun`,
-    in an earlier layer), and without its ids, which a router chose among NaN. Says so in their notes."""
+    """The bad records of a layer that it may have caused itself. Where an earlier layer has a NaN (`begun`), those are
+    left out that are bad in rows with NaN alone, and the ids, which a router chose among NaN; their notes say so."""
     found = []
     for record in bad:
         if begun and (record.key.endswith("_ids") or (record.nan and record.bad_rows <= record.nan)):
@@ -51,7 +51,7 @@ def spare_victims(bad: Sequence[Record], begun: bool) -> list[Record]:
 
 
 def ask_for_checkpoint(result: Comparison) -> None:
-    """Asks, where all blocks of a kind are wrong, from the first layer on, and no known bug explains the first."""
+    """A note that asks for it, where all blocks of a kind are wrong and no known bug explains the first one."""
     if not result.diagnoses or result.diagnoses[0].named:
         return
     for kind in ("mlp", "attn", "gdn"):

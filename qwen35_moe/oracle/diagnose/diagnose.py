@@ -1,14 +1,15 @@
-"""Which known bug is it? Each hypothesis of the catalogue is run on the guilty block's own input.
+"""Which known bug is it? Each fault of the catalogue is tried: planted in the block that went wrong first, which runs
+on the engine's own input.
 
-What a hypothesis explains is the share of the squared error that goes away when its output stands in for the truth,
-1 - |engine - broken truth|^2 / |engine - truth|^2, each row in units of its own size, so that no row that explodes
-outweighs the others. That ranks. It does not decide: an answer is named only if what it leaves is rounding, row by row,
-by the same ratio and limit as the verdict (with the fault planted in every arithmetic of the envelope). Else the bug is
-"unknown", however much a neighbour of it in the catalogue may explain.
+A fault explains the share 1 - |engine - faulty|^2 / |engine - truth|^2 of the squared error; `faulty` is what the block
+gives with the fault. Each row counts in units of its size, so that no row outweighs the others. The share ranks the
+faults. It does not decide: a fault is named only if |engine - faulty| is within rounding, by the ratio and the limit of
+the verdict, with an envelope of runs that all have the fault. Otherwise the bug is "unknown", however much a similar
+fault explains.
 
-Scales of the MoE block's parts are solved for: engine = a R + b gS + c S, by least squares, with R the routed sum, S
-the shared expert's output and g its gate (of the stream after the block: what was added to it). They must leave no more
-than rounding, too.
+For the MoE block, factors of its parts are tried, too: engine = rest + a R + b gS + c S by least squares. R is the
+routed sum, S the shared expert's output, g its gate, and rest what the tap holds beside them (of the stream after the
+block: the stream before it). The factors are named by the same rule.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from .rank_shares import blame, faults_of_sums
 from .steps import EXPLAINED, hypotheses, in_engine_steps
 from .vision_faults import ANGLES
 
-WORTH, TRIES = 0.4, 3  # hypotheses that explain less are not looked at closely, nor more than so many
-WORTH_OF_ROUNDING = 0.2  # the same of a coarser format: legal rounding makes much of that error
-NEARLY = 0.05  # a bug of the catalogue that explains so much less than experts that were solved for comes before them
+WORTH, TRIES = 0.4, 3  # the rule is applied to the best three hypotheses that explain more than this
+WORTH_OF_ROUNDING = 0.2  # the same where the fault is a coarser format: legal roundings make much of such an error
+NEARLY = 0.05  # a fault of the catalogue goes before experts that were solved for, if it explains nearly as much
 OUTPUT = {"mlp": "mlp_output", "gdn": "attn_output", "attn": "attn_output"}
 DIAGNOSED = (*OUTPUT, "input_layernorm", "post_attention_layernorm", "final_norm", "stream", "mtp", "vision")
 MLP_PARTS = ("moe_routed_output", "moe_shared_gated", "moe_shared_output")
@@ -43,7 +44,8 @@ HOLD_MLP = ("mlp_output", "layer_input", "layer_output_sum")
 
 
 def explain(rerun: Rerun, layer: int | None, bad: Sequence[Record], work: Any, seen: Sequence[Taps]) -> Diagnosis:
-    """Why the first of the bad records of a layer is bad."""
+    """Why a layer went wrong. bad: its bad records; work: the `Judgement`; seen: its taps, one dict a table of rerun,
+    the truth's first."""
     order = {key: i for i, key in enumerate(seen[0])}
     bad = sorted(bad, key=lambda r: order.get(r.key, len(order)))
     first = bad[0]
@@ -93,7 +95,7 @@ def explain(rerun: Rerun, layer: int | None, bad: Sequence[Record], work: Any, s
 
 @dataclass
 class Tried:
-    """A hypothesis, its layer, and the expert where it is a fault of one."""
+    """A fault that was tried, in which layer, on which expert (where it is the fault of one), and what came out."""
 
     told: Hypothesis
     at: int | None
@@ -102,7 +104,7 @@ class Tried:
 
 
 def _without_hypotheses(diagnosis: Diagnosis, first: Record, case: GuiltyTap) -> bool:
-    """Whether the ranks or the digits say what it is."""
+    """Whether it is known without any fault: a sum that is not reduced on some ranks, or a state that is all bf16."""
     blamed = "" if case.blamed is None else str(case.blamed)
     if case.blamed is not None and case.blamed.reduced:
         diagnosis.hypotheses.insert(0, Hypothesis(blamed, 1.0, "", "it goes on with its own share of the sum"))
@@ -116,7 +118,7 @@ def _without_hypotheses(diagnosis: Diagnosis, first: Record, case: GuiltyTap) ->
 
 
 def _answer(diagnosis: Diagnosis, tried: Sequence[Tried], first: Record, case: GuiltyTap) -> Hypothesis | None:
-    """The hypothesis that leaves no more than rounding, if one does. It comes first."""
+    """The hypothesis that leaves no more than rounding, if one does; it moves to the front of the diagnosis."""
     answer, layer, limit, tables = None, diagnosis.layer, case.work.limit, case.rerun.tables
     for one in tried[:TRIES]:
         worth = one.told.explains > (WORTH_OF_ROUNDING if one.fault.rounds else WORTH)
@@ -144,8 +146,9 @@ def _answer(diagnosis: Diagnosis, tried: Sequence[Tried], first: Record, case: G
 def _candidates(
     case: GuiltyTap, places: Sequence[BlockId], bad: Mapping[int, int], tried: Sequence[Tried]
 ) -> Iterator[tuple[int | None, Fault, int]]:
-    """The faults of the blocks that are suspect, with their layer, and the experts that a fault of one could be of;
-    then those of the steps at which the sequences begin to go wrong (`bad`)."""
+    """(layer, fault, expert) of all that is to be tried in some blocks (`places`): faults of the catalogue, then those
+    that name a rank or experts, then those between steps. bad: sequence -> index of its first bad token. tried: what
+    came out so far; the caller appends to it."""
     rerun, alignment = case.rerun, case.work.alignment
     a4, images = "a4" in rerun.tables[0].name, rerun.tokens.images is not None
 
@@ -169,8 +172,8 @@ def _candidates(
 
 
 def _fit(diagnosis: Diagnosis, case: GuiltyTap, layer: int) -> tuple[Hypothesis, float]:
-    """Fit engine = rest + a R + b gS + c S, rows in units of their size. Returns the hypothesis that fits, and the
-    ratio that it leaves: the best single factor, or all three factors if none alone is enough."""
+    """Fit a, b and c. Returns the hypothesis of the best single factor, or of all three if that one leaves more than
+    rounding; and the ratio that it leaves."""
     rerun, names = case.rerun, [f"layers.{layer}.{name}" for name in MLP_PARTS]
 
     def parts(i: int, table: Arithmetic) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""One tap that went wrong: what a hypothesis leaves of its error, and experts that are solved for."""
+"""The tap that is diagnosed: what a fault leaves of its error, and which experts its output could be made of."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from ..judge.suspects import DOUBTFUL_LIMITS, batches
 from .faults import Fault, FaultSite
 from .rank_shares import Blame
 
-TOKENS_SOLVED, OFF, LEFT = 32, 0.01, 0.05  # solved for at most; relative errors: of those; what solving may leave
-LEAST_SHARE = 0.03  # of the largest weight: what is less is no expert, but rounding
+# Experts are solved for if so many tokens at most have a relative error of more than OFF, and solving leaves less than
+# LEFT of each. A weight below so much of the largest is no expert's, but rounding.
+TOKENS_SOLVED, OFF, LEFT, LEAST_SHARE = 32, 0.01, 0.05, 0.03
 OTHERS = "experts other than those dumped"
 
 
 class GuiltyTap:
-    """One tap that went wrong: what the engine had, and what was right. Numbers that are not finite count as 0 in both,
-    and rows without any other are left out. seen: the taps of its layer, the truth's first."""
+    """A tap: what the engine had there, and what was right. A number that is not finite, in either, counts as 0 in
+    both; rows without a finite one are left out. seen: the taps of the layer, one dict a table, the truth's first."""
 
     def __init__(self, key: str, work: Any, rerun: Rerun, layer: int | None, seen: Sequence[Taps]):
         self.key, self.work, self.rerun, self.layer, self.seen = key, work, rerun, layer, seen
@@ -39,12 +40,12 @@ class GuiltyTap:
         self.energy = self.error.square().sum(1)
 
     def output(self, at: int | None, fault: Fault, expert: int, i: int, table: Arithmetic) -> Tensor | None:
-        """Its values with a fault, under a table that starts where table i did; None if it is not computed then."""
+        """The tap's values with a fault, under a table that starts where table i did; None if it is not met then."""
         taps = self.rerun.fault(at, fault, table, i, expert, self.layer is None, self.key)
         return self.rows(taps[self.key]) if self.key in taps else None
 
     def ids(self, at: int) -> Tensor:
-        """The experts of each row that is used: the engine's, or the truth's."""
+        """The experts of each row: the engine's if it dumped them, else the truth's."""
         alignment, key = self.work.alignment, f"layers.{at}.moe_topk_ids"
         ids = alignment.pair(key).engine if key in alignment.keys else None
         if ids is None or len(ids) != len(self.used):
@@ -54,7 +55,7 @@ class GuiltyTap:
         return ids[self.used].long()
 
     def suspects(self, at: int) -> list[int]:
-        """Experts whose tokens hold nearly all of the error, those with the fewest tokens first."""
+        """Experts whose tokens have nearly all of the error, at most three, those with the fewest tokens first."""
         ids = self.ids(at)
         hits = {e: (ids == e).any(1) for e in ids.unique().tolist()}
         return sorted(
@@ -63,16 +64,16 @@ class GuiltyTap:
         )[:3]
 
     def of_all(self, y: Tensor) -> Tensor:
-        """Our value at all rows of the pair, on the CPU."""
+        """Our values `y` of the tap, at all rows that the engine has, on the CPU."""
         return self.work.rows(y, self.pair).cpu()
 
     def rows(self, y: Tensor) -> Tensor:
-        """The same at the rows that are used, in float64."""
+        """The same at the rows that are not left out, in float64."""
         return torch.where(self.finite, self.of_all(y).to(torch.float64)[self.used], 0.0)
 
     def first_bad(self, members: Sequence[Taps]) -> dict[int, int]:
-        """Sequence -> index of its first real token that is beyond the limit. States that are not of one token are
-        those after the last one."""
+        """Sequence -> index, among its real tokens, of the first one that is beyond the limit. A state stands for the
+        last token. members: the layer's taps under legal arithmetics."""
         legal = [self.rows(taps[self.key]) for taps in members if self.key in taps]
         bound = envelope(self.truth, legal, self.pair.dtype)
         bad = judge(self.engine, self.truth, bound, self.pair.dtype).ratios > self.work.limit
@@ -89,7 +90,8 @@ class GuiltyTap:
         return share if share == share else float("-inf")
 
     def left(self, outputs: Sequence[Tensor]) -> float:
-        """The ratio of what a hypothesis leaves: its exact output first, then what legal arithmetics make of it."""
+        """The ratio that a fault leaves. outputs: the tap's values with the fault, exact first, then in legal
+        arithmetics."""
         good = torch.stack([y.isfinite() for y in outputs]).all(0)
         if not good.any():
             return float("inf")
@@ -97,7 +99,8 @@ class GuiltyTap:
         return judge(engine, y, envelope(y, members, self.pair.dtype), self.pair.dtype).ratio
 
     def settled(self, run: Callable[[int, Arithmetic], Tensor], tables: Sequence[Arithmetic]) -> float:
-        """The ratio that `run(i, table)` leaves under the tables, and under more where that could clear it."""
+        """The ratio that the outputs `run(i, table)` of some tables leave; of more tables where these might bring it
+        below the limit."""
         outputs = [run(i, table) for i, table in enumerate(tables)]
         ratio, limit = self.left(outputs), self.work.limit
         more = batches(tables[1:], lambda some: [{self.key: run(i + 1, table)} for i, table in some])
@@ -118,10 +121,11 @@ def outputs_of_all(rerun: Rerun, layer: int, x_TD: Tensor) -> Tensor:
 
 
 def solved(case: GuiltyTap, layer: int) -> list[Fault]:
-    """The fault whose routed output is sum_a w_a f_{e_a}(x). The experts e are those of the largest coefficients c in
-    the least-squares solution of (engine - rest) = sum_e c_e f_e(x), token by token; w is solved for these alone. None
-    where the dumped experts come out, or fewer, or where this leaves much of the output. `rest` is what the experts do
-    not make.
+    """The fault of computing with other experts than those dumped: at most one in the list.
+
+    Token by token, engine - rest = sum_e c_e f_e(x) is solved for c by least squares over all experts f_e; `rest` is
+    the part of the tap that no routed expert makes. The top k experts by c are taken, and their weights are solved for
+    again, alone. Empty where the dumped experts come out, or fewer, or where this leaves much of the output.
     """
     at, rerun, taps, ids_TA = f"layers.{layer}.", case.rerun, case.seen[0], case.ids(layer)
     needed = [at + name for name in ("moe_routed_output", "pre_mlp_layernorm_output")]

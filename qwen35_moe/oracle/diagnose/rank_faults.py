@@ -1,4 +1,5 @@
-"""Faults of ranks and views: a share that is never summed, another rank's heads, a strided view read as contiguous."""
+"""Faults of ranks and of views: a rank's share that is taken for the sum, heads of another rank, a strided view that is
+read as if it were contiguous."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ from .faults import Fault, FaultSite, Heads, TapChange
 
 
 def strided(name: str, product: tuple[str, ...]) -> TapChange:
-    """A view of some columns of a product, read as if it were contiguous: from its first number on, row after row of a
-    step, those of other tokens among them. What lies behind the last row is not known: zero."""
+    """`name` is a view of some columns of a product: its parts `product` lie side by side in each row, and a row is one
+    token of a step. Memory is read from the view's first number on, as if the rows were as short as the view. What lies
+    behind the last row is not known: zero."""
 
     def change(_: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
         right = kept[name].flatten(0, 1)
@@ -37,12 +39,12 @@ def _beta(x: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
 
 
 def _share(rank: int, ranks: int) -> TapChange:
-    """The share of one rank of the last dimension, or of the last two; zeros in the place of the others'."""
+    """One rank's columns (of heads: [.., heads, width] as columns); zeros in the place of the others'."""
     return plain(lambda x: one_share(x.flatten(2) if x.dim() == 4 else x, rank, ranks).view_as(x))
 
 
 def _moved(ranks: int, by: int, dim: int) -> TapChange:
-    """Each rank has the heads of the one `by` after it."""
+    """Each rank has the heads of the rank `by` after it."""
     return plain(lambda x: x.roll(-by * (x.shape[dim] // ranks), dim))
 
 
@@ -50,7 +52,7 @@ def _which(rank: int, ranks: int) -> str:
     return "" if rank == 0 else ", the last share" if rank == ranks - 1 else f", share {rank + 1}"
 
 
-# The block's part, its block, the tap that each rank has a share of, its heads; of so many ranks, which.
+# A part of a block, the block, the tap that each rank has a share of, the kind of its heads, reports, (ranks, rank).
 SHARES: tuple[tuple[str, str, str, Heads, str, tuple[tuple[int, int], ...]], ...] = (
     ("shared expert", "mlp", "moe_shared_act", "query", "vLLM 37856, 38795, 39181", ((2, 0), (2, 1), (4, 0), (8, 0))),
     ("routed experts", "mlp", "moe_expert_act", "query", "vLLM 44679", ((2, 1), (4, 0))),
@@ -65,7 +67,7 @@ SHARDED = tuple(
     for part, block, tap, kind, seen, of in SHARES for ranks, rank in (*of, *RARE_SHARES)
 )  # fmt: skip
 
-# What belongs to another rank, the tap, the dimension of its heads (-1: they lie side by side), and their kind.
+# What belongs to another rank, the block, the tap, the dimension of its heads (-1: they lie side by side), their kind.
 HEADS: tuple[tuple[str, str, str, int, Heads], ...] = (
     ("output gates of another rank", "attn", "attn_gate", 2, "query"),
     ("queries of another rank", "attn", "attn_q", 2, "query"),

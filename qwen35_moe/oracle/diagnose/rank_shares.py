@@ -1,7 +1,7 @@
-"""Which rank is it? What each rank holds of a sum, against the truth's share of that rank.
+"""Which rank is it? What each rank holds of a sum over ranks is compared with that rank's share of the truth.
 
-Tensor parallelism gives a rank some columns of each expert's intermediate, expert parallelism some of the experts. A
-rank's share of the truth is the block run again with nothing but these.
+Tensor parallelism gives a rank some columns of each expert's intermediate, expert parallelism gives it some of the
+experts. Its share of the truth is what the block gives with nothing but these.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ SUMS = ("moe_routed_output", "mlp_output")
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of how many a rank has: of all columns (tp), of routed experts (ep), and of their columns (moe_tp)."""
+    """What a rank has, each as (which part, of how many): of the shared expert's columns (tp), of the routed experts
+    (ep), and of their columns (moe_tp)."""
 
     rank: int
     tp: tuple[int, int]
@@ -40,12 +41,12 @@ class Share:
     moe_tp: tuple[int, int]
 
     def columns(self, x: Tensor, inside: float, outside: float = 1.0, of: tuple[int, int] | None = None) -> Tensor:
-        """x times a factor in this rank's part of the last dimension, and times another elsewhere."""
+        """x times `inside` in this rank's part of the last dimension (or in part `of`), times `outside` elsewhere."""
         return one_share(x, *(of or self.tp), inside, outside)
 
     @property
     def alone(self) -> Fault:
-        """The block as this rank alone computes it: its partial sums."""
+        """As a fault: the block as this rank alone computes it, a partial sum."""
 
         def weights(x_TA: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
             i, n = self.ep
@@ -59,7 +60,7 @@ class Share:
 
 
 def shares_of(source: Source) -> list[Share]:
-    """Those of the ranks whose tensors these are; none if there is one rank alone, or groups of another kind."""
+    """The share of each rank that a tensor has a piece of; none if there is one rank, or not one group of ranks."""
     found, count = [], len(source.pieces)
     for i, piece in enumerate(source.pieces if count > 1 else ()):
         known = {name: int(piece.parallel.get(name, default)) for name, default in (
@@ -103,8 +104,8 @@ def swaps(error_T: Tensor, ids_TA: Tensor, count: int, at_most: int = 3) -> list
 
 @dataclass
 class Blame:
-    """The ranks whose share of a sum is wrong, where others' are right, and the squared error of each row. reduced: the
-    sum was to be on all ranks, and these hold no more than their own share of it."""
+    """The ranks that hold a wrong value of a sum, where others hold a right one. error_T: the squared error of each
+    row. reduced: each rank should hold the whole sum, and these hold their own share of it instead."""
 
     ranks: list[Share]
     reduced: bool
@@ -118,8 +119,8 @@ class Blame:
 def blame(key: str, work: Any, rerun: Rerun, layer: int | None, seen: Sequence[Mapping[str, Tensor]]) -> Blame | None:
     """Which ranks hold a wrong value of a sum; None where that cannot be said, or is true of all of them.
 
-    Where other layers hold the same sum on all ranks, it was reduced: a rank is compared with all of it. Elsewhere it
-    is compared with its own share.
+    A rank is compared with the whole sum if all ranks hold the same in another layer, as after a reduction; otherwise
+    with its own share.
     """
     sources = work.alignment.dump.sources
     if layer is None or base_name(key) not in SUMS or key not in sources:
@@ -168,7 +169,8 @@ def _reduced(dump: Dump, key: str) -> bool:
 def faults_of_sums(
     sources: Mapping[int, Source], blamed: Blame | None, error_T: Tensor, ids_TA: Tensor, E: int
 ) -> list[Fault]:
-    """What may be wrong with the experts of one rank, or of all, that the catalogue cannot list: ranks and pairs."""
+    """Faults that name a rank or a pair of experts, which the catalogue cannot list. sources: the pieces of the block's
+    output; error_T, ids_TA: of each token the squared error, and its experts; E: how many experts there are."""
     shares = shares_of(next(iter(sources.values()))) if sources else []
     error_T = error_T if blamed is None else blamed.error_T
     some = [None, *shares] if blamed is None else blamed.ranks

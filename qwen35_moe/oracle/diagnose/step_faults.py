@@ -1,4 +1,4 @@
-"""The catalogue of what goes wrong between two steps: what one hands to the next, and how the next counts positions."""
+"""The catalogue of faults between two steps: in what one hands to the next, and in how the next counts positions."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ STATE_PARTS = {"state": ("state", "conv"), "recurrent state": ("state",), "conv 
 
 @dataclass(frozen=True)
 class StepFault:
-    """`change` makes a wrong state of what is known; `shift` is added to the positions from there on.
+    """`change` makes the wrong state out of what is known; `shift` is added to the positions from there on.
 
-    needs  a step before the one before; another sequence; drafts that were rejected; padding; a square state
-    rows   how many KV rows of another sequence, where it is not as many as both have
+    needs  "earlier": the step before is not the first; "other": another sequence; "rejected" drafts or "padding" in the
+           step before; "square": a state of equal sides
+    rows   how many KV rows of another sequence it takes, where these are fewer than both have
     page   tokens between the states that a prefix cache keeps
     """
 
@@ -38,7 +39,8 @@ class StepFault:
 
 
 def taken(which: str, source: Callable[[Handed], LayerState | None]) -> HandOverChange:
-    """Some tensors of a state taken from elsewhere, or zero where that has none: the beginning of a sequence."""
+    """`which` tensors of the state are taken from another one, `source`; where it has none they are zero, as at the
+    beginning of a sequence."""
     names = STATE_PARTS[which]
 
     def change(handed: Handed) -> LayerState:
@@ -54,7 +56,7 @@ def altered(name: str, function: Callable[[Tensor], Tensor]) -> HandOverChange:
 
 
 def rows(function: Callable[[Tensor, int, Tensor], Tensor]) -> HandOverChange:
-    """Keys and values changed alike, by how many tokens the step before had, and by those of another sequence."""
+    """Keys and values changed by a function of (mine, tokens of the step before, those of another sequence)."""
 
     def change(handed: Handed) -> LayerState:
         right, other = (dict(state.tensors()) for state in (handed.right, handed.other or handed.right))
@@ -64,7 +66,7 @@ def rows(function: Callable[[Tensor, int, Tensor], Tensor]) -> HandOverChange:
 
 
 def rows_of_another(most: int = 1 << 30) -> HandOverChange:
-    """As many rows as both sequences have, or the first so many of them."""
+    """The first rows are another sequence's: as many as both have, or `most`."""
 
     def first(mine: Tensor, _: int, theirs: Tensor) -> Tensor:
         n = min(mine.shape[1], theirs.shape[1], most)

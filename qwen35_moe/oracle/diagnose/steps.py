@@ -1,4 +1,4 @@
-"""Hypotheses about what one step hands to the next (`step_faults.py`), for the steps of a dump where errors begin."""
+"""Faults between steps (`step_faults.py`), bound to the steps of a dump at which errors begin."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXPLAINED = 0.9  # of the error: no other step is tried then
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a step begins in a sequence: index among its real tokens."""
+    """Where a step begins in a sequence; at: an index among its real tokens."""
 
     at: int
     step: int
@@ -31,7 +31,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Onset:
-    """Where the error of one sequence begins: the cuts from there on, and the step before."""
+    """Where the error of sequence b begins: the cuts from that step on, and the one before."""
 
     b: int
     cuts: tuple[Cut, ...]
@@ -39,15 +39,15 @@ class Onset:
 
 
 def tables_of(alignment: Alignment, part: str) -> dict[int, Tensor]:
-    """step -> [n, 3] row, b, t of the target's steps; of the draft head (`mtp`), those of the first drafts, where the
-    dump has steps of its own for them."""
+    """step -> [n, 3] row, b, t of its tokens. part: "" for the target's steps, "mtp" for the draft head's: those of
+    first drafts, if the dump has steps of its own for them, else the target's."""
     drafts, numbers = alignment.tokens_of.drafts, alignment.dump.drafts
     own = {step: table for step, table in drafts.items() if numbers.get(step) == 1}
     return own if part and own else alignment.tokens_of.read
 
 
 def cuts_of(tables: Mapping[int, Tensor], real_BT: Tensor) -> dict[int, list[Cut]]:
-    """By sequence, where steps begin. A prefix that was cached is a step of its own, -1."""
+    """By sequence, where steps begin. What comes before the first step of the dump, a cached prefix, is step -1."""
     found: dict[int, dict[int, int]] = {}
     index_BT = real_BT.long().cumsum(1) - 1
     for step, table in sorted(tables.items()):
@@ -58,8 +58,8 @@ def cuts_of(tables: Mapping[int, Tensor], real_BT: Tensor) -> dict[int, list[Cut
 
 
 def onsets(cuts: Mapping[int, Sequence[Cut]], bad: Mapping[int, int]) -> list[Onset]:
-    """bad: sequence -> index of its first bad token. Empty where an error begins in a sequence's first step: no step
-    before has handed anything over then."""
+    """The onset of each sequence that has an error. bad: sequence -> index of its first bad token. Of an error in the
+    first step, `before` is that step itself."""
     found = []
     for b, first in bad.items():
         own = cuts.get(b, [Cut(0, -1)])
@@ -69,8 +69,8 @@ def onsets(cuts: Mapping[int, Sequence[Cut]], bad: Mapping[int, int]) -> list[On
 
 
 def earlier(found: Sequence[Onset], cuts: Mapping[int, Sequence[Cut]]) -> Iterator[list[Onset]]:
-    """Where the errors may have begun: where they are first beyond rounding; in all sequences in the earliest step that
-    has one; one step before that, and two, as long as those are short."""
+    """Where the errors may have begun, one guess after another: where each is first beyond rounding; all of them in the
+    earliest of these steps; one step before that, and two, if these steps are short."""
     yield list(found)
     step = min((o.cuts[0].step for o in found), default=-1)
     together = [_from(o.b, cuts[o.b], step) if o.b in cuts else o for o in found]
@@ -84,8 +84,8 @@ def earlier(found: Sequence[Onset], cuts: Mapping[int, Sequence[Cut]]) -> Iterat
 
 
 def in_engine_steps(fault: Fault, rerun: Rerun, alignment: Alignment) -> Iterator[Fault]:
-    """The fault, and where DeltaNet ran in several steps, the same fault in each of them: where the memory grows, its
-    sums within a step are far from those of one pass, in float32."""
+    """The fault; then, for DeltaNet that ran in several steps, the same fault in a run of these steps. Where its memory
+    grows, sums within a step are far from those of one pass, in float32."""
     yield fault
     if fault.block == "gdn" and fault.hand_over is None and not fault.rows:
         cuts = cuts_of(tables_of(alignment, ""), rerun.tokens.mask.bool())
@@ -95,7 +95,7 @@ def in_engine_steps(fault: Fault, rerun: Rerun, alignment: Alignment) -> Iterato
 
 
 def _from(b: int, own: Sequence[Cut], step: int) -> Onset:
-    """A sequence whose errors begin in its first step from this one on."""
+    """The onset of a sequence, if its errors begin in its first step from `step` on."""
     start = next((i for i, cut in enumerate(own) if cut.step >= step), len(own) - 1)
     return Onset(b, tuple(own[start:]), own[max(start - 1, 0)])
 
@@ -104,10 +104,11 @@ def hypotheses(
     rerun: Rerun, layer: int | None, block: str, alignment: Alignment, bad: Mapping[int, int],
     best: Callable[[], Hypothesis | None],
 ) -> Iterator[Fault]:  # fmt: skip
-    """Faults of the catalogue, bound to the steps where the error of each sequence begins, or may have begun. The draft
-    head (layer None) has those of an attention layer.
-    best: the hypothesis that explains most of those that were tried so far. If it explains nearly all of the error,
-    the fault that it names is still tried at earlier steps, and no other."""
+    """Faults between steps, bound to where the error of each sequence begins (`bad`), or may have begun. The draft head
+    (layer None) has those of an attention layer.
+
+    best() is the best hypothesis so far. If it explains nearly all of the error, only the fault that it names is tried
+    at earlier steps."""
     real_BT, kinds = rerun.tokens.mask.bool(), rerun.config.layer_types
     part = "mtp" if block == "mtp" else ""
     has = "attn" if layer is None or kinds[layer] == FULL else "gdn"
@@ -130,9 +131,9 @@ def hypotheses(
 
 
 class _Plans:
-    """How faults may happen at steps of a dump. Rows of a dump that are no tokens of the truth stand beside those that
-    are: rejected drafts, padding. The draft head (layer None) has rows of further drafts, which it drops when the next
-    step begins."""
+    """What each fault hands over at the steps of a dump. Foreign tokens are rows of the dump that are no tokens of the
+    truth: rejected drafts, padding. The draft head (layer None) has those of further drafts, which it drops when the
+    next step begins."""
 
     def __init__(self, rerun: Rerun, alignment: Alignment, layer: int | None, tables: Mapping[int, Tensor]):
         self.rerun, self.alignment, self.layer, self.tables = rerun, alignment, layer, tables
@@ -140,8 +141,8 @@ class _Plans:
         self.cuts = cuts_of(tables, self.mask.bool())
 
     def of(self, fault: StepFault, begun: Sequence[Onset]) -> Iterator[tuple[str, HandOver, str]]:
-        """A fault's ways to happen: at one step, or at each from there on; with the state of one or another
-        sequence."""
+        """(name, plan, "" or " and each after it") of a fault: at one step, or at each from there on; with the state of
+        one or another sequence."""
         for kind in ("", " and each after it") if self._can(fault, begun) else ():
             if kind and (fault.shift is not None or fault.rows or all(len(o.cuts) == 1 for o in begun)):
                 return
@@ -161,7 +162,7 @@ class _Plans:
                     yield f"{fault.name} ({whose})", replace(plan, other=other), kind
 
     def _can(self, fault: StepFault, begun: Sequence[Onset]) -> bool:
-        """Whether what the fault hands over exists, and is neither the right state nor one token short."""
+        """Whether what the fault hands over exists, and is no other fault's: neither right nor one token short."""
         starts, config = [o.cuts[0].at for o in begun], self.rerun.config
         if not all(starts):
             return not any(starts) and fault.needs == "padding"
@@ -172,7 +173,7 @@ class _Plans:
         )
 
     def _others(self, broken: Mapping[int, Sequence[int]], number: int) -> dict[tuple[int, int], tuple[int, int]]:
-        """`HandOver.other` with the number-th sequence after each; empty where one of them had not begun."""
+        """`HandOver.other`, if each takes the state of the number-th sequence after it; empty if one had not begun."""
         found, order = {}, sorted(self.cuts.keys() - self.branches)
         for b, starts in broken.items():
             whose = self.branches[b][0] if b in self.branches else b
@@ -194,7 +195,7 @@ class _Plans:
         return replace(plan, foreign=found, padding={b: len(x.x) for (b, _), x in found.items()})
 
     def _chain(self, b: int, at: int) -> Foreign | None:
-        """What the attention of the further drafts read that started from the token before."""
+        """What attention read in the further drafts that started from the token before `at`."""
         row, tokens = b * self.mask.shape[1] + int(self.mask[b].nonzero().flatten()[at - 1]), self.rerun.tokens
         keys = [f"mtp.{k}.layers.0.input_layernorm" for k in range(2, len(tokens.drafts) + 1)]
         whole = [self.rerun.captured.whole(key, tokens.count) for key in keys if at]
@@ -202,7 +203,7 @@ class _Plans:
         return Foreign(torch.stack(rows), True) if rows else None
 
     def _rows(self, b: int, at: int, needs: str) -> tuple[int, list[int]]:
-        """Rows of the step before, after this sequence's own; of the first step, those before them."""
+        """The step before `at`, and its rows that follow this sequence's own; in its first step, those before them."""
         own = self.cuts[b]
         number = next(i for i, cut in enumerate(own) if cut.at == at)
         step = own[number - 1].step if number else own[0].step

@@ -1,4 +1,4 @@
-"""Images and rotary angles as engines get them wrong: order, table of positions, merging, axes, counting, scaling."""
+"""Faults of images and of rotary angles: their order, the table of positions, merging; axes, counting, scaling."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PositionChange = Callable[[Tensor, Seen | None], Tensor]  # [3, B, T] -> [3, B, 
 
 
 def seeing(change: Callable[[Tensor, Seen], Tensor]) -> TapChange:
-    """A change that needs what the tower was given; without images nothing is changed."""
+    """A change by what the tower was given; without images there is none."""
     return lambda x, _, place: x if place.seen is None else change(x, place.seen)
 
 
 def reversed_images(block: int) -> TapChange:
-    """Rows of images, and of videos, last one first. block: patches that a row stands for, in units of m x m."""
+    """Images and videos in reverse order. block: 1 if a row is a merge block of m x m patches, 0 if it is a patch."""
 
     def change(x: Tensor, seen: Seen) -> Tensor:
         size = seen.config.spatial_merge_size**2 if block else 1
@@ -38,7 +38,7 @@ def reversed_images(block: int) -> TapChange:
 
 
 def cropped(_: Tensor, seen: Seen) -> Tensor:
-    """The table's corner, as large as the image; patches beyond it have its edge."""
+    """The table's corner of the image's size; patches beyond the table have its edge."""
     row, column, _, _ = patch_places(seen.grids, seen.config.spatial_merge_size)
     side = isqrt(len(seen.table))
     return seen.table[row.clamp(max=side - 1) * side + column.clamp(max=side - 1)]
@@ -52,7 +52,7 @@ def nearest(_: Tensor, seen: Seen) -> Tensor:
 
 
 def unaligned(_: Tensor, seen: Seen) -> Tensor:
-    """Bilinear, with the table's pixels as areas: patch i of n stands at (i + 1/2) s / n - 1/2."""
+    """Bilinear without aligned corners: patch i of n stands at (i + 1/2) s / n - 1/2 of the table's s rows."""
     m, side = seen.config.spatial_merge_size, isqrt(len(seen.table))
     table_1Dss = seen.table.T.reshape(1, -1, side, side)
     found = []
@@ -64,18 +64,18 @@ def unaligned(_: Tensor, seen: Seen) -> Tensor:
 
 
 def row_by_row(_: Tensor, seen: Seen) -> Tensor:
-    """Positions of patches that come row by row, and not block by block."""
+    """The positions that would be right if patches came row by row, not merge block by merge block."""
     return interpolate(seen.table, *patch_places(seen.grids, 1))
 
 
 def columns_first(x_LD: Tensor, seen: Seen) -> Tensor:
-    """The patches of a merge block column by column."""
+    """The patches of each merge block read column by column."""
     m = seen.config.spatial_merge_size
     return x_LD.unflatten(0, (-1, m, m)).transpose(1, 2).flatten(0, 2)
 
 
 def gathered_again(x_LD: Tensor, seen: Seen) -> Tensor:
-    """Blocks gathered from patches that were taken to come row by row."""
+    """Merge blocks gathered as if patches came row by row."""
     m, found, start = seen.config.spatial_merge_size, [], 0
     for t, h, w in seen.grids:
         frames = x_LD[start : start + t * h * w].unflatten(0, (t, h // m, m, w // m, m))
@@ -85,7 +85,7 @@ def gathered_again(x_LD: Tensor, seen: Seen) -> Tensor:
 
 
 def slices(change: Callable[[Tensor], Tensor]) -> TapChange:
-    """A change of the frames that one patch holds, [L, channels, frames, values]."""
+    """A change of pixels [L, channels, frames, values]; the frames are those of one patch."""
 
     def flat(x: Tensor, seen: Seen) -> Tensor:
         c = seen.config
@@ -112,13 +112,13 @@ def axes_swapped(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
 
 
 def counted(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
-    """Every token one further on, on all axes."""
+    """Every token is one further on than the last, on all axes."""
     return torch.arange(x_3BT.shape[2]).expand_as(x_3BT)
 
 
 def counted_after(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
-    """Images stand where they should, and what follows goes on after as many positions as they have tokens. Where all
-    axes are equal a token is text, or an image's first."""
+    """Images are right, but what follows goes on as if each of their tokens had taken one position. A token whose axes
+    are equal is text, or the first of an image."""
     index_T = torch.arange(x_3BT.shape[2])
     text_BT = (x_3BT == x_3BT[:1]).all(0)
     last_BT = torch.where(text_BT, index_T, -1).cummax(1).values.clamp(min=0)
@@ -127,7 +127,7 @@ def counted_after(x_3BT: Tensor, _: Seen | None = None) -> Tensor:
 
 
 def off_after(by: int) -> PositionChange:
-    """What follows an image, `by` further on for each image before it."""
+    """Text is `by` further on for each image before it."""
 
     def change(x_3BT: Tensor, seen: Seen | None) -> Tensor:
         if seen is None:
@@ -141,7 +141,7 @@ def off_after(by: int) -> PositionChange:
 
 
 def frames_counted(x_3BT: Tensor, seen: Seen | None) -> Tensor:
-    """Each frame of a video one further on in time, as in Qwen2.5-VL. Here time stands in the text between frames."""
+    """Each frame of a video is one further on in time, as in Qwen2.5-VL. In this model, text between frames says it."""
     if seen is None or not seen.videos:
         return x_3BT
     size, x_3BT = seen.config.spatial_merge_size**2, x_3BT.clone()
@@ -152,7 +152,7 @@ def frames_counted(x_3BT: Tensor, seen: Seen | None) -> Tensor:
 
 def turned(positions: PositionChange, blocks: bool = False, **other: Any) -> Mapping[str, TapChange]:
     """cos and sin of the angles at other positions. blocks: the axes' frequencies side by side, not interleaved;
-    other: what the configuration says instead."""
+    other: fields of the configuration that differ."""
 
     def angles(place: FaultSite) -> tuple[Tensor, float]:
         config, at_BT = replace(place.config, **other), place.positions
@@ -173,7 +173,7 @@ def turned(positions: PositionChange, blocks: bool = False, **other: Any) -> Map
     return {"rope_cos": of(torch.cos), "rope_sin": of(torch.sin)}
 
 
-# Cosines or sines of rows where those of columns should be, and the other way round.
+# Rows turn by the angles of columns, and columns by those of rows.
 turned_over = plain(lambda x: x.roll(x.shape[-1] // 2, -1))
 VISION_FAULTS = tuple(
     Fault(name, "vision", doc, "", dict.fromkeys(taps.split(), change), late=late, needs="images")
@@ -217,7 +217,7 @@ ROTARY_FAULTS = (
           turned(same, rope_scaling=None), needs="scaled"),
 )  # fmt: skip
 
-# Where the angles themselves were dumped, before any layer turned by them.
+# Tried where the angles themselves were dumped and are wrong.
 ANGLES = (
     Fault("rotary theta 10000", "attn", "rope_theta ignored", "", turned(same, rope_scaling=None, rope_theta=10000.0)),
     Fault(

@@ -13,7 +13,7 @@ from .text import GOOD_FIT, SYMBOLS, facts, grid, row_text, short, worst
 
 
 def html(result: Comparison, title: str = "qwen35-moe compare", made: Mapping[str, str] | None = None) -> str:
-    """The page. made: version, command and date, shown with the facts."""
+    """The page. made: label -> text of more facts: version, command, date."""
     bad = result.exit_code != 0
     mark = "&#10007;" if bad else "&#10003;"
     where = worst(result.first) if result.first else ""

@@ -1,4 +1,4 @@
-"""What the page looks like, the sentences that explain its figures, and links to the reports that it cites."""
+"""The page's style, the sentences that explain its figures, and links to the issues that it cites."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ h1,h2{font-size:12px;margin:8px 0 2px;break-after:avoid}
 td.c,.heat th,.key span{font-size:8px;padding:0 1px}
 .plain td{padding:0 6px 0 0}svg{max-height:120px}*{print-color-adjust:exact}}
 """
-# A report that a fault was seen in, "sglang 22948, 27936", and where it is kept.
+# An issue in which a fault was seen is cited as "sglang 22948"; this is the repository on GitHub.
 REPOSITORIES = {
     "sglang": "sgl-project/sglang", "vllm": "vllm-project/vllm", "llama.cpp": "ggml-org/llama.cpp",
     "ollama": "ollama/ollama", "flashinfer": "flashinfer-ai/flashinfer", "ATOM": "ROCm/ATOM", "aiter": "ROCm/aiter",
@@ -74,7 +74,7 @@ ROUTING_NOTE = (
     "A flip is legal if the margin of the logits is within their noise."
 )
 FITTED = "The factors that bring the block's parts closest to the engine's output. Right factors are 1, 1 and 0."
-# Of lines: the colour, the dashes, a point, and the line in the legend.
+# Of each line: its colour, its dashes, a point of it, and its mark in the legend.
 LINES = (
     ("var(--one)", "", '<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>', "&#9679;&mdash;"),
     ("var(--two)", "6 4", '<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="var(--paper)" stroke="{colour}"/>',
@@ -93,7 +93,7 @@ def say(text: str) -> str:
 
 
 def linked(text: str) -> str:
-    """The text, with a link at each number of a report in a repository that is known."""
+    """The text as HTML, with a link at each number of an issue."""
     names = "|".join(map(re.escape, REPOSITORIES))
     owners = {name.lower(): path for name, path in REPOSITORIES.items()}
 

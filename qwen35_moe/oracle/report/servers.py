@@ -13,14 +13,14 @@ WIDTH = 100
 
 
 def listed(label: str, names: Sequence[str], most: int = 12) -> str:
-    """`label` and the names, wrapped; beyond `most` they are counted."""
+    """A label and some names, wrapped; those beyond `most` are counted."""
     rest = f", and {len(names) - most} more" if len(names) > most else ""
     words = f"{len(names)}: {'; '.join(names[:most])}{rest}" if names else "none"
     return textwrap.fill(f"{label:<9}{words}", WIDTH, subsequent_indent=" " * 9)
 
 
 def grouped(v: Verdict) -> dict[str, list[str]]:
-    """The evidence by the positions that it is of: those of the prompts, then those that `Verdict.add` brought."""
+    """Lines of evidence by the positions that they are of: of the prompts, then those that `Verdict.add` added."""
     groups: dict[str, list[str]] = {f"{v.positions} positions of {v.sequences} prompts": []}
     first = groups[next(iter(groups))]
     for line in v.evidence:

@@ -1,4 +1,4 @@
-"""A comparison as text that fits a terminal, and as JSONL."""
+"""A comparison as text that fits a terminal."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SHORT_NAMES = {
     "gdn_state": "state", "gdn_core_out": "core", "final_norm": "norm", "next_token_logits": "logits",
 }  # fmt: skip
 
-QUIET = 8
-GOOD_FIT = 0.2  # a fit that leaves more of the error explains nothing
+QUIET = 8  # so many layers without an error, or more, share a row
+GOOD_FIT = 0.2  # a fit that leaves more of the error is not shown
 
 
 def short(tap: str) -> str:
@@ -36,7 +36,7 @@ def _times(ratio: float | None, kind: str) -> str:
 
 
 def _outside(records: Iterable[Record]) -> Iterable[tuple[str, str]]:
-    """Names and texts of taps that stand in no layer of the text model; a tower's or a draft head's that agree: one."""
+    """(label, text) of taps outside of the layers. Those of the tower, or of a draft head, that agree share a line."""
     for part, some in groupby(records, key=lambda r: r.key.split(".")[0] if "." in r.key else ""):
         found = list(some)
         if fine := [r for r in found if part and r.cls in ("bit-equal", "within rounding")]:
@@ -49,7 +49,8 @@ def _outside(records: Iterable[Record]) -> Iterable[tuple[str, str]]:
 
 
 def grid(result: Comparison) -> tuple[list[int], list[str], dict[tuple[int, str], Record]]:
-    """Layers, taps that were looked at, and their records. `layer_input` stands with the layer that reads it."""
+    """Rows, columns and cells of the table of errors: layers, names of taps, and their records. `layer_input` stands
+    with the layer that reads it."""
     cells = {}
     for r in result.records:
         if r.key.startswith("layers.") and r.cls != "missing":
@@ -81,7 +82,7 @@ def starts(record: Record, most: int = 3) -> str:
 
 
 def facts(result: Comparison, most: int = 10) -> list[tuple[str, str]]:
-    """(label, text) of all that is neither a verdict nor a tap's error, with at most so many names of each kind."""
+    """(label, text) of all but the verdict and the errors of taps. most: names that are shown of each kind."""
 
     def some(keys: Sequence[str], what: str = "") -> str:
         folded = fold(keys)
@@ -187,7 +188,7 @@ def _heat(result: Comparison, width: int) -> list[str]:
 
 
 def _parts(taps: list[str], room: int, first: Record | None) -> list[list[str]]:
-    """The columns in tables of at most `room`: the first table holds the first divergence, and what runs before it."""
+    """The columns, cut into tables of `room`: the first table has the first divergence and what runs before it."""
     names = [base_name(first.key)] if first and first.key.startswith("layers.") else []
     end = max([taps.index(name) + 1 for name in names if name in taps] + [room])
     shown, rest = taps[max(0, end - room) : end], taps[: max(0, end - room)] + taps[end:]
@@ -195,7 +196,7 @@ def _parts(taps: list[str], room: int, first: Record | None) -> list[list[str]]:
 
 
 def _quiet_as_one(layers: Sequence[int], cells: Mapping[tuple[int, str], Record]) -> list[list[int]]:
-    """Rows of layers: one each, but for QUIET and more in a row that are fine and have no bad neighbour."""
+    """The layers of each row: one; or QUIET and more that are fine, as are the layers next to each."""
     loud = {layer for (layer, _), r in cells.items() if r.cls not in ("bit-equal", "within rounding")}
     rows: list[list[int]] = []
     for near, run in groupby(layers, key=lambda i: not loud.isdisjoint((i - 1, i, i + 1))):
