@@ -1,8 +1,7 @@
 """Compares a dump with the truth, tap by tap: is it wrong, where first, and by how many legal errors?
 
-Two errors are measured. The inherited error is the engine's error against the truth; it grows from layer to layer. The
-added error is what is left if each block of the truth runs on the engine's own captured input, with the engine's own
-choice of experts. It names the wrong block. It needs the checkpoint, and it decides if it is known.
+The added error of a block is measured by a rerun of this block on the engine's own input. The inherited error is the
+engine's value against the truth's. docs/judge.md explains both, and the order of work.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from .judge.added import Judgement
 from .judge.conclude import conclude, noted
 from .judge.envelope import LIMIT, legal, with_declared_caches
 from .judge.envelope_file import stored_envelope
-from .judge.function import computed, truth_in, usual
+from .judge.function import engine_function, truth_in, usual
 from .judge.inherited import inherited
 from .judge.log_p import LOG_P
 from .judge.records import POSITIONS, BlockId, Comparison
@@ -51,8 +50,9 @@ from .judge.weights_check import check_weights
 from .judge.where import HERE, Where
 from .truth import names_in, open_checkpoint, weights_of, write_truth
 
-STORED = "the arithmetics that its envelope was made of"
-# Of 61 faults of one layer of a model in bf16, 15 are beyond what bf16 makes of its log p; in float32, all (fixture).
+STORED = "the arithmetics that its envelope was made of"  # instead of names
+# Of 61 faults, each planted in one layer of a small model, 15 show in log p beyond the roundings of bf16, and all
+# beyond those of float32.
 ONLY_LOGITS = (
     "only the logits were compared: the fault of one layer may hide in the rounding of later ones; "
     "dump the layers, or give --engine float32 if the engine computes in float32"
@@ -65,16 +65,16 @@ class CompareOptions:
 
     fused      whether the shared expert is a slot, in all layers or layer by layer (default: as the truth was traced)
     engine     the arithmetic that the engine says it has, if that is not one of the envelope's
-    limit      a tap is wrong beyond so many times the envelope's error
-    layers     rerun these layers only
-    diagnoses  how many blocks to diagnose, in order of execution
-    members    the envelope's arithmetics, where they shall not be `legal(...)`
-    partial    tokens of the truth that the dump does not hold are no reason against "agrees"
+    limit      a tap is not within rounding if its ratio is larger
+    layers     judge these layers only
+    diagnoses  how many bad blocks to diagnose at most, in order of execution
+    members    the envelope's arithmetics (default: those that `legal` names)
+    partial    the dump may hold only some of the truth's tokens, and the verdict may still be "agrees"
     ids        the sequences of a dump that does not hold its token ids, in the order of its rows
-    kv_cache   in what the engine keeps keys and values, if not in its dtype: fp8_e4m3, or fp8_e4m3:SCALE
-    where      the device, device_map and mode with which blocks run again, and whether progress is told
+    kv_cache   the format of the engine's cached keys and values, if not its dtype: fp8_e4m3, or fp8_e4m3:SCALE
+    state      the format of its DeltaNet state, if not float32: bf16
+    where      the device, device_map and mode of the rerun, and whether it prints its progress
     images     those of the prompt, where the truth is computed for the dump (`diagnose`)
-    state      in what it keeps DeltaNet's state, if not in float32: bf16
     """
 
     fused: bool | Sequence[bool] | None = None
@@ -101,8 +101,8 @@ def compare(
 
     truth       a trace, or the directory that `write_truth` or `qwen35-moe trace` wrote
     dump        what `read_dump` returned, or a path that it reads
-    checkpoint  its folder, or the weights of an open one. Without it the folder that the truth names is used where it
-                still exists; else only inherited errors are known, and nothing is diagnosed
+    checkpoint  its folder, or the weights of an open one (default: the folder that the truth names). Where there is
+                none, only inherited errors are known, and nothing is diagnosed
     options     the fields of `CompareOptions`
 
     Errors: what `Trace.open` and `read_dump` refuse; a checkpoint that the truth is not of.
@@ -121,9 +121,10 @@ def diagnose(
 ) -> Comparison:  # fmt: skip
     """Compare a dump with a truth that is computed for the tokens of the dump.
 
-    truth       a directory to keep the truth in (default: it is removed afterwards)
-    arithmetic  that of the truth (default: exact, or exact+a8 of an FP8 checkpoint), shared_expert how it was loaded
-    options     the fields of `CompareOptions`
+    truth          a directory to keep the truth in (default: it is removed afterwards)
+    arithmetic     that of the truth (default: exact, or exact+a8 of an FP8 checkpoint)
+    shared_expert  as of `load`
+    options        the fields of `CompareOptions`
     """
     chosen = CompareOptions(**options)
     model, loaded = open_checkpoint(checkpoint, shared_expert, ignore_config_keys=chosen.where.ignore_config_keys)
@@ -154,7 +155,7 @@ def checkpoint_in_words(identity: Mapping[str, Any]) -> str:
 
 
 def _without_images(truth: Trace, dump: Dump, config: Config) -> list[str]:
-    """A note, where a truth of text has placeholders. Error: the engine saw images."""
+    """A note, where the truth took placeholders of images for text. Error: the engine saw images."""
     if any(map(is_vision, dump)):
         what, do = "the dump is of a prompt with images, the truth of none", "trace it with --image or --pixel-values"
         raise Qwen35Error(what, where=dump.path, do=do)
@@ -196,7 +197,7 @@ def _compare(truth: Trace, dump: Dump, source: WeightSource | None, options: Com
         tokens = TruthTokens(truth.ids, at, truth.mask, alignment.step_rows, images, drafts)
         captured = work.captured(config.num_experts)
         again = partial(Rerun, source, flags, tokens, captured, with_log_p=LOG_P in alignment.keys, where=options.where)
-        function = computed(table, source, work, again) if members is None else table
+        function = engine_function(table, source, work, again) if members is None else table
         members = legal(function.name, options.engine) if members is None else members
         members = [*members, *with_declared_caches(members, options.kv_cache, options.state)]
         result.members = tuple(m.name for m in members)

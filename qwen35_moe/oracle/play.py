@@ -1,5 +1,4 @@
-"""The package's own model plays an engine, correct or with a known fault, and writes a dump: for demos, notebooks and
-tests."""
+"""The package's own model plays an engine, right or with a known fault, and writes a dump, for demos and tests."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from .routing import Routing, compare_ids, could_flip
 
 ID_TAPS = ("moe_topk_ids", "moe_slot_ids")
 ROUTED_TAPS = ("mlp_output", "moe_routed_output", "layer_output_sum", "layer_input", *SLOT_ORDERED)
-# What reads a stream that was not captured since the layer before, unless the dump has this tap in between.
+# Taps that read what the layer before made -> the tap between the two: where the dump has it, they read that instead.
 READ_STREAM = {
     "input_layernorm": "", "pre_mlp_residual": "", "pre_mlp_layernorm_output": "pre_mlp_residual",
     "final_norm": "", "next_token_logits": "final_norm", kl_base.LOG_P: "final_norm",
@@ -36,7 +36,7 @@ BOUNDARIES = {STREAMS.get(name, name) for name in RESTARTS} | {"layer_input", "l
 
 
 class Judgement:
-    """The state of one comparison."""
+    """What one comparison has found so far."""
 
     def __init__(self, result: Comparison, alignment: Alignment, limit: float):
         self.result, self.alignment, self.limit = result, alignment, limit

@@ -1,5 +1,5 @@
-"""The end of a comparison: every tap has a record, and notes say what was not judged. What the errors mean: for the
-next token, and along the sequence."""
+"""The end of a comparison: every tap gets a record, and notes say what was not judged, and what the errors mean for the
+next token and along the sequence."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def noted(result: Comparison, what: str, counts: bool = True) -> Iterator[None]:
 
 
 def conclude(work: Judgement, stored: Mapping[str, Tensor], layers: Sequence[int] | None) -> None:
-    """Give every tap of the truth (of these layers) its record. Find holes, and say what the errors mean."""
+    """Give every tap of the truth (of these layers) its record, and say what the errors mean."""
     result, shared, names = work.result, set(work.alignment.keys), work.alignment.truth.comparable
     if layers is not None:
         last = len(result.layers) - 1
@@ -138,13 +138,9 @@ def compare_logits(pair: Pair, noise: Tensor | None, ids_BT: Tensor) -> Logits:
 
 
 def growth(alignment: Alignment, first: str = "") -> list[str]:
-    """How an error grows along the sequence (slowly, in long contexts): the median relative error of tokens, part by
-    part, in the last tap that shows the stream, and in the `first` wrong tap, where roundings do not yet hide a wrong
-    angle or state. Empty for short sequences.
-
-    It is the inherited error, against the truth. It takes the median, since tokens with other experts have other
-    values.
-    """
+    """How an error grows along a long sequence: the median relative error against the truth, part by part, in the last
+    tap that shows the stream, and in the `first` wrong tap, where roundings do not yet hide a wrong angle or state.
+    Empty for short sequences. Tokens with other experts have other values, which the median leaves out."""
     T, found = alignment.truth.ids.shape[1], alignment.keys
     keys = [k for k in found if per_token(k) and base_name(k) in GROWTH_TAPS and not k.startswith(("mtp.", "visual."))]
     if T < SHORTEST or not keys:

@@ -1,13 +1,14 @@
 """The ratio of a tensor: its error, token by token, in units of the error that legal roundings make (docs/judge.md).
 
-    l2 = |e|_2 / envelope_2      max = |e|_max / envelope_max      rms: of min(l2, LIMIT) over ENOUGH tokens
-    ratio of a token = max( l2, max / NUMBER, min(l2, rms) min(rms, TENSOR) )      of a tensor: that of its worst token
+    l2 = |e|_2 / envelope_2      max = |e|_max / envelope_max      rms^2 = mean over the rows of min(l2, LIMIT)^2
+    ratio of a row = max( l2, max / NUMBER, min(l2, rms) min(rms, TENSOR) )      of a tensor: that of its worst row
 
-One number scatters more than the norm of a row, and the norm of a row scatters more than all rows together. NUMBER and
-TENSOR bring the three to one scale: without them clean engines, their own arithmetic left out of the envelope, reach
-2.1 by a row, 3.0 by one number of it, 1.6 by all rows. LIMIT is near the geometric mean of the worst clean engine and
-the least fault, both of checkpoints that nothing was chosen by (2.15 and 4.38, docs/margin.md). A right kernel reaches
-2.88. From LIMIT to twice LIMIT a tensor is "suspicious", above that it is "wrong". Neither passes.
+A row is a token's values. The third term needs ENOUGH rows. One number scatters more than the norm of a row, and the
+norm of a row scatters more than the rms of all rows. NUMBER and TENSOR bring the three to one scale: clean engines,
+whose own arithmetic is left out of the envelope, reach l2 = 2.1, max = 3.0 and rms = 1.6. LIMIT is near the geometric
+mean of the worst clean engine (2.15) and the least fault (4.38), on checkpoints by which nothing was tuned
+(docs/margin.md). A right kernel reaches 2.88. From LIMIT to twice LIMIT a tensor is "suspicious", above that "wrong".
+Neither passes.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from .split_k import split_products
 
 LIMIT = 3.0
 NUMBER, TENSOR = 1.44, 1.6
-ENOUGH = 16  # rows; of fewer no root mean square is taken
-NUMBERS_PER_BLOCK, ON_GPU = 1 << 18, 1 << 24  # numbers that are worked on at once
-NARROW = 16  # rows of fewer numbers than this
+ENOUGH = 16  # rows: fewer have no rms
+NUMBERS_PER_BLOCK, ON_GPU = 1 << 18, 1 << 24  # numbers that a CPU, or a GPU, works on at once
+NARROW = 16  # a row of fewer numbers may be near zero
 
 Class = Literal["bit-equal", "within rounding", "suspicious", "wrong", "not comparable", "missing"]
 
@@ -48,8 +49,8 @@ ALL_BF16 = Arithmetic(
 )  # fmt: skip
 _BY_NAME = {a.name.rpartition("/")[2]: a for a in AITER_VARIANTS}
 
-# By the arithmetic of the truth: which roundings are legal. What is computed must be the same function, so that W4A4
-# engines are measured against a truth with the same quantiser of activations.
+# The truth's arithmetic -> the legal ones. All of them compute the same function: the truth of a W4A4 engine quantises
+# activations, too.
 LEGAL: dict[str, tuple[Arithmetic, ...]] = {
     "exact": (SGLANG_BF16, TRANSFORMERS_BF16, ALL_BF16, split_products(SGLANG_BF16, 2)),
     "exact+a4-round-up": (AITER, _BY_NAME["atomic-reversed"], _BY_NAME["scatter"]),
@@ -63,7 +64,7 @@ LEGAL: dict[str, tuple[Arithmetic, ...]] = {
                 switches={"gdn_rule": "recurrent", "vis_places": "spaced", "vis_norm": "moments"}),
     ),
 }  # fmt: skip
-# Members differ in how ties of FP8 codes fall, too.
+# Engines round ties of FP8 codes in different ways, and so do these.
 LEGAL |= {
     f"exact{suffix}": (ARITHMETICS[f"sglang-bf16{suffix}"], ARITHMETICS[f"transformers-bf16{suffix}"],
                        with_fp8_inputs(ALL_BF16, suffix, "multiply-up"),
@@ -74,8 +75,8 @@ _FLOAT32 = {suffix: tuple(with_fp8_inputs(a, suffix) for a in LEGAL["float32"]) 
 
 
 def legal(truth: str, engine: str | Arithmetic | None = None) -> tuple[Arithmetic, ...]:
-    """The arithmetics of the envelope: first the engine's declared one, then those of the truth's family. The declared
-    one quantises activations as the truth does: `--engine sglang-bf16` means SGLang's W8A8 if the truth is
+    """The arithmetics of the envelope: the engine's declared one first, then those that are legal for the truth's. The
+    declared one quantises activations as the truth does: `--engine sglang-bf16` means SGLang's W8A8 if the truth is
     `exact+a8`."""
     engine, function = None if engine is None else get(engine), function_of(truth)
     if engine is not None and function in A8 and not function_of(engine.name):
@@ -119,7 +120,8 @@ class Norms:
         return cls(l2, most)
 
     def pooled(self, size: Norms, narrow: bool) -> Norms:
-        """At least the tensor's typical relative error at every row; for narrow rows, the largest of all rows."""
+        """These errors, each at least the tensor's typical relative error times the row's size, and in narrow rows at
+        least the largest error of all rows."""
 
         def pool(e: Tensor, y: Tensor) -> Tensor:
             good = (y > 0) & e.isfinite()

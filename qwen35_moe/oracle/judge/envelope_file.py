@@ -81,8 +81,8 @@ class _Errors(Handler):
     def __init__(self, truth: Trace):
         self.truth, self.tokens = truth, truth.ids.numel()
         self.norms: dict[str, Norms] = {}
-        # In one block: what stays, in small pieces between large ones that come and go, keeps the memory of those from
-        # being given back (35B, 128 tokens: 25 MB a layer).
+        # In one block: small tensors that stay, between large ones that come and go, would keep the memory of the large
+        # ones from being given back (35B, 128 tokens: 25 MB a layer).
         rows = {key: self.tokens if per_token(key) else entry.shape[0] for key, entry in truth.sites.items()}
         memory = torch.empty(2, sum(rows.values()), dtype=torch.float64).split(list(rows.values()), 1)
         self.room = dict(zip(rows, memory, strict=True))
@@ -90,7 +90,7 @@ class _Errors(Handler):
     def __call__(self, site: Site, x: Tensor) -> None:
         key = site.key
         if key not in self.truth or site.index is not None or not x.is_floating_point():
-            return  # a turn of a loop is another thing in another arithmetic
+            return  # turn 3 of a loop over experts is expert 3 in one arithmetic, slot 3 in another
         truth, x = self.truth[key], x.cpu()
         if site.name in SLOT_ORDERED:
             truth, x = truth.sort(-1, descending=True).values, x.sort(-1, descending=True).values
@@ -119,7 +119,8 @@ class _Errors(Handler):
 
 
 def with_ids(taps: str) -> str:
-    """The taps, and moe_topk_ids. An envelope without the chosen experts contains flips, which hide faults."""
+    """The taps, and moe_topk_ids: legal runs that do not repeat the truth's choice of experts make errors that hide
+    faults."""
     ids = "moe_topk_ids"
     return taps if matching(split_patterns(taps), ids, ids) else f"{taps},{ids}"
 

@@ -1,7 +1,8 @@
 """Which function an engine computes: whether it quantises the inputs of FP8 products, and in which groups.
 
-The bytes of an FP8 checkpoint do not tell: most engines run it as W8A8, some as W8A16. Both are right, and they are 3 %
-apart. So the first taps that differ are computed by each function, on the engine's own input. The nearest is taken.
+The bytes of an FP8 checkpoint do not tell: most engines run it as W8A8, some as W8A16. Both are right, and their values
+are 3 % apart. So the first taps at which they differ are computed both ways, on the engine's own input. The nearest
+function is taken.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .envelope_file import SLOT_ORDERED, write_envelope
 from .rerun import Rerun
 
 BY_KIND = {"fp8-block": ("+a8", ""), "fp8-channel": ("+a8-token", "+a8", ""), "fp8-tensor": ("+a8-token", "+a8", "")}
-SAME = 1e-6  # relative: functions that are no further apart do not differ at a tap
+SAME = 1e-6  # a relative error: functions that are no further apart at a tap are the same there
 SAYS = {"": "as they are", "+a8": "in FP8 by 128 columns", "+a8-token": "in FP8 by token"}
 
 
@@ -45,11 +46,10 @@ def usual(source: WeightSource, arithmetic: str) -> str:
     return arithmetic + functions(source)[0] if arithmetic == "exact" else arithmetic
 
 
-def computed(
+def engine_function(
     table: Arithmetic, source: WeightSource, work: Judgement, rerun: Callable[[Sequence[Arithmetic]], Rerun]
 ) -> Arithmetic:
-    """The arithmetic of the truth's family whose function the engine computes. Adds a note that says how it was
-    found."""
+    """The truth's arithmetic with the function that the engine computes. Adds a note that says how it was found."""
     family, choices = table.name.partition("+")[0], functions(source)
     if family != "exact" or function_of(table.name) not in SAYS or len(choices) == 1:
         return table

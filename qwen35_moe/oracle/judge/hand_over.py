@@ -30,11 +30,12 @@ OF_SEQUENCES = ("gdn_state", "gdn_conv_state")  # taps with one row a sequence
 
 @dataclass(frozen=True)
 class DraftFault:
-    """What the draft head starts from, where that is wrong.
+    """What the draft head wrongly starts from ("": it starts right).
 
-    first    "pre-norm": the hidden states before the final norm;  "same token": the embedding of token t, not t + 1
-    chained  of the further drafts of a chain. "in place": the position of the first;  "target's": the hidden states
-             that the first draft started from;  "row before": the hidden states of the row before;
+    first    the first draft. "pre-norm": the hidden states before the final norm;  "same token": the embedding of
+             token t, not t + 1
+    chained  the further drafts of a chain. "in place": the position of the first draft;  "target's": the hidden
+             states that the first draft started from;  "row before": the hidden states of the row before;
              "pre-norm": those before the head's own norm;  "first token": the token of the first draft
     """
 
@@ -79,7 +80,7 @@ class HandOver:
     foreign  (sequence, index) -> rows that ran before that step
     padding  sequence -> how many padded tokens stand before it
     page     tokens between the states that a prefix cache keeps
-    Without a change and a shift it says in which steps the mixer runs.
+    Without a change and a shift nothing is wrong: the mixer runs in these steps.
     """
 
     broken: Mapping[int, tuple[int, ...]]
@@ -93,7 +94,7 @@ class HandOver:
 
 
 class _Steps:
-    """In the place of a mixer's forward: the same values, but for the sequences of a plan."""
+    """Takes the place of a mixer's forward, and runs the sequences of a plan step by step."""
 
     def __init__(self, layer: Layer, mixer: nn.Module, plan: HandOver, restart: Restart, tokens: Any, config: Config):
         self.layer, self.mixer, self.plan, self.restart = layer, mixer, plan, restart

@@ -1,8 +1,8 @@
 """The inherited error: each tap against the truth itself, in units of the envelope of a whole run (`envelope_file.py`).
 
-If an engine chooses other experts at a token, this token and all later ones of its sequence are left out: they are
-another computation. Taps are judged one after another, so memory holds one tap of each side. Operations run in the
-calling thread: they take a tenth of a millisecond, and threads that share one would wait for each other longer.
+Where an engine chose other experts at a token, this token and all later ones of its sequence are left out: they are
+another computation. Taps are judged one after another, so memory holds one tap of each side. Torch runs in one thread
+here: an operation takes a tenth of a millisecond, less than the threads of one operation would wait for each other.
 """
 
 from __future__ import annotations
@@ -47,10 +47,8 @@ def inherited(work: Judgement, stored: Mapping[str, Tensor]) -> None:
 
 
 def _first_others(work: Judgement, stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(key, [B] the first token of each sequence that other experts than the truth's have touched by then; T: none).
-
-    Experts touch what their layer computes from them, and everything in the layers after.
-    """
+    """Each tap's key, and [B] the first token of each sequence whose value there was made with other experts than the
+    truth's (T: no token is). Experts change what their own layer computes from them, and all layers after it."""
     B, T = work.alignment.truth.ids.shape
     first_B, chosen_B = torch.full((2, B), T)
     of: int | None = None  # the layer whose experts were chosen last
@@ -73,8 +71,9 @@ def _first_others(work: Judgement, stored: Mapping[str, Tensor]) -> Iterator[tup
 
 
 def _could_differ(work: Judgement, key: str, stored: Mapping[str, Tensor]) -> Tensor:
-    """[B] the first token of each sequence that other legal experts may have touched by then, in layers whose ids the
-    dump does not have; T: none. The truth's router logits and their legal errors tell; without them it is any token."""
+    """[B] the first token of each sequence whose value at a tap may have been made with other legal experts, in layers
+    whose ids the dump does not have (T: no token). The truth's router logits and their legal errors tell. Where these
+    are not known, it is token 0."""
     truth, layer, sizes = work.alignment.truth, layer_of(key), work.alignment.truth.meta.get("config") or {}
     B, T = truth.ids.shape
     first_B = torch.full((B,), T)
@@ -111,7 +110,7 @@ def _judge_ids(work: Judgement, key: str, pair: Pair, layer: int | None, stored:
 
 
 def _judge(work: Judgement, key: str, stored: Mapping[str, Tensor], first_B: Tensor) -> Record:
-    """The record of one tap, or what is known of it already with the inherited error in it."""
+    """The record of one tap; where the added error has made one, that record with the inherited error in it."""
     pair = work.alignment.pair(key)
     layer = layer_of(key)
     record = work.records.get(key) or Record(key, "not comparable", block_of(key), layer, note=pair.problem)

@@ -3,8 +3,8 @@
     log p_i = z_i - logsumexp(z)      q_i = round((log p_i - least) / scale)      scale = (best - least) / 65535
 
 An engine's file is judged as other taps are. The log p of the truth and of legal arithmetics are clipped as those of
-the file, and one rounding is half a step of the row's scale. Clipping moves two values apart by no more than the
-largest error of the row. So it can hide errors, but it makes none.
+the file, and one rounding is half a step of the row's scale. Two rows that differ by no more than d at any column still
+do so when both are clipped. So clipping can hide errors, but it makes none.
 """
 
 from __future__ import annotations

@@ -64,9 +64,9 @@ def scale_errors(engine: Tensor, truth: Tensor, parts: Sequence[Tensor]) -> list
 
 
 def log_sizes(x: Tensor, truth: Tensor) -> tuple[float, float]:
-    """(d, standard error) of the size of all rows of logits, or of log p, each without its mean: d = mean log |x| /
-    |truth|. Rows with other experts have other values of the same size, which least squares would call too small. (0,
-    0) if there are too few rows."""
+    """(d, standard error): d = mean over the rows of log(|x| / |truth|), of logits or log p, less the mean of each row.
+    Sizes are compared and not values: rows with other experts have other values of the same size, which least squares
+    would call too small. (0, 0) if there are too few rows."""
     theirs_R, ours_R = ((y.to(torch.float64) - y.to(torch.float64).mean(1, True)).norm(dim=1) for y in (x, truth))
     rows = theirs_R.isfinite() & (ours_R > 0) & (theirs_R > 0)
     if int(rows.sum()) < FEWEST_ROWS:

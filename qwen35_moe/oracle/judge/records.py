@@ -35,8 +35,8 @@ _BLOCKS = (
     (r"attn_|rope_", "attn"),
 )
 
-# A state rounded at every token errs no more than its inputs' roundings do, until hundreds of tokens have gone by; but
-# its digits show it.
+# A state that is rounded at every token errs no more than roundings of its inputs, for hundreds of tokens. Its digits
+# show it at once.
 BF16_GRID = "all its values are bf16, where every legal arithmetic keeps more digits"
 
 
@@ -113,9 +113,9 @@ class Comparison:
     """All that is known of a dump. `summary` adds up: every tap of the truth has exactly one class."""
 
     records: list[Record] = field(default_factory=list)
-    extra: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-    holes: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)  # taps of the dump that the truth was not traced at
+    unknown: list[str] = field(default_factory=list)  # names of the dump that are no tap's
+    holes: list[str] = field(default_factory=list)  # taps that the dump has for other layers or steps
     routing: list[Routing] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)
     diagnoses: list[Diagnosis] = field(default_factory=list)
@@ -130,8 +130,8 @@ class Comparison:
     tokens: tuple[int, int] = (0, 0)
     layers: tuple[str, ...] = ()  # kinds
     absent: list[str] = field(default_factory=list)  # parts of the truth that the dump does not hold, in words
-    checkpoint: str = ""  # what tells it from others
-    partial: bool = False  # whether that is as it should be
+    checkpoint: str = ""  # where it was, and hashes of its headers and bytes
+    partial: bool = False  # whether a dump of some tokens may agree
 
     @property
     def summary(self) -> dict[str, int]:

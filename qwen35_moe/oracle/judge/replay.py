@@ -38,11 +38,11 @@ STREAMS = {"pre_mlp_residual_sum": "pre_mlp_residual"}
 
 
 BIG_BYTES = 1 << 26  # a tensor of fewer bytes stays on its GPU
-ROOM_FOR = 8  # tensors of its size: with less room on the GPU a tensor goes to the host
+ROOM_FOR = 8  # a larger one stays where the GPU has room for so many of its size
 
 
 def kept(x: Tensor) -> Tensor:
-    """x on its device, or in the host's memory if its GPU has no room for more tensors of this size."""
+    """x on its device, or in the host's memory if its GPU has little room left."""
     if not x.is_cuda or x.nbytes < BIG_BYTES:
         return x
     unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
@@ -91,7 +91,7 @@ class Reached(Exception):
 
 
 class Until(Handler):
-    """Ends a run behind the tap of a key, once `Restart` has its value."""
+    """Ends a run behind the tap of this key. It acts after `Restart`, which has the value by then."""
 
     stage, sees_experts = OBSERVE + 2, False
 

@@ -1,8 +1,7 @@
-"""Running blocks again on an engine's captured input: that gives the error that each block adds, without inherited
-errors.
+"""The rerun: each block of the truth runs again on the engine's own input, so that only the error of that block shows.
 
-A layer runs under several arithmetics from the same values. These are the engine's at each captured boundary of blocks
-(`replay.RESTARTS`), or else the arithmetic's own. One layer is held at a time.
+A layer runs under several arithmetics ("tables"). At each boundary of blocks (`replay.RESTARTS`) they go on with the
+engine's value if the dump has it, else with their own. One layer is held at a time.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class Rerun:
         self.streams: list[Tensor] = []  # one a table: what the current layer reads
         self.before: list[Tensor] = []  # one a table: what the layer before it read
         self.after_layers = False
-        self.chosen: Tensor | None = None  # the experts that were chosen there
+        self.chosen: Tensor | None = None  # the experts of the layer before, under the first table
         self.shared: Tensor | None = None  # what the shared expert adds to the first table's mlp_output [tokens, D]
 
     def device(self, part: str) -> torch.device:
@@ -108,7 +107,7 @@ class Rerun:
         self, i: int, table: Arithmetic, stream_BTD: Tensor, fault: Fault = NO_FAULT, expert: int = 0,
         handlers: Sequence[Handler] = (), fused: bool | None = None,
     ) -> tuple[Taps, Tensor]:  # fmt: skip
-        """The values at the taps of layer i by key, its hand-over among them, and the stream after it."""
+        """The values at the taps of layer i by key, and the stream after it."""
         place, device = self.place(fault, i, expert), self.device(f"layers.{i}")
         if fault.rows:
             place = replace(place, beside=self._beside(i, table, fault.remembers))
@@ -130,8 +129,8 @@ class Rerun:
         until: str = "",
     ) -> Taps:  # fmt: skip
         """The values at the taps of layer i (None: before the first, or after the last layer) with a fault, under a
-        table that starts where table `like` did. to_head: the values at the taps after the last layer, which may be
-        layer i. until: the key of the one tap that is wanted, behind which the layer need not run."""
+        table that reads the stream of table `like`. to_head: i is the last layer, and the values are those at the taps
+        after it. until: the key of the one tap that is wanted; the layer does not run on behind it."""
         place, model, table = self.place(fault, i, expert), self.models[like], fault.arithmetic(table)
         if fault.block == "mtp":
             return drafted(self, model, self.streams[like], table, fault, place)
@@ -148,8 +147,8 @@ class Rerun:
         return self.head(model, after, table=table) if to_head else taps
 
     def taps(self, i: int | None, tables: Sequence[tuple[int, Arithmetic]]) -> list[Taps]:
-        """The values at the taps of layer i under more tables, each with the index of the table that it starts like. If
-        nothing is captured, the values after the last layer are those of a whole run."""
+        """The values at the taps of layer i under more tables, each with the index of the table whose stream it
+        reads. If nothing is captured, the values after the last layer come from whole runs."""
         if i is None and self.after_layers and not self.captured.values:
             more = [table for _, table in tables]
             whole = Rerun(self.source, self.fused, self.tokens, self.captured, more, self.with_log_p, self.where)
@@ -169,7 +168,7 @@ class Rerun:
         return restart.seen
 
     def place(self, fault: Fault, layer: int | None, expert: int) -> FaultSite:
-        """Where a fault is at work."""
+        """Where a fault strikes: its layer, its expert, the engine's steps and images."""
         tokens, images = self.tokens, self.tokens.images
         layout = {} if tokens.step_rows is None else tokens.step_rows.layout
         if fault in (NO_FAULT, NO_DRAFT_FAULT):

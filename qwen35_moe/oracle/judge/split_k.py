@@ -1,8 +1,8 @@
 """Products as kernels compute them: split along the inner dimension, in any order, with rounded partial sums.
 
 Workgroups that share an inner dimension (split-K), ranks and atomic additions store partial sums in the engine's dtype,
-and add them in an unspecified order. Products of two activations (of DeltaNet's chunks) take their operands in that
-dtype. These values have no taps, so the end of an arithmetic's name describes them:
+and add them in an unspecified order. Products of two activations, as in DeltaNet's chunks, round their operands to
+that dtype. No tap shows these roundings, so the end of an arithmetic's name says them:
 
     sglang-bf16/split-4       each product in 4 parts, added in fp32
     sglang-bf16/split-4.7     the same, with the inner dimension in the seventh random order, and for odd numbers with
@@ -31,8 +31,8 @@ _SPLIT = re.compile(r"/split-(\d+)(?:\.(\d+))?$")
 
 
 class SplitK(TorchFunctionMode):
-    """Linear layers, grouped ones too, as sums of `parts` products over a share of the inner dimension each, `@` with
-    rounded operands. Float64 stays as it is.
+    """Linear layers, grouped ones too, become sums of `parts` products, each over a share of the inner dimension,
+    and `@` rounds its operands. Products in float64 stay as they are.
 
     order      the inner dimension is permuted at random, by this seed (None: left as it is)
     running    the running sum is rounded too, after each part
@@ -82,7 +82,7 @@ def split_products(table: Arithmetic, parts: int, order: int | None = None) -> A
 
 
 def splitting(table: Arithmetic) -> AbstractContextManager[Any]:
-    """The mode in which an arithmetic's products are formed."""
+    """A context in which products are formed as the end of an arithmetic's name says."""
     found = _SPLIT.search(table.name)
     if found is None:
         return nullcontext()

@@ -1,12 +1,12 @@
 """Who is to blame for a bad tap, and what excuses it.
 
-Suspects are the blocks that ran since the last value of the engine was put in: for a sum the residual stream, for a
-block its norm's output. A block that another tap shows to be right is no suspect.
+Suspects are the blocks that ran since the last value of the engine was put in. A sum starts from the residual stream, a
+block from its norm's output. A block that another tap shows to be right is no suspect.
 
-A tap just beyond the limit gets a second look, since few arithmetics are few samples of a random error. A Gaussian
-error exceeds 3 times the largest of 4 such errors once in 70 rows, and of 20 such errors once in 60,000. So up to
-SAMPLES more are made, for ratios from LOOK on (no tap is clean by chance) up to DOUBTFUL_LIMITS limits (no rounding
-makes a larger error).
+A tap near the limit gets a second look, since few arithmetics are few samples of a random error. A Gaussian error
+exceeds 3 times the largest of 4 such errors once in 70 rows, and of 20 such errors once in 60,000. So up to SAMPLES
+more are made, for ratios from LOOK on (below it no tap is clean by luck) up to DOUBTFUL_LIMITS limits (above them no
+rounding is the cause).
 """
 
 from __future__ import annotations
@@ -122,9 +122,9 @@ def after_cached(r: Record, work: Any) -> bool:
 
 
 def cached_tokens(r: Record, work: Any) -> str:
-    """Excuses such a tap if no known bug explains it, and at most half of its rows are bad or all are within
-    CACHED_LIMITS limits. One cached token with other experts made up to 16 of 40 rows bad in clean runs; a bug of a
-    mixer strikes nearly all."""
+    """Excuses a tap whose bad rows all come after cached tokens, if no known bug explains it, and if at most half of
+    its rows are bad or all are within CACHED_LIMITS limits. In clean runs one cached token with other experts made up
+    to 16 of 40 rows bad; a bug of a mixer strikes nearly all."""
     if any(d.named and d.layer == r.layer for d in work.result.diagnoses):
         return ""
     strong = 2 * r.bad_rows > r.rows and (r.ratio or 0.0) > CACHED_LIMITS * work.limit

@@ -1,4 +1,4 @@
-"""What is compared of tokens, not of taps: their positions, and the drafts that were accepted.
+"""What is compared of tokens, beside their taps: positions, and the drafts that were accepted.
 
 A pass of the target verifies K drafts after a known token. Greedy decoding accepts draft i if all drafts before it are
 accepted and it is the likeliest token after them.
@@ -38,7 +38,7 @@ def judge_positions(alignment: Alignment) -> Record | None:
     """A record, if the dump holds positions that differ from the truth's: those of the step, or of the rotary
     embedding.
 
-    Positions that are all moved by one number are wrong, too, although RoPE is relative and no value may show it.
+    Positions that are all off by one number are wrong, too, although RoPE is relative and may hide it from all values.
     """
     rows = alignment.tokens_of.positions
     bad = rows[(rows[:, 3:] != rows[:, 2:3]).any(1)]

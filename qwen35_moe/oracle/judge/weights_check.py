@@ -1,8 +1,8 @@
 """Weights first: the parameters in a dump against the checkpoint's bytes, slot by slot, before any activation.
 
-Engines join projections, and Aiter shuffles experts' bytes. A parameter is equal (bytes or values), reordered (equal
-after a known shuffle is undone), sharded (one rank's share: not compared), unknown, or wrong. EP's ranks hold whole
-experts, in order.
+Engines join projections, and Aiter shuffles experts' bytes. A parameter is equal (in bytes or in values), reordered
+(equal once a known shuffle is undone), sharded (one rank's share, which is not compared), unknown, or wrong. A rank of
+EP holds whole experts, in order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The devices on which blocks run again, and the messages of their progress."""
+"""The devices of a rerun, and the messages of its progress."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ SECONDS_BETWEEN_LINES = 10.0  # seconds between two lines of progress in a file
 
 @dataclass(frozen=True)
 class Where:
-    """device, device_map and mode as of `load`: a map gives each layer's device, "auto" and its like spread the layers
-    evenly over all GPUs. One layer is held at a time, wherever it is. quiet: nothing on stderr. ignore_config_keys: as
-    of `load`."""
+    """device, device_map, mode and ignore_config_keys are as of `load`: a map gives each layer's device, "auto" and
+    other words spread the layers evenly over all GPUs. quiet: print nothing to stderr."""
 
     device: str = "cpu"
     device_map: str | Mapping[str, Any] | None = None
