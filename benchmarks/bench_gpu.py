@@ -288,8 +288,9 @@ def against_eager(model: Model, theirs: Any, length: int) -> None:
 
 def peer_decode(config: q.Config, theirs: Any) -> float:
     ids = ids_of(512, config)
-    past = theirs(input_ids=ids, use_cache=True).past_key_values
-    return milliseconds(lambda: theirs(input_ids=ids[:, :1], past_key_values=past, use_cache=True), repeat=7)
+    out = theirs(input_ids=ids, use_cache=True)
+    name = "cache" if "cache" in out else "past_key_values"  # transformers 5.24 has renamed it
+    return milliseconds(lambda: theirs(input_ids=ids[:, :1], use_cache=True, **{name: out[name]}), repeat=7)
 
 
 def packed(args: argparse.Namespace) -> None:

@@ -100,17 +100,22 @@ def rotary(width: int | None = None, theta: float | None = None, angle: float = 
     return plant
 
 
+def cache_in(given: dict[str, Any]) -> Any:
+    """The cache that a module is called with: `cache` from transformers 5.24 on."""
+    return next((given[name] for name in ("cache", "cache_params", "past_key_values") if name in given), None)
+
+
 def lost(name: str, when: Callable[[int, int], bool]) -> Plant:
     """A state of the cache is zero when a pass goes on from it: `when(pass number, tokens of the pass)`."""
 
     def plant(model: Any) -> None:
         passes = [0]
 
-        def around(forward: Callable[..., Any], hidden_states: Tensor, cache_params: Any = None, **kwargs: Any) -> Any:
-            if cache_params is not None and when(passes[0], hidden_states.shape[1]):
-                getattr(cache_params.layers[GDN], name)[0].zero_()
+        def around(forward: Callable[..., Any], hidden_states: Tensor, **kwargs: Any) -> Any:
+            if (cache := cache_in(kwargs)) is not None and when(passes[0], hidden_states.shape[1]):
+                getattr(cache.layers[GDN], name)[0].zero_()
             passes[0] += 1
-            return forward(hidden_states, cache_params=cache_params, **kwargs)
+            return forward(hidden_states, **kwargs)
 
         wrap(_gdn(model), around)
 
@@ -121,13 +126,13 @@ def kv_of_another(model: Any) -> None:
     """In decoding, the first 8 cached tokens of the first request are those of the second."""
     passes = [0]
 
-    def around(forward: Callable[..., Any], *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        if past_key_values is not None and passes[0] == 1:
-            layer = past_key_values.layers[ATTN]
+    def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if (cache := cache_in(kwargs)) is not None and passes[0] == 1:
+            layer = cache.layers[ATTN]
             for buffer in (layer.keys, layer.values):  # the requests end at the same column: padded on the left
                 buffer[0, :, -8:] = buffer[1, :, -8:]
         passes[0] += 1
-        return forward(*args, past_key_values=past_key_values, **kwargs)
+        return forward(*args, **kwargs)
 
     wrap(_attn(model), around)
 

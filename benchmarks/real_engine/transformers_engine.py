@@ -61,21 +61,24 @@ def _load(checkpoint: Path, dtype: torch.dtype) -> Any:
     ).eval()
 
 
+def cache_of(out: Any) -> dict[str, Any]:
+    """The argument with which a model goes on after a pass. transformers 5.24 has renamed `past_key_values`."""
+    name = "cache" if "cache" in out else "past_key_values"
+    return {name: out[name]}
+
+
 @torch.no_grad()
 def _generate(model: Any, ids: list[list[int]]) -> tuple[Dump, list[list[int]]]:
-    from transformers.cache_utils import DynamicCache
-
     longest = max(map(len, ids))
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
     now = torch.tensor([[0] * (longest - len(row)) + row for row in ids])
-    cache, new = DynamicCache(config=model.config.get_text_config()), list[Tensor]()
+    cache, new = dict[str, Any](), list[Tensor]()
     with TransformersCapture(model) as capture:
         for _ in range(STEPS + 1):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -now.shape[1] :]
-            logits = model(
-                input_ids=now, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            ).logits
-            now = logits[:, -1:].argmax(-1)
+            out = model(input_ids=now, attention_mask=mask, position_ids=positions, use_cache=True, **cache)
+            cache = cache_of(out)
+            now = out.logits[:, -1:].argmax(-1)
             new.append(now)
             mask = torch.cat((mask, torch.ones_like(now)), -1)
     return capture.dump(), torch.cat(new, -1).tolist()
