@@ -34,7 +34,7 @@ def device_options(args: argparse.Namespace) -> dict[str, Any]:
     """These options as arguments of `load`."""
     if args.device_map is None:
         if args.max_memory is not None:
-            raise Qwen35Error("has no meaning without a map", where="--max-memory", expected="--device-map as well")
+            raise Qwen35Error("a limit without a device map", where="--max-memory", expected="--device-map as well")
         usable(args.device, f"--device {args.device}")
         return {"device": args.device}
     if args.device != "cpu":

@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore-stop", action="store_true", help="continue after a stop token")
     parser.add_argument("--force", metavar="IDS", help="give the log p of these tokens (as --ids)")
     parser.add_argument("--draft", nargs="?", type=int, const=3, default=0, metavar="N",
-                        help="speculate N tokens ahead with the draft head (default: 3)")  # fmt: skip
+                        help="speculate N tokens ahead with the draft head (without N: 3)")  # fmt: skip
     parser.add_argument("--top", type=int, default=0, metavar="K", help="show each token's log p and K alternatives")
     parser.add_argument("--json", action="store_true", help="print one JSON object a token")
     parser.add_argument("--arithmetic", default="exact", choices=[*ARITHMETICS], metavar="A",

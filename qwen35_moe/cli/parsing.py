@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,21 +44,17 @@ class Parser(argparse.ArgumentParser):
             message = f"invalid choice: {value!r} ({(hint + known).strip()})"
             raise argparse.ArgumentError(action, message)
 
-    def error(self, message: str) -> NoReturn:
-        start = "unrecognized arguments: "
-        if message.startswith(start):
-            word = next(iter(message.removeprefix(start).split()), "").partition("=")[0]
-            if near := get_close_matches(word, list(self.options()), 1):
-                message += f" (did you mean {near[0]}?)"
-        self.exit(2, f"{self.prog}: {message}\n  do: see the options in `{self.prog} -h`\n")
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """A command refuses what it does not know by itself, so that the error names its own help."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = get_close_matches(unknown[0].partition("=")[0], [*self._option_string_actions], 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
 
-    def options(self) -> Iterator[str]:
-        """All option strings, those of subcommands too."""
-        for action in self._actions:
-            yield from action.option_strings
-            if isinstance(action, argparse._SubParsersAction):
-                for parser in action.choices.values():
-                    yield from parser.options()
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n  do: see the options in `{self.prog} -h`\n")
 
 
 class Formatter(argparse.HelpFormatter):

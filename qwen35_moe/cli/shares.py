@@ -2,9 +2,9 @@
 
     accelerate launch --multi_gpu --num_processes 4 -m qwen35_moe trace CHECKPOINT --ids prompts.json --out truth
 
-A group is `--batch` prompts, for one forward pass, padded like all of them. Its trace lies in `truth/groups/00000`, ...
-until all layers are done, and --resume continues it. The bytes of the result depend on the size of a group (a product
-of another shape may add up in another order), not on the number of processes.
+A group is `--batch` prompts, one forward pass; all groups are padded to one length. Its trace lies in
+`truth/groups/00000`, ... until all layers are done, and --resume continues it. The bytes of the result depend on the
+size of a group (a product of another shape may add up in another order), not on the number of processes.
 """
 
 from __future__ import annotations

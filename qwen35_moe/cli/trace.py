@@ -46,13 +46,13 @@ def configure(p: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", help="a prompt as text; needs the folder's tokenizer")
     add_image_options(p)
     p.add_argument("--drafts", type=within(int, 1, 1000), nargs="?", const=1, default=0, metavar="N",
-                   help="trace the draft head as well: at each token a chain of N drafts (default: 1)")  # fmt: skip
+                   help="trace the draft head as well: at each token a chain of N drafts (without N: 1)")  # fmt: skip
     p.add_argument("--hidden", metavar="DUMP", help="the drafts start from an engine's hidden states, after the final "
                    "norm, where this dump holds them; no envelope is written")  # fmt: skip
     p.add_argument("--out", help="folder to write the trace to")
     p.add_argument("--arithmetic", default="exact", help="who rounds where; --list names all (default: %(default)s)")
-    p.add_argument("--taps", default="*", help="taps to record: globs, separated by commas (default: all but "
-                   "--experts). moe_topk_ids is added unless --no-envelope is given")  # fmt: skip
+    p.add_argument("--taps", default="*", help="taps to record: globs, separated by commas (default: all but those "
+                   "of --experts). moe_topk_ids is added unless --no-envelope is given")  # fmt: skip
     p.add_argument("--experts", action="store_true", help="also trace each expert and each turn of a loop")
     p.add_argument("--layers", dest="last", type=last_layer, metavar="0-N",
                    help="trace only the first layers; --resume with a larger N continues")  # fmt: skip
@@ -118,7 +118,9 @@ def _trace(
         **({"hidden": args.hidden} if args.hidden else {}),
     }
     if args.drafts and (args.images or last is not None):
-        raise Qwen35Error("drafts need all layers, and a text", where="--drafts", do="leave it out")
+        raise Qwen35Error(
+            "drafts need all layers, and a text", where="--drafts", do="leave out --drafts, or --layers and images"
+        )
     check_request(model, ids, args.taps, last)
     check_parts(args.asked, drafts=bool(args.drafts), images=args.images is not None)
     meta = meta_of(model, ids, mask, args.taps, args.experts, more, args.images)
@@ -149,7 +151,8 @@ def _trace(
         print(checkpoint.report(aside))
         if not any(matching(args.asked, entry.name, entry.key) for entry in truth.sites.values()):
             print("qwen35-moe: no tap that was asked for lies in these layers", file=sys.stderr)
-        print(f"{args.out}: {len(truth)} tensors of {ids.numel()} tokens, arithmetic {args.arithmetic}")
+        tokens = ids.numel() if mask is None else int(mask.sum())  # without the padding
+        print(f"{args.out}: {len(truth)} tensors of {tokens} tokens, arithmetic {args.arithmetic}")
     processes.close()
 
 
@@ -209,7 +212,8 @@ def last_layer(text: str) -> int:
     some = layers(text, "--layers")
     if some != list(range(len(some))):
         expected = f"0-{max(some)}: a layer needs those before it"
-        raise Qwen35Error("bad range of layers", where="--layers", expected=expected, found=text, do="--resume goes on")
+        do = "with --resume, layers that are done are not computed again"
+        raise Qwen35Error("bad range of layers", where="--layers", expected=expected, found=text, do=do)
     return some[-1]
 
 

@@ -26,9 +26,7 @@ from .origin import was_left_out
 
 Prompt = Tensor | Sequence[int] | Mapping[str, Tensor]
 SCORED_AT_ONCE = 256  # tokens whose logits are held at a time
-ROOM = (
-    1024  # a graph holds up to the next multiple of so many tokens, the last bits depending on it; then comes another
-)
+ROOM = 1024  # a graph holds up to the next multiple of so many tokens; the last bits depend on it
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ def trace_drafts(
     model: Model, ids_BT: Tensor, mask: Tensor | None, hidden_BTD: Tensor, watch: Handler, drafts: Sequence[Tensor],
     theirs_BTD: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """Run the draft head on all tokens, so that its taps are met; returns the ids [B, T] that each draft started from.
+    """Runs the draft head on all tokens, so that its taps are met. Returns the ids [B, T] that each draft started from.
 
-    hidden_BTD are final-normed; `watch` sees the draft head alone. drafts: one [B, T] for each draft of a chain, the
-    ids that an engine started from, -1 where that is not known: then the first draft starts from the token that
-    follows, after the last one from the likeliest, and each further draft from what the one before makes likeliest.
-    theirs_BTD: an engine's hidden states, which the drafts start from where they are finite.
+    hidden_BTD: the text model's output after its last norm. `watch` sees the taps of the draft head alone.
+    drafts: for each draft of a chain, the ids [B, T] that an engine started it from. Where an id is -1 (not known), the
+    first draft starts from the token that follows (after the last token: from the likeliest), and a later draft from
+    the likeliest token of the draft before it.
+    theirs_BTD: an engine's hidden states, which take the place of hidden_BTD where they are finite.
     Error: the model has no draft head.
     """
     if model.mtp is None:
@@ -45,7 +46,7 @@ def trace_drafts(
 
 
 def unknown_drafts(ids_BT: Tensor, count: int) -> list[Tensor]:
-    """What `trace_drafts` takes of `count` drafts of which no engine's ids are known."""
+    """The `drafts` of `trace_drafts` for a chain of `count` drafts, where no engine's ids are known."""
     return [torch.full_like(ids_BT, -1) for _ in range(count)]
 
 
@@ -55,7 +56,10 @@ def draft_ids_of(trace: Trace) -> list[Tensor]:
 
 
 def branches_in(truth: Trace) -> dict[int, tuple[int, int]]:
-    """sequence that is a branch -> sequence that it leaves, how many of its tokens it has. Error: no such ones."""
+    """Branches are sequences that share the first tokens of another one, and stand behind all others in the truth.
+
+    Number of a branch -> (number of the sequence that it leaves, how many tokens they share). Error: impossible ones.
+    """
     told = truth.meta.get("branches") or []
     B, T = truth.ids.shape if told else (0, 0)
     own = B - len(told)
@@ -66,7 +70,8 @@ def branches_in(truth: Trace) -> dict[int, tuple[int, int]]:
 
 
 def check_parts(patterns: Sequence[str], drafts: bool, images: bool) -> None:
-    """Error: a pattern that names taps of the draft head alone, or of the vision tower, which do not run."""
+    """Error: a pattern that names only taps of the draft head, or only those of the vision tower, if that part does not
+    run."""
     runs = (("mtp", drafts, "add --drafts N"), ("vis", images, "add --image, or --pixel-values"))
     for part, there, do in () if drafts and images else runs:
         for pattern in patterns:

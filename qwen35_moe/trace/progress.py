@@ -13,7 +13,7 @@ from ..run.origin import origin_of
 
 
 class Progress(Handler):
-    """A tap handler that says on stderr where a run is: layer, experts, GB read, time left."""
+    """A tap handler that says on stderr where a run is: layer, experts done of those hit, GB read, time left."""
 
     sees_experts = False
 
@@ -23,7 +23,7 @@ class Progress(Handler):
         self.begin, self.layer, self.hit, self.expert, self.said = time.monotonic(), layers.start, 0, 0, 0.0
 
     def __call__(self, site: Site, x: Tensor) -> None:
-        if site.name == "moe_topk_ids":
+        if site.name in ("moe_topk_ids", "moe_slot_ids"):  # the latter where the shared expert is fused: a slot more
             self.hit, self.expert = len(x.unique()), 0
         if site.name == "moe_expert_down":
             self.expert += 1

@@ -27,11 +27,11 @@ from .writer import TraceWriter
 Patterns = str | Iterable[str]
 
 
-INSIDE = {name for name, tap in TAPS.items() if tap.dims.startswith("r ")}  # of single experts
+INSIDE = {name for name, tap in TAPS.items() if tap.dims.startswith("r ")}  # values of single experts
 
 
 def _last(pattern: str) -> str:
-    """Of "layers.3.moe_a2" the tap."""
+    """ "layers.3.moe_a2" -> "moe_a2"."""
     return pattern.rpartition(".")[2]
 
 
