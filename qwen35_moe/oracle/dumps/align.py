@@ -1,8 +1,8 @@
 """Which row of an engine's dump belongs to which token of the truth.
 
 The truth is a trace over [B, T] tokens. An engine may have run the same sequences flat in one batch, in chunks, or as
-prefill and decode steps, in any order, among others; `match` finds its rows by ids and positions. `align` then yields,
-tap by tap, the two as rows of the same tokens.
+prefill and decode steps, in any order, among other requests; `match` finds which row is which token. An `Alignment`
+gives the values of both sides, tap by tap, as rows of the same tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .pair import Pair, broken_rows, fit, is_log_p, scores, source_of, take
 from .sequences import LOGITS
 from .step_rows import StepRows
 
-# Paths; a down_proj that was dumped beside them has no gate, and is preferred.
+# Modules whose output may have the shared gate in it. Their down_proj's has not, and is read instead if it was dumped.
 WITH_GATE = ("mlp.shared_expert.output", "mlp.shared_expert")
 TWO_MEANINGS = (
     ("moe_routed_output", "mlp_output", "the experts' output was taken for the block's"),
@@ -40,10 +40,12 @@ STATE_TAPS = ("gdn_state", "gdn_conv_state")
 
 @dataclass
 class Alignment:
-    """Names and rows, matched; tensors are read when it is iterated, one tap at a time.
+    """Which taps both sides have, and which row is which token. Tensors are read when they are asked for.
 
-    keys are taps that both sides have; missing are in the truth only, extra in the dump only. `problems` are
-    Qwen35Errors about the whole dump; `matched` and `tokens` count rows of the truth that the dump has, and all.
+    keys          taps that both have; missing: the truth only, extra: the dump only
+    tokens_of     which row of the dump is which token of the truth
+    problems      Qwen35Errors about the whole dump
+    matched       how many of the truth's `tokens` the dump has
     """
 
     dump: Dump
@@ -120,7 +122,8 @@ class Alignment:
         return pair
 
     def table(self, x: Tensor, source: str, step: int) -> Tensor:
-        """[n, 3] row of x, b, t. A dump may hold fewer rows than tokens: of the last ones, or of those it says."""
+        """[n, 3] row of x, b, t. x may have fewer rows than its step has tokens: those of each run's last token, or
+        those that its piece names."""
         table, count = self.tokens_of.table(step), self.dump.count(step)
         held = self.dump.sources[source][step].pieces[0].rows
         if held is not None:
@@ -133,7 +136,7 @@ class Alignment:
         raise Qwen35Error(f"misshapen: {x.shape[0]} rows for {count} tokens in step {step}")
 
     def _whole(self, key: str, truth: Tensor) -> Pair:
-        """Values that are not of one token, as they were last: states, parameters. Compared if their shapes agree."""
+        """States and parameters, as the last step has them. Error: the shapes do not agree."""
         step = max(set(self.dump.sources[key]) & set(self.tokens_of.where), default=max(self.dump.sources[key]))
         x = self.dump[key].view(-1, *truth.shape[1:]) if is_vision(key) else self.dump.read(key, step)
         if base_name(key) in STATE_TAPS:
@@ -183,7 +186,7 @@ def align(dump: Dump, truth: Trace, only: list[int] | None = None) -> Alignment:
 
 
 def _settle(dump: Dump, truth: Trace, matched: Matched) -> list[str]:
-    """What names mean that engines use for two things: it is what their values are nearer to. The experts' output has
+    """Rename taps whose name means one of two things: the one that the values are nearer to. The experts' output has
     the shared expert in it where that is fused; vLLM's shared expert has its gate in it, SGLang's has not. Returns
     notes."""
     notes = []

@@ -19,9 +19,9 @@ HANDED_ON = ("layer_input", "layer_output_sum", "mlp_output", "pre_mlp_residual"
 
 
 def holes(alignment: Alignment) -> Iterator[str]:
-    """Taps that the dump has in some layers, and not in another of which it has something, or there not in all steps:
-    files that were lost. What a layer hands on may stand under the next one's name, and the first layer reads the
-    embeddings."""
+    """Taps whose files were lost: the dump has them in other layers, and something else of this layer; or it has them
+    in some of its steps only. What a layer hands on may stand under the next one's name, and the first layer reads
+    the embeddings."""
     have = {(layer_of(k), base_name(k)) for k in alignment.keys}
     names = {n for _, n in have}
     layers = {i for i, n in have if n not in HANDED_ON} or {i for i, _ in have}

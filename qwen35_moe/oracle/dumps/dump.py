@@ -26,7 +26,7 @@ from .pieces import Piece, Source, StepTokens, fenced, readable, whole_numbers
 from .ranks import by_row, check_ranks, join_ranks, joining, world_of
 
 MOST_STEPS = 1 << 31
-# The meaning of an engine's name if its shared expert is a slot (True), and if it is not (False).
+# The tap that a name means if the shared expert is one more slot (True), and if it is not (False).
 MEANING: dict[tuple[str, bool | None], str] = {
     ("moe_routed_output", True): "mlp_output",
     ("moe_slot_ids", False): "moe_topk_ids",
@@ -42,12 +42,13 @@ class Dump(Mapping[str, Tensor]):
     problems         what is wrong with the dump, as Qwen35Errors that were not raised, in the order of discovery
     notes            what was assumed or repaired
     unknown          names of tensors that have no meaning here
-    draft_ids        [B, T] what each draft of a chain started from, where one of our traces is the dump
-    accepted         step -> tokens of the prompt, and how often 0, 1, ... drafts were accepted, as a server says
+    draft_ids        one [B, T] a draft of a chain: the ids that it started from, where one of our traces is the dump
+    accepted         step -> tokens of the prompt, and how often 0, 1, ... drafts were accepted, if a server says so
     absent           sequences that cannot be compared, since the dump lacks their first ids, in words
     weights          name -> piece, for parameters that were dumped
     drafts           steps of a draft head -> number of the draft (taps of the first are under `mtp`, then `mtp.2`, ...)
     fused            (part, layer) -> whether `mlp.experts.output` is the block's output; None: the files do not say
+    sources          key of a tap -> step -> the pieces that hold it, and the rule that reads them
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Dump(Mapping[str, Tensor]):
         return torch.cat([self.read(key, step) for step in sorted(self.sources[key])])
 
     def count(self, step: int) -> int | None:
-        """Rows of a step: from its ids, or else from a tensor that is d wide."""
+        """How many tokens a step has: from its ids, or else from a tensor that is as wide as the model."""
         if step in self.tokens and self.tokens[step].count is not None:
             return self.tokens[step].count
         if step not in self._counts:
@@ -146,7 +147,7 @@ class Dump(Mapping[str, Tensor]):
         return self._counts[step]
 
     def read(self, key: str, step: int) -> Tensor:
-        """One tap of one step as rows [tokens, features] (tensors that are not per token keep their shape).
+        """One tap of one step as rows [tokens, features]; what is not of tokens keeps its shape.
 
         Partial sums are added in float64. Raises Qwen35Error for files that cannot be read and ranks that do not join.
         """
@@ -182,7 +183,7 @@ class Dump(Mapping[str, Tensor]):
             return None
 
     def keep_fused(self) -> None:
-        """Without the model's sizes, fused columns of one rank cannot be split: all of them, under the first's name."""
+        """If the model's sizes are not known, fused columns of one rank stay together, under the first tap's name."""
         for key, steps in list(self.sources.items()):
             for step, source in list(steps.items()):
                 names = [name for name, _ in source.rule.blocks]
@@ -197,7 +198,7 @@ class Dump(Mapping[str, Tensor]):
                 del self.sources[key]
 
     def rename(self, key: str, new: str) -> None:
-        """Another meaning for a tap."""
+        """Give a tap another key."""
         for step, source in self.sources.pop(key).items():
             blocks = tuple((base_name(new) if n == base_name(key) else n, w) for n, w in source.rule.blocks)
             renamed = replace(source, rule=TapRule(source.rule.join, blocks))
@@ -212,8 +213,8 @@ class Dump(Mapping[str, Tensor]):
 
 
 def _groups(pieces: Sequence[Piece]) -> dict[tuple[Any, ...], list[Piece]]:
-    """Pieces of one value: same step, layer and name, one a rank. A repeated one counts once, but for the vision tower,
-    which runs for one image after another, or for images and then for videos."""
+    """Pieces of one value: same step, layer and name, one a rank. Of a value that was written twice the first counts;
+    the vision tower's are joined, since it runs for one image after another, or for images and then for videos."""
     groups: dict[tuple[Any, ...], dict[int, list[Piece]]] = {}
     for p in pieces:
         groups.setdefault((p.step, p.part, p.layer, p.path, p.key), {}).setdefault(p.rank, []).append(p)

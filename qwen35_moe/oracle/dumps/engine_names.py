@@ -6,9 +6,9 @@ A rule is one line of text: how ranks are joined, then which taps the columns ho
     "sum attn_output"                             partial sums: add up the ranks
     "cat attn_q_gate:2nh attn_k_proj:gh attn_v:gh"   each rank holds its share of each block, blocks side by side
 
-Widths are products of the legend's letters (a leading number is a factor); where only their proportion matters, plain
-numbers do. "-" is a block to leave out. Rules are in order of preference: where two modules hold one value, the first
-that the dump has counts.
+Widths are products of LETTERS (a leading number is a factor), or plain numbers if only their proportion matters. "-" is
+a block to leave out. Rules are in order of preference: where two modules hold one value, the first that the dump has
+counts.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def family_of(paths: Iterable[str]) -> str:
 
 
 def rule_for(path: str, family: str) -> tuple[TapRule, int] | None:
-    """The rule of a path below the layer, and its rank of preference (0 is best); None for names without meaning."""
+    """The rule of a path below the layer, and its preference (0 is best); None for names without meaning."""
     table = {"transformers": TRANSFORMERS_NAMES, "vision": VISION_NAMES}.get(family, SGLANG_NAMES)
     if table is SGLANG_NAMES and not path.startswith("self_attn.output"):  # "output" alone is the layer's
         path = path.removeprefix("self_attn.")

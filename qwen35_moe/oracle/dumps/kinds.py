@@ -23,14 +23,14 @@ from .pieces import Piece, once
 CHOSEN_LISTS = tuple(f"mlp.experts.inputs.{name}.{i}" for name in ("1", "topk_output") for i in (1, 0))
 CHOSEN = ("mlp.topk.output.1", "mlp.topk.output.0")
 EXPERTS_OUTPUT, BLOCK_OUTPUTS = "mlp.experts.output", ("mlp.output", "output.0", "output")
-NUMBERS_COMPARED = 1 << 14  # numbers that are not equal by chance
+NUMBERS_COMPARED = 1 << 14  # so many are not equal by chance
 ROUTING_NAMES = {"mlp.experts.inputs.0", "mlp.gate.output", "mlp.topk.output.1", "mlp.gate.output.0"}
 PartLayer = tuple[str, int | None]  # part ("" or "mtp") and number
 
 
 def fused_layers(pieces: Sequence[Piece], sizes: Mapping[str, int], named: bool) -> dict[PartLayer, bool | None]:
     """(part, layer) -> whether `mlp.experts.output` is the block's output; None: the files do not say. Layers without
-    it are left out. named: the dump has every module, so a shared expert that did not run alone has no names."""
+    it are left out. named: the dump names every module that ran; without a name the shared expert ran as a slot."""
     by_layer: dict[PartLayer, dict[str, list[Piece]]] = defaultdict(lambda: defaultdict(list))
     for piece in pieces:
         by_layer[piece.part, piece.layer][piece.path.removeprefix("self_attn.")].append(piece)

@@ -14,7 +14,7 @@ from ..judge.log_p import LOG_P
 from .dump import Dump
 from .ranks import by_row, join_ranks, joining
 
-# Where a tap is not in the dump but another holds it: in its first columns, or in the one that is appended to them.
+# A tap that another one holds: (the other, whether in the one column that is appended to the other's own).
 INSTEAD = {
     "moe_topk_ids": ("moe_slot_ids", False),
     "moe_topk_weights": ("moe_slot_weights", False),
@@ -23,7 +23,7 @@ INSTEAD = {
 }
 # A log p of some 12 is off by up to 2^-9 of that in bf16, and the sum of many such errors by less.
 LOG_P_SLACK = 0.05
-# The tap as wide as the first columns.
+# A list of slots -> the tap that is as wide as its columns without the shared slot.
 BESIDE = {"moe_slot_ids": "moe_topk_ids", "moe_slot_weights": "moe_topk_weights"}
 
 
@@ -64,7 +64,8 @@ class Pair:
 
 
 def source_of(dump: Dump, truth: Trace, key: str) -> tuple[str, slice]:
-    """Which of the dump's taps holds this one, and in which columns. What is appended is there only where it is."""
+    """Which of the dump's taps holds this one, and in which columns. An appended one is read if the other tap
+    is wider by one."""
     name = base_name(key)
     if key in dump.sources or name not in INSTEAD:
         return key, slice(None)

@@ -74,8 +74,8 @@ def fenced(load: Callable[[], Tensor], where: str) -> Tensor:
 
 
 def once(x: Tensor, load: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """For a piece that is mapped already, whose file need not be opened again for its first use. After that it is let
-    go: pages that were read count as this process's memory while they are mapped."""
+    """A `load` that returns x, which is mapped already, and from its second call on opens the file: x is let go, since
+    pages that were read count as this process's memory while they are mapped."""
     return partial(_once, [x], load)
 
 
@@ -85,7 +85,7 @@ def _once(first: list[Tensor], load: Callable[[], Tensor]) -> Tensor:
 
 
 def itself(x: Tensor) -> Tensor:
-    """With `partial`, how a piece that is here already is loaded."""
+    """`partial(itself, x)` is the `load` of a tensor that is in memory already."""
     return x
 
 
@@ -107,7 +107,7 @@ class StepTokens:
 
 
 def readable(tokens: StepTokens, where: str, problems: list[Qwen35Error]) -> StepTokens:
-    """The tokens without what is no row of whole numbers, one a token; each of that is a problem."""
+    """The tokens without the fields that are not one whole number a token; each of these is a problem."""
 
     def row(name: str, x: Tensor | None) -> Tensor | None:
         try:

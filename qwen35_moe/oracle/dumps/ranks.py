@@ -82,7 +82,7 @@ def _shares(key: str, blocks: Blocks, count: int, columns: int, sizes: Mapping[s
 
 
 def by_row(x: Tensor, count: int | None) -> Tensor:
-    """[tokens, features] of any of [T, ...], [B, T, ...], [T * heads, width]; left in rows where tokens do not fit."""
+    """[tokens, features] of any of [T, ...], [B, T, ...], [T * heads, width]; its own rows if `count` does not fit."""
     if not x.numel():
         raise Qwen35Error("an empty tensor", expected=f"{count or 'some'} rows", found=list(x.shape))
     lead = 1

@@ -1,4 +1,4 @@
-"""Saved answers of servers (SGLang's /generate, vLLM's and llama.cpp's): ids first, then all that an answer holds.
+"""Saved answers of servers (SGLang's /generate, vLLM's and llama.cpp's).
 
 One step an answer: its routed experts, and log p of the tokens that it names, the prompt's own and the likeliest K.
 """

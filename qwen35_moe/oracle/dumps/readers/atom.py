@@ -2,7 +2,7 @@
 key `hidden`. Calls without a number are taken in order of their context.
 
 `hidden` is the first tensor that a module of that class returns: a contribution, of the MoE block for decoder layers.
-Weight dumps (weight_rankR_layerL.pt) are listed in `.weights`. There are no token ids: rows go by their number.
+Weight dumps (weight_rankR_layerL.pt) are listed in `.weights`. There are no token ids; rows are matched by number.
 """
 
 from __future__ import annotations

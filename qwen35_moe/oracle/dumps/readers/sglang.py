@@ -75,7 +75,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
 
 
 def _parallel(meta: Mapping[Any, Any], file: Path) -> dict[str, int]:
-    """Sizes of the groups of ranks, and the rank in each. Error: numbers that are none."""
+    """Sizes of the groups of ranks, and the rank in each. Error: one that is no such number."""
     found = {"world_size": meta.get("world_size"), **a_dict(meta.get("megatron_parallel_info")),
              **a_dict(meta.get("sglang_parallel_info"))}  # fmt: skip
     told = {str(key): x for key, x in found.items() if str(key).endswith(("_size", "_rank")) and x is not None}
