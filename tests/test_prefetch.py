@@ -18,6 +18,8 @@ from torch import nn
 import qwen35_moe as q
 from qwen35_moe.checkpoint.reader import Reader, Rows
 from qwen35_moe.model.moe import MoE
+from qwen35_moe.oracle.diagnose.catalogue import FAULTS
+from qwen35_moe.oracle.diagnose.faults import FaultSite, SlotChange
 from qwen35_moe.run.gpu import passing, prefetch
 from qwen35_moe.run.gpu.passing import PassingExperts
 from qwen35_moe.run.gpu.prefetch import Fetch, Layout
@@ -94,6 +96,26 @@ def test_experts_that_stay_are_read_once_for_all_dtypes(
         had = {e: stacks[1][i] for some, *stacks in experts.batches([0]) for i, e in enumerate(some)}
         alone.dtype = experts.dtype
         assert list(had) == list(range(E)) and all(torch.equal(had[e], alone.at(e)[1]) for e in range(E))
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "tiny-fp8", "tiny-mxfp4", "tiny-gpt-oss"])
+def test_what_stays_is_decoded_as_a_fault_changes_it(
+    built: Build, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of stacks of packed weights is the change of each of them."""
+    monkeypatch.setattr(passing, "BATCH_BYTES", 100_000)
+    found, mlp = source(built(recipe)), "layers.0.mlp"
+    experts = passing_experts(found, mlp, found.config.num_experts)
+    experts.stay_with(experts)
+    everywhere, changed = FaultSite(found.config, torch.zeros(1, 1)), 0
+    for fault in (f for f in FAULTS if isinstance(f.slot, SlotChange) and not (f.single or f.slot.shift)):
+        if fault.applies(found, 0, a4=False):
+            broken, decoded = fault.source(found, everywhere), experts.resident(torch.float64, False, fault.slot.on)
+            changed += 1
+            for e in range(found.config.num_experts):
+                for ours, theirs in zip(decoded.at(e), broken.slot(mlp, e), strict=True):
+                    assert torch.equal(ours, theirs.decode(torch.float64)), (fault.name, e)
+    assert changed == {"tiny": 0, "tiny-fp8": 3, "tiny-mxfp4": 6, "tiny-gpt-oss": 6}[recipe]
 
 
 @pytest.mark.parametrize("recipe", ["tiny", "tiny-fp8", "tiny-mxfp4"])

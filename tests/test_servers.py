@@ -9,7 +9,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -29,11 +29,13 @@ from qwen35_moe.numerics.taps import Handler, attach
 from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.faults import Fault, FaultSite
 from qwen35_moe.oracle.judge.envelope import LIMIT
+from qwen35_moe.oracle.judge.rerun_parts import Layers
 from qwen35_moe.oracle.judge.where import HERE, Where
 from qwen35_moe.oracle.servers import client
 from qwen35_moe.oracle.servers.answer import Answer
 from qwen35_moe.oracle.servers.client import API_KEY, Server
 from qwen35_moe.oracle.servers.dialects import Asker, buckets
+from qwen35_moe.oracle.servers.hypotheses import KINDS
 from qwen35_moe.oracle.servers.judge import DECIDED
 from qwen35_moe.oracle.servers.probe import How, Prepared, drawn_prompts, ordinary, prepare
 from qwen35_moe.oracle.servers.readers import from_bytes, from_json, read_answers
@@ -653,3 +655,26 @@ def test_every_fault_is_replayed_on_a_gpu(loaded: Loaded, faults: str) -> None:
     assert rel_l2(there.branches[0].stream.cpu(), here.branches[0].stream) <= FLOAT64_REORDERED
     assert all(bool(b.stream.isfinite().all()) == bool(a.stream.isfinite().all())
                for a, b in zip(here.branches, there.branches, strict=True))  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["tiny", "tiny-fp8", "tiny-mxfp4"])
+@pytest.mark.parametrize("mode", ["decoded", "stream"])
+def test_layers_with_a_fault_have_the_same_weights_on_a_gpu(small: Callable[..., Path], recipe: str, mode: str) -> None:
+    source = open_checkpoint(small(recipe))[1].source
+    place, table = FaultSite(source.config, torch.zeros(1, 1), expert=2), arithmetics.get("float32")
+    here, there = (
+        Layers(source, lambda _: torch.device("cpu"), mode),
+        Layers(source, lambda _: torch.device("cuda"), mode),
+    )
+    for i in range(source.config.num_hidden_layers):
+        for fault in (f for f in FAULTS if f.block in ("mlp", "gdn", "attn") and f.applies(source, i, a4=False)):
+            if fault.block == "mlp" or KINDS[fault.block] == source.config.layer_types[i]:
+                ours, theirs = (layers.broken(i, table, False, fault, place) for layers in (there, here))
+                assert ours.mlp.experts.count == theirs.mlp.experts.count, fault.name
+                for e in range(theirs.mlp.experts.count):
+                    for a, b in zip(ours.mlp.experts.at(e), theirs.mlp.experts.at(e), strict=True):
+                        assert torch.equal(a.cpu(), b), (fault.name, e)
+                theirs_by_name = dict(theirs.named_parameters())
+                for name, x in ours.named_parameters():
+                    assert ".experts." in name or torch.equal(x.cpu(), theirs_by_name[name]), (fault.name, name)

@@ -7,7 +7,7 @@ import torch
 from ..judge.hand_over import DraftFault
 from . import fault_parts as parts
 from .fault_parts import one_more, ones, plain, sqrt_width, taken_from, without_one
-from .faults import Fault
+from .faults import Fault, SlotChange
 from .rank_faults import RANK_FAULTS
 from .vision_faults import ROTARY_FAULTS, VISION_FAULTS
 
@@ -44,7 +44,7 @@ ROUTED_FAULTS = (
           ("moe_expert_gate_up",)),
     Fault("half of the intermediate missing", "mlp", "one of two TP ranks' partial sums is lost", "vLLM 44679",
           {"moe_expert_act": plain(lambda x: parts.one_share(x, 0, 2))}),
-    Fault("experts shifted by one", "mlp", "expert map off by one", "sglang 31793", slot=parts.neighbour),
+    Fault("experts shifted by one", "mlp", "expert map off by one", "sglang 31793", slot=SlotChange(shift=1)),
     *(Fault(name, "mlp", doc, seen, slot=slot, needs="mxfp4") for name, doc, seen, slot in (
         ("nibbles swapped", "high nibble read as the even column", "imp 567",
          parts.codes(lambda x: (x << 4) | (x >> 4))),
@@ -58,7 +58,7 @@ ROUTED_FAULTS = (
         ("scales not unshuffled", "scales in a kernel's tile order read row by row", "flashinfer 4093, vLLM 54773",
          parts.scales(parts.tiled)),
     )),
-    *(Fault(f"FP8 scales of the experts {name}", "mlp", doc, seen, slot=parts.on_slots(parts.fp8_scales(change)),
+    *(Fault(f"FP8 scales of the experts {name}", "mlp", doc, seen, slot=SlotChange(parts.fp8_scales(change)),
             needs="fp8") for name, doc, seen, change in (
         ("rotated", "each block scaled as its neighbour", "vLLM 54773", parts.rolled),
         ("ignored", "values multiplied as they are stored", "Model-Optimizer 2276", torch.ones_like),
@@ -73,7 +73,7 @@ ROUTED_FAULTS = (
     )),
     Fault("one expert's slot is zero", "mlp", "never loaded, or on a rank that does not answer", "sglang 40754",
           {"moe_expert_down": plain(torch.zeros_like)}, single=True),
-    Fault("one expert's slot is stale", "mlp", "holds another expert", "vllm-plugin-das 15", slot=parts.neighbour,
+    Fault("one expert's slot is stale", "mlp", "holds another expert", "vllm-plugin-das 15", slot=SlotChange(shift=1),
           single=True),
     Fault("one expert's scales rotated", "mlp", "", "flashinfer 4087", slot=parts.scales(parts.rolled), needs="mxfp4",
           single=True),

@@ -14,8 +14,7 @@ from ...quant.fp8 import FP8
 from ...quant.layouts import shuffle_scales
 from ...quant.mxfp4 import PackedMXFP4, quantise_dequantise
 from ...quant.packed import Float, Packed, Stacked
-from ...run.experts import PackedExpert
-from .faults import BrokenSource, ExpertChange, FaultSite, TapChange, WeightChange
+from .faults import BrokenSource, FaultSite, SlotChange, TapChange, WeightChange
 
 QK_NORMS, QKV = ("attn_q_norm", "attn_k_norm"), ("attn_q", "attn_k", "attn_v")
 
@@ -38,28 +37,16 @@ ones, without_one, one_more = (plain(change) for change in (torch.ones_like, lam
 sqrt_width = plain(lambda x: x * x.shape[-1] ** 0.5)
 
 
-def on_slots(change: Callable[[Packed], Packed]) -> ExpertChange:
-    """A change of the packed weights of routed experts."""
-
-    def leaf(packed: Packed) -> Packed:
-        return Stacked(tuple(map(leaf, packed.parts))) if isinstance(packed, Stacked) else change(packed)
-
-    def both(source: BrokenSource, mlp: str, e: int, slot: PackedExpert) -> PackedExpert:
-        return (leaf(slot[0]), leaf(slot[1])) if e < source.config.num_experts else slot
-
-    return both
+def on_packed(change: Callable[[PackedMXFP4], PackedMXFP4]) -> SlotChange:
+    """A change of the weights of routed experts in MXFP4."""
+    return SlotChange(lambda w: change(w) if isinstance(w, PackedMXFP4) else w)
 
 
-def on_packed(change: Callable[[PackedMXFP4], PackedMXFP4]) -> ExpertChange:
-    """The same of those in MXFP4."""
-    return on_slots(lambda w: change(w) if isinstance(w, PackedMXFP4) else w)
-
-
-def codes(change: Callable[[Tensor], Tensor]) -> ExpertChange:
+def codes(change: Callable[[Tensor], Tensor]) -> SlotChange:
     return on_packed(lambda w: PackedMXFP4(change(w.codes), w.scales))
 
 
-def scales(change: Callable[[Tensor], Tensor]) -> ExpertChange:
+def scales(change: Callable[[Tensor], Tensor]) -> SlotChange:
     return on_packed(lambda w: PackedMXFP4(w.codes, change(w.scales)))
 
 
@@ -73,8 +60,8 @@ def on_fp8(block: str, change: Callable[[Tensor], Tensor]) -> WeightChange:
 
 
 def rolled(scale: Tensor) -> Tensor:
-    """Each block's scale in the place of its neighbour's."""
-    return scale.roll(1, -1 if scale.dim() and scale.shape[-1] > 1 else 0) if scale.numel() > 1 else scale
+    """Each block's scale in the place of its neighbour's: in its row, or where a row has one block, of the next row."""
+    return scale.roll(1, -1 if scale.shape[-1] > 1 else -min(scale.dim(), 2)) if scale.numel() > 1 else scale
 
 
 def scales_of(packed: Packed) -> Tensor:
@@ -90,7 +77,7 @@ def bf16_as_fp4(source: BrokenSource, module: str, packed: Packed) -> Packed:
     gate, up = scales_of(gate_up).chunk(2)
     theirs = {"gate_proj": gate, "up_proj": up, "down_proj": scales_of(down)}[name]
     stored = packed.values.to(torch.bfloat16).view(torch.uint8)
-    return PackedMXFP4(stored[:, : packed.shape[1] // 2].contiguous(), theirs)
+    return PackedMXFP4(stored[:, : packed.shape[1] // 2].contiguous(), theirs.to(stored.device))
 
 
 def zeros(_: BrokenSource, __: str, packed: Packed) -> Packed:
@@ -110,11 +97,6 @@ def halves_swapped(_: BrokenSource, module: str, packed: Packed) -> Packed:
     """The draft head's `fc`, with the columns of the hidden state first."""
     values = packed.decode(torch.float64)
     return Float(values.roll(values.shape[1] // 2, 1)) if module == "mtp.fc" else packed
-
-
-def neighbour(source: BrokenSource, mlp: str, e: int, slot: PackedExpert) -> PackedExpert:
-    E = source.config.num_experts
-    return source.inner.slot(mlp, (e + 1) % E) if e < E else slot
 
 
 def scaled(factor: float) -> Mapping[str, TapChange]:
@@ -203,6 +185,8 @@ def activations(rule: str) -> Mapping[str, TapChange]:
 
 
 def tiled(scale: Tensor) -> Tensor:
+    if scale.dim() > 2:
+        return torch.vmap(tiled)(scale)
     return shuffle_scales(scale).flatten()[: scale.numel()].view_as(scale).contiguous()
 
 

@@ -21,7 +21,7 @@ from ...model.vision.position_table import Grid
 from ...model.vision.positions import check_grids
 from ...numerics.arithmetics import Arithmetic
 from ...numerics.taps import BREAK, OBSERVE, Handler, Site
-from ...quant.packed import Packed
+from ...quant.packed import Packed, Stacked
 from ...run.experts import PackedExpert
 from ...run.prompt import Images
 from ...run.source import WeightSource
@@ -86,6 +86,26 @@ Heads = Literal["query", "kv", "value", "key"]
 TapChange = Callable[[Tensor, dict[str, Tensor], FaultSite], Tensor]
 ExpertChange = Callable[["BrokenSource", str, int, PackedExpert], PackedExpert]
 WeightChange = Callable[["BrokenSource", str, Packed], Packed]
+
+
+@dataclass(frozen=True)
+class SlotChange:
+    """Routed expert e computes with the weights of expert e + shift, each changed by `change`: a packed weight [O, I],
+    or a stack of them [n, O, I]."""
+
+    change: Callable[[Packed], Packed] = field(default=lambda packed: packed)
+    shift: int = 0
+
+    def __call__(self, source: BrokenSource, mlp: str, e: int, slot: PackedExpert) -> PackedExpert:
+        count = source.config.num_experts
+        if e >= count:
+            return slot
+        gate_up, down = source.inner.slot(mlp, (e + self.shift) % count) if self.shift else slot
+        return self.on(gate_up), self.on(down)
+
+    def on(self, packed: Packed) -> Packed:
+        """One weight, changed."""
+        return Stacked(tuple(map(self.on, packed.parts))) if isinstance(packed, Stacked) else self.change(packed)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...model.moe import Experts, MoE
 from ...model.mtp import MTP, draft_chains
 from ...model.text import Layer, Model
 from ...numerics.arithmetics import Arithmetic, using
@@ -18,17 +19,16 @@ from ...numerics.taps import Handler, Site, attach
 from ...quant.packed import Packed
 from ...run.experts import PackedExpert, moved
 from ...run.fill import fill
+from ...run.gpu.grouped_experts import ResidentExperts
 from ...run.gpu.passing import PassingExperts
 from ...run.load import build_part
 from ...run.prompt import Images
 from ...run.source import WeightSource
-from ..diagnose.faults import Fault, FaultSite
+from ..diagnose.faults import Fault, FaultSite, SlotChange
 from ..dumps.step_rows import StepRows
 from .hand_over import stepped
 from .replay import Restart
 from .split_k import splitting
-
-FETCHERS = 4  # threads that bring weights to the device
 
 
 @dataclass
@@ -58,91 +58,115 @@ class TruthTokens:
 
 
 class LayerSource(WeightSource):
-    """The weights of one layer. They are read once, and kept in their stored format on its device. with_experts: its
-    experts, too."""
+    """The weights of one layer but those of its routed experts: read once, and kept in their stored format on its
+    device."""
 
-    def __init__(self, inner: WeightSource, device: torch.device, with_experts: bool = False):
+    def __init__(self, inner: WeightSource, device: torch.device):
         super().__init__(inner.checkpoint, inner.config, inner.online)
-        self.inner, self.device, self.conversion = inner, device, inner.conversion
-        self.with_experts, self.as_stored = with_experts, inner.as_stored and not with_experts
-        self.kept: dict[str, Future[Any]] = {}
-        self.pool = ThreadPoolExecutor(FETCHERS)
-
-    def _once(self, name: str, read: Callable[[], Any]) -> Future[Any]:
-        if name not in self.kept and self.device.type == "cpu":
-            self.kept[name] = Future()
-            self.kept[name].set_result(read())
-        elif name not in self.kept:
-            self.kept[name] = self.pool.submit(read)
-        return self.kept[name]
+        self.inner, self.device, self.conversion, self.as_stored = inner, device, inner.conversion, inner.as_stored
+        self.tensors: dict[str, Tensor] = {}
+        self.weights: dict[str, Packed] = {}
 
     def tensor(self, name: str) -> Tensor:
-        return self._once(name, lambda: self.inner.tensor(name).to(self.device)).result()
+        if name not in self.tensors:
+            self.tensors[name] = self.inner.tensor(name).to(self.device)
+        return self.tensors[name]
 
     def weight(self, module: str, rows: slice | None = None) -> Packed:
         if rows is not None:
             return self.inner.weight(module, rows)
-        return self._once(f"{module}.weight", lambda: moved(self.inner.weight(module), self.device)).result()
+        if module not in self.weights:
+            self.weights[module] = moved(self.inner.weight(module), self.device)
+        return self.weights[module]
 
     def slot(self, mlp: str, e: int) -> PackedExpert:
-        return self._fetch(mlp, e).result() if self.with_experts else self.inner.slot(mlp, e)
-
-    def _fetch(self, mlp: str, e: int) -> Future[PackedExpert]:
-        return self._once(f"{mlp}[{e}]", lambda: tuple(moved(x, self.device) for x in self.inner.slot(mlp, e)))
-
-    def begin(self, mlp: str) -> LayerSource:
-        """Has the experts of a layer fetched, while another layer is at work."""
-        if self.with_experts and self.device.type != "cpu":
-            for e in range(self.config.num_experts):
-                self._fetch(mlp, e)
-        return self
+        return self.inner.slot(mlp, e)
 
 
 class Layers:
     """Layers with the weights of a source, in the dtypes of tables. Those of the current layer are kept. device: that
-    of a layer; mode: as of `load`."""
+    of a layer; mode: as of `load`.
+
+    On a GPU, experts are read once, in their stored format, and those of the next layer ahead; "decoded" ones are
+    decoded once a dtype.
+    """
 
     def __init__(self, source: WeightSource, device: Callable[[int], torch.device], mode: str):
         self.source, self.device, self.mode = source, device, mode
         self.current, self.held = -1, LayerSource(source, torch.device("cpu"))
-        self.next = -1, self.held
         self.filled: dict[Any, Layer] = {}
-        self.passing: PassingExperts | None = None
+        self.passing: PassingExperts | None = None  # of the current layer, on a GPU
+        self.ahead: tuple[int, PassingExperts] | None = None  # of the next, while layers come in their order
 
     def whole(self, i: int, table: Arithmetic, fused: bool) -> Layer:
         """Layer i as the checkpoint has it."""
+        in_order = self.current + 1 == i
         if self.current != i:
-            self.current, self.filled, self.passing = i, {}, None
-            self.held = self.next[1] if self.next[0] == i else self._held(i)
-            self.next = i + 1, self._held(i + 1) if i + 1 < self.source.config.num_hidden_layers else self.held
+            self.current, self.filled, self.held = i, {}, LayerSource(self.source, self.device(i))
+            self.passing = self.ahead[1] if self.ahead and self.ahead[0] == i else None
         key = (table.dtype, tuple(sorted(table.weights.items())), table.quantised, fused)
         if key not in self.filled:
             layer = self.filled[key] = self._empty(i, fused)
-            fill(layer, f"layers.{i}", self.held, table, self.device(i), self.mode)
+            fill(layer, f"layers.{i}", self.held, table, self.device(i), self._mode(i))
             experts = layer.mlp.experts
-            if isinstance(experts, PassingExperts):  # the first layer reads them, the others share them
+            if isinstance(experts, PassingExperts):
                 if self.passing is None or self.passing.count != experts.count:
                     self.passing = experts
                 experts.stay_with(self.passing)
+                if self.mode == "decoded":
+                    layer.mlp.experts = self.passing.resident(experts.dtype, experts.quantised)
+                self.ahead = self._ahead(i + 1, experts) if in_order else self.ahead
         return self.filled[key]
 
     def broken(self, i: int, table: Arithmetic, fused: bool, fault: Fault, place: FaultSite) -> Layer:
         """Layer i with the weights of a fault. What the fault leaves alone is shared with the layer as it is."""
-        source = fault.source(self.source, place)
-        if source is self.source:
+        if fault.source(self.source, place) is self.source:
             return self.whole(i, table, fused)
         whole, layer = self.whole(i, table, fused), self._empty(i, fault.fused or fused)
-        if self.device(i).type == "cpu" or self.held.with_experts:
-            source = fault.source(self.held, place)
+        source = fault.source(self.held, place)
         for name, part in list(layer.named_children()):
             if (name == "mlp") != (fault.block == "mlp"):
                 layer.add_module(name, whole.get_submodule(name))
-            else:
-                fill(part, f"layers.{i}.{name}", source, table, self.device(i), self.mode)
+                continue
+            fill(part, f"layers.{i}.{name}", source, table, self.device(i), self._mode(i))
+            if isinstance(part, MoE) and self.mode == "decoded" and self.device(i).type == "cuda":
+                changed = self._changed(whole.mlp.experts, partial(source.slot, f"layers.{i}.mlp"), fault, place.expert)
+                part.experts = part.experts if changed is None else changed
         return layer
 
-    def _held(self, i: int) -> LayerSource:
-        return LayerSource(self.source, self.device(i), self.mode == "decoded").begin(f"layers.{i}.mlp")
+    def _changed(
+        self, plain: Experts, read: Callable[[int], PackedExpert], fault: Fault, single: int
+    ) -> ResidentExperts | None:
+        """The experts of a fault, made of those that a GPU holds; None where they have to be read one by one. read: a
+        slot as the fault has it."""
+        if not isinstance(plain, ResidentExperts) or plain.count > self.source.config.num_experts:
+            return None
+        dtype, quantised = plain.down_proj.dtype, plain.quantised
+        if isinstance(fault.slot, SlotChange) and not (fault.single or fault.fused or self.passing is None):
+            found = self.passing.resident(dtype, quantised, fault.slot.on)
+            gate_up, down = (x.roll(-fault.slot.shift, 0) for x in (found.gate_up_proj, found.down_proj))
+            return ResidentExperts(gate_up, down, quantised)
+        if fault.fused or fault.single:
+            e = single if fault.single else plain.count  # the slot of a fused shared expert is one more
+            gate_up, down = (torch.cat((x, x[: fault.fused])) for x in (plain.gate_up_proj, plain.down_proj))
+            gate_up[e], down[e] = (moved(packed, down.device).decode(dtype) for packed in read(e))
+            return ResidentExperts(gate_up, down, quantised)
+        return plain if fault.slot is None else None
+
+    def _mode(self, i: int) -> str:
+        return "stream" if self.device(i).type == "cuda" else self.mode
+
+    def _ahead(self, i: int, like: PassingExperts) -> tuple[int, PassingExperts] | None:
+        """The experts of layer i, which are being read."""
+        if self.ahead is not None and self.ahead[0] == i:
+            return self.ahead
+        if i == self.source.config.num_hidden_layers or self.device(i) != like.device:
+            return None
+        slot, stored = partial(self.source.slot, f"layers.{i}.mlp"), partial(self.source.stored, f"layers.{i}.mlp")
+        packed = like.count, like.intermediate, slot, like.dtype, like.quantised, like.device
+        experts = PassingExperts(*packed, stored=stored)
+        experts.begin()
+        return i, experts
 
     def _empty(self, i: int, fused: bool) -> Layer:
         with torch.device("meta"):

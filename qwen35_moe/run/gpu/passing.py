@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.weight import StoredWeight
-from ..experts import PackedExperts
-from .grouped_experts import BatchedExperts
+from ...quant.packed import Packed
+from ..experts import PackedExperts, moved
+from .grouped_experts import BatchedExperts, ResidentExperts
 from .prefetch import Fetch, Layout, PendingScaleCheck
 
 BATCH_BYTES = 2**31  # bytes of decoded experts that a GPU holds at a time
 FEW_EXPERTS = 32  # up to so many experts are decoded as that many, more of them as those of a batch
+Change = Callable[[Packed], Packed]
 
 
 class Batch(NamedTuple):
@@ -73,11 +75,20 @@ class PassingExperts(BatchedExperts, PackedExperts):
             fetch = coming[i]
             if not self.stay:
                 coming[i] = None  # its buffer is free once it is decoded
-            if fetch is None:
-                gate_up, down = (x[None] for x in self.at(batch.experts[0]))
-            else:
-                gate_up, down = self._decoded(batch, fetch.result(), doubts)
-            yield batch.experts, gate_up, down
+            yield batch.experts, *self._decoded(batch, fetch, doubts, self.dtype)
+        self._check(batches, doubts)
+
+    def resident(self, dtype: torch.dtype, quantised: bool, change: Change = lambda packed: packed) -> ResidentExperts:
+        """All of them, decoded from what stays on the GPU. change: of each stored weight before it is decoded, [O, I]
+        or a stack [n, O, I]."""
+        self.begin()
+        doubts = list[Tensor]()
+        found = [self._decoded(*each, doubts, dtype, change) for each in zip(self.all, self.coming, strict=True)]
+        self._check(self.all, doubts)
+        gate_up, down = map(torch.cat, zip(*found, strict=True))
+        return ResidentExperts(gate_up, down, quantised)
+
+    def _check(self, batches: Sequence[Batch], doubts: Sequence[Tensor]) -> None:
         weights = (weight for batch in batches for e in batch.experts for weight in self.stored(e))
         PendingScaleCheck(doubts, weights).settle(self.later)
 
@@ -100,15 +111,21 @@ class PassingExperts(BatchedExperts, PackedExperts):
                 found.append(Batch(some, weights, Layout(weights[0].reader, items, room)))
         return found
 
-    def _decoded(self, batch: Batch, read: Sequence[Tensor], doubts: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """What was read, as gate_up and down; the scales' doubts are added to `doubts`."""
-        n, parts, found = len(batch.experts), iter(read), []
+    def _decoded(
+        self, batch: Batch, fetch: Fetch | None, doubts: list[Tensor], dtype: torch.dtype,
+        change: Change = lambda packed: packed,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """gate_up and down of a batch; the scales' doubts are added to `doubts`."""
+        if fetch is None:  # made of other weights, for one expert
+            gate_up, down = (moved(part, self.device).decode(dtype)[None] for part in self.read(batch.experts[0]))
+            return gate_up, down
+        n, parts, found = len(batch.experts), iter(fetch.result()), []
         for weight in batch.weights:
             stacks = list(islice(parts, len(weight.parts)))
             if weight.kind.startswith("fp8"):
                 each = zip(*(x[:n] for x in stacks), strict=True)
-                found.append(torch.stack([weight.of(one, doubts).decode(self.dtype) for one in each]))
+                found.append(torch.stack([change(weight.of(one, doubts)).decode(dtype) for one in each]))
             else:
-                found.append(weight.of(stacks, doubts, n).decode(self.dtype)[:n])
+                found.append(change(weight.of(stacks, doubts, n)).decode(dtype)[:n])
         *first, down = found
         return first[0] if len(first) == 1 else torch.cat(first, 1), down
