@@ -287,11 +287,12 @@ def test_passes_over_memory_have_the_bits_of_plain_torch(
             assert torch.equal(compiled[key], x), key
 
 
+@pytest.mark.parametrize("often", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_mxfp4_decodes_to_the_same_bits(dtype: torch.dtype) -> None:
+def test_mxfp4_decodes_to_the_same_bits(dtype: torch.dtype, often: bool) -> None:
     codes, scales = test_mxfp4.every_byte_pair()
     poisoned = torch.full((256, 512), torch.nan, dtype=dtype, device=GPU)
-    result = mxfp4.decode(codes.to(GPU), scales.to(GPU), dtype, poisoned).cpu()
+    result = mxfp4.decode(codes.to(GPU), scales.to(GPU), dtype, poisoned, often).cpu()
     plain = mxfp4.decode_plain(codes, scales, dtype)
     assert torch.equal(test_mxfp4.bits(result), test_mxfp4.bits(plain))
 

@@ -75,6 +75,15 @@ def test_groups_are_split_as_a_whole(order: int | None) -> None:
     assert not torch.equal(whole, loop)
 
 
+def test_one_padded_product_is_the_products_of_all_experts() -> None:
+    counts = [3, 0, 7, 1, 0]
+    x, weight = drawn(sum(counts), D), drawn(len(counts), F, D, seed=1)
+    each = [one @ w.T for one, w in zip(x.split(counts), weight, strict=True)]
+    assert rel_l2(grouped.padded_linear(x, weight, counts), torch.cat(each)) <= FLOAT64_REORDERED
+    ends = torch.tensor(counts).cumsum(0)
+    assert rel_l2(grouped.looped_linear(x, weight, ends), torch.cat(each)) <= FLOAT64_REORDERED
+
+
 @pytest.mark.parametrize("tokens", [3, T])
 def test_packed_experts_pair_by_pair_and_in_batches(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped_experts, "EXPERTS_PER_BATCH", 4)

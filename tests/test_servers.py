@@ -658,6 +658,7 @@ def test_every_fault_is_replayed_on_a_gpu(loaded: Loaded, faults: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
 @pytest.mark.parametrize("recipe", ["tiny", "tiny-fp8", "tiny-mxfp4"])
 @pytest.mark.parametrize("mode", ["decoded", "stream"])
 def test_layers_with_a_fault_have_the_same_weights_on_a_gpu(small: Callable[..., Path], recipe: str, mode: str) -> None:

@@ -56,8 +56,8 @@ class PackedMXFP4:
     def shape(self) -> torch.Size:
         return torch.Size((*self.codes.shape[:-1], 2 * self.codes.shape[-1]))
 
-    def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        return decode(self.codes, self.scales, dtype, out)
+    def decode(self, dtype: torch.dtype, out: Tensor | None = None, often: bool = False) -> Tensor:
+        return decode(self.codes, self.scales, dtype, out, often)
 
 
 def encode(
@@ -135,12 +135,12 @@ def decode_plain(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return products(dtype, codes.device)[scales_I, codes_I]
 
 
-def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None = None, often: bool = False) -> Tensor:
     """Codes [..., Z] and scales [..., Q] (both uint8) to values [..., I] of `dtype`; into `out` (contiguous) if given.
 
     Exact in bfloat16, float32 and float64, but for what is beyond their range (infinity: scale byte 253 times 4 and 6,
-    254 times 2 to 6); float16 rounds to nearest even. A NaN scale makes NaN of every code. On a GPU the formula is
-    compiled to one pass over memory, which takes seconds for each new size.
+    254 times 2 to 6); float16 rounds to nearest even. A NaN scale makes NaN of every code. often: a GPU shall decode
+    this size so often that it pays to compile the formula to one pass over memory, which takes seconds.
     """
     check(codes, scales)
     if not dtype.is_floating_point:
@@ -152,7 +152,7 @@ def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None
         found = f"{'' if out.is_contiguous() else 'strided '}{out.dtype} {list(out.shape)}"
         what, expected = "out does not fit what is decoded", f"contiguous {dtype} {list(shape)}"
         raise Qwen35Error(what, expected=expected, found=found)
-    if not codes.is_cuda:
+    if not (codes.is_cuda and often):
         return decode_in_pieces(codes, scales, dtype, out)
     table = products(torch.promote_types(dtype, torch.float32), codes.device)
     worth = table[:, E2M1.index(1.0)].contiguous()

@@ -89,7 +89,7 @@ def decoded_experts(stored: list[PackedExpert], dtype: torch.dtype, device: torc
 
 
 def decode_stacked(stacked: PackedMXFP4, out: Tensor) -> None:
-    """Weights [E, O, I] into `out`, as many at once as makes one size for all: a GPU compiles each size."""
+    """Weights [E, O, I] into `out`, NUMBERS_AT_ONCE at a time."""
     step = max(1, NUMBERS_AT_ONCE // out[0].numel())
     for some in (slice(e, e + step) for e in range(0, len(out), step)):
         mxfp4.decode(stacked.codes[some], stacked.scales[some], out.dtype, out[some])

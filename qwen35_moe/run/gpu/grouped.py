@@ -13,6 +13,9 @@ one block, and no index occurs twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +23,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ...model.ops import accumulation_dtype, one_wide, promote
 from ...numerics import arithmetics as arithmetic
+
+PADDED_ROWS = 1 << 15  # of one product of all experts: fewer rows cost less than the calls of single products
 
 
 def add_in_order(y_ND: Tensor, ids_TA: Tensor, rows_TA: Tensor, weights_TA: Tensor) -> Tensor:
@@ -65,16 +70,28 @@ def grouped_linear(name: str, x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) 
 
 
 def looped_linear(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows ends[e-1] .. ends[e] of x times weight[e]^T in the dtype of x, one product each. A mode may override
-    it as a whole.  -> [N, O]"""
+    """Rows ends[e-1] .. ends[e] of x times weight[e]^T in the dtype of x, one product each; on a GPU one product of all
+    where that is little work. A mode may override it as a whole.  -> [N, O]"""
     if has_torch_function((x_NI,)):
         return handle_torch_function(looped_linear, (x_NI,), x_NI, weight_EOI, ends_E)
-    y_NO, start = x_NI.new_empty(len(x_NI), weight_EOI.shape[1]), 0
-    for end, weight_OI in zip(ends_E.tolist(), weight_EOI, strict=True):
-        if end > start:
-            y_NO[start:end] = F.linear(x_NI[start:end], weight_OI.to(x_NI.dtype))
-        start = end
+    counts = [stop - start for start, stop in pairwise([0, *ends_E.tolist()])]
+    if x_NI.is_cuda and max(counts) * len(counts) <= PADDED_ROWS:
+        return padded_linear(x_NI, weight_EOI.to(x_NI.dtype), counts)
+    y_NO = x_NI.new_empty(len(x_NI), weight_EOI.shape[1])
+    for x_nI, y_nO, weight_OI in zip(x_NI.split(counts), y_NO.split(counts), weight_EOI, strict=True):
+        if len(x_nI):
+            y_nO.copy_(F.linear(x_nI, weight_OI.to(x_NI.dtype)))
     return y_NO
+
+
+def padded_linear(x_NI: Tensor, weight_EOI: Tensor, counts: Sequence[int]) -> Tensor:
+    """The first counts[0] rows of x times weight[0]^T, and so on, as one product of as many rows for each."""
+    count_E = torch.tensor(counts, device=x_NI.device)
+    expert_N = torch.arange(len(counts), device=x_NI.device).repeat_interleave(count_E, output_size=len(x_NI))
+    row_N = torch.arange(len(x_NI), device=x_NI.device) - (count_E.cumsum(0) - count_E)[expert_N]
+    padded_EnI = x_NI.new_zeros(len(counts), max(counts), x_NI.shape[1])
+    padded_EnI[expert_N, row_N] = x_NI
+    return torch.bmm(padded_EnI, weight_EOI.mT)[expert_N, row_N]
 
 
 # Public since torch 2.10, the same operation under a private name before.

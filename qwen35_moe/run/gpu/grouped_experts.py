@@ -90,7 +90,8 @@ class StackedExperts(BatchedExperts):
     def decoded(self, which: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Some of the experts: gate_up [n, 2F, D], down [n, D, F]."""
         gate_up, down = (
-            mxfp4.decode(packed.codes[which], packed.scales[which], self.dtype) for packed in (self.gate_up, self.down)
+            mxfp4.decode(packed.codes[which], packed.scales[which], self.dtype, often=True)
+            for packed in (self.gate_up, self.down)
         )
         return gate_up, down
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.weight import StoredWeight
+from ...quant.mxfp4 import PackedMXFP4
 from ...quant.packed import Packed
 from ..experts import PackedExperts, moved
 from .grouped_experts import BatchedExperts, ResidentExperts
@@ -125,7 +126,11 @@ class PassingExperts(BatchedExperts, PackedExperts):
             if weight.kind.startswith("fp8"):
                 each = zip(*(x[:n] for x in stacks), strict=True)
                 found.append(torch.stack([change(weight.of(one, doubts)).decode(dtype) for one in each]))
+                continue
+            packed = change(weight.of(stacks, doubts, n))
+            if isinstance(packed, PackedMXFP4):
+                found.append(packed.decode(dtype, often=not self.stay)[:n])
             else:
-                found.append(change(weight.of(stacks, doubts, n)).decode(dtype)[:n])
+                found.append(packed.decode(dtype)[:n])
         *first, down = found
         return first[0] if len(first) == 1 else torch.cat(first, 1), down
