@@ -143,8 +143,8 @@ class Layers:
             return None
         dtype, quantised = plain.down_proj.dtype, plain.quantised
         if isinstance(fault.slot, SlotChange) and not (fault.single or fault.fused or self.passing is None):
-            found = self.passing.resident(dtype, quantised, fault.slot.on)
-            gate_up, down = (x.roll(-fault.slot.shift, 0) for x in (found.gate_up_proj, found.down_proj))
+            found, shift = self.passing.resident(dtype, quantised, fault.slot.on), -fault.slot.shift
+            gate_up, down = (x.roll(shift, 0) if shift else x for x in (found.gate_up_proj, found.down_proj))
             return ResidentExperts(gate_up, down, quantised)
         if fault.fused or fault.single:
             e = single if fault.single else plain.count  # the slot of a fused shared expert is one more
@@ -165,7 +165,7 @@ class Layers:
         slot, stored = partial(self.source.slot, f"layers.{i}.mlp"), partial(self.source.stored, f"layers.{i}.mlp")
         packed = like.count, like.intermediate, slot, like.dtype, like.quantised, like.device
         experts = PassingExperts(*packed, stored=stored)
-        experts.begin()
+        experts.stay_with(experts)
         return i, experts
 
     def _empty(self, i: int, fused: bool) -> Layer:

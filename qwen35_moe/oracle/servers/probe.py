@@ -20,7 +20,7 @@ from ..judge.routing import Routing, compare_ids
 from ..judge.split_k import samples
 from ..judge.where import HERE, Where
 from .answer import FAR, Answer, Row, shaped
-from .hypotheses import PlacedFault, placed_faults
+from .hypotheses import placed_faults
 from .judge import Judge, Positions
 from .replay import Branch, Replay
 from .verdict import Told, Verdict, decide, told
@@ -89,8 +89,10 @@ class Prepared:
         count = sum(len(a.rows) for a in longer)
         if count >= FEWEST_POSITIONS:
             r, tables = self.replay, [b.table for b in self.branches[1 : self.members + 1]]
-            known = _replayed(r.source, r.fused, [a.ids for a in longer], self.branches[0].table, tables, [], r.where)
-            verdict.add("in decode", known._judged(longer)[0])
+            ids = [a.ids for a in longer]
+            replay = Replay(r.source, r.fused, *_rows(ids), r.where, before=r)
+            branches = replay.run(self.branches[0].table, tables, [])
+            verdict.add("in decode", Prepared(ids, replay, branches, self.members)._judged(longer)[0])
         elif count:
             verdict.notes.append(f"{count} generated tokens are not judged: {FEWEST_POSITIONS} are worth it")
         return verdict
@@ -132,17 +134,12 @@ def prepare(
     listed = placed_faults(source, how.faults, a4=how.arithmetic.startswith("exact+a4"))
     said = {"attn": how.kv_cache, "gdn": how.state}
     listed = [h for h in listed if not (h.fault.rounds and said.get(h.fault.block))]
-    return _replayed(source, fused, ids, how.arithmetic, tables, listed, how.where)
+    replay = Replay(source, fused, *_rows(ids), how.where)
+    return Prepared([*map(list, ids)], replay, replay.run(how.arithmetic, tables, listed), len(tables))
 
 
-def _replayed(
-    source: WeightSource, fused: Sequence[bool], ids: Sequence[Sequence[int]], truth: str | Arithmetic,
-    tables: Sequence[Arithmetic], listed: Sequence[PlacedFault], where: Where,
-) -> Prepared:  # fmt: skip
-    rows, mask = padded([torch.tensor(list(one)) for one in ids])
-    replay = Replay(source, fused, rows, mask, where)
-    branches = replay.run(truth, tables, listed)
-    return Prepared([list(one) for one in ids], replay, branches, len(tables))
+def _rows(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+    return padded([torch.tensor(list(one)) for one in ids])
 
 
 def ordinary(config: Config) -> int:

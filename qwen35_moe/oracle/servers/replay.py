@@ -30,7 +30,7 @@ from ...run.fill import fill
 from ...run.source import WeightSource
 from ...run.streamed import StreamedEmbedding, StreamedHead
 from ..diagnose.faults import FaultSite
-from ..judge.rerun_parts import Layers
+from ..judge.rerun_parts import Layers, LayerSource
 from ..judge.split_k import splitting
 from ..judge.where import HERE, Where
 from .hypotheses import PlacedFault, SortedExperts, Struck
@@ -54,13 +54,38 @@ class Branch:
     routing: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # a layer: router logits [N, E], ids [N, A]
 
 
+class Ends:
+    """The last norm and the head in the dtypes of tables. On a GPU they stay, read once."""
+
+    def __init__(self, source: WeightSource, device: torch.device):
+        self.source, self.device, self.held = source, device, LayerSource(source, device)
+        self.norms: dict[str, RMSNorm] = {}
+        self.heads: dict[torch.dtype, nn.Module] = {}
+
+    def of(self, table: Arithmetic) -> tuple[RMSNorm, nn.Module]:
+        c, dtype = self.source.config, table.weight_dtype("lm_head.weight")
+        if table.name not in self.norms:
+            with torch.device("meta"):
+                norm = self.norms[table.name] = RMSNorm(c.hidden_size, c.rms_norm_eps, "final_norm")
+                head = Linear(c.hidden_size, c.vocab_size)
+            fill(norm, "norm", self.held, table, self.device)
+            if self.device.type == "cpu":
+                self.heads[dtype] = StreamedHead(self.source, table, self.device)
+            elif dtype not in self.heads:
+                name = "embed_tokens" if c.tie_word_embeddings else "lm_head"
+                fill(head, name, self.held, table, self.device)
+                self.heads[dtype] = head
+        return self.norms[table.name], self.heads[dtype]
+
+
 class Replay:
     """ids, mask [B, T] (mask None: no padding). `fused`: in which layers the shared expert is a slot. One layer is held
-    at a time, on the device of `where`."""
+    at a time, on the device of `where`. before: one whose last norm and head are used again."""
 
     def __init__(
-        self, source: WeightSource, fused: Sequence[bool], ids: Tensor, mask: Tensor | None = None, where: Where = HERE
-    ):
+        self, source: WeightSource, fused: Sequence[bool], ids: Tensor, mask: Tensor | None = None,
+        where: Where = HERE, before: Replay | None = None,
+    ):  # fmt: skip
         self.source, self.fused, self.config, self.where = source, list(fused), source.config, where
         self.device = where.of("norm", self.config.num_hidden_layers)
         self.ids, self.real = ids.to(self.device), None if mask is None else mask.bool().to(self.device)
@@ -75,24 +100,7 @@ class Replay:
             memory, self.together = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), TOGETHER
         self.mode = where.mode or ("decoded" if BYTES * numbers < SHARE_OF_MEMORY * memory else "stream")
         self.layers = Layers(source, lambda _: self.device, self.mode)
-        self._norms: dict[str, RMSNorm] = {}
-        self._heads: dict[torch.dtype, nn.Module] = {}
-
-    def _end(self, table: Arithmetic) -> tuple[RMSNorm, nn.Module]:
-        """The last norm and the head in a table's dtypes. A GPU holds one head a dtype."""
-        c, dtype = self.config, table.weight_dtype("lm_head.weight")
-        if table.name not in self._norms:
-            with torch.device("meta"):
-                self._norms[table.name] = RMSNorm(c.hidden_size, c.rms_norm_eps, "final_norm")
-                head = Linear(c.hidden_size, c.vocab_size)
-            fill(self._norms[table.name], "norm", self.source, table, self.device)
-            if self.device.type == "cpu":
-                self._heads[dtype] = StreamedHead(self.source, table, self.device)
-            elif dtype not in self._heads:
-                name = "embed_tokens" if c.tie_word_embeddings else "lm_head"
-                fill(head, name, self.source, table, self.device)
-                self._heads[dtype] = head
-        return self._norms[table.name], self._heads[dtype]
+        self.end: Ends = before.end if before else Ends(source, self.device)
 
     @torch.inference_mode()
     def run(self, truth: str | Arithmetic, tables: Sequence[Arithmetic], faults: Sequence[PlacedFault]) -> list[Branch]:
@@ -183,7 +191,7 @@ class Replay:
     def log_p(self, b: Branch, rows: tuple[Tensor, Tensor]) -> Iterator[tuple[slice, Tensor]]:
         """log p over the vocabulary after the tokens rows = (sequence [R], place [R]), some rows at a time."""
         step = max(1, LOGITS_HELD // self.config.vocab_size)
-        norm, head = self._end(b.table)
+        norm, head = self.end.of(b.table)
         h = b.hypothesis
         handlers = h.fault.handlers(self._place(h)) if h and h.fault.block == "final_norm" else []
         for some in (slice(k, k + step) for k in range(0, len(rows[0]), step)):
