@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,12 +52,12 @@ def explain(rerun: Rerun, layer: int | None, bad: Sequence[Record], work: Any, s
     first = bad[0]
     if (known := known_at_sight(layer, first)) is not None:
         return known
-    output = f"layers.{layer}.{OUTPUT.get(first.block, '')}"
-    key = next((r.key for r in bad if r.key == output), first.key)
+    keys, output = [r.key for r in bad], f"layers.{layer}.{OUTPUT.get(first.block, '')}"
+    key = output if output in keys else first.key
     if base_name(key) == "moe_topk_ids":
-        key = next((r.key for r in bad if r.key != key), key)
-    if key == "rope_cos":  # a small angle is lost in the rounding of its cosine, not of its sine
-        key = next((r.key for r in bad if r.key == "rope_sin"), key)
+        key = next((other for other in keys if other != key), key)
+    if key == "rope_cos" and "rope_sin" in keys:  # a small angle is lost in the rounding of its cosine
+        key = "rope_sin"
     last = rerun.config.num_hidden_layers - 1
     if layer is None and {i for i, _ in first.suspects} == {last, None}:
         places = first.suspects  # of the last layer, whose output no next one's input shows
@@ -84,12 +85,18 @@ def explain(rerun: Rerun, layer: int | None, bad: Sequence[Record], work: Any, s
             tried.append(Tried(told, at, fault, expert))
     tried.sort(key=lambda one: (one.told.name == OTHERS) * NEARLY - one.told.explains)
     diagnosis = Diagnosis(layer, first.block, case.key, [one.told for one in tried], False)
-    if not _without_hypotheses(diagnosis, first, case):
+    if case.blamed is not None and case.blamed.reduced:
+        rank = Hypothesis(str(case.blamed), 1.0, "", "it goes on with its own share of the sum")
+        diagnosis.hypotheses.insert(0, rank)
+        diagnosis.named = True
+    elif first.note == BF16_GRID:
+        diagnosis.hypotheses.sort(key=lambda told: told.name != "state in bf16")
+        diagnosis.named, diagnosis.note = True, BF16_GRID
+    else:
         answer = _answer(diagnosis, tried, first, case)
-        own = (layer, where if answer is None else "mlp")
-        found = ((one.at, one.fault.block) for one in tried if one.told is answer)
-        sight = (None, first.block.replace("stream", "images"))
-        diagnosis.layer, diagnosis.block = sight if sees else next(found, own)
+        diagnosis.layer, diagnosis.block = (layer, where) if answer is None else (answer.at, answer.fault.block)
+        if sees:
+            diagnosis.layer, diagnosis.block = None, first.block.replace("stream", "images")
     return diagnosis
 
 
@@ -100,46 +107,29 @@ class Tried:
     told: Hypothesis
     at: int | None
     fault: Fault
-    expert: int
+    expert: int = 0
+
+    def leaves_rounding(self, case: GuiltyTap) -> bool:
+        """Whether no more than rounding is left of the error."""
+        if self.told.explains <= (WORTH_OF_ROUNDING if self.fault.rounds else WORTH):
+            return False
+        ways = in_engine_steps(self.fault, case.rerun, case.work.alignment)
+        return any(case.settled(partial(case.output, self.at, way, self.expert)) <= case.work.limit for way in ways)
 
 
-def _without_hypotheses(diagnosis: Diagnosis, first: Record, case: GuiltyTap) -> bool:
-    """Whether it is known without any fault: a sum that is not reduced on some ranks, or a state that is all bf16."""
-    blamed = "" if case.blamed is None else str(case.blamed)
-    if case.blamed is not None and case.blamed.reduced:
-        diagnosis.hypotheses.insert(0, Hypothesis(blamed, 1.0, "", "it goes on with its own share of the sum"))
-        diagnosis.named = True
-    elif first.note == BF16_GRID:
-        diagnosis.hypotheses.sort(key=lambda h: h.name != "state in bf16")
-        diagnosis.named, diagnosis.note = True, BF16_GRID
-    else:
-        diagnosis.note = blamed
-    return diagnosis.named
-
-
-def _answer(diagnosis: Diagnosis, tried: Sequence[Tried], first: Record, case: GuiltyTap) -> Hypothesis | None:
+def _answer(diagnosis: Diagnosis, tried: Sequence[Tried], first: Record, case: GuiltyTap) -> Tried | None:
     """The hypothesis that leaves no more than rounding, if one does; it moves to the front of the diagnosis."""
-    answer, layer, limit, tables = None, diagnosis.layer, case.work.limit, case.rerun.tables
-    for one in tried[:TRIES]:
-        worth = one.told.explains > (WORTH_OF_ROUNDING if one.fault.rounds else WORTH)
-        for way in in_engine_steps(one.fault, case.rerun, case.work.alignment) if worth else ():
-
-            def run(i: int, table: Arithmetic, one: Tried = one, way: Fault = way) -> Tensor:
-                output = case.output(one.at, way, one.expert, i, table)
-                assert output is not None  # it was computed under the first table
-                return output
-
-            if answer is None and case.settled(run, tables) <= limit:
-                answer = one.told
+    answer = next((one for one in tried[:TRIES] if one.leaves_rounding(case)), None)
+    layer, limit = diagnosis.layer, case.work.limit
     if layer is not None and base_name(case.key) in HOLD_MLP:
         fitted, leaves = _fit(diagnosis, case, layer)
         in_all_rows = first.by_rows <= limit  # and in none alone: see patterns.py
         if answer is None and (fitted.explains > WORTH or in_all_rows) and leaves <= limit:
-            answer = fitted
+            answer = Tried(fitted, layer, Fault("", "mlp"))
             diagnosis.hypotheses.append(fitted)
-    diagnosis.hypotheses.sort(key=lambda h: (h is not answer, -h.explains))
+    diagnosis.hypotheses.sort(key=lambda told: (answer is None or told is not answer.told, -told.explains))
     diagnosis.named = answer is not None
-    diagnosis.note = "" if diagnosis.named else diagnosis.note
+    diagnosis.note = "" if answer is not None or case.blamed is None else str(case.blamed)
     return answer
 
 
@@ -174,14 +164,14 @@ def _candidates(
 def _fit(diagnosis: Diagnosis, case: GuiltyTap, layer: int) -> tuple[Hypothesis, float]:
     """Fit a, b and c. Returns the hypothesis of the best single factor, or of all three if that one leaves more than
     rounding; and the ratio that it leaves."""
-    rerun, names = case.rerun, [f"layers.{layer}.{name}" for name in MLP_PARTS]
+    rerun = case.rerun
 
     def parts(i: int, table: Arithmetic) -> list[Tensor]:
         taps = rerun.run_layer(layer, table, rerun.streams[i], fused=False)[0]
-        r, gs, s = (case.rows(taps[name]) for name in names)
+        r, gs, s = (case.rows(taps[f"layers.{layer}.{name}"]) for name in MLP_PARTS)
         return [case.rows(taps[case.key]) - r - gs, r, gs, s]
 
-    rest, R, gS, S = parts(0, rerun.tables[0])
+    exact = rest, R, gS, S = parts(0, rerun.tables[0])
 
     def fit(base: Tensor, *columns: Tensor) -> tuple[list[float], float]:
         flat = [(x / case.size[:, None]).flatten() for x in (case.engine - base, *columns)]
@@ -189,27 +179,28 @@ def _fit(diagnosis: Diagnosis, case: GuiltyTap, layer: int) -> tuple[Hypothesis,
         solution = torch.linalg.lstsq(matrix, y[:, None]).solution.flatten()
         return solution.tolist(), float((y - matrix @ solution).norm())
 
+    def with_factors(a: float, b: float, c: float, told: str) -> tuple[Hypothesis, float]:
+        def run(i: int, table: Arithmetic) -> Tensor:
+            other, r, gs, s = exact if i == 0 else parts(i, table)
+            return other + a * r + b * gs + c * s
+
+        return Hypothesis(told, case.explains(run(0, rerun.tables[0])), "", "least squares"), case.settled(run)
+
     (a, b, c), left = fit(rest, R, gS, S)
     diagnosis.fit = (a, b, c)
     diagnosis.fit_left = (left / float((case.error / case.size[:, None]).norm())) ** 2
-    singles = [
-        ("shared expert", fit(rest + R, gS)), ("routed experts", fit(rest + gS, R)), ("whole block", fit(rest, R + gS))
-    ]  # fmt: skip
-    name, ((x,), _) = min(singles, key=lambda one: one[1][1])
+    singles = (
+        (fit(rest + R, gS), "shared expert"),
+        (fit(rest + gS, R), "routed experts"),
+        (fit(rest, R + gS), "whole block"),
+    )
+    ((x,), _), name = min(singles, key=lambda one: one[0][1])
+    of_routed, of_shared = 1.0 if name == "shared expert" else x, 1.0 if name == "routed experts" else x
+    single = with_factors(of_routed, of_shared, 0.0, f"{name} times {_number(x)}")
+    if single[1] <= case.work.limit:
+        return single
     all_three = f"routed x {_number(a)}, gated shared x {_number(b)}, ungated shared x {_number(c)}"
-    ways = [((1.0 if name[0] == "s" else x), (1.0 if name[0] == "r" else x), 0.0, f"{name} times {_number(x)}"),
-            (a, b, c, all_three)]  # fmt: skip
-    for a, b, c, told in ways:
-
-        def run(i: int, table: Arithmetic, a: float = a, b: float = b, c: float = c) -> Tensor:
-            other, r, gs, s = (rest, R, gS, S) if i == 0 else parts(i, table)
-            return other + a * r + b * gs + c * s
-
-        hypothesis = Hypothesis(told, case.explains(run(0, rerun.tables[0])), "", "least squares")
-        leaves = case.settled(run, rerun.tables)
-        if leaves <= case.work.limit:
-            break
-    return hypothesis, leaves
+    return with_factors(a, b, c, all_three)
 
 
 def _number(x: float) -> str:

@@ -98,12 +98,19 @@ class GuiltyTap:
         engine, y, *members = (torch.where(good, x, 0.0) for x in (self.engine, *outputs))
         return judge(engine, y, envelope(y, members, self.pair.dtype), self.pair.dtype).ratio
 
-    def settled(self, run: Callable[[int, Arithmetic], Tensor], tables: Sequence[Arithmetic]) -> float:
-        """The ratio that the outputs `run(i, table)` of some tables leave; of more tables where these might bring it
-        below the limit."""
-        outputs = [run(i, table) for i, table in enumerate(tables)]
+    def settled(self, run: Callable[[int, Arithmetic], Tensor | None]) -> float:
+        """The ratio that the outputs `run(i, table)` of the rerun's tables leave; of more tables where these might
+        bring it below the limit. Each table has an output."""
+
+        def taps(i: int, table: Arithmetic) -> Taps:
+            output = run(i, table)
+            assert output is not None
+            return {self.key: output}
+
+        tables = self.rerun.tables
+        outputs = [taps(i, table)[self.key] for i, table in enumerate(tables)]
         ratio, limit = self.left(outputs), self.work.limit
-        more = batches(tables[1:], lambda some: [{self.key: run(i + 1, table)} for i, table in some])
+        more = batches(tables[1:], lambda some: [taps(i + 1, table) for i, table in some])
         while limit < ratio <= DOUBTFUL_LIMITS * limit and (batch := next(more, None)):
             outputs += [taps[self.key] for taps in batch]
             ratio = self.left(outputs)

@@ -40,10 +40,6 @@ class Share:
     ep: tuple[int, int]
     moe_tp: tuple[int, int]
 
-    def columns(self, x: Tensor, inside: float, outside: float = 1.0, of: tuple[int, int] | None = None) -> Tensor:
-        """x times `inside` in this rank's part of the last dimension (or in part `of`), times `outside` elsewhere."""
-        return one_share(x, *(of or self.tp), inside, outside)
-
     @property
     def alone(self) -> Fault:
         """As a fault: the block as this rank alone computes it, a partial sum."""
@@ -53,8 +49,8 @@ class Share:
             return x_TA * (kept["moe_topk_ids"] * n // place.config.num_experts == i).to(x_TA)
 
         return Fault("", "mlp", taps={
-            "moe_shared_act": plain(lambda x: self.columns(x, 1.0, 0.0)),
-            "moe_expert_act": plain(lambda x: self.columns(x, 1.0, 0.0, self.moe_tp)),
+            "moe_shared_act": plain(lambda x: one_share(x, *self.tp)),
+            "moe_expert_act": plain(lambda x: one_share(x, *self.moe_tp)),
             "moe_topk_weights": weights,
         }, remembers=("moe_topk_ids",))  # fmt: skip
 
@@ -63,12 +59,10 @@ def shares_of(source: Source) -> list[Share]:
     """The share of each rank that a tensor has a piece of; none if there is one rank, or not one group of ranks."""
     found, count = [], len(source.pieces)
     for i, piece in enumerate(source.pieces if count > 1 else ()):
-        known = {name: int(piece.parallel.get(name, default)) for name, default in (
-            ("tp_rank", i), ("tp_size", count), ("moe_ep_rank", 0), ("moe_ep_size", 1))}  # fmt: skip
-        n = known["tp_size"] // known["moe_ep_size"]
-        moe_tp = (int(piece.parallel.get("moe_tp_rank", known["tp_rank"] % n)), n)
-        ep = (known["moe_ep_rank"], known["moe_ep_size"])
-        found.append(Share(piece.rank, (known["tp_rank"], known["tp_size"]), ep, moe_tp))
+        tp, size, ep, groups = (int(piece.parallel.get(name, default)) for name, default in (
+            ("tp_rank", i), ("tp_size", count), ("moe_ep_rank", 0), ("moe_ep_size", 1)))  # fmt: skip
+        moe_tp = int(piece.parallel.get("moe_tp_rank", tp % (size // groups)))
+        found.append(Share(piece.rank, (tp, size), (ep, groups), (moe_tp, size // groups)))
     return found if all(share.tp[1] == count for share in found) else []
 
 
@@ -83,9 +77,9 @@ def swapped(a: int, b: int, share: Share | None = None) -> Fault:
             return other
         (gate_up, down), (gate_up_2, down_2) = ([w.decode(torch.float64) for w in some] for some in (slot, other))
         gate_up, gate_up_2 = (w.unflatten(0, (2, -1)).mT for w in (gate_up, gate_up_2))
-        mixed = [share.columns(x, 0.0, 1.0, share.moe_tp) + share.columns(y, 1.0, 0.0, share.moe_tp)
-                 for x, y in ((gate_up, gate_up_2), (down, down_2))]  # fmt: skip
-        return Float(mixed[0].mT.flatten(0, 1).contiguous()), Float(mixed[1])
+        gate_up, down = (one_share(x, *share.moe_tp, 0.0, 1.0) + one_share(y, *share.moe_tp)
+                         for x, y in ((gate_up, gate_up_2), (down, down_2)))  # fmt: skip
+        return Float(gate_up.mT.flatten(0, 1).contiguous()), Float(down)
 
     where = "" if share is None else f" on rank {share.rank}"
     return Fault(f"experts {a} and {b} swapped{where}", "mlp", "each computes with the other's weights", slot=change)
@@ -177,7 +171,7 @@ def faults_of_sums(
     pairs = swaps(error_T, ids_TA, E) if len(error_T) == len(ids_TA) else []
     lost_or_twice = [
         Fault(f"shared expert {what} on rank {share.rank}", "mlp", "its share of the sum", "sglang 23084",
-              {"moe_shared_act": plain(partial(share.columns, inside=factor))})
-        for share in shares for factor, what in ((2.0, "counted twice"), (0.0, "lost"))
+              {"moe_shared_act": plain(partial(one_share, rank=rank, ranks=ranks, inside=factor, outside=1.0))})
+        for share in shares for rank, ranks in [share.tp] for factor, what in ((2.0, "counted twice"), (0.0, "lost"))
     ]  # fmt: skip
     return [*lost_or_twice, *(swapped(a, b, share) for a, b in pairs for share in some)]

@@ -31,55 +31,60 @@ class Cut:
 
 @dataclass(frozen=True)
 class Onset:
-    """Where the error of sequence b begins: the cuts from that step on, and the one before."""
+    """Where the error of sequence b begins: at cut `number` of those of the sequence."""
 
     b: int
-    cuts: tuple[Cut, ...]
-    before: Cut
+    own: Sequence[Cut]
+    number: int
 
+    @property
+    def cuts(self) -> Sequence[Cut]:
+        """The cuts from there on."""
+        return self.own[self.number :]
 
-def tables_of(alignment: Alignment, part: str) -> dict[int, Tensor]:
-    """step -> [n, 3] row, b, t of its tokens. part: "" for the target's steps, "mtp" for the draft head's: those of
-    first drafts, if the dump has steps of its own for them, else the target's."""
-    drafts, numbers = alignment.tokens_of.drafts, alignment.dump.drafts
-    own = {step: table for step, table in drafts.items() if numbers.get(step) == 1}
-    return own if part and own else alignment.tokens_of.read
+    @property
+    def before(self) -> Cut:
+        """The step before; of the first step, itself."""
+        return self.own[max(self.number - 1, 0)]
+
+    def moved(self, step: int) -> Onset:
+        """The error begins in the sequence's first step from `step` on."""
+        number = next((i for i, cut in enumerate(self.own) if cut.step >= step), len(self.own) - 1)
+        return replace(self, number=number)
 
 
 def cuts_of(tables: Mapping[int, Tensor], real_BT: Tensor) -> dict[int, list[Cut]]:
-    """By sequence, where steps begin. What comes before the first step of the dump, a cached prefix, is step -1."""
+    """By sequence, where steps begin. What comes before the first step of the dump, a cached prefix, is step -1.
+    tables: step -> [n, 3] row, b, t of its tokens."""
     found: dict[int, dict[int, int]] = {}
     index_BT = real_BT.long().cumsum(1) - 1
     for step, table in sorted(tables.items()):
         for b in table[:, 1].unique().tolist():
             at = int(index_BT[b, table[table[:, 1] == b, 2]].min())
-            found.setdefault(b, {})[at] = step
-    return {b: [Cut(at, step) for at, step in sorted({0: -1, **cuts}.items())] for b, cuts in found.items()}
+            found.setdefault(b, {0: -1})[at] = step
+    return {b: [Cut(at, step) for at, step in sorted(cuts.items())] for b, cuts in found.items()}
 
 
 def onsets(cuts: Mapping[int, Sequence[Cut]], bad: Mapping[int, int]) -> list[Onset]:
-    """The onset of each sequence that has an error. bad: sequence -> index of its first bad token. Of an error in the
-    first step, `before` is that step itself."""
-    found = []
-    for b, first in bad.items():
-        own = cuts.get(b, [Cut(0, -1)])
-        start = max(i for i, cut in enumerate(own) if cut.at <= first)
-        found.append(Onset(b, tuple(own[start:]), own[max(start - 1, 0)]))
-    return found
+    """The onset of each sequence that has an error. bad: sequence -> index of its first bad token."""
+    with_own = [(b, cuts.get(b, [Cut(0, -1)]), first) for b, first in bad.items()]
+    return [Onset(b, own, max(i for i, cut in enumerate(own) if cut.at <= first)) for b, own, first in with_own]
 
 
-def earlier(found: Sequence[Onset], cuts: Mapping[int, Sequence[Cut]]) -> Iterator[list[Onset]]:
+def earlier(found: list[Onset]) -> Iterator[list[Onset]]:
     """Where the errors may have begun, one guess after another: where each is first beyond rounding; all of them in the
     earliest of these steps; one step before that, and two, if these steps are short."""
-    yield list(found)
-    step = min((o.cuts[0].step for o in found), default=-1)
-    together = [_from(o.b, cuts[o.b], step) if o.b in cuts else o for o in found]
+    if not found:
+        return
+    yield found
+    step = min(o.cuts[0].step for o in found)
+    together = [o.moved(step) for o in found]
     if together != found:
         yield together
     for _ in range(2):
-        if not found or any(o.cuts[0].at - o.before.at > SHORT_STEP or o.before.at == 0 for o in together):
+        if any(o.cuts[0].at - o.before.at > SHORT_STEP or o.before.at == 0 for o in together):
             return
-        together = [_from(o.b, cuts[o.b], o.before.step) for o in together]
+        together = [o.moved(o.before.step) for o in together]
         yield together
 
 
@@ -88,16 +93,10 @@ def in_engine_steps(fault: Fault, rerun: Rerun, alignment: Alignment) -> Iterato
     grows, sums within a step are far from those of one pass, in float32."""
     yield fault
     if fault.block == "gdn" and fault.hand_over is None and not fault.rows:
-        cuts = cuts_of(tables_of(alignment, ""), rerun.tokens.mask.bool())
+        cuts = cuts_of(alignment.tokens_of.read, rerun.tokens.mask.bool())
         starts = {b: tuple(cut.at for cut in own) for b, own in cuts.items() if len(own) > 1}
         if starts:
             yield replace(fault, hand_over=HandOver(starts, {}))
-
-
-def _from(b: int, own: Sequence[Cut], step: int) -> Onset:
-    """The onset of a sequence, if its errors begin in its first step from `step` on."""
-    start = next((i for i, cut in enumerate(own) if cut.step >= step), len(own) - 1)
-    return Onset(b, tuple(own[start:]), own[max(start - 1, 0)])
 
 
 def hypotheses(
@@ -109,15 +108,12 @@ def hypotheses(
 
     best() is the best hypothesis so far. If it explains nearly all of the error, only the fault that it names is tried
     at earlier steps."""
-    real_BT, kinds = rerun.tokens.mask.bool(), rerun.config.layer_types
-    part = "mtp" if block == "mtp" else ""
-    has = "attn" if layer is None or kinds[layer] == FULL else "gdn"
-    if not part and (layer is None or block != has):
+    real_BT = rerun.tokens.mask.bool()
+    has = "attn" if layer is None or rerun.config.layer_types[layer] == FULL else "gdn"
+    if block not in ("mtp", has):
         return
-    plans = _Plans(rerun, alignment, layer, tables_of(alignment, part))
-    for number, begun in enumerate(earlier(onsets(plans.cuts, bad), plans.cuts)):
-        if not begun:
-            return
+    plans = _Plans(rerun, alignment, layer)
+    for number, begun in enumerate(earlier(onsets(plans.cuts, bad))):
         told = best() if number else None
         name = told.name if told is not None and told.explains > EXPLAINED else ""
         step, at = begun[0].cuts[0].step, begun[0].cuts[0].at
@@ -126,19 +122,22 @@ def hypotheses(
         where = f"{whose}token {int(real_BT[begun[0].b].nonzero()[at])} on{more}"
         for fault in (f for f in STEP_FAULTS if f.block == has and (not name or f"{f.name} " in name)):
             for what, plan, kind in plans.of(fault, begun):
-                said = f"{'draft head: ' * bool(part)}{what} at step {step}{kind}"
+                said = f"{'draft head: ' * (layer is None)}{what} at step {step}{kind}"
                 yield Fault(said, block, seen=fault.seen, hand_over=plan, where=where)
 
 
 class _Plans:
     """What each fault hands over at the steps of a dump. Foreign tokens are rows of the dump that are no tokens of the
     truth: rejected drafts, padding. The draft head (layer None) has those of further drafts, which it drops when the
-    next step begins."""
+    next step begins; its steps are those of first drafts, if the dump has any of its own, else the target's."""
 
-    def __init__(self, rerun: Rerun, alignment: Alignment, layer: int | None, tables: Mapping[int, Tensor]):
-        self.rerun, self.alignment, self.layer, self.tables = rerun, alignment, layer, tables
+    def __init__(self, rerun: Rerun, alignment: Alignment, layer: int | None):
+        self.rerun, self.alignment, self.layer = rerun, alignment, layer
         self.mask, self.branches = rerun.tokens.mask, alignment.tokens_of.branches
-        self.cuts = cuts_of(tables, self.mask.bool())
+        drafts = alignment.tokens_of.drafts if layer is None else {}
+        first = {step: table for step, table in drafts.items() if alignment.dump.drafts.get(step) == 1}
+        self.tables = first or alignment.tokens_of.read
+        self.cuts = cuts_of(self.tables, self.mask.bool())
 
     def of(self, fault: StepFault, begun: Sequence[Onset]) -> Iterator[tuple[str, HandOver, str]]:
         """(name, plan, "" or " and each after it") of a fault: at one step, or at each from there on; with the state of
@@ -204,22 +203,19 @@ class _Plans:
 
     def _rows(self, b: int, at: int, needs: str) -> tuple[int, list[int]]:
         """The step before `at`, and its rows that follow this sequence's own; in its first step, those before them."""
-        own = self.cuts[b]
-        number = next(i for i, cut in enumerate(own) if cut.at == at)
-        step = own[number - 1].step if number else own[0].step
+        number = next(i for i, cut in enumerate(self.cuts[b]) if cut.at == at)
+        step = self.cuts[b][max(number - 1, 0)].step
         table, tokens = self.tables.get(step), self.alignment.dump.tokens.get(step)
         if table is None or tokens is None:
             return step, []
         sequences = len(self.mask) - len(self.branches)
         mine, all_rows = table[table[:, 1] == b, 0], set(table[table[:, 1] < sequences, 0].tolist())
-        low, high = 0, tokens.count or 0
+        first, last = int(mine.min()), int(mine.max()) + 1
+        low, high = first, tokens.count or 0
         if tokens.batch is not None:
-            low = int(mine.min()) // tokens.batch[1] * tokens.batch[1]
+            low = first // tokens.batch[1] * tokens.batch[1]
             high = low + tokens.batch[1]
-        if number:
-            last = int(mine.max()) + 1
-            rows = list(range(last, next((r for r in range(last, high) if r in all_rows), high)))
-        else:
-            rows = list(range(low, int(mine.min()))) if tokens.batch is not None else []
+        end = next((r for r in range(last, high) if r in all_rows), high)
+        rows = list(range(last, end) if number else range(low, first))
         pads = tokens.mask is not None and any(not bool(tokens.mask[r]) for r in rows)
         return step, rows if pads == (needs == "padding") else []
