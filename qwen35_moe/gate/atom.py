@@ -11,13 +11,13 @@ from .common import Answers, first_entry, refuse_sizes, several_steps
 from .declared import QuantConfig
 from .dialects import modelopt_part, steps
 from .exclude import ExcludeList, Hit
-from .names import ATOM, ATOM_MULTIMODAL, Namespace, is_draft_entry, mentions_shared_body
+from .names import ATOM, ATOM_MULTIMODAL, Names, is_draft_entry, mentions_shared_body
 from .readings import occurs_in_key
 from .records import Evidence, GateModel, MoEBlock, Options, no, stops, yes
 
 # What ATOM compares: dtype, grouping, dynamic inputs. Inputs that are not stated count as dynamic: W4A16 equals W4A4.
-Key = tuple[str, str, bool]
-UNQUANTISED: Key = ("bf16", "no", True)
+Spec = tuple[str, str, bool]
+UNQUANTISED: Spec = ("bf16", "no", True)
 QSCHEMES = ("per_channel", "per_tensor", "per_group", "per_block")
 AITER_DTYPES = ("fp8", "fp4", "fp16", "fp32")  # those of AITER that Quark names alike; all others are taken for BF16
 # Where a method has its list: the first of these that is not empty. GPTQ's `dynamic` and ModelOpt's `ignore` are not
@@ -27,13 +27,13 @@ OTHER_LISTS = ("ignore", "modules_to_not_convert", "exclude", "ignored_layers")
 ONE_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(?:w[123]|(?:gate|up|down)_proj)")
 
 
-def _by_layer(model: GateModel, layer: MoEBlock, options: Options, names: Namespace) -> Answers:
+def _by_layer(model: GateModel, layer: MoEBlock, options: Options, names: Names) -> Answers:
     """ROCm/ATOM with prefixes: the specs of the two blocks of this very layer.
 
     The shared expert is asked for by its parent's name, so a pattern that only covers its children
     (`*.shared_expert.*`, Quark's own template) is not seen.
     """
-    quant = model.quant.read_as("atom", names, model.nested)
+    quant = model.quant.read_as("atom", names[model.nested])
     if trouble := quant.view("atom stops", lambda: _cannot_start(quant)):
         kind = "format" if quant.method == "modelopt" else "fact"
         yield stops(trouble, Evidence(f"atom/quant_spec.py: the parser of {quant.method}", kind))
@@ -49,9 +49,7 @@ def _by_layer(model: GateModel, layer: MoEBlock, options: Options, names: Namesp
 
 
 atom = partial(_by_layer, names=ATOM)  # text only, as its guide says
-atom_multimodal = partial(
-    _by_layer, names=ATOM_MULTIMODAL
-)  # what a later model_runner.py builds where there is a tower
+atom_multimodal = partial(_by_layer, names=ATOM_MULTIMODAL)  # a later model_runner.py's, where there is a tower
 
 
 def atom_first_entry(model: GateModel, layer: MoEBlock, options: Options) -> Answers:
@@ -79,22 +77,21 @@ def _refusals(model: GateModel, options: Options) -> Answers:
     yield from refuse_sizes(model)
 
 
-def _seen(quant: QuantConfig, module: str) -> tuple[Key, Hit]:
+def _seen(quant: QuantConfig, module: str) -> tuple[Spec, Hit]:
     """What ATOM takes a block for, and the entry that says so."""
     (name,), listed = quant.names(module), quant.view("atom list", lambda: _list(quant))
     if hit := listed.hit(name) or listed.below([name], "an entry below it"):
         return UNQUANTISED, hit
-    keys: Mapping[str, Key] = quant.view("atom keys", lambda: _mixed(quant)) if quant.method == "modelopt" else {}
-    if keys:
-        key = next((key for key in keys if occurs_in_key(key, name)), "")
-        return keys.get(key, UNQUANTISED), Hit("quantized_layers", None, key, "layer pattern")
+    mixed: Mapping[str, Spec] = quant.view("atom keys", lambda: _mixed(quant)) if quant.method == "modelopt" else {}
+    if mixed:
+        key = next((key for key in mixed if occurs_in_key(key, name)), "")
+        return mixed.get(key, UNQUANTISED), Hit("quantized_layers", None, key, "layer pattern")
     if quant.method != "quark":
         stated = UNQUANTISED if quant.method == "none" else ("as stated", "", True)
         return stated, Hit(quant.default_from, None, "", "")
-    if found := quant.layer_index.first(name, (occurs_in_key,)):
-        hit = Hit("layer_quant_config", None, quant.layer_index.entries[found[0]], "")
-        return _quark_key(quant.key_specs[found[0]]), hit
-    return _quark_key(quant.raw.get("global_quant_config")), Hit(quant.default_from, None, "", "default")
+    for key, spec in quant.quark_specs(name):
+        return _quark_spec(spec), Hit("layer_quant_config", None, key, "")
+    return _quark_spec(quant.raw.get("global_quant_config")), Hit(quant.default_from, None, "", "default")
 
 
 def _list(quant: QuantConfig) -> ExcludeList:
@@ -102,22 +99,22 @@ def _list(quant: QuantConfig) -> ExcludeList:
     raw = modelopt_part(quant.raw) if quant.method == "modelopt" else quant.raw
     key = next((key for key in LISTS.get(quant.method, OTHER_LISTS) if raw.get(key)), "")
     written = [entry for entry in raw.get(key) or () if isinstance(entry, str)]
-    names, count = quant.namespace or ATOM, quant.num_hidden_layers or 0
-    return ExcludeList((names.entry(entry, quant.nested, count) for entry in written), "atom", key, written)
+    names, count = quant.namespace or ATOM[0], quant.num_hidden_layers or 0
+    return ExcludeList((names.entry(entry, count) for entry in written), "atom", key, written)
 
 
-def _mixed(quant: QuantConfig) -> dict[str, Key]:
+def _mixed(quant: QuantConfig) -> dict[str, Spec]:
     """ModelOpt's quantized_layers; single experts count as their block, and come last."""
     layers = modelopt_part(quant.raw).get("quantized_layers") or {}
-    algos = {name: (str(entry.get("quant_algo")).upper(), "", True) for name, entry in layers.items()}
-    found = {ATOM.key(name, True): key for name, key in algos.items() if not ONE_EXPERT.fullmatch(name)}
-    for name, key in algos.items():
+    specs = {name: (str(entry.get("quant_algo")).upper(), "", True) for name, entry in layers.items()}
+    found = {ATOM[0].key(name): spec for name, spec in specs.items() if not ONE_EXPERT.fullmatch(name)}
+    for name, spec in specs.items():
         if match := ONE_EXPERT.fullmatch(name):
-            found.setdefault(match[1], key)
+            found.setdefault(match[1], spec)
     return found
 
 
-def _quark_key(raw: Mapping[str, Any] | None) -> Key:
+def _quark_spec(raw: Mapping[str, Any] | None) -> Spec:
     weights, inputs = (steps((raw or {}).get(key)) for key in ("weight", "input_tensors"))
     dynamic = bool(inputs[0].get("is_dynamic", True)) if inputs else True
     if not weights:

@@ -24,14 +24,14 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..errors import Qwen35Error
-from ..quant.precision import BF16, UNSTATED, ModuleSpec
+from ..quant.precision import BF16, ModuleSpec
 from .atom import atom, atom_first_entry, atom_multimodal
 from .common import Rule
 from .declared import QuantConfig
-from .names import ATOM, ATOM_MULTIMODAL, SGLANG, VLLM, Namespace, merged_name
+from .names import ATOM, ATOM_MULTIMODAL, SGLANG, VLLM, Names, merged_name
 from .records import PROJECTIONS, Decision, Evidence, GateModel, MoEBlock, Options
 from .sglang import plain_draft, sglang_0_5_23, sglang_22948
-from .strict import SpecLookup, Stored, TooManyPatterns, layer_facts, read_stored, strict
+from .strict import SpecLookup, Stored, TooManyPatterns, agree, layer_facts, read_stored, strict
 from .vllm import all_or_none, vllm_0_33
 
 
@@ -47,12 +47,11 @@ class RuleInfo:
 
     decide: Rule
     semantics: str
-    source: str
-    names: Namespace | None = None
+    names: Names | None = None
     by_layer: bool = True
     together: Callable[[list[Decision]], list[Decision]] = list
     fp8: str = "fp8"
-    plain_draft: Callable[[GateModel], bool] = lambda _: False
+    plain_draft: Callable[[GateModel], Decision | None] = lambda _: None
 
     def sees(self, model: GateModel) -> GateModel:
         """The model as the engine sees it: only vLLM looks for a quantization_config in text_config."""
@@ -68,20 +67,16 @@ class RuleInfo:
         """The model's quantization_config as the engine's loader reads it."""
         model = self.sees(model)
         how = {"quark": self.semantics, "fp8": self.fp8}.get(model.quant.method)
-        return model.quant.read_as(how, self.names, model.nested) if how else model.quant
+        return model.quant.read_as(how, self.names and self.names[model.nested]) if how else model.quant
 
 
 ENGINE_RULES = {
-    "sglang-22948": RuleInfo(sglang_22948, "sglang", "sgl-project/sglang #22948", SGLANG, by_layer=False),
-    "sglang-0.5.23": RuleInfo(
-        sglang_0_5_23, "sglang", "SGLang 0.5.23", SGLANG, False, plain_draft=lambda m: plain_draft(m) is not None
-    ),
-    "vllm-0.33": RuleInfo(vllm_0_33, "vllm", "vLLM 0.33", VLLM, together=all_or_none, fp8="vllm-fp8"),
-    "atom-ffdf3bb5": RuleInfo(atom, "atom", "ROCm/ATOM ffdf3bb5, with prefixes", ATOM, fp8="atom"),
-    "atom-00afbe32": RuleInfo(
-        atom_multimodal, "atom", "ROCm/ATOM 00afbe32, with a vision tower", ATOM_MULTIMODAL, fp8="atom"
-    ),
-    "atom-first-entry": RuleInfo(atom_first_entry, "atom", "ROCm/ATOM, without prefixes", by_layer=False),
+    "sglang-22948": RuleInfo(sglang_22948, "sglang", SGLANG, by_layer=False),  # sgl-project/sglang, the PR
+    "sglang-0.5.23": RuleInfo(sglang_0_5_23, "sglang", SGLANG, by_layer=False, plain_draft=plain_draft),
+    "vllm-0.33": RuleInfo(vllm_0_33, "vllm", VLLM, together=all_or_none, fp8="vllm-fp8"),
+    "atom-ffdf3bb5": RuleInfo(atom, "atom", ATOM, fp8="atom"),  # ROCm/ATOM at this commit, with prefixes
+    "atom-00afbe32": RuleInfo(atom_multimodal, "atom", ATOM_MULTIMODAL, fp8="atom"),  # with a vision tower
+    "atom-first-entry": RuleInfo(atom_first_entry, "atom", by_layer=False),  # without prefixes
 }
 
 # An engine's name alone means its newest version.
@@ -201,7 +196,7 @@ def _breaks(model: GateModel, layer: MoEBlock, decision: Decision, stored: SpecL
         for fact in facts:
             at_once = facts is routed and whole.hit.entry
             a, b = fact.spec, BF16 if floats else whole.spec if at_once else rule.takes(believed, fact.name)
-            if not (b == UNSTATED or a.is_float and b.is_float or a.same_bytes(b)):
+            if not agree(b, a):
                 yield f"the loader takes {fact.name} for {b.kind}, but it is {a.kind} ({fact.declared.hit})"
 
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
@@ -40,7 +40,6 @@ class QuantConfig:
     num_hidden_layers: int | None = None
     shared_word: str = "shared_expert"
     namespace: Namespace | None = None  # None: any spelling of a name counts
-    nested: bool = True
     views: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -69,18 +68,18 @@ class QuantConfig:
             where, expected = "quantization_config", f"what {method} writes"
             raise Qwen35Error("cannot be read", where=where, expected=expected, found=error) from error
 
-    def read_as(self, semantics: str, namespace: Namespace | None = None, nested: bool = True) -> QuantConfig:
+    def read_as(self, semantics: str, namespace: Namespace | None = None) -> QuantConfig:
         """The same configuration under a reading (`readings.SEMANTICS`), with an engine's names for modules."""
 
         def made() -> QuantConfig:
             entries, layers, count = self.exclude.entries, self.layers, self.num_hidden_layers or 0
             if namespace is not None:
-                entries = tuple(namespace.entry(entry, nested, count) for entry in entries)
-                layers = tuple({namespace.key(key, nested, count): spec for key, spec in layers}.items())
+                entries = tuple(namespace.entry(entry, count) for entry in entries)
+                layers = tuple({namespace.key(key, count): spec for key, spec in layers}.items())
             exclude = ExcludeList(entries, semantics, self.exclude.key, self.exclude.written)
-            return replace(self, exclude=exclude, layers=layers, namespace=namespace, nested=nested, views={})
+            return replace(self, exclude=exclude, layers=layers, namespace=namespace, views={})
 
-        return self.view((semantics, namespace, nested), made)
+        return self.view((semantics, namespace), made)
 
     def without_exclusions(self) -> QuantConfig:
         """The same, with nothing excluded."""
@@ -103,15 +102,20 @@ class QuantConfig:
         return EntryIndex([pattern for pattern, _ in self.layers], [spec for _, spec in self.layers])
 
     @cached_property
-    def key_specs(self) -> tuple[Any, ...]:
-        """Quark's own dictionaries for the entries of `layer_index`; of keys that are renamed alike, the last."""
+    def key_specs(self) -> dict[str, Any]:
+        """Key of layer_quant_config -> the spec as Quark writes it; of keys that are renamed alike, the last."""
         given, names, count = self.raw.get("layer_quant_config") or {}, self.namespace, self.num_hidden_layers or 0
-        return tuple({names.key(k, self.nested, count) if names else k: spec for k, spec in given.items()}.values())
+        return {names.key(key, count) if names else key: spec for key, spec in given.items()}
+
+    def quark_specs(self, name: str) -> Iterator[tuple[str, Any]]:
+        """(key, spec as Quark writes it) of each key of layer_quant_config that names a module, in their order."""
+        found = self.layer_index.naming(name, self.exclude.semantics.layer_tests)
+        return ((key := self.layers[i][0], self.key_specs[key]) for i, _ in found)
 
     def names(self, module: str) -> tuple[str, ...]:
         """The names of a module that entries are compared with."""
         if self.namespace is not None:
-            return (self.namespace.module(module, self.nested, self.num_hidden_layers or 0),)
+            return (self.namespace.module(module, self.num_hidden_layers or 0),)
         return spellings(module, self.num_hidden_layers, self.shared_word)
 
     def excluded(self, module: str) -> Hit | None:
@@ -134,7 +138,7 @@ class QuantConfig:
                 raise Qwen35Error(what, where=module_name, found=said)
             return found[0]
         tests, names = self.exclude.semantics.layer_tests, self.names(module_name) if self.layers else ()
-        if keys := [at for name in names if (at := self.layer_index.first(name, tests))]:
+        if keys := [at for name in names if (at := next(self.layer_index.naming(name, tests), None))]:
             pattern, spec = self.layers[min(keys)[0]]
             return Resolution(spec, Hit(self.layers_from, None, pattern, "layer pattern"))
         return Resolution(self.default, Hit(self.default_from, None, "", "default"))

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import merge
-from itertools import product
+from itertools import islice, product
 
 from ..errors import Qwen35Error
 from .names import is_plain, parts_of
@@ -89,25 +89,21 @@ class EntryIndex:
             self._by[layer, expert].append(i)
             self._by[layer, ANY_EXPERT].append(i)
 
-    def first(self, name: str, tests: Sequence[Test]) -> tuple[int, str] | None:
-        """(index, the test that it passed) of the first entry that names a module."""
-        found = self.around(name) if occurs_in_key in tests else self.naming(name)
-        return next(((i, how) for i, entry in found if (how := matched(entry, name, tests))), None)
+    def naming(self, name: str, tests: Sequence[Test]) -> Iterator[tuple[int, str]]:
+        """(index, the test that it passed) in the list's order: the entries that name a module."""
+        found = self.near(name) if occurs_in_key in tests else self._at(*numbers_of(name), name)
+        return ((i, how) for i, entry in found if (how := matched(entry, name, tests)))
 
-    def naming(self, name: str) -> Iterator[tuple[int, str]]:
-        """(index, entry) in the list's order: those that may match a name."""
-        return self._merged(self._fit(key, name) for key in _keys(*numbers_of(name)))
-
-    def around(self, name: str) -> Iterator[tuple[int, str]]:
-        """The same, and those that contain the name."""
+    def near(self, name: str) -> Iterator[tuple[int, str]]:
+        """(index, entry) in the list's order: all that may match a name, begin with it, or contain it."""
         layer, expert = numbers_of(name)
         if layer is None:
             return iter(enumerate(self.entries))
-        return self._merged(self._fit(key, name) for key in _keys(layer, ANY_EXPERT if expert is None else expert))
+        return self._at(layer, ANY_EXPERT if expert is None else expert, name)
 
     def below(self, name: str) -> Iterator[tuple[int, str]]:
         """(index, entry) in the list's order: those that begin with `name.`"""
-        return ((i, entry) for i, entry in self.around(name) if entry.startswith(name + "."))
+        return ((i, entry) for i, entry in self.near(name) if entry.startswith(name + "."))
 
     def experts(self, name: str) -> dict[int, Hashable]:
         """Expert -> what the list says of it, for experts of the name's layer that an entry names by number.
@@ -123,6 +119,9 @@ class EntryIndex:
                 value = self.values[i] if self.values else None
                 found[number].append((EXPERT_NUMBER.sub("", entry, count=1), value, bisect(others, i)))
         return {number: tuple(said) for number, said in found.items()}
+
+    def _at(self, layer: str | None, expert: int | None, name: str) -> Iterator[tuple[int, str]]:
+        return self._merged(self._fit(key, name) for key in _keys(layer, expert))
 
     def _fit(self, key: Numbers, name: str) -> list[int]:
         """The entries under a key that may match names of this shape; all of a short list."""
@@ -183,17 +182,17 @@ class ExcludeList:
 
     def direct(self, names: Sequence[str]) -> Hit | None:
         """As `hit`, by the names alone: no parts of a merged module, no entries for single experts."""
-        return self._earliest(self.index.first(name, self.semantics.tests) for name in names)
+        return self._earliest(self.index.naming(name, self.semantics.tests) for name in names)
 
     def below(self, names: Sequence[str], how: str) -> Hit | None:
         """The first entry for a module below one of these; `how` goes into the answer."""
-        return self._earliest(next(((i, how) for i, _ in self.index.below(name)), None) for name in names)
+        return self._earliest(((i, how) for i, _ in self.index.below(name)) for name in names)
 
     def quoted(self, index: int, how: str) -> Hit:
         return Hit(self.key, index, self.written[index], how)
 
-    def _earliest(self, found: Iterable[tuple[int, str] | None]) -> Hit | None:
-        first = min((at for at in found if at), key=lambda at: at[0], default=None)
+    def _earliest(self, found: Iterable[Iterator[tuple[int, str]]]) -> Hit | None:
+        first = min((at for each in found for at in islice(each, 1)), key=lambda at: at[0], default=None)
         return self.quoted(*first) if first else None
 
     def _search(self, names: tuple[str, ...]) -> Hit | None:

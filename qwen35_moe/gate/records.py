@@ -59,8 +59,6 @@ A2A_BACKENDS = (
     *("none", "deepep", "deepep_v2", "mooncake", "nixl", "mori", "ascend_fuseep", "ascend_tp"),
     *("flashinfer", "megamoe", "flashinfer_megamoe", "pplx", "customized"),
 )
-# Those that give every rank its own copy of the shared slot, while Qwen has one global slot (#31793).
-PER_RANK_SLOT_BACKENDS = ("deepep", "deepep_v2", "mooncake", "mori", "pplx", "megamoe")
 
 
 @dataclass(frozen=True)

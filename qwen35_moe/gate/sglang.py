@@ -12,24 +12,12 @@ from .dialects import modelopt_part
 from .exclude import Hit
 from .names import SGLANG, is_draft_entry, mentions_shared_body, parts_of
 from .online import requantised
-from .readings import exact, glob
-from .records import (
-    PER_RANK_SLOT_BACKENDS,
-    PROJECTIONS,
-    Decision,
-    Evidence,
-    GateModel,
-    MoEBlock,
-    Options,
-    no,
-    stops,
-    yes,
-)
+from .records import PROJECTIONS, Decision, Evidence, GateModel, MoEBlock, Options, no, stops, yes
 
-LISTED, NOT_LISTED = (
-    "the exclude list names a shared expert",
-    "no entry of the exclude list names a shared expert's body",
-)
+LISTED = "the exclude list names a shared expert"
+NOT_LISTED = "no entry of the exclude list names a shared expert's body"
+# Backends that give every rank its own copy of the shared slot, while Qwen has one global slot (#31793).
+PER_RANK_SLOT_BACKENDS = ("deepep", "deepep_v2", "mooncake", "mori", "pplx", "megamoe")
 
 
 def sglang_22948(model: GateModel, layer: MoEBlock, options: Options) -> Answers:
@@ -97,7 +85,7 @@ def _cannot_build(model: GateModel, layer: MoEBlock, decision: Decision) -> Answ
 
     The shared expert is a module of its own only where it is not fused.
     """
-    quant = model.quant.read_as("sglang", SGLANG, model.nested)
+    quant = model.quant.read_as("sglang", SGLANG[model.nested])
     for i, at in enumerate((model.drafts if layer.draft else model.layers) if quant.method == "quark" else ()):
         bodies = [] if decision else [f"{at.body}.gate_up_proj"]
         # One module for all that are neither: the first layer of a target has a DeltaNet, a draft has attention.
@@ -210,7 +198,7 @@ def _is_mxfp4(spec: Any) -> bool:
 
 
 def _layer_config(quant: QuantConfig, name: str) -> Any:
-    """The raw Quark spec of a module as SGLang finds it: patterns, entries for single experts, the default.
+    """Quark's spec of a module as SGLang finds it: patterns, entries for single experts, the default.
 
     Error: the parts of a fused module, or single experts, with different specs.
     """
@@ -219,24 +207,23 @@ def _layer_config(quant: QuantConfig, name: str) -> Any:
         if any(s != specs[0] for s in specs):
             raise Qwen35Error("the parts of a fused module have different specs", where=name)
         return specs[0]
-    if found := quant.layer_index.first(name, (exact, glob)):
-        return quant.key_specs[found[0]]
-    single = {key: quant.key_specs[i] for i, key in quant.layer_index.below(name)} if name.endswith(".experts") else {}
-    if single:
-        return _one_spec(name, single)
+    for _, spec in quant.quark_specs(name):
+        return spec
+    if name.endswith(".experts") and (single := [key for _, key in quant.layer_index.below(name)]):
+        return _one_spec(quant, name, single)
     if quant.raw.get("layer_type_quant_config", ()) is None:
         raise Qwen35Error("layer_type_quant_config is null, and SGLang looks into it", where=name)
     return quant.raw.get("global_quant_config")
 
 
-def _one_spec(experts: str, single: Mapping[str, Any]) -> Any:
-    """The spec that entries for single experts give to all of them; they must begin at 0, leave no gap and be alike."""
+def _one_spec(quant: QuantConfig, experts: str, keys: list[str]) -> Any:
+    """The spec that keys for single experts give to all of them; they must begin at 0, leave no gap and be alike."""
     projections: dict[str, set[str]] = {}
-    for key in single:
+    for key in keys:
         number, _, projection = key.partition(".experts.")[2].partition(".")
         projections.setdefault(number, set()).add(projection)
-    specs, sets = list(single.values()), list(projections.values())
-    complete = set(projections) == {str(i) for i in range(len(projections))} and all(all(s) for s in sets)
+    specs, sets = [quant.key_specs[key] for key in keys], list(projections.values())
+    complete = projections.keys() == {str(i) for i in range(len(sets))} and all(sets[0])
     if not complete or any(s != sets[0] for s in sets) or any(s != specs[0] for s in specs):
         raise Qwen35Error("entries for single experts leave gaps or differ", where=experts)
     return specs[0]

@@ -130,7 +130,7 @@ def _said(model: GateModel, layer: MoEBlock) -> Mapping[int, Hashable] | None:
     spelled = {numbers_of(name): name for name in quant.names(layer.experts)}
     for index in (quant.exclude.index, quant.layer_index):
         for name in quant.names(f"{layer.experts}.0.{PROJECTIONS[0]}"):
-            named = (entry for _, entry in index.naming(name) if numbers_required(entry)[1] is None)
+            named = (entry for _, entry in index.near(name) if numbers_required(entry)[1] is None)
             vague |= set(filter(tells_experts_apart, named))
         for name in spelled.values():
             for expert, said in index.experts(name).items():
@@ -195,7 +195,7 @@ def _warnings(facts: LayerFacts) -> list[Evidence]:
     """One warning per group where the declared precision is not the stored one."""
     warnings = []
     for group in (facts.shared, facts.routed):
-        wrong = [(f, f.stored) for f in group if f.stored and not _agree(f.declared.spec, f.stored)]
+        wrong = [(f, f.stored) for f in group if f.stored and not agree(f.declared.spec, f.stored)]
         if wrong:
             (f, real), hit = wrong[0], wrong[0][0].declared.hit
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
@@ -205,6 +205,6 @@ def _warnings(facts: LayerFacts) -> list[Evidence]:
     return warnings
 
 
-def _agree(declared: ModuleSpec, stored: ModuleSpec) -> bool:
+def agree(declared: ModuleSpec, stored: ModuleSpec) -> bool:
     """A configuration says "not quantised", never which float; one that is not read says nothing."""
     return declared == UNSTATED or declared.is_float and stored.is_float or declared.same_bytes(stored)

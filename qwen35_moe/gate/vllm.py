@@ -17,7 +17,6 @@ from .declared import QuantConfig
 from .dialects import ALIASES, modelopt_part, steps
 from .exclude import Hit
 from .names import VLLM
-from .readings import occurs_in_key
 from .records import Decision, GateModel, MoEBlock, Options, no, stops, yes
 
 # modelopt.py: QUANT_ALGOS
@@ -28,7 +27,7 @@ SHARED_MODULES = ("gate_up_proj", "down_proj")
 def vllm_0_33(model: GateModel, layer: MoEBlock, options: Options) -> Answers:
     """vLLM 0.33; 0.32 decides the same for Quark and FP8, and has no check for MXFP8."""
     method = model.quant.method
-    quant = model.quant.read_as("vllm-fp8" if method in ("fp8", "modelopt") else "vllm", VLLM, model.nested)
+    quant = model.quant.read_as("vllm-fp8" if method in ("fp8", "modelopt") else "vllm", VLLM[model.nested])
     word = ALIASES.get(options.quantization, options.quantization)
     if word and method in ("quark", "fp8", "compressed-tensors") and word != method:
         yield stops(f"the checkpoint is {method}, not {word}", f"--quantization {word}")
@@ -96,10 +95,9 @@ def _cannot_start(quant: QuantConfig, layer: MoEBlock, fused: bool) -> Answers:
 
 
 def _spec(quant: QuantConfig, module: str) -> Any:
-    """The raw Quark spec of a module as vLLM finds it: the first key in which the name occurs, else the default."""
+    """Quark's spec of a module as vLLM finds it: of the first key that has one, else the default."""
     (name,) = quant.names(module)
-    found = (i for i, key in quant.layer_index.around(name) if occurs_in_key(key, name))
-    return next((quant.key_specs[i] for i in found if quant.key_specs[i]), None) or quant.raw.get("global_quant_config")
+    return next((spec for _, spec in quant.quark_specs(name) if spec), None) or quant.raw.get("global_quant_config")
 
 
 def _no_scheme(quant: QuantConfig, spec: Any, int4: bool = False) -> str:
@@ -158,7 +156,7 @@ def _fp8_ignored(quant: QuantConfig, module: str) -> Hit | None:
     if not module.endswith(".experts"):
         return quant.excluded(module)
     (name,), listed = quant.names(module), quant.exclude
-    found = (i for i, entry in listed.index.around(name) if "experts" in entry and name in entry)
+    found = (i for i, entry in listed.index.near(name) if "experts" in entry and name in entry)
     return next((listed.quoted(i, "the module's name occurs in it") for i in found), None)
 
 

@@ -20,8 +20,9 @@ from ..errors import Qwen35Error
 from ..gate.decide import ENGINE_RULES, NEWEST, VARIANTS, decide_layers, hazards
 from ..gate.declared import QuantConfig
 from ..gate.records import GateModel
+from ..gate.strict import agree
 from ..model.config import Config
-from ..quant.precision import BF16, UNSTATED, ModuleSpec
+from ..quant.precision import BF16, ModuleSpec
 from .lint_files import Finding, check_files, check_ids
 from .validate import model_config, validate
 
@@ -151,7 +152,7 @@ def _linear(checkpoint: Checkpoint, model: GateModel, engines: tuple[str, ...]) 
         for name, (quant, plain_draft) in readings.items():
             plain = never or module.startswith("mtp.") and (plain_draft or module == "mtp.fc" and "sglang" in name)
             believed = BF16 if plain else rules[name].takes(quant, module)
-            if believed != UNSTATED and not (spec.is_float and believed.is_float or spec.same_bytes(believed)):
+            if not agree(believed, spec):
                 key = re.sub(r"\d+", "*", module), spec.kind, believed.kind
                 seen.setdefault(key, {}).setdefault(name, []).append(module)
     for (_, real, taken), found in seen.items():
