@@ -1,5 +1,7 @@
 """The error type of the package, the form of its messages, and the text that a terminal may show."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +23,10 @@ class Qwen35Error(ValueError):
             if str(value):
                 parts.append(f"  {label}: {value}")
         super().__init__("\n".join(parts))
+
+    def but(self, **said: object) -> Qwen35Error:
+        """The same error, of which `where`, `do`, ... is something else."""
+        return Qwen35Error(**{**vars(self), **said})
 
 
 @contextmanager

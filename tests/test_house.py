@@ -138,7 +138,6 @@ OPEN_HERE = {
     "checkpoint.checkpoint": "hashes files whose header was read by the one reader",
     "checkpoint.header": "calls check_regular, then reads a header of bounded size",
     "checkpoint.reader": "maps files whose header was read by the one reader",
-    "cli.estimate": "reads /proc of this process",
     "cli.main": "opens the null device",
     "oracle.dumps.readers.common": "torch.load of weights only, after check_regular",
     "oracle.dumps.readers.llama_cpp": "float32 of a size that is checked, after check_regular",
@@ -151,6 +150,7 @@ OPEN_HERE = {
     "testing.drawn": "the package's own configurations",
     "testing.gate": "the package's own configurations",
     "oracle.judge.envelope_file": "parses what its checksum covers",
+    "trace.estimate": "reads /proc of this process",
     "trace.folder": "the first 64 bytes of a regular file, and what this process has written",
     "trace.writer": "writes",
 }

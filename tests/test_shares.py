@@ -15,10 +15,10 @@ from kills import contents
 from tolerances import FLOAT64_REORDERED
 
 import qwen35_moe as q
-from qwen35_moe.cli import shares
 from qwen35_moe.cli.main import main
 from qwen35_moe.run.files import claim
 from qwen35_moe.trace.file import Trace
+from qwen35_moe.trace.writer import TraceWriter
 
 Build = Callable[[str], Path]
 PROMPTS = [[1, 2, 3, 4, 5], [9, 8, 7], [5, 5, 5, 6, 7, 8]]
@@ -94,15 +94,15 @@ def test_a_kill_while_joining_leaves_no_half_trace(
     arguments = options(built("tiny-mxfp4"), tmp_path, "out", "--batch", "1", "--taps", "layer_output_sum")
     assert main(arguments) == 0
     expected = contents(tmp_path / "out")
-    real = shares.TraceWriter._begin
+    real = TraceWriter._begin
 
-    def stopping(writer: shares.TraceWriter, new: Path) -> None:
+    def stopping(writer: TraceWriter, new: Path) -> None:
         real(writer, new)
         if writer.out.name == "out":
             raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(shares.TraceWriter, "_begin", stopping)
+        patch.setattr(TraceWriter, "_begin", stopping)
         main(arguments)
     Trace.open(tmp_path / "out")  # the older one
     assert main([*arguments, "--resume"]) == 0
@@ -197,9 +197,9 @@ def test_a_directory_that_is_deleted_under_a_run(
     built: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Another run may have filled it again: traces must not mix."""
-    real, other = shares.TraceWriter.flush, tmp_path / "out" / "trace.json"
+    real, other = TraceWriter.flush, tmp_path / "out" / "trace.json"
 
-    def deleting(writer: shares.TraceWriter) -> None:
+    def deleting(writer: TraceWriter) -> None:
         real(writer)
         if writer.files == 2:
             shutil.rmtree(tmp_path / "out")
@@ -207,7 +207,7 @@ def test_a_directory_that_is_deleted_under_a_run(
             other.write_text("{}")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shares.TraceWriter, "flush", deleting)
+        patch.setattr(TraceWriter, "flush", deleting)
         assert main(options(built("tiny-mxfp4"), tmp_path, "out")) == 2
     assert "deleted while this was writing to it" in capsys.readouterr().err
     assert contents(tmp_path / "out") == {"trace.json": b"{}"}

@@ -16,8 +16,8 @@ from ..gate.records import GateModel
 from ..model.config import FULL
 from ..oracle.judge.envelope import legal
 from ..run.validate import model_config, validate
+from ..trace.estimate import estimate
 from .device_options import add_ignored_keys
-from .estimate import estimate
 from .gate import lines_of, result_of
 
 

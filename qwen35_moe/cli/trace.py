@@ -22,20 +22,21 @@ from ..numerics.tap_table import TAPS
 from ..oracle.dumps.draft_rows import hidden_of
 from ..oracle.dumps.readers import read_dump
 from ..oracle.judge.envelope import legal
-from ..oracle.judge.envelope_file import ENVELOPE, remaining, with_ids, write_envelope
+from ..oracle.judge.envelope_file import ENVELOPE, join_envelopes, remaining, with_ids, write_envelope
 from ..run.files import claim
 from ..run.load import MODES, load
 from ..run.origin import origin_of
+from ..run.processes import Processes
 from ..run.prompt import Images, padded, place_images, prompt_ids, read_ids
 from ..run.validate import model_config
 from ..trace.drafts import check_parts, unknown_drafts
 from ..trace.file import Trace, in_utf8
-from ..trace.folder import GROUPS, GROUPS_RUN, complete_trace, remove_groups, resumable, resumed_complete, run_of
+from ..trace.folder import remove_groups, resumable, resumed_complete, run_of
+from ..trace.groups import begin_groups, join
 from ..trace.layers import aside_of, check_request, meta_of, trace_layers
 from .device_options import add_device_options, add_ignored_keys, add_image_options, device_options, given_images
 from .parsing import layers, within
 from .report_options import add_shared
-from .shares import Processes, begin_groups, check_one_pass, join
 
 
 def configure(p: argparse.ArgumentParser) -> None:
@@ -89,64 +90,68 @@ def run(args: argparse.Namespace) -> int:
     ids, mask = padded([torch.tensor(row) for row in rows])
     if args.hidden and not args.drafts:
         raise Qwen35Error("hidden states that nothing starts from", where="--hidden", do="add --drafts N")
-    args.hidden_states = hidden_of(read_dump(args.hidden), [torch.tensor(row) for row in rows]) if args.hidden else None
+    if args.drafts and (args.images or args.last is not None):
+        do = "leave out --drafts, or --layers and images"
+        raise Qwen35Error("drafts need all layers, and a text", where="--drafts", do=do)
+    hidden = hidden_of(read_dump(args.hidden), [torch.tensor(row) for row in rows]) if args.hidden else None
     processes = Processes(args.device)
     args.device = processes.device
-    batch = args.batch or (len(ids) if processes.count == 1 else 1)
-    groups = [slice(i, min(i + batch, len(ids))) for i in range(0, len(ids), batch)]
     try:
         with claim(Path(args.out)) if processes.rank == 0 else nullcontext():
-            _trace(args, ids, mask, groups, processes)
+            _trace(args, {"ids_BT": ids, "mask": mask, "hidden": hidden}, processes)
     except KeyboardInterrupt:
         print("qwen35-moe: interrupted; the same command with --resume goes on after the last layer", file=sys.stderr)
         return 2
     return 0
 
 
-def _trace(
-    args: argparse.Namespace, ids: Tensor, mask: Tensor | None, groups: list[slice], processes: Processes
-) -> None:
+def _trace(args: argparse.Namespace, prompts: dict[str, Tensor | None], processes: Processes) -> None:
     """Traces those groups of prompts that are this process's; the first process joins them."""
-    out, last, model = Path(args.out), args.last, _load(args, args.arithmetic)
+    ids, mask = prompts["ids_BT"], prompts["mask"]
+    assert ids is not None
+    out, model = Path(args.out), _load(args, args.arithmetic)
     args.device = str(model.norm.weight.device)  # with a device map, the first GPU: positions have its bits, too
-    path = str(Path(args.checkpoint).resolve())
+    count, layers = len(model.layers), len(model.layers) if args.last is None else args.last + 1
+    origin, checkpoint = origin_of(model), origin_of(model).checkpoint
     more = {
-        "checkpoint": {**origin_of(model).identity, "path": path},
+        "checkpoint": {**origin.identity, "path": str(Path(args.checkpoint).resolve())},
         "shared_expert": args.shared_expert,
         "fused": model.fused,
-        **({"drafts": args.drafts} if args.drafts else {}),
-        **({"hidden": args.hidden} if args.hidden else {}),
+        **{name: vars(args)[name] for name in ("drafts", "hidden") if vars(args)[name]},
     }
-    if args.drafts and (args.images or last is not None):
-        raise Qwen35Error(
-            "drafts need all layers, and a text", where="--drafts", do="leave out --drafts, or --layers and images"
-        )
-    check_request(model, ids, args.taps, last)
+    check_request(model, ids, args.taps, args.last)
     check_parts(args.asked, drafts=bool(args.drafts), images=args.images is not None)
     meta = meta_of(model, ids, mask, args.taps, args.experts, more, args.images)
-    aside = aside_of(model, args.taps, last, args.images)
-    parts = _directories(args, model, len(groups), meta, aside, processes)
+    aside = aside_of(model, args.taps, args.last, args.images)
+    args.envelope = not args.no_envelope and not args.hidden and layers == count
+    batch = args.batch or (len(ids) if processes.count == 1 else 1)
+    groups = [slice(i, min(i + batch, len(ids))) for i in range(0, len(ids), batch)]
+    run_before = run_of(meta, args.device.partition(":")[0], groups=len(groups))
+    parts = begin_groups(out, len(groups), count, run_before, args.resume, processes)
+    if not parts:
+        resumed_complete(model, Trace.open(out), meta, aside)
+        if args.envelope and not (out / ENVELOPE).is_file():
+            do = "leave out --resume to write both anew, or add --no-envelope"
+            raise Qwen35Error("a joined trace without an envelope", where=out, do=do)
     for i in processes.own(len(parts)):
-        rows = groups[i]
-        label = "" if len(groups) == 1 else f"prompts {rows.start} to {rows.stop - 1}"
+        label = "" if parts == [out] else f"prompts {groups[i].start} to {groups[i].stop - 1}"
+        group = {name: x[groups[i]].to(args.device) for name, x in prompts.items() if x is not None}
         try:
             with claim(parts[i]) if label else nullcontext():
-                group = [None if x is None else x[rows] for x in (mask, args.hidden_states)]
-                _trace_group(args, model, ids[rows], group, parts[i], more, label)
+                _trace_group(args, model, group, parts[i], more, label)
         except Qwen35Error as error:
-            where = f"{error.where} ({label}, process {processes.rank})" if label else error.where
-            raise Qwen35Error(
-                error.what, where=where, expected=error.expected, found=error.found, do=error.do
-            ) from error
-    checkpoint = origin_of(model).checkpoint
+            if not label:
+                raise
+            raise error.but(where=f"{error.where} ({label}, process {processes.rank})") from error
     checkpoint.used.update(processes.gather(set(checkpoint.used)))
     if processes.rank == 0:
-        layers = len(model.layers) if last is None else last + 1
-        with resumable(out, len(model.layers)):
-            truth = join(parts, out, {**meta, "layers": layers}) if len(parts) > 1 else Trace.open(out)
-        if layers == len(model.layers):
+        with resumable(out, count):
+            traces = [Trace.open(part) for part in parts if part != out]
+            truth = join(traces, out, {**meta, "layers": layers})
+            join_envelopes(traces, truth)
+        if layers == count:
             remove_groups(out)
-        for mlp, cost in origin_of(model).conversion.items():
+        for mlp, cost in origin.conversion.items():
             print(f"{mlp}: shared expert converted to MXFP4, relative error {cost:.4f}")
         print(checkpoint.report(aside))
         if not any(matching(args.asked, entry.name, entry.key) for entry in truth.sites.values()):
@@ -156,40 +161,15 @@ def _trace(
     processes.close()
 
 
-def _directories(
-    args: argparse.Namespace, model: Model, groups: int, meta: dict[str, Any], aside: list[str], processes: Processes
-) -> list[Path]:
-    """Where the groups' traces are written; none if they are joined already. Error: --resume, and another run there."""
-    out, layers = Path(args.out), len(model.layers)
-    if groups == 1:
-        if args.resume:
-            check_one_pass(out, layers)
-        return [out]
-    there = complete_trace(out, layers) if args.resume and not (out / GROUPS / GROUPS_RUN).is_file() else None
-    if there is None:
-        run = run_of(meta, args.device.partition(":")[0], groups=groups)
-        return begin_groups(out, groups, run, args.resume, processes)
-    resumed_complete(model, there, meta, aside)
-    if _wants_envelope(args, layers) and not (out / ENVELOPE).is_file():
-        what, do = "a joined trace without an envelope", "leave out --resume to write both anew, or add --no-envelope"
-        raise Qwen35Error(what, where=out, do=do)
-    return []
-
-
-def _wants_envelope(args: argparse.Namespace, layers: int) -> bool:
-    return not args.no_envelope and not args.hidden and args.last in (None, layers - 1)
-
-
 def _trace_group(
-    args: argparse.Namespace, model: Model, ids: Tensor, given: list[Tensor | None], out: Path, more: dict[str, Any],
-    label: str,
-) -> None:  # fmt: skip
-    """Traces one forward pass, and its envelope. given: the mask, and an engine's hidden states."""
-    mask, hidden = (None if x is None else x.to(args.device) for x in given)
-    truth, _ = trace_layers(model, ids.to(args.device), out, mask=mask, taps=args.taps, experts=args.experts,
-                            last=args.last, resume=args.resume, meta=more, quiet=args.quiet, label=label,
-                            images=args.images, drafts=unknown_drafts(ids, args.drafts), hidden=hidden)  # fmt: skip
-    if _wants_envelope(args, len(model.layers)):
+    args: argparse.Namespace, model: Model, group: dict[str, Tensor], out: Path, more: dict[str, Any], label: str
+) -> None:
+    """Traces one forward pass, and its envelope."""
+    drafts = unknown_drafts(group["ids_BT"], args.drafts)
+    truth, _ = trace_layers(model, out=out, **group, taps=args.taps, experts=args.experts, last=args.last,
+                            resume=args.resume, meta=more, quiet=args.quiet, label=label, images=args.images,
+                            drafts=drafts)  # fmt: skip
+    if args.envelope:
         with resumable(out, len(model.layers)):
             write_envelope(truth, _legal_models(args, truth), resume=args.resume, quiet=args.quiet)
 

@@ -22,6 +22,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Letters of the legend that a configuration tells.
+LETTERS = {
+    "n": "num_attention_heads", "g": "num_key_value_heads", "h": "head_dim", "j": "linear_num_value_heads",
+    "m": "linear_num_key_heads", "k": "linear_key_head_dim", "p": "linear_value_head_dim", "d": "hidden_size",
+    "e": "num_experts", "a": "num_experts_per_tok", "f": "shared_expert_intermediate_size", "v": "vocab_size",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TapName:

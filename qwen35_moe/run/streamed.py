@@ -203,6 +203,11 @@ def consecutive(ascending: Iterable[int]) -> Iterator[slice]:
         yield slice(numbers[0], numbers[-1] + 1)
 
 
+def in_steps(count: int, step: int) -> list[slice]:
+    """Slices of at most `step` numbers that make up 0 to count."""
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
+
 class StreamedHead(nn.Module):
     """Multiplies with some rows of the head at a time. With `ahead` (for a GPU) the next rows are read meanwhile."""
 
@@ -216,7 +221,7 @@ class StreamedHead(nn.Module):
     def blocks(self, name: str, x_BTD: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(which of the vocabulary, their logits [B, T, v] untapped), one block after another."""
         V, step = self.source.config.vocab_size, HEAD_ROWS_GPU if self.device.type == "cuda" else HEAD_ROWS
-        blocks = [slice(v, min(v + step, V)) for v in range(0, V, step)]
+        blocks = in_steps(V, step)
         for rows, weight in zip(blocks, self._weights(blocks), strict=True):
             dtype = accumulation_dtype(name, x_BTD, weight)
             yield rows, F.linear(x_BTD.to(dtype), weight.to(dtype))

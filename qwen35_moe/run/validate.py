@@ -113,11 +113,9 @@ def validate(ck: Checkpoint, config: Config | None = None, text_only: bool = Fal
 
 def _as_one(ck: Checkpoint, problems: list[Qwen35Error]) -> Qwen35Error:
     if len(problems) == 1:
-        p, do = problems[0], "if the head is the embedding, as in many small models"
-        if str(p.expected) != "lm_head.weight" or "embed_tokens" not in ck.modules:
-            return p
-        do += ', set "tie_word_embeddings": true in config.json'
-        return Qwen35Error(p.what, where=p.where, expected=p.expected, found=p.found, do=do)
+        do = 'if the head is the embedding, as in many small models, set "tie_word_embeddings": true in config.json'
+        headless = str(problems[0].expected) == "lm_head.weight" and "embed_tokens" in ck.modules
+        return problems[0].but(do=do) if headless else problems[0]
     lines = [f"{p.where}: {p.what} (expected {p.expected}, found {p.found})" for p in problems]
     alike = Counter(re.sub(r"\d+", "#", line) for line in lines)  # hundreds of experts, in which all is the same
     first = {re.sub(r"\d+", "#", line): line for line in reversed(lines)}

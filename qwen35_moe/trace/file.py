@@ -62,6 +62,13 @@ class Trace(Mapping[str, Tensor]):
         with tensor_file(where, "write the trace again") as file:
             return file.get_tensor(key)
 
+    def columns(self, key: str, which: slice) -> Tensor:
+        """Some of the last dimension of a large value [B, T, n]; the others are not read."""
+        if self.path is None:
+            return self[key][..., which]
+        with tensor_file(self.path / self.sites[key].file) as file:
+            return file.get_slice(key)[:, :, which]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.sites)
 

@@ -188,8 +188,7 @@ def resumable(out: Path, layer: int) -> Iterator[None]:
     try:
         yield
     except Qwen35Error as error:
-        do = f"{error.do}; {do}" if error.do else do
-        raise Qwen35Error(error.what, where=error.where, expected=error.expected, found=error.found, do=do) from error
+        raise error.but(do=f"{error.do}; {do}" if error.do else do) from error
     except (OSError, SafetensorError) as error:
         raise Qwen35Error("cannot write the trace", where=out, found=error, do=do) from error
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from ...numerics.tap_table import TAPS
+from ...numerics.tap_table import LETTERS, TAPS
 
 
 def rule_by_name(names: Mapping[str, str]) -> dict[str, str]:
@@ -145,12 +145,6 @@ VISION_NAMES = rule_by_name({
     "sum vis_merger_out": "merger.linear_fc2.output",
     "same image_embeds": "merger.output",
 })  # fmt: skip
-
-LETTERS = {
-    "n": "num_attention_heads", "g": "num_key_value_heads", "h": "head_dim", "j": "linear_num_value_heads",
-    "m": "linear_num_key_heads", "k": "linear_key_head_dim", "p": "linear_value_head_dim", "d": "hidden_size",
-    "e": "num_experts", "a": "num_experts_per_tok", "f": "shared_expert_intermediate_size", "v": "vocab_size",
-}  # fmt: skip
 
 # How SGLang's ranks share a tensor that has our name already, if the dump does not say.
 OURS = {tap: rule.split()[0] for rule in SGLANG_NAMES.values() for tap in re.findall(r"\b(?:[a-z]+_)+[a-z]+\b", rule)}

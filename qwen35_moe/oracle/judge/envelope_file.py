@@ -4,7 +4,7 @@ row."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from ...numerics.tap_table import TAPS
 from ...numerics.taps import Handler, Site, attach, scope
 from ...run.files import read_checked, save_checked
 from ...run.origin import identity_of
-from ...run.streamed import HEAD_ROWS, StreamedHead
+from ...run.streamed import HEAD_ROWS, StreamedHead, in_steps
 from ...trace.drafts import draft_ids_of
 from ...trace.file import Trace
 from ...trace.folder import check_threads
+from ...trace.groups import joined_rows
 from ...trace.images import images_of
 from ...trace.layers import HEAD, begin, rounded_blocks
 from ...trace.progress import Progress
@@ -65,6 +66,15 @@ def check_envelope(truth: Trace) -> bool:
     if (path := _file_of(truth)) is not None:
         read_checked(path, "remove it, and run `qwen35-moe trace --resume` with the same options")
     return path is not None
+
+
+def join_envelopes(parts: Sequence[Trace], truth: Trace) -> None:
+    """The envelope of a joined truth, where all its parts have one."""
+    envelopes = [stored_envelope(part) for part in parts]
+    if truth.path is not None and parts and all(envelopes):
+        keys = {key: None for envelope in envelopes for key in envelope}
+        rows = {key: joined_rows(key, truth.sites[key], [e[key] for e in envelopes if key in e]) for key in keys}
+        save_checked(rows, truth.path / ENVELOPE)
 
 
 def as_rows(key: str, x: Tensor, tokens: int) -> Tensor:
@@ -194,10 +204,8 @@ def _head(model: Model, errors: _Errors, sum_BTD: Tensor) -> Tensor:
     with arithmetics.using(model.arithmetic):
         x_BTD = model.norm(sum_BTD)
         if HEAD in errors.truth and isinstance(model.lm_head, StreamedHead):
-            blocks = rounded_blocks(model, x_BTD)
-            errors.add(
-                HEAD, _side_by_side(Norms.of(x.cpu().flatten(0, 1), _logits(errors.truth, v)) for v, x in blocks)
-            )
+            blocks, some = rounded_blocks(model, x_BTD), _logits(errors.truth)
+            errors.add(HEAD, _side_by_side(Norms.of(x.cpu().flatten(0, 1), some(v)) for v, x in blocks))
         else:
             model.lm_head(HEAD, x_BTD)
         return x_BTD
@@ -209,17 +217,14 @@ def _of_truth(truth: Trace, key: str) -> tuple[Norms, Norms]:
         x = as_rows(key, truth[key], truth.ids.numel())
         return Norms.of(x), rounding_loss(x, torch.bfloat16)
     V = truth.sites[key].shape[-1]
-    blocks = [slice(v, min(v + HEAD_ROWS, V)) for v in range(0, V, HEAD_ROWS)]  # read one by one, once for each norm
-    sizes = _side_by_side(Norms.of(_logits(truth, v)) for v in blocks)
-    return sizes, _side_by_side(rounding_loss(_logits(truth, v), torch.bfloat16) for v in blocks)
+    blocks, some = in_steps(V, HEAD_ROWS), _logits(truth)  # read one by one, once for each norm
+    sizes = _side_by_side(Norms.of(some(v)) for v in blocks)
+    return sizes, _side_by_side(rounding_loss(some(v), torch.bfloat16) for v in blocks)
 
 
-def _logits(truth: Trace, which: slice) -> Tensor:
-    """Some of the truth's logits [tokens, n]."""
-    if truth.path is None:
-        return truth[HEAD][..., which].flatten(0, 1)
-    with tensor_file(truth.path / truth.sites[HEAD].file) as file:
-        return file.get_slice(HEAD)[:, :, which].flatten(0, 1)
+def _logits(truth: Trace) -> Callable[[slice], Tensor]:
+    """which of the vocabulary -> the truth's logits [tokens, n]"""
+    return lambda which: truth.columns(HEAD, which).flatten(0, 1)
 
 
 def _side_by_side(parts: Iterable[Norms]) -> Norms:

@@ -17,10 +17,9 @@ import torch
 from ..checkpoint import Checkpoint
 from ..model.config import FULL, Config
 from ..numerics.arithmetics import get
-from ..numerics.tap_table import TAPS
-from ..oracle.dumps.engine_names import LETTERS
+from ..numerics.tap_table import LETTERS, TAPS
 from ..run.streamed import HEAD_ROWS
-from ..trace.file import CHUNK_BYTES
+from .file import CHUNK_BYTES
 
 SLACK = 64 << 20  # what the libraries take once they compute more than `warm_up`
 
