@@ -17,6 +17,7 @@ from matplotlib.colors import ListedColormap
 import qwen35_moe as q
 from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.gate.decide import VARIANTS, decide_layers, hazards
+from qwen35_moe.gate.records import GateModel
 from qwen35_moe.quant.mxfp4 import decode
 from weights import gate_recipes
 from weights.build import build
@@ -168,10 +169,11 @@ recipes = [gate_recipes.load(n) for n in gate_recipes.names()]
 labels = [label for label, _, _ in VARIANTS]
 table = torch.zeros(len(recipes), len(VARIANTS), dtype=torch.long)
 for row, r in enumerate(recipes):
+    listed = GateModel.from_config(r.config)  # the list is read once, for all rules
     for column, (label, rule, switches) in enumerate(VARIANTS):
-        decisions = decide_layers(r.config, rule=rule, stored=r.stored, **switches)
+        decisions = decide_layers(listed, rule=rule, stored=r.stored, **switches)
         first = decisions[0]
-        broken = first.layer in hazards(r.config, None, decisions[:1], r.stored)
+        broken = first.layer in hazards(listed, None, decisions[:1], r.stored)
         table[row, column] = 3 if broken else 2 if first.online else int(bool(first))
         expected = r.expected[label].split()[0]
         assert expected == ("online" if first.online else "fused" if first else "no") + "!" * broken

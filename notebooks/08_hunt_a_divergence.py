@@ -151,20 +151,20 @@ third = engine("third", secret, where)
 wrong_tokens = (third["next_token_logits"].argmax(-1) != truth["next_token_logits"][0].argmax(-1)).sum()
 print("the most likely token is the right one at nearly all positions")
 assert wrong_tokens < ids.numel() / 4
+result = q.compare(truth, third, checkpoint)
 
 # %% [markdown]
 # ## Try it
 #
-# Compare `third` with the truth, as above. In which layer and block is the first divergence? Answer such as
-# `(0, "mlp")`.
+# Print the report of `result`, which compares `third` with the truth. In which layer and block is the first
+# divergence? Answer such as `(0, "mlp")`.
 
 # %%
 answer = None
-result = q.compare(truth, third, checkpoint)
 style.attempt(
     answer,
     lambda a: tuple(a) == (result.first.layer, result.first.block),
-    "result = q.compare(truth, third, checkpoint); print(q.report(result))",
+    "print(q.report(result))",
 )
 
 # %% [markdown]

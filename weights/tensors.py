@@ -7,9 +7,11 @@ tensor is the experts' matrices one after another, a quantised one is their enco
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from math import sqrt
 from typing import Any
 
@@ -58,6 +60,11 @@ RULES: tuple[tuple[str, bool, Values], ...] = (
 
 
 def values_of(name: str, size: tuple[int, ...]) -> Values:
+    return _values_of(re.sub(r"\.\d+\.", ".#.", name), size)  # no rule tells layers or experts apart
+
+
+@lru_cache(maxsize=1024)
+def _values_of(name: str, size: tuple[int, ...]) -> Values:
     for pattern, fan, values in RULES:
         if fnmatchcase(name, pattern):
             return replace(values, spread=values.spread / sqrt(rows_of(size)[1])) if fan else values

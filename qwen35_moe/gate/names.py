@@ -82,6 +82,7 @@ def mentions_shared_body(entry: str) -> bool:
     return "shared_expert" in entry and "shared_expert_gate" not in entry
 
 
+@lru_cache(maxsize=65536)
 def is_plain(entry: str) -> bool:
     """A name and nothing else: no `re:`, no `-:`, no shell pattern."""
     return not entry.startswith(("re:", "-:", "+:")) and not any(c in entry for c in "*?[")
