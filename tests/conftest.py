@@ -117,3 +117,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return build(recipe, root / f"{recipe}-{layers}", text_config={"layer_types": kinds, "num_experts": 6})
 
     return cache(of)
+
+
+@pytest.fixture(scope="session")
+def expected():
+    """What engines computed of tests/data/fixtures: `checkpoint/what.engine` -> tensor. Tests must not change it."""
+    from safetensors.torch import load_file
+
+    return load_file(Path(__file__).parent / "data/fixtures/expected.safetensors")

@@ -12,7 +12,6 @@ import pytest
 import torch
 from fixture_models import FIXTURES, read
 from peers.transformers_model import load_transformers, quiet
-from safetensors.torch import load_file
 from tolerances import FLOAT32_LOG_P, FLOAT64_REORDERED
 from torch import Tensor
 
@@ -28,11 +27,6 @@ from qwen35_moe.run.prompt import embed_prompt
 MODULE = import_module("qwen35_moe.run.generate")  # whose name in the package is the function
 RIGHT = torch.tensor([[1, 1, 0]])
 LLAMA_CPP = json.loads((FIXTURES.parent / "greedy" / "llamacpp.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def expected() -> dict[str, Tensor]:
-    return load_file(FIXTURES / "expected.safetensors")
 
 
 def whole(dtype: torch.dtype) -> q.Model:

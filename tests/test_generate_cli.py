@@ -13,7 +13,6 @@ import pytest
 import torch
 from fixture_models import FIXTURES
 from PIL import Image
-from safetensors.torch import load_file
 from text_files import write_processor, write_tokenizer
 from torch import Tensor
 from transformers.image_utils import load_image
@@ -35,11 +34,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tokenizer(path)
     write_processor(path)
     return path
-
-
-@pytest.fixture(scope="module")
-def expected() -> dict[str, Tensor]:
-    return load_file(FIXTURES / "expected.safetensors")
 
 
 @pytest.fixture(autouse=True)

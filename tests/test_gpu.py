@@ -14,7 +14,6 @@ import test_mxfp4
 import torch
 from fixture_models import FIXTURES
 from peers.transformers_model import load_transformers
-from safetensors.torch import load_file
 from test_model import ids_of
 from test_prefetch import cut, poison
 from tolerances import BF16_GROUPED, FLOAT64_REORDERED
@@ -144,9 +143,8 @@ def test_bf16_has_the_bits_of_transformers_on_the_same_gpu(built: Built, name: s
     assert torch.equal(model(ids), theirs)
 
 
-def test_tower_and_draft_head_are_the_same_functions_at_every_tap() -> None:
+def test_tower_and_draft_head_are_the_same_functions_at_every_tap(expected: dict[str, torch.Tensor]) -> None:
     """An image through the tower, the prompt through the model, its hidden states through the draft head."""
-    expected = load_file(FIXTURES / "expected.safetensors")
     inputs = [expected[f"image/{name}"] for name in ("input_ids", "pixel_values", "image_grid_thw")]
     traces = []
     for device in ("cpu", GPU):
@@ -167,9 +165,8 @@ def test_tower_and_draft_head_are_the_same_functions_at_every_tap() -> None:
 GREEDY = json.loads((FIXTURES.parent / "greedy" / "llamacpp.json").read_text())
 
 
-def test_greedy_text_is_that_of_the_cpu() -> None:
+def test_greedy_text_is_that_of_the_cpu(expected: dict[str, torch.Tensor]) -> None:
     """100 tokens after each prompt, which are llama.cpp's, too; after an image, those of the CPU; with drafts."""
-    expected = load_file(FIXTURES / "expected.safetensors")
     cpu, gpu = (q.load(FIXTURES / "bf16-hub", device=device) for device in ("cpu", GPU))
     for case in GREEDY:
         prompt = expected["ids"][case["row"], : case["prompt_tokens"]].long()

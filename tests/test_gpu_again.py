@@ -13,8 +13,7 @@ import pytest
 import test_golden
 import test_mtp
 import torch
-from fixture_models import FIXTURES, read
-from safetensors.torch import load_file
+from fixture_models import read
 from test_golden import (  # noqa: F401 - collected here, too
     test_append_kernel,
     test_conv_kernel_is_reproduced_bit_for_bit,
@@ -85,8 +84,8 @@ def model(tiny: Path) -> q.Model:
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, Tensor]:
-    return {name: x.to(GPU) for name, x in load_file(FIXTURES / "expected.safetensors").items()}
+def expected(expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.to(GPU) for name, x in expected.items()}
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -26,56 +27,37 @@ def logits(path: Path, arithmetic: str) -> Tensor:
 
 
 @contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+def having(change: Callable[[Any], None], value: object, before: object) -> Iterator[None]:
+    change(value)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def default_device(device: str) -> Iterator[None]:
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+        change(before)
 
 
 HOSTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "autocast to bf16": lambda: torch.autocast("cpu", torch.bfloat16),
-    "default float16": lambda: default_dtype(torch.float16),
-    "default float64": lambda: default_dtype(torch.float64),
+    "default float16": lambda: having(torch.set_default_dtype, torch.float16, torch.float32),
+    "default float64": lambda: having(torch.set_default_dtype, torch.float64, torch.float32),
     "inference mode": torch.inference_mode,
     "no gradients": torch.no_grad,
     "gradients": torch.enable_grad,
-    "deterministic": deterministic,
+    "deterministic": lambda: having(torch.use_deterministic_algorithms, True, False),
 }
 
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_the_same_values(host: str, built: Build) -> None:
     for arithmetic in ("float32", "sglang-bf16"):
-        alone = logits(built("tiny-mxfp4"), arithmetic)
         with HOSTS[host]():
-            assert torch.equal(logits(built("tiny-mxfp4"), arithmetic), alone)
+            found = logits(built("tiny-mxfp4"), arithmetic)
+        assert torch.equal(found, logits(built("tiny-mxfp4"), arithmetic))
 
 
 @pytest.mark.parametrize("device", ["meta", "cuda:77"])
 def test_no_values_by_default_is_one_error(device: str, built: Build, tmp_path: Path) -> None:
     model = q.load(built("tiny"), text_only=True)
-    with default_device(device):
+    with having(torch.set_default_device, device, None):
         with pytest.raises(q.Qwen35Error, match="default device"):
             q.load(built("tiny"))
         with pytest.raises(q.Qwen35Error, match="default device"):

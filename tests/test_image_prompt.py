@@ -10,7 +10,6 @@ import torch
 from fixture_models import FIXTURES, read
 from peers.float64 import float64_clean, load_float64
 from peers.transformers_parts import image_logits
-from safetensors.torch import load_file
 from tolerances import FLOAT32_LOG_P, FLOAT64_CLEAN, FLOAT64_REORDERED, IMAGE_LOGITS_FLOAT32
 from torch import Tensor
 
@@ -28,8 +27,8 @@ IMAGE, VIDEO = 252, 253
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, Tensor]:
-    return {k.removeprefix("image/"): v for k, v in load_file(FIXTURES / "expected.safetensors").items()}
+def expected(expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix("image/"): v for k, v in expected.items()}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from fixture_models import FIXTURES, read
 from peers.float64 import float64_clean, load_float64
 from peers.transformers_model import load_transformers
 from peers.transformers_parts import load_mtp, mtp_logits
-from safetensors.torch import load_file
 from tolerances import FLOAT32_LOG_P, FLOAT64_CLEAN, FLOAT64_REORDERED
 from torch import Tensor
 
@@ -23,11 +22,6 @@ from qwen35_moe.numerics import taps
 from qwen35_moe.trace.recorder import record
 
 Pair = tuple[Model, MTP]
-
-
-@pytest.fixture(scope="module")
-def expected() -> dict[str, Tensor]:
-    return load_file(FIXTURES / "expected.safetensors")
 
 
 @pytest.fixture(scope="module")

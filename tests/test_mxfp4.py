@@ -191,8 +191,7 @@ def test_the_bytes_of_amd_quark(checkpoint: str, count: int) -> None:
     assert checked == count
 
 
-def test_quarks_activation_quantiser() -> None:
-    expected = load_file(DATA / "fixtures" / "expected.safetensors")
+def test_quarks_activation_quantiser(expected: dict[str, Tensor]) -> None:
     ours = quantise_dequantise(expected["qdq/x"], **QUANTISERS["quark"])
     assert torch.equal(bits(ours), bits(expected["qdq/y.quark"]))
 

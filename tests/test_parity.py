@@ -165,9 +165,8 @@ def test_one_rounding_left_out_shows(opened: Open, tap: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def left() -> dict[str, Tensor]:
-    found = load_file(FIXTURES / "expected.safetensors")
-    return {key.removeprefix("bf16-hub/"): x for key, x in found.items()}
+def left(expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("bf16-hub/"): x for key, x in expected.items()}
 
 
 def log_p_distance(a: Tensor, b: Tensor) -> list[float]:

@@ -26,11 +26,6 @@ HUB = FIXTURES / "bf16-hub"
 load = cache(lambda dtype: load_float64(HUB) if dtype is torch.float64 else load_transformers(HUB, dtype))
 
 
-@pytest.fixture(scope="module")
-def left() -> dict[str, Tensor]:
-    return load_file(FIXTURES / "expected.safetensors")
-
-
 def log_p_distance(a: Tensor, b: Tensor) -> float:
     return (a.double().log_softmax(-1) - b.double().log_softmax(-1)).abs().max().item()
 
@@ -53,16 +48,16 @@ def test_a_flat_checkpoint_is_a_causal_model(built: Callable[[str], Path]) -> No
     assert capture(model, torch.tensor([[1, 2, 3]]))["next_token_logits"].shape[:2] == (1, 3)
 
 
-def test_float64_clean_reproduces_the_fixture(left: dict[str, Tensor]) -> None:
+def test_float64_clean_reproduces_the_fixture(expected: dict[str, Tensor]) -> None:
     with float64_clean(load(torch.float64)) as watched:
-        logits = logits_of(load(torch.float64), left["ids"][:1].long())
+        logits = logits_of(load(torch.float64), expected["ids"][:1].long())
     assert watched.seen > 1000
-    assert rel_l2(logits[0, :32], left["bf16-hub/logits.transformers_f64.0"]) <= FLOAT64_REORDERED
+    assert rel_l2(logits[0, :32], expected["bf16-hub/logits.transformers_f64.0"]) <= FLOAT64_REORDERED
 
 
-def test_the_proof_finds_the_float32_inside_a_float64_model(left: dict[str, Tensor]) -> None:
+def test_the_proof_finds_the_float32_inside_a_float64_model(expected: dict[str, Tensor]) -> None:
     with pytest.raises(AssertionError, match=r"returned torch\.float32"), NoNarrowFloat():
-        logits_of(load_float64(HUB), left["ids"][:1].long())
+        logits_of(load_float64(HUB), expected["ids"][:1].long())
 
 
 def test_float64_clean_wants_a_float64_model() -> None:
@@ -78,9 +73,9 @@ def test_float64_clean_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_text_draft_and_image_agree_with_the_fixture(left: dict[str, Tensor], dtype: torch.dtype) -> None:
-    model, ids = load(dtype), left["ids"].long()
-    image = [left[f"image/{x}"] for x in ("input_ids", "pixel_values", "image_grid_thw", "mm_token_type_ids")]
+def test_text_draft_and_image_agree_with_the_fixture(expected: dict[str, Tensor], dtype: torch.dtype) -> None:
+    model, ids = load(dtype), expected["ids"].long()
+    image = [expected[f"image/{x}"] for x in ("input_ids", "pixel_values", "image_grid_thw", "mm_token_type_ids")]
     image = [x if x.is_floating_point() else x.long() for x in image]
     mtp = load_mtp(model)
     with float64_clean(model) if dtype is torch.float64 else nullcontext():
@@ -89,12 +84,12 @@ def test_text_draft_and_image_agree_with_the_fixture(left: dict[str, Tensor], dt
         hidden, merged = vision(model, image[1], image[2])
         seen = image_logits(model, *image)
     assert {x.dtype for x in (text, draft, hidden, merged, seen)} == {dtype}
-    assert log_p_distance(text, left["bf16-hub/logits.transformers_f32"]) <= FLOAT32_ANOTHER_MACHINE
-    assert log_p_distance(draft, left["bf16-hub/mtp_logits.transformers_f32"]) <= FLOAT32_ANOTHER_MACHINE
-    assert log_p_distance(seen[0], left["image/logits.transformers_f32"]) <= FLOAT32_ANOTHER_MACHINE
+    assert log_p_distance(text, expected["bf16-hub/logits.transformers_f32"]) <= FLOAT32_ANOTHER_MACHINE
+    assert log_p_distance(draft, expected["bf16-hub/mtp_logits.transformers_f32"]) <= FLOAT32_ANOTHER_MACHINE
+    assert log_p_distance(seen[0], expected["image/logits.transformers_f32"]) <= FLOAT32_ANOTHER_MACHINE
     for ours, then in ((hidden, "vision_hidden"), (merged, "vision_out")):
-        expected = left[f"image/{then}.transformers_f32"]
-        assert (ours - expected).abs().max() <= VISION_FLOAT32 * expected.abs().max()
+        theirs = expected[f"image/{then}.transformers_f32"]
+        assert (ours - theirs).abs().max() <= VISION_FLOAT32 * theirs.abs().max()
 
 
 # What is captured.

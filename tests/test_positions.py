@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3_5MoeModel, Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeTextRotaryEmbedding
@@ -103,8 +102,7 @@ def test_two_hundred_layouts_equal_transformers(block: int) -> None:
                 assert torch.equal(alone[:, 0], found[:, b, mask[b].bool()])
 
 
-def test_fixture() -> None:
-    expected = load_file(FIXTURES / "expected.safetensors")
+def test_fixture(expected: dict[str, Tensor]) -> None:
     config = json.loads((FIXTURES / "bf16-hub" / "config.json").read_text())
     types = token_types(expected["image/input_ids"], config["image_token_id"], config["video_token_id"])
     assert torch.equal(types.int(), expected["image/mm_token_type_ids"])

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tolerances import FLOAT64_REORDERED, QUARK_W4A4_LOG_P, QUARK_W4A16_LOG_P
 
 import qwen35_moe as q
@@ -16,11 +15,6 @@ from qwen35_moe.numerics.metrics import rel_l2
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 CHECKPOINTS = ("quark-mxfp4", "quark-moe-mxfp4")
-
-
-@pytest.fixture(scope="module")
-def expected() -> dict[str, torch.Tensor]:
-    return load_file(FIXTURES / "expected.safetensors")
 
 
 def log_p(logits: torch.Tensor) -> torch.Tensor:

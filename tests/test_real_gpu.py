@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from qwen35_moe.model.cache import LayerState
 from qwen35_moe.numerics.arithmetics import using
 from qwen35_moe.numerics.tap_keys import part_of
 from qwen35_moe.oracle.compare import diagnose
+from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.oracle.report import html, text
 from qwen35_moe.run.prompt import Images, load_images
@@ -118,47 +120,51 @@ def test_a_bug_of_one_rank_is_named_with_its_rank(built: Built, dumps: Path, nam
     assert "on rank 1" in result.diagnoses[0].name
 
 
-@pytest.mark.parametrize("rolled_back", [True, False])
-def test_a_state_that_saw_rejected_drafts(built: Built, dumps: Path, rolled_back: bool) -> None:
-    """Layer 1 of a clean SGLang; in the second pass that verifies drafts, what its mixer makes of its own inputs with a
-    state that the first pass's rejected drafts are still in."""
-    checkpoint, key = built("engine-size"), "layers.1.attn_output"
+@pytest.fixture
+def drafting(built: Built, dumps: Path) -> tuple[Path, Dump, Callable[[torch.Tensor], torch.Tensor]]:
+    """A clean SGLang that drafts, and what its layer 1 mixes from the inputs of some passes: the last one's outputs."""
+    checkpoint = built("engine-size")
     mixer = q.load(checkpoint, "sglang-bf16", text_only=True).layers[1].linear_attn
-    dump = read_dump(dumps / "spec.clean")
-    x = {step: dump.read("layers.1.input_layernorm", step) for step in (0, 3, 6)}
-    made = []
-    for rows in (slice(30), slice(3)), (slice(30, 47), slice(3, 6)):
+
+    def mixed(*passes: torch.Tensor) -> torch.Tensor:
         state = LayerState()
         with torch.inference_mode(), using("sglang-bf16"):
-            made.append([mixer(x[step][rows[step > 0]][None], None, state)[0] for step in (0, 3, 6)][-1])
-    if not rolled_back:
-        dump.sources[key][6].pieces[0].load = lambda: torch.cat(made)
+            return [mixer(x[None], None, state)[0] for x in passes][-1]
+
+    return checkpoint, read_dump(dumps / "spec.clean"), mixed
+
+
+MIXED, MIXED_INPUT = "layers.1.attn_output", "layers.1.input_layernorm"
+
+
+def test_a_state_that_saw_rejected_drafts(drafting: Any) -> None:
+    """In the second pass that verifies drafts, the state has the first pass's rejected drafts in it."""
+    checkpoint, dump, mixed = drafting
+    x = {step: dump.read(MIXED_INPUT, step) for step in (0, 3, 6)}
+    made = [mixed(x[0][some], *(x[step][rows] for step in (3, 6)))
+            for some, rows in ((slice(30), slice(3)), (slice(30, 47), slice(3, 6)))]  # fmt: skip
+    dump.sources[MIXED][6].pieces[0].load = lambda: torch.cat(made)
     result = diagnose(checkpoint, dump, diagnoses=1)
-    assert result.diverges is not rolled_back, result.verdict
-    if not rolled_back:
-        assert result.diagnoses[0].name == "state not rolled back after rejected drafts at step 6"
-        assert result.first is not None and result.first.starts[0] == (0, 31, "first after a rejected draft")
+    assert result.diverges, result.verdict
+    assert result.diagnoses[0].name == "state not rolled back after rejected drafts at step 6"
+    assert result.first is not None and result.first.starts[0] == (0, 31, "first after a rejected draft")
 
 
-def test_a_fault_of_rejected_drafts_alone_is_found(built: Built, dumps: Path) -> None:
-    """Layer 1 of a clean SGLang; in the first pass that verifies drafts, the second draft of each sequence reads the
-    state that the first draft read. No token that was kept is touched."""
-    checkpoint, key = built("engine-size"), "layers.1.attn_output"
-    mixer = q.load(checkpoint, "sglang-bf16", text_only=True).layers[1].linear_attn
-    dump = read_dump(dumps / "spec.clean")
-    x = {step: dump.read("layers.1.input_layernorm", step) for step in (0, 3)}
-    made = dump.read(key, 3).clone()
-    for row, before in ((0, slice(30)), (3, slice(30, 47))):
-        read = torch.cat((x[0][before], x[3][[row, row + 2]]))
-        with torch.inference_mode(), using("sglang-bf16"):
-            made[row + 2] = mixer(read[None], None, LayerState())[0, -1]
-    clean = diagnose(checkpoint, dump, diagnoses=0)
+def test_a_fault_of_rejected_drafts_alone_is_found(drafting: Any) -> None:
+    """In the first pass that verifies drafts, the second draft of each sequence reads the state that the first draft
+    read. No token that was kept is touched."""
+    checkpoint, dump, mixed = drafting
+    clean = diagnose(checkpoint, dump, diagnoses=1)
     assert not clean.diverges and "8 rejected drafts were compared, each after the tokens that it was" in str(
         clean.notes
     )
-    dump.sources[key][3].pieces[0].load = lambda: made
+    x = {step: dump.read(MIXED_INPUT, step) for step in (0, 3)}
+    made = dump.read(MIXED, 3).clone()
+    for row, before in ((0, slice(30)), (3, slice(30, 47))):
+        made[row + 2] = mixed(torch.cat((x[0][before], x[3][[row, row + 2]])))[-1]
+    dump.sources[MIXED][3].pieces[0].load = lambda: made
     result = diagnose(checkpoint, dump, diagnoses=1)
-    assert result.diverges and result.first is not None and result.first.key == key, result.verdict
+    assert result.diverges and result.first is not None and result.first.key == MIXED, result.verdict
     assert result.first.starts == [(2, 32, "rejected draft of sequence 0"), (3, 19, "rejected draft of sequence 1")]
 
 

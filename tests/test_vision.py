@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fixture_models import FIXTURES, read
+from fixture_models import read
 from peers.float64 import float64_clean
-from safetensors.torch import load_file
 from tolerances import VISION_BF16_FLIPS, VISION_FLOAT32, VISION_FLOAT64, VISION_TAIL
 from torch import Tensor
 from transformers import Qwen3_5MoeVisionModel
@@ -34,11 +33,6 @@ SHAPE: dict[str, Any] = {
     "out_hidden_size": 20,
 }
 GRIDS = torch.tensor([[1, 4, 6], [3, 2, 4], [1, 2, 2], [1, 10, 8], [1, 14, 2]])
-
-
-@pytest.fixture(scope="module")
-def expected() -> dict[str, Tensor]:
-    return load_file(FIXTURES / "expected.safetensors")
 
 
 @pytest.fixture(scope="module")

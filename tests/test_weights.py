@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 
 from qwen35_moe.errors import Qwen35Error
+from qwen35_moe.model.config import Config
+from qwen35_moe.model.text import Model
 from qwen35_moe.quant import mxfp4
 from weights import draw
 from weights.build import Recipe, build, config_of, load, main, manifest, plan, real_config, recipes
@@ -90,7 +92,8 @@ def test_exclude_names_mtp_experts_only_where_the_source_stored_them_apart() -> 
 
 
 # Parameters of the text model, of text and vision together (what transformers' meta device counts), and of MTP; then
-# tensors of the text model, of the vision tower and of MTP, with each layer's experts fused into two.
+# tensors of the text model, of the vision tower and of MTP, with each layer's experts fused into two. The model that we
+# build has as many.
 @pytest.mark.parametrize(
     ("name", "parameters", "tensors"),
     [
@@ -111,6 +114,9 @@ def test_real_configs_have_the_real_numbers(name: str, parameters: tuple[int, ..
     text, vision, mtp = ours["text"][0], ours["visual"][0], ours["mtp"][0]
     assert (text, text + vision, mtp) == parameters
     assert tuple(part[1] for part in ours.values()) == tensors
+    with torch.device("meta"):
+        models = [Model(Config.from_dict(real_config(name)), fused=fused) for fused in (False, True)]
+    assert [sum(p.numel() for p in model.parameters()) for model in models] == [text, text]
 
 
 def test_every_layout_holds_the_same_model(read: Callable[[str], dict[str, torch.Tensor]]) -> None:

@@ -69,8 +69,8 @@ def _other_way(out: Path, expected: str, found: str) -> Qwen35Error:
 
 
 def join(traces: Sequence[Trace], out: Path, meta: dict[str, Any]) -> Trace:
-    """One trace from those of consecutive prompts (`joined_rows`); without any, the one in `out`. Memory holds about one
-    layer."""
+    """One trace from those of consecutive prompts (`joined_rows`); without any, the one in `out`. Memory holds about
+    one layer."""
     if not traces:
         return Trace.open(out)
     tensors = [Counter(entry.file for entry in t.sites.values()) for t in traces]  # how many a file holds
