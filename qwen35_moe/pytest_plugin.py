@@ -63,15 +63,10 @@ def as_json(found: list[dict[str, Any]]) -> str:
 
 def as_sarif(found: list[dict[str, Any]]) -> str:
     """SARIF 2.1.0, which code hosts show beside the lines: one result for each check that failed."""
-    from .cli.check import sarif_log
+    from .sarif import sarif_log
 
-    results = []
-    for check in (check for check in found if not check["ok"]):
-        place = {"artifactLocation": {"uri": check["test"].partition("::")[0] or "tests"}}
-        results.append({
-            "ruleId": check["output"], "level": "error", "message": {"text": f"{check['test']}: {check['text']}"},
-            "locations": [{"physicalLocation": place}],
-        })  # fmt: skip
+    bad = ((check, check["test"].partition("::")[0] or "tests") for check in found if not check["ok"])
+    results = ((check["output"], "error", f"{check['test']}: {check['text']}", file, None) for check, file in bad)
     return json.dumps(sarif_log("qwen35-moe", results))
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from .. import __version__
 from ..gate.decide import NEWEST
+from ..sarif import sarif_log
 from .device_options import add_ignored_keys
-
-SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,45 +37,18 @@ def run(args: argparse.Namespace) -> int:
     with Checkpoint.open(args.checkpoint) as checkpoint:
         found = lint(checkpoint, engines, args.ignore_config_keys)
         found += check_bytes(checkpoint) if args.bytes else []
-    records = [vars(finding) for finding in found]
     if args.json:
-        document = {"checkpoint": args.checkpoint, "version": __version__, "findings": records}
+        document = {"checkpoint": args.checkpoint, "version": __version__, "findings": list(map(vars, found))}
         Path(args.json).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if args.sarif:
-        Path(args.sarif).write_text(json.dumps(sarif(args.checkpoint, records), indent=1) + "\n", encoding="utf-8")
+        folder = Path(args.checkpoint)
+        uri = folder.as_uri() if folder.is_absolute() else quote(folder.as_posix())
+        texts = (f.text + (f" [{f.engine}]" if f.engine else "") for f in found)
+        results = [(f.rule, f.level, text, uri, f.where) for f, text in zip(found, texts, strict=True)]
+        log = sarif_log("qwen35-moe check", results)
+        Path(args.sarif).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
     for finding in found:
         print(finding)
     errors = sum(finding.level == "error" for finding in found)
     print(f"{args.checkpoint}: errors: {errors}, warnings: {sum(f.level == 'warning' for f in found)}")
     return 1 if errors else 0
-
-
-def sarif(path: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The findings as SARIF 2.1.0: the required fields, and the module as a logical location.
-
-    Validated by Microsoft's Sarif.Multitool 5.7.0 (`validate`): no errors.
-    """
-    folder = Path(path)
-    uri = folder.as_uri() if folder.is_absolute() else quote(folder.as_posix())
-    results = [
-        {
-            "ruleId": record["rule"],
-            "level": record["level"],
-            "message": {"text": record["text"] + (f" [{record['engine']}]" if record["engine"] else "")},
-            "locations": [
-                {
-                    "physicalLocation": {"artifactLocation": {"uri": uri}},
-                    "logicalLocations": [{"fullyQualifiedName": record["where"]}],
-                }
-            ],
-        }
-        for record in records
-    ]
-    return sarif_log("qwen35-moe check", results)
-
-
-def sarif_log(tool: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The results of one run of a tool, with the rules that they name."""
-    rules = [{"id": rule} for rule in sorted({result["ruleId"] for result in results})]
-    driver = {"name": tool, "version": __version__, "rules": rules}
-    return {"$schema": SCHEMA, "version": "2.1.0", "runs": [{"tool": {"driver": driver}, "results": results}]}

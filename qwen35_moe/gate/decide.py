@@ -29,9 +29,9 @@ from .atom import atom, atom_first_entry, atom_multimodal
 from .common import Rule
 from .declared import QuantConfig
 from .names import ATOM, ATOM_MULTIMODAL, SGLANG, VLLM, Names, merged_name
-from .records import PROJECTIONS, Decision, Evidence, GateModel, MoEBlock, Options
+from .records import PROJECTIONS, Decision, Evidence, GateModel, MoEBlock, Options, Stored
 from .sglang import plain_draft, sglang_0_5_23, sglang_22948
-from .strict import SpecLookup, Stored, TooManyPatterns, agree, layer_facts, read_stored, strict
+from .strict import TooManyPatterns, agree, layer_facts, strict
 from .vllm import all_or_none, vllm_0_33
 
 
@@ -55,7 +55,7 @@ class RuleInfo:
 
     def sees(self, model: GateModel) -> GateModel:
         """The model as the engine sees it: only vLLM looks for a quantization_config in text_config."""
-        unseen = model.quant_inside and self.semantics != "vllm"
+        unseen = model.quant_inside and self.semantics in ("sglang", "atom")
         return replace(model, quant=QuantConfig.from_dict(None)) if unseen else model
 
     def takes(self, quant: QuantConfig, module: str) -> ModuleSpec:
@@ -70,7 +70,8 @@ class RuleInfo:
         return model.quant.read_as(how, self.names and self.names[model.nested]) if how else model.quant
 
 
-ENGINE_RULES = {
+RULES = {
+    "strict": RuleInfo(strict, "quark"),
     "sglang-22948": RuleInfo(sglang_22948, "sglang", SGLANG, by_layer=False),  # sgl-project/sglang, the PR
     "sglang-0.5.23": RuleInfo(sglang_0_5_23, "sglang", SGLANG, by_layer=False, plain_draft=plain_draft),
     "vllm-0.33": RuleInfo(vllm_0_33, "vllm", VLLM, together=all_or_none, fp8="vllm-fp8"),
@@ -81,7 +82,6 @@ ENGINE_RULES = {
 
 # An engine's name alone means its newest version.
 NEWEST = {"sglang": "sglang-0.5.23", "vllm": "vllm-0.33", "atom": "atom-ffdf3bb5"}
-RULES = ("strict", *ENGINE_RULES)
 
 # What `--all-rules` shows: every engine as it comes, and with the switch that its users turn.
 VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -129,14 +129,11 @@ def decide_layers(
     config: Any, quant_config: Any = None, rule: str = "strict", *, stored: Stored = None, **options: Any
 ) -> list[Decision]:
     """One decision per MoE layer, then one per MTP draft layer. Arguments as for `can_fuse_shared_expert`."""
-    model = GateModel.from_config(config, quant_config)
-    rule, checked, lookup = rule_named(rule), Options.from_kwargs(options), read_stored(stored)
-    layers = (*model.layers, *model.drafts)
-    if rule == "strict":
-        return [replace(next(strict(model, at, checked, lookup)), rule=rule, layer=at.name) for at in layers]
-    info, known, found = ENGINE_RULES[rule], dict[object, Decision](), []
+    model = GateModel.from_config(config, quant_config, stored)
+    rule, checked = rule_named(rule), Options.from_kwargs(options)
+    info, known, found = RULES[rule], dict[object, Decision](), []
     model = info.sees(model)
-    for layer in layers:
+    for layer in (*model.layers, *model.drafts):
         key = layer.name if info.by_layer else layer.draft
         if key not in known:
             known[key] = next(info.decide(model, layer, checked))
@@ -162,11 +159,11 @@ def hazards(config: Any, quant_config: Any, decisions: Iterable[Decision], store
     Two kinds: bytes that do not fit the fused slot (the failure of PR 22948), and a loader that takes a module for
     something that it is not.
     """
-    model, lookup, found = GateModel.from_config(config, quant_config), read_stored(stored), dict[str, str]()
+    model, found = GateModel.from_config(config, quant_config, stored), dict[str, str]()
     layers = {layer.name: layer for layer in (*model.layers, *model.drafts)}
     for decision in decisions:
         try:
-            text = next(_breaks(model, layers[decision.layer], decision, lookup), "")
+            text = next(_breaks(model, layers[decision.layer], decision), "")
         except TooManyPatterns:
             text = ""  # nothing is known, so nothing is said to break
         except Qwen35Error as error:
@@ -175,8 +172,8 @@ def hazards(config: Any, quant_config: Any, decisions: Iterable[Decision], store
     return found
 
 
-def _breaks(model: GateModel, layer: MoEBlock, decision: Decision, stored: SpecLookup | None) -> Iterator[str]:
-    shared, routed = layer_facts(model, layer, stored)
+def _breaks(model: GateModel, layer: MoEBlock, decision: Decision) -> Iterator[str]:
+    shared, routed = layer_facts(model, layer)
     first, absent = routed[0], [f.name for f in (*routed, *shared) if f.stored is None]
     if decision:
         if 0 < len(absent) < len(routed) + len(shared):  # nothing stored: nothing is missing
@@ -187,7 +184,7 @@ def _breaks(model: GateModel, layer: MoEBlock, decision: Decision, stored: SpecL
     if decision.rule == "strict" or not decision.starts:
         return
     # What the engine's loader takes for something that it is not. It asks for the routed experts as one module.
-    rule = ENGINE_RULES[decision.rule]
+    rule = RULES[decision.rule]
     quant, plain = rule.reading(model), layer.draft and rule.plain_draft(model)
     excluded = quant.excluded(layer.experts) is not None
     inside = quant.without_exclusions() if quant.exclude.semantics.children else quant

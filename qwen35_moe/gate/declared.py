@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..errors import Qwen35Error
 from ..quant.precision import BF16, UNSTATED, ModuleSpec
-from .dialects import ALIASES, DIALECT_READERS
+from .dialects import ALIASES, DIALECT_READERS, Declared
 from .exclude import EntryIndex, ExcludeList, Hit
 from .names import Namespace, parts_of, spellings
 
@@ -26,16 +26,11 @@ class Resolution(NamedTuple):
     hit: Hit
 
 
-@dataclass(frozen=True)
-class QuantConfig:
-    """A quantization_config: an exclude list, specs for patterns of names (the first that matches), and a default."""
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig(Declared):
+    """A quantization_config: what it declares, how it was written (`raw`), and under which names it is asked."""
 
     method: str
-    exclude: ExcludeList
-    default: ModuleSpec
-    default_from: str
-    layers: tuple[tuple[str, ModuleSpec], ...] = ()
-    layers_from: str = "layer_quant_config"
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     num_hidden_layers: int | None = None
     shared_word: str = "shared_expert"
@@ -54,14 +49,14 @@ class QuantConfig:
         """
         raw = as_raw(raw)
         if not raw:
-            return cls("none", ExcludeList((), "quark"), BF16, "no quantization_config", (), "")
+            return cls(ExcludeList((), "quark"), BF16, "no quantization_config", layers_from="", method="none")
         method = stated_method(raw)
         if method not in DIALECT_READERS:
             source = f"quant_method {method!r}, which has no reader"
-            return cls(method, ExcludeList((), "quark"), UNSTATED, source, raw=raw)
+            return cls(ExcludeList((), "quark"), UNSTATED, source, method=method, raw=raw)
         try:
-            read = DIALECT_READERS[method](raw)
-            return cls(method, *read, raw=raw, num_hidden_layers=num_hidden_layers, shared_word=shared_word)
+            said = vars(DIALECT_READERS[method](raw))
+            return cls(**said, method=method, raw=raw, num_hidden_layers=num_hidden_layers, shared_word=shared_word)
         except Qwen35Error:
             raise
         except (AttributeError, TypeError, ValueError, KeyError) as error:
@@ -182,18 +177,30 @@ def method_of(raw: Mapping[str, Any]) -> str:
 
 
 def as_raw(quant_config: Any) -> Mapping[str, Any]:
-    """A quantization_config as a dictionary. Of an object: its `to_dict()`; else the `quant_config` that it keeps, or
-    its attributes. `exclude_layers`, as engines call it, becomes the exclude list."""
-    raw = quant_config.to_dict() if hasattr(quant_config, "to_dict") else quant_config
-    if raw is not None and not isinstance(raw, Mapping):
-        if not hasattr(raw, "__dict__"):
-            what, expected = "quantization_config must be an object", "{...} or null"
-            raise Qwen35Error(what, expected=expected, found=type(raw).__name__)
-        name, kept = getattr(raw, "get_name", None), getattr(raw, "quant_config", None)
-        excluded = getattr(raw, "exclude_layers", None)
-        raw = dict(kept) if isinstance(kept, Mapping) else dict(vars(raw))
-        raw |= {"quant_method": name()} if callable(name) else {}
-        raw |= {} if excluded is None else {"exclude_layers": excluded}
-    if raw and "exclude_layers" in raw:
-        raw = {"quant_method": "quark", **raw, "exclude": raw["exclude_layers"]}
-    return raw if not raw or raw.get("quant_method") or "exclude" not in raw else {**raw, "quant_method": "quark"}
+    """A quantization_config as a dictionary; an engine's object for it keeps one as `quant_config`.
+
+    `exclude_layers`, as engines call it, becomes the exclude list; who states a list and no method means Quark's.
+    """
+    what, expected = "quantization_config must be an object", "{...} or null"
+    raw = {} if quant_config is None else dict(as_dict(quant_config, "quant_config", what, expected))
+    name, listed = getattr(quant_config, "get_name", None), getattr(quant_config, "exclude_layers", None)
+    raw |= {"quant_method": name()} if callable(name) else {}
+    raw |= {} if listed is None else {"exclude_layers": listed}
+    if "exclude_layers" in raw:
+        raw["exclude"] = raw["exclude_layers"]
+    return raw | {"quant_method": "quark"} if "exclude" in raw and not raw.get("quant_method") else raw
+
+
+def as_dict(config: Any, kept: str, what: str, expected: str) -> Mapping[str, Any]:
+    """A dictionary itself; of an object its `to_dict()`, the dictionary that it keeps under a name, or its attributes.
+
+    Error: neither a dictionary nor such an object; what, expected: as the error says it.
+    """
+    if isinstance(config, Mapping):
+        return config
+    if callable(getattr(config, "to_dict", None)):
+        return config.to_dict()
+    if not hasattr(config, "__dict__"):
+        raise Qwen35Error(what, expected=expected, found=type(config).__name__)
+    inner = getattr(config, kept, None)
+    return inner if isinstance(inner, Mapping) and inner else vars(config)

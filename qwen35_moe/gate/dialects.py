@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ..errors import Qwen35Error
 from ..quant.precision import BF16, MXFP4, MXFP8, UNSTATED, Activation, ModuleSpec
@@ -12,7 +12,8 @@ from .exclude import ExcludeList
 from .readings import layer_class
 
 
-class Declared(NamedTuple):
+@dataclass(frozen=True)
+class Declared:
     """What a configuration says: an exclude list, a default, and specs for patterns of names in their order; of the
     last two also the key that states them."""
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 from ..errors import MOST_LAYERS, Qwen35Error
-from .declared import QuantConfig, quantization_of
+from ..quant.precision import ModuleSpec
+from .declared import QuantConfig, as_dict, quantization_of
 from .exclude import Hit
 from .names import shared_word
 
+SpecLookup = Callable[[str], ModuleSpec | None]
+Stored = SpecLookup | Mapping[str, ModuleSpec] | None
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -151,10 +155,13 @@ def stops(reason: str, *facts: Fact) -> Decision:
 
 @dataclass(frozen=True)
 class MoEBlock:
-    """One MoE block: its canonical name, and whether it belongs to the MTP draft."""
+    """One MoE block, by the canonical name of its layer."""
 
     name: str
-    draft: bool = False
+
+    @property
+    def draft(self) -> bool:
+        return self.name.startswith("mtp.")
 
     @property
     def experts(self) -> str:
@@ -172,7 +179,10 @@ class MoEBlock:
 
 @dataclass(frozen=True)
 class GateModel:
-    """What a rule needs of a config.json. layers, drafts: those with experts, of target and draft. top: all of it."""
+    """What a rule needs of a config.json. layers, drafts: those with experts, of target and draft. top: all of it.
+
+    stored: what the tensors are. Names are canonical (`layers.3.mlp.experts.17.up_proj`); None means "not known".
+    """
 
     layers: tuple[MoEBlock, ...]
     drafts: tuple[MoEBlock, ...]
@@ -182,6 +192,7 @@ class GateModel:
     num_hidden_layers: int
     top: Mapping[str, Any]
     quant: QuantConfig
+    stored: SpecLookup | None = None
 
     @property
     def nested(self) -> bool:
@@ -196,12 +207,14 @@ class GateModel:
         return bool(inside) and not self.top.get("quantization_config") and self.quant.raw == inside
 
     @classmethod
-    def from_config(cls, config: Any, quant_config: Any = None) -> GateModel:
+    def from_config(cls, config: Any, quant_config: Any = None, stored: Stored = None) -> GateModel:
         """From a config.json's dictionary or a config object. quant_config None: taken from the configuration."""
+        lookup = stored.get if isinstance(stored, Mapping) else stored
         if isinstance(config, GateModel):
-            return config
-        top = as_dict(config)
-        text = as_dict(top.get("text_config") or top)
+            return replace(config, stored=lookup) if lookup else config
+        plain = partial(as_dict, kept="raw", what="not a configuration", expected="a dictionary or a config object")
+        top = plain(config)
+        text = plain(top.get("text_config") or top)
         raw = quantization_of({**top, "text_config": text}) if quant_config is None else quant_config
         missing = [k for k in ("num_hidden_layers", "moe_intermediate_size") if not isinstance(text.get(k), int)]
         if missing:
@@ -224,18 +237,5 @@ class GateModel:
         word = shared_word(text.get("model_type"))
         quant = raw if isinstance(raw, QuantConfig) else QuantConfig.from_dict(raw, count, word)
         layers = tuple(MoEBlock(f"layers.{i}") for i in range(count) if (i + 1) % step == 0 and i not in dense)
-        mtp = tuple(MoEBlock(f"mtp.layers.{i}", draft=True) for i in range(drafts))
-        return cls(layers, mtp, shared, text["moe_intermediate_size"], experts, count, top, quant)
-
-
-def as_dict(config: Any) -> Mapping[str, Any]:
-    """A configuration as a dictionary: of a mapping itself, of an object its to_dict(), raw file or attributes."""
-    if isinstance(config, Mapping):
-        return config
-    if callable(getattr(config, "to_dict", None)):
-        return config.to_dict()
-    if isinstance(getattr(config, "raw", None), Mapping) and config.raw:
-        return config.raw
-    if hasattr(config, "__dict__"):
-        return vars(config)
-    raise Qwen35Error("not a configuration", expected="a dictionary or a config object", found=type(config).__name__)
+        mtp = tuple(MoEBlock(f"mtp.layers.{i}") for i in range(drafts))
+        return cls(layers, mtp, shared, text["moe_intermediate_size"], experts, count, top, quant, lookup)

@@ -6,7 +6,7 @@ readings of the exclude list agree about it. Where list and bytes disagree, the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,10 +16,7 @@ from .common import Answers, refuse_sizes
 from .declared import QuantConfig, Resolution
 from .exclude import Hit, numbers_of, numbers_required
 from .names import tells_experts_apart
-from .records import PROJECTIONS, Evidence, GateModel, MoEBlock, Options, no, yes
-
-SpecLookup = Callable[[str], ModuleSpec | None]
-Stored = SpecLookup | Mapping[str, ModuleSpec] | None
+from .records import PROJECTIONS, Evidence, GateModel, MoEBlock, Options, SpecLookup, no, yes
 
 # Method -> who else reads such a list. vLLM reads Quark's as SGLang does.
 OTHER_READINGS = {"quark": ("sglang", "atom"), "fp8": ("vllm-fp8", "atom")}
@@ -52,22 +49,17 @@ class LayerFacts(NamedTuple):
     routed: Sequence[ModuleFacts]
 
 
-def read_stored(stored: Stored) -> SpecLookup | None:
-    """A lookup of what is stored. Names are canonical (`layers.3.mlp.experts.17.up_proj`); None means "not known"."""
-    return stored.get if isinstance(stored, Mapping) else stored
-
-
-def layer_facts(model: GateModel, layer: MoEBlock, stored: SpecLookup | None) -> LayerFacts:
+def layer_facts(model: GateModel, layer: MoEBlock) -> LayerFacts:
     """The facts of one layer, declared as the tool that wrote the exclude list reads it.
 
     Collected once: `hazards` judges all rules by them.
     """
 
     def collected() -> LayerFacts:
-        shared = [_facts(name, model.quant, stored) for name in layer.shared]
-        return LayerFacts(shared, _routed(model, layer, stored))
+        shared = [_facts(name, model.quant, model.stored) for name in layer.shared]
+        return LayerFacts(shared, _routed(model, layer))
 
-    return model.quant.view((layer, model.num_experts, stored), collected)
+    return model.quant.view((layer, model.num_experts, model.stored), collected)
 
 
 def _facts(name: str, quant: QuantConfig, stored: SpecLookup | None) -> ModuleFacts:
@@ -97,10 +89,10 @@ def _block_above(block: str, quant: QuantConfig) -> Hit | None:
     return hit and replace(hit, how="a block around it")
 
 
-def _routed(model: GateModel, layer: MoEBlock, stored: SpecLookup | None) -> list[ModuleFacts]:
+def _routed(model: GateModel, layer: MoEBlock) -> list[ModuleFacts]:
     """The routed experts, each kind once. Experts of whom list and bytes say the same are asked once."""
-    whole = stored(layer.experts) if stored else None
-    lookup = (lambda _: whole) if whole is not None else stored
+    whole = model.stored(layer.experts) if model.stored else None
+    lookup = (lambda _: whole) if whole is not None else model.stored
     said = _said(model, layer)
     asked: dict[Hashable, dict[str, ModuleFacts]] = {}
     found: dict[object, ModuleFacts] = {}
@@ -142,29 +134,29 @@ def _said(model: GateModel, layer: MoEBlock) -> Mapping[int, Hashable] | None:
     return None if vague else {expert: tuple(said) for expert, said in found.items()}
 
 
-def strict(model: GateModel, layer: MoEBlock, options: Options, stored: SpecLookup | None) -> Answers:
+def strict(model: GateModel, layer: MoEBlock, options: Options) -> Answers:
     """The strict rule for one layer. It asks what is right, not what a platform or an all-to-all backend can do."""
     if options.disable_shared_experts_fusion:
         yield no("fusion is switched off")
     yield from refuse_sizes(model)
-    if stored is None and not model.quant.is_read:
+    if model.stored is None and not model.quant.is_read:
         what = "what the quantisation does to a module is not known, and no bytes were given"
         yield no(what, model.quant.default_from)
     try:
-        facts = layer_facts(model, layer, stored)
+        facts = layer_facts(model, layer)
     except Qwen35Error as error:
         yield no("a module has no single spec", Evidence(f"{error.where}: {error.what}", "warning"))
         return
     evidence, everything = [*_entries(facts), *_warnings(facts)], (*facts.shared, *facts.routed)
     missing = [f.name for f in everything if f.stored is None]
-    if stored and missing:
+    if model.stored and missing:
         yield no("a tensor is missing from the checkpoint", Evidence(missing[0], "warning"), *evidence)
     for f in everything:
         if f.other is not None and f.stored is None:
             text = f"{f.name}: {f.declared.spec} by {f.declared.hit}, yet {f.other.spec} to others by {f.other.hit}"
             why = "readers of the exclude list disagree, and no bytes were given to settle it"
             yield no(why, Evidence(text, "warning"), *evidence)
-    source = "in the bytes" if stored else "by the configuration; no bytes were seen"
+    source = "in the bytes" if model.stored else "by the configuration; no bytes were seen"
     shared, routed = facts.shared[0].spec, facts.routed[0].spec
     for group, what in ((facts.routed, "the routed experts"), (facts.shared, "the shared expert's projections")):
         if odd := next((f for f in group if not f.spec.same_bytes(group[0].spec)), None):

@@ -17,7 +17,7 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.checkpoint import TensorLayout
 from ..checkpoint.recognise import foreign_spec
 from ..errors import Qwen35Error
-from ..gate.decide import ENGINE_RULES, NEWEST, VARIANTS, decide_layers, hazards
+from ..gate.decide import NEWEST, RULES, VARIANTS, decide_layers, hazards
 from ..gate.declared import QuantConfig
 from ..gate.records import GateModel
 from ..gate.strict import agree
@@ -117,7 +117,7 @@ def _gate(checkpoint: Checkpoint, engines: tuple[str, ...]) -> Iterator[Finding]
             for found in _variant(model, stored, rule, options):
                 labels.setdefault(found, []).append(label)
     for (what, layer, text), names in labels.items():
-        level = "error" if any(name in ENGINE_RULES for name in names) else "warning"  # with a switch only
+        level = "error" if any(name in RULES for name in names) else "warning"  # with a switch only
         yield Finding("note" if what == "unread" else level, what, layer, text, "; ".join(names))
     yield from _linear(checkpoint, model, engines)
     yield from _input_scales(checkpoint, model.quant)
@@ -142,7 +142,7 @@ def _variant(
 
 def _linear(checkpoint: Checkpoint, model: GateModel, engines: tuple[str, ...]) -> Iterator[Finding]:
     """Linear modules that an engine's loader takes for something else, once for each kind of module and of mistake."""
-    rules = {NEWEST[engine]: ENGINE_RULES[NEWEST[engine]] for engine in engines}
+    rules = {NEWEST[engine]: RULES[NEWEST[engine]] for engine in engines}
     readings = {name: (rule.reading(model), rule.plain_draft(model)) for name, rule in rules.items()}
     seen: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for module in (module for module in checkpoint.modules if ".experts." not in module):
