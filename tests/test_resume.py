@@ -6,16 +6,13 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate import PartialState
-from kills import contents
 from safetensors.torch import save_file
+from traces import FEW, GROUPS, PROMPTS, Traces, stopping
 
 from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.cli import trace as trace_cli
@@ -28,56 +25,20 @@ from qwen35_moe.trace import folder as trace_folder
 from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.head import PARTIAL, RESUME
 
-Build = Callable[[str], Path]
-PROMPTS, OTHERS = [[1, 2, 3, 4, 5], [9, 8, 7], [5, 5, 5, 6]], [[4, 4], [3, 2, 1], [6]]
-FEW = ["--taps", "layer_output_sum", "--no-envelope"]
+OTHERS = [[4, 4], [3, 2, 1], [6]]
+BY_GROUP = ("out", PROMPTS, *GROUPS, *FEW)
 STATE = f"{PARTIAL}/{RESUME}"
-
-
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-class Kill(BaseException):
-    """At a chosen moment: nothing is cleaned up."""
-
-
-@pytest.fixture(scope="module")
-def built(small: Callable[..., Path]) -> Build:
-    """Recipes with six experts: these tests write many traces."""
-    return lambda recipe: small(recipe, 4)
-
-
 @pytest.fixture
-def run(built: Build, tmp_path: Path) -> Callable[..., int]:
-    """run(name of --out, ids, options) -> exit code"""
-    shutil.copytree(built("tiny-mxfp4"), tmp_path / "weights")
-
-    def trace(out: str, ids: Any, *more: str) -> int:
-        (tmp_path / "ids.json").write_text(json.dumps(ids))
-        command = ["trace", str(tmp_path / "weights"), "--ids", str(tmp_path / "ids.json"), "--quiet"]
-        return main([*command, "--out", str(tmp_path / out), *more])
-
-    return trace
+def traces(small, tmp_path, capsys):
+    """Of weights that a test may change."""
+    return Traces(shutil.copytree(small("tiny-mxfp4", 4), tmp_path / "weights"), tmp_path, capsys)
 
 
-@contextmanager
-def killed(where: Any, name: str, calls: int, error: BaseException | None = None) -> Iterator[None]:
-    """Instead of the call after so many."""
-    real, left = getattr(where, name), [calls]
-
-    def dying(*args: Any, **options: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise error or Kill
-        return real(*args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(where, name, dying)
-        if error is None:
-            with pytest.raises(Kill):
-                yield
-        else:
-            yield
+def after_groups(count: int):
+    return stopping(trace_cli, "_trace_group", count)
 
 
 def change_weights(folder: Path) -> None:
@@ -89,160 +50,142 @@ def change_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("done", [1, 2])
-def test_groups_of_other_weights_are_not_joined(
-    run: Callable[..., int], tmp_path: Path, done: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with killed(trace_cli, "_trace_group", done):
-        run("out", PROMPTS, "--batch", "1", *FEW)
-    change_weights(tmp_path / "weights")
-    assert run("out", PROMPTS, "--batch", "1", *FEW, "--resume") == 2
-    assert "differing: checkpoint" in capsys.readouterr().err
-    with killed(trace_cli, "_trace_group", 1):  # as advised, without --resume; then killed, and gone on with
-        run("out", PROMPTS, "--batch", "1", *FEW)
-    assert run("out", PROMPTS, "--batch", "1", *FEW, "--resume") == 0 == run("whole", PROMPTS, "--batch", "1", *FEW)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+def test_groups_of_other_weights_are_not_joined(traces, done):
+    with after_groups(done):
+        traces(*BY_GROUP)
+    change_weights(traces.weights)
+    traces.refuses("differing: checkpoint", *BY_GROUP, "--resume")
+    with after_groups(1):  # as advised, without --resume; then killed, and gone on with
+        traces(*BY_GROUP)
+    traces(*BY_GROUP, "--resume")
+    traces("whole", PROMPTS, *GROUPS, *FEW)
+    assert traces.files("out") == traces.files("whole")
 
 
-def test_groups_and_envelopes_are_of_one_number_of_threads(
-    run: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_groups_and_envelopes_are_of_one_number_of_threads(traces):
     threads = torch.get_num_threads()
-    with killed(trace_cli, "_trace_group", 1):
-        run("groups", PROMPTS, "--batch", "1", *FEW)
-    with killed(envelope_file._Errors, "write", 3):
-        run("envelope", [1, 2, 3])
+    with after_groups(1):
+        traces(*BY_GROUP)
+    with stopping(envelope_file._Errors, "write", 3):
+        traces("envelope", [1, 2, 3])
     torch.set_num_threads(threads + 1)
     try:
-        assert run("groups", PROMPTS, "--batch", "1", *FEW, "--resume") == 2
-        assert "differing: threads" in capsys.readouterr().err
-        assert run("envelope", [1, 2, 3], "--resume") == 2
-        assert f"OMP_NUM_THREADS={threads} goes on" in capsys.readouterr().err
+        traces.refuses("differing: threads", *BY_GROUP, "--resume")
+        traces.refuses(f"OMP_NUM_THREADS={threads} goes on", "envelope", [1, 2, 3], "--resume")
     finally:
         torch.set_num_threads(threads)
-    assert run("groups", PROMPTS, "--batch", "1", *FEW, "--resume") == 0 == run("envelope", [1, 2, 3], "--resume")
+    traces(*BY_GROUP, "--resume")
+    traces("envelope", [1, 2, 3], "--resume")
 
 
-def test_an_envelope_is_of_its_traces_weights(
-    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with killed(envelope_file._Errors, "write", 3):
-        run("out", [1, 2, 3])
-    change_weights(tmp_path / "weights")
-    assert run("out", [1, 2, 3], "--resume") == 2
-    assert "a complete trace of another run" in capsys.readouterr().err
-    assert main(["compare", str(tmp_path / "out"), str(tmp_path / "out")]) == 2
+def test_an_envelope_is_of_its_traces_weights(traces, capsys):
+    with stopping(envelope_file._Errors, "write", 3):
+        traces("out", [1, 2, 3])
+    change_weights(traces.weights)
+    traces.refuses("a complete trace of another run", "out", [1, 2, 3], "--resume")
+    assert main(["compare", str(traces.root / "out"), str(traces.root / "out")]) == 2
     assert "another checkpoint" in capsys.readouterr().err
 
 
-def test_the_first_layers_are_not_taken_for_all(run: Callable[..., int], tmp_path: Path) -> None:
-    assert run("out", PROMPTS, "--batch", "1", *FEW, "--layers", "0-1") == 0
-    shutil.rmtree(tmp_path / "out" / "groups")
-    assert run("out", PROMPTS, "--batch", "1", *FEW, "--resume") == 0
-    assert len(Trace.open(tmp_path / "out")) == 4 and Trace.open(tmp_path / "out").meta["layers"] == 4
+def test_the_first_layers_are_not_taken_for_all(traces):
+    traces(*BY_GROUP, "--layers", "0-1")
+    shutil.rmtree(traces.root / "out" / "groups")
+    traces(*BY_GROUP, "--resume")
+    assert len(traces.open("out")) == 4 and traces.open("out").meta["layers"] == 4
 
 
 @pytest.mark.parametrize("there", ["complete", "unfinished"])
 @pytest.mark.parametrize(
     "moment", ["in the first layer", "no room for it", "no room for all of it", "no room for its state", "in a group"]
 )
-def test_what_is_there_stays_until_a_layer_takes_its_place(
-    run: Callable[..., int], tmp_path: Path, there: str, moment: str
-) -> None:
-    assert run("out", [1, 2, 3], *FEW, *([] if there == "complete" else ["--layers", "0-1"])) == 0
-    before = contents(tmp_path / "out")
+def test_what_is_there_stays_until_a_layer_takes_its_place(traces, there, moment):
+    traces("out", [1, 2, 3], *FEW, *([] if there == "complete" else ["--layers", "0-1"]))
+    before = traces.files("out")
     if moment == "in the first layer":
-        with killed(MoE, "forward", 0):
-            run("out", [4, 5, 6], "--no-envelope")
+        with stopping(MoE, "forward", 0):
+            traces("out", [4, 5, 6], "--no-envelope")
     elif moment.startswith("no room"):
-        state = moment == "no room for its state"
-        with killed(files, "save_file", int(moment == "no room for all of it"), FULL):
-            late = ["--taps", "next_token_logits"] if state else []
-            assert run("out", [4, 5, 6], "--no-envelope", *late) == 2
+        late = ["--taps", "next_token_logits"] if moment == "no room for its state" else []
+        with stopping(files, "save_file", int(moment == "no room for all of it"), FULL):
+            traces.refuses("No space left", "out", [4, 5, 6], "--no-envelope", *late)
     else:
-        with killed(trace_cli, "_trace_group", 1):
-            run("out", PROMPTS, "--batch", "1", *FEW)
-    after = contents(tmp_path / "out")
+        with after_groups(1):
+            traces(*BY_GROUP)
+    after = traces.files("out")
     begun = moment in ("in the first layer", "no room for all of it")  # a first file is in its place
     stays = [name for name in before if not (begun and name.startswith(PARTIAL))]
     assert {name: after.get(name) for name in stays} == {name: before[name] for name in stays}
-    assert run("out", [1, 2, 3], *FEW, "--resume") == 0
-    assert len(Trace.open(tmp_path / "out")) == 4
+    traces("out", [1, 2, 3], *FEW, "--resume")
+    assert len(traces.open("out")) == 4
 
 
-def test_a_state_without_values_survives_a_full_disk(run: Callable[..., int], tmp_path: Path) -> None:
-    late = ["--taps", "next_token_logits", "--no-envelope"]
-    assert run("out", [1, 2, 3], *late, "--layers", "0-1") == 0
-    before = contents(tmp_path / "out")
-    with killed(files, "save_file", 0, FULL):
-        assert run("out", [1, 2, 3], *late, "--resume") == 2
-    assert (tmp_path / "out" / STATE).read_bytes() == before[STATE]
-    assert run("out", [1, 2, 3], *late, "--resume") == 0 == run("whole", [1, 2, 3], *late)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+def test_a_state_without_values_survives_a_full_disk(traces):
+    late = ("--taps", "next_token_logits", "--no-envelope")
+    traces("out", [1, 2, 3], *late, "--layers", "0-1")
+    before = traces.files("out")
+    with stopping(files, "save_file", 0, FULL):
+        traces.refuses("No space left", "out", [1, 2, 3], *late, "--resume")
+    assert traces.files("out")[STATE] == before[STATE]
+    traces("out", [1, 2, 3], *late, "--resume")
+    traces("whole", [1, 2, 3], *late)
+    assert traces.files("out") == traces.files("whole")
 
 
-def test_a_complete_trace_gets_its_envelope_later(
-    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_complete_trace_gets_its_envelope_later(traces):
     """Whatever was begun there since. Of groups only before they are joined."""
-    assert run("out", [1, 2, 3], "--no-envelope") == 0
-    with killed(trace_cli, "_trace_group", 1):
-        run("out", PROMPTS, "--batch", "1", *FEW)
-    assert run("out", [1, 2, 3], "--resume") == 0
-    assert "envelope.safetensors" in contents(tmp_path / "out")
-    assert run("joined", PROMPTS, "--batch", "1", "--no-envelope") == 0
-    assert run("joined", PROMPTS, "--batch", "1", "--resume") == 2
-    assert "without an envelope" in capsys.readouterr().err
+    traces("out", [1, 2, 3], "--no-envelope")
+    with after_groups(1):
+        traces(*BY_GROUP)
+    traces("out", [1, 2, 3], "--resume")
+    assert "envelope.safetensors" in traces.files("out")
+    traces("joined", PROMPTS, *GROUPS, "--no-envelope")
+    traces.refuses("without an envelope", "joined", PROMPTS, *GROUPS, "--resume")
 
 
-def test_what_is_no_trace_is_nobody_elses(
-    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_no_trace_is_nobody_elses(traces):
     """Names alone do not make a trace."""
-    (tmp_path / "out").mkdir()
-    save_file({"x": torch.ones(3)}, tmp_path / "out" / "00000.safetensors")
-    before = contents(tmp_path / "out")
-    assert run("out", [1, 2], *FEW) == 2 and contents(tmp_path / "out") == before
-    (tmp_path / "out" / "00000.safetensors").unlink()
-    (tmp_path / "out" / "trace.json").write_text('{"traceEvents": []}')
-    assert run("out", [1, 2], *FEW) == 2 and (tmp_path / "out" / "trace.json").is_file()
-    assert capsys.readouterr().err.count("the folder is not a trace") == 2
+    file, head = traces.root / "out" / "00000.safetensors", traces.root / "out" / "trace.json"
+    file.parent.mkdir()
+    save_file({"x": torch.ones(3)}, file)
+    before = traces.files("out")
+    traces.refuses("the folder is not a trace", "out", [1, 2], *FEW)
+    assert traces.files("out") == before
+    file.unlink()
+    head.write_text('{"traceEvents": []}')
+    traces.refuses("the folder is not a trace", "out", [1, 2], *FEW)
+    assert head.is_file()
 
 
-def test_a_link_in_the_place_of_parts(run: Callable[..., int], tmp_path: Path) -> None:
+def test_a_link_in_the_place_of_parts(traces, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "groups").symlink_to(tmp_path / "elsewhere")
-    assert run("out", PROMPTS, "--batch", "1", *FEW) == 2
+    traces.refuses("the folder is not a trace", *BY_GROUP)
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
 @pytest.mark.parametrize("out", ["partial", "a directory/ü", "groups/run.json"])
-def test_any_name_can_be_resumed(run: Callable[..., int], tmp_path: Path, out: str) -> None:
-    assert run(out, [1, 2, 3], *FEW, "--layers", "0-1") == 0 == run(out, [1, 2, 3], *FEW, "--resume")
-    assert run(out, PROMPTS, *FEW, "--batch", "1") == 0 == run(out, [1, 2, 3], *FEW)
+def test_any_name_can_be_resumed(traces, out):
+    for ids, more in (([1, 2, 3], ["--layers", "0-1"]), ([1, 2, 3], ["--resume"]), (PROMPTS, GROUPS), ([1, 2, 3], [])):
+        traces(out, ids, *FEW, *more)
 
 
-def test_a_damaged_state_is_an_error(
-    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with killed(trace_cli, "_trace_group", 2):
-        run("out", PROMPTS, "--batch", "1", *FEW)
-    groups = tmp_path / "out" / "groups"
+def test_a_damaged_state_is_an_error(traces):
+    with after_groups(2):
+        traces(*BY_GROUP)
     for damage in (b"", b"[1]", b"null", b'{"steps"', b"\xff\xfe"):
-        (groups / "run.json").write_bytes(damage)
-        assert run("out", OTHERS, "--batch", "1", *FEW, "--resume") == 2
-        assert "cannot read the state" in capsys.readouterr().err
-    assert run("done", [1, 2], *FEW) == 0
+        (traces.root / "out" / "groups" / "run.json").write_bytes(damage)
+        traces.refuses("cannot read the state", "out", OTHERS, *GROUPS, *FEW, "--resume")
+    traces("done", [1, 2], *FEW)
     head = '{"format": "qwen35-moe-trace", "version": 1'
     for damage in (head + "}", head + ', "tensors": [], "meta": []}', head + ', "tensors": [7], "meta": {}}'):
-        (tmp_path / "done" / "trace.json").write_text(damage)
-        assert main(["compare", str(tmp_path / "done"), str(tmp_path / "done")]) == 2
-        assert run("done", [1, 2], *FEW, "--resume") == 2
-        assert "a bug" not in capsys.readouterr().err
-    assert run("done", [1, 2], *FEW) == 0
+        (traces.root / "done" / "trace.json").write_text(damage)
+        assert main(["compare", str(traces.root / "done"), str(traces.root / "done")]) == 2
+        traces.refuses("trace.json", "done", [1, 2], *FEW, "--resume")  # and no bug, of either
+    traces("done", [1, 2], *FEW)
 
 
-def test_where_results_are_written(tmp_path: Path) -> None:
+def test_where_results_are_written(tmp_path):
     """What a link points to is replaced, not the link; what is no file is written to."""
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -250,113 +193,101 @@ def test_where_results_are_written(tmp_path: Path) -> None:
         temporary.write_text("new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
     os.mkfifo(tmp_path / "pipe")
-    with whole(tmp_path / "pipe") as temporary:
-        assert temporary == tmp_path / "pipe"
-    with whole(Path("/dev/null")) as temporary:
-        assert temporary == Path("/dev/null")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with whole(path) as temporary:
+            assert temporary == path
 
 
 @pytest.mark.parametrize("setting", ["WORLD_SIZE=2", "PMI_SIZE=", "OMPI_COMM_WORLD_SIZE=abc"])
-def test_processes_that_nobody_started(
-    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, setting: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_processes_that_nobody_started(traces, monkeypatch, setting):
     monkeypatch.setenv(*setting.split("="))
     try:
-        assert run("out", [1, 2], *FEW) == 2
+        traces.refuses("cannot join the other processes", "out", [1, 2], *FEW)
     finally:
         PartialState._reset_state()
-    assert "cannot join the other processes" in capsys.readouterr().err
 
 
-def test_long_lists_of_ids_are_no_file_names(run: Callable[..., int], built: Build, tmp_path: Path) -> None:
-    ids = ",".join(["248000"[:3]] * 90)
-    assert main(["trace", str(built("tiny")), "--ids", ids, "--out", str(tmp_path / "o"), "--quiet", *FEW]) == 0
+def test_long_lists_of_ids_are_no_file_names(traces):
+    traces("out", [1], *FEW, "--ids", ",".join(["248"] * 90))
 
 
-@pytest.mark.parametrize("groups", [[], ["--batch", "1"]], ids=["one pass", "groups"])
-def test_another_configuration_is_another_run(
-    run: Callable[..., int], tmp_path: Path, groups: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("groups", [(), GROUPS], ids=["one pass", "groups"])
+def test_another_configuration_is_another_run(traces, groups):
     """Of the same tensors."""
-    assert run("out", PROMPTS, *FEW, *groups, "--layers", "0-1") == 0 == run("done", PROMPTS, *FEW, *groups)
-    config = json.loads((tmp_path / "weights" / "config.json").read_text())
+    traces("out", PROMPTS, *FEW, *groups, "--layers", "0-1")
+    traces("done", PROMPTS, *FEW, *groups)
+    config = json.loads((traces.weights / "config.json").read_text())
     config["text_config"]["rms_norm_eps"] = 0.1
-    (tmp_path / "weights" / "config.json").write_text(json.dumps(config))
+    (traces.weights / "config.json").write_text(json.dumps(config))
     for out in ("out", "done"):
-        assert run(out, PROMPTS, *FEW, *groups, "--resume") == 2
-        assert "differing: checkpoint" in capsys.readouterr().err
+        traces.refuses("differing: checkpoint", out, PROMPTS, *FEW, *groups, "--resume")
 
 
-def test_an_envelope_needs_the_checkpoint_of_its_trace(
-    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_envelope_needs_the_checkpoint_of_its_trace(traces, monkeypatch):
     """Which may be replaced while the trace is written."""
     real = trace_cli._legal_models
 
-    def replaced(*args: Any) -> Any:
-        change_weights(tmp_path / "weights")
+    def replaced(*args):
+        change_weights(traces.weights)
         return real(*args)
 
     monkeypatch.setattr(trace_cli, "_legal_models", replaced)
-    assert run("out", [1, 2, 3]) == 2
-    assert "the checkpoint is not the truth's any more" in capsys.readouterr().err
+    traces.refuses("the checkpoint is not the truth's any more", "out", [1, 2, 3])
 
 
 @pytest.mark.parametrize("taps", ["final_norm.gain", "layer_output_sum,final_norm.gain", "final_norm", "*.gain"])
-def test_groups_of_any_taps_join(run: Callable[..., int], tmp_path: Path, taps: str) -> None:
-    few = ["--taps", taps, "--no-envelope"]
-    assert run("joined", PROMPTS, *few, "--batch", "1") == 0 == run("whole", PROMPTS, *few)
-    joined, whole = Trace.open(tmp_path / "joined"), Trace.open(tmp_path / "whole")
+def test_groups_of_any_taps_join(traces, taps):
+    few = ("--taps", taps, "--no-envelope")
+    traces("joined", PROMPTS, *few, *GROUPS)
+    traces("whole", PROMPTS, *few)
+    joined, whole = traces.open("joined"), traces.open("whole")
     assert list(joined) == list(whole) and all(joined[key].shape == whole[key].shape for key in whole)
 
 
-def test_what_a_kill_left_of_joined_groups_is_removed(run: Callable[..., int], tmp_path: Path) -> None:
-    groups = [*FEW, "--batch", "1"]
-    with killed(trace_folder.shutil, "rmtree", 0):
-        run("out", PROMPTS, *groups)
-    assert list((tmp_path / "out" / "groups").iterdir())
+def test_what_a_kill_left_of_joined_groups_is_removed(traces):
+    with stopping(trace_folder.shutil, "rmtree", 0):
+        traces(*BY_GROUP)
+    assert list((traces.root / "out" / "groups").iterdir())
     for more in (["--resume"], [], ["--resume"]):
-        assert run("out", PROMPTS, *groups, *more) == 0
-        assert not (tmp_path / "out" / "groups").exists()
+        traces(*BY_GROUP, *more)
+        assert not (traces.root / "out" / "groups").exists()
 
 
 @pytest.mark.parametrize("name", [RESUME, "envelope.safetensors", "envelope-state.safetensors", "00077.safetensors"])
-def test_files_are_known_by_what_they_hold(run: Callable[..., int], tmp_path: Path, name: str) -> None:
-    for content in ("text", "tensors", "link"):
-        for there in (False, True):
-            shutil.rmtree(tmp_path / "out", ignore_errors=True)
-            if there:
-                assert run("out", [1, 2], *FEW) == 0
-            file = tmp_path / "out" / name
-            file.parent.mkdir(exist_ok=True)
-            if content == "text":
-                file.write_text("mine")
-            elif content == "tensors":
-                save_file({"x": torch.ones(3)}, file)
-            else:
-                file.symlink_to(tmp_path / "ids.json")
-            assert run("out", [1, 2], *FEW) == 2 and file.exists()
+@pytest.mark.parametrize("there", [False, True])
+def test_files_are_known_by_what_they_hold(traces, name, there):
+    file = traces.root / "out" / name
+    for write in (
+        lambda: file.write_text("mine"),
+        lambda: save_file({"x": torch.ones(3)}, file),
+        lambda: file.symlink_to(traces.root / "ids.json"),
+    ):
+        shutil.rmtree(file.parent, ignore_errors=True)
+        if there:
+            traces("out", [1, 2], *FEW)
+        file.parent.mkdir(exist_ok=True)
+        write()
+        traces.refuses("the folder is not a trace", "out", [1, 2], *FEW)
+        assert file.exists()
 
 
-def test_fewer_layers_than_are_done(
-    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run("out", [1, 2], *FEW, "--layers", "0-2") == 0
-    before = contents(tmp_path / "out")
-    assert run("out", [1, 2], *FEW, "--layers", "0-0", "--resume") == 2
-    assert "more layers are done already" in capsys.readouterr().err and contents(tmp_path / "out") == before
+def test_fewer_layers_than_are_done(traces):
+    traces("out", [1, 2], *FEW, "--layers", "0-2")
+    before = traces.files("out")
+    traces.refuses("more layers are done already", "out", [1, 2], *FEW, "--layers", "0-0", "--resume")
+    assert traces.files("out") == before
 
 
-def test_a_file_of_a_temporary_name_stays(tmp_path: Path) -> None:
+def test_a_file_of_a_temporary_name_stays(tmp_path):
     (tmp_path / "report.json.tmp").write_text("mine")
     with whole(tmp_path / "report.json") as temporary:
         temporary.write_text("{}")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.json", "report.json.tmp"]
 
 
-def test_an_older_file_that_cannot_be_removed(run: Callable[..., int], tmp_path: Path) -> None:
+def test_an_older_file_that_cannot_be_removed(traces, monkeypatch):
     """Comes last: what takes its place is there by then."""
-    assert run("out", [1, 2, 3], "--no-envelope") == 0
+    traces("out", [1, 2, 3], "--no-envelope")
     real = Path.unlink
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
@@ -364,24 +295,22 @@ def test_an_older_file_that_cannot_be_removed(run: Callable[..., int], tmp_path:
             raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
         real(path, missing_ok=missing_ok)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", unlink)
-        assert run("out", [4, 5], "--no-envelope") == 2
-    assert {"embed_tokens", "layers.0.layer_input"} <= set(Trace.open(tmp_path / "out", partial=True))
-    assert run("out", [4, 5], "--no-envelope") == 0 == run("whole", [4, 5], "--no-envelope")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        traces.refuses("Operation not permitted", "out", [4, 5], "--no-envelope")
+    assert {"embed_tokens", "layers.0.layer_input"} <= set(Trace.open(traces.root / "out", partial=True))
+    traces("out", [4, 5], "--no-envelope")
+    traces("whole", [4, 5], "--no-envelope")
+    assert traces.files("out") == traces.files("whole")
 
 
-def test_what_was_used_and_what_was_not(
-    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    names = Checkpoint.open(tmp_path / "weights").names()
+def test_what_was_used_and_what_was_not(traces):
+    names = Checkpoint.open(traces.weights).names()
     first = [name for name in names if name.startswith(("layers.0.", "embed_tokens", "norm."))]
     for mode in ("stream", "decoded"):
-        assert run("out", [1, 2], "--layers", "0", "--taps", "final_norm", "--mode", mode) == 0
-        said = capsys.readouterr()
-        assert "no tap that was asked for" in said.err
-        if mode == "stream":
-            assert f"{len(first)} tensors used\n{len(names) - len(first)} left out on purpose" in said.out
-    assert run("out", [1, 2], "--taps", "layers.1.moe_topk_ids") == 0  # an envelope adds those of all layers
-    assert "no tap that was asked for" not in capsys.readouterr().err
+        said = traces("out", [1, 2], "--layers", "0", "--taps", "final_norm", "--mode", mode)
+        assert "no tap that was asked for" in said
+        used = f"{len(first)} tensors used\n{len(names) - len(first)} left out on purpose"
+        assert mode == "decoded" or used in said
+    # An envelope adds those of all layers.
+    assert "no tap that was asked for" not in traces("out", [1, 2], "--taps", "layers.1.moe_topk_ids")
