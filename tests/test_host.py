@@ -99,15 +99,6 @@ def test_threads_do_not_disturb_each_other(built: Build) -> None:
     assert all(torch.equal(found[i], alone[i % 3]) for i in range(6))
 
 
-def same_as(expected: bytes, path: Path) -> int:
-    return int(logits(path, "sglang-bf16").double().numpy().tobytes() != expected)
-
-
-def test_another_process_computes_the_same(built: Build, tmp_path: Path) -> None:
-    expected = logits(built("tiny-mxfp4"), "sglang-bf16").double().numpy().tobytes()
-    assert Child(tmp_path / "said", same_as, expected, built("tiny-mxfp4")).wait() == 0
-
-
 def forks(path: Path, threads: int) -> int:
     """What a forked process ends with: 0 if it computes the same, 3 if it says why it does not."""
     torch.set_num_threads(threads)

@@ -7,22 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fixture_models import FIXTURES, read
+from fixture_models import FIXTURES
 from peers.float64 import float64_clean, load_float64
 from peers.transformers_parts import image_logits
 from tolerances import FLOAT32_LOG_P, FLOAT64_CLEAN, FLOAT64_REORDERED, IMAGE_LOGITS_FLOAT32
 from torch import Tensor
 
+import qwen35_moe as q
 from qwen35_moe.model.cache import Cache
-from qwen35_moe.model.mtp import MTP, draft_head, with_hidden
-from qwen35_moe.model.text import Model
-from qwen35_moe.model.vision.positions import embed_images, rope_positions, token_types
-from qwen35_moe.model.vision.tower import VisionTower
-from qwen35_moe.numerics import arithmetics as arithmetic
+from qwen35_moe.model.mtp import draft_head, with_hidden
+from qwen35_moe.model.vision.positions import token_types
 from qwen35_moe.numerics import taps
 from qwen35_moe.run.prompt import embed_prompt, placeholders
 
-Parts = tuple[Model, MTP, VisionTower]
 IMAGE, VIDEO = 252, 253
 
 
@@ -32,23 +29,12 @@ def expected(expected: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def exact() -> Parts:
-    return read("bf16-hub", torch.float64)
+def exact() -> q.Model:
+    return q.load(FIXTURES / "bf16-hub", "exact", "unfused")
 
 
-@torch.inference_mode()
-def prepare(parts: Parts, ids: Tensor, pixels: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings [B, T, D], positions [3, B, T]."""
-    model, _, tower = parts
-    types = token_types(ids, IMAGE, VIDEO)
-    with arithmetic.using(model.arithmetic):
-        embeds = embed_images(model.embed_tokens(ids), types, tower(pixels, grids))
-    return embeds, rope_positions(types, grids, spatial_merge_size=tower.config.spatial_merge_size)
-
-
-def logits_of(parts: Parts, *inputs: Tensor) -> Tensor:
-    embeds, positions = prepare(parts, *inputs)
-    return parts[0](inputs_embeds=embeds, position_ids=positions)
+def logits_of(model: q.Model, *prompt: Tensor) -> Tensor:
+    return model(**embed_prompt(model, *prompt))
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
@@ -60,11 +46,11 @@ def apart(found: Tensor, truth: Tensor) -> float:
     return (found.double().log_softmax(-1) - truth.double().log_softmax(-1)).abs().max().item()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("table", ["float32", "exact"])
 @pytest.mark.parametrize("engine", ["transformers_f32", "llamacpp_f32"])
-def test_fixture(expected: dict[str, Tensor], engine: str, dtype: torch.dtype) -> None:
+def test_fixture(expected: dict[str, Tensor], engine: str, table: str) -> None:
     inputs = expected["input_ids"].long(), expected["pixel_values"], expected["image_grid_thw"]
-    logits = logits_of(read("bf16-hub", dtype), *inputs)[0]
+    logits = logits_of(q.load(FIXTURES / "bf16-hub", table, "unfused"), *inputs)[0]
     assert relative(logits, expected[f"logits.{engine}"]) < IMAGE_LOGITS_FLOAT32
     assert apart(logits, expected[f"logits.{engine}"]) < FLOAT32_LOG_P
 
@@ -78,7 +64,7 @@ def several_images() -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor([ids]), pixels, grids
 
 
-def test_exact_equals_float64_clean_transformers(exact: Parts) -> None:
+def test_exact_equals_float64_clean_transformers(exact: q.Model) -> None:
     ids, pixels, grids = several_images()
     theirs = load_float64(FIXTURES / "bf16-hub")
     with float64_clean(theirs):
@@ -86,16 +72,15 @@ def test_exact_equals_float64_clean_transformers(exact: Parts) -> None:
     assert apart(logits_of(exact, ids, pixels, grids), truth) < FLOAT64_CLEAN
 
 
-def test_placeholders_of_a_configuration_that_knows_no_images(exact: Parts) -> None:
-    ids = torch.tensor([[1, exact[0].config.raw["image_token_id"], 2]])
-    assert placeholders(exact[0].config, ids).tolist() == [[0, 1, 0]]
+def test_placeholders_of_a_configuration_that_knows_no_images(exact: q.Model) -> None:
+    ids = torch.tensor([[1, exact.config.raw["image_token_id"], 2]])
+    assert placeholders(exact.config, ids).tolist() == [[0, 1, 0]]
     for raw in ({}, {"image_token_id": None, "video_token_id": None}):
-        assert not placeholders(replace(exact[0].config, raw=raw), ids).any()
+        assert not placeholders(replace(exact.config, raw=raw), ids).any()
 
 
-def test_a_batch_with_padding(exact: Parts) -> None:
+def test_a_batch_with_padding(exact: q.Model) -> None:
     """What `embed_prompt` gives is all that the model needs: each prompt as if it were alone."""
-    model, _, model.visual = exact
     ids, pixels, grids = several_images()
     short = ids[:, 12:]  # from within its text on, with the second image
     for side in ("left", "right"):
@@ -104,19 +89,18 @@ def test_a_batch_with_padding(exact: Parts) -> None:
         mask = torch.ones(2, ids.shape[1], dtype=torch.long)
         mask[1, slice(12) if side == "left" else slice(-12, None)] = 0
         both = torch.cat((ids, row)), torch.cat((pixels, pixels[24:])), torch.cat((grids, grids[1:]))
-        logits = model(**embed_prompt(model, *both, attention_mask=mask))
-        alone = model(**embed_prompt(model, short, pixels[24:], grids[1:]))
-        assert apart(logits[:1], model(**embed_prompt(model, ids, pixels, grids))) < FLOAT64_REORDERED
+        logits = exact(**embed_prompt(exact, *both, attention_mask=mask))
+        alone = logits_of(exact, short, pixels[24:], grids[1:])
+        assert apart(logits[:1], logits_of(exact, ids, pixels, grids)) < FLOAT64_REORDERED
         assert apart(logits[1:][mask[1:].bool()], alone[0]) < FLOAT64_REORDERED
 
 
-def test_decoding_after_an_image_equals_prefill_at_every_tap(exact: Parts) -> None:
+def test_decoding_after_an_image_equals_prefill_at_every_tap(exact: q.Model) -> None:
     """60 tokens one by one, positions from the cache alone: as all at once."""
-    model = exact[0]
-    ids, pixels, grids = several_images()
+    model, (ids, pixels, grids) = exact, several_images()
     prompt = ids.shape[1]
     more = torch.randint(2, 250, (1, 60), generator=torch.Generator().manual_seed(6))
-    embeds, positions = prepare(exact, ids, pixels, grids)
+    embeds, positions = embed_prompt(exact, ids, pixels, grids).values()
     after = positions.max() + 1 + torch.arange(60).expand(3, 1, -1)
     all_embeds = torch.cat((embeds, model.embed_tokens(more)), 1)
     whole: dict[str, Tensor] = {}
@@ -154,11 +138,10 @@ def difference(key: str, steps: list[Tensor], whole: Tensor, prompt: int) -> flo
     return max(((x - truth).abs().max() / scale).item() for x, truth in pairs)
 
 
-def test_the_draft_head_sees_the_image(exact: Parts) -> None:
+def test_the_draft_head_sees_the_image(exact: q.Model) -> None:
     """Rows before, within and after an image, in pieces and at once; embeddings of placeholders are the image's."""
-    model, mtp, _ = exact
-    ids, pixels, grids = several_images()
-    embeds, positions = prepare(exact, ids, pixels, grids)
+    model, mtp, (ids, pixels, grids) = exact, exact.mtp, several_images()
+    embeds, positions = embed_prompt(exact, ids, pixels, grids).values()
     _, hidden = with_hidden(model, inputs_embeds=embeds, position_ids=positions)
     nexts, at = embeds[:, 1:], positions[:, :, :-1]
     whole, _ = draft_head(model, mtp, None, hidden[:, :-1], position_ids=at, next_embeds=nexts)

@@ -151,15 +151,6 @@ def test_the_bytes_of_aiters_kernel(case: str, dtype: torch.dtype) -> None:
     assert torch.equal(scales.clamp_min(127), golden[f"{case}.scales"])
 
 
-@pytest.mark.parametrize("name", ["moe_s", "moe_m"])
-def test_the_activations_of_aiters_fused_moe(name: str) -> None:
-    golden = load_file(DATA / "golden" / f"{name}.safetensors")
-    for x, quantised in (("x", "a1"), ("h", "a2")):
-        codes, scales = encode(golden[x], **QUANTISERS["aiter-triton"])
-        assert torch.equal(codes, golden[f"{quantised}_codes"])
-        assert torch.equal(scales.clamp_min(127), golden[f"{quantised}_scales"])
-
-
 def tensors(checkpoint: str) -> dict[str, Tensor]:
     merged: dict[str, Tensor] = {}
     for shard in sorted((DATA / "fixtures" / checkpoint).glob("*.safetensors")):

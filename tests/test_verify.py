@@ -55,45 +55,48 @@ def test_a_trace_without_checksums_says_so(whole: Path, tmp_path: Path, capsys: 
     assert "no checksum is known" in capsys.readouterr().err
 
 
+@pytest.fixture
+def command(built: Build, tmp_path: Path) -> list[str]:
+    return ["trace", str(built("tiny")), "--ids", "1,2,3,4", "--out", str(tmp_path / "t"), "--quiet"]
+
+
 @pytest.mark.parametrize("name", ["00001.safetensors", STATE])
 def test_resume_does_not_go_on_from_a_flipped_bit(
-    name: str, built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["trace", str(built("tiny")), "--ids", "1,2,3,4", "--out", str(tmp_path / "t"), "--quiet"]
-    arguments.append("--no-envelope")
-    assert main([*arguments, "--layers", "0-1"]) == 0
+    command.append("--no-envelope")
+    assert main([*command, "--layers", "0-1"]) == 0
     flip(tmp_path / "t" / name)
-    assert main([*arguments, "--resume"]) == 2
+    assert main([*command, "--resume"]) == 2
     said = capsys.readouterr().err
     assert name in said and "checksum" in said
-    assert main(arguments) == 0 and main(["verify", str(tmp_path / "t")]) == 0
+    assert main(command) == 0 and main(["verify", str(tmp_path / "t")]) == 0
 
 
-@pytest.mark.parametrize("said", [b'"next\\": 2', b'"ids\\\\\\": [[1', b"files", b"sha256"])
 def test_every_byte_of_a_state_is_under_its_checksum(
-    said: bytes, built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The header says which layer comes next: a flipped bit there would go on with other layers."""
-    arguments = ["trace", str(built("tiny")), "--ids", "1,2,3,4", "--out", str(tmp_path / "t"), "--quiet"]
-    arguments.append("--no-envelope")
-    assert main([*arguments, "--layers", "0-1"]) == 0
-    held = bytearray((tmp_path / "t" / STATE).read_bytes())
-    at = held.index(said) + len(said) - 1
-    held[at] ^= 1
-    (tmp_path / "t" / STATE).write_bytes(held)
-    assert main([*arguments, "--resume"]) == 2
-    said_then = capsys.readouterr().err
-    assert STATE in said_then and "Traceback" not in said_then
+    command.append("--no-envelope")
+    assert main([*command, "--layers", "0-1"]) == 0
+    state = tmp_path / "t" / STATE
+    right = state.read_bytes()
+    for said in (b'"next\\": 2', b'"ids\\\\\\": [[1', b"files", b"sha256"):
+        held = bytearray(right)
+        held[held.index(said) + len(said) - 1] ^= 1
+        state.write_bytes(held)
+        assert main([*command, "--resume"]) == 2
+        told = capsys.readouterr().err
+        assert STATE in told and "Traceback" not in told
 
 
 def test_resume_does_not_go_on_from_a_damaged_envelope(
-    built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["trace", str(built("tiny")), "--ids", "1,2,3,4", "--out", str(tmp_path / "t"), "--quiet"]
     with monkeypatch.context() as patch:
         patch.setattr("qwen35_moe.oracle.judge.envelope_file._head", lambda *_: 1 / 0)
-        assert main(arguments) == 2
+        assert main(command) == 2
     flip(tmp_path / "t" / ENVELOPE_STATE, 0.95)
     capsys.readouterr()
-    assert main([*arguments, "--resume"]) == 2
+    assert main([*command, "--resume"]) == 2
     assert "checksum" in capsys.readouterr().err

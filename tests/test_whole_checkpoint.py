@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixture_models import FIXTURES
 from torch import Tensor
 
 import qwen35_moe as q
@@ -21,6 +22,7 @@ from qwen35_moe.run.streamed import StreamedPart
 
 Build = Callable[[str], Path]
 LAYOUTS = ["tiny", "tiny-mxfp4", "tiny-mxfp4-mtp", "tiny-fp8", "tiny-mixed", "tiny-odd"]
+QUARK = {name: FIXTURES / name for name in ("quark-mxfp4", "quark-moe-mxfp4")}
 
 
 def outputs(model: q.Model) -> tuple[Tensor, Tensor]:
@@ -44,11 +46,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Checkpoint]:
     return seen
 
 
-@pytest.mark.parametrize("recipe", LAYOUTS)
+@pytest.mark.parametrize("recipe", [*LAYOUTS, *QUARK])
 def test_every_mode_computes_the_same_bits_and_leaves_nothing_unread(
     built: Build, opened: list[Checkpoint], recipe: str
 ) -> None:
-    found = {mode: outputs(q.load(built(recipe), mode=mode)) for mode in MODES}
+    path = QUARK[recipe] if recipe in QUARK else built(recipe)
+    found = {mode: outputs(q.load(path, mode=mode)) for mode in MODES}
     for checkpoint in opened:
         report = checkpoint.report(aside=())
         assert report.complete and not report.aside, str(report)
@@ -58,14 +61,15 @@ def test_every_mode_computes_the_same_bits_and_leaves_nothing_unread(
 
 @pytest.mark.parametrize(
     ("recipe", "target", "drafting"),
-    [("tiny", True, True), ("tiny-mxfp4", False, True), ("tiny-mxfp4-mtp", False, False), ("tiny-odd", False, False)],
+    [
+        *(("tiny", True, True), ("tiny-mxfp4", False, True), ("tiny-mxfp4-mtp", False, False)),
+        *(("tiny-odd", False, False), ("quark-mxfp4", False, True), ("quark-moe-mxfp4", True, True)),
+    ],
 )
 def test_the_draft_is_fused_by_its_own_decision(built: Build, recipe: str, target: bool, drafting: bool) -> None:
-    model = q.load(built(recipe))
-    assert (model.layers[0].mlp.shared_expert is None, model.mtp.layers[0].mlp.shared_expert is None) == (
-        target,
-        drafting,
-    )
+    """PR 22948's two cases are Quark's: a BF16 shared expert stays out of the slot, an MXFP4 one goes in."""
+    model = q.load(QUARK[recipe] if recipe in QUARK else built(recipe))
+    assert {layer.mlp.fused for layer in model.layers} == {target} and model.mtp.layers[0].mlp.fused == drafting
 
 
 def test_a_streamed_part_holds_nothing(built: Build) -> None:
