@@ -13,18 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from gate_configs import FP4, NV, PREFIX, QWEN, TEXT, W8A8, body, quark
+from gate_configs import DRAFT_BODY, FP4, GPTQ, NV, PREFIX, QWEN, TEXT, W8A8, Json, body, draft, quark, shared
 from safetensors.torch import load_file, save_file
 
 from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.cli.main import main
 from qwen35_moe.quant.precision import BF16, MXFP4, MXFP8, NVFP4, ModuleSpec
 from qwen35_moe.run.lint import _gate, lint
-from qwen35_moe.run.lint_files import BYTES_AT_ONCE, check_bytes
+from qwen35_moe.run.lint_files import BYTES_AT_ONCE, Finding, check_bytes
 from weights import gate_recipes
 from weights.build import build
 
+ENGINES = ("sglang", "vllm", "atom")
 Tensors = dict[str, torch.Tensor]
+Change = Callable[[Any], None] | None
 
 
 @cache
@@ -44,11 +46,16 @@ FAULTY = {
 }  # fmt: skip
 
 
+def findings(folder: Path, engines: tuple[str, ...] = ENGINES, values: bool = False) -> list[Finding]:
+    """What is wrong, without the notes. values: all that are stored are looked at as well."""
+    checkpoint = Checkpoint.open(folder)
+    found = lint(checkpoint, engines) + (list(check_bytes(checkpoint)) if values else [])
+    return [finding for finding in found if finding.level != "note"]
+
+
 @pytest.mark.parametrize("recipe", [*CLEAN, *FAULTY])
 def test_clean_checkpoints_are_silent(recipe: str) -> None:
-    checkpoint = Checkpoint.open(built(recipe))
-    found = [f for f in (*lint(checkpoint), *check_bytes(checkpoint)) if f.level != "note"]
-    known = FAULTY.get(recipe, set())
+    found, known = findings(built(recipe), values=True), FAULTY.get(recipe, set())
     assert {f.rule for f in found} == {rule for rule, _ in known}
     assert all(any(f.rule == rule and text in f.text for rule, text in known) for f in found), found
 
@@ -56,10 +63,10 @@ def test_clean_checkpoints_are_silent(recipe: str) -> None:
 NEWEST_RULES = ("sglang-0.5.23", "vllm-0.33", "atom-ffdf3bb5")
 
 
-def flagged(config: dict[str, Any], stored: Callable[[str], ModuleSpec | None]) -> set[str]:
+def flagged(config: Json, stored: Callable[[str], ModuleSpec | None]) -> set[str]:
     """The variants of engines that are flagged, of a checkpoint that has these specs and no tensors."""
     checkpoint: Any = SimpleNamespace(config=config, spec=stored, modules={})
-    found = [f for f in _gate(checkpoint, ("sglang", "vllm", "atom")) if f.level != "note"]
+    found = [f for f in _gate(checkpoint, ENGINES) if f.level != "note"]
     return {label for finding in found for label in finding.engine.split("; ")}
 
 
@@ -71,30 +78,19 @@ def test_recipes_of_real_checkpoints(name: str) -> None:
     assert flagged(recipe.config, recipe.stored) == {label for label, words in known.items() if "!" in words}
 
 
-def shared(spec: ModuleSpec, routed: ModuleSpec = MXFP4) -> Callable[[str], ModuleSpec]:
-    return lambda name: spec if "shared_expert" in name else routed
-
-
-def draft(spec: ModuleSpec, rest: Callable[[str], ModuleSpec]) -> Callable[[str], ModuleSpec]:
-    return lambda name: spec if name.startswith("mtp.") else rest(name)
-
-
 def draft_experts(name: str) -> ModuleSpec:
     return MXFP4 if "mtp.layers.0.mlp.experts" in name else shared(BF16)(name)
 
 
 HUB = r"re:model\.language_model\..*shared_expert\..*"
 EXPERTS = [f"mtp.layers.0.mlp.experts.{e}.{p}_proj" for e in range(8) for p in ("gate", "up", "down")]
-DRAFT_BODY = [f"mtp.layers.0.mlp.shared_expert.{p}_proj" for p in ("gate", "up", "down")]
 FP8_ROW = ModuleSpec("fp8-channel")
 MIXED = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
-PARTS = ("experts", *(f"shared_expert.{p}_proj" for p in ("gate", "up", "down")))
-LAYERS = {f"{PREFIX}.{n}.mlp.{part}": {"quant_algo": "NVFP4"} for n in range(4) for part in PARTS}
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+LAYERS = dict.fromkeys([f"{PREFIX}.{n}.mlp.experts" for n in range(4)] + body(), {"quant_algo": "NVFP4"})
 INT4 = ModuleSpec("int4", (128,))
 ALL = "sglang-0.5.23 atom-ffdf3bb5 vllm-0.33"
 # What is said of the experts, what is stored, whose loader fails. Opted in or not, vLLM counts as one.
-SITUATIONS: list[tuple[str, dict[str, Any], Callable[[str], ModuleSpec], str]] = [
+SITUATIONS: list[tuple[str, Json, Any, str]] = [
     # the family of sglang #22948: what is said about the shared expert is not what is stored, or not read by all
     ("27936: BF16 goes into FP4 slots, for one gate sees no word", quark(r"re:.*mlp\.shared"), shared(BF16),
      "sglang-0.5.23"),
@@ -138,28 +134,27 @@ SITUATIONS: list[tuple[str, dict[str, Any], Callable[[str], ModuleSpec], str]] =
 
 
 @pytest.mark.parametrize(("name", "quant", "stored", "expected"), SITUATIONS, ids=[row[0] for row in SITUATIONS])
-def test_situations(name: str, quant: dict[str, Any], stored: Callable[[str], ModuleSpec], expected: str) -> None:
-    with_draft = {"mtp_num_hidden_layers": int("raft" in name or "mtp" in str(quant))}
-    config = {"model_type": "qwen3_5_moe", "text_config": TEXT | with_draft, "quantization_config": quant}
-    config = {**config["text_config"], "quantization_config": quant} if "text-only" in name else config
-    found = flagged(config, stored)
+def test_situations(name: str, quant: Json, stored: Any, expected: str) -> None:
+    text = TEXT | {"mtp_num_hidden_layers": int("raft" in name or "mtp" in str(quant))}
+    config = text if "text-only" in name else QWEN | {"text_config": text}
+    found = flagged(config | {"quantization_config": quant}, stored)
     assert {rule for rule in NEWEST_RULES if any(label.startswith(rule) for label in found)} == set(expected.split())
 
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a checkpoint with some tensors or keys changed."""
+    """A copy of a checkpoint, its tensors or config.json changed by a function, or some keys of text_config."""
 
-    def make(recipe: str, change: Callable[[Tensors], None] | None = None, **config: Any) -> Path:
+    def make(recipe: str, change: Change = None, config: Change = None, **keys: Any) -> Path:
         folder = build(recipe, tmp_path / "ckpt", shards=0)
-        tensors = load_file(folder / "model.safetensors")
         if change:
-            change(tensors)
+            change(tensors := load_file(folder / "model.safetensors"))
             save_file(tensors, folder / "model.safetensors")
         values = json.loads((folder / "config.json").read_text())
-        text = values["text_config"]
-        for key, value in config.items():
-            text.pop(key) if value is None else text.update({key: value})
+        for key, value in keys.items():
+            values["text_config"].pop(key) if value is None else values["text_config"].update({key: value})
+        if config:
+            config(values)
         (folder / "config.json").write_text(json.dumps(values))
         return folder
 
@@ -194,7 +189,7 @@ def stray(tensors: Tensors) -> None:
 
 
 # recipe, change of the tensors, keys of the config, rule of the finding, its level
-DAMAGE: list[tuple[str, Callable[[Tensors], None] | None, dict[str, Any], str, str]] = [
+DAMAGE: list[tuple[str, Change, Json, str, str]] = [
     ("tiny-fp8", drop_scale, {}, "format", "error"),
     ("tiny", grow_draft, {}, "draft-head", "error"),
     ("tiny", None, {"mtp_num_hidden_layers": 0}, "draft-head", "warning"),
@@ -208,15 +203,13 @@ DAMAGE: list[tuple[str, Callable[[Tensors], None] | None, dict[str, Any], str, s
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("recipe", "change", "config", "rule", "level"), DAMAGE, ids=[f"{d[3]}-{d[4]}" for d in DAMAGE]
-)
-def test_damage_is_found(damaged: Any, recipe: str, change: Any, config: Any, rule: str, level: str) -> None:
-    found = [f for f in lint(Checkpoint.open(damaged(recipe, change, **config))) if f.level != "note"]
+@pytest.mark.parametrize(("recipe", "change", "keys", "rule", "level"), DAMAGE, ids=[f"{d[3]} {d[4]}" for d in DAMAGE])
+def test_damage_is_found(damaged: Any, recipe: str, change: Change, keys: Json, rule: str, level: str) -> None:
+    found = findings(damaged(recipe, change, **keys))
     assert {(f.rule, f.level) for f in found} == {(rule, level)}, [str(f) for f in found]
 
 
-def fp8_module(ending: str) -> Callable[[Tensors], None]:
+def fp8_module(ending: str) -> Change:
     """Stores a BF16 module in FP8, with a scale."""
 
     def change(tensors: Tensors) -> None:
@@ -227,19 +220,19 @@ def fp8_module(ending: str) -> Callable[[Tensors], None]:
     return change
 
 
-def listed(keep: Callable[[str], bool] = lambda _: True, short: bool = False) -> Callable[[dict[str, Any]], None]:
+def listed(keep: Callable[[str], bool] = lambda _: True, short: bool = False) -> Change:
     """Drops entries of the list, or what stands before the layer's module."""
 
-    def change(config: dict[str, Any]) -> None:
-        entries = filter(keep, config["quantization_config"]["modules_to_not_convert"])
-        short_names = (e.split(".", 4)[-1] if e.startswith("model.language_model.layers.") else e for e in entries)
-        config["quantization_config"]["modules_to_not_convert"] = list(short_names if short else entries)
+    def change(config: Json) -> None:
+        quant, prefix = config["quantization_config"], f"{PREFIX}." if short else "no prefix"
+        entries = filter(keep, quant["modules_to_not_convert"])
+        quant["modules_to_not_convert"] = [e.split(".", 4)[-1] if e.startswith(prefix) else e for e in entries]
 
     return change
 
 
 # change of tensors, of config.json, modules that are taken for something else, by whose loaders
-LINEAR: list[tuple[Callable[[Tensors], None] | None, Callable[[dict[str, Any]], None] | None, set[str], str]] = [
+LINEAR: list[tuple[Change, Change, set[str], str]] = [
     (fp8_module("layers.0.mlp.gate.weight"), None, {"layers.0.mlp.gate"}, ALL),
     (fp8_module("layers.1.mlp.shared_expert_gate.weight"), None, {"layers.1.mlp.shared_expert_gate"}, ALL),
     (None, listed(lambda e: "in_proj_a" not in e), {"layers.0.linear_attn.in_proj_a"}, ALL),
@@ -250,14 +243,9 @@ LINEAR: list[tuple[Callable[[Tensors], None] | None, Callable[[dict[str, Any]], 
 
 @pytest.mark.parametrize(("change", "config", "modules", "engines"), LINEAR)
 def test_modules_that_a_loader_takes_for_something_else(
-    change: Any, config: Any, modules: set[str], engines: str, damaged: Any
+    change: Change, config: Change, modules: set[str], engines: str, damaged: Any
 ) -> None:
-    folder = damaged("tiny-fp8", change)
-    values = json.loads((folder / "config.json").read_text())
-    if config:
-        config(values)
-    (folder / "config.json").write_text(json.dumps(values))
-    found = [f for f in lint(Checkpoint.open(folder)) if f.level != "note"]
+    found = findings(damaged("tiny-fp8", change, config))
     assert {f.where for f in found} == modules and {f.rule for f in found} == {"declared"}
     assert {engine for f in found for engine in f.engine.split("; ")} == set(engines.split())
 
@@ -309,16 +297,13 @@ def test_a_tensor_that_was_never_downloaded(tmp_path: Path) -> None:
 def test_ids_of_generation_config(damaged: Any) -> None:
     folder = damaged("tiny")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 256], "pad_token_id": None}))
-    found = [f for f in lint(Checkpoint.open(folder)) if f.level != "note"]
-    assert [(f.rule, f.where) for f in found] == [("special-id", "generation_config.json: eos_token_id")]
+    assert [(f.rule, f.where) for f in findings(folder)] == [("special-id", "generation_config.json: eos_token_id")]
 
 
 def test_static_inputs_need_a_scale() -> None:
     modules = {"layers.0.self_attn.q_proj": {".weight": None, ".weight_scale": None}}
-    quant = NV | {"quant_algo": "FP8"}
-    checkpoint: Any = SimpleNamespace(
-        config=QWEN | {"quantization_config": quant}, spec=lambda _: None, modules=modules
-    )
+    config = QWEN | {"quantization_config": NV | {"quant_algo": "FP8"}}
+    checkpoint: Any = SimpleNamespace(config=config, spec=lambda _: None, modules=modules)
     assert "input-scale" in {f.rule for f in _gate(checkpoint, ())}
     modules["layers.0.self_attn.q_proj"][".input_scale"] = None
     assert not list(_gate(checkpoint, ()))
@@ -326,35 +311,33 @@ def test_static_inputs_need_a_scale() -> None:
 
 def test_linear_modules_under_each_engines_reading(damaged: Any) -> None:
     """BF16 attention in a checkpoint whose list names it by a glob: engines that read no globs take it for MXFP4."""
-    folder = shutil.copytree(built("tiny-mxfp4-mtp"), damaged("tiny").parent / "copy")
-    values = json.loads((folder / "config.json").read_text())
-    kept = [e for e in values["quantization_config"]["exclude"] if "self_attn" not in e]
-    values["quantization_config"]["exclude"] = [*kept, "*.self_attn.*"]
-    (folder / "config.json").write_text(json.dumps(values))
-    found = [f for f in lint(Checkpoint.open(folder)) if f.rule == "declared"]
+
+    def by_glob(config: Json) -> None:
+        quant = config["quantization_config"]
+        quant["exclude"] = [*(e for e in quant["exclude"] if "self_attn" not in e), "*.self_attn.*"]
+
+    folder = damaged("tiny-mxfp4-mtp", config=by_glob)
+    found = [f for f in findings(folder) if f.rule == "declared"]
     assert {f.engine for f in found} == {"sglang-0.5.23; vllm-0.33"} and all("bf16" in f.text for f in found)
-    assert {f.engine for f in lint(Checkpoint.open(folder), ("atom",)) if f.rule == "declared"} == set()
+    assert not [f for f in findings(folder, ("atom",)) if f.rule == "declared"]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, outputs = built("tiny-mxfp4"), (tmp_path / "a.sarif", tmp_path / "a.json")
-    assert (
-        main(["check", str(folder), "--engine", "sglang", "--sarif", str(outputs[0]), "--json", str(outputs[1])]) == 1
-    )
+    written = ["--sarif", str(outputs[0]), "--json", str(outputs[1])]
+    assert main(["check", str(folder), "--engine", "sglang", *written]) == 1
     assert "mtp.layers.0" in capsys.readouterr().out
     sarif, plain = (json.loads(file.read_text()) for file in outputs)
     run = sarif["runs"][0]
     assert sarif["version"] == "2.1.0" and "sarif-2.1.0" in sarif["$schema"] and set(run) == {"tool", "results"}
     rules = {rule["id"] for rule in run["tool"]["driver"]["rules"]}
     for result in run["results"]:
-        assert (
-            result["ruleId"] in rules and result["level"] in ("error", "warning", "note") and result["message"]["text"]
-        )
+        assert result["ruleId"] in rules and result["message"]["text"]
+        assert result["level"] in ("error", "warning", "note")
         assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
     assert len(plain["findings"]) == len(run["results"]) > 0
-    assert {f["engine"] for f in plain["findings"] if f["level"] == "error"} == {
-        "sglang-0.5.23; sglang-0.5.23 --enforce"
-    }
+    errors = [f for f in plain["findings"] if f["level"] == "error"]
+    assert {f["engine"] for f in errors} == {"sglang-0.5.23; sglang-0.5.23 --enforce"}
     assert main(["check", str(built("tiny"))]) == 0
     odd = shutil.copytree(built("tiny"), tmp_path / "odd one")
     config = json.loads((odd / "config.json").read_text())

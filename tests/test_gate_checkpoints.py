@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from gate_configs import NV, PREFIX, QWEN, TEXT, W8A8, body, quark
+from gate_configs import NV, PREFIX, QWEN, TEXT, W8A8, body, quark, shared
 
 from qwen35_moe.checkpoint import Checkpoint
 from qwen35_moe.cli.main import main
@@ -20,6 +20,7 @@ from qwen35_moe.quant.precision import BF16, MXFP4, NVFP4, ModuleSpec, float_spe
 from weights import gate_recipes
 
 PARTS = ("gate", "up", "down")
+BODY = [f"layers.0.mlp.shared_expert.{p}_proj" for p in PARTS]
 
 
 @pytest.mark.parametrize("name", gate_recipes.names())
@@ -41,7 +42,7 @@ def test_bytes_decide_and_disagreement_is_told() -> None:
     decision = can_fuse_shared_expert(config, stored=lambda name: MXFP4)
     assert decision and len(decision.warnings) == 1
     assert f"but bf16 by exclude[1] = '{body()[1]}'" in decision.warnings[0]
-    settled = can_fuse_shared_expert(QWEN, quark("*shared_expert*"), stored=lambda n: BF16 if "shared" in n else MXFP4)
+    settled = can_fuse_shared_expert(QWEN, quark("*shared_expert*"), stored=shared(BF16))
     assert not settled and "in the bytes" in settled.reason
     vague = can_fuse_shared_expert(QWEN, quark("*shared_expert*"))
     assert not vague and "readers of the exclude list disagree" in vague.reason and vague.entry
@@ -79,16 +80,14 @@ def test_loaders_ask_for_the_experts_as_one_module(prefix: str) -> None:
     """`mlp.experts` leaves them all out to an engine, a pattern for what is below it none; to Quark the other way."""
 
     def broken(entry: str, rule: str, spec: ModuleSpec) -> set[str]:
-        stored = {"layers.0.mlp.experts": spec} | {f"layers.0.mlp.shared_expert.{p}_proj": spec for p in PARTS}
+        stored = dict.fromkeys(("layers.0.mlp.experts", *BODY), spec)
         quant = quark(entry)
         return set(hazards(QWEN, quant, decide_layers(QWEN, quant, rule, vllm_opt_in=True), stored)) & {"layers.0"}
 
     whole = f"{PREFIX}.0.mlp.experts"
     for rule in ("sglang-22948", "sglang-0.5.23", "vllm", "atom"):
-        unseen = (
-            bool(prefix) and rule == "vllm"
-        )  # whose names begin with language_model.model., and no mapper renames `re:`
-        assert bool(broken(f"re:{whole}$" if prefix else whole, rule, MXFP4)) is not unseen
+        unseen = prefix and rule == "vllm"  # whose names begin with language_model.model.; no mapper renames `re:`
+        assert bool(broken(f"re:{whole}$" if prefix else whole, rule, MXFP4)) is not bool(unseen)
     # The shared expert is BF16 to all; the routed ones, which are BF16 as well, are not to SGLang.
     assert broken(rf"re:{PREFIX}.0.mlp.experts\.\d+\..*|{PREFIX}.0.mlp.shared.*", "sglang-0.5.23", BF16)
 
@@ -122,21 +121,19 @@ def test_a_decision_prints_and_serialises() -> None:
     assert record["fused"] is False and record["evidence"][0]["index"] == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"rule": "sglan"}, "unknown rule"),
-        ({"disable_shared_expert_fusion": True}, "did you mean disable_shared_experts_fusion"),
-        ({"moe_ep_size": "8"}, "bad value of a gate option"),
-        ({"a2a_backend": "nccl"}, "unknown all-to-all backend"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"rule": "sglan"}, "unknown rule"),
+    ({"disable_shared_expert_fusion": True}, "did you mean disable_shared_experts_fusion"),
+    ({"moe_ep_size": "8"}, "bad value of a gate option"),
+    ({"a2a_backend": "nccl"}, "unknown all-to-all backend"),
+    ({"config": {"model_type": "llama"}}, "does not look like"),
+    ({"config": 5}, "not a configuration"),
+    ({"quant_config": 5}, "quantization_config must be an object"),
+])  # fmt: skip
 def test_errors_name_what_is_wrong(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(Qwen35Error, match=message) as raised:
-        can_fuse_shared_expert(QWEN, **arguments)
+        can_fuse_shared_expert(**{"config": QWEN} | arguments)
     assert str(raised.value).count("found:") <= 1, "an error inside another one"
-    with pytest.raises(Qwen35Error, match="does not look like"):
-        can_fuse_shared_expert({"model_type": "llama"})
 
 
 def test_spec_of() -> None:
@@ -148,10 +145,10 @@ def test_spec_of() -> None:
     spec, hit = config.spec_of(f"{PREFIX}.1.linear_attn.in_proj_qkv")
     assert spec.kind == "fp8-channel" and hit.entry == "*linear_attn*"
     assert QuantConfig.from_dict(NV).spec_of("layers.0.mlp.experts.0.up_proj").spec.same_bytes(NVFP4)
-    mixed = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {}}
-    mixed["quantized_layers"] = {"model.language_model.layers.0.mlp.experts*": {"quant_algo": "W4A16_NVFP4"}}
-    assert QuantConfig.from_dict(mixed).spec_of("layers.0.mlp.experts.0.up_proj").spec == NVFP4
-    assert QuantConfig.from_dict(mixed).spec_of("layers.1.mlp.experts.0.up_proj").spec == BF16
+    layers = {f"{PREFIX}.0.mlp.experts*": {"quant_algo": "W4A16_NVFP4"}}
+    mixed = QuantConfig.from_dict(NV | {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers})
+    found = [mixed.spec_of(f"layers.{n}.mlp.experts.0.up_proj").spec for n in (0, 1)]
+    assert found == [NVFP4, BF16]
     split = QuantConfig.from_dict(quark(layers={"*q_proj": W8A8}))
     with pytest.raises(Qwen35Error, match="different precisions"):
         split.spec_of("layers.3.self_attn.qkv_proj")
@@ -160,30 +157,26 @@ def test_spec_of() -> None:
 
 def test_slot_guard() -> None:
     """The failure of #22948: BF16 bytes in an FP4 slot; of #40754 and #35719: a slot that nothing fills."""
-    names = {f"layers.3.mlp.shared_expert.{p}_proj": MXFP4 for p in ("gate", "up", "down")}
-    slot_guard("layers.3.mlp.experts.8", MXFP4, names)
-    wrong = names | {"layers.3.mlp.shared_expert.up_proj": BF16}
-    with pytest.raises(
-        Qwen35Error, match=r"bf16 bytes would be read as mxfp4\n  where: layers.3.mlp.shared_expert.up_proj"
-    ):
-        slot_guard("layers.3.mlp.experts.8", MXFP4, wrong)
-    slot_guard("layers.3.mlp.experts.8", MXFP4, wrong, convert=True)
-    with pytest.raises(Qwen35Error, match="fp8-block bytes would be read as mxfp4"):
-        slot_guard("s", MXFP4, names | {"layers.3.mlp.shared_expert.up_proj": ModuleSpec("fp8-block")}, convert=True)
-    with pytest.raises(Qwen35Error, match=r"would stay unfilled(.|\n)*down_proj"):
-        slot_guard("layers.3.mlp.experts.8", MXFP4, {k: v for k, v in names.items() if "down" not in k})
-    with pytest.raises(Qwen35Error, match=r"no place in the fused slot(.|\n)*shared_expert_gate"):
-        slot_guard("layers.3.mlp.experts.8", MXFP4, names | {"layers.3.mlp.shared_expert_gate": BF16})
+    names, up = dict.fromkeys(BODY, MXFP4), "layers.0.mlp.shared_expert.up_proj"
+    slot_guard("slot", MXFP4, names)
+    slot_guard("slot", MXFP4, names | {up: BF16}, convert=True)
+    refused: list[tuple[dict[str, ModuleSpec], bool, str]] = [
+        (names | {up: BF16}, False, rf"bf16 bytes would be read as mxfp4\n  where: {up}"),
+        (names | {up: ModuleSpec("fp8-block")}, True, "fp8-block bytes would be read as mxfp4"),
+        ({k: v for k, v in names.items() if "down" not in k}, False, "would stay unfilled(.|\n)*down_proj"),
+        (names | {"layers.0.mlp.shared_expert_gate": BF16}, False, "no place in the fused slot(.|\n)*_expert_gate"),
+    ]
+    for tensors, convert, message in refused:
+        with pytest.raises(Qwen35Error, match=message):
+            slot_guard("slot", MXFP4, tensors, convert=convert)
 
 
 FIXTURES = Path(__file__).parent / "data/fixtures"
-
-
 # Quark 0.13's own exports: what their tensors are, target and draft, and whether list and bytes agree about the draft.
-@pytest.mark.parametrize(
-    ("folder", "target", "draft", "warned"),
-    [("bf16-hub", True, True, False), ("quark-mxfp4", False, True, True), ("quark-moe-mxfp4", True, True, True)],
-)
+EXPORTS = [("bf16-hub", True, True, False), ("quark-mxfp4", False, True, True), ("quark-moe-mxfp4", True, True, True)]
+
+
+@pytest.mark.parametrize(("folder", "target", "draft", "warned"), EXPORTS)
 def test_real_bytes(folder: str, target: bool, draft: bool, warned: bool, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = Checkpoint.open(FIXTURES / folder)
     decisions = decide_layers(checkpoint.config, stored=checkpoint.spec)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gate_configs import FP4, NV, PREFIX, QWEN, TEXT, W4A4, W8A8, body, quark
+from gate_configs import BLOCK, DRAFT_BODY, FP4, NV, PREFIX, QWEN, TEXT, W4A4, W8A8, answers, body, draft, quark, shared
 from safetensors.torch import save_file
 
 from qwen35_moe.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ from qwen35_moe.quant.precision import BF16, MXFP4, NVFP4, ModuleSpec
 from weights.build import real_config
 
 ENGINES = ("sglang", "vllm", "atom")
+LIKE_THE_LIST = draft(BF16, shared(BF16))  # the routed experts of the target are MXFP4, and nothing else
 
 
 @pytest.mark.parametrize("rule", ["strict", *ENGINES])
@@ -30,31 +32,24 @@ def test_a_word_of_another_family_covers_nothing(rule: str, key: str) -> None:
     config = GateModel.from_config(QWEN | {"quantization_config": quark(layers={key: W8A8})})
     if key == "*experts*" or rule == "strict":
         assert not can_fuse_shared_expert(config, rule=rule, vllm_opt_in=True)
-    fp8 = ModuleSpec("fp8-channel")
-    decisions = decide_layers(config, rule=rule, stored=lambda n: MXFP4 if "shared" in n else fp8)
-    assert key != "*experts*" or not hazards(config, None, decisions, lambda n: MXFP4 if "shared" in n else fp8)
+    stored = shared(MXFP4, ModuleSpec("fp8-channel"))
+    decisions = decide_layers(config, rule=rule, stored=stored)
+    assert key != "*experts*" or not hazards(config, None, decisions, stored)
     deepseek = TEXT | {"model_type": "deepseek_v3"}
     assert can_fuse_shared_expert(deepseek, quark(layers={"*experts*": W8A8}), "strict")
 
 
-def mixed(shared: str = "W4A16_NVFP4") -> dict[str, Any]:
-    layers: dict[str, Any] = {}
-    for n in range(4):
-        layers[f"{PREFIX}.{n}.mlp.experts"] = {"quant_algo": "W4A16_NVFP4", "group_size": 16}
-        for part in ("down", "gate", "up"):
-            layers[f"{PREFIX}.{n}.mlp.shared_expert.{part}_proj"] = {"quant_algo": shared, "group_size": 16}
+def mixed(algo: str = "W4A16_NVFP4") -> dict[str, Any]:
+    routed, own = ({"quant_algo": word, "group_size": 16} for word in ("W4A16_NVFP4", algo))
+    layers = {f"{PREFIX}.{n}.mlp.experts": routed for n in range(4)} | dict.fromkeys(body(), own)
     quant = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
     return QWEN | {"quantization_config": quant | {"ignore": ["mtp.layers.0*", "mtp*"]}}
-
-
-def nvfp4_bytes(name: str) -> ModuleSpec:
-    return BF16 if name.startswith("mtp.") else NVFP4
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_one_entry_for_all_experts_of_a_layer(rule: str) -> None:
     """nvidia/Qwen3.6-35B-A3B-NVFP4 (sglang 27906 37752, vllm 55496): routed experts and shared expert are NVFP4."""
-    for stored in (None, nvfp4_bytes):
+    for stored in (None, draft(BF16, lambda _: NVFP4)):
         decisions = decide_layers(mixed(), rule=rule, stored=stored)
         assert not hazards(mixed(), None, decisions, stored)
         if rule == "strict":
@@ -73,41 +68,35 @@ def test_a_method_without_a_reader(method: str) -> None:
     assert method in str(can_fuse_shared_expert(config))
     int4 = ModuleSpec("int4", (128,))
     assert "both int4" in can_fuse_shared_expert(config, stored=lambda _: int4).reason
-    assert not can_fuse_shared_expert(config, stored=lambda n: BF16 if "shared" in n else int4)
+    assert not can_fuse_shared_expert(config, stored=shared(BF16, int4))
 
 
 @pytest.mark.parametrize("algo", ["FP8_BLOCK_SCALES", "MXFP8", "INT4_AWQ", "W4A8_AWQ"])
 def test_newer_algorithms_of_modelopt(algo: str) -> None:
-    config = QWEN | {"quantization_config": NV | {"quant_algo": algo, "exclude_modules": ["mtp*"]}}
-    assert can_fuse_shared_expert(config, rule="sglang").fused is (algo == "MXFP8")
-    assert can_fuse_shared_expert(config, rule="sglang").starts is (algo == "MXFP8"), "SGLang reads one FP8 of ModelOpt"
-    assert can_fuse_shared_expert(config, rule="vllm").starts is (algo == "MXFP8")
-    assert bool(can_fuse_shared_expert(config, rule="vllm", vllm_opt_in=True)) is (algo == "MXFP8")
-    left = QWEN | {"quantization_config": NV | {"quant_algo": "MXFP8", "exclude_modules": ["*.mlp.shared_expert*"]}}
-    assert "not excluded alike" in can_fuse_shared_expert(left, rule="vllm", vllm_opt_in=True).reason
+    """SGLang reads one FP8 of ModelOpt."""
+    quant = NV | {"quant_algo": algo, "exclude_modules": ["mtp*"]}
+    assert answers(QWEN, quant, "sglang vllm") == ("1 1" if algo == "MXFP8" else "- -")
+    assert answers(QWEN, quant, "vllm", vllm_opt_in=False) == ("0" if algo == "MXFP8" else "-")
+    left = NV | {"quant_algo": "MXFP8", "exclude_modules": ["*.mlp.shared_expert*"]}
+    assert "not excluded alike" in can_fuse_shared_expert(QWEN, left, "vllm", vllm_opt_in=True).reason
 
 
 def test_layers_that_vllm_does_not_build_alike() -> None:
-    halves = quark(*body(parts="gate"))
-    for opted in (True, False):
-        assert not can_fuse_shared_expert(QWEN, halves, "vllm", vllm_opt_in=opted).starts
-    some = can_fuse_shared_expert(QWEN, quark(*body(range(2, 4))), "vllm", vllm_opt_in=True)
-    assert not some.starts and "2 are, 2 are not" in some.reason
-    assert can_fuse_shared_expert(QWEN, quark(*body(range(2, 4))), "vllm").starts, "not opted in: no layer fuses"
+    halves, some = quark(*body(parts="gate")), quark(*body(range(2, 4)))
+    assert "2 are, 2 are not" in can_fuse_shared_expert(QWEN, some, "vllm", vllm_opt_in=True).reason
+    for opted, expected in ((True, "-"), (False, "0")):  # not opted in: no layer fuses
+        assert answers(QWEN, halves, "vllm", vllm_opt_in=opted) == "-"
+        assert answers(QWEN, some, "vllm", vllm_opt_in=opted) == expected
 
 
 def test_entries_that_vllms_mapper_does_not_rename() -> None:
     """A `re:` entry with the hub's prefix matches no name of vLLM's, which fuses BF16 into MXFP4 slots."""
     quant = quark(r"re:model\.language_model\.layers\.\d+\.mlp\.shared_expert\..*")
-
-    def stored(name: str) -> ModuleSpec:
-        return BF16 if "shared" in name else MXFP4
-
     fused = decide_layers(QWEN, quant, "vllm", vllm_opt_in=True)
-    assert all(fused) and "bf16 bytes would be read as mxfp4" in hazards(QWEN, quant, fused, stored)["layers.0"]
+    assert all(fused) and "bf16 bytes would be read as mxfp4" in hazards(QWEN, quant, fused, shared(BF16))["layers.0"]
     anywhere = quark(r"re:.*\.mlp\.shared_expert\..*")
     assert not any(decide_layers(QWEN, anywhere, "vllm", vllm_opt_in=True)[:4])
-    assert can_fuse_shared_expert(QWEN, quant, "strict", stored=stored).fused is False
+    assert can_fuse_shared_expert(QWEN, quant, "strict", stored=shared(BF16)).fused is False
 
 
 CRASHES = [
@@ -137,25 +126,20 @@ def test_configurations_that_an_engine_cannot_read(quant: dict[str, Any], who: s
 
 def test_entries_for_all_experts_of_a_layer_as_one() -> None:
     """Engines ask for `mlp.experts`: a key with that name counts to them, not to those who ask for projections."""
-    key = quark(layers={f"{PREFIX}.{n}.mlp.experts": W8A8 for n in range(4)})
-    assert not any(can_fuse_shared_expert(QWEN, key, rule, vllm_opt_in=True) for rule in ENGINES)
+    blocks = [f"{PREFIX}.{n}.mlp.experts" for n in range(4)]
+    key = quark(layers=dict.fromkeys(blocks, W8A8))
+    assert answers(QWEN, key, "sglang vllm atom") == "0 0 0"
     assert "readers of the exclude list disagree" in can_fuse_shared_expert(QWEN, key).reason
-    ignored = [f"{PREFIX}.{n}.mlp.experts" for n in range(4)]
-    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "ignored_layers": [*ignored, *body()]}
-    assert all(can_fuse_shared_expert(QWEN, fp8, rule, vllm_opt_in=True) for rule in ("strict", *ENGINES))
+    assert answers(QWEN, BLOCK | {"ignored_layers": [*blocks, *body()]}, "strict sglang vllm atom") == "1 1 1 1"
 
 
 def test_a_quantisation_in_text_config() -> None:
     """vLLM looks there as well; SGLang and ATOM take the model for BF16, and fuse and load MXFP4 bytes as such."""
-    inside = {"model_type": "qwen3_5_moe", "text_config": TEXT | {"quantization_config": quark(*body())}}
-
-    def stored(name: str) -> ModuleSpec:
-        return BF16 if "shared" in name else MXFP4
-
-    found = {rule: decide_layers(inside, rule=rule, vllm_opt_in=True) for rule in ENGINES}
-    assert {rule for rule, decisions in found.items() if decisions[0]} == {"sglang", "atom"}
-    broken = {rule for rule, decisions in found.items() if hazards(inside, None, decisions[:4], stored)}
-    assert broken == {"sglang", "atom"} and not can_fuse_shared_expert(inside)
+    inside = QWEN | {"text_config": TEXT | {"quantization_config": quark(*body())}}
+    assert answers(inside, None, "strict sglang vllm atom") == "0 1 0 1"
+    found = {rule: decide_layers(inside, rule=rule, vllm_opt_in=True)[:4] for rule in ENGINES}
+    broken = {rule for rule, decisions in found.items() if hazards(inside, None, decisions, shared(BF16))}
+    assert broken == {"sglang", "atom"}
 
 
 LOADERS = [
@@ -172,27 +156,18 @@ LOADERS = [
 @pytest.mark.parametrize(("entries", "who"), LOADERS)
 def test_names_that_loaders_ask_for(entries: list[str], who: str) -> None:
     """SGLang and vLLM ask for gate_up_proj first, and count a glob for what is below `experts`, as ATOM does."""
-    draft = [f"mtp.layers.0.mlp.shared_expert.{p}_proj" for p in ("down", "gate", "up")]
-    draft += [] if "mtp" in entries[-1] else ["mtp.layers.0.mlp.experts"]
-    quant = quark(*entries, *draft)
-
-    def stored(name: str) -> ModuleSpec:
-        return BF16 if "shared" in name or name.startswith("mtp.") else MXFP4
-
-    broken = {rule for rule in ENGINES if hazards(QWEN, quant, decide_layers(QWEN, quant, rule), stored)}
+    quant = quark(*entries, *DRAFT_BODY, *(() if "mtp" in entries[-1] else ("mtp.layers.0.mlp.experts",)))
+    broken = {rule for rule in ENGINES if hazards(QWEN, quant, decide_layers(QWEN, quant, rule), LIKE_THE_LIST)}
     assert broken == set(who.split())
 
 
 def test_lists_under_two_keys() -> None:
     """Without entries the first key does not count: FP8's `ignored_layers`; ModelOpt's `ignore` hides the other."""
-    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "ignored_layers": []}
-    assert not can_fuse_shared_expert(QWEN, fp8 | {"modules_to_not_convert": body()}, "vllm", vllm_opt_in=True)
+    assert answers(QWEN, BLOCK | {"ignored_layers": [], "modules_to_not_convert": body()}, "vllm") == "0"
     both = NV | {"ignore": [], "exclude_modules": ["*.mlp.shared_expert*"]}
-    assert can_fuse_shared_expert(QWEN, both, "sglang")
-    assert not can_fuse_shared_expert(QWEN, {"quantization": both}, "sglang")
+    assert answers(QWEN, both, "sglang") == "1" and answers(QWEN, {"quantization": both}, "sglang") == "0"
 
 
-BLOCK = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 NV_STEPS = {"weight": [FP4 | {"group_size": 16}, {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}]}
 ONLINE = [
     # --quantization, configuration, what SGLang makes of target and draft, what vLLM does; 1 fused, 0 not, - no start
@@ -238,15 +213,14 @@ def test_vllm_converts_a_shared_expert_while_loading() -> None:
     quant = quark(*body())
     decision = can_fuse_shared_expert(QWEN, quant, "vllm", vllm_opt_in=True, vllm_online_target="mxfp4")
     assert decision.fused and decision.online
-    for options in ({"vllm_online_target": "fp8"}, {}):
-        assert not can_fuse_shared_expert(QWEN, quant, "vllm", vllm_opt_in=True, **options)
     w4a16 = quark(*body(), global_quant_config={"weight": FP4, "input_tensors": None})
-    assert not can_fuse_shared_expert(QWEN, w4a16, "vllm", vllm_opt_in=True, vllm_online_target="mxfp4")
+    for given, target in ((quant, "fp8"), (quant, ""), (w4a16, "mxfp4")):
+        assert answers(QWEN, given, "vllm", vllm_online_target=target) == "0"
 
 
 def test_atom_takes_a_missing_activation_for_a_dynamic_one() -> None:
     quant = quark(layers={"*shared_expert*": {"weight": FP4, "input_tensors": None}}, global_quant_config=W4A4)
-    assert can_fuse_shared_expert(QWEN, quant, "atom") and not can_fuse_shared_expert(QWEN, quant, "strict")
+    assert answers(QWEN, quant, "atom strict") == "1 0"
 
 
 @pytest.mark.parametrize(("place", "layers"), [("exclude", 20), ("layer_quant_config", 1)])
@@ -255,12 +229,8 @@ def test_entries_for_single_experts_take_no_time(place: str, layers: int) -> Non
 
     Measured, in processor time: 1.7 and 0.4 s; 30,840 keys of layer_quant_config 5.2 s.
     """
-    names = [
-        f"{PREFIX}.{n}.mlp.experts.{e}.{p}_proj"
-        for n in range(layers)
-        for e in range(512)
-        for p in ("down", "gate", "up")
-    ]
+    experts = [f"{PREFIX}.{n}.mlp.experts.{e}" for n in range(layers) for e in range(512)]
+    names = [f"{expert}.{p}_proj" for expert in experts for p in ("down", "gate", "up")]
     more = {"exclude": names} if place == "exclude" else {"layers": dict.fromkeys(names, W8A8)}
     model = GateModel.from_config(real_config("qwen3.5-397b-a17b"), quark(**more))
     begin = time.process_time()
@@ -312,12 +282,9 @@ def test_experts_are_grouped_by_what_entries_say(keys: list[tuple[str, Any]], ap
 
 
 def test_hf_quant_config_beside_config(tmp_path: Path) -> None:
-    import json
-
     (tmp_path / "config.json").write_text(json.dumps(QWEN))
-    (tmp_path / "hf_quant_config.json").write_text(
-        json.dumps({"quantization": {"quant_algo": "NVFP4", "group_size": 16}})
-    )
+    beside = {"quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(beside))
     save_file({"model.language_model.norm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     for config in (config_and_specs(tmp_path, config_only=True)[0], Checkpoint.open(tmp_path).config):
         assert QuantConfig.from_dict(config["quantization_config"]).default.same_bytes(NVFP4)
@@ -343,9 +310,8 @@ FOREIGN: list[tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], str]] = [
 
 @pytest.mark.parametrize(("tensors", "kind"), FOREIGN, ids=[kind for _, kind in FOREIGN])
 def test_formats_that_are_told_by_their_headers(tensors: dict[str, Any], kind: str, tmp_path: Path) -> None:
-    save_file(
-        {LINEAR + role: torch.zeros(s, dtype=d) for role, (s, d) in tensors.items()}, tmp_path / "model.safetensors"
-    )
+    zeros = {LINEAR + role: torch.zeros(shape, dtype=dtype) for role, (shape, dtype) in tensors.items()}
+    save_file(zeros, tmp_path / "model.safetensors")
     spec = Checkpoint.open(tmp_path).spec("layers.0.mlp.shared_expert.up_proj")
     assert spec and str(spec) == kind
     config = QWEN | {"quantization_config": {"quant_method": "awq"}}
