@@ -37,7 +37,7 @@ class Report:
 def as_page(found: list[dict[str, Any]]) -> str:
     """A page, failed checks first."""
     from . import __version__
-    from .oracle.report.page_parts import page_head
+    from .oracle.report.page_parts import page
 
     rows = []
     for check in sorted(found, key=lambda check: check["ok"]):
@@ -45,13 +45,13 @@ def as_page(found: list[dict[str, Any]]) -> str:
         kind = "" if check["ok"] else ' style="color:var(--bad)"'
         rows.append(f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n")
     bad = sum(not check["ok"] for check in found)
-    return (
-        f'{page_head("qwen35-moe checks")}<div class="verdict{" bad" if bad else ""}">'
-        f"<b>{bad} of {len(found)} checks failed</b><p>qwen35-moe {__version__}; limit: 3.0 times the largest legal "
-        'error.</p></div><section style="overflow-wrap:anywhere"><table class="plain">'
-        "<tr><th>test</th><th>case</th><th>verdict</th><th>what was found</th></tr>\n"
-        f"{''.join(rows)}</table></section></main></html>\n"
-    )
+    said = [f"qwen35-moe {__version__}; limit: 3.0 times the largest legal error."]
+    return page(
+        "qwen35-moe checks", f"{bad} of {len(found)} checks failed", said, bool(bad),
+        '<section style="overflow-wrap:anywhere"><table class="plain">'
+        "<tr><th>test</th><th>case</th><th>verdict</th><th>what was found</th></tr>\n",
+        *rows, "</table></section>",
+    )  # fmt: skip
 
 
 def as_json(found: list[dict[str, Any]]) -> str:

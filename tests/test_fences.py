@@ -168,7 +168,7 @@ def test_a_page_that_cannot_be_written_keeps_the_verdict(
     def broken(*_: object) -> str:
         raise ValueError("no page")
 
-    monkeypatch.setattr("qwen35_moe.cli.report_options.write_report", broken)
+    monkeypatch.setattr("qwen35_moe.cli.report_options.whole", broken)
     code, said = verdict(files, files / "dump", capsys, "--html", str(tmp_path / "page.html"))
     assert code == 2 and "AGREES" in said and "cannot write" in said
 

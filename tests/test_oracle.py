@@ -632,6 +632,7 @@ def test_reports_of_60_layers() -> None:
             r.cls, r.added = "wrong", 556.0
         if r.layer == 41:
             r.cls, r.added, r.inherited, r.note = "not comparable", None, None, lost
+    records.append(Record("mtp.layers.0.layer_output_sum", "within rounding", "mtp", None, inherited_rel=1e-3))
     result = Comparison(records, layers=("gdn",) * 60)
     assert len(report_html.html(result).encode()) < 1_000_000
     # Layers with nothing to see are one row, and show the largest of their ratios; a bad layer's neighbours stay.

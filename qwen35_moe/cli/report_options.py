@@ -19,7 +19,7 @@ from ..oracle.judge.envelope import LIMIT
 from ..oracle.judge.records import Comparison
 from ..oracle.judge.where import Where
 from ..oracle.report import report
-from ..oracle.report.text import write_report
+from ..run.files import whole
 from ..run.load import MODES, SHARED_EXPERT_MODES
 from ..run.prompt import read_ids
 from .device_options import add_device_options, add_ignored_keys, device_options
@@ -117,7 +117,9 @@ def write_outputs(code: int, files: Mapping[Path, Callable[[], str]], page: Path
     instead of 0 if a file cannot be written."""
     for path, content in files.items():
         try:
-            write_report(path, content())
+            text = content()
+            with whole(path) as temporary:
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # of paths that are not UTF-8
             if path == page:
                 print(f"\n{path}")
         except Exception as error:  # a page that cannot be made takes no verdict with it

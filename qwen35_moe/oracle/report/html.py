@@ -7,27 +7,42 @@ from collections.abc import Mapping
 from html import escape
 
 from ...numerics.tap_keys import base_name
-from ..judge.records import Comparison, Record, ratio_text
-from .page_parts import ADDED, COLOURS, FITTED, INHERITED, LEGAL_ERROR, LINES, ROUTING_NOTE, linked, page_head, say
+from ..judge.records import Comparison, Record, layer_of, ratio_text
+from .page_parts import html_table, linked, page, say, section
 from .text import GOOD_FIT, SYMBOLS, facts, grid, row_text, short, worst
+
+# From bit-equal to wrong: light to dark in grey too.
+COLOURS = {"bit-equal": "#eef3f8", "within rounding": "#d5e5f2", "suspicious": "#f6d58b", "wrong": "#ee9a80",
+           "not comparable": "#e4e4e4"}  # fmt: skip
+
+TERMS = (
+    "Legal error: the largest error that the roundings of correct engines make at a tap. "
+    "Bit-equal: equal to the truth, rounded once.",
+    "Added: the error of one block. The block runs again in float64 on the engine's own input, "
+    "so errors of earlier layers do not count.",
+    "Inherited: the error against the truth. Errors of all earlier layers are in it.",
+)
+ROUTING_NOTE = (
+    "A set agrees if float64 chooses the same experts on the engine's own input to that layer. "
+    "The truth has other inputs, and may choose others. "
+    "A flip is legal if the margin of the logits is within their noise."
+)
+FITTED = "The factors that bring the block's parts closest to the engine's output. Right factors are 1, 1 and 0."
+# Of each line: its name, its colour, its dashes, a point of it, and its mark in the legend.
+LINES = (
+    ("stream, against the truth (inherited)", "var(--one)", "",
+     '<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>', "&#9679;&mdash;"),
+    ("blocks, on the engine's input (added)", "var(--two)", "6 4",
+     '<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="var(--paper)" stroke="{colour}"/>', "&#9675;- -"),
+)  # fmt: skip
 
 
 def html(result: Comparison, title: str = "qwen35-moe compare", made: Mapping[str, str] | None = None) -> str:
     """The page. made: label -> text of more facts: version, command, date."""
-    bad = result.exit_code != 0
-    mark = "&#10007;" if bad else "&#10003;"
-    where = worst(result.first) if result.first else ""
-    parts = [page_head(title),
-             f'<div class="verdict{" bad" if bad else ""}"><b>{mark} {escape(result.verdict)}</b>',
-             *(f"<p>{linked(str(d))}</p>" for d in result.diagnoses[:1]), f"<p>{escape(where)}</p></div>"]  # fmt: skip
-    parts += [part(result) for part in (_diagnoses, _heat, _growth, _routing, _rest)]
-    parts.append(_facts(result, made or {}))
-    return "".join(parts) + "</main></html>\n"
-
-
-def _head(names: Mapping[str, str]) -> str:
-    """A row of names of columns, each with its class."""
-    return "<tr>" + "".join(f'<th class="{kind}">{name}</th>' for name, kind in names.items()) + "</tr>"
+    said = [linked(str(d)) for d in result.diagnoses[:1]] + [escape(worst(result.first) if result.first else "")]
+    verdict = f"{'&#10007;' if result.exit_code else '&#10003;'} {escape(result.verdict)}"
+    parts = [part(result) for part in (_diagnoses, _heat, _growth, _routing, _rest)]
+    return page(title, verdict, said, bool(result.exit_code), *parts, _facts(result, made or {}))
 
 
 def _bar(share: float) -> str:
@@ -37,20 +52,15 @@ def _bar(share: float) -> str:
 def _diagnoses(result: Comparison) -> str:
     out = []
     for d in result.diagnoses:
-        rows = "".join(
-            f'<tr><td>{escape(h.name)}</td><td class="num">{100 * max(h.explains, 0):.1f} %</td>'
-            f'<td class="bars">{_bar(h.explains)}</td>'
-            f"<td>{escape(h.doc)}</td><td>{linked(h.seen)}</td></tr>"
-            for h in d.hypotheses[:6]
-        )
+        rows = [(escape(h.name), f"{100 * max(h.explains, 0):.1f} %", _bar(h.explains), escape(h.doc), linked(h.seen))
+                for h in d.hypotheses[:6]]  # fmt: skip
         fit = ""
         if d.fit and d.fit_left < GOOD_FIT:
             a, b, c = d.fit
             fit = (f"<p>Least squares: engine = {a:.3f} routed + {b:.3f} gated shared + {c:.3f} ungated shared, "
                    f"{100 * d.fit_left:.2g} % of the error left.</p>{say(FITTED)}")  # fmt: skip
-        head = _head({"hypothesis": "", "explains": "num", "": "bars", "what it is": "", "see": ""})
-        out.append(f"<h2>Diagnosis</h2><section><p><b>{linked(str(d))}</b></p>"
-                   f'<table class="plain">{head}{rows}</table>{fit}</section>')  # fmt: skip
+        columns = {"hypothesis": "", "explains": "num", "": "bars", "what it is": "", "see": ""}
+        out.append(section("Diagnosis", f"<p><b>{linked(str(d))}</b></p>", html_table(columns, rows), fit))
     return "".join(out)
 
 
@@ -65,11 +75,11 @@ def _heat(result: Comparison) -> str:
         kind = result.layers[layer] if layer < len(result.layers) else ""
         row = "".join(_cell(cells.get((layer, t)), result.first) for t in taps)
         rows.append(f"<tr><th>{layer} {kind}</th>{row}</tr>")
-    terms = "".join(map(say, (LEGAL_ERROR, ADDED, INHERITED)))
     what = "added by each block on the engine's own input" if result.layers else "inherited from all layers before"
-    return (f"<h2>Errors {what}, in units of the legal error (limit {result.limit:g})</h2><section>"
-            f'<div class="key">{key}<span>&#9655; first divergence</span></div>{terms}'
-            f'<table class="heat"><tr><th>layer</th>{head}</tr>{"".join(rows)}</table></section>')  # fmt: skip
+    return section(f"Errors {what}, in units of the legal error (limit {result.limit:g})",
+                   f'<div class="key">{key}<span>&#9655; first divergence</span></div>',
+                   *map(say, TERMS),
+                   f'<table class="heat"><tr><th>layer</th>{head}</tr>{"".join(rows)}</table>')  # fmt: skip
 
 
 def _cell(r: Record | None, first: Record | None) -> str:
@@ -85,23 +95,24 @@ def _cell(r: Record | None, first: Record | None) -> str:
 
 def _growth(result: Comparison) -> str:
     """Relative error of the stream by layer, and of what each layer's blocks add."""
-    streams = [(int(r.key.split(".")[1]), r.inherited_rel) for r in result.records
-               if base_name(r.key) in ("layer_input", "layer_output_sum") and r.inherited_rel]  # fmt: skip
-    blocks: dict[int, float] = {}
+    streams, blocks = dict[int, float](), dict[int, float]()
     for r in result.records:
-        if base_name(r.key) in ("attn_output", "mlp_output") and None not in (r.layer, r.added) and r.rel > 0:
-            blocks[int(r.layer or 0)] = max(blocks.get(int(r.layer or 0), 0), r.rel)
-    lines = {"stream, against the truth (inherited)": sorted(dict(streams).items()),
-             "blocks, on the engine's input (added)": sorted(blocks.items())}  # fmt: skip
-    values = [v for points in lines.values() for _, v in points if math.isfinite(v) and v > 0]
+        layer, name = layer_of(r.key), base_name(r.key)
+        if layer is None:  # of a draft head, or in no layer
+            continue
+        if name in ("layer_input", "layer_output_sum") and r.inherited_rel:
+            streams[layer] = r.inherited_rel
+        elif name in ("attn_output", "mlp_output") and r.added is not None and r.rel > 0:
+            blocks[layer] = max(blocks.get(layer, 0.0), r.rel)
+    values = [v for v in (*streams.values(), *blocks.values()) if math.isfinite(v)]
     if len(values) < 2:
         return ""
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
-    last = max(x for points in lines.values() for x, _ in points)
+    last = max((*streams, *blocks))
     W, H, left, top = 860, 220, 60, 12
 
     def at(x: float, v: float) -> tuple[float, float]:
-        height = (math.log10(min(max(v, 10**low), 10**high)) - low) / max(high - low, 1)
+        height = (math.log10(v) - low) / max(high - low, 1)
         return left + (W - left - 20) * x / max(last, 1), top + (H - top - 30) * (1 - height)
 
     svg, legend = [f'<svg viewBox="0 0 {W} {H}" width="100%" role="img" aria-label="error by layer">'], []
@@ -111,15 +122,14 @@ def _growth(result: Comparison) -> str:
                    f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">1e{p}</text>')  # fmt: skip
     for layer in range(0, last + 1, max(1, last // 12)):
         svg.append(f'<text x="{at(layer, 1)[0]:.1f}" y="{H - 8}" text-anchor="middle">{layer}</text>')
-    for (name, points), (colour, dash, shape, mark) in zip(lines.items(), LINES, strict=True):
-        xy = [at(x, v) for x, v in points if math.isfinite(v)]
-        if points:
+    for some, (name, colour, dash, shape, mark) in zip((streams, blocks), LINES, strict=True):
+        xy = [at(x, v) for x, v in sorted(some.items()) if math.isfinite(v)]
+        if some:
             legend.append(f'<span style="color:{colour}">{mark} {name}</span>')
             svg.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}" '
                        f'points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in xy)}"/>')  # fmt: skip
         svg += [shape.format(x=x, y=y, colour=colour) for x, y in xy]
-    said = " &nbsp; ".join(legend)
-    return f"<h2>Relative error by layer</h2><section><p>{said}</p>{''.join(svg)}</svg></section>"
+    return section("Relative error by layer", f"<p>{' &nbsp; '.join(legend)}</p>", *svg, "</svg>")
 
 
 def _routing(result: Comparison) -> str:
@@ -129,13 +139,10 @@ def _routing(result: Comparison) -> str:
     for r in result.routing:
         flip = max(r.flips, key=lambda f: f.margin - f.noise, default=None)
         detail = f"largest margin {flip.margin:.2g}, noise {flip.noise:.2g}" if flip else ""
-        legal = len(r.flips) - len(r.illegal)
-        rows.append(f'<tr><td class="num">{r.layer}</td><td class="num">{r.agree} of {r.tokens}</td>'
-                    f'<td class="bars">{_bar(r.agree / max(r.tokens, 1))}</td>'
-                    f'<td class="num">{legal}</td><td class="num">{len(r.illegal) + r.nonsense}</td>'
-                    f"<td>{detail}</td></tr>")  # fmt: skip
-    head = _head({"layer": "num", "agree": "num", "": "bars", "legal flips": "num", "illegal": "num"})
-    return f'<h2>Routing</h2><section>{say(ROUTING_NOTE)}<table class="plain">{head}{"".join(rows)}</table></section>'
+        legal, illegal = len(r.flips) - len(r.illegal), len(r.illegal) + r.nonsense
+        rows.append((r.layer, f"{r.agree} of {r.tokens}", _bar(r.agree / max(r.tokens, 1)), legal, illegal, detail))
+    columns = {"layer": "num", "agree": "num", "": "bars", "legal flips": "num", "illegal": "num"}
+    return section("Routing", say(ROUTING_NOTE), html_table(columns, rows))
 
 
 def _rest(result: Comparison) -> str:
@@ -145,7 +152,7 @@ def _rest(result: Comparison) -> str:
         f"<td>{escape(r.note)}</td></tr>"
         for r in result.records if not r.key.startswith("layers.") and r.cls != "missing"
     )  # fmt: skip
-    return f"<h2>Outside of the layers</h2><section><table>{rows}</table></section>" if rows else ""
+    return section("Outside of the layers", f"<table>{rows}</table>") if rows else ""
 
 
 def _facts(result: Comparison, made: Mapping[str, str]) -> str:
@@ -155,4 +162,4 @@ def _facts(result: Comparison, made: Mapping[str, str]) -> str:
     rows = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(told)}</dd>" for name, told in (*head, *facts(result, most=10**6))
     )
-    return f"<h2>What was compared</h2><section><dl>{rows}</dl></section>"
+    return section("What was compared", f"<dl>{rows}</dl>")

@@ -1,9 +1,11 @@
-"""The page's style, the sentences that explain its figures, and links to the issues that it cites."""
+"""What pages are made of: style, sections, tables, and links to the issues that they cite."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import zip_longest
 
 STYLE = """
 :root{--ink:#1b1f24;--soft:#5d6670;--line:#d8dde3;--paper:#fff;--wash:#f5f7f9;--bad:#b3261e;--good:#1a6b3c}
@@ -55,37 +57,30 @@ REPOSITORIES = {
     "TensorRT-LLM": "NVIDIA/TensorRT-LLM", "transformers": "huggingface/transformers",
     "Automodel": "NVIDIA-NeMo/Automodel", "FlyDSL": "ROCm/FlyDSL",
 }  # fmt: skip
-# From bit-equal to wrong: light to dark in grey too.
-COLOURS = {"bit-equal": "#eef3f8", "within rounding": "#d5e5f2", "suspicious": "#f6d58b", "wrong": "#ee9a80",
-           "not comparable": "#e4e4e4"}  # fmt: skip
-
-LEGAL_ERROR = (
-    "Legal error: the largest error that the roundings of correct engines make at a tap. "
-    "Bit-equal: equal to the truth, rounded once."
-)
-ADDED = (
-    "Added: the error of one block. The block runs again in float64 on the engine's own input, "
-    "so errors of earlier layers do not count."
-)
-INHERITED = "Inherited: the error against the truth. Errors of all earlier layers are in it."
-ROUTING_NOTE = (
-    "A set agrees if float64 chooses the same experts on the engine's own input to that layer. "
-    "The truth has other inputs, and may choose others. "
-    "A flip is legal if the margin of the logits is within their noise."
-)
-FITTED = "The factors that bring the block's parts closest to the engine's output. Right factors are 1, 1 and 0."
-# Of each line: its colour, its dashes, a point of it, and its mark in the legend.
-LINES = (
-    ("var(--one)", "", '<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>', "&#9679;&mdash;"),
-    ("var(--two)", "6 4", '<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="var(--paper)" stroke="{colour}"/>',
-     "&#9675;- -"),
-)  # fmt: skip
 
 
-def page_head(title: str) -> str:
-    """What stands before the verdict."""
-    return ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{escape(title)}</title><style>{STYLE}</style><main><h1>{escape(title)}</h1>")  # fmt: skip
+def page(title: str, verdict: str, said: Sequence[str], bad: bool, *parts: str) -> str:
+    """A page: a verdict, which is `bad` or not, what is said of it, a paragraph each, and the parts. All but the title
+    is HTML."""
+    head = escape(title)
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{head}</title><style>{STYLE}</style><main><h1>{head}</h1>"
+        f'<div class="verdict{" bad" * bad}"><b>{verdict}</b>{"".join(f"<p>{line}</p>" for line in said)}</div>'
+        f"{''.join(parts)}</main></html>\n"
+    )
+
+
+def section(title: str, *content: str) -> str:
+    return f"<h2>{escape(title, quote=False)}</h2><section>{''.join(content)}</section>"
+
+
+def html_table(columns: Mapping[str, str], rows: Sequence[Sequence[object]]) -> str:
+    """columns: name -> class of its cells; cells beyond them have none."""
+    kinds = [f' class="{kind}"' if kind else "" for kind in columns.values()]
+    lines = ["".join(f"<th{kind}>{name}</th>" for kind, name in zip(kinds, columns, strict=True))]
+    lines += ["".join(f"<td{k}>{cell}</td>" for k, cell in zip_longest(kinds, row, fillvalue="")) for row in rows]
+    return f'<table class="plain">{"".join(f"<tr>{line}</tr>" for line in lines)}</table>'
 
 
 def say(text: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from ..servers.verdict import Verdict
-from .page_parts import page_head
+from .page_parts import html_table, page, section
 
 WIDTH = 100
 
@@ -57,21 +57,14 @@ def _looks(v: Verdict) -> str:
 
 def verdict_page(v: Verdict, buckets: Sequence[str] = ()) -> str:
     """The page: no scripts, no network."""
-    bad = "" if v.finding == "agrees" else " bad"
-    rows = "".join(
-        f'<tr><td>{escape(e.name)}</td><td class="num">{e.gain:+.0f}</td><td class="num">{e.left:.2f}</td></tr>'
-        for e in v.alike
-    )
-    head = '<tr><th>fault</th><th class="num">nats over rounding</th><th class="num">difference left, x legal</th></tr>'
-    found = f'<h2>What explains it</h2><section><table class="plain">{head}{rows}</table></section>' if rows else ""
+    columns = {"fault": "", "nats over rounding": "num", "difference left, x legal": "num"}
+    rows = [(escape(e.name), f"{e.gain:+.0f}", f"{e.left:.2f}") for e in v.alike]
+    found = section("What explains it", html_table(columns, rows)) if rows else ""
     unseen = [listed("blind to", v.unseen)] if v.unseen else []
     groups = {**grouped(v), "Other batches": list(buckets), "Notes": [*v.notes, *unseen]}
-    lines = "".join(
-        f"<h2>{escape(where)}</h2><section><ul>{''.join(f'<li>{escape(line)}</li>' for line in said)}</ul></section>"
-        for where, said in groups.items() if said
-    )  # fmt: skip
+    lists = [section(where, "<ul>", *(f"<li>{escape(line)}</li>" for line in said), "</ul>")
+             for where, said in groups.items() if said]  # fmt: skip
     mark = "&#10003;" if v.finding == "agrees" else "&#10007;" if v.finding == "diverges" else "?"
-    return (page_head(f"qwen35-moe probe: {v.finding}")
-            + f'<div class="verdict{bad}"><b>{mark} {escape(v.finding.upper())}</b>'
-            f"<p>{escape(v.why)}</p>"
-            f"<p>{escape(_looks(v))}</p></div>{found}{lines}</main></html>\n")  # fmt: skip
+    said = [escape(v.why), escape(_looks(v))]
+    verdict, bad = f"{mark} {escape(v.finding.upper())}", v.finding != "agrees"
+    return page(f"qwen35-moe probe: {v.finding}", verdict, said, bad, found, *lists)

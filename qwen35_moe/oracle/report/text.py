@@ -6,10 +6,8 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 
 from ...numerics.tap_keys import base_name
-from ...run.files import whole
 from ..judge.records import CLASSES, Comparison, Record, ratio_text
 
 SYMBOLS = {"bit-equal": "=", "within rounding": ".", "suspicious": "?", "wrong": "X", "not comparable": "!"}
@@ -31,10 +29,6 @@ def short(tap: str) -> str:
     return SHORT_NAMES.get(tap, tap.removeprefix("moe_").removeprefix("gdn_"))
 
 
-def _times(ratio: float | None, kind: str) -> str:
-    return "" if ratio is None else f", {ratio_text(ratio)} x {kind}"
-
-
 def _outside(records: Iterable[Record]) -> Iterable[tuple[str, str]]:
     """(label, text) of taps outside of the layers. Those of the tower, or of a draft head, that agree share a line."""
     for part, some in groupby(records, key=lambda r: r.key.split(".")[0] if "." in r.key else ""):
@@ -42,8 +36,9 @@ def _outside(records: Iterable[Record]) -> Iterable[tuple[str, str]]:
         if fine := [r for r in found if part and r.cls in ("bit-equal", "within rounding")]:
             yield part, f"{len(fine)} taps within rounding, at most {ratio_text(max(r.ratio or 0.0 for r in fine))} x"
         for r in found:
-            note = f" ({r.note})" if r.note else ""
-            said = f"{r.cls}{_times(r.added, 'added')}{_times(r.inherited, 'inherited')}{note}"
+            ratios = (("added", r.added), ("inherited", r.inherited))
+            said = ", ".join([r.cls, *(f"{ratio_text(ratio)} x {kind}" for kind, ratio in ratios if ratio is not None)])
+            said += f" ({r.note})" if r.note else ""
             if r not in fine:
                 yield (part, f"{r.key.partition('.')[2]}: {said}") if part else (short(r.key), said)
 
@@ -74,11 +69,11 @@ def row_text(record: Record) -> str:
     return f"patch {row}" if record.key.startswith("visual.") else f"sequence {row}, token {token}"
 
 
-def starts(record: Record, most: int = 3) -> str:
+def starts(record: Record) -> str:
     """Where in each sequence a tap's bad rows begin."""
     found = [f"sequence {b}, token {t}" + (f" ({of})" if of else "") for b, t, of in record.starts]
-    more = f" and in {len(found) - most} other sequences" if len(found) > most else ""
-    return f"first bad row: {', '.join(found[:most])}{more}; " if found else ""
+    more = f" and in {len(found) - 3} other sequences" if len(found) > 3 else ""
+    return f"first bad row: {', '.join(found[:3])}{more}; " if found else ""
 
 
 def facts(result: Comparison, most: int = 10) -> list[tuple[str, str]]:
@@ -223,9 +218,3 @@ def _cell(record: Record | None, first: Record | None) -> str:
         return " " * 8
     mark = ">" if record is first else " "
     return f"{mark}{ratio_text(record.ratio):>6}{SYMBOLS[record.cls]}"
-
-
-def write_report(path: str | Path, content: str) -> None:
-    """Write a report as a whole file, or raise an error and write nothing."""
-    with whole(Path(path)) as temporary:
-        temporary.write_text(content, encoding="utf-8", errors="backslashreplace")  # of paths that are not UTF-8
