@@ -13,9 +13,10 @@ from qwen35_moe.errors import Qwen35Error
 from qwen35_moe.oracle.dumps.align import Alignment, align
 from qwen35_moe.oracle.dumps.draft_rows import branches_of
 from qwen35_moe.oracle.dumps.dump import Dump, Piece, StepTokens
-from qwen35_moe.oracle.dumps.match import Matching
+from qwen35_moe.oracle.dumps.match import Matching, match
+from qwen35_moe.oracle.dumps.matched import Matched
 from qwen35_moe.oracle.dumps.readers import read_dump
-from qwen35_moe.oracle.dumps.runs import Run, runs
+from qwen35_moe.oracle.dumps.runs import Run
 from qwen35_moe.oracle.dumps.sequences import sequences_of
 from qwen35_moe.oracle.judge.records import Comparison, Record
 from qwen35_moe.oracle.judge.tokens import engine_positions, judge_positions
@@ -48,12 +49,14 @@ def flat(*runs: tuple[int, list[int]], **fields: object) -> StepTokens:
     return StepTokens(torch.tensor(ids), torch.tensor(positions), **fields)  # type: ignore[arg-type]
 
 
-def matched(truth: Trace, *steps: StepTokens):
-    matching = Matching(dump_of(list(steps)), truth.mask, truth.ids)
-    for run in runs(matching.dump):
-        matching.place(run)
-    matching.second_chance()
-    return matching.result(truth.positions)
+def matched(truth: Trace, *steps: StepTokens) -> Matched:
+    return match(dump_of(list(steps)), truth)
+
+
+def ends(truth: Trace, *steps: StepTokens) -> list[list[list[int]]]:
+    """Of each step: run, and b, t of its last token."""
+    dump = dump_of(list(steps))
+    return [match(dump, truth).ends(dump, step).tolist() for step in range(len(steps))]
 
 
 def test_decode_positions_that_are_one_too_high(truth: Trace) -> None:
@@ -84,7 +87,7 @@ def test_a_window_of_drafts_counts_up_to_its_last_right_token(truth: Trace) -> N
     assert [len(found.where[s]) for s in range(4)] == [8, 1, 2, 1]
     assert found.starts(torch.tensor([[0, 6], [0, 4], [1, 2]])) == [(0, 4, "first after a rejected draft"), (1, 2, "")]
     assert found.firsts[0, 3] == "first of a step" and found.firsts[1, 0] == "first of its sequence"
-    assert found.ends[1].tolist() == [[0, -1, -1]] and found.ends[3].tolist() == [[0, 0, 6]]
+    assert ends(truth, *steps)[1::2] == [[[0, -1, -1]], [[0, 0, 6]]]
     assert [row.tolist() for row in sequences_of(dump_of(steps))][1] == b
 
 
@@ -137,6 +140,8 @@ def test_what_is_absent_is_named(truth: Trace) -> None:
     assert not cached.absent and "first 3 tokens of sequence 0 were cached" in cached.notes[-1]
     wrong = matched(truth, flat((0, [*a[:4], 1, 2, 3]), (0, b)))  # a run that is right up to its fourth token
     assert wrong.absent == ["the last 3 tokens of sequence 0"] and len(wrong.where[0]) == 9
+    wrong = matched(truth, flat((0, [1, 2, 3]), (0, [*a[:4], 1, 2, 3])))  # behind another request
+    assert wrong.where[0].tolist() == [[3 + i, 0, i] for i in range(4)] and "1 runs of other tokens" in wrong.notes[0]
 
 
 def test_packed_rows_are_split_where_positions_go_back(truth: Trace) -> None:
@@ -168,10 +173,9 @@ def test_the_first_bad_row_is_told(truth: Trace) -> None:
 def test_a_step_that_nothing_divides(truth: Trace) -> None:
     """Ids alone, without positions or requests."""
     a, b = SEQUENCES
-    found = matched(
-        truth, StepTokens(torch.tensor(a[:4] + b[:3])), StepTokens(torch.tensor(a[4:])), StepTokens(torch.tensor(b[3:]))
-    )
-    assert not found.absent and found.ends[0].tolist() == [[0, 0, 3], [1, 1, 2]]
+    steps = [StepTokens(torch.tensor(ids)) for ids in (a[:4] + b[:3], a[4:], b[3:])]
+    assert not matched(truth, *steps).absent and ends(truth, *steps)[0] == [[0, 0, 3], [1, 1, 2]]
+    assert ends(truth, StepTokens(torch.tensor([*a, 1, 2, 3])))[0] == [[0, 0, 6], [1, -1, -1]]
 
 
 def test_a_chunk_goes_on_where_its_sequence_stopped() -> None:
@@ -180,7 +184,7 @@ def test_a_chunk_goes_on_where_its_sequence_stopped() -> None:
                                    "mask": [[1] * 5] * 2}]})  # fmt: skip
     run = Run(1, torch.arange(2), torch.tensor([7, 8]), torch.tensor([3, 4]), None)
     for filled, expected in (([0, 3], (1, 3, 2)), ([0, 0], (0, 3, 2))):  # the second: a cached prefix
-        matching = Matching(dump_of([]), truth.mask, truth.ids)
+        matching = Matching(dump_of([]), list(truth.ids))
         matching.filled = filled
         assert matching._find(run) == expected
 

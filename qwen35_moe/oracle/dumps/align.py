@@ -131,8 +131,9 @@ class Alignment:
             return torch.tensor([[at[r], b, t] for r, b, t in table.tolist() if r in at]).reshape(-1, 3)
         if count is None or x.shape[0] == count:
             return table
-        if base_name(source) == "next_token_logits" and x.shape[0] == self.tokens_of.ends[step].shape[0]:
-            return self.tokens_of.ends[step][self.tokens_of.ends[step][:, 1] >= 0]
+        ends = self.tokens_of.ends(self.dump, step)
+        if base_name(source) == "next_token_logits" and len(x) == len(ends):
+            return ends[ends[:, 1] >= 0]
         raise Qwen35Error(f"misshapen: {x.shape[0]} rows for {count} tokens in step {step}")
 
     def _whole(self, key: str, truth: Tensor) -> Pair:
@@ -218,11 +219,11 @@ def _settle(dump: Dump, truth: Trace, matched: Matched) -> list[str]:
 def _after_last_token(dump: Dump, truth: Trace, matched: Matched, key: str) -> bool:
     """Whether a state was dumped where all sequences of the truth end, and not before or behind."""
     step = max(dump.sources[key])
-    if step not in matched.ends or not any(t.ids is not None for t in dump.tokens.values()):
-        return not matched.ends or step == max(matched.ends)
+    if step not in matched.where or not any(t.ids is not None for t in dump.tokens.values()):
+        return step == max(matched.where)
     real = truth.mask.bool()
     last = torch.where(real.any(1), real.shape[1] - 1 - real.flip(1).int().argmax(1), -1)
-    b, t = matched.ends[step][:, 1:].unbind(1)
+    b, t = matched.ends(dump, step)[:, 1:].unbind(1)
     return bool((b >= 0).all() and (t == last[b]).all())
 
 

@@ -46,8 +46,8 @@ Tables = dict[int, Tensor]  # step -> [n, 3] row, b, t
 Places = list[tuple[int, int]]  # (b, t) of each row
 
 
-def by_count(dump: Dump, truth: Trace, only: list[int] | None) -> tuple[Tables, Tables, list[str]]:
-    """Rows of each step, the last tokens of its runs, and notes. The first layout that has as many rows counts: logits
+def by_count(dump: Dump, truth: Trace, only: list[int] | None) -> tuple[Tables, list[str]]:
+    """Rows of each step, and notes. The first layout that has as many rows counts: logits
     of the last tokens; a prefill and decodes; [B, T]; the last steps that together have the truth's tokens."""
     chosen = range(len(truth.ids) - len(branches_in(truth))) if only is None else only
     real = {b: truth.mask[b].bool().nonzero().flatten().tolist() for b in chosen}
@@ -67,17 +67,11 @@ def by_count(dump: Dump, truth: Trace, only: list[int] | None) -> tuple[Tables, 
         found, notes = _in_order(dump, counts, places, len(real)), [f"{told}matched by their number"]
         left_out = len(counts) - len(found)
         notes += [f"{left_out} other steps were left out (warm-up?)"] if left_out else []
-    return found, {step: _ends(table) for step, table in found.items()}, notes
+    return found, notes
 
 
 def _table(places: Places) -> Tensor:
     return torch.tensor([[row, *place] for row, place in enumerate(places)])
-
-
-def _ends(table: Tensor) -> Tensor:
-    """[runs, 3] run, and b, t of its last token."""
-    last = table[torch.cat((table[1:, 1] != table[:-1, 1], torch.tensor([True])))]
-    return torch.cat((torch.arange(len(last))[:, None], last[:, 1:]), 1)
 
 
 def _in_order(dump: Dump, counts: dict[int, int], places: Places, sequences: int) -> Tables:

@@ -9,9 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from .runs import runs
+
+if TYPE_CHECKING:
+    from .dump import Dump
 
 NO_TOKENS = torch.empty(0, 5, dtype=torch.long)
 
@@ -19,7 +26,6 @@ NO_TOKENS = torch.empty(0, 5, dtype=torch.long)
 @dataclass
 class Matched:
     """where      step -> [n, 3]: row in the dump, b, t
-    ends       step -> [runs, 3]: run, and b, t of its last token, or -1 if the truth does not have this token
     drafts     step of a draft head -> [n, 3]: row in the dump, b, t
     branches   sequence that is a branch -> sequence that it leaves, and how many of its tokens it has
     positions  [n, 5]: b, t, the truth's position, the dump's, and the one that its rotary embedding took
@@ -28,7 +34,6 @@ class Matched:
     """
 
     where: dict[int, Tensor] = field(default_factory=dict)
-    ends: dict[int, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     positions: Tensor = field(default_factory=lambda: NO_TOKENS)
     absent: list[str] = field(default_factory=list)
@@ -56,6 +61,17 @@ class Matched:
     def table(self, step: int) -> Tensor:
         """Rows of a step, the target's or a draft head's."""
         return self.where[step] if step in self.where else self.drafts[step]
+
+    def ends(self, dump: Dump, step: int) -> Tensor:
+        """[runs, 3] run, and b, t of its last token, or -1 where the truth does not have this token."""
+        tokens = {row: (b, t) for row, b, t in self.table(step).tolist() if b not in self.branches}
+        told = [(run.rows.tolist(), run.undivided) for run in runs(dump, [step]) if len(run)]
+        found: list[tuple[int, int]] = []
+        for rows, undivided in told or [([*tokens], True)]:
+            found += [tokens[row] for row, after in pairwise(rows) if undivided and row in tokens
+                      and tokens[row][0] != tokens.get(after, (-1, -1))[0]]  # fmt: skip
+            found.append(tokens.get(rows[-1], (-1, -1)))
+        return torch.tensor([[i, *place] for i, place in enumerate(found)])
 
     def starts(self, rows: Tensor) -> list[tuple[int, int, str]]:
         """(b, t, what that token is the first of) where each sequence of rows [n, 2] begins."""
