@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 import qwen35_moe as q
 from qwen35_moe.checkpoint import Checkpoint
@@ -100,6 +100,12 @@ def broken_bytes(chance: Chance, held: bytes) -> bytes:
     return bytes(held)
 
 
+def broken_text(chance: Chance, value: Any, share: float = 0.5) -> bytes:
+    """The value broken, as JSON; in a share of the cases its bytes are broken, too."""
+    text = json.dumps(broken_json(chance, value)).encode()
+    return broken_bytes(chance, text) if chance.random() < share else text
+
+
 def command(*arguments: str) -> int:
     """The exit code of a command. Error unless it ends as a command may."""
     out, err = io.StringIO(), io.StringIO()
@@ -125,14 +131,12 @@ class Surfaces:
         ]
         q.write_truth(self.tiny, IDS, folder / "truth")
         q.play_engine(self.tiny, IDS, folder / "sglang")
-        with contextlib.redirect_stdout(io.StringIO()):
-            main(
-                ["trace", str(self.tiny), "--ids", "1,2,3", "--out", str(folder / "begun"), "--layers", "0", "--quiet"]
-            )
+        command("trace", str(self.tiny), "--ids", "1,2,3", "--out", str(folder / "begun"), "--layers", "0", "--quiet")
         truth = Trace.open(folder / "truth")
         some = {k: truth[k].float() for k in ("layers.0.mlp_output", "layers.1.moe_router_logits", "next_token_logits")}
         (folder / "plain").mkdir()
-        save_file({**some, "input_ids": IDS}, folder / "plain" / "a.safetensors")
+        self.plain = folder / "plain" / "a.safetensors"
+        save_file({**some, "input_ids": IDS}, self.plain)
         np.savez(folder / "plain" / "b.npz", **{k: v.numpy() for k, v in some.items()})
         np.save(folder / "plain" / "c.npy", some["next_token_logits"].numpy())
         torch.save(some, folder / "plain" / "d.pt")
@@ -166,30 +170,29 @@ class Surfaces:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
 
+    def alone(self, name: str, held: bytes) -> Path:
+        """The one file of an empty folder."""
+        self.empty()
+        (self.work / name).write_bytes(held)
+        return self.work / name
+
     def fresh(self, source: Path) -> Path:
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(source, self.work, copy_function=shutil.copy)
         return self.work
 
     def header(self, chance: Chance) -> None:
-        self.empty()
-        save_file(
-            {"model.norm.weight": torch.zeros(4), "lm_head.weight": torch.zeros(2, 4)}, self.work / "model.safetensors"
-        )
-        file = self.work / "model.safetensors"
-        file.write_bytes(broken_bytes(chance, file.read_bytes()))
+        held = save({"model.norm.weight": torch.zeros(4), "lm_head.weight": torch.zeros(2, 4)})
+        self.alone("model.safetensors", broken_bytes(chance, held))
         (self.work / "config.json").write_text("{}")
         Checkpoint.open(self.work)
 
     def index(self, chance: Chance) -> None:
-        self.empty()
-        save_file({"model.norm.weight": torch.zeros(4)}, self.work / "model-00001-of-00001.safetensors")
-        index = {
-            "metadata": {"total_size": 16},
-            "weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"},
-        }
+        name = "model-00001-of-00001.safetensors"
+        index = {"metadata": {"total_size": 16}, "weight_map": {"model.norm.weight": name}}
+        self.alone(name, save({"model.norm.weight": torch.zeros(4)}))
         (self.work / "config.json").write_text("{}")
-        (self.work / "model.safetensors.index.json").write_text(json.dumps(broken_json(chance, index)))
+        (self.work / "model.safetensors.index.json").write_bytes(broken_text(chance, index, 0.0))
         Checkpoint.open(self.work)
 
     def quantisation(self, chance: Chance) -> None:
@@ -198,9 +201,7 @@ class Surfaces:
         decide_layers(config, rule=rule, **switches)
 
     def configuration(self, chance: Chance) -> None:
-        self.empty()
-        text = json.dumps(broken_json(chance, self.config)).encode()
-        (self.work / "config.json").write_bytes(broken_bytes(chance, text) if chance.random() < 0.3 else text)
+        self.alone("config.json", broken_text(chance, self.config, 0.3))
         command("gate", str(self.work), "--config-only", "--all-rules")
         q.Config.from_pretrained(self.work)
 
@@ -211,10 +212,8 @@ class Surfaces:
                 file.write_bytes(broken_bytes(chance, file.read_bytes()))
             else:
                 held = torch.load(file, weights_only=True)
-                torch.save(
-                    {**held, chance.choice(["value", "meta"]): chance.choice([*ODD, torch.zeros(0), torch.ones(3)])},
-                    file,
-                )
+                held[chance.choice(["value", "meta"])] = chance.choice([*ODD, torch.zeros(0), torch.ones(3)])
+                torch.save(held, file)
         self._read(folder)
 
     def odd_tensor(self, chance: Chance) -> None:
@@ -249,10 +248,8 @@ class Surfaces:
         self._read(folder)
 
     def plain_dump(self, chance: Chance) -> None:
-        self.empty()
         source = chance.choice(sorted((self.folder / "plain").iterdir()))
-        (self.work / source.name).write_bytes(broken_bytes(chance, source.read_bytes()))
-        self._read(self.work / source.name)
+        self._read(self.alone(source.name, broken_bytes(chance, source.read_bytes())))
 
     def _read(self, path: Path, **options: Any) -> Any:
         dump = q.read_dump(path, config=self.config["text_config"], **options)
@@ -262,13 +259,8 @@ class Surfaces:
         return q.compare(self.folder / "truth", dump, diagnoses=0)
 
     def name_map(self, chance: Chance) -> None:
-        names = broken_json(
-            chance, {r"layers\.(\d+)\.mlp_output": r"layers.\1.mlp_output", "next_token_logits": "next_token_logits"}
-        )
-        self.empty()
-        text = json.dumps(names).encode()
-        (self.work / "names.json").write_bytes(broken_bytes(chance, text) if chance.random() < 0.5 else text)
-        self._read(self.folder / "plain" / "a.safetensors", name_map=self.work / "names.json")
+        names = {r"layers\.(\d+)\.mlp_output": r"layers.\1.mlp_output", "next_token_logits": "next_token_logits"}
+        self._read(self.plain, name_map=self.alone("names.json", broken_text(chance, names)))
 
     def truth_files(self, chance: Chance) -> None:
         folder = self.fresh(self.folder / "truth")
@@ -277,19 +269,15 @@ class Surfaces:
         file.write_bytes(broken_bytes(chance, before))
         found = command("verify", str(folder))
         assert found == (0 if file.read_bytes() == before else 2), f"verify: {found} of a changed {file.name}"
-        command("compare", str(folder), str(self.folder / "plain/a.safetensors"))
+        command("compare", str(folder), str(self.plain))
 
     def truth_by_hand(self, chance: Chance) -> None:
         self.empty()
         for file in (self.folder / "truth").glob("*.safetensors"):
             (self.work / file.name).symlink_to(file)
         head = json.loads((self.folder / "truth" / "trace.json").read_text())
-        text = json.dumps(broken_json(chance, head)).encode()
-        (self.work / "trace.json").write_bytes(broken_bytes(chance, text) if chance.random() < 0.2 else text)
-        truth = Trace.open(self.work)
-        q.compare(
-            truth, q.read_dump(self.folder / "plain" / "a.safetensors", config=self.config["text_config"]), diagnoses=0
-        )
+        (self.work / "trace.json").write_bytes(broken_text(chance, head, 0.2))
+        q.compare(Trace.open(self.work), q.read_dump(self.plain, config=self.config["text_config"]), diagnoses=0)
 
     def resume_state(self, chance: Chance) -> None:
         folder = self.fresh(self.folder / "begun")
@@ -297,19 +285,13 @@ class Surfaces:
         State("{}").resumed(folder)
 
     def ids_file(self, chance: Chance) -> None:
-        self.empty()
         ids = {"input_ids": [[1, 2, 3], [4, 5]], "attention_mask": [[1, 1, 1], [1, 1]]}
-        text = json.dumps(broken_json(chance, ids)).encode()
-        (self.work / "ids.json").write_bytes(broken_bytes(chance, text) if chance.random() < 0.5 else text)
-        read_ids(str(self.work / "ids.json"), "--ids")
+        read_ids(str(self.alone("ids.json", broken_text(chance, ids))), "--ids")
 
     def server_answer(self, chance: Chance) -> None:
         held = chance.choice(self.answers)
-        if chance.random() < 0.6:
-            held = json.dumps(broken_json(chance, json.loads(held))).encode()
-        else:
-            held = broken_bytes(chance, held)
-        from_bytes(held, "answer")
+        whole = chance.random() < 0.6
+        from_bytes(broken_text(chance, json.loads(held), 0.0) if whole else broken_bytes(chance, held), "answer")
 
     def arguments(self, chance: Chance) -> None:
         names = "info gate compare diagnose verify dump-config trace --ids 1,2 --out -h --json --html --layer 1-3"
