@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from fixture_models import FIXTURES
-from peers.float64 import float64_clean, load_float64
+from peers.float64 import float64_clean
+from peers.transformers_model import load_transformers
 from peers.transformers_parts import image_logits
 from tolerances import FLOAT32_LOG_P, FLOAT64_CLEAN, FLOAT64_REORDERED, IMAGE_LOGITS_FLOAT32
 from torch import Tensor
@@ -66,7 +67,7 @@ def several_images() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_exact_equals_float64_clean_transformers(exact: q.Model) -> None:
     ids, pixels, grids = several_images()
-    theirs = load_float64(FIXTURES / "bf16-hub")
+    theirs = load_transformers(FIXTURES / "bf16-hub", torch.float64)
     with float64_clean(theirs):
         truth = image_logits(theirs, ids, pixels, grids, token_types(ids, IMAGE, VIDEO))
     assert apart(logits_of(exact, ids, pixels, grids), truth) < FLOAT64_CLEAN

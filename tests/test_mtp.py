@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from fixture_models import FIXTURES, read
-from peers.float64 import float64_clean, load_float64
+from peers.float64 import float64_clean
 from peers.transformers_model import load_transformers
 from peers.transformers_parts import load_mtp, mtp_logits
 from tolerances import FLOAT32_LOG_P, FLOAT64_CLEAN, FLOAT64_REORDERED
@@ -72,7 +72,7 @@ def test_float32_equals_transformers(ids: Tensor) -> None:
 
 
 def test_exact_equals_float64_clean_transformers(exact: Pair, ids: Tensor) -> None:
-    theirs = load_float64(FIXTURES / "bf16-hub")
+    theirs = load_transformers(FIXTURES / "bf16-hub", torch.float64)
     draft_model = load_mtp(theirs)
     with float64_clean(theirs):
         truth = mtp_logits(theirs, draft_model.double(), ids)

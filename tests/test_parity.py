@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from peers.capture import capture
-from peers.float64 import float64_clean, load_float64
+from peers.float64 import float64_clean
 from peers.transformers_model import cached, load_transformers, logits_of, new_cache
 from safetensors.torch import load_file, save_file
 from tolerances import (
@@ -43,14 +43,12 @@ def opened(built: Callable[[str], Path]) -> Open:
     return lambda name: FIXTURES / "bf16-hub" if name == "fixture" else built(name)
 
 
+theirs = cache(load_transformers)
+
+
 @cache
 def ours(path: Path, arithmetic: str) -> q.Model:
     return q.load(path, arithmetic=arithmetic, shared_expert="unfused")
-
-
-@cache
-def theirs(path: Path, dtype: torch.dtype):
-    return load_transformers(path, dtype) if dtype is not torch.float64 else load_float64(path)
 
 
 def random_ids(path: Path, *shape: int, seed: int = 0) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from peers.capture import capture
-from peers.float64 import NoNarrowFloat, float64_clean, load_float64
+from peers.float64 import NoNarrowFloat, float64_clean
 from peers.transformers_model import cached, load_transformers, logits_of, new_cache
 from peers.transformers_parts import image_logits, load_mtp, mtp_logits, vision
 from safetensors.torch import load_file
@@ -23,7 +23,7 @@ from qwen35_moe.numerics.metrics import compare_traces, distance, ordinal, rel_l
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 HUB = FIXTURES / "bf16-hub"
 
-load = cache(lambda dtype: load_float64(HUB) if dtype is torch.float64 else load_transformers(HUB, dtype))
+load = cache(partial(load_transformers, HUB))
 
 
 def log_p_distance(a: Tensor, b: Tensor) -> float:
@@ -57,7 +57,7 @@ def test_float64_clean_reproduces_the_fixture(expected: dict[str, Tensor]) -> No
 
 def test_the_proof_finds_the_float32_inside_a_float64_model(expected: dict[str, Tensor]) -> None:
     with pytest.raises(AssertionError, match=r"returned torch\.float32"), NoNarrowFloat():
-        logits_of(load_float64(HUB), expected["ids"][:1].long())
+        logits_of(load_transformers(HUB, torch.float64), expected["ids"][:1].long())
 
 
 def test_float64_clean_wants_a_float64_model() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peers.capture import capture
-from peers.float64 import Widen, float64_clean, load_float64
+from peers.float64 import Widen, float64_clean
 from peers.transformers_model import cached, load_transformers, new_cache, quiet
 from tolerances import FLOAT64_CLEAN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -122,7 +122,7 @@ def test_models_have_the_same_bits_in_bf16(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["yarn", "llama3"])
 def test_models_agree_in_float64(name: str, tmp_path: Path) -> None:
     path = checkpoint(tmp_path, name)
-    ids, peer = torch.arange(90)[None] * 7 % 250, load_float64(path)
+    ids, peer = torch.arange(90)[None] * 7 % 250, load_transformers(path, torch.float64)
     with float64_clean(peer):
         truth = capture(peer, ids)["next_token_logits"]
     plain = q.load(FIXTURE, "exact", "unfused", text_only=True)(ids)

@@ -20,24 +20,12 @@ SUFFIX = re.compile(r"_([A-Z12][A-Za-z12]*)$")
 DIMENSION = re.compile(r"1|(2?)([A-Za-z])")
 
 
-def sizes_of(config: q.Config) -> dict[str, int]:
-    return {
-        "D": config.hidden_size,
-        "V": config.vocab_size,
-        "N": config.num_attention_heads,
-        "G": config.num_key_value_heads,
-        "H": config.head_dim,
-        "J": config.linear_num_value_heads,
-        "M": config.linear_num_key_heads,
-        "K": config.linear_key_head_dim,
-        "P": config.linear_value_head_dim,
-        "C": config.conv_dim,
-        "E": config.num_experts,
-        "A": config.num_experts_per_tok,
-        "F": config.moe_intermediate_size,
-    }
-
-
+SIZES = {
+    "D": "hidden_size", "V": "vocab_size", "N": "num_attention_heads", "G": "num_key_value_heads", "H": "head_dim",
+    "J": "linear_num_value_heads", "M": "linear_num_key_heads", "K": "linear_key_head_dim",
+    "P": "linear_value_head_dim", "C": "conv_dim", "E": "num_experts", "A": "num_experts_per_tok",
+    "F": "moe_intermediate_size",
+}  # fmt: skip
 # Functions in which a letter is free: N is any number of rows in an expert, A also counts the fused slot, W counts the
 # memory of the convolution, which is one less than its taps, H is any head's width in `_chunks`.
 FREE = {"moe.py": "NTA", "router.py": "TAE", "deltanet.py": "HWS"}
@@ -45,7 +33,8 @@ FREE = {"moe.py": "NTA", "router.py": "TAE", "deltanet.py": "HWS"}
 
 class Audit:
     def __init__(self, config: q.Config):
-        self.sizes, self.seen, self.wrong = sizes_of(config), set(), []
+        self.sizes = {letter: getattr(config, name) for letter, name in SIZES.items()}
+        self.seen, self.wrong = set(), []
 
     def __call__(self, frame, event, _):
         if event != "return" or frame.f_code.co_filename not in FILES:
@@ -58,8 +47,7 @@ class Audit:
                 continue
             self.seen.add(f"{file}:{frame.f_code.co_name}:{name}")
             dimensions = [m.groups() for m in DIMENSION.finditer(suffix[1])]
-            found = self.complaint(dimensions, x, known, FREE.get(file, ""))
-            if found:
+            if found := self.complaint(dimensions, x, known, FREE.get(file, "")):
                 self.wrong.append(f"{file}: {frame.f_code.co_name}: {name} is {list(x.shape)}: {found}")
 
     @staticmethod

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-
-from .transformers_model import load_transformers
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,8 +71,3 @@ def float64_clean(model: nn.Module, *, prove: bool = True) -> Iterator[NoNarrowF
                 yield watch
     finally:
         torch.set_default_dtype(default)
-
-
-def load_float64(path: str | Path) -> Any:
-    """`load_transformers` in float64, eager: for use inside `float64_clean`."""
-    return load_transformers(path, torch.float64)
