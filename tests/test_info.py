@@ -4,45 +4,44 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from forked import Child
 
 from qwen35_moe.cli.main import main
 
-Build = Callable[[str], Path]
+MANIFEST = str(Path(__file__).parents[1] / "weights" / "manifests" / "tiny.txt")
 
 
-def info(capsys: pytest.CaptureFixture[str], path: Path, *options: str) -> dict[str, Any]:
-    assert main(["info", str(path), "--json", *options]) == 0
-    return json.loads(capsys.readouterr().out)
+@pytest.fixture
+def info(capsys):
+    """info(path, options) is what the command prints as JSON."""
+
+    def run(path, *options):
+        assert main(["info", str(path), "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
 
 
-@pytest.mark.parametrize(
-    ("recipe", "module", "spec"),
-    [
-        ("tiny", "layers.*.mlp.experts.gate_up_proj", "bf16"),
-        ("tiny-mxfp4", "layers.*.mlp.experts.*.gate_proj", "mxfp4 (block 32)"),
-        ("tiny-gpt-oss", "layers.*.mlp.experts.gate_up_proj", "mxfp4 (block 32)"),
-        ("tiny-compressed-tensors", "layers.*.mlp.experts.*.up_proj", "mxfp4 (block 32)"),
-    ],
-)
-def test_modules_with_formats_and_sizes(
-    built: Build, capsys: pytest.CaptureFixture[str], recipe: str, module: str, spec: str
-) -> None:
-    found = info(capsys, built(recipe))
+@pytest.mark.parametrize(("recipe", "module", "spec"), [
+    ("tiny", "layers.*.mlp.experts.gate_up_proj", "bf16"),
+    ("tiny-mxfp4", "layers.*.mlp.experts.*.gate_proj", "mxfp4 (block 32)"),
+    ("tiny-gpt-oss", "layers.*.mlp.experts.gate_up_proj", "mxfp4 (block 32)"),
+    ("tiny-compressed-tensors", "layers.*.mlp.experts.*.up_proj", "mxfp4 (block 32)"),
+])  # fmt: skip
+def test_modules_with_formats_and_sizes(built, info, recipe, module, spec):
+    found = info(built(recipe))
     rows = {row["module"]: row for row in found["modules"]}
     assert rows[module]["format"] == spec
     headers = sum(8 + int.from_bytes(f.read_bytes()[:8], "little") for f in built(recipe).glob("*.safetensors"))
     assert sum(row["bytes"] for row in found["modules"]) == found["bytes"] - headers
 
 
-def test_gate_and_estimate(built: Build, capsys: pytest.CaptureFixture[str]) -> None:
-    assert info(capsys, built("tiny"))["gate"]["model"]["fused"]
-    found = info(capsys, built("tiny-mxfp4"), "--arithmetic", "float32", "--tokens", "7")
+def test_gate_and_estimate(built, info, capsys):
+    assert info(built("tiny"))["gate"]["model"]["fused"]
+    found = info(built("tiny-mxfp4"), "--arithmetic", "float32", "--tokens", "7")
     assert not found["gate"]["model"]["fused"]
     memory = found["estimate"]["memory"]
     assert memory["packed"] < memory["decoded"]
@@ -59,7 +58,7 @@ def estimates_then_traces(path: str, out: str) -> int:
     return told or traced
 
 
-def test_the_estimates_of_a_trace_hold(built: Build, tmp_path: Path) -> None:
+def test_the_estimates_of_a_trace_hold(built, tmp_path):
     """What is written is known but for a few taps that not every run has; memory is an upper bound."""
     child = Child(tmp_path / "said", estimates_then_traces, str(built("tiny-mxfp4")), str(tmp_path / "t"))
     assert child.wait() == 0
@@ -71,31 +70,27 @@ def test_the_estimates_of_a_trace_hold(built: Build, tmp_path: Path) -> None:
     assert 0.8 * estimate["trace_bytes"] < written < 1.2 * estimate["trace_bytes"]
 
 
-def test_checksums(built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = Path(__file__).parents[1] / "weights" / "manifests" / "tiny.txt"
-    found = info(capsys, built("tiny"), "--verify", "--manifest", str(manifest))
-    assert len(found["checksums"]) > 100 and all(c["ok"] for c in found["checksums"])
-    folder = tmp_path / "damaged"
-    shutil.copytree(built("tiny"), folder)
+def test_checksums(built, info, tmp_path, capsys):
+    for options in (("--verify", "--manifest", MANIFEST), ("--manifest", MANIFEST)):
+        found = info(built("tiny"), *options)
+        assert len(found["checksums"]) > 100 and all(c["ok"] for c in found["checksums"])
+    folder = shutil.copytree(built("tiny"), tmp_path / "damaged")
     file = next(folder.glob("*.safetensors"))
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
-    assert main(["info", str(folder), "--verify", "--manifest", str(manifest)]) == 1
+    assert main(["info", str(folder), "--verify", "--manifest", MANIFEST]) == 1
     assert capsys.readouterr().out.count("DIFFERS") == 1
 
 
-def test_bad_input(tmp_path: Path, built: Build, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", str(tmp_path / "nowhere")]) == 2
-    for tokens in ("0", "99999999999999999999"):
-        assert main(["info", str(built("tiny")), "--tokens", tokens]) == 2
-        assert "nothing to estimate" in capsys.readouterr().err
-    assert main(["info", str(built("tiny")), "--tokens", "1000000000"]) == 0
-
-
-def test_a_manifest_is_verified_or_an_error(tmp_path: Path, built: Build, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = Path(__file__).parents[1] / "weights" / "manifests" / "tiny.txt"
-    assert len(info(capsys, built("tiny"), "--manifest", str(manifest))["checksums"]) > 100
+def test_bad_input(tmp_path, built, capsys):
     (tmp_path / "empty").touch()
-    assert main(["info", str(built("tiny")), "--manifest", str(tmp_path / "empty")]) == 2
-    assert "an empty manifest verifies nothing" in capsys.readouterr().err
+    for options, words in (
+        ([tmp_path / "nowhere"], "no such checkpoint"),
+        ([built("tiny"), "--tokens", 0], "nothing to estimate"),
+        ([built("tiny"), "--tokens", 10**20 - 1], "nothing to estimate"),
+        ([built("tiny"), "--manifest", tmp_path / "empty"], "an empty manifest verifies nothing"),
+    ):
+        assert main(["info", *map(str, options)]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["info", str(built("tiny")), "--tokens", "1000000000"]) == 0

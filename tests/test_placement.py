@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tolerances import FLOAT64_REORDERED
+from traces import Traces
 
 import qwen35_moe as q
 from qwen35_moe.cli.main import main
@@ -144,31 +145,30 @@ def test_maps_that_place_nothing(built: Build, options: dict[str, Any], message:
         q.load(built("tiny"), **options)
 
 
-def test_the_command_line_takes_a_map(built: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_takes_a_map(built, tmp_path, capsys):
     (tmp_path / "map.json").write_text(json.dumps(SPREAD))
-    options = ["--device-map", str(tmp_path / "map.json")]
-    path, ids = str(built("tiny-mxfp4")), ["--ids", "1,2,3,4,5"]
-    trace = ["trace", path, *ids, "--no-envelope", "--quiet", "--mode", "decoded", "--arithmetic", "float32", "--out"]
-    assert main([*trace, str(tmp_path / "plain")]) == 0 == main([*trace, str(tmp_path / "spread"), *options])
-    files = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("plain", "spread")]
-    assert files[0] == files[1] and len(files[0]) > 4
+    options, ids = ["--device-map", str(tmp_path / "map.json")], [1, 2, 3, 4, 5]
+    traces = Traces(built("tiny-mxfp4"), tmp_path, capsys)
+    given = ["--no-envelope", "--mode", "decoded", "--arithmetic", "float32"]
+    traces("plain", ids, *given)
+    traces("spread", ids, *given, *options)
+    assert traces.files("plain") == traces.files("spread") and len(traces.files("plain")) > 4
     printed = []
     for more in ([], options, ["--device-map", "auto"]):
-        capsys.readouterr()
-        assert main(["generate", path, *ids, "--text-only", "--max-new-tokens", "4", "--ignore-stop", *more]) == 0
+        command = ["generate", str(traces.weights), "--ids", "1,2,3,4,5", "--text-only", "--max-new-tokens", "4"]
+        assert main([*command, "--ignore-stop", *more]) == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] == printed[2]
-    assert main(["trace", path, *ids, "--out", str(tmp_path / "o"), "--device-map", "nowhere.json"]) == 2
-    for more in (["auto", "--mode", "stream"], ["auto", "--device", "meta"], ["auto", "--max-memory", ""],
-                 [options[1], "--max-memory", "cpu=1GB"]):  # fmt: skip
-        assert main([*trace, str(tmp_path / "o"), "--device-map", *more]) == 2
-        assert "a bug" not in capsys.readouterr().err
-    assert main([*trace, str(tmp_path / "o"), "--device", "meta"]) == 2
-
-
-def test_limits_say_nothing_without_a_map(built: Build, tmp_path: Path) -> None:
-    limits = ["--max-memory", "cpu=1GB"]
-    assert main(["trace", str(built("tiny")), "--ids", "1", "--out", str(tmp_path / "o"), *limits]) == 2
+    for words, more in (
+        ("no device map", ["--device-map", "nowhere.json"]),
+        ("a streamed model stays on disk", ["--device-map", "auto", "--mode", "stream"]),
+        ("names all devices", ["--device-map", "auto", "--device", "meta"]),
+        ("cannot read a limit", ["--device-map", "auto", "--max-memory", ""]),
+        ("has no limits", [*options, "--max-memory", "cpu=1GB"]),
+        ("no such device here", ["--device", "meta"]),
+        ("a limit without a device map", ["--max-memory", "cpu=1GB"]),
+    ):
+        traces.refuses(words, "o", ids, *given, *more)
 
 
 @pytest.mark.gpu

@@ -118,9 +118,8 @@ def prompt_or_embeds(model: Model, ids: list[int], images: tuple[torch.Tensor, t
         if count := int(placeholders(model.config, prompt).count_nonzero()):
             print(f"no --image: {count} placeholders of images or videos are taken for text", file=sys.stderr)
         return prompt
-    tower: Any = model.visual
-    if tower is not None:
-        ids = place_images(model.config, ids, images[1], tower.config.spatial_merge_size)
+    if model.visual is not None:
+        ids = place_images(model.config, ids, images[1])
     device = model.norm.weight.device
     return embed_prompt(model, torch.tensor([ids], device=device), *(x.to(device) for x in images))
 

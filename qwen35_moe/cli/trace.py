@@ -15,7 +15,6 @@ from torch import Tensor
 from ..checkpoint import Checkpoint
 from ..errors import Qwen35Error
 from ..model.text import Model
-from ..model.vision.config import VisionConfig
 from ..numerics.arithmetics import ARITHMETICS
 from ..numerics.tap_keys import matching, split_patterns
 from ..numerics.tap_table import TAPS
@@ -182,8 +181,7 @@ def pixels_of(args: argparse.Namespace, rows: list[list[int]]) -> Images | None:
         raise Qwen35Error("one prompt with images at a time", where="command line", expected="one prompt")
     config = model_config(Checkpoint.open(args.checkpoint), args.ignore_config_keys)
     if images.image_grid_thw is not None:
-        vision = VisionConfig.from_dict(config.raw.get("vision_config") or {}, config.hidden_size)
-        rows[0] = place_images(config, rows[0], images.image_grid_thw, vision.spatial_merge_size)
+        rows[0] = place_images(config, rows[0], images.image_grid_thw)
     return images
 
 

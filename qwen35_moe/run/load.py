@@ -22,13 +22,14 @@ from ..errors import Qwen35Error
 from ..gate.decide import decide_layers
 from ..model.mtp import MTP
 from ..model.text import Model
-from ..model.vision.tower import VisionConfig, VisionTower
+from ..model.vision.tower import VisionTower
 from ..numerics import arithmetics
 from ..numerics.arithmetics import Arithmetic
 from .experts import fix_threads
 from .fill import fill
 from .origin import HostCheck, Origin, check_default_device, usable
 from .placement import place_model
+from .prompt import vision_of
 from .source import WeightSource
 from .streamed import LAYERS_OF_PART, StreamedEmbedding, StreamedHead, StreamedPart, stream_layers
 from .validate import model_config, validate
@@ -122,14 +123,13 @@ def build_part(
     name: str, source: WeightSource, table: Arithmetic, fused: bool, device: torch.device, mode: str
 ) -> MTP | VisionTower | StreamedPart:
     """The draft head ("mtp"; `fused` is its own) or the vision tower ("visual"), with weights from `source`."""
-    config, vision = source.config, source.config.raw.get("vision_config")
-    if name == "visual" and vision is None:
+    config = source.config
+    if name == "visual" and config.raw.get("vision_config") is None:
         where, do = f"{source.checkpoint.path}: visual.*", "text_only=True leaves the tower out"
         what, expected = "a vision tower without its configuration", "vision_config in config.json"
         raise Qwen35Error(what, where=where, expected=expected, do=do)
-    tower = None if name == "mtp" else VisionConfig.from_dict(vision or {}, config.hidden_size)
     with torch.device("meta"):
-        part = MTP(config, fused) if tower is None else VisionTower(tower)
+        part = MTP(config, fused) if name == "mtp" else VisionTower(vision_of(config))
     if mode == "stream":
         return StreamedPart(name, part, source, table, device)
     if device.type != "meta":

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import Qwen35Error, extra
 from ..model.config import Config
 from ..model.text import Model
+from ..model.vision.config import VisionConfig
 from ..model.vision.positions import check_grids, embed_images, rope_positions, token_types
 from ..numerics import arithmetics
 from ..untrusted import check_regular, parse_json, read_bytes, read_json
@@ -146,14 +147,19 @@ def placeholders(config: Config, ids: Tensor) -> Tensor:
     return token_types(ids, *(i if isinstance(i, int) else -1 for i in (image, video)))
 
 
-def place_images(config: Config, ids: Sequence[int], grids: Tensor, spatial_merge_size: int = 2) -> list[int]:
+def vision_of(config: Config) -> VisionConfig:
+    """What config.json says of the vision tower."""
+    return VisionConfig.from_dict(config.raw.get("vision_config") or {}, config.hidden_size)
+
+
+def place_images(config: Config, ids: Sequence[int], grids: Tensor) -> list[int]:
     """`ids` with one placeholder for each merge block of each image.
 
     `ids` may have them already, or one placeholder for an image (as chat templates write), or none at all: then the
     images, each between its vision_start and vision_end, come before everything else.
     """
-    image = special_id(config, "image")
-    sizes = [t * h * w // spatial_merge_size**2 for t, h, w in check_grids(grids, spatial_merge_size, "image")]
+    image, merged = special_id(config, "image"), vision_of(config).spatial_merge_size
+    sizes = [t * h * w // merged**2 for t, h, w in check_grids(grids, merged, "image")]
     found = list(ids).count(image)
     if not found:
         start, end = special_id(config, "vision_start"), special_id(config, "vision_end")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..checkpoint.weight import StoredWeight
+from ..checkpoint.weight import EXPERT_PROJECTIONS, StoredWeight
 from ..errors import Qwen35Error
 from ..gate.decide import slot_guard
 from ..model.config import Config
@@ -42,9 +42,7 @@ class WeightSource:
         """Where the bytes of `slot` are; nowhere if they are not as stored."""
         if e < self.config.num_experts:
             return self.checkpoint.experts(f"{mlp}.experts").weights(e)
-        if self.online and self.spec(f"{mlp}.experts").kind == "mxfp4":
-            return ()
-        return tuple(self.checkpoint.weight(f"{mlp}.shared_expert.{name}_proj") for name in ("gate", "up", "down"))
+        return () if self._converts(mlp) else tuple(map(self.checkpoint.weight, _shared(mlp)))
 
     def spec(self, module: str) -> ModuleSpec:
         """What the bytes of a module, or of all experts of a layer, are."""
@@ -60,22 +58,22 @@ class WeightSource:
 
     def guard_slot(self, mlp: str) -> None:
         """Error unless the shared expert's bytes are what a slot of the routed experts holds (PR 22948)."""
-        shared = {f"{mlp}.shared_expert.{p}_proj": None for p in ("gate", "up", "down")}
-        stored = {module: self.checkpoint.spec(module) for module in shared}
-        routed = self.spec(f"{mlp}.experts")
-        convert = self.online and routed.kind == "mxfp4"
-        slot_guard(f"{mlp}.experts[{self.config.num_experts}]", routed, stored, convert=convert)
+        stored, slot = {name: self.checkpoint.spec(name) for name in _shared(mlp)}, self.config.num_experts
+        slot_guard(f"{mlp}.experts[{slot}]", self.spec(f"{mlp}.experts"), stored, convert=self._converts(mlp))
+
+    def _converts(self, mlp: str) -> bool:
+        return self.online and self.spec(f"{mlp}.experts").kind == "mxfp4"
 
     def slot(self, mlp: str, e: int) -> PackedExpert:
         """Expert e of the MoE block `mlp`; number E is the shared one."""
         if e < self.config.num_experts:
             return self.checkpoint.experts(f"{mlp}.experts").read(e)
-        parts = [self.weight(f"{mlp}.shared_expert.{name}_proj") for name in ("gate", "up", "down")]
-        if self.online and self.spec(f"{mlp}.experts").kind == "mxfp4":
-            converted = list(parts)
-            for i, part in enumerate(parts):
-                if not isinstance(part, PackedMXFP4):  # scale rule "even", as SGLang's online conversion
-                    converted[i] = PackedMXFP4(*encode(part.decode(torch.float32), "even"))
+        parts = [self.weight(name) for name in _shared(mlp)]
+        if self._converts(mlp):  # scale rule "even", as SGLang's online conversion
+            converted: list[Packed] = [
+                x if isinstance(x, PackedMXFP4) else PackedMXFP4(*encode(x.decode(torch.float32), "even"))
+                for x in parts
+            ]
             if mlp not in self.conversion:  # a streamed model comes here at every pass
                 new, old = ([part.decode(torch.float64) for part in some] for some in (converted, parts))
                 size = sum(float(x.square().sum()) for x in old)
@@ -83,6 +81,10 @@ class WeightSource:
                 self.conversion[mlp] = (error / size) ** 0.5 if size else 0.0
             parts = converted
         return fuse(*parts)
+
+
+def _shared(mlp: str) -> list[str]:
+    return [f"{mlp}.shared_expert.{name}" for name in EXPERT_PROJECTIONS]
 
 
 def fuse(gate_proj: Packed, up_proj: Packed, down_proj: Packed) -> PackedExpert:

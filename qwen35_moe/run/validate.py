@@ -22,6 +22,7 @@ from ..model.config import FULL, Config
 from ..model.mtp import MTP
 from ..model.text import Layer, Model
 from ..model.vision.tower import VisionConfig, VisionTower
+from .prompt import vision_of
 
 Shape = tuple[int, ...]
 SHOWN_PROBLEMS, ENOUGH_PROBLEMS = 6, 1000
@@ -145,7 +146,7 @@ def _vision_config(ck: Checkpoint, config: Config) -> VisionConfig | None:
         return None
     if not isinstance(raw, Mapping):
         raise Qwen35Error("bad value", where="config.json: vision_config", expected="an object", found=repr(raw)[:200])
-    return VisionConfig.from_dict(raw, config.hidden_size)
+    return vision_of(config)
 
 
 def _check_tensor(ck: Checkpoint, name: str, shape: tuple[int, ...]) -> Iterable[str]:

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ..errors import Qwen35Error
 from ..model.config import Config
-from ..model.vision.config import VisionConfig
 from ..model.vision.positions import rope_positions
 from ..run.files import tensors_sha256
-from ..run.prompt import Images, placeholders, special_id
+from ..run.prompt import Images, placeholders, special_id, vision_of
 from ..untrusted import tensor_file
 from .file import Trace
 
@@ -42,9 +41,8 @@ def read_images(path: str | Path) -> Images:
 
 def axes_of(config: Config, ids_BT: Tensor, mask: Tensor | None, images: Images) -> Tensor:
     """[3, B, T] the positions of a prompt with images."""
-    vision = VisionConfig.from_dict(config.raw.get("vision_config") or {}, config.hidden_size)
-    types_BT, grids = placeholders(config, ids_BT), (images.image_grid_thw, images.video_grid_thw)
-    return rope_positions(types_BT, *grids, mask, vision.spatial_merge_size)
+    types_BT, merged = placeholders(config, ids_BT), vision_of(config).spatial_merge_size
+    return rope_positions(types_BT, images.image_grid_thw, images.video_grid_thw, mask, merged)
 
 
 def axes_in(trace: Trace) -> Tensor | None:
