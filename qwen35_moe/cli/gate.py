@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import fields
 from functools import cache
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from ..errors import Qwen35Error
 from ..gate.decide import NEWEST, RULES, VARIANTS, Options, decide_layers, hazards, rule_named, summarise
 from ..gate.declared import with_hf_quant_config
-from ..gate.records import GateModel
-from ..quant.precision import ModuleSpec
+from ..gate.records import GateModel, SpecLookup
 from ..untrusted import read_json
 
-Lookup = Callable[[str], ModuleSpec | None]
 Variant = tuple[str, str, dict[str, Any]]  # label, rule, the options that make it
 RULE_NAMES = ", ".join((*RULES, *(f"{name} ({rule})" for name, rule in NEWEST.items())))
 
@@ -33,14 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
                         help=f"apply this engine's rule: {RULE_NAMES} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--all-rules", action="store_true", help="show every engine's rule, and what breaks")
     parser.add_argument("--json", action="store_true", help="print the records as JSON")
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a setting of the engine, for example a2a_backend=mori; one of "
-        + ", ".join(f.name for f in fields(Options)),
-    )
+    settings = ", ".join(f.name for f in fields(Options))
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
+                        help=f"a setting of the engine, for example a2a_backend=mori; one of {settings}")  # fmt: skip
     parser.add_argument("--config-only", action="store_true", help="read config.json alone, no tensors")
 
 
@@ -50,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     config, stored, source = config_and_specs(Path(args.path), args.config_only)
     rule = rule_named(args.rule)
     chosen: Iterable[Variant] = VARIANTS if args.all_rules else ((rule, rule, {}),)
-    model = GateModel.from_config(config)
-    results = [result_of(model, stored, variant, options) for variant in chosen]
+    model = GateModel.from_config(config, stored=stored)
+    results = [result_of(model, variant, options) for variant in chosen]
     if args.json:
         print(json.dumps({"type": "gate", "path": args.path, "decided_by": source, "rules": results}))
     else:
@@ -64,23 +58,17 @@ def run(args: argparse.Namespace) -> int:
 def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
     """`NAME=VALUE` pairs, typed as the fields of `Options` are."""
     types = {f.name: type(f.default) for f in fields(Options)}
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": True}
     found: dict[str, Any] = {}
-    for pair in pairs:
-        name, _, text = pair.partition("=")
-        name = name.replace("-", "_")
-        kind = types.get(name, str)
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": True}
-        value: Any = text
-        if kind is bool:
-            value = words.get(text.lower(), text)
-        elif kind is int and text.isdigit():
-            value = int(text)
-        found[name] = value
+    for name, _, text in (pair.partition("=") for pair in pairs):
+        kind = types.get(name := name.replace("-", "_"))
+        number = kind is int and text.isdigit()
+        found[name] = words.get(text.lower(), text) if kind is bool else int(text) if number else text
     Options.from_kwargs(found)
     return found
 
 
-def config_and_specs(path: Path, config_only: bool = False) -> tuple[dict[str, Any], Lookup | None, str]:
+def config_and_specs(path: Path, config_only: bool = False) -> tuple[dict[str, Any], SpecLookup | None, str]:
     """(config.json, lookup of stored specs or None, in words what decides)."""
     has_tensors = path.suffix == ".safetensors" or path.is_dir() and any(path.glob("*.safetensors"))
     if has_tensors and not config_only:
@@ -89,10 +77,9 @@ def config_and_specs(path: Path, config_only: bool = False) -> tuple[dict[str, A
         try:
             checkpoint = Checkpoint.open(path)
         except Qwen35Error as error:
-            advice = "; ".join(filter(None, [error.do, "--config-only judges by config.json alone"]))
-            raise Qwen35Error(
-                error.what, where=error.where, expected=error.expected, found=error.found, do=advice
-            ) from error
+            said = {key: getattr(error, key) for key in ("what", "where", "expected", "found")}
+            do = "; ".join(filter(None, [error.do, "--config-only judges by config.json alone"]))
+            raise Qwen35Error(**said, do=do) from error
         # Every rule asks about the same modules, and a layer of 512 experts takes a while.
         return dict(checkpoint.config), cache(checkpoint.spec), "the tensors' dtypes and scales"
     file = path / "config.json" if path.is_dir() else path
@@ -105,12 +92,11 @@ def config_and_specs(path: Path, config_only: bool = False) -> tuple[dict[str, A
     return config, None, "the configuration alone (no tensors)"
 
 
-def result_of(model: GateModel, stored: Lookup | None, variant: Variant, given: dict[str, Any]) -> dict[str, Any]:
+def result_of(model: GateModel, variant: Variant, given: dict[str, Any]) -> dict[str, Any]:
     label, rule, switches = variant
     options = given | switches
-    layers = decide_layers(model, rule=rule, stored=stored, **options)
-    breaks = hazards(model, None, layers, stored)
-    answer = summarise(layers, rule)
+    layers = decide_layers(model, rule=rule, **options)
+    breaks, answer = hazards(model, None, layers), summarise(layers, rule)
     records = [d.to_dict() | {"breaks": breaks.get(d.layer), "text": str(d)} for d in layers]
     return {"rule": rule, "variant": label, "options": options, "model": answer.to_dict(), "layers": records}
 
@@ -118,13 +104,9 @@ def result_of(model: GateModel, stored: Lookup | None, variant: Variant, given: 
 def lines_of(result: dict[str, Any], brief: bool) -> list[str]:
     """One line for layers that agree, then the deciding entry, warnings, and what would break."""
     lines = []
-
-    def alike(record: dict[str, Any]) -> tuple[Any, ...]:
-        draft, breaks = record["layer"].startswith("mtp."), record["breaks"]
-        return draft, record["fused"], record["online"], record["starts"], record["reason"], breaks is not None
-
-    for _, group in groupby(result["layers"], key=alike):
-        records = list(group)
+    told = itemgetter("fused", "online", "starts", "reason")
+    alike = groupby(result["layers"], key=lambda r: (told(r), r["layer"].startswith("mtp."), r["breaks"] is not None))
+    for records in (list(group) for _, group in alike):
         first = records[0]
         name = first["layer"] if len(records) == 1 else f"{first['layer']}-{records[-1]['layer'].rpartition('.')[2]}"
         word = "online" if first["online"] else "fused" if first["fused"] else "unfused"

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..errors import Qwen35Error
+from ..gate.decide import VARIANTS
 from ..gate.records import GateModel
 from ..model.config import FULL
 from ..oracle.judge.envelope import legal
@@ -63,7 +64,7 @@ def checkpoint_facts(
         "experts": config.num_experts,
         "experts_per_token": config.num_experts_per_tok,
         "modules": rows,
-        "gate": result_of(GateModel.from_config(checkpoint.config), checkpoint.spec, ("strict", "strict", {}), {}),
+        "gate": result_of(GateModel.from_config(checkpoint.config, stored=checkpoint.spec), VARIANTS[0], {}),
         "estimate": estimate(checkpoint, config, rows, tokens, arithmetic),
     }
 

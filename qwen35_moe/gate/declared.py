@@ -87,11 +87,6 @@ class QuantConfig(Declared):
             self.views[key] = make()
         return self.views[key]
 
-    @property
-    def is_read(self) -> bool:
-        """Whether the method is known, so that `spec_of` says more than that something is quantised."""
-        return self.method in DIALECT_READERS or self.method == "none"
-
     @cached_property
     def layer_index(self) -> EntryIndex:
         return EntryIndex([pattern for pattern, _ in self.layers], [spec for _, spec in self.layers])

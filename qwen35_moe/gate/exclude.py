@@ -68,12 +68,6 @@ def shapes_of(entry: str) -> tuple[str, str]:
     return shape_of(entry), shape_of(max(runs_of(entry), key=len, default=""))
 
 
-def may_match(entry: str, shape: str) -> bool:
-    """Whether an entry may name a module of this shape, or begin with its name, or contain it."""
-    whole, run = shapes_of(entry)
-    return run in shape or shape in whole
-
-
 class EntryIndex:
     """The entries of one list, by the numbers that they require.
 
@@ -124,14 +118,15 @@ class EntryIndex:
         return self._merged(self._fit(key, name) for key in _keys(layer, expert))
 
     def _fit(self, key: Numbers, name: str) -> list[int]:
-        """The entries under a key that may match names of this shape; all of a short list."""
+        """The entries under a key that may match, begin with or contain names of this shape; all of a short list."""
         indices = self._by.get(key, [])
         if len(indices) < FEW:
             return indices
-        at = key, shape_of(name)
-        if at not in self._fitting:
-            self._fitting[at] = [i for i in indices if may_match(self.entries[i], at[1])]
-        return self._fitting[at]
+        shape = shape_of(name)
+        if (key, shape) not in self._fitting:
+            shapes = ((i, *shapes_of(self.entries[i])) for i in indices)
+            self._fitting[key, shape] = [i for i, whole, run in shapes if run in shape or shape in whole]
+        return self._fitting[key, shape]
 
     def _merged(self, lists: Iterable[list[int]]) -> Iterator[tuple[int, str]]:
         found = [indices for indices in lists if indices]

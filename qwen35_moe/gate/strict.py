@@ -6,7 +6,7 @@ readings of the exclude list agree about it. Where list and bytes disagree, the 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from ..errors import Qwen35Error
 from ..quant.precision import BF16, UNSTATED, ModuleSpec
 from .common import Answers, refuse_sizes
 from .declared import QuantConfig, Resolution
+from .dialects import DIALECT_READERS
 from .exclude import Hit, numbers_of, numbers_required
 from .names import tells_experts_apart
 from .records import PROJECTIONS, Evidence, GateModel, MoEBlock, Options, SpecLookup, no, yes
@@ -42,22 +43,14 @@ class ModuleFacts(NamedTuple):
         return self.stored or self.declared.spec
 
 
-class LayerFacts(NamedTuple):
-    """The modules of one MoE block that would lie in one tensor if the shared expert is fused."""
+def layer_facts(model: GateModel, layer: MoEBlock) -> tuple[list[ModuleFacts], list[ModuleFacts]]:
+    """(shared, routed): the modules of one MoE block that would lie in one tensor if the shared expert is fused.
 
-    shared: Sequence[ModuleFacts]
-    routed: Sequence[ModuleFacts]
-
-
-def layer_facts(model: GateModel, layer: MoEBlock) -> LayerFacts:
-    """The facts of one layer, declared as the tool that wrote the exclude list reads it.
-
-    Collected once: `hazards` judges all rules by them.
+    Declared as the tool that wrote the exclude list reads it. Collected once: `hazards` judges all rules by them.
     """
 
-    def collected() -> LayerFacts:
-        shared = [_facts(name, model.quant, model.stored) for name in layer.shared]
-        return LayerFacts(shared, _routed(model, layer))
+    def collected() -> tuple[list[ModuleFacts], list[ModuleFacts]]:
+        return [_facts(name, model.quant, model.stored) for name in layer.shared], _routed(model, layer)
 
     return model.quant.view((layer, model.num_experts, model.stored), collected)
 
@@ -65,17 +58,14 @@ def layer_facts(model: GateModel, layer: MoEBlock) -> LayerFacts:
 def _facts(name: str, quant: QuantConfig, stored: SpecLookup | None) -> ModuleFacts:
     declared, parts = quant.spec_of(name), name.split(".")
     block = ".".join(parts[: parts.index("mlp") + 2])  # `….mlp.experts` or `….mlp.shared_expert`
-    readings = [_as_read(name, block, quant.read_as(reader)) for reader in OTHER_READINGS.get(quant.method, ())]
+    readings = []
+    for other in map(quant.read_as, OTHER_READINGS.get(quant.method, ())):
+        own, whole = other.spec_of(name), other.spec_of(block)  # engines ask for all experts as one
+        readings.append(whole if whole.hit.entry and not own.hit.entry else own)
     if hit := quant.view(block, lambda: _block_above(block, quant)):
         readings.append(Resolution(BF16, hit))
     second = next((reading for reading in readings if reading.spec != declared.spec), None)
     return ModuleFacts(name, declared, second, stored(name) if stored else None)
-
-
-def _as_read(name: str, block: str, other: QuantConfig) -> Resolution:
-    """What an engine takes a module for: it asks for all experts as one, so an entry for the block counts as well."""
-    own, whole = other.spec_of(name), other.spec_of(block)
-    return whole if whole.hit.entry and not own.hit.entry else own
 
 
 def _block_above(block: str, quant: QuantConfig) -> Hit | None:
@@ -139,15 +129,15 @@ def strict(model: GateModel, layer: MoEBlock, options: Options) -> Answers:
     if options.disable_shared_experts_fusion:
         yield no("fusion is switched off")
     yield from refuse_sizes(model)
-    if model.stored is None and not model.quant.is_read:
+    if model.stored is None and model.quant.method not in ("none", *DIALECT_READERS):
         what = "what the quantisation does to a module is not known, and no bytes were given"
         yield no(what, model.quant.default_from)
     try:
-        facts = layer_facts(model, layer)
+        shared, routed = layer_facts(model, layer)
     except Qwen35Error as error:
         yield no("a module has no single spec", Evidence(f"{error.where}: {error.what}", "warning"))
         return
-    evidence, everything = [*_entries(facts), *_warnings(facts)], (*facts.shared, *facts.routed)
+    evidence, everything = [*_entries(shared, routed), *_warnings(shared), *_warnings(routed)], (*shared, *routed)
     missing = [f.name for f in everything if f.stored is None]
     if model.stored and missing:
         yield no("a tensor is missing from the checkpoint", Evidence(missing[0], "warning"), *evidence)
@@ -157,25 +147,24 @@ def strict(model: GateModel, layer: MoEBlock, options: Options) -> Answers:
             why = "readers of the exclude list disagree, and no bytes were given to settle it"
             yield no(why, Evidence(text, "warning"), *evidence)
     source = "in the bytes" if model.stored else "by the configuration; no bytes were seen"
-    shared, routed = facts.shared[0].spec, facts.routed[0].spec
-    for group, what in ((facts.routed, "the routed experts"), (facts.shared, "the shared expert's projections")):
-        if odd := next((f for f in group if not f.spec.same_bytes(group[0].spec)), None):
-            yield no(
-                f"{what} are not alike", f"{group[0].name} is {group[0].spec}, {odd.name} is {odd.spec}", *evidence
-            )
-    if not shared.same_bytes(routed):
-        yield no(f"the shared expert is {shared.kind}, the routed experts are {routed.kind}, {source}", *evidence)
+    one, other = shared[0].spec, routed[0].spec
+    for group, what in ((routed, "the routed experts"), (shared, "the shared expert's projections")):
+        for odd in (f for f in group if not f.spec.same_bytes(group[0].spec)):
+            text = f"{group[0].name} is {group[0].spec}, {odd.name} is {odd.spec}"
+            yield no(f"{what} are not alike", text, *evidence)
+    if not one.same_bytes(other):
+        yield no(f"the shared expert is {one.kind}, the routed experts are {other.kind}, {source}", *evidence)
     inputs = {f.declared.spec.activation for f in everything if not f.declared.spec.is_float}
-    if len(inputs) > 1 and not shared.is_float:
+    if len(inputs) > 1 and not one.is_float:
         why, found = "the inputs of shared and routed experts are quantised differently", sorted(map(str, inputs))
         yield no(why, " and ".join(found), *evidence)
-    yield yes(f"shared and routed experts are both {shared.kind}, {source}", *evidence)
+    yield yes(f"shared and routed experts are both {one.kind}, {source}", *evidence)
 
 
-def _entries(facts: LayerFacts) -> list[Evidence]:
+def _entries(shared: list[ModuleFacts], routed: list[ModuleFacts]) -> list[Evidence]:
     """The entries behind the declared specs, each once, the shared expert's first."""
     found: dict[object, Evidence] = {}
-    for who, group in (("shared", facts.shared), ("routed", facts.routed)):
+    for who, group in (("shared", shared), ("routed", routed)):
         for fact in group:
             hit, said = fact.declared.hit, f"{who}: {fact.declared.spec.kind}"
             evidence = Evidence.of(hit, said, "entry" if hit.entry else "fact")
@@ -183,18 +172,14 @@ def _entries(facts: LayerFacts) -> list[Evidence]:
     return sorted(found.values(), key=lambda e: e.kind != "entry")[:4]
 
 
-def _warnings(facts: LayerFacts) -> list[Evidence]:
-    """One warning per group where the declared precision is not the stored one."""
-    warnings = []
-    for group in (facts.shared, facts.routed):
-        wrong = [(f, f.stored) for f in group if f.stored and not agree(f.declared.spec, f.stored)]
-        if wrong:
-            (f, real), hit = wrong[0], wrong[0][0].declared.hit
-            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            by = hit if hit.entry else f"{hit}, no entry names it"
-            text = f"{f.name}{more} is {real.kind} in the bytes, but {f.declared.spec.kind} by {by}"
-            warnings.append(Evidence(text, "warning", hit.entry, hit.index, hit.list))
-    return warnings
+def _warnings(group: list[ModuleFacts]) -> Iterator[Evidence]:
+    """One warning if there are modules whose declared spec is not the stored one."""
+    wrong = [(f, f.stored) for f in group if f.stored and not agree(f.declared.spec, f.stored)]
+    for f, real in wrong[:1]:
+        hit, more = f.declared.hit, f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        by = hit if hit.entry else f"{hit}, no entry names it"
+        text = f"{f.name}{more} is {real.kind} in the bytes, but {f.declared.spec.kind} by {by}"
+        yield Evidence(text, "warning", hit.entry, hit.index, hit.list)
 
 
 def agree(declared: ModuleSpec, stored: ModuleSpec) -> bool:

@@ -8,9 +8,10 @@ each, as it comes and with the switches that its users turn (`gate.decide.VARIAN
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from typing import Any
 
 from ..checkpoint import Checkpoint
@@ -22,7 +23,7 @@ from ..gate.declared import QuantConfig
 from ..gate.records import GateModel
 from ..gate.strict import agree
 from ..model.config import Config
-from ..quant.precision import BF16, ModuleSpec
+from ..quant.precision import BF16
 from .lint_files import Finding, check_files, check_ids
 from .validate import model_config, validate
 
@@ -44,11 +45,10 @@ def lint(
     layouts = {checkpoint.layout(module): roles for module, roles in checkpoint.modules.items()}
     foreign = any(foreign_spec(roles) for roles in layouts.values())
     try:
-        config: Config | None = model_config(checkpoint, ignore_config_keys)
+        config = model_config(checkpoint, ignore_config_keys)
     except Qwen35Error as error:
         found.append(_as_finding("config", error))
-        config = None
-    if config is not None:
+    else:
         found += [] if foreign or found else _complete(checkpoint, config)
         found += check_ids(checkpoint, config)
     found += _names(checkpoint)
@@ -88,9 +88,8 @@ def _complete(checkpoint: Checkpoint, config: Config) -> Iterator[Finding]:
             yield _as_finding("tensors", trunk)
             return
         yield _as_finding("draft-head" if "mtp." in str(error) else "tensors", error)
-    if isinstance(config.raw.get("vision_config"), dict) and not any(
-        n.startswith("visual.") for n in checkpoint.tensors
-    ):
+    tower = any(name.startswith("visual.") for name in checkpoint.tensors)
+    if isinstance(config.raw.get("vision_config"), dict) and not tower:
         text = "a vision tower is announced, and none is stored: engines leave its weights as they were allocated"
         yield Finding("warning", "vision-tower", "config.json: vision_config", text)
     stored = any(name.startswith("mtp.") for name in checkpoint.tensors)
@@ -102,19 +101,17 @@ def _complete(checkpoint: Checkpoint, config: Config) -> Iterator[Finding]:
 def _names(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Prefixes that are read here and by no engine (transformers 45216)."""
     repeated = re.compile(r"(model\.)?language_model\.(language_model|model\.language_model)\.")
-    odd = next((stored for stored in checkpoint.tensors.values() if repeated.match(stored.raw_name)), None)
-    if odd is not None:
-        yield Finding(
-            "error", "prefix", odd.where, "the prefix is repeated; loaders of engines drop such tensors", "all"
-        )
+    text = "the prefix is repeated; loaders of engines drop such tensors"
+    odd = (stored for stored in checkpoint.tensors.values() if repeated.match(stored.raw_name))
+    yield from (Finding("error", "prefix", stored.where, text, "all") for stored in islice(odd, 1))
 
 
 def _gate(checkpoint: Checkpoint, engines: tuple[str, ...]) -> Iterator[Finding]:
-    model, stored = GateModel.from_config(checkpoint.config), cache(checkpoint.spec)
+    model = GateModel.from_config(checkpoint.config, stored=cache(checkpoint.spec))
     labels: dict[tuple[str, str, str], list[str]] = {}  # (rule, layer, text) -> the variants of engines that do so
     for label, rule, options in VARIANTS:
         if rule in {NEWEST[engine] for engine in engines}:
-            for found in _variant(model, stored, rule, options):
+            for found in _variant(model, rule, options):
                 labels.setdefault(found, []).append(label)
     for (what, layer, text), names in labels.items():
         level = "error" if any(name in RULES for name in names) else "warning"  # with a switch only
@@ -123,17 +120,15 @@ def _gate(checkpoint: Checkpoint, engines: tuple[str, ...]) -> Iterator[Finding]
     yield from _input_scales(checkpoint, model.quant)
 
 
-def _variant(
-    model: GateModel, stored: Callable[[str], ModuleSpec | None], rule: str, options: dict[str, Any]
-) -> Iterator[tuple[str, str, str]]:
+def _variant(model: GateModel, rule: str, options: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(rule of the lint, layer, text): why an engine would not start, or what its loader would spoil."""
-    decisions = decide_layers(model, rule=rule, stored=stored, **options)
+    decisions = decide_layers(model, rule=rule, **options)
     if (stop := next((d for d in decisions if not d.starts), None)) is not None:
         unread = any(e.kind == "format" for e in stop.evidence)  # the engine's lack, not the checkpoint's fault
         why = "; ".join(map(str, stop.evidence[:1]))
         yield "unread" if unread else "start", stop.layer, f"does not start: {stop.reason} ({why})"
         return
-    broken = hazards(model, None, decisions, stored)
+    broken = hazards(model, None, decisions)
     for part in ("layers.", "mtp."):
         if hit := [name for name in broken if name.startswith(part)]:
             more = f" (and {len(hit) - 1} layers like it)" if len(hit) > 1 else ""
