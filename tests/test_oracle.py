@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,6 +26,7 @@ from qwen35_moe.oracle.dumps.pair import Pair
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.dumps.writers import DUMPED
 from qwen35_moe.oracle.judge.conclude import compare_logits
+from qwen35_moe.oracle.judge.diagnosis import Weight
 from qwen35_moe.oracle.judge.envelope import LIMIT, Norms, envelope, judge, legal
 from qwen35_moe.oracle.judge.envelope_file import write_envelope
 from qwen35_moe.oracle.judge.records import Comparison, Record
@@ -40,47 +41,64 @@ from qwen35_moe.oracle.report import text as report
 from qwen35_moe.oracle.truth import open_checkpoint, write_truth
 from qwen35_moe.quant.layouts import shuffle_scales, shuffle_weight
 from qwen35_moe.run.load import load
+from qwen35_moe.run.source import WeightSource
 from qwen35_moe.trace.file import Trace
 from qwen35_moe.trace.recorder import trace
 
 IDS = (torch.arange(24) * 7919 % 251).view(4, 6)
 
 
-@pytest.fixture(scope="module")
-def truth(small: Callable[..., Path]) -> Trace:
-    path = small("tiny-mxfp4", 4)
-    found = trace(load(path, text_only=True), IDS, taps=DUMPED)
-    write_envelope(found, [load(path, table, "unfused", text_only=True) for table in legal("exact")])
-    return found
+class Bench:
+    """A checkpoint, the truth of IDS with its envelope, and a clean engine."""
+
+    def __init__(self, path: Path):
+        self.path, self.source = path, open_checkpoint(path)[1].source
+        self.truth = self.exact(DUMPED)
+        write_envelope(self.truth, [load(path, table, "unfused", text_only=True) for table in legal("exact")])
+        self.engine = self.run()
+
+    def exact(self, taps: str, ids: torch.Tensor = IDS, **options: Any) -> Trace:
+        return trace(load(self.path, text_only=True), ids, taps=taps, **options)
+
+    def run(self, taps: str = DUMPED, replay: Sequence[Handler] = (), ids: torch.Tensor = IDS) -> Trace:
+        """The engine, with faults."""
+        return trace(load(self.path, "sglang-bf16", "unfused", text_only=True), ids, taps=taps, replay=replay)
+
+    def fault(self, name: str, layer: int, expert: int = 0) -> list[Handler]:
+        place = FaultSite(self.source.config, self.truth.positions, frozenset({layer}), expert)
+        return [handler for f in FAULTS if f.name == name for handler in f.handlers(place)]
+
+    def changed(self, values: Mapping[str, torch.Tensor | None]) -> Dump:
+        """The clean engine's dump with some of its tensors replaced, or left out (None)."""
+        memory = {**self.engine.memory, **values}
+        sites = {key: site for key, site in self.engine.sites.items() if memory[key] is not None}
+        return from_trace(Trace(sites, self.engine.meta, memory={key: memory[key] for key in sites}))
+
+    def compare(self, values: Mapping[str, torch.Tensor | None], **options: Any) -> Comparison:
+        return compare(self.truth, self.changed(values), self.source, **{"diagnoses": 0, **options})
+
+
+def record(found: Comparison, key: str) -> Record:
+    return next(r for r in found.records if r.key == key)
+
+
+WITHOUT_IDS = {f"layers.{i}.moe_topk_ids": None for i in range(4)}
 
 
 @pytest.fixture(scope="module")
-def engine(small: Callable[..., Path]) -> Trace:
-    return trace(load(small("tiny-mxfp4", 4), "sglang-bf16", "unfused", text_only=True), IDS, taps=DUMPED)
-
-
-@pytest.fixture(scope="module")
-def source(small: Callable[..., Path]):
-    return open_checkpoint(small("tiny-mxfp4", 4))[1].source
-
-
-def changed(run: Trace, **values: torch.Tensor) -> Dump:
-    """A dump of a run with some of its tensors replaced (keys with __ for dots; None leaves one out)."""
-    new = {k.replace("__", "."): v for k, v in values.items()}
-    kept = {k: v for k, v in run.sites.items() if new.get(k, 0) is not None}
-    return from_trace(Trace(kept, run.meta, memory={**run.memory, **{k: v for k, v in new.items() if v is not None}}))
+def bench(small: Callable[..., Path]) -> Bench:
+    return Bench(small("tiny-mxfp4", 4))
 
 
 def noise(shape: tuple[int, ...], size: float) -> torch.Tensor:
     return size * torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-def test_placeholders_of_images_are_pointed_out(small: Callable[..., Path], source) -> None:
+def test_placeholders_of_images_are_pointed_out(bench: Bench) -> None:
     """An engine that saw the image is right, and diverges."""
     ids = torch.tensor([[3, 250, 252, 252, 251], [7, 5, 253, 9, 252]])
-    model = load(small("tiny-mxfp4", 4), text_only=True)
-    run = trace(model, ids, taps=DUMPED, attention_mask=torch.tensor([[1] * 5, [1] * 4 + [0]]))
-    notes = compare(run, from_trace(run), source).notes
+    run = bench.exact(DUMPED, ids, attention_mask=torch.tensor([[1] * 5, [1] * 4 + [0]]))
+    notes = compare(run, from_trace(run), bench.source).notes
     assert notes == ["3 placeholders of images or videos: the truth takes them for text"]
 
 
@@ -145,19 +163,18 @@ def test_routing_compares_sets_and_weighs_margins() -> None:
     assert not tie.illegal and len(tie.flips) == 1
 
 
-def test_ids_that_are_none_are_where_the_report_says(truth: Trace, engine: Trace, source) -> None:
-    ids = engine["layers.2.moe_topk_ids"].clone()
+def test_ids_that_are_none_are_where_the_report_says(bench: Bench) -> None:
+    ids = bench.engine["layers.2.moe_topk_ids"].clone()
     ids[17] = ids[17, 0]
-    found = compare(truth, changed(engine, layers__2__moe_topk_ids=ids), source, diagnoses=0)
+    found = bench.compare({"layers.2.moe_topk_ids": ids})
     assert found.exit_code == 1 and found.first is not None and found.first.worst == (2, 5)
     assert "1 with ids that are repeated or no expert's" in " ".join(report.text(found).split())
 
 
-def test_replay_repeats_a_routing(small: Callable[..., Path], truth: Trace, engine: Trace) -> None:
-    key, weights = "layers.2.moe_topk_ids", "layers.2.moe_topk_weights"
-    shifted = Trace(engine.sites, engine.meta, memory=dict(engine.memory))
-    shifted.memory |= {k: engine[k].roll(1, 0) for k in engine.memory if k.endswith("moe_topk_ids")}
-    found = trace(load(small("tiny-mxfp4", 4), text_only=True), IDS, taps=DUMPED, replay=ReplayRouting(shifted))
+def test_replay_repeats_a_routing(bench: Bench) -> None:
+    key, weights, engine = "layers.2.moe_topk_ids", "layers.2.moe_topk_weights", bench.engine
+    shifted = {k: engine[k].roll(1, 0) for k in WITHOUT_IDS}
+    found = bench.exact(DUMPED, replay=ReplayRouting(shifted))
     assert torch.equal(found[key].sort(1).values, shifted[key].sort(1).values)
     assert not torch.equal(found[weights].float(), engine[weights].float())
 
@@ -165,44 +182,40 @@ def test_replay_repeats_a_routing(small: Callable[..., Path], truth: Trace, engi
 def test_a_stream_that_was_stored_rounded_keeps_the_digits_of_the_sum() -> None:
     ours = torch.tensor([[1.001], [2.0]], dtype=torch.float64)
     captured = Captured()
-    captured.add("x", torch.tensor([0, 1]), torch.tensor([[1.0], [3.0]], dtype=torch.bfloat16))
+    captured["x"] = torch.tensor([0, 1]), torch.tensor([[1.0], [3.0]], dtype=torch.bfloat16)
     assert captured.put("x", ours, 2, keep_sums=True).flatten().tolist() == [1.001, 3.0]
     assert captured.put("x", ours, 2).flatten().tolist() == [1.0, 3.0]
 
 
-def test_clean_engine_agrees_everywhere(truth: Trace, engine: Trace, source) -> None:
-    found = compare(truth, from_trace(engine), source)
+def test_clean_engine_agrees_everywhere(bench: Bench) -> None:
+    found = bench.compare({}, diagnoses=2)
     assert found.exit_code == 0 and not found.diagnoses, found.verdict
     counts = found.summary
-    assert sum(n for c, n in counts.items() if c != "total") == counts["total"] == len(truth.sites)
+    assert sum(n for c, n in counts.items() if c != "total") == counts["total"] == len(bench.truth.sites)
     assert all(r.equal_to == "sglang-bf16" for r in found.records if r.added and r.key.endswith("mlp_output"))
     inherited = [r.inherited for r in found.records if r.inherited is not None]
     assert len(inherited) > 20 and max(inherited) < LIMIT  # the others come after a flip
 
 
-def test_added_error_names_the_first_block_and_not_its_victims(truth: Trace, engine: Trace, source) -> None:
+def test_added_error_names_the_first_block_and_not_its_victims(bench: Bench) -> None:
     """A bug in layer 1 reaches every later tap; only the guilty one has an error of its own."""
-    bad = engine["layers.1.mlp_output"] * 1.2
-    after = {f"layers__{i}__layer_input": engine[f"layers.{i}.layer_input"] * 1.1 for i in (3,)}
-    found = compare(truth, changed(engine, layers__1__mlp_output=bad, **after), source, diagnoses=1)
+    wrong = {key: bench.engine[key] * x for key, x in (("layers.1.mlp_output", 1.2), ("layers.3.layer_input", 1.1))}
+    found = bench.compare(wrong, diagnoses=1)
     assert found.first is not None and (found.first.layer, found.first.key) == (1, "layers.1.mlp_output")
     assert str(found.diagnoses[0]).startswith("layer 1, mlp: whole block times 1.2")
-    stream = next(r for r in found.records if r.key == "layers.3.layer_input")
+    stream = record(found, "layers.3.layer_input")
     assert stream.bad and stream.layer == 2 and stream.block == "stream"
 
 
-@pytest.mark.parametrize(("name", "layer"), [("shared expert counted twice", 1), ("no decay", 2)])
-def test_a_bug_is_named_by_the_residual_stream_alone(
-    small: Callable[..., Path], truth: Trace, source, name: str, layer: int
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "layer", "block"), [("shared expert counted twice", 1, "mlp"), ("no decay", 2, "gdn")]
+)
+def test_a_bug_is_named_by_the_residual_stream_alone(bench: Bench, name: str, layer: int, block: str) -> None:
     """As vLLM's hidden states hold it: what a layer hands on is known as what the next one reads."""
-    fault = next(f for f in FAULTS if f.name == name)
-    place = FaultSite(source.config, truth.positions, frozenset({layer}))
-    model = load(small("tiny-mxfp4", 4), "sglang-bf16", "unfused", text_only=True)
-    run = trace(model, IDS, taps="layer_input", replay=fault.handlers(place))
-    found = compare(truth, from_trace(run), source, diagnoses=1)
+    run = bench.run("layer_input", bench.fault(name, layer))
+    found = compare(bench.truth, from_trace(run), bench.source, diagnoses=1)
     assert found.exit_code == 1 and found.first is not None and found.first.key == f"layers.{layer + 1}.layer_input"
-    assert str(found.diagnoses[0]).startswith(f"layer {layer}, {fault.block}: {name}")
+    assert str(found.diagnoses[0]).startswith(f"layer {layer}, {block}: {name}")
 
 
 @pytest.mark.parametrize(
@@ -216,14 +229,9 @@ def test_a_bug_is_named_by_the_residual_stream_alone(
         ("next_token_logits", "no known bug", "layer 3, input_layernorm, to {tap}: unknown (the best guess"),
     ],
 )
-def test_a_bug_of_the_last_layer_is_named_by_what_comes_after_it(
-    small: Callable[..., Path], truth: Trace, source, tap: str, name: str, said: str
-) -> None:
-    place = FaultSite(source.config, truth.positions, frozenset({3}), 1)
-    faults = [f.handlers(place)[0] for f in FAULTS if f.name == name] or [Scaled("layers.3.attn_output", 2.5)]
-    model = load(small("tiny-mxfp4", 4), "sglang-bf16", "unfused", text_only=True)
-    run = trace(model, IDS, taps=f"layer_input,{tap}", replay=faults)
-    found = compare(truth, from_trace(run), source, diagnoses=1)
+def test_a_bug_of_the_last_layer_is_named_by_what_comes_after_it(bench: Bench, tap: str, name: str, said: str) -> None:
+    run = bench.run(f"layer_input,{tap}", bench.fault(name, 3, expert=1) or [Scaled("layers.3.attn_output", 2.5)])
+    found = compare(bench.truth, from_trace(run), bench.source, diagnoses=1)
     block = "head" if tap == "next_token_logits" else tap
     assert str(found.diagnoses[0]).startswith(said.format(tap=block))
     if name == "no known bug":
@@ -250,28 +258,19 @@ class Scaled(Handler):
     ],
 )
 def test_factors_are_fitted_to_the_stream_as_to_the_block(
-    small: Callable[..., Path], source, taps: str, name: str, factor: float, said: str
+    bench: Bench, taps: str, name: str, factor: float, said: str
 ) -> None:
-    truth = trace(load(small("tiny-mxfp4", 4), text_only=True), IDS, taps=taps)
-    model = load(small("tiny-mxfp4", 4), "sglang-bf16", "unfused", text_only=True)
-    run = trace(model, IDS, taps=taps, replay=[Scaled(f"layers.1.{name}", factor)])
-    found = compare(truth, from_trace(run), source, diagnoses=1)
+    run = bench.run(taps, [Scaled(f"layers.1.{name}", factor)])
+    found = compare(bench.exact(taps), from_trace(run), bench.source, diagnoses=1)
     assert str(found.diagnoses[0]).startswith(f"layer 1, mlp: {said}")
 
 
-def test_layers_that_were_not_dumped_are_suspects(small: Callable[..., Path], truth: Trace, source) -> None:
+def test_layers_that_were_not_dumped_are_suspects(bench: Bench) -> None:
     """The first tap that shows an error need not be of the layer, nor of the block, that made it."""
-    fault = next(f for f in FAULTS if f.name == "no decay")
-    place = FaultSite(source.config, truth.positions, frozenset({1}))
-    model = load(small("tiny-mxfp4", 4), "sglang-bf16", "unfused", text_only=True)
-    run = trace(model, IDS, taps=DUMPED, replay=fault.handlers(place))
+    run = bench.run(replay=bench.fault("no decay", 1))
 
-    def found(*keys: str, layers: list[int] | None = None, diagnoses: int = 0) -> Comparison:
-        kept = {k: run[k] for k in keys}
-        sites = {k: run.sites[k] for k in keys}
-        return compare(
-            truth, from_trace(Trace(sites, run.meta, memory=kept)), source, layers=layers, diagnoses=diagnoses
-        )
+    def found(*keys: str, **options: Any) -> Comparison:
+        return bench.compare({key: run[key] if key in keys else None for key in run.sites}, **options)
 
     both = found("layers.0.mlp_output", "layers.0.layer_input", "layers.3.layer_input", "layers.3.mlp_output")
     assert "first seen at tap layers.3.layer_input" in both.verdict
@@ -295,7 +294,7 @@ def test_no_block_is_suspect_that_runs_after_the_tap() -> None:
 @pytest.mark.parametrize("key", ["embed_tokens", "layers.0.pre_mlp_residual", "layers.0.layer_output_sum"])
 def test_suspects_begin_after_the_last_value_of_the_stream(key: str) -> None:
     captured = Captured()
-    captured.add(key, torch.arange(1), torch.ones(1, 1))
+    captured[key] = torch.arange(1), torch.ones(1, 1)
     blocks = {"embed_tokens": (0, "input_layernorm"), "layers.0.pre_mlp_residual": (0, "post_attention_layernorm")}
     place = blocks.get(key, (1, "input_layernorm"))
     assert suspects(captured, ("gdn", "attn"))[place] == [place]
@@ -320,51 +319,49 @@ def test_who_is_cleared() -> None:
     assert not gain.suspects  # it is made of weights alone
 
 
-def test_without_checkpoint_errors_are_inherited(truth: Trace, engine: Trace) -> None:
+def test_without_checkpoint_errors_are_inherited(bench: Bench) -> None:
+    truth, engine = bench.truth, bench.engine
     clean = compare(truth, from_trace(engine))
     assert not clean.diverges and clean.compared > 20
-    bad = engine["layers.1.mlp_output"] * 2
-    found = compare(truth, changed(engine, layers__1__mlp_output=bad))
+    found = compare(truth, bench.changed({"layers.1.mlp_output": engine["layers.1.mlp_output"] * 2}))
     assert found.exit_code == 1 and found.first is not None and found.first.key == "layers.1.mlp_output"
     bare = Trace(truth.sites, {k: v for k, v in truth.meta.items() if k != "_envelope"}, memory=truth.memory)
     with pytest.raises(Qwen35Error, match="no envelope"):
         compare(bare, from_trace(engine))
 
 
-def test_without_ids_a_layer_whose_experts_may_be_others_is_not_judged(truth: Trace, engine: Trace) -> None:
+def test_without_ids_a_layer_whose_experts_may_be_others_is_not_judged(bench: Bench) -> None:
+    truth, key = bench.truth, "layers.0.mlp_output"
     logits = truth["layers.0.moe_router_logits"].clone()
     logits[7] = 1.0  # all experts tie
     tied = Trace(truth.sites, truth.meta, memory={**truth.memory, "layers.0.moe_router_logits": logits})
-    without = {f"layers__{i}__moe_topk_ids": None for i in range(4)}
     for row, cls in ((7, "not comparable"), (6, "wrong")):
-        bad = engine["layers.0.mlp_output"].clone()
+        bad = bench.engine[key].clone()
         bad[row] *= 2
-        found = compare(tied, changed(engine, layers__0__mlp_output=bad, **without))
-        assert next(r for r in found.records if r.key == "layers.0.mlp_output").cls == cls
+        assert record(compare(tied, bench.changed({**WITHOUT_IDS, key: bad})), key).cls == cls
 
 
-def test_nan_missing_misshapen_and_holes_are_counted(truth: Trace, engine: Trace, source) -> None:
+def test_nan_missing_misshapen_and_holes_are_counted(bench: Bench) -> None:
+    engine, key = bench.engine, "layers.1.mlp_output"
     nan = engine["layers.0.attn_output"].clone()
     nan[0, 5, 3] = torch.nan
-    found = compare(truth, changed(engine, layers__0__attn_output=nan), source, diagnoses=0)
+    found = bench.compare({"layers.0.attn_output": nan})
     assert found.exit_code == 1 and next(r for r in found.records if r.nan).key == "layers.0.attn_output"
 
     # A token whose experts could be others is not judged where the dump does not say which; NaN is no other expert's.
     for t in (0, 5):
-        nan = engine["layers.1.mlp_output"].clone()
+        nan = engine[key].clone()
         nan.view(4, 6, -1)[2, t, 7] = torch.nan
-        alone = {k: None for k in engine.sites if k != "layers.1.mlp_output"}
-        for known in (None, source):
-            found = compare(truth, changed(engine, **{k.replace(".", "__"): v for k, v in alone.items()},
-                                           layers__1__mlp_output=nan), known, diagnoses=0)  # fmt: skip
+        alone = bench.changed({**dict.fromkeys(engine.sites), key: nan})
+        for known in (None, bench.source):
+            found = compare(bench.truth, alone, known, diagnoses=0)
             assert found.exit_code == 1 and found.first is not None and found.first.worst == (2, t)
     assert "rows of 1 taps were not judged" in found.notes[-1]
 
-    found = compare(truth, changed(engine, layers__2__mlp_output=None), source, diagnoses=0)
+    found = bench.compare({"layers.2.mlp_output": None})
     assert found.exit_code == 2 and found.holes == ["layers.2.mlp_output"] and found.summary["missing"] == 1
 
-    short = engine["layers.2.mlp_output"][:, :32]
-    found = compare(truth, changed(engine, layers__2__mlp_output=short), source, diagnoses=0)
+    found = bench.compare({"layers.2.mlp_output": engine["layers.2.mlp_output"][:, :32]})
     assert found.exit_code == 2 and "misshapen" in next(r.note for r in found.records if r.cls == "not comparable")
 
 
@@ -372,38 +369,33 @@ def test_nan_missing_misshapen_and_holes_are_counted(truth: Trace, engine: Trace
     ("layer", "taps"),
     [(3, "layer_input,final_norm"), (3, "layer_input,next_token_logits"), (1, "input_layernorm,pre_mlp_residual")],
 )
-def test_a_flip_that_nothing_shows_is_no_fault_of_what_reads_the_stream(
-    small: Callable[..., Path], source, layer: int, taps: str
-) -> None:
+def test_a_flip_that_nothing_shows_is_no_fault_of_what_reads_the_stream(bench: Bench, layer: int, taps: str) -> None:
     """At the token whose choice is closest, the engine takes the next expert."""
     ids, key = (torch.arange(64) * 7919 % 251)[None], f"layers.{layer}.moe_topk_ids"
-    model = load(small("tiny-mxfp4", 4), "sglang-bf16", "unfused", text_only=True)
-    plain = trace(model, ids, taps="moe_router_logits,moe_topk_ids")
+    plain = bench.run("moe_router_logits,moe_topk_ids", ids=ids)
     chosen = plain[key].clone().flatten(0, -2)
     best = plain[f"layers.{layer}.moe_router_logits"].flatten(0, -2).topk(chosen.shape[1] + 1, 1)
     row = (best.values[:, -2] - best.values[:, -1]).argmin()
     chosen[row] = torch.cat((best.indices[row, :-2], best.indices[row, -1:]))
-    run = trace(model, ids, taps=taps, replay=ReplayRouting({key: chosen}))
-    truth = trace(load(small("tiny-mxfp4", 4), text_only=True), ids, taps=taps)
-    found = compare(truth, from_trace(run), source, diagnoses=1)
+    run = bench.run(taps, [ReplayRouting({key: chosen})], ids)
+    found = compare(bench.exact(taps, ids), from_trace(run), bench.source, diagnoses=1)
     assert found.exit_code == 0, found.verdict
     assert any(r.excluded for r in found.records if not r.key.endswith("layer_input"))
 
 
-def test_illegal_flip_diverges(truth: Trace, engine: Trace, source) -> None:
-    ids = engine["layers.1.moe_topk_ids"].clone()
-    worst = truth["layers.1.moe_router_logits"][7].argmin()
-    ids[7, 0] = worst
-    found = compare(truth, changed(engine, layers__1__moe_topk_ids=ids), source, diagnoses=0)
+def test_illegal_flip_diverges(bench: Bench) -> None:
+    ids = bench.engine["layers.1.moe_topk_ids"].clone()
+    ids[7, 0] = worst = bench.truth["layers.1.moe_router_logits"][7].argmin()
+    found = bench.compare({"layers.1.moe_topk_ids": ids})
     flip = next(r for r in found.routing if r.layer == 1).illegal[0]
     assert found.exit_code == 1 and flip.won == (int(worst),) and flip.margin > flip.noise
 
 
 @pytest.mark.parametrize("e", [-1, 6, 12345])  # the model has experts 0 to 5
-def test_ids_that_no_expert_has_diverge(truth: Trace, engine: Trace, source, e: int) -> None:
-    ids = engine["layers.1.moe_topk_ids"].clone()
+def test_ids_that_no_expert_has_diverge(bench: Bench, e: int) -> None:
+    ids = bench.engine["layers.1.moe_topk_ids"].clone()
     ids[7, 0] = e
-    found = compare(truth, changed(engine, layers__1__moe_topk_ids=ids), source, diagnoses=0)
+    found = bench.compare({"layers.1.moe_topk_ids": ids})
     assert found.exit_code == 1 and next(r for r in found.routing if r.layer == 1).nonsense == 1
     assert found.first is not None and found.first.key == "layers.1.moe_topk_ids"
 
@@ -416,23 +408,24 @@ def test_nothing_compared_is_not_green() -> None:
     assert Comparison(one, unknown=["a"]).verdict.endswith("1 taps within rounding")
 
 
-def test_dump_without_ids_judges_no_token_that_could_have_flipped(truth: Trace, engine: Trace, source) -> None:
-    without = {f"layers__{i}__moe_topk_ids": None for i in range(4)}
-    found = compare(truth, changed(engine, **without), source)
+def test_dump_without_ids_judges_no_token_that_could_have_flipped(bench: Bench) -> None:
+    found = bench.compare(WITHOUT_IDS, diagnoses=2)
     assert found.exit_code == 0, found.verdict
 
 
-def param(name: str, x: torch.Tensor) -> dict[str, Piece]:
-    return {f"model.{name}@0": Piece(name, lambda: x)}
+def weights(source: WeightSource, name: str, x: torch.Tensor, rank: int = 0, **parallel: int) -> list[Weight]:
+    """What is said of a parameter of an engine's rank."""
+    dump = Dump("", "", [])
+    dump.weights = {f"model.{name}@{rank}": Piece(name, lambda: x, rank=rank, parallel=parallel)}
+    return check_weights(dump, source)
 
 
-def test_weights_slot_by_slot(engine: Trace, source) -> None:
+def test_weights_slot_by_slot(bench: Bench) -> None:
+    source = bench.source
     codes = torch.stack([source.slot("layers.0.mlp", e)[1].codes for e in range(6)])
-    dump = from_trace(engine)
 
     def states(name: str, x: torch.Tensor) -> list[tuple[str, str]]:
-        dump.weights = param(name, x)
-        return [(w.state, w.detail) for w in check_weights(dump, source)]
+        return [(w.state, w.detail) for w in weights(source, name, x)]
 
     name = "layers.0.mlp.experts.w2_weight"
     assert states(name, codes) == [("equal", "")] * 6
@@ -462,26 +455,23 @@ def test_weights_slot_by_slot(engine: Trace, source) -> None:
     assert states("layers.0.mlp.gate.weight", torch.zeros(64, head.shape[1]))[0][0] == "wrong"
 
 
-def test_weights_in_aiters_layout(engine: Trace, source) -> None:
+def test_weights_in_aiters_layout(bench: Bench) -> None:
+    source, name = bench.source, "layers.0.mlp.experts.w13_weight"
     gate_up = [source.slot("layers.0.mlp", e)[0] for e in range(6)]
     codes = torch.stack([torch.cat([p.codes for p in g.parts]) for g in gate_up])
     scales = torch.stack([torch.cat([p.scales for p in g.parts]) for g in gate_up])
-    dump = from_trace(engine)
-    dump.weights = param("layers.0.mlp.experts.w13_weight", shuffle_weight(codes))
-    assert {w.state for w in check_weights(dump, source)} == {"reordered"}
-    dump.weights = param("layers.0.mlp.experts.w13_weight_scale", scales + 1)
-    assert {w.detail for w in check_weights(dump, source)} == {"one step high"}
+    assert {w.state for w in weights(source, name, shuffle_weight(codes))} == {"reordered"}
+    assert {w.detail for w in weights(source, f"{name}_scale", scales + 1)} == {"one step high"}
     assert shuffle_scales(scales[0]).shape == (256, 8)
 
 
-def test_weights_of_ranks(engine: Trace, source) -> None:
+def test_weights_of_ranks(bench: Bench) -> None:
     """A rank of EP holds whole experts, one of TP a share of each: neither is another expert's."""
+    source, name = bench.source, "layers.0.mlp.experts.w2_weight"
     codes = torch.stack([source.slot("layers.0.mlp", e)[1].codes for e in range(6)])
-    dump, name = from_trace(engine), "layers.0.mlp.experts.w2_weight"
 
     def found(x: torch.Tensor, **parallel: int) -> list[tuple[str, str, str]]:
-        dump.weights = {f"model.{name}@1": Piece(name, lambda: x, rank=1, parallel=parallel)}
-        return [(w.name.removeprefix(name), w.state, w.detail) for w in check_weights(dump, source)]
+        return [(w.name.removeprefix(name), w.state, w.detail) for w in weights(source, name, x, 1, **parallel)]
 
     second = {"moe_ep_size": 2, "moe_ep_rank": 1}
     assert found(codes[3:], **second) == [(f"[{e}]", "equal", "") for e in range(3, 6)]
@@ -492,20 +482,17 @@ def test_weights_of_ranks(engine: Trace, source) -> None:
     assert found(codes[..., 8:].contiguous())[0][1] == "sharded"  # a dump that does not tell
     assert found(codes, moe_tp_size=2, moe_tp_rank=1)[0][1] == "sharded"  # a share that is padded
     head = source.weight("lm_head").values
-    dump.weights = {"lm_head.weight@0": Piece("lm_head.weight", lambda: head[:160], parallel={"tp_size": 2})}
-    assert [w.state for w in check_weights(dump, source)] == ["sharded"]  # of 320 rows, 256 of which are real
-    dump.weights = {f"model.{name}@1": Piece(name, lambda: codes[..., 8:], parallel={"moe_tp_size": 2})}
-    said = report.text(Comparison(weights=check_weights(dump, source)), 120)
+    # of 320 rows, 256 of which are real
+    assert [w.state for w in weights(source, "lm_head.weight", head[:160], tp_size=2)] == ["sharded"]
+    said = report.text(Comparison(weights=weights(source, name, codes[..., 8:], moe_tp_size=2)), 120)
     assert "0 of 1 as the checkpoint has them, 0 wrong; 1 not compared" in said
 
 
-def test_weights_that_are_packed(built: Callable[[str], Path], engine: Trace, tmp_path: Path) -> None:
+def test_weights_that_are_packed(built: Callable[[str], Path], tmp_path: Path) -> None:
     """FP8's and MXFP4's parameters are codes and scales, which are held against codes and scales."""
-    dump = from_trace(engine)
 
     def states(path: Path, name: str, x: torch.Tensor) -> set[tuple[str, str]]:
-        dump.weights = param(name, x)
-        return {(w.state, w.detail) for w in check_weights(dump, open_checkpoint(path)[1].source)}
+        return {(w.state, w.detail) for w in weights(open_checkpoint(path)[1].source, name, x)}
 
     path, shared = built("tiny-fp8"), "layers.0.mlp.shared_expert"
     source = open_checkpoint(path)[1].source
@@ -579,38 +566,32 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
 
-def test_reports_are_views_of_the_same_records(truth: Trace, engine: Trace, source) -> None:
-    bad = changed(engine, layers__1__mlp_output=engine["layers.1.mlp_output"] * 1.2)
-    found = compare(truth, bad, source, diagnoses=1)
+def test_reports_are_views_of_the_same_records(bench: Bench) -> None:
+    found = bench.compare({"layers.1.mlp_output": bench.engine["layers.1.mlp_output"] * 1.2}, diagnoses=1)
     for width in (60, 80, 132):
         text = report.text(found, width)
-        assert (
-            max(map(len, text.splitlines())) <= width
-            and "DIVERGES" in text
-            and "whole block times 1.2" in " ".join(text.split())
-        )
+        assert max(map(len, text.splitlines())) <= width
+        assert "DIVERGES" in text and "whole block times 1.2" in " ".join(text.split())
     lines = [json.loads(line) for line in page_and_lines(found, "json").splitlines()]
     assert lines[-1]["type"] == "summary" and lines[-1]["exit_code"] == found.exit_code == 1
     assert sum(line["type"] == "tap" for line in lines) == lines[-1]["total"]
     page = Page()
     page.feed(report_html.html(found))
-    assert page.open == [] or page.open == ["html"] or not page.open
+    assert page.open in ([], ["html"])
     assert all(link.startswith("https://github.com/") for link in page.links), "links to reports; nothing is loaded"
 
 
-def test_layers_that_nobody_asks_for_do_not_run(
-    truth: Trace, engine: Trace, source, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_that_nobody_asks_for_do_not_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer before runs from its dumped input, whose digits beyond bf16 a whole run has: the norms, which read them
     in a sum, err a little more or less. All else is the same."""
-    whole, ran, run_layer = compare(truth, from_trace(engine), source), list[int](), Rerun.run_layer
+    whole, ran, run_layer = bench.compare({}), list[int](), Rerun.run_layer
 
     def watched(self: Rerun, i: int, *rest: Any, **more: Any) -> Any:
         ran.append(i)
         return run_layer(self, i, *rest, **more)
 
     monkeypatch.setattr(Rerun, "run_layer", watched)
-    part = compare(truth, from_trace(engine), source, layers=[2])
+    part = bench.compare({}, layers=[2])
     assert set(ran) == {1, 2} and not part.diverges
     ours, theirs = ({r.key: r for r in one.records if r.layer == 2 and r.added is not None} for one in (part, whole))
     assert len(ours) > 9 and all(r.cls in (theirs[key].cls, "within rounding") for key, r in ours.items())

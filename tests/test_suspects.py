@@ -21,7 +21,7 @@ class Work:
     """What `other_experts` reads of a judgement: at token 10 of the first layer other experts would be legal."""
 
     bad_at: dict[str, Tensor]
-    open: dict[int, Tensor] = field(default_factory=lambda: {0: torch.arange(TOKENS) == 10})
+    undecided: dict[int, Tensor] = field(default_factory=lambda: {0: torch.arange(TOKENS) == 10})
     members: tuple[str, ...] = ("sglang-bf16",)
 
     @property
@@ -39,7 +39,7 @@ def said(
     """The record of a product of DeltaNet with these bad rows."""
     known, key = Captured(), f"layers.{layer}.gdn_z"
     if captured:
-        known.add(captured, torch.arange(TOKENS), torch.zeros(TOKENS, 2))
+        known[captured] = torch.arange(TOKENS), torch.zeros(TOKENS, 2)
     record = Record(key, "wrong", "gdn", layer, added=14.0, rows=TOKENS, bad_rows=len(tokens), nan=nan)
     work = Work({key: torch.tensor([[0, t] for t in tokens])}, members=members)
     excuse([record], lambda r: other_experts(r, suspects(known, KINDS), work))

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import Qwen35Error
 from ..model.config import Config
@@ -41,7 +42,6 @@ from .judge.function import engine_function, truth_in, usual
 from .judge.inherited import inherited
 from .judge.log_p import LOG_P
 from .judge.records import POSITIONS, BlockId, Comparison
-from .judge.replay import Captured
 from .judge.rerun import Rerun
 from .judge.rerun_parts import TruthTokens
 from .judge.suspects import accuse, cached_tokens, excuse, other_experts, second_look, suspects
@@ -50,7 +50,6 @@ from .judge.weights_check import check_weights
 from .judge.where import HERE, Where
 from .truth import names_in, open_checkpoint, weights_of, write_truth
 
-STORED = "the arithmetics that its envelope was made of"  # instead of names
 # Of 61 faults, each planted in one layer of a small model, 15 show in log p beyond the roundings of bf16, and all
 # beyond those of float32.
 ONLY_LOGITS = (
@@ -169,76 +168,82 @@ def check_layers(layers: Sequence[int] | None, count: int) -> None:
 
 
 def _compare(truth: Trace, dump: Dump, source: WeightSource | None, options: CompareOptions) -> Comparison:
-    limit, layers, members = options.limit, options.layers, options.members
     alignment = align(dump, truth, None if options.ids is None else sequences_in(truth, options.ids))
     table = arithmetics.get(truth.meta.get("arithmetic") or "exact")
     result = Comparison(
         extra=alignment.extra, unknown=list(dump.unknown), problems=list(alignment.problems),
-        notes=list(alignment.notes), limit=limit, truth=f"{table.name}, {truth.path or 'in memory'}",
+        notes=list(alignment.notes), limit=options.limit, truth=f"{table.name}, {truth.path or 'in memory'}",
         engine=f"{dump.format}, {dump.path}", tokens=(alignment.matched, alignment.tokens),
         checkpoint=checkpoint_in_words(truth.meta.get("checkpoint") or {}),
         absent=alignment.tokens_of.absent, partial=options.partial,
     )  # fmt: skip
     if all(key.startswith("next_token_") for key in alignment.keys):
         result.notes.append(ONLY_LOGITS)
-    work = Judgement(result, alignment, limit)
+    work = Judgement(result, alignment)
     if (record := judge_positions(alignment)) is not None:
         work.records[POSITIONS] = record
         result.diagnoses += moved_alike(alignment)
     if source is not None:
-        config = source.config
-        images = images_of(truth)
-        result.notes += [] if images is not None else _without_images(truth, dump, config)
-        result.layers = tuple("gdn" if kind == "linear_attention" else "attn" for kind in config.layer_types)
-        fused = options.fused or False
-        flags = [fused] * config.num_hidden_layers if isinstance(fused, bool) else list(fused)
-        result.weights = check_weights(dump, source) if dump.weights else result.weights
-        at, drafts = engine_positions(alignment), draft_ids_of(truth)
-        tokens = TruthTokens(truth.ids, at, truth.mask, alignment.step_rows, images, drafts)
-        captured = work.captured(config.num_experts)
-        again = partial(Rerun, source, flags, tokens, captured, with_log_p=LOG_P in alignment.keys, where=options.where)
-        function = engine_function(table, source, work, again) if members is None else table
-        members = legal(function.name, options.engine) if members is None else members
-        members = [*members, *with_declared_caches(members, options.kv_cache, options.state)]
-        result.members = tuple(m.name for m in members)
-        rerun = again([function, *members])
-        with noted(result, "the layers that follow were not rerun"):
-            _judge_layers(work, rerun, captured, options)
+        stored = _rerun(work, source, table, options)
+    elif options.kv_cache or options.state:
+        what, do = "a declared cache needs the checkpoint", "give the checkpoint, too"
+        raise Qwen35Error(what, where=options.kv_cache or options.state, do=do)
     else:
-        if options.kv_cache or options.state:
-            what, do = "a declared cache needs the checkpoint", "give the checkpoint, too"
-            raise Qwen35Error(what, where=options.kv_cache or options.state, do=do)
-        result.members = (STORED,)
+        result.members, stored = ("the arithmetics that its envelope was made of",), stored_envelope(truth)
         result.notes.append("without the checkpoint, only inherited errors are known, and nothing is diagnosed")
-    stored = stored_envelope(truth)
-    if source is not None and function is not table and stored:  # the truth is of another function
-        stored = {}
-        with noted(result, "the truth of that function could not be computed"):
-            if not images and not draft_ids_of(truth):
-                own = truth_in(function, truth, source, flags, rerun)
-                stored = stored_envelope(own)
-                work.alignment = align(dump, own, None if options.ids is None else sequences_in(truth, options.ids))
     inherited(work, stored)
-    conclude(work, stored, layers)
+    conclude(work, stored, options.layers)
     ask_for_checkpoint(result)
     return result
 
 
-def _judge_layers(work: Judgement, rerun: Rerun, captured: Captured, options: CompareOptions) -> None:
-    """Runs each layer on the engine's own inputs, judges its taps, and diagnoses the first blocks that are wrong."""
+def _rerun(work: Judgement, source: WeightSource, table: Arithmetic, options: CompareOptions) -> Mapping[str, Tensor]:
+    """Judge weights and added errors, and diagnose. table: the truth's arithmetic. Returns the stored envelope of the
+    truth, which may by now be that of another function."""
+    result, alignment, config = work.result, work.alignment, source.config
+    truth, dump, fused = alignment.truth, alignment.dump, options.fused or False
+    images, drafts = images_of(truth), draft_ids_of(truth)
+    result.notes += [] if images is not None else _without_images(truth, dump, config)
+    result.layers = tuple("gdn" if kind == "linear_attention" else "attn" for kind in config.layer_types)
+    result.weights = check_weights(dump, source)
+    flags = [fused] * config.num_hidden_layers if isinstance(fused, bool) else fused
+    tokens = TruthTokens(truth.ids, engine_positions(alignment), truth.mask, alignment.step_rows, images, drafts)
+    captured = work.captured(config.num_experts)
+    again = partial(Rerun, source, flags, tokens, captured, with_log_p=LOG_P in alignment.keys, where=options.where)
+    function = engine_function(table, source, work, again) if options.members is None else table
+    members = legal(function.name, options.engine) if options.members is None else options.members
+    members = [*members, *with_declared_caches(members, options.kv_cache, options.state)]
+    result.members = tuple(m.name for m in members)
+    rerun = again([function, *members])
+    with noted(result, "the layers that follow were not rerun"):
+        _judge_layers(work, rerun, options)
+    stored = stored_envelope(truth)
+    if function is table or not stored:
+        return stored
+    with noted(result, "the truth of that function could not be computed"):
+        if not images and not drafts:
+            own = truth_in(function, truth, source, flags, rerun)
+            work.alignment = align(dump, own, None if options.ids is None else sequences_in(truth, options.ids))
+            return stored_envelope(own)
+    return {}
+
+
+def _judge_layers(work: Judgement, rerun: Rerun, options: CompareOptions) -> None:
+    """Run each layer on the engine's own inputs, judge its taps, and diagnose the first blocks that are wrong."""
     result = work.result
-    places, cleared, nan = suspects(captured, result.layers), set[BlockId](), False
+    places, cleared, nan = suspects(rerun.captured, result.layers), set[BlockId](), False
     for layer, seen in rerun.parts(options.layers):
-        if options.layers is None or layer is None or layer in options.layers:
-            work.shared = rerun.shared
-            work.added(layer, seen)
-            seen = second_look(rerun, layer, work, seen)
-            own = [r for r in work.records.values() if r.layer == layer]
-            excuse(own, lambda r: other_experts(r, places, work))
-            accuse(own, places, cleared)
-            bad = spare_victims(guilty := work.guilty(layer, seen), nan)
-            nan = nan or any(r.nan for r in guilty)
-            if sum(d.key != POSITIONS for d in result.diagnoses) < options.diagnoses and bad:
-                with noted(result, "the diagnosis failed; the verdict stands", counts=False):
-                    result.diagnoses.append(explain(rerun, layer, bad, work, seen))
-            excuse(own, lambda r: cached_tokens(r, work))
+        if options.layers is not None and layer is not None and layer not in options.layers:
+            continue
+        work.shared = rerun.shared
+        work.added(layer, seen)
+        seen = second_look(rerun, layer, work, seen)
+        own = [r for r in work.records.values() if r.layer == layer]
+        excuse(own, lambda r: other_experts(r, places, work))
+        accuse(own, places, cleared)
+        guilty = [r for r in work.judged(layer, seen) if r.bad]
+        bad, nan = spare_victims(guilty, nan), nan or any(r.nan for r in guilty)
+        if bad and sum(d.key != POSITIONS for d in result.diagnoses) < options.diagnoses:
+            with noted(result, "the diagnosis failed; the verdict stands", counts=False):
+                result.diagnoses.append(explain(rerun, layer, bad, work, seen))
+        excuse(own, lambda r: cached_tokens(r, work))

@@ -93,29 +93,22 @@ def write_truth(
     """
     check_default_device()
     ids, mask = padded(with_branches([torch.as_tensor(row) for row in ids], branches))
-    model = _load(checkpoint, shared_expert, arithmetic, where, text_only=not drafts and images is None)
+    spread = where.device_map is not None
+    device: dict[str, Any] = {"device_map": where.device_map} if spread else {"device": where.device}
+
+    def model_in(table: str | Arithmetic) -> Model:
+        mode, text_only = where.mode or ("packed" if spread else "stream"), not drafts and images is None
+        return load(checkpoint, table, shared_expert, mode=mode, text_only=text_only,
+                    ignore_config_keys=where.ignore_config_keys, **device)  # fmt: skip
+
+    model = model_in(arithmetic)
     meta = {"checkpoint": {**origin_of(model).identity, "path": str(Path(checkpoint).resolve())}, "fused": model.fused}
     meta |= {"branches": [[x.of, x.at] for x in branches]} if branches else {}
-    if where.device_map is None:
+    if not spread:
         ids, mask = ids.to(where.device), None if mask is None else mask.to(where.device)
     taps = with_ids(taps) if with_envelope else taps
     truth, _ = trace_layers(model, ids, out, mask=mask, taps=taps, meta=meta, quiet=where.quiet, drafts=drafts,
                             images=images)  # fmt: skip
     if with_envelope:
-        write_envelope(
-            truth,
-            (
-                _load(checkpoint, shared_expert, table, where, text_only=not drafts and images is None)
-                for table in legal(arithmetic)
-            ),
-        )
+        write_envelope(truth, map(model_in, legal(arithmetic)))
     return truth
-
-
-def _load(
-    path: str | Path, shared_expert: str, arithmetic: str | Arithmetic, where: Where, text_only: bool = True
-) -> Model:
-    device: dict[str, Any] = {"ignore_config_keys": where.ignore_config_keys}
-    device |= {"device": where.device} if where.device_map is None else {"device_map": where.device_map}
-    mode = where.mode or ("stream" if where.device_map is None else "packed")
-    return load(path, arithmetic, shared_expert, mode=mode, text_only=text_only, **device)

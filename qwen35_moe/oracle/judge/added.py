@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -15,14 +15,13 @@ from ...numerics.tap_keys import base_name, part_of
 from ...trace.layers import HEAD
 from ..diagnose.at_sight import OWN_LOGITS, against_own_logits
 from ..dumps.align import Alignment
-from ..dumps.dump import Dump
 from ..dumps.pair import Pair, owners
 from . import log_p as kl_base
 from .envelope import Class, TensorVerdict, envelope, is_bf16, judge
 from .envelope_file import SLOT_ORDERED, as_rows
 from .patterns import judge_scale, judge_size, log_sizes, wrong_columns
 from .records import BF16_GRID, Comparison, Record, block_of
-from .replay import RESTARTS, STREAMS, Captured
+from .replay import RESTARTS, Captured
 from .routing import Routing, compare_ids, could_flip
 
 ID_TAPS = ("moe_topk_ids", "moe_slot_ids")
@@ -32,18 +31,17 @@ READ_STREAM = {
     "input_layernorm": "", "pre_mlp_residual": "", "pre_mlp_layernorm_output": "pre_mlp_residual",
     "final_norm": "", "next_token_logits": "final_norm", kl_base.LOG_P: "final_norm",
 }  # fmt: skip
-BOUNDARIES = {STREAMS.get(name, name) for name in RESTARTS} | {"layer_input", "layer_output_sum", "moe_topk_weights"}
+BOUNDARIES = {name.removesuffix("_sum") for name in RESTARTS} | {"layer_input", "layer_output_sum", "moe_topk_weights"}
 
 
 class Judgement:
     """What one comparison has found so far."""
 
-    def __init__(self, result: Comparison, alignment: Alignment, limit: float):
-        self.result, self.alignment, self.limit = result, alignment, limit
+    def __init__(self, result: Comparison, alignment: Alignment):
+        self.result, self.alignment, self.limit = result, alignment, result.limit
         self.T = alignment.truth.ids.shape[1]
         self.records: dict[str, Record] = {}
-        self.open: dict[int, Tensor] = {}  # by layer: tokens whose experts may be others
-        self.loose: dict[int, Tensor | None] = {}  # these, if that is still in the stream, and nothing else is
+        self.undecided: dict[int, Tensor] = {}  # layer -> [B*T] tokens whose experts may be others than the truth's
         self.bad_at: dict[str, Tensor] = {}  # sequence and token of the bad rows of a tap
         self.shared: Tensor | None = None  # the shared expert's part of the true mlp_output of this layer, [tokens, D]
 
@@ -66,37 +64,39 @@ class Judgement:
                 if x is not None and not pair.nan and not (are_ids and bool(((x < 0) | (x >= experts)).any())):
                     which, places = self.alignment.tokens_of.beginnings(pair.rows)
                     x = torch.cat((x, x[which])) if len(which) else x
-                    captured.add(key, torch.cat((self.index(pair), places @ torch.tensor([self.T, 1]))), x)
+                    captured[key] = torch.cat((self.index(pair), places @ torch.tensor([self.T, 1]))), x
         return captured
 
     def added(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> None:
         """Judge all taps that a rerun computed."""
-        loose = self._routing(layer, seen)
-        if layer is not None:
-            self.open |= {} if loose is None else {layer: loose}
-            at, keys = f"layers.{layer}.", {*self.alignment.keys}
-            known = {at + name for name in ("layer_input", "pre_mlp_residual", "pre_mlp_layernorm_output")} & keys
-            passed = {f"{at}mlp_output", f"{at}layer_output_sum", f"layers.{layer + 1}.layer_input"} & keys
-            self.loose[layer] = loose if known and not passed else None
+        undecided = self._routing(layer, seen)
+        if layer is not None and undecided is not None:
+            self.undecided[layer] = undecided
         kinds = self.result.layers
         turns = layer is None or kinds[layer] == "attn" or "attn" not in kinds
         for key in [k for k in seen[0] if k in self.alignment.keys and base_name(k) not in ID_TAPS]:
             if key in self.records or (key.startswith("rope_") and not turns):
                 continue  # the angles belong to the first layer that turns by them
             with self.fenced(key, layer):
-                self._added(key, layer, seen, loose)
+                pair = self.alignment.pair(key)
+                truth, *members = (self.rows(s[key], pair) for s in seen if key in s)
+                self._judge(key, layer, pair, truth, members, self._exclude(key, layer, undecided))
 
-    def _added(self, key: str, layer: int | None, seen: Sequence[dict[str, Tensor]], loose: Tensor | None) -> None:
-        pair = self.alignment.pair(key)
-        truth, *members = (self.rows(s[key], pair) for s in seen if key in s)
-        name, part, exclude = base_name(key), part_of(key), None
+    def _exclude(self, key: str, layer: int | None, undecided: Tensor | None) -> Tensor | None:
+        """[B*T] the tokens that are left out of a tap's verdict: those whose experts may be others, in its own layer
+        (`undecided`), or in the layer before if the tap reads what that layer made."""
+        name, part, keys = base_name(key), part_of(key), self.alignment.keys
         if name in ROUTED_TAPS:
-            exclude = loose
-        elif part and name in ("final_norm", "next_token_logits"):
-            exclude = loose if f"{part}.layers.0.mlp_output" not in self.alignment.keys else None
-        elif name in READ_STREAM and key.removesuffix(name) + READ_STREAM[name] not in self.alignment.keys:
-            exclude = self.loose.get((len(self.result.layers) if layer is None else layer) - 1)
-        self._judge(key, layer, pair, truth, members, exclude)
+            return undecided
+        if part and name in ("final_norm", "next_token_logits"):
+            return undecided if f"{part}.layers.0.mlp_output" not in keys else None
+        if name not in READ_STREAM or key.removesuffix(name) + READ_STREAM[name] in keys:
+            return None
+        i = (len(self.result.layers) if layer is None else layer) - 1
+        before = ("layer_input", "pre_mlp_residual", "pre_mlp_layernorm_output")  # one of them: no earlier layer counts
+        after = (f"layers.{i}.mlp_output", f"layers.{i}.layer_output_sum", f"layers.{i + 1}.layer_input")
+        known = any(f"layers.{i}.{name}" in keys for name in before) and not any(key in keys for key in after)
+        return self.undecided.get(i) if known else None
 
     @contextmanager
     def fenced(self, key: str, layer: int | None) -> Iterator[None]:
@@ -164,9 +164,7 @@ class Judgement:
         record.rows, record.nan, record.bad_rows = len(rows), pair.nan, int(bad.sum())
         if record.bad:
             record.starts = self.alignment.tokens_of.starts(rows[bad])
-            record.where = wrong_columns(
-                x[bad].cpu(), truth[bad].cpu(), column_owners(self.alignment.dump, pair.key, x)
-            )
+            record.where = wrong_columns(x[bad].cpu(), truth[bad].cpu(), self._owners(pair.key, x.shape[1]))
         return rows[bad]
 
     def _unordered(self, key: str) -> bool:
@@ -220,15 +218,10 @@ class Judgement:
         """The records of a layer (None: of the embedding or the head), in order of execution."""
         return [r for r in self.records.values() if r.layer == layer and r.key in seen[0]]
 
-    def guilty(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> list[Record]:
-        """The bad ones among `judged`."""
-        return [r for r in self.judged(layer, seen) if r.bad]
-
-
-def column_owners(dump: Dump, key: str, x: Tensor) -> Tensor | None:
-    """[n] the rank of each column of x [rows, n], if it is known."""
-    try:
-        found = owners(dump, key) if key in dump.sources else None
-    except Qwen35Error:  # a file of a step that was not compared
+    def _owners(self, key: str, columns: int) -> Tensor | None:
+        """[columns] the rank that each column came from, if it is known."""
+        dump = self.alignment.dump
+        with suppress(Qwen35Error):  # a file of a step that was not compared
+            if key in dump.sources and (found := owners(dump, key)) is not None and len(found) == columns:
+                return found
         return None
-    return found if found is not None and len(found) == x.shape[1] else None

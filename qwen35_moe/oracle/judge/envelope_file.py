@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,8 +93,8 @@ class _Errors(Handler):
         # In one block: small tensors that stay, between large ones that come and go, would keep the memory of the large
         # ones from being given back (35B, 128 tokens: 25 MB a layer).
         rows = {key: self.tokens if per_token(key) else entry.shape[0] for key, entry in truth.sites.items()}
-        memory = torch.empty(2, sum(rows.values()), dtype=torch.float64).split(list(rows.values()), 1)
-        self.room = dict(zip(rows, memory, strict=True))
+        memory = torch.zeros(2, sum(rows.values()), dtype=torch.float64).split(list(rows.values()), 1)
+        self.room = {key: Norms(*x) for key, x in zip(rows, memory, strict=True)}
 
     def __call__(self, site: Site, x: Tensor) -> None:
         key = site.key
@@ -107,9 +106,9 @@ class _Errors(Handler):
         self.add(key, Norms.of(as_rows(key, x, self.tokens), minus=as_rows(key, truth, self.tokens)))
 
     def add(self, key: str, error: Norms) -> None:
-        known = self.norms.get(key)
-        error = error if known is None else error.largest(known)
-        self.norms[key] = Norms(*torch.stack((error.l2, error.max), out=self.room[key]))
+        largest = self.norms[key] = self.room[key]
+        torch.maximum(largest.l2, error.l2, out=largest.l2)
+        torch.maximum(largest.max, error.max, out=largest.max)
 
     def write(self, path: Path | None, run: dict[str, str], sum_BTD: Tensor | None = None) -> None:
         """Write all that is known so far, as a whole file. Does nothing if the truth is in memory."""
@@ -165,21 +164,23 @@ def write_envelope(truth: Trace, models: Iterable[Model], resume: bool = False, 
         label = f"envelope, pass {len(done) + 1}: {name}"
         progress = [] if quiet else [Progress(model, range(first, len(model.layers)), label=label)]
         with splitting(model.arithmetic), attach(errors, ReplayRouting(truth), *progress):
-            h_BTD, given = _begin(model, truth, sum_BTD)
+            ids, mask, at = (x.to(model.norm.weight.device) for x in (truth.ids, truth.mask, truth.positions))
+            h_BTD, given = begin(model, ids, None if mask.all() else mask, at, sum_BTD, images=images_of(truth))
             for i in range(first, len(model.layers)):
                 with arithmetics.using(model.arithmetic), scope(layer=i):
                     h_BTD = model.layers[i](h_BTD, *given, LayerState())
-                at = {"done": json.dumps(done), "arithmetic": name, "next": str(i + 1), "threads": str(threads)}
-                errors.write(state, at, h_BTD)
+                here = {"done": json.dumps(done), "arithmetic": name, "next": str(i + 1), "threads": str(threads)}
+                errors.write(state, here, h_BTD)
                 for said in progress:
                     said.done(i)
             hidden_BTD = _head(model, errors, h_BTD)
             if model.mtp is not None and (drafts := draft_ids_of(truth)):
-                mask, ids = truth.mask.to(hidden_BTD.device), [x.to(hidden_BTD.device) for x in drafts]
-                draft_chains(model, model.mtp, ids, hidden_BTD, None if mask.all() else mask)
+                starts = [x.to(hidden_BTD.device) for x in drafts]
+                draft_chains(model, model.mtp, starts, hidden_BTD, None if mask.all() else mask.to(hidden_BTD.device))
         done, first, sum_BTD = [*done, name], 0, None
         errors.write(state, {"done": json.dumps(done), "threads": str(threads)})
-    out = {key: _columns(error, *_of_truth(truth, key)) for key, error in errors.norms.items()}
+    of_key = ((key, (error, *_of_truth(truth, key))) for key, error in errors.norms.items())
+    out = {key: torch.stack([x for n in norms for x in (n.l2, n.max)], 1).to(torch.float32) for key, norms in of_key}
     if truth.path is None or state is None:
         truth.meta["_envelope"] = out
         return
@@ -191,12 +192,6 @@ def remaining(truth: Trace, tables: Iterable[Arithmetic]) -> list[Arithmetic]:
     """The arithmetics that an interrupted `write_envelope` has not finished."""
     run = {} if truth.path is None else _Errors(truth).read(truth.path / ENVELOPE_STATE)[0]
     return [table for table in tables if table.name not in json.loads(run.get("done", "[]"))]
-
-
-def _begin(model: Model, truth: Trace, sum_BTD: Tensor | None) -> tuple[Tensor, tuple[Any, ...]]:
-    device = model.norm.weight.device
-    mask = None if bool(truth.mask.all()) else truth.mask.to(device)
-    return begin(model, truth.ids.to(device), mask, truth.positions.to(device), sum_BTD, images=images_of(truth))
 
 
 def _head(model: Model, errors: _Errors, sum_BTD: Tensor) -> Tensor:
@@ -217,9 +212,9 @@ def _of_truth(truth: Trace, key: str) -> tuple[Norms, Norms]:
         x = as_rows(key, truth[key], truth.ids.numel())
         return Norms.of(x), rounding_loss(x, torch.bfloat16)
     V = truth.sites[key].shape[-1]
-    blocks, some = in_steps(V, HEAD_ROWS), _logits(truth)  # read one by one, once for each norm
-    sizes = _side_by_side(Norms.of(some(v)) for v in blocks)
-    return sizes, _side_by_side(rounding_loss(some(v), torch.bfloat16) for v in blocks)
+    logits = map(_logits(truth), in_steps(V, HEAD_ROWS))  # read one by one
+    sizes, losses = zip(*((Norms.of(x), rounding_loss(x, torch.bfloat16)) for x in logits), strict=True)
+    return _side_by_side(sizes), _side_by_side(losses)
 
 
 def _logits(truth: Trace) -> Callable[[slice], Tensor]:
@@ -230,7 +225,3 @@ def _logits(truth: Trace) -> Callable[[slice], Tensor]:
 def _side_by_side(parts: Iterable[Norms]) -> Norms:
     """Norms of rows from those of their parts."""
     return reduce(lambda a, b: Norms(torch.hypot(a.l2, b.l2), torch.maximum(a.max, b.max)), parts)
-
-
-def _columns(*norms: Norms) -> Tensor:
-    return torch.stack([x for each in norms for x in (each.l2, each.max)], 1).to(torch.float32)

@@ -54,7 +54,7 @@ def engine_function(
     if family != "exact" or function_of(table.name) not in SAYS or len(choices) == 1:
         return table
     tables = [arithmetics.get(family + choice) for choice in choices]
-    for _, seen in rerun(tables):
+    for _, seen in rerun(tables).parts():
         if shown := {key: errors for key in seen[0] if (errors := _errors(key, seen, work))}:
             totals = [sum(log(max(e[i], 1e-12)) for e in shown.values()) for i in range(len(tables))]
             best = min(range(len(tables)), key=lambda i: totals[i])

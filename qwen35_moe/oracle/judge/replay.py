@@ -26,7 +26,7 @@ class ReplayRouting(Handler):
         return None
 
 
-# Where a rerun goes on with what the engine had. `pre_mlp_residual_sum` is what the norm reads.
+# Where a rerun goes on with what the engine had. What the norm reads, a sum, is dumped as pre_mlp_residual.
 RESTARTS = (
     "vis_pixels", "vis_patch_embed", "vis_layer_input", "vis_norm1", "vis_qkv", "vis_attn_output", "vis_attn_residual",
     "vis_norm2", "vis_mlp_act", "vis_mlp_output", "vis_layer_output", "vis_hidden", "vis_merger_norm", "vis_merger_act",
@@ -34,9 +34,6 @@ RESTARTS = (
     "embed_tokens", "input_layernorm", "attn_output", "pre_mlp_residual_sum", "pre_mlp_layernorm_output",
     "moe_topk_ids", "mlp_output", "final_norm", "mtp_embedding", "mtp_hidden", "mtp_fc",
 )  # fmt: skip
-STREAMS = {"pre_mlp_residual_sum": "pre_mlp_residual"}
-
-
 BIG_BYTES = 1 << 26  # a tensor of fewer bytes stays on its GPU
 ROOM_FOR = 8  # a larger one stays where the GPU has room for so many of its size
 
@@ -49,27 +46,18 @@ def kept(x: Tensor) -> Tensor:
     return x if torch.cuda.mem_get_info(x.device)[0] + unused > ROOM_FOR * x.nbytes else x.cpu()
 
 
-class Captured:
+class Captured(dict[str, tuple[Tensor, Tensor]]):
     """Values of an engine by key: rows [n] of the flat [B*T] tokens, and the engine's values there [n, features]."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def add(self, key: str, rows: Tensor, x: Tensor) -> None:
-        self.values[key] = (rows, x)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.values
 
     def covers(self, keys: Iterable[str], mask_BT: Tensor) -> bool:
         """Whether one of these values is known at all tokens of the mask."""
-        return any(key in self and len(self.values[key][0].unique()) >= int(mask_BT.count_nonzero()) for key in keys)
+        return any(key in self and len(self[key][0].unique()) >= int(mask_BT.count_nonzero()) for key in keys)
 
     def whole(self, key: str, tokens: int) -> Tensor | None:
         """The engine's values at all tokens [tokens, n], NaN where they are not known; None if none is known."""
-        if key not in self.values:
+        if key not in self:
             return None
-        rows, x = self.values[key]
+        rows, x = self[key]
         found = torch.full((tokens, x.shape[1]), torch.nan, dtype=torch.float64)
         found[rows.cpu()] = x.to(found)
         return found
@@ -77,12 +65,9 @@ class Captured:
     def put(self, key: str, x: Tensor, tokens: int, keep_sums: bool = False) -> Tensor:
         """`x` with the engine's rows. keep_sums: a row of x stays if it rounds to the engine's row. So a stream that
         was stored rounded keeps the digits that the engine's norm read."""
-        rows, theirs = self.values[key]
-        rows, theirs = self.values[key] = rows.to(x.device), theirs.to(x.device)  # moved once
-        flat = x.reshape(tokens, -1).clone()
-        ours = flat[rows]
-        new = theirs.to(x.dtype)
-        flat[rows] = torch.where(ours.to(theirs.dtype) == theirs, ours, new) if keep_sums else new
+        rows, theirs = self[key] = self[key][0].to(x.device), self[key][1].to(x.device)  # moved once
+        flat, new = x.reshape(tokens, -1).clone(), theirs.to(x.dtype)
+        flat[rows] = torch.where((ours := flat[rows]).to(theirs.dtype) == theirs, ours, new) if keep_sums else new
         return flat.view(x.shape)
 
 
@@ -120,12 +105,11 @@ class Restart(Handler):
         self.seen.setdefault(site.key, kept(x))
         if site.name not in RESTARTS:
             return None
-        stream = STREAMS.get(site.name)
-        key = site.key if stream is None else site.key.removesuffix(site.name) + stream
+        key = site.key.removesuffix("_sum")
         if key not in self.captured:
             return None
-        if stream is not None:
-            dtype = current().rounding(stream)
+        if is_sum := key != site.key:
+            dtype = current().rounding(site.name.removesuffix("_sum"))
             self.seen.setdefault(key, kept(x.to(dtype) if isinstance(dtype, torch.dtype) else x))
         rows = x.shape[0] if site.part == "visual" else self.tokens
-        return self.captured.put(key, x, rows, keep_sums=stream is not None)
+        return self.captured.put(key, x, rows, keep_sums=is_sum)

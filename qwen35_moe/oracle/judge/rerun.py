@@ -63,9 +63,6 @@ class Rerun:
         """The device of a part of the model."""
         return self.where.of(part, self.config.num_hidden_layers)
 
-    def __iter__(self) -> Iterator[tuple[int | None, list[Taps]]]:
-        return self.parts()
-
     @torch.inference_mode()
     def parts(self, layers: Sequence[int] | None = None) -> Iterator[tuple[int | None, list[Taps]]]:
         """(layer, one dict of taps a table) in order of execution: None (embedding), 0, 1, ..., None (norm and head),
@@ -149,10 +146,10 @@ class Rerun:
     def taps(self, i: int | None, tables: Sequence[tuple[int, Arithmetic]]) -> list[Taps]:
         """The values at the taps of layer i under more tables, each with the index of the table whose stream it
         reads. If nothing is captured, the values after the last layer come from whole runs."""
-        if i is None and self.after_layers and not self.captured.values:
+        if i is None and self.after_layers and not self.captured:
             more = [table for _, table in tables]
             whole = Rerun(self.source, self.fused, self.tokens, self.captured, more, self.with_log_p, self.where)
-            return list(whole)[-1][1]
+            return list(whole.parts())[-1][1]
         return [self.fault(i, NO_FAULT, table, like) for like, table in tables]
 
     @torch.inference_mode()
@@ -192,9 +189,12 @@ class Rerun:
                 real = None if tokens.real is None else tokens.mask.to(device)
                 embeds = embed_prompt(model, ids, attention_mask=real, **tokens.images.given())["inputs_embeds"]
             with using(table):
-                return self._enter(0, tap("embed_tokens", model.embed_tokens(ids) if embeds is None else embeds)), (
-                    restart.seen
-                )
+                stream = self._enter(0, tap("embed_tokens", model.embed_tokens(ids) if embeds is None else embeds))
+        return stream, restart.seen
+
+    def _boundary(self, i: int) -> tuple[str, str]:
+        """The names of the stream that layer i reads."""
+        return f"layers.{i}.layer_input", f"layers.{i - 1}.layer_output_sum"
 
     def _beside(self, i: int, table: Arithmetic, names: Sequence[str]) -> dict[int, Taps]:
         """By step, the values [n, ...] at some taps of the mixer of layer i in the engine's other rows."""
@@ -207,10 +207,6 @@ class Rerun:
                 mixer(x_1TD if rows.normed else layer.input_layernorm(x_1TD), None, LayerState())
             found[step] = {name: watch.seen[f"layers.{i}.{name}"][0].cpu() for name in names}
         return found
-
-    def _boundary(self, i: int) -> tuple[str, str]:
-        """The names of the stream that layer i reads."""
-        return f"layers.{i}.layer_input", f"layers.{i - 1}.layer_output_sum"
 
     def _enter(self, i: int, stream: Tensor) -> Tensor:
         """The stream that layer i reads: the engine's, where it captured it on either side of the boundary."""

@@ -102,8 +102,8 @@ def other_experts(r: Record, found: Mapping[BlockId, list[BlockId]], work: Any) 
     if r.key not in work.bad_at or all(name.startswith("float32") for name in work.result.members):
         return ""
     B, T = work.alignment.truth.ids.shape
-    layers = [i for i, block in found.get(place_of(r), []) if block == "mlp" and i in work.open]
-    before = [work.open[i].view(B, T) for i in layers if i is not None and (r.layer is None or i < r.layer)]
+    layers = [i for i, block in found.get(place_of(r), []) if block == "mlp" and i in work.undecided]
+    before = [work.undecided[i].view(B, T) for i in layers if i is not None and (r.layer is None or i < r.layer)]
     loose_BT = torch.stack(before).any(0) if before else torch.zeros(B, T, dtype=torch.bool)
     first_B = torch.where(loose_BT.any(1), loose_BT.int().argmax(1), T + 1)
     b, t = work.bad_at[r.key].long().unbind(1)
