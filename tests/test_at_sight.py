@@ -1,4 +1,4 @@
-"""What is named without a fault of the catalogue, and the catalogue's faults of ranks, views and norms."""
+"""What is named without a fault of the catalogue, and faults of each step of a run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from benchmarks.oracle_score.mutants import Bench
 from benchmarks.oracle_score.tasks import CHECKPOINTS
 from qwen35_moe.oracle.diagnose.at_sight import OTHER_CHECKPOINT, OWN_LOGITS, VICTIM, against_own_logits
-from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.fault_parts import on_packed
 from qwen35_moe.oracle.diagnose.faults import BrokenSource, Fault, FaultSite
 from qwen35_moe.oracle.diagnose.guilty import OTHERS
 from qwen35_moe.oracle.dumps.readers.own import from_trace
+from qwen35_moe.oracle.play import known_fault
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.quant.mxfp4 import PackedMXFP4
 from qwen35_moe.run.load import build
@@ -25,19 +25,10 @@ from qwen35_moe.trace.recorder import trace
 from weights.build import build as build_checkpoint
 
 IDS = (torch.arange(32) * 7919 % 251)[None]
-NEW = (
-    "input norm with 1 + twice", "q norm with 1 + twice",
-    "shared expert sharded on 2 ranks and never reduced, the last share",
-    "attention sharded on 2 ranks and never reduced", "output gates of another rank",
-    "values of another rank in DeltaNet", "b, a strided view, read as contiguous",
-)  # fmt: skip
-
 IN_EACH_STEP = {
     "prefix": ("a, a strided view, read as contiguous",),
     "speculative": ("decay with the wrong sign", "b, a strided view, read as contiguous"),
 }  # fmt: skip
-RARE = ("shared expert sharded on 4 ranks and never reduced, share 3", "context of another rank, the next of 4",
-        "DeltaNet sharded on 4 ranks and never reduced, share 2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +48,9 @@ def grows(tmp_path_factory: pytest.TempPathFactory) -> WeightSource:
 def test_faults_of_each_step_are_named_in_runs_of_several(grows: WeightSource, regime: str) -> None:
     """The rows of rejected drafts lie between those of the sequences, the cached tokens in no step of the dump."""
     bench = Bench(grows, regime, (torch.arange(52) * 7919 % 251)[None])
-    for fault in [f for f in FAULTS if f.name in IN_EACH_STEP[regime]]:
-        found = bench.planted(fault)
+    for name in IN_EACH_STEP[regime]:
+        found = bench.planted(known_fault(name))
         assert found.found and found.named_right, found
-
-
-def test_any_share_and_the_context_of_another_rank_are_named(bench: Bench) -> None:
-    for fault in [f for f in FAULTS if f.name in RARE]:
-        found = bench.planted(fault)
-        assert found.found and found.named_right, found
-
-
-@pytest.mark.parametrize("fault", [f for f in FAULTS if f.name in NEW], ids=lambda f: f.name)
-def test_new_faults_are_found_and_named(bench: Bench, fault: Fault) -> None:
-    found = bench.planted(fault)
-    assert found.found and found.named_right, found
 
 
 def _last_is_another(ids: Tensor, _: dict[str, Tensor], place: FaultSite) -> Tensor:

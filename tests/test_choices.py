@@ -18,11 +18,11 @@ from qwen35_moe.numerics.choices import in_fp8, scale_of, with_choices
 from qwen35_moe.numerics.tables import SGLANG_BF16, VLLM_BF16
 from qwen35_moe.numerics.taps import Handler
 from qwen35_moe.oracle.compare import compare
-from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.faults import FaultSite
 from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.dumps.writers import DUMPED
+from qwen35_moe.oracle.play import known_fault
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.run.load import load
 from qwen35_moe.trace.file import Trace
@@ -76,7 +76,7 @@ def test_an_fp8_kv_cache_is_named_and_can_be_declared(
 
 def test_a_fault_is_found_beside_a_declared_cache(small: Callable[..., Path], truth: Trace) -> None:
     source = open_checkpoint(small("tiny"))[1].source
-    fault = next(f for f in FAULTS if f.name == "output gate ignored")
+    fault = known_fault("output gate ignored")
     place = FaultSite(source.config, truth.positions, frozenset({1}))
     dump = _engine(small("tiny"), with_choices(SGLANG_BF16, kv_cache="fp8_e4m3"), tuple(fault.handlers(place)))
     result = compare(truth, dump, source, diagnoses=1, kv_cache="fp8_e4m3")

@@ -10,11 +10,11 @@ import torch
 
 import qwen35_moe as q
 from qwen35_moe.oracle.compare import compare
-from qwen35_moe.oracle.diagnose.catalogue import FAULTS
 from qwen35_moe.oracle.diagnose.faults import FaultSite
 from qwen35_moe.oracle.dumps.align import align
 from qwen35_moe.oracle.dumps.readers.own import from_trace
 from qwen35_moe.oracle.judge.conclude import growth
+from qwen35_moe.oracle.play import known_fault
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.trace.file import Trace
 
@@ -42,8 +42,7 @@ def test_a_wrong_base_of_the_angles_grows_in_the_first_wrong_tap(small: Callable
     source = open_checkpoint(small("tiny"))[1].source
     truth = q.trace(q.load(small("tiny"), text_only=True), IDS, taps=f"{TAPS},attn_q,moe_topk_ids")
     engine = q.load(small("tiny"), "sglang-bf16", text_only=True)
-    fault = next(f for f in FAULTS if f.name == "rotary theta 10000")
-    handlers = fault.handlers(FaultSite(source.config, truth.positions))
+    handlers = known_fault("rotary theta 10000").handlers(FaultSite(source.config, truth.positions))
     run = q.trace(engine, IDS, taps=f"{TAPS},attn_q,moe_topk_ids", replay=handlers)
     notes = [note for note in compare(truth, from_trace(run), source).notes if "along the sequence" in note]
     assert len(notes) == 2 and "layers.1.attn_q" in notes[1]

@@ -163,8 +163,6 @@ class TensorVerdict:
 
     cls: Class
     ratio: float
-    ratio_l2: float
-    ratio_max: float
     worst: int
     ratios: Tensor
     rel: float  # |e| / |truth| of the whole tensor
@@ -190,15 +188,13 @@ def judge(
         ratios = torch.maximum(ratios, min(rms, TENSOR) * l2.clamp(max=rms))
     ratios = ratios.cpu()
     worst = int(ratios.argmax())
-    ratio = float(ratios[worst])
     could_be_equal = rounding is None or torch.allclose(error.l2, rounding.l2, rtol=1e-5, atol=0)
     if could_be_equal and torch.equal(engine.to(dtype), truth.to(dtype).reshape(engine.shape)):
         cls: Class = "bit-equal"
     else:
-        cls = class_of(ratio, limit)
+        cls = class_of(float(ratios[worst]), limit)
     whole, off = float((Norms.of(truth) if size is None else size).l2.norm()), float(error.l2.norm())
-    rel = off / whole if whole else float(off > 0)
-    return TensorVerdict(cls, ratio, float(l2.max()), float(most.max()), worst, ratios, rel)
+    return TensorVerdict(cls, float(ratios[worst]), worst, ratios, off / whole if whole else float(off > 0))
 
 
 def _ratio(e: Tensor, bound: Tensor) -> Tensor:

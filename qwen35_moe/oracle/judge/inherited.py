@@ -8,6 +8,7 @@ here: an operation takes a tenth of a millisecond, less than the threads of one 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -101,27 +102,22 @@ def _judge_ids(work: Judgement, key: str, pair: Pair, layer: int | None, stored:
     logits_key = key.removesuffix(base_name(key)) + "moe_router_logits"
     if logits_key not in work.alignment.truth or pair.engine is None or logits_key not in stored:
         return
-    try:
-        logits, noise = _router(work, logits_key, stored)
-    except Qwen35Error:
-        return  # it is counted where the logits themselves are judged
-    index = work.index(pair)
-    work.record_routing(key, pair, compare_ids(pair.truth, pair.engine, logits[index], noise[index], layer))
+    with suppress(Qwen35Error):  # it is counted where the logits themselves are judged
+        logits, noise = (x[work.index(pair)] for x in _router(work, logits_key, stored))
+        work.record_routing(key, pair, compare_ids(pair.truth, pair.engine, logits, noise, layer))
 
 
 def _judge(work: Judgement, key: str, stored: Mapping[str, Tensor], first_B: Tensor) -> Record:
     """The record of one tap; where the added error has made one, that record with the inherited error in it."""
     pair = work.alignment.pair(key)
-    layer = layer_of(key)
-    record = work.records.get(key) or Record(key, "not comparable", block_of(key), layer, note=pair.problem)
+    record = work.records.get(key) or Record(key, "not comparable", block_of(key), layer_of(key), note=pair.problem)
     if pair.engine is None or pair.dtype is None:
         return record
     index, x, truth = work.index(pair), pair.engine, pair.truth
     if per_token(key):
         keep = pair.judged(pair.rows[:, 1] < first_B[pair.rows[:, 0]])
     else:
-        untouched = bool((first_B == work.T).all())
-        keep = torch.full((len(index),), key.endswith(".gain") or untouched)
+        keep = torch.full((len(index),), key.endswith(".gain") or bool((first_B == work.T).all()))
     if base_name(key) in SLOT_ORDERED:
         x, truth = x.sort(1, descending=True).values, truth.sort(1, descending=True).values
     if not keep.any():
@@ -132,10 +128,9 @@ def _judge(work: Judgement, key: str, stored: Mapping[str, Tensor], first_B: Ten
         index, x, truth = index[keep], x[keep], truth[keep]
     error, size, bf16 = row_errors(stored[HEAD if key == LOG_P else key], index)
     rounding = bf16 if pair.dtype == torch.bfloat16 else None
-    if key == LOG_P:
-        error, size, rounding = error_of_log_p(error, truth.shape[1]), Norms.of(truth), loss_in_file(truth)
-    if pair.as_log_p:
-        error, size, rounding = error_of_log_p(error, truth.shape[1]), Norms.of(truth), None
+    if key == LOG_P or pair.as_log_p:
+        error, size = error_of_log_p(error, truth.shape[1]), Norms.of(truth)
+        rounding = loss_in_file(truth) if key == LOG_P else None
     bound = envelope(truth, [error], pair.dtype, size, rounding)
     verdict = judge(x, truth, bound, pair.dtype, work.limit, size, rounding)
     record.inherited, record.inherited_rel = verdict.ratio, verdict.rel

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from ...errors import Qwen35Error
 from ...numerics.tap_keys import base_name
@@ -16,7 +16,7 @@ from .routing import Routing
 
 POSITIONS = "positions"
 BAD = ("suspicious", "wrong")
-CLASSES: tuple[Class, ...] = ("bit-equal", "within rounding", "suspicious", "wrong", "not comparable", "missing")
+CLASSES: tuple[Class, ...] = get_args(Class)
 _BLOCKS = (
     (r"vis_(pixels|patch)", "vision patches"),
     (r"vis_(pos|embed|rope|layer_input)", "vision positions"),
