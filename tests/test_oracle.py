@@ -418,9 +418,8 @@ def test_dump_without_ids_judges_no_token_that_could_have_flipped(bench: Bench) 
 
 def weights(source: WeightSource, name: str, x: torch.Tensor, rank: int = 0, **parallel: int) -> list[Weight]:
     """What is said of a parameter of an engine's rank."""
-    dump = Dump("", "", [])
-    dump.weights = {f"model.{name}@{rank}": Piece(name, lambda: x, rank=rank, parallel=parallel)}
-    return check_weights(dump, source)
+    piece = Piece(name, lambda: x, rank=rank, parallel=parallel)
+    return check_weights(Dump("", "", [], weights={f"model.{name}@{rank}": piece}), source)
 
 
 def test_weights_slot_by_slot(bench: Bench) -> None:

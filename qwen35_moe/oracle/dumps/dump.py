@@ -75,8 +75,9 @@ class Dump(Mapping[str, Tensor]):
         self._counts: dict[int, int | None] = {}
         self.world = 0  # how many ranks there were; 0: not looked for yet
         self._dtypes: dict[tuple[str, int], torch.dtype] = {}
-        for piece in (*pieces, *self.weights.values()):
-            piece.load = partial(fenced, piece.load, piece.where or piece.raw)
+        for some, as_bytes in ((pieces, False), (self.weights.values(), True)):
+            for piece in some:
+                piece.load = partial(fenced, piece.load, piece.where or piece.raw, as_bytes)
         self.drafts = mark_drafts(pieces, config)
         self.fused = {} if family == "transformers" else fused_layers(pieces, self.sizes, named=format != "atom")
         for pieces_of_one in _groups(pieces).values():

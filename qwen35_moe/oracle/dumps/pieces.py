@@ -39,8 +39,9 @@ class Piece:
         return cls(raw, load, layer=layer if found is None else found, path=path, part=part, **fields)
 
 
-def plain_values(x: Any, where: str) -> Tensor:
-    """A tensor of a stranger's file as plain values: no gradient, no float8. Error: what has no values here."""
+def plain_values(x: Any, where: str, as_bytes: bool = False) -> Tensor:
+    """A tensor of a stranger's file as plain values: no gradient, no float8. as_bytes: values of one byte are uint8, as
+    parameters are compared. Error: what has no values here."""
     if not isinstance(x, Tensor):
         raise Qwen35Error("not a tensor", where=where, found=type(x).__name__)
     kinds = {"sparse": x.layout != torch.strided, "quantised": x.is_quantized, "complex": x.is_complex(),
@@ -50,6 +51,8 @@ def plain_values(x: Any, where: str) -> Tensor:
     x = x.detach()
     if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch can hold and hardly compute with
         return x.to(torch.int64)
+    if as_bytes and x.element_size() == 1:
+        return x.view(torch.uint8)
     return x.to(torch.float32) if x.is_floating_point() and x.element_size() == 1 else x
 
 
@@ -61,10 +64,10 @@ def whole_numbers(x: Any, where: str) -> Tensor:
     return x.to(torch.int64)
 
 
-def fenced(load: Callable[[], Tensor], where: str) -> Tensor:
+def fenced(load: Callable[[], Tensor], where: str, as_bytes: bool = False) -> Tensor:
     """A piece's values. Whatever its `load` raises becomes an error about this piece, so that it costs its own tap."""
     try:
-        return plain_values(load(), where)
+        return plain_values(load(), where, as_bytes)
     except Qwen35Error:
         raise
     except Exception as error:

@@ -41,8 +41,7 @@ def check_weights(dump: Dump, source: WeightSource) -> list[Weight]:
     for full, piece in dump.weights.items():
         name = re.sub(r"^(?:(?:model|language_model)\.)+", "", full.rpartition("@")[0] or full)
         try:
-            x = piece.load()
-            found += _check(name, x.view(torch.uint8) if x.element_size() == 1 else x, source, piece.parallel)
+            found += _check(name, piece.load(), source, piece.parallel)
         except Qwen35Error as error:
             found.append(Weight(name, "unknown", error.what))
     return found
