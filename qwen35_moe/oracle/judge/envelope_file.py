@@ -4,7 +4,7 @@ row."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from pathlib import Path
 
@@ -199,8 +199,8 @@ def _head(model: Model, errors: _Errors, sum_BTD: Tensor) -> Tensor:
     with arithmetics.using(model.arithmetic):
         x_BTD = model.norm(sum_BTD)
         if HEAD in errors.truth and isinstance(model.lm_head, StreamedHead):
-            blocks, some = rounded_blocks(model, x_BTD), _logits(errors.truth)
-            errors.add(HEAD, _side_by_side(Norms.of(x.cpu().flatten(0, 1), some(v)) for v, x in blocks))
+            blocks = ((x.cpu(), errors.truth.columns(HEAD, v)) for v, x in rounded_blocks(model, x_BTD))
+            errors.add(HEAD, _side_by_side(Norms.of(x.flatten(0, 1), y.flatten(0, 1)) for x, y in blocks))
         else:
             model.lm_head(HEAD, x_BTD)
         return x_BTD
@@ -208,18 +208,13 @@ def _head(model: Model, errors: _Errors, sum_BTD: Tensor) -> Tensor:
 
 def _of_truth(truth: Trace, key: str) -> tuple[Norms, Norms]:
     """The truth's size in each row, and what one rounding to bf16 loses of it."""
-    if key != HEAD:
-        x = as_rows(key, truth[key], truth.ids.numel())
-        return Norms.of(x), rounding_loss(x, torch.bfloat16)
-    V = truth.sites[key].shape[-1]
-    logits = map(_logits(truth), in_steps(V, HEAD_ROWS))  # read one by one
-    sizes, losses = zip(*((Norms.of(x), rounding_loss(x, torch.bfloat16)) for x in logits), strict=True)
+    if key == HEAD:  # whose parts are read one by one
+        steps = in_steps(truth.sites[key].shape[-1], HEAD_ROWS)
+        parts: Iterable[Tensor] = (truth.columns(key, which).flatten(0, 1) for which in steps)
+    else:
+        parts = [as_rows(key, truth[key], truth.ids.numel())]
+    sizes, losses = zip(*((Norms.of(x), rounding_loss(x, torch.bfloat16)) for x in parts), strict=True)
     return _side_by_side(sizes), _side_by_side(losses)
-
-
-def _logits(truth: Trace) -> Callable[[slice], Tensor]:
-    """which of the vocabulary -> the truth's logits [tokens, n]"""
-    return lambda which: truth.columns(HEAD, which).flatten(0, 1)
 
 
 def _side_by_side(parts: Iterable[Norms]) -> Norms:
