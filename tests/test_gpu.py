@@ -106,19 +106,6 @@ def test_a_file_that_breaks_while_it_is_streamed(
     assert torch.equal(q.load(path, BF16, device=GPU, mode="stream", text_only=True)(ids), expected)
 
 
-def test_padding_and_a_cache(built: Built) -> None:
-    cpu, gpu = (q.load(built("tiny"), device=device, text_only=True) for device in ("cpu", GPU))
-    mask = torch.ones(2, 20, dtype=torch.long)
-    mask[1, :7] = 0
-    caches = q.Cache(), q.Cache()
-    ids = ids_of(22)
-    for part, given in ((ids[:, :20], mask), (ids[:, 20:21], None), (ids[:, 21:], None)):
-        ours = gpu(part.to(GPU), attention_mask=None if given is None else given.to(GPU), cache=caches[0]).cpu()
-        truth = cpu(part, attention_mask=given, cache=caches[1])
-        real = torch.ones_like(part).bool() if given is None else given.bool()
-        assert rel_l2(ours[real], truth[real]) <= FLOAT64_REORDERED
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (2, 65), (1, 333)])
 def test_bf16_has_the_bits_of_grouped_mm_on_the_same_gpu(built: Built, shape: tuple[int, int]) -> None:
     """At once and one expert after the other."""

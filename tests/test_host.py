@@ -22,6 +22,11 @@ IDS = (torch.arange(20) * 7919 % 251)[None]
 Build = Callable[[str], Path]
 
 
+@pytest.fixture(scope="module")
+def built(small: Build) -> Build:
+    return small
+
+
 def logits(path: Path, arithmetic: str) -> Tensor:
     return q.load(path, arithmetic, text_only=True)(IDS)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from distances import apart, relative
 from fixture_models import FIXTURES
 from peers.float64 import float64_clean
 from peers.transformers_model import load_transformers
@@ -36,15 +37,6 @@ def exact() -> q.Model:
 
 def logits_of(model: q.Model, *prompt: Tensor) -> Tensor:
     return model(**embed_prompt(model, *prompt))
-
-
-def relative(found: Tensor, truth: Tensor) -> float:
-    assert found.shape == truth.shape
-    return ((found.double() - truth.double()).abs().max() / truth.abs().max()).item()
-
-
-def apart(found: Tensor, truth: Tensor) -> float:
-    return (found.double().log_softmax(-1) - truth.double().log_softmax(-1)).abs().max().item()
 
 
 @pytest.mark.parametrize("table", ["float32", "exact"])

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from distances import apart
 from fixture_models import FIXTURES, read
 from peers.float64 import float64_clean
 from peers.transformers_model import load_transformers
@@ -32,12 +33,6 @@ def exact() -> Pair:
 @pytest.fixture(scope="module")
 def ids(expected: dict[str, Tensor]) -> Tensor:
     return expected["ids"].long()
-
-
-def apart(found: Tensor, truth: Tensor) -> float:
-    """max |difference of log p|."""
-    assert found.shape == truth.shape
-    return (found.double().log_softmax(-1) - truth.double().log_softmax(-1)).abs().max().item()
 
 
 def head(pair: Pair, ids_BT: Tensor) -> Tensor:

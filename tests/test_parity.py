@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distances import apart
 from peers.capture import capture
 from peers.float64 import float64_clean
 from peers.transformers_model import cached, load_transformers, logits_of, new_cache
@@ -167,12 +168,6 @@ def left(expected: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix("bf16-hub/"): x for key, x in expected.items()}
 
 
-def log_p_distance(a: Tensor, b: Tensor) -> list[float]:
-    """max |log p_a - log p_b| for each sequence."""
-    difference = (a.double().log_softmax(-1) - b.double().log_softmax(-1)).abs()
-    return difference.flatten(1).amax(1).tolist()
-
-
 def one_by_one(model: q.Model, ids: Tensor) -> Tensor:
     return torch.cat([model(row[None]) for row in ids])
 
@@ -181,16 +176,14 @@ def test_exact_lies_between_the_engines(left: dict[str, Tensor]) -> None:
     """Nearer to each engine than the engines are to each other."""
     hf, cpp = left["logits.transformers_f32"], left["logits.llamacpp_f32"]
     exact = one_by_one(ours(FIXTURES / "bf16-hub", "exact"), left["ids"].long())
-    for apart, to_hf, to_cpp in zip(
-        log_p_distance(hf, cpp), log_p_distance(exact, hf), log_p_distance(exact, cpp), strict=True
-    ):
-        assert max(to_hf, to_cpp) < apart
+    for a, b, own in zip(hf, cpp, exact, strict=True):
+        assert max(apart(own, a), apart(own, b)) < apart(a, b)
 
 
 def test_float32_is_within_reach_of_each_engine(left: dict[str, Tensor]) -> None:
     own = one_by_one(ours(FIXTURES / "bf16-hub", "float32"), left["ids"].long())
     for engine in ("transformers_f32", "llamacpp_f32"):
-        assert max(log_p_distance(own, left[f"logits.{engine}"])) <= FLOAT32_LOG_P
+        assert apart(own, left[f"logits.{engine}"]) <= FLOAT32_LOG_P
 
 
 @pytest.mark.parametrize("arithmetic", ["exact", "float32"])

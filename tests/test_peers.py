@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distances import apart
 from peers.capture import capture
 from peers.float64 import NoNarrowFloat, float64_clean
 from peers.transformers_model import cached, load_transformers, logits_of, new_cache
@@ -24,10 +25,6 @@ FIXTURES = Path(__file__).parent / "data" / "fixtures"
 HUB = FIXTURES / "bf16-hub"
 
 load = cache(partial(load_transformers, HUB))
-
-
-def log_p_distance(a: Tensor, b: Tensor) -> float:
-    return (a.double().log_softmax(-1) - b.double().log_softmax(-1)).abs().max().item()
 
 
 # transformers, loaded and made float64-clean.
@@ -84,9 +81,9 @@ def test_text_draft_and_image_agree_with_the_fixture(expected: dict[str, Tensor]
         hidden, merged = vision(model, image[1], image[2])
         seen = image_logits(model, *image)
     assert {x.dtype for x in (text, draft, hidden, merged, seen)} == {dtype}
-    assert log_p_distance(text, expected["bf16-hub/logits.transformers_f32"]) <= FLOAT32_ANOTHER_MACHINE
-    assert log_p_distance(draft, expected["bf16-hub/mtp_logits.transformers_f32"]) <= FLOAT32_ANOTHER_MACHINE
-    assert log_p_distance(seen[0], expected["image/logits.transformers_f32"]) <= FLOAT32_ANOTHER_MACHINE
+    assert apart(text, expected["bf16-hub/logits.transformers_f32"]) <= FLOAT32_ANOTHER_MACHINE
+    assert apart(draft, expected["bf16-hub/mtp_logits.transformers_f32"]) <= FLOAT32_ANOTHER_MACHINE
+    assert apart(seen[0], expected["image/logits.transformers_f32"]) <= FLOAT32_ANOTHER_MACHINE
     for ours, then in ((hidden, "vision_hidden"), (merged, "vision_out")):
         theirs = expected[f"image/{then}.transformers_f32"]
         assert (ours - theirs).abs().max() <= VISION_FLOAT32 * theirs.abs().max()

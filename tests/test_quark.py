@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
+from distances import apart
 from tolerances import FLOAT64_REORDERED, QUARK_W4A4_LOG_P, QUARK_W4A16_LOG_P
 
 import qwen35_moe as q
@@ -15,14 +15,6 @@ FIXTURES = Path(__file__).parent / "data" / "fixtures"
 CHECKPOINTS = ("quark-mxfp4", "quark-moe-mxfp4")
 
 
-def log_p(logits: torch.Tensor) -> torch.Tensor:
-    return logits.double().log_softmax(-1)
-
-
-def distance(logits: torch.Tensor, engine: torch.Tensor) -> float:
-    return (log_p(logits) - log_p(engine)).abs().max().item()
-
-
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_weights_only(checkpoint, expected):
     """W4A16: measured 7.5e-5 and 1.15e-4; llama.cpp on the dequantised weights 9.0e-5."""
@@ -30,7 +22,7 @@ def test_weights_only(checkpoint, expected):
     engines = [key for key in expected if key.startswith(f"{checkpoint}/logits") and "w4a4" not in key]
     assert engines
     for key in engines:
-        assert distance(logits, expected[key]) < QUARK_W4A16_LOG_P, key
+        assert apart(logits, expected[key]) < QUARK_W4A16_LOG_P, key
 
 
 @pytest.mark.parametrize("arithmetic", ["exact+a4", "float32+a4"])
@@ -39,8 +31,8 @@ def test_quantised_activations(checkpoint, arithmetic, expected):
     """W4A4, another function (KL near 1); Quark's shared expert is a network of its own. Measured: 3.7e-5, 2.7e-5."""
     ids, engine = expected["ids"].long(), expected[f"{checkpoint}/logits.quark_w4a4_f32"]
     logits = q.load(FIXTURES / checkpoint, arithmetic, "unfused")(ids)
-    assert distance(logits, engine) < QUARK_W4A4_LOG_P
-    assert distance(q.load(FIXTURES / checkpoint)(ids), engine) > 1
+    assert apart(logits, engine) < QUARK_W4A4_LOG_P
+    assert apart(q.load(FIXTURES / checkpoint)(ids), engine) > 1
 
 
 def test_a_quantised_shared_expert_fuses_and_nothing_changes(expected):

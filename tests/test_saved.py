@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tolerances
 import torch
+from distances import relative
 from fixture_models import read as read_fixture
 from safetensors.torch import save_file
 from torch import Tensor
@@ -48,8 +49,7 @@ def agree(path: Path, truth: Trace, taps: int, tokens: int) -> None:
     assert (len(alignment.keys), alignment.matched) == (taps, tokens), (alignment.keys, alignment.notes)
     for pair in alignment:
         assert pair.engine is not None, (pair.key, pair.problem)
-        error = (pair.truth - pair.engine).abs().max() / pair.truth.abs().max()
-        assert error < tolerances.TRANSFORMERS_TAPS_FLOAT32, pair.key
+        assert relative(pair.engine, pair.truth) < tolerances.TRANSFORMERS_TAPS_FLOAT32, pair.key
 
 
 def save(x: Any, path: Path) -> Path:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from test_golden import golden
 
 from qwen35_moe import testing as qt
 from qwen35_moe.quant.mxfp4 import decode
-
-GOLDEN = Path(__file__).parent / "data/golden"
-
-
-def golden(name: str) -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN / f"{name}.safetensors")
 
 
 @pytest.mark.parametrize("kernel", ["chunk", "recurrent"])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from distances import relative
 from fixture_models import read
 from peers.float64 import float64_clean
 from tolerances import VISION_BF16_FLIPS, VISION_FLOAT32, VISION_FLOAT64, VISION_TAIL
@@ -52,11 +53,6 @@ def pair() -> tuple[VisionTower, Any, Tensor]:
     ours.load_state_dict(theirs.state_dict(), strict=True)
     pixels = torch.randn(int(GRIDS.prod(1).sum()), ours.config.patch_values, generator=generator, dtype=torch.float64)
     return ours, theirs, pixels
-
-
-def relative(found: Tensor, truth: Tensor) -> float:
-    assert found.shape == truth.shape
-    return ((found.double() - truth.double()).abs().max() / truth.abs().max()).item()
 
 
 @torch.no_grad()
