@@ -98,8 +98,9 @@ class Layers:
         self.passing: PassingExperts | None = None  # of the current layer, on a GPU
         self.ahead: tuple[int, PassingExperts] | None = None  # of the next, while layers come in their order
 
-    def whole(self, i: int, table: Arithmetic, fused: bool) -> Layer:
-        """Layer i as the checkpoint has it."""
+    def whole(self, i: int, table: Arithmetic, fused: bool, once: bool = False) -> Layer:
+        """Layer i as the checkpoint has it. once: no other run takes it in this dtype, so that its experts are decoded
+        when they are chosen."""
         in_order = self.current + 1 == i
         if self.current != i:
             self.current, self.filled, self.held = i, {}, LayerSource(self.source, self.device(i))
@@ -107,13 +108,14 @@ class Layers:
         key = (table.dtype, tuple(sorted(table.weights.items())), table.quantised, fused)
         if key not in self.filled:
             layer = self.filled[key] = self._empty(i, fused)
-            fill(layer, f"layers.{i}", self.held, table, self.device(i), self._mode(i))
+            mode = "stream" if once else self.mode
+            fill(layer, f"layers.{i}", self.held, table, self.device(i), self._mode(i, mode))
             experts = layer.mlp.experts
             if isinstance(experts, PassingExperts):
                 if self.passing is None or self.passing.count != experts.count:
                     self.passing = experts
                 experts.stay_with(self.passing)
-                if self.mode == "decoded":
+                if mode == "decoded":
                     layer.mlp.experts = self.passing.resident(experts.dtype, experts.quantised)
                 self.ahead = self._ahead(i + 1, experts) if in_order else self.ahead
         return self.filled[key]
@@ -128,7 +130,7 @@ class Layers:
             if (name == "mlp") != (fault.block == "mlp"):
                 layer.add_module(name, whole.get_submodule(name))
                 continue
-            fill(part, f"layers.{i}.{name}", source, table, self.device(i), self._mode(i))
+            fill(part, f"layers.{i}.{name}", source, table, self.device(i), self._mode(i, self.mode))
             if isinstance(part, MoE) and self.mode == "decoded" and self.device(i).type == "cuda":
                 changed = self._changed(whole.mlp.experts, partial(source.slot, f"layers.{i}.mlp"), fault, place.expert)
                 part.experts = part.experts if changed is None else changed
@@ -153,8 +155,8 @@ class Layers:
             return ResidentExperts(gate_up, down, quantised)
         return plain if fault.slot is None else None
 
-    def _mode(self, i: int) -> str:
-        return "stream" if self.device(i).type == "cuda" else self.mode
+    def _mode(self, i: int, mode: str) -> str:
+        return "stream" if self.device(i).type == "cuda" else mode
 
     def _ahead(self, i: int, like: PassingExperts) -> tuple[int, PassingExperts] | None:
         """The experts of layer i, which are being read."""

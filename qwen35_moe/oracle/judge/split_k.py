@@ -66,7 +66,7 @@ class SplitK(TorchFunctionMode):
 
     def _shares(self, x: Tensor) -> Sequence[Tensor]:
         if self.order is not None:
-            x = x[..., _order(self.order, x.shape[-1], x.device)]
+            x = x.index_select(-1, _order(self.order, x.shape[-1], x.device))
         return x.chunk(self.parts, -1)
 
 
