@@ -205,9 +205,8 @@ class Checkpoint:
     def verify(self, manifest: str | Path | None = None) -> Iterator[Checksum]:
         """sha256 of every tensor or file that a manifest names (`sha256 ... name` a line). Without one, of every file,
         against what the hub's downloader has left. Reads everything."""
-        return (
-            verify_files(self.folder) if manifest is None else verify_manifest(self.folder, self.reader, Path(manifest))
-        )
+        known = None if manifest is None else Path(manifest)
+        return verify_files(self.folder) if known is None else verify_manifest(self.folder, self.reader, known)
 
     def _missing(self, name: str) -> Qwen35Error:
         """The error, with a name that differs in one word, and little. Not all of 100,000 names are looked at."""

@@ -107,11 +107,9 @@ def _obey_index(folder: Folder, copies: dict[str, list[TensorEntry]], weight_map
         what = "the index names tensors that are not in their files"
         raise Qwen35Error(what, where=index, expected=few(absent), found="absent")
     if strays := [stored.where for name, stored in folder.tensors.items() if name not in known]:
-        what, expected = "tensors that the index does not know: a shard of another checkpoint?", "every tensor"
-        do = "download the shard again, or remove the index if it is out of date"
-        raise Qwen35Error(
-            what, where=index, expected=f"{expected} of the files that it names", found=few(strays), do=do
-        )
+        what = "tensors that the index does not know: a shard of another checkpoint?"
+        expected, do = "every tensor of the files that it names", "download the shard again, or remove the index if"
+        raise Qwen35Error(what, where=index, expected=expected, found=few(strays), do=f"{do} it is out of date")
 
 
 def find_index(path: Path) -> Path | None:

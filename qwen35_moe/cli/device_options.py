@@ -22,6 +22,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--max-memory", metavar="0=20GB,cpu=30GB",
                         help="memory that --device-map may use on each device")  # fmt: skip
+    add_ignored_keys(parser)
 
 
 def add_ignored_keys(parser: argparse.ArgumentParser) -> None:

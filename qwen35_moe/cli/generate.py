@@ -18,7 +18,7 @@ from ..run.generate import Sampling, Step, generate, score
 from ..run.load import MODES, load
 from ..run.origin import origin_of
 from ..run.prompt import embed_prompt, load_images, load_tokenizer, place_images, placeholders, read_ids, stop_ids
-from .device_options import add_device_options, add_ignored_keys, device_options
+from .device_options import add_device_options, device_options
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
                         help="who rounds where, a name of `trace --list` (default: %(default)s)")  # fmt: skip
     parser.add_argument("--mode", default="packed", choices=MODES, help="how weights are held (default: %(default)s)")
     add_device_options(parser)
-    add_ignored_keys(parser)
     parser.add_argument("--text-only", action="store_true", help="load neither draft head nor vision tower")
 
 

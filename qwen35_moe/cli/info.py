@@ -92,15 +92,10 @@ def info_lines(found: dict[str, Any]) -> list[str]:
         f"  {'module':<46} {'format':<26} {'count':>7} {'parameters':>15} {'size':>9}",
     ]
     for row in found["modules"]:
-        lines.append(
-            f"  {row['module']:<46} {row['format']:<26} {row['modules']:>7} {row['parameters']:>15,} "
-            f"{_size(row['bytes']):>9}"
-        )
-    lines += [
-        "",
-        "  shared expert (rule strict, by what is stored)",
-        *("  " + line for line in lines_of(found["gate"], False)),
-    ]
+        said = f"  {row['module']:<46} {row['format']:<26} {row['modules']:>7} {row['parameters']:>15,}"
+        lines.append(f"{said} {_size(row['bytes']):>9}")
+    lines += ["", "  shared expert (rule strict, by what is stored)"]
+    lines += ["  " + line for line in lines_of(found["gate"], False)]
     e = found["estimate"]
     lines += [
         "",

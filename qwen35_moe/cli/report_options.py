@@ -22,7 +22,7 @@ from ..oracle.report import report
 from ..run.files import whole
 from ..run.load import MODES, SHARED_EXPERT_MODES
 from ..run.prompt import read_ids
-from .device_options import add_device_options, add_ignored_keys, device_options
+from .device_options import add_device_options, device_options
 from .parsing import layers, within
 
 
@@ -56,7 +56,6 @@ def add_report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--kv-cache", metavar="fp8_e4m3[:SCALE]", help="the engine's dtype for keys and values")
     p.add_argument("--state", choices=STATE_DTYPES, help="the engine's dtype for DeltaNet's state")
     add_device_options(p)
-    add_ignored_keys(p)
     p.add_argument("--mode", choices=MODES, help="how weights are held in memory (default: by size)")
     p.add_argument("--quiet", action="store_true", help="print no progress to stderr")
 

@@ -33,7 +33,7 @@ from ..trace.file import Trace, in_utf8
 from ..trace.folder import remove_groups, resumable, resumed_complete, run_of
 from ..trace.groups import begin_groups, join
 from ..trace.layers import aside_of, check_request, meta_of, trace_layers
-from .device_options import add_device_options, add_ignored_keys, add_image_options, device_options, given_images
+from .device_options import add_device_options, add_image_options, device_options, given_images
 from .parsing import layers, within
 from .report_options import add_shared
 
@@ -65,7 +65,6 @@ def configure(p: argparse.ArgumentParser) -> None:
                    help="how weights are held in memory (default: stream; packed with --device-map)")  # fmt: skip
     p.add_argument("--stream", dest="mode", action="store_const", const="stream", help="the same as --mode stream")
     add_device_options(p)
-    add_ignored_keys(p)
     add_shared(p)
     p.add_argument("--no-envelope", action="store_true", help="do not compute the errors of legal rounding")
     p.add_argument("--quiet", action="store_true", help="print no progress to stderr")
@@ -121,12 +120,12 @@ def _trace(args: argparse.Namespace, prompts: dict[str, Tensor | None], processe
     check_request(model, ids, args.taps, args.last)
     check_parts(args.asked, drafts=bool(args.drafts), images=args.images is not None)
     meta = meta_of(model, ids, mask, args.taps, args.experts, more, args.images)
-    aside = aside_of(model, args.taps, args.last, args.images)
+    aside = aside_of(model, args.taps, args.last, args.images, bool(args.drafts))
     args.envelope = not args.no_envelope and not args.hidden and layers == count
     batch = args.batch or (len(ids) if processes.count == 1 else 1)
     groups = [slice(i, min(i + batch, len(ids))) for i in range(0, len(ids), batch)]
-    run_before = run_of(meta, args.device.partition(":")[0], groups=len(groups))
-    parts = begin_groups(out, len(groups), count, run_before, args.resume, processes)
+    begun_as = run_of(meta, args.device.partition(":")[0], groups=len(groups))
+    parts = begin_groups(out, len(groups), count, begun_as, args.resume, processes)
     if not parts:
         resumed_complete(model, Trace.open(out), meta, aside)
         if args.envelope and not (out / ENVELOPE).is_file():

@@ -64,9 +64,8 @@ def place_model(
             continue
         module = model.get_submodule(unit)
         fill(module, "embed_tokens" if shares else unit, source, table, torch.device(where), mode)
-        for experts in (
-            part for part in module.modules() if where == "cpu" != main and isinstance(part, PackedExperts)
-        ):
+        packed = [part for part in module.modules() if isinstance(part, PackedExperts)]
+        for experts in packed if where == "cpu" != main else ():
             experts.device = torch.device(main)  # they are no parameters, and so nothing that a hook moves
     dispatch_model(model, dict(places), main, preload_module_classes=NEVER_SPLIT, force_hooks=True)
 
@@ -86,13 +85,14 @@ def by_unit(model: Model, device_map: str | Mapping[str, DeviceName]) -> dict[st
     unknown = sorted({*device_map} - {"", "layers", "mtp", "visual", *known})
     lost = [unit for unit in known if not any(_holds(name, unit) for name in device_map)]
     if unknown or lost:
-        raise Qwen35Error(
+        what, do, count = (
             "device_map does not fit the model",
-            where="load()",
-            expected=f"{known[0]}, layers.0 .. {len(model.layers) - 1}, {', '.join(known[len(model.layers) + 1 :])}",
-            found=", ".join([*(f"{name}: no such unit" for name in unknown), *(f"{unit}: no place" for unit in lost)]),
-            do='{"": "cpu"} places all that is not named',
+            '{"": "cpu"} places all that is not named',
+            len(model.layers),
         )
+        expected = f"{known[0]}, layers.0 .. {count - 1}, {', '.join(known[count + 1 :])}"
+        found = ", ".join([*(f"{name}: no such unit" for name in unknown), *(f"{unit}: no place" for unit in lost)])
+        raise Qwen35Error(what, where="load()", expected=expected, found=found, do=do)
     return {unit: _name(device_map[max((n for n in device_map if _holds(n, unit)), key=len)]) for unit in known}
 
 

@@ -118,17 +118,15 @@ def embed_prompt(
     types_BT = token_types(input_ids, special_id(model.config, "image"), special_id(model.config, "video"))
     pairs = ((pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw))
     seen = [i for i, (pixels, grids) in enumerate(pairs) if pixels is not None and grids is not None]
-    rows: list[Tensor | None] = [None, None]
+    rows, merged = list[Tensor | None]([None, None]), tower.config.spatial_merge_size
     with arithmetics.using(model.arithmetic):
         if seen:  # in one pass, so that each tap of the tower is met once
             pixels_LY, grids_n3 = (torch.cat([pairs[i][k] for i in seen]) for k in (0, 1))  # type: ignore[misc]
-            counts = [int(pairs[i][1].prod(1).sum()) // tower.config.spatial_merge_size**2 for i in seen]  # type: ignore[union-attr]
+            counts = [int(pairs[i][1].prod(1).sum()) // merged**2 for i in seen]  # type: ignore[union-attr]
             for i, part in zip(seen, tower(pixels_LY, grids_n3).split(counts), strict=True):
                 rows[i] = part
         embeds_BTD = embed_images(model.embed_tokens(input_ids), types_BT, *rows)
-    positions_3BT = rope_positions(
-        types_BT, image_grid_thw, video_grid_thw, attention_mask, tower.config.spatial_merge_size
-    )
+    positions_3BT = rope_positions(types_BT, image_grid_thw, video_grid_thw, attention_mask, merged)
     mask = {} if attention_mask is None else {"attention_mask": attention_mask}
     return {"inputs_embeds": embeds_BTD, "position_ids": positions_3BT, **mask}
 

@@ -133,11 +133,8 @@ def _check_prefix(ck: Checkpoint) -> None:
         return
     if stored := next((s for name, s in ck.tensors.items() if name.endswith(".embed_tokens.weight")), None):
         expected = "model.language_model., model., language_model.model. or repetitions of these"
-        found, do = (
-            stored.raw_name.removesuffix("embed_tokens.weight"),
-            "rename the tensors; an adapter must be merged first",
-        )
-        raise stored.wrong("the tensors carry a prefix that is not known", expected, found, do)
+        what, do = "the tensors carry a prefix that is not known", "rename the tensors; an adapter must be merged first"
+        raise stored.wrong(what, expected, stored.raw_name.removesuffix("embed_tokens.weight"), do)
 
 
 def _vision_config(ck: Checkpoint, config: Config) -> VisionConfig | None:

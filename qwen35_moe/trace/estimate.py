@@ -21,7 +21,7 @@ from ..numerics.tap_table import LETTERS, TAPS
 from ..run.streamed import HEAD_ROWS
 from .file import CHUNK_BYTES
 
-SLACK = 64 << 20  # what the libraries take once they compute more than `warm_up`
+SLACK = 64 << 20  # what the libraries take once they compute more than one product
 
 
 def estimate(
@@ -43,8 +43,8 @@ def estimate(
     ends = V * D * (1 if config.tie_word_embeddings else 2)
     plain = all_values - expert_values - ends
     layers, largest = _layers(checkpoint)
-    warm_up(table.dtype, D, F)
-    process = resident() + SLACK  # as much as this one, which has just multiplied
+    torch.nn.functional.linear(torch.ones(16, D, dtype=table.dtype), torch.ones(2 * F, D, dtype=table.dtype))
+    process = resident() + SLACK  # as much as this one, whose libraries have just taken their memory for a product
     taps = [tap_bytes(config, kind, tokens, width) for kind in config.layer_types]
     held = max(min(sum(sizes), CHUNK_BYTES + max(sizes)) for sizes in taps)
     logits, stream = tokens * V * width, tokens * D * width * 8
@@ -88,11 +88,6 @@ def tap_bytes(config: Config, kind: str, tokens: int, width: int) -> list[int]:
             words = re.findall(r"\d+|[a-z]", tap.dims)
             found.append(width * prod(int(word) if word.isdigit() else sizes.get(word, 1) for word in words))
     return found
-
-
-def warm_up(dtype: torch.dtype, D: int, F: int) -> None:
-    """One product, for which the libraries take their memory."""
-    torch.nn.functional.linear(torch.ones(16, D, dtype=dtype), torch.ones(2 * F, D, dtype=dtype))
 
 
 def resident() -> int:

@@ -137,9 +137,8 @@ class Trace(Mapping[str, Tensor]):
         if lost:
             raise Qwen35Error("trace has lost files", where=path, found=", ".join(lost), do="write the trace again")
         files = head.get("files") or {}
-        if not isinstance(files, dict) or not all(
-            CHUNK_NAME.fullmatch(k) and isinstance(v, str) for k, v in files.items()
-        ):
+        named = isinstance(files, dict) and all(map(CHUNK_NAME.fullmatch, files))
+        if not named or not all(isinstance(known, str) for known in files.values()):
             raise bad_head(path / HEAD_FILE, "files", "name of a file -> its sha256", files)
         return cls({entry.key: entry for entry in entries}, head["meta"], path, files=files)
 

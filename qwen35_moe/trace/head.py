@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import Tensor
 
@@ -18,12 +18,6 @@ HEAD_FILE = "trace.json"  # written last
 PARTIAL = "partial"  # folder of an unfinished trace, in that of the trace
 RESUME = "resume.safetensors"  # the state that `--resume` continues from (folder.py); no part of the trace
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
-_KINDS = {
-    "key": str, "name": str, "dims": str, "dtype": str, "file": str, "part": str, "step": int, "layer": int | None,
-    "expert": int | None,
-}  # fmt: skip
-
-
 CHUNK_NAME = re.compile(r"\d{5}\.safetensors")
 
 
@@ -47,6 +41,9 @@ class Entry:
         key = site.key if step == 0 else f"step.{step}.{site.key}"
         dtype = str(x.dtype).removeprefix("torch.")
         return cls(key, site.name, dims, dtype, tuple(x.shape), site.layer, site.expert, site.part, step)
+
+
+_KINDS = {name: kind for name, kind in get_type_hints(Entry).items() if name != "shape"}
 
 
 def read_head(path: Path, partial: bool) -> dict[str, Any]:
@@ -131,7 +128,7 @@ def entries_of(records: Any, where: Path) -> list[Entry]:
         raise Qwen35Error(what, where=where, expected=expected, found=error, do="write the trace again") from error
     for entry in entries:
         for key, kind in _KINDS.items():
-            value = entry.__dict__[key]
+            value = vars(entry)[key]
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise bad_head(where, f"{key} of a tensor", str(kind), value)
         counts = (*entry.shape, entry.step, entry.layer or 0, entry.expert or 0)

@@ -73,7 +73,7 @@ def trace_layers(model: Model, ids_BT: Tensor, out: str | Path, **options: Any) 
     out, count = Path(out), len(model.layers)
     stop = count if last is None else last + 1
     check_request(model, ids_BT, taps, last)
-    aside = [x for x in aside_of(model, taps, last, images) if not (drafts and x == "mtp.*")]
+    aside = aside_of(model, taps, last, images, bool(drafts))
     meta = meta_of(model, ids_BT, mask, taps, asked.experts, asked.meta, images)
     taps = taps if images is None else (*split_patterns(taps), PIXELS)
     if asked.resume and (there := complete_trace(out, count)) is not None:
@@ -188,10 +188,11 @@ def _head(model: Model, h_BTD: Tensor, recorder: Recorder, writer: TraceWriter) 
     return x_BTD
 
 
-def aside_of(model: Model, taps: Patterns, last: int | None, images: Images | None = None) -> list[str]:
+def aside_of(model: Model, taps: Patterns, last: int | None, images: Images | None, drafts: bool) -> list[str]:
     """Patterns of the tensors that a run has no need of."""
     count, stop = len(model.layers), len(model.layers) if last is None else last + 1
-    aside = [*(["visual.*"] if images is None else []), "mtp.*", *(f"layers.{i}.*" for i in range(stop, count))]
+    aside = [name for name, wanted in (("visual.*", images is not None), ("mtp.*", drafts)) if not wanted]
+    aside += [f"layers.{i}.*" for i in range(stop, count)]
     if stop < count:
         return [*aside, "norm.*", "lm_head.*"]
     return aside if Recorder(taps).wants(Site(HEAD)) else [*aside, "lm_head.*"]
