@@ -7,6 +7,7 @@ import math
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from qwen35_moe.oracle.dumps.readers.common import lengths, request_ids
 from qwen35_moe.trace.file import Trace
 
 Build = Callable[[str], Path]
+Make = Callable[..., Any]
 IDS = (torch.arange(12) * 7919 % 251)[None]
 
 
@@ -34,21 +36,38 @@ def files(small: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def saved(files: Path, tmp_path: Path, change: Callable[[Tensor], Any], tap: str = "mlp_output",
-          at: str = "___layer_id=1") -> Path:  # fmt: skip
-    """The dump, one tensor changed, of layer 1 unless `at` says another place."""
-    shutil.copytree(files / "dump", tmp_path / "dump")
-    file = next((tmp_path / "dump").glob(f"*name={tap}{at}.pt"))
-    held = torch.load(file, weights_only=True)
-    torch.save({**held, "value": change(held["value"])}, file)
-    return tmp_path / "dump"
+@pytest.fixture
+def saved(files: Path, tmp_path: Path) -> Make:
+    """The dump, one tensor changed, of layer 1 unless `at` says another place; or keys of its `meta`, or its file."""
+
+    def make(change: Callable[[Tensor], Any], tap: str = "mlp_output", at: str = "___layer_id=1",
+             index: str = "", **meta: Any) -> Path:  # fmt: skip
+        dump = shutil.copytree(files / "dump", tmp_path / "dump")
+        file = next(dump.glob(f"*name={tap}{at}.pt"))
+        held = torch.load(file, weights_only=True)
+        torch.save({**held, "value": change(held["value"]), "meta": {**held["meta"], **meta}}, file)
+        file.rename(dump / file.name.replace("dump_index=", f"dump_index={index}"))
+        return dump
+
+    return make
 
 
-def verdict(files: Path, dump: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
-    code = main(["compare", str(files / "truth"), str(dump), *more])
-    said = capsys.readouterr()
-    assert "a bug in qwen35-moe" not in said.err
-    return code, said.out + said.err
+@pytest.fixture
+def verdict(files: Path, capsys: pytest.CaptureFixture[str]) -> Make:
+    """(exit code of `compare`, what it says) of a dump."""
+
+    def compared(dump: Path, *more: str, truth: Path = files / "truth") -> tuple[int, str]:
+        code = main(["compare", str(truth), str(dump), *more])
+        said = capsys.readouterr()
+        assert "a bug in qwen35-moe" not in said.err and "Traceback" not in said.out + said.err
+        return code, said.out + said.err
+
+    return compared
+
+
+@pytest.fixture
+def compared(files: Path, small: Build) -> Make:
+    return lambda dump, truth=files / "truth", **more: q.compare(truth, dump, small("tiny"), **more)
 
 
 ODD: dict[str, Callable[[Tensor], Any]] = {
@@ -73,9 +92,8 @@ def test_a_dump_goes_to_another_process(files: Path) -> None:
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_an_odd_tensor_costs_its_own_tap(odd: str, files: Path, tmp_path: Path, small: Build) -> None:
-    dump = saved(files, tmp_path, ODD[odd])
-    found = q.compare(files / "truth", dump, small("tiny"), members=[q.arithmetic.get("sglang-bf16")], diagnoses=0)
+def test_an_odd_tensor_costs_its_own_tap(odd: str, saved: Make, compared: Make) -> None:
+    found = compared(saved(ODD[odd]), members=[q.arithmetic.get("sglang-bf16")], diagnoses=0)
     expected = {"requires grad": 0, "float8": 1, "eight dimensions": 0}
     assert found.exit_code == expected.get(odd, 2), found.verdict
     judged = {r.key: r.cls for r in found.records}
@@ -85,97 +103,70 @@ def test_an_odd_tensor_costs_its_own_tap(odd: str, files: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize(("tap", "odd"), [("next_token_logits", "no tensor"), ("positions", "empty"),
                                           ("positions", "no tensor"), ("input_ids", "no tensor")])  # fmt: skip
-def test_an_odd_tensor_of_no_layer_is_told(
-    tap: str, odd: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_odd_tensor_of_no_layer_is_told(tap: str, odd: str, saved: Make, verdict: Make) -> None:
     """There is no other layer whose tap it could be missing beside."""
-    code, said = verdict(files, saved(files, tmp_path, ODD[odd], tap, ""), capsys)
+    code, said = verdict(saved(ODD[odd], tap, ""))
     assert code == 2, said
 
 
 @pytest.mark.parametrize(("tap", "at"), [("moe_topk_ids", "___layer_id=1"), ("input_ids", ""), ("positions", "")])
-def test_fractions_are_no_ids(tap: str, at: str, files: Path, tmp_path: Path, small: Build) -> None:
+def test_fractions_are_no_ids(tap: str, at: str, saved: Make, compared: Make) -> None:
     """A cast would cut them off, and make the right ids of them."""
-    found = q.compare(files / "truth", saved(files, tmp_path, lambda x: x + 0.25, tap, at), small("tiny"), diagnoses=0)
+    found = compared(saved(lambda x: x + 0.25, tap, at), diagnoses=0)
     assert found.exit_code == 2 and str(found.problems + found.records).count("not whole numbers") == 1
 
 
 @pytest.mark.parametrize("world", [10**9, 0, "x"])
-def test_a_size_that_no_group_of_ranks_has_costs_its_tensor(world: Any, files: Path, tmp_path: Path) -> None:
-    dump = saved(files, tmp_path, lambda x: x)
-    file = next(dump.glob("*name=mlp_output___layer_id=1.pt"))
-    held = torch.load(file, weights_only=True)
-    torch.save({**held, "meta": {**held["meta"], "world_size": world}}, file)
-    found = q.read_dump(dump)
+def test_a_size_that_no_group_of_ranks_has_costs_its_tensor(world: Any, saved: Make) -> None:
+    found = q.read_dump(saved(lambda x: x, world_size=world))
     assert [error.what for error in found.problems] == ["world_size is none"]
     assert "layers.1.mlp_output" not in found and "layers.0.mlp_output" in found
 
 
-def test_a_file_with_an_odd_name_costs_itself(files: Path, tmp_path: Path) -> None:
-    dump = saved(files, tmp_path, lambda x: x)
-    file = next(dump.glob("*name=mlp_output___layer_id=1.pt"))
-    file.rename(dump / file.name.replace("dump_index=", "dump_index=x"))
-    found = q.read_dump(dump)
+def test_a_file_with_an_odd_name_costs_itself(saved: Make) -> None:
+    found = q.read_dump(saved(lambda x: x, index="x"))
     assert "layers.1.mlp_output" not in found and "1 files were not understood" in " ".join(found.notes)
 
 
-def test_ids_of_experts_in_a_dtype_without_comparisons(
-    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert verdict(files, saved(files, tmp_path, lambda x: x.to(torch.uint16), "moe_topk_ids"), capsys)[0] == 0
+def test_ids_of_experts_in_a_dtype_without_comparisons(saved: Make, verdict: Make) -> None:
+    assert verdict(saved(lambda x: x.to(torch.uint16), "moe_topk_ids"))[0] == 0
 
 
 @pytest.mark.parametrize("tap", ["mlp_output", "moe_router_logits", "layer_input"])
-def test_nan_in_one_row_of_a_right_engine_diverges(
-    tap: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def spoilt(x: Tensor) -> Tensor:
-        x = x.clone()
-        x[3] = torch.nan
-        return x
-
-    code, said = verdict(files, saved(files, tmp_path, spoilt, tap), capsys)
+def test_nan_in_one_row_of_a_right_engine_diverges(tap: str, saved: Make, verdict: Make) -> None:
+    code, said = verdict(saved(lambda x: x.index_fill(0, torch.tensor(3), torch.nan), tap))
     layer = 0 if tap == "layer_input" else 1  # which the layer before hands on
-    assert code == 1 and f"layer {layer}" in said and "Traceback" not in said
+    assert code == 1 and f"layer {layer}" in said
 
 
-def test_a_diagnosis_that_fails_takes_no_verdict(
-    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_diagnosis_that_fails_takes_no_verdict(saved: Make, verdict: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparing, "explain", lambda *_: 1 / 0)
-    code, said = verdict(files, saved(files, tmp_path, lambda x: x * 3), capsys)
+    code, said = verdict(saved(lambda x: x * 3))
     assert code == 1 and "the diagnosis failed; the verdict stands" in " ".join(said.split())
 
 
-def test_infinity_on_both_sides_never_agrees(files: Path, small: Build, tmp_path: Path) -> None:
+def test_infinity_on_both_sides_never_agrees(files: Path, compared: Make) -> None:
     truth = Trace.open(files / "truth")
-    held = {key: truth[key] for key in truth}
-    held["layers.1.mlp_output"] = held["layers.1.mlp_output"].clone()
+    held = {key: truth[key].clone() for key in truth}
     held["layers.1.mlp_output"][3] = math.inf
-    same = Trace(dict(truth.sites), truth.meta, memory=held)
-    found = q.compare(same, q.read_dump(files / "dump", config=truth.meta["config"]), small("tiny"))
-    assert found.exit_code != 0
-    logits = held["next_token_logits"].clone()
-    logits[0, 3, 5] = math.inf
-    held |= {"next_token_logits": logits}
-    found = q.compare(Trace(dict(truth.sites), truth.meta, memory=held), files / "dump", small("tiny"))
-    assert found.exit_code != 0
+    dump = q.read_dump(files / "dump", config=truth.meta["config"])
+    assert compared(dump, Trace(dict(truth.sites), truth.meta, memory=held)).exit_code != 0
+    held["next_token_logits"][0, 3, 5] = math.inf
+    assert compared(files / "dump", Trace(dict(truth.sites), truth.meta, memory=held)).exit_code != 0
 
 
 def test_a_page_that_cannot_be_written_keeps_the_verdict(
-    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    files: Path, verdict: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> str:
-        raise ValueError("no page")
-
-    monkeypatch.setattr("qwen35_moe.cli.report_options.whole", broken)
-    code, said = verdict(files, files / "dump", capsys, "--html", str(tmp_path / "page.html"))
+    monkeypatch.setattr("qwen35_moe.cli.report_options.whole", lambda *_: int("no page"))
+    code, said = verdict(files / "dump", "--html", str(tmp_path / "page.html"))
     assert code == 2 and "AGREES" in said and "cannot write" in said
 
 
-@pytest.mark.parametrize(
-    "x", [torch.zeros(2, device="meta"), torch.zeros(2).to_sparse(), torch.zeros(2, dtype=torch.cfloat)]
-)
+NO_VALUES = [torch.zeros(2, device="meta"), torch.zeros(2).to_sparse(), torch.zeros(2, dtype=torch.cfloat)]
+
+
+@pytest.mark.parametrize("x", NO_VALUES)
 def test_what_has_no_plain_values_is_one_error(x: Tensor) -> None:
     with pytest.raises(q.Qwen35Error, match="plain values"):
         plain_values(x, "here")
@@ -201,23 +192,18 @@ MEANINGLESS: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("where", "value"), MEANINGLESS, ids=[f"{w}={v}" for w, v in MEANINGLESS])
 def test_a_trace_edited_by_hand_is_one_clear_error(
-    where: str, value: Any, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    where: str, value: Any, files: Path, tmp_path: Path, verdict: Make
 ) -> None:
-    truth = tmp_path / "truth"
-    shutil.copytree(files / "truth", truth)
+    truth = shutil.copytree(files / "truth", tmp_path / "truth")
     head = json.loads((truth / "trace.json").read_text())
-    *path, last = where.split(".")
-    place = head
-    for name in path:
-        place = place[int(name) if name.isdigit() else name]
-    if isinstance(place, list) and int(last) == len(place):  # one more, as the last
+    *path, last = (int(name) if name.isdigit() else name for name in where.split("."))
+    place = reduce(lambda place, name: place[name], path, head)
+    if isinstance(place, list) and last == len(place):  # one more, as the last
         place.append(value or place[-1])
     else:
-        place[int(last) if last.isdigit() else last] = value
+        place[last] = value
     (truth / "trace.json").write_text(json.dumps(head))
-    code = main(["compare", str(truth), str(files / "dump")])
-    said = capsys.readouterr()
-    assert code == 2 and "a bug in qwen35-moe" not in said.err and "Traceback" not in said.err
+    assert verdict(files / "dump", truth=truth)[0] == 2
 
 
 def test_lengths_and_requests_of_other_types_are_none() -> None:
