@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -56,23 +54,13 @@ COMMANDS = {line.removeprefix("! "): (int(line.startswith("! ")), "") for line i
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The wheel's content: built by hatchling where it is installed (`make` does), else laid out as pyproject says."""
+    """The wheel's content."""
     folder = tmp_path_factory.mktemp("site")
-    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
-    wheel = build["targets"]["wheel"]
-    if find_spec("hatchling") is not None:
-        command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        (built,) = folder.glob("*.whl")
-        with zipfile.ZipFile(built) as archive:
-            archive.extractall(folder)
-        return folder
-    for package in wheel["packages"]:
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in wheel["exclude"]:
-        (folder / path).unlink()
-    for source, target in wheel["force-include"].items():
-        shutil.copytree(ROOT / source, folder / target, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (built,) = folder.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(folder)
     return folder
 
 
