@@ -27,7 +27,6 @@ from qwen35_moe.model.vision.positions import token_types
 from qwen35_moe.oracle.compare import compare
 from qwen35_moe.oracle.diagnose.faults import Fault, FaultSite, Seen
 from qwen35_moe.oracle.diagnose.vision_faults import VISION_FAULTS, counted, off_after, time_only
-from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.engine_names import VISION_NAMES
 from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.oracle.dumps.readers.own import from_trace
@@ -66,24 +65,22 @@ def loaded(dtype: torch.dtype) -> Any:
 
 
 def captured(
-    images: Images = IMAGES, ids: Tensor = IDS, dtype: torch.dtype = torch.bfloat16, plant: Callable[[Any], Any] = len
+    images: Images = IMAGES,
+    ids: Tensor = IDS,
+    dtype: torch.dtype = torch.bfloat16,
+    plant: Callable[[Any], Any] = lambda model: None,
 ) -> TransformersCapture:
     """transformers, live, after `plant` did something to its model."""
     model = deepcopy(loaded(dtype))
-    if plant is not len:
-        plant(model.model)
+    plant(model.model)
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in images.given().items()}
     with quiet(), torch.no_grad(), TransformersCapture(model) as capture:
         model(input_ids=ids, mm_token_type_ids=token_types(ids, IMAGE, VIDEO), use_cache=False, **inputs)
     return capture
 
 
-def transformers_dump(positions: Callable[[Tensor], Tensor] | None = None) -> Dump:
-    """transformers in bf16, live; `positions` is what it makes of the right ones."""
-    return captured(plant=len if positions is None else wrong_positions(positions)).dump()
-
-
 def wrong_positions(positions: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    """positions: what transformers makes of the right ones."""
     return lambda model: model.language_model.rotary_emb.register_forward_pre_hook(
         lambda _, args: (args[0], positions(args[1]))
     )
@@ -96,7 +93,7 @@ def test_positions_have_three_axes(truth: Trace) -> None:
 
 
 def test_a_right_engine_agrees(truth: Trace, source) -> None:
-    found = compare(truth, transformers_dump(), source)
+    found = compare(truth, captured().dump(), source)
     assert not found.diverges, found.verdict
     assert not any("takes them for text" in note for note in found.notes)
     assert any(r.key == "rope_cos" and r.cls in ("bit-equal", "within rounding") for r in found.records)
@@ -111,7 +108,7 @@ def test_a_right_engine_agrees(truth: Trace, source) -> None:
     ],
 )
 def test_wrong_positions_are_named(truth: Trace, source, positions: Callable[[Tensor], Tensor], name: str) -> None:
-    found = compare(truth, transformers_dump(positions), source, diagnoses=1)
+    found = compare(truth, captured(plant=wrong_positions(positions)).dump(), source, diagnoses=1)
     assert found.exit_code == 1 and found.diagnoses[0].name == name, (found.verdict, str(found.diagnoses[0]))
 
 
@@ -128,7 +125,7 @@ def test_trace_of_pixels_by_the_command(tmp_path: Path) -> None:
     assert (
         "visual.layers.0.vis_qkv" in written and [k for k in expected if not torch.equal(expected[k], written[k])] == []
     )
-    alone = compare(Trace(written.sites, {**written.meta, "checkpoint": {}}, written.path), transformers_dump())
+    alone = compare(Trace(written.sites, {**written.meta, "checkpoint": {}}, written.path), captured().dump())
     assert not alone.diverges and alone.compared > 40, alone.verdict
     assert cli.main([*arguments, "--pixel-values", str(tmp_path / "nothing.safetensors")]) == 2
 
@@ -221,12 +218,8 @@ def column_by_column(model: Any) -> None:
 def cut_from_the_table(model: Any) -> None:
     """Rows of the position table for the first row and column of the image on, and no weights between them."""
     row, column, _, _ = patch_places(GRIDS.tolist(), 2)
-    at = row.clamp(max=3) * 4 + column.clamp(max=3)
-    model.visual.pos_embed.register_forward_hook(lambda _, args, out: args_at(model, at).expand_as(out))
-
-
-def args_at(model: Any, at: Tensor) -> Tensor:
-    return model.visual.pos_embed.weight[at][:, None]
+    table, at = model.visual.pos_embed, row.clamp(max=3) * 4 + column.clamp(max=3)
+    table.register_forward_hook(lambda _, args, out: table.weight[at][:, None].expand_as(out))
 
 
 def axes_turned(model: Any) -> None:
