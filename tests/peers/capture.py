@@ -90,59 +90,36 @@ class Capture(TorchFunctionMode):
         """[B*T*J, P] -> [B, T, J, P]"""
         return x.reshape(self.batch, self.tokens, -1, x.shape[-1])
 
-    # Functions of transformers' own.
+    # Results of transformers' own functions, and their arguments.
 
-    def rotated(self, function: Callable) -> Callable:
-        def wrapped(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-            out = function(q, k, cos, sin, *rest)
-            half = cos.shape[-1] // 2  # transformers repeats the angles for both elements of a pair
-            self.put("rope_cos", cos[..., :half], in_layer=False)
-            self.put("rope_sin", sin[..., :half], in_layer=False)
-            self.put("attn_q", out[0].transpose(1, 2))
-            self.put("attn_k", out[1].transpose(1, 2))
-            return out
+    def rotated(self, out: tuple[Tensor, Tensor], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any) -> None:
+        half = cos.shape[-1] // 2  # transformers repeats the angles for both elements of a pair
+        self.put("rope_cos", cos[..., :half], in_layer=False)
+        self.put("rope_sin", sin[..., :half], in_layer=False)
+        self.put("attn_q", out[0].transpose(1, 2))
+        self.put("attn_k", out[1].transpose(1, 2))
 
-        return wrapped
+    def attended(self, out: tuple[Tensor, Tensor], *_: Any, **__: Any) -> None:
+        self.put("attn_probs", out[1])
+        self.put("attn_context", out[0])
 
-    def attended(self, function: Callable) -> Callable:
-        def wrapped(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            context, probs = function(module, *args, **kwargs)
-            self.put("attn_probs", probs)
-            self.put("attn_context", context)
-            return context, probs
+    def convolved(self, out: Tensor, x: Tensor, *_: Any, **__: Any) -> None:
+        self.put("gdn_conv", self.conv[..., : x.shape[-1]][..., -self.tokens :].transpose(1, 2))
+        self.put("gdn_conv_act", out[..., -self.tokens :].transpose(1, 2))
 
-        return wrapped
+    def updated(self, out: Tensor, *_: Any, **__: Any) -> None:
+        self.convolved(out, self.conv)
 
-    def convolved(self, function: Callable) -> Callable:
-        def wrapped(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            out = function(x, *args, **kwargs)
-            length = x.shape[-1] if function.__name__.endswith("fn") else self.conv.shape[-1]
-            self.put("gdn_conv", self.conv[..., :length][..., -self.tokens :].transpose(1, 2))
-            self.put("gdn_conv_act", out[..., -self.tokens :].transpose(1, 2))
-            return out
+    def normalised(self, out: Tensor, *_: Any, **__: Any) -> None:
+        self.put("gdn_k" if self.l2_norms else "gdn_q", self.key_heads(out))
+        self.l2_norms += 1
 
-        return wrapped
-
-    def normalised(self, function: Callable) -> Callable:
-        def wrapped(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            out = function(x, *args, **kwargs)
-            self.put("gdn_k" if self.l2_norms else "gdn_q", self.key_heads(out))
-            self.l2_norms += 1
-            return out
-
-        return wrapped
-
-    def ruled(self, function: Callable) -> Callable:
-        def wrapped(q: Tensor, k: Tensor, v: Tensor, *args: Any, g: Tensor, beta: Tensor, **kwargs: Any) -> Any:
-            self.l2_norms = 0
-            out, state = function(q, k, v, *args, g=g, beta=beta, **kwargs)
-            for name, x in (("gdn_v", v), ("gdn_g", g), ("gdn_beta", beta), ("gdn_core_out", out)):
-                self.put(name, x)
-            if state is not None:
-                self.put("gdn_state", state)
-            return out, state
-
-        return wrapped
+    def ruled(self, out: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, g: Tensor, beta: Tensor, **__: Any) -> None:
+        self.l2_norms = 0
+        for name, x in (("gdn_v", v), ("gdn_g", g), ("gdn_beta", beta), ("gdn_core_out", out[0])):
+            self.put(name, x)
+        if out[1] is not None:
+            self.put("gdn_state", out[1])
 
     # Modules.
 
@@ -226,21 +203,33 @@ class Capture(TorchFunctionMode):
         yield from out(m.shared_expert_gate, "moe_shared_gate_logit")
 
 
+def watched(function: Callable, see: Callable) -> Callable:
+    """The function, which shows its results to `see`, and its arguments."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        out = function(*args, **kwargs)
+        see(out, *args, **kwargs)
+        return out
+
+    return wrapped
+
+
 @contextmanager
 def capturing(model: nn.Module) -> Iterator[Capture]:
     capture = Capture(model)
     handles = list(capture.hooks())
-    wrap = {
+    seen_by = {
         "apply_rotary_pos_emb": capture.rotated,
         "eager_attention_forward": capture.attended,
         "l2norm": capture.normalised,
         "causal_conv1d_fn": capture.convolved,
-        "causal_conv1d_update": capture.convolved,
+        "causal_conv1d_update": capture.updated,
         "torch_chunk_gated_delta_rule": capture.ruled,
         "torch_recurrent_gated_delta_rule": capture.ruled,
     }
     try:
-        with patch.multiple(modeling, **{name: by(getattr(modeling, name)) for name, by in wrap.items()}), capture:
+        functions = {name: watched(getattr(modeling, name), see) for name, see in seen_by.items()}
+        with patch.multiple(modeling, **functions), capture:
             yield capture
     finally:
         for handle in handles:
