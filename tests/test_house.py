@@ -24,15 +24,18 @@ FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in fol
 ABOVE_ALL = {"__init__", "__main__", "pytest_plugin"}  # the face, `python -m qwen35_moe`, what pytest loads
 
 
-@cache
-def modules() -> dict[str, ast.Module]:
-    """Name within the package ("model.moe", "model.vision" for its __init__) -> its tree."""
-    return {_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.rglob("*.py"))}
-
-
 def _name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+FILES = {_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    """Name within the package ("model.moe", "model.vision" for its __init__) -> its tree."""
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 
 def imports(name: str) -> Iterator[tuple[str, bool, int]]:
@@ -91,7 +94,7 @@ def test_no_circle() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("name", [name for name in modules() if name.partition(".")[0] == "model"])
+@pytest.mark.parametrize("name", [name for name in FILES if name.partition(".")[0] == "model"])
 def test_the_model_needs_numerics_errors_and_torch(name: str) -> None:
     inside = {target.partition(".")[0] for target, _ in inner(name)}
     outside = {target.partition(".")[0] for target, own, _ in imports(name) if not own}
@@ -117,7 +120,7 @@ def test_an_import_does_nothing_but_define() -> None:
     assert found == {"numerics.tables: register"}
 
 
-@pytest.mark.parametrize("name", [n for n in modules() if n.partition(".")[0] in ("model", "numerics", "run")])
+@pytest.mark.parametrize("name", [n for n in FILES if n.partition(".")[0] in ("model", "numerics", "run")])
 def test_nothing_is_chosen_by_what_an_object_has(name: str) -> None:
     """What a handler or an expert can do is said by its type."""
     called = {
@@ -208,7 +211,7 @@ def parameters(node: ast.FunctionDef) -> int:
 
 def test_files_and_functions_are_short() -> None:
     """250 lines a file, 60 a function, 7 parameters."""
-    files = {_name(path) for path in ROOT.rglob("*.py") if path.read_text(encoding="utf-8").count("\n") > 250}
+    files = {name for name, path in FILES.items() if path.read_text(encoding="utf-8").count("\n") > 250}
     long = {name for name, node in functions() if (node.end_lineno or 0) - node.lineno >= 60}
     many = {name for name, node in functions() if parameters(node) > 7}
     assert (files, long, many) == (set(), set(), MANY_PARAMETERS.keys())
