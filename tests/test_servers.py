@@ -32,7 +32,7 @@ from qwen35_moe.oracle.judge.envelope import LIMIT
 from qwen35_moe.oracle.judge.rerun_parts import Layers
 from qwen35_moe.oracle.judge.where import HERE, Where
 from qwen35_moe.oracle.servers import client
-from qwen35_moe.oracle.servers.answer import Answer
+from qwen35_moe.oracle.servers.answer import UNKNOWN, Answer
 from qwen35_moe.oracle.servers.client import API_KEY, Server
 from qwen35_moe.oracle.servers.dialects import Asker, buckets
 from qwen35_moe.oracle.servers.hypotheses import KINDS
@@ -151,6 +151,33 @@ def test_one_answer_a_line() -> None:
     assert [a.engine for a in from_bytes("\n".join(lines).encode(), "here")] == ["vllm", "sglang", "sglang"]
 
 
+@pytest.mark.parametrize(
+    ("data", "do"),
+    [
+        (b'data: {"choices": []}\n\ndata: [DONE]\n', "stream"),
+        (b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n{"choices": []}', "without -i"),
+        (b"\x1f\x8b\x08\n\x00\n", "gunzip"),
+        ('{"choices": []}'.encode("utf-16"), "UTF-8"),
+    ],
+)
+def test_how_to_save_it_is_said_of_what_is_no_json(data: bytes, do: str) -> None:
+    with pytest.raises(Qwen35Error) as error:
+        from_bytes(data, "here")
+    assert do in error.value.do
+
+
+def test_errors_say_the_line_and_the_place(tmp_path: Path) -> None:
+    good = json.dumps(vllm({"5": {"logprob": -1.0}}))
+    for data, where, found in (
+        (f"{good}\n\n{good.replace('-1.0', 'true')}", "here, line 3", "True"),
+        (f"{good}\n\n{good[:-1]}", "here, line 3", "Expecting"),
+        (json.dumps([json.loads(good)] * 2, indent=1)[:-9], "here", "line "),  # of many lines, and cut off
+    ):
+        with pytest.raises(Qwen35Error) as error:
+            from_bytes(data.encode(), "here")
+        assert error.value.where == where and str(error.value.found).startswith(found) or found in str(error.value)
+
+
 def sglang(ids: list[int], **meta: object) -> dict[str, object]:
     given = [[None if not t else -1.0 - t, i, None] for t, i in enumerate(ids)]
     return {"output_ids": [], "meta_info": {"input_token_logprobs": given, **meta}}
@@ -168,6 +195,77 @@ def test_output_of_sglang_after_temperature_is_not_judged() -> None:
     (answer,) = from_json(found, "here", request)
     assert answer.ids == [3, 4] and "after temperature" in answer.notes[0]
     assert from_json(found, "here", {**request, "sampling_params": {"temperature": 0}})[0].ids == [3, 4, 7]
+
+
+def entry(i: int | str, log_p: object = -1.0) -> dict[str, object]:
+    name = {"token": i} if isinstance(i, str) else {"id": i}
+    return {**name, "logprob": log_p, "top_logprobs": [{**name, "logprob": log_p}]}
+
+
+def test_parts_of_a_stream_are_not_judged() -> None:
+    """Each part would be read as if it stood behind the prompt."""
+    part = {"choices": [{"index": 0, "logprobs": {"content": [entry(5)]}}]}
+    llama = {"completion_probabilities": [entry(5)], "tokens_predicted": 3}
+    for found, asked in ((part, {"stream": True}), ({**part, "object": "chat.completion.chunk"}, {}),
+                         (llama, {"stream": True}), ({**llama, "stop": False}, {})):  # fmt: skip
+        with pytest.raises(Qwen35Error, match="a part of an answer"):
+            from_json(found, "here", {"prompt": [4], **asked})
+    found = sglang([3, 4], output_token_logprobs=[[-0.5, 7, None]], completion_tokens=2)
+    (answer,) = from_json(found, "here", {"input_ids": [3, 4], "stream": True})
+    assert answer.ids == [3, 4] and "stream" in answer.notes[0]
+
+
+def test_several_prompts_in_one_request_and_several_answers_to_each() -> None:
+    prompts, cold = [[3, 4], [5, 6]], {"temperature": 0}
+    request = {"input_ids": prompts, "sampling_params": [cold, {"temperature": 0.5}]}
+    found = [sglang(p, output_token_logprobs=[[-0.5, 7, None]]) for p in prompts]
+    assert [a.ids for a in from_json(found, "here", request)] == [[3, 4, 7], [5, 6]]
+    twice = [x for x in found for _ in range(2)]
+    answers = from_json(twice, "here", {**request, "sampling_params": cold})
+    assert [a.ids for a in answers] == [[3, 4, 7]] * 2 + [[5, 6, 7]] * 2
+    with pytest.raises(Qwen35Error, match="answers to other prompts"):
+        from_json(found[:1] * 3, "here", request)
+    choices = [{"index": n, "logprobs": {"content": [entry(7)]}} for n in (3, 1, 0, 2)]
+    answers = from_json({"choices": choices}, "here", {"prompt": prompts, "n": 2})
+    assert [a.ids[:2] for a in answers] == [[5, 6], [3, 4], [3, 4], [5, 6]]
+    llama = [{"completion_probabilities": [entry(7)]}] * 2
+    assert [a.ids for a in from_json(llama, "here", {"prompt": prompts})] == [[3, 4, 7], [5, 6, 7]]
+
+
+def test_prompts_beside_the_response_and_results_of_a_batch_job() -> None:
+    found = {"choices": [{"index": 0, "logprobs": {"content": [entry(7)]}}]}
+    assert from_json([{"prompt": [3, 4], "response": found}], "here")[0].ids == [3, 4, 7]
+    body = {**found, "prompt_token_ids": [3, 4]}
+    job = {"custom_id": "a", "response": {"status_code": 200, "body": body}, "error": None}
+    assert from_json(job, "here")[0].ids == [3, 4, 7]
+    with pytest.raises(Qwen35Error, match="the server refused"):
+        from_json({"response": {"status_code": 400, "body": {"error": "x"}}}, "here")
+
+
+@pytest.mark.parametrize("echo", [True, False, None])
+@pytest.mark.parametrize("heard", [True, False])
+def test_an_echo_is_told_from_none(echo: bool | None, heard: bool) -> None:
+    """Servers ignore it, and a saved answer need not say whether it was asked for."""
+    given = {"tokens": ["token_id:4", "token_id:5"] * heard + ["token_id:6"],
+             "token_logprobs": [None, -1.0] * heard + [-2.0]}  # fmt: skip
+    choice = {"logprobs": given, "prompt_token_ids": [4, 5], "token_ids": [6]}
+    request = {} if echo is None else {"prompt": [4, 5], "echo": echo}
+    if heard and echo is False:
+        return
+    (answer,) = from_json({"choices": [choice]}, "here", request)
+    assert answer.ids == [4, 5, 6]
+    told = {1: {5: -1.0}, 2: {6: -2.0}} if heard else {2: {6: -2.0}}
+    assert {r.place: r.log_p for r in answer.rows if r.log_p} == told
+
+
+def test_texts_of_a_chat_do_not_cost_its_prompt() -> None:
+    found = {"prompt_token_ids": [4, 5], "prompt_logprobs": [None, {"5": {"logprob": -1.0}}],
+             "choices": [{"logprobs": {"content": [entry("x", -2.0)]}}]}  # fmt: skip
+    for ids, rows in ((None, {1: {5: -1.0}}), ([6], {1: {5: -1.0}, 2: {6: -2.0}})):
+        (answer,) = from_json({**found, "choices": [{**found["choices"][0], "token_ids": ids}]}, "here")
+        assert {r.place: r.log_p for r in answer.rows if r.log_p} == rows and "keyed by text" in answer.notes[0]
+    with pytest.raises(Qwen35Error, match="which name no ids"):
+        from_json({**found, "prompt_logprobs": None}, "here")
 
 
 def vllm(*rows: object) -> dict[str, object]:
@@ -194,6 +292,7 @@ INF, NAN = float("inf"), float("nan")
         (echoed(-1.0, None), {5: -1.0}, None),
         (sglang([4, 5], input_top_logprobs=[None, [[-0.5, 9, None], [-2.0, 5, None], [-2.0, 5, "x"]]]),
          {5: -2.0, 9: -0.5}, 9),
+        (sglang([4, 5], input_top_logprobs=[None, [[-0.5, 9, None], [None, 3, None]]]), {5: -2.0, 9: -0.5}, 9),
         (sglang([4, 5], input_top_logprobs=[None]), {5: -2.0}, None),
         (sglang([4, 5], input_top_logprobs=None), {5: -2.0}, None),
         ({"choices": [{"token_ids": [5], "logprobs": {"tokens": ["x"], "token_logprobs": [-1.0],
@@ -235,7 +334,20 @@ def test_nan_is_kept(tmp_path: Path) -> None:
     (tmp_path / "answer.json").write_text(json.dumps({"request": {"prompt": [4, 5]}, "response": vllm(
         {"5": {"logprob": NAN}})}))  # fmt: skip
     (answer,) = read_answers(tmp_path / "answer.json")
-    assert str(answer.rows[0].log_p) == "{5: nan}" and answer.rows[0].best is None
+    (row,) = (r for r in answer.rows if r.log_p)
+    assert str(row.log_p) == "{5: nan}" and row.best is None
+
+
+@pytest.mark.parametrize("found", [
+    vllm({"5": {"logprob": None}}), echoed(None, {"token_id:5": None}), {"completion_probabilities": [entry(5, None)]},
+    {"meta_info": {"input_token_logprobs": [[None, 4, None], [None, 5, None]],
+                   "input_top_logprobs": [None, [[None, 5, None]]]}},
+])  # fmt: skip
+def test_null_is_nan_where_a_server_has_no_other_word(found: dict[str, object]) -> None:
+    whole = "completion_probabilities" not in found
+    (answer,) = from_json(found, "here", {"prompt": [4, 5] if whole else [4], "input_ids": [4, 5]})
+    (row,) = (r for r in answer.rows if r.log_p)
+    assert answer.ids == [4, 5] and (row.place, str(row.log_p), row.best) == (1, "{5: nan}", None)
 
 
 def npy(x: np.ndarray) -> str:
@@ -351,6 +463,34 @@ def test_a_fault_below_the_noise_of_one_position_is_found_by_all_of_them(loaded:
     assert verdict.finding == "diverges" and verdict.quantiles[0].low < LIMIT
     assert verdict.suspect is not None and verdict.suspect.sure > DECIDED
     assert verdict.alike[0].name == "last chosen expert dropped, layer 1"
+
+
+def test_answers_that_do_not_tell_their_first_token(loaded: Loaded, known: Prepared) -> None:
+    """vLLM, saved without the request and without ids: each is matched by its other tokens."""
+    answers = asked(engine(loaded), known)
+    for answer in answers:
+        answer.ids[0] = UNKNOWN
+    verdict = known.judge(answers)
+    assert verdict.finding == "agrees" and verdict.sequences == len(known.ids)
+    for answer in answers:  # now by none
+        answer.ids = [UNKNOWN] * len(answer.ids)
+    with pytest.raises(Qwen35Error, match="for other tokens"):
+        known.judge(answers)
+
+
+def test_a_temperature_that_is_not_told_accuses_nobody(loaded: Loaded, known: Prepared) -> None:
+    vocab, log_p = loaded.source.config.vocab_size, engine(loaded)
+    with serving(Dialects(log_p, "sglang", vocab)) as url:
+        answers = [a for p in known.ids * 2 for a in Asker(Server(url), "sglang", 8, vocab).together([p], 12)]
+    for answer in answers:
+        for row in (r for r in answer.rows if r.place >= ASKED[1]):
+            warm = (log_p(answer.ids)[row.place - 1] / 0.6).log_softmax(-1)
+            row.log_p.update({i: float(warm[i]) for i in row.log_p})
+    assert known.judge(answers).why.startswith("in decode: ")
+    for answer in answers:
+        answer.warm = True
+    verdict = known.judge(answers)
+    assert verdict.finding == "agrees" and "look like log p after temperature 0.6" in verdict.notes[-1]
 
 
 def test_few_positions_cannot_tell(loaded: Loaded, known: Prepared) -> None:

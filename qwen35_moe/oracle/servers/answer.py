@@ -46,6 +46,7 @@ class Answer:
     ids      the prompt and what was generated, UNKNOWN where the answer does not tell
     routed   the experts [tokens, layers, A], or one flat row where the engine tells no shape
     clamped  ids that were sent and came back as 0
+    warm     log p of generated tokens may be after a temperature: the answer does not say which one was asked for
     accepted tokens of the prompt, and how often 0, 1, ... drafts were accepted behind it
     """
 
@@ -55,6 +56,7 @@ class Answer:
     routed: Tensor | None = None
     notes: list[str] = field(default_factory=list)
     clamped: list[int] = field(default_factory=list)
+    warm: bool = False
     accepted: tuple[int, list[int]] | None = None
 
 
@@ -90,11 +92,14 @@ def token(found: Any, where: str) -> int:
 
 
 def number(found: Any, where: str) -> float | None:
-    """A log p; None for log 0, which engines write for tokens that a filter took away. NaN is kept: it is a verdict."""
+    """A log p; None for log 0, which engines write for tokens that a filter took away. NaN is kept: it is a verdict.
+    Servers whose JSON has no NaN write null for it (SGLang, llama.cpp)."""
+    if found is None:
+        return math.nan
     if type(found) not in (int, float):
         raise bad("not a log-probability", where, found, "a number, 0 or less")
     if found > LARGEST_LOG_P:
-        do = "ask for log p, not probabilities (llama.cpp: without post_sampling_probs)"
+        do = "ask for log p, not probabilities or logits (llama.cpp: without post_sampling_probs; vLLM: raw_logprobs)"
         raise bad("log-probability above 0", where, found, "0 or less", do)
     return None if found < LEAST else float(found)
 

@@ -38,6 +38,7 @@ DECIDED, CLIP = 17.0, 2.0
 FAINT = 0.05  # of the gain that decides: less is no ground for a forecast
 SURE = 3.3  # standard deviations on either side: 1 in 1,000
 WORST = 1e3  # z of what is not finite, and of what is further away
+AFTER_TEMPERATURE = "log p after temperature"
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.5, 2.0)
 
 
@@ -95,7 +96,7 @@ class Judge:
         self.branches = list(branches[members + 1 :])
         signals = [replay.gather(b, at.rows, at.ids) - self.truth for b in self.branches]
         self.signals = torch.stack([*signals, *warm])  # [H, R, K]
-        self.names = [*(b.name for b in self.branches), *(f"log p after temperature {t:g}" for t in TEMPERATURES)]
+        self.names = [*(b.name for b in self.branches), *(f"{AFTER_TEMPERATURE} {t:g}" for t in TEMPERATURES)]
         sizes = self.size(self.legal)
         self.sigma = self._sigma(sizes)
         others = [self._sigma(torch.cat((sizes[:m], sizes[m + 1 :]))) for m in range(len(sizes))]

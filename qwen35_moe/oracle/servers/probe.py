@@ -19,9 +19,9 @@ from ..judge.envelope import legal, with_declared_caches
 from ..judge.routing import Routing, compare_ids
 from ..judge.split_k import samples
 from ..judge.where import HERE, Where
-from .answer import FAR, Answer, Row, shaped
+from .answer import FAR, UNKNOWN, Answer, Row, shaped
 from .hypotheses import placed_faults
-from .judge import Judge, Positions
+from .judge import AFTER_TEMPERATURE, Judge, Positions
 from .replay import Branch, Replay
 from .verdict import Told, Verdict, decide, told
 
@@ -77,7 +77,7 @@ class Prepared:
         What the generated tokens say comes from other kernels and from cached states. Their truth is computed now: they
         were not known before. No fault is replayed on them.
         """
-        asked, again, longer = self._parts(answers)
+        asked, again, longer = self._parts([self._completed(a) for a in answers])
         verdict, found = self._judged(asked)
         if found.whole is not None:
             at, log_p = found.whole
@@ -92,10 +92,25 @@ class Prepared:
             ids = [a.ids for a in longer]
             replay = Replay(r.source, r.fused, *_rows(ids), r.where, before=r)
             branches = replay.run(self.branches[0].table, tables, [])
-            verdict.add("in decode", Prepared(ids, replay, branches, self.members)._judged(longer)[0])
+            decode = Prepared(ids, replay, branches, self.members)._judged(longer)[0]
+            if decode.alike and decode.alike[0].name.startswith(AFTER_TEMPERATURE) and any(a.warm for a in longer):
+                verdict.notes.append(f"{count} generated tokens are not judged: they look like {decode.alike[0].name}, "
+                                     "which the answers do not tell; save the request with each")  # fmt: skip
+            else:
+                verdict.add("in decode", decode)
         elif count:
             verdict.notes.append(f"{count} generated tokens are not judged: {FEWEST_POSITIONS} are worth it")
         return verdict
+
+    def _completed(self, answer: Answer) -> Answer:
+        """The answer with the tokens that it does not tell (vLLM's first), where the prompts leave no choice."""
+        open_ = [i for i, said in enumerate(answer.ids) if said == UNKNOWN]
+        fits = [p for p in self.ids if all(a in (b, UNKNOWN) for a, b in zip(answer.ids, p, strict=False))]
+        if not open_ or len({tuple(p[i] for i in open_ if i < len(p)) for p in fits}) != 1:
+            return answer
+        longest = max(fits, key=len)
+        ids = [longest[i] if i < len(longest) and a == UNKNOWN else a for i, a in enumerate(answer.ids)]
+        return replace(answer, ids=ids)
 
     def _judged(self, answers: Sequence[Answer]) -> tuple[Verdict, Told]:
         found = told(answers, self.ids, self.replay.config.vocab_size)
@@ -114,7 +129,7 @@ class Prepared:
             n = next((len(p) for p in self.ids if answer.ids[: len(p)] == p), len(answer.ids))
             before = [*accumulate(answer.ids, lambda h, i: hash((h, i)), initial=0)]
             rows: tuple[list[Row], list[Row], list[Row]] = [], [], []
-            for row in (r for r in answer.rows if r.log_p or 0 < r.place <= n):
+            for row in (r for r in answer.rows if r.place > 0 and (r.log_p or r.place <= n)):
                 key = row.place, before[row.place]
                 rows[2 if row.place > n else 1 if key in seen else 0].append(row)
                 seen |= {key} if row.log_p else set()

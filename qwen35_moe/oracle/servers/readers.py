@@ -1,12 +1,15 @@
 """Answers of engines, live or saved, to `Answer`: pure functions from JSON.
 
-A saved answer is what a server sent, or {"request", "status", "response"} of it; a file holds one, a list of them, or
-one a line. The ids of the request win over those in the response: SGLang answers with 0 for ids of V - 1 and above.
+A saved answer is what a server sent, or {"request", "status", "response"} of it, or {"prompt": ids, "response"}. A file
+holds one, a list of them, or one a line. The ids of the request win over those in the response: SGLang answers with 0
+for ids of V - 1 and above.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,12 @@ from ...errors import Qwen35Error
 from ...untrusted import parse_json, read_bytes
 from .answer import (
     NO_LOG_P,
-    UNKNOWN,
     Answer,
     Row,
     agreed,
     bad,
     checked_list,
     from_base64,
-    from_npy,
     ids_in,
     mapping,
     number,
@@ -29,10 +30,17 @@ from .answer import (
     row,
     token,
 )
+from .openai import JsonObject, content_rows, openai
 
-JsonObject = Mapping[str, Any]
 LARGEST_ANSWER_FILE = 1 << 30  # bytes of a file of answers
-BY_TEXT = "lists of likeliest tokens are keyed by text, and left out: ask for return_tokens_as_token_ids"
+NO_STREAM = 'ask without "stream": a part does not say where it stands in its answer'
+NO_JSON = {  # how files begin that hold an answer in another form, and what to do
+    b"data:": NO_STREAM,
+    b"event:": NO_STREAM,
+    b"HTTP/": "save the body without the headers: curl without -i",
+    b"\x1f\x8b": "unpack it: gunzip",
+    b"\xff\xfe": "save it as UTF-8",
+}
 
 
 def read_answers(path: str | Path) -> list[Answer]:
@@ -41,35 +49,45 @@ def read_answers(path: str | Path) -> list[Answer]:
 
 
 def from_bytes(data: bytes, where: str) -> list[Answer]:
+    """Answers in one JSON value, or in one a line."""
     try:
-        found = [parse_json(data, where)]
-    except Qwen35Error:
-        lines = [line for line in data.splitlines() if line.strip()]
-        if len(lines) < 2:
-            raise
-        found = [parse_json(line, f"{where}, line {n + 1}") for n, line in enumerate(lines)]
-    answers = [answer for part in found for answer in from_json(part, where)]
+        found = [(where, parse_json(data, where))]
+    except Qwen35Error as error:
+        lines = [(f"{where}, line {n}", line) for n, line in enumerate(data.splitlines(), 1) if line.strip()]
+        do = next((do for begin, do in NO_JSON.items() if data.lstrip().startswith(begin)), "")
+        if do or len(lines) < 2 or not _is_json(lines[0][1]):
+            raise error.but(do=do) from error
+        found = [(at, parse_json(line, at)) for at, line in lines]
+    answers = [answer for at, part in found for answer in from_json(part, at)]
     if not answers:
-        raise bad("no answers", where, found, "what a server sent, or a list of it")
+        raise bad("no answers", where, [part for _, part in found], "what a server sent, or a list of it")
     return answers
+
+
+def _is_json(line: bytes) -> bool:
+    with suppress(Qwen35Error):
+        parse_json(line, "")
+        return True
+    return False
 
 
 def from_json(found: Any, where: str, request: JsonObject | None = None) -> list[Answer]:
     """Answers in one JSON value, each of its sequences one."""
+    request = request or {}
     if isinstance(found, list):
-        ids, requests = (request or {}).get("input_ids"), [request or {}] * len(checked_list(found, where))
-        if isinstance(ids, list) and ids and isinstance(ids[0], list) and len(ids) == len(found):
-            requests = [{**(request or {}), "input_ids": one} for one in ids]
+        requests = _requests(request, len(checked_list(found, where)), where)
         # an entry is no list again: nothing here recurses as deep as a stranger likes
         return [a for x, r in zip(found, requests, strict=True) for a in from_json(mapping(x, where), where, r)]
     found = mapping(found, where)
-    if "response" in found:
-        if found.get("status", 200) != 200:
-            raise bad("the server refused", where, found["response"])
-        return from_json(found["response"], where, mapping(found.get("request") or {}, where))
-    request = request or {}
+    if (key := next((k for k in ("response", "body") if k in found), "")) and "choices" not in found:
+        if found.get("status", found.get("status_code", 200)) != 200:  # status_code, body: the batch API of OpenAI
+            raise bad("the server refused", where, found[key])
+        asked = found.get("request") or request or {k: v for k, v in found.items() if k != key}
+        return from_json(found[key], where, mapping(asked, where))
     if "meta_info" in found:
         return [sglang(found, request, where)]
+    if request.get("stream") or found.get("stop") is False or found.get("object") == "chat.completion.chunk":
+        raise bad("a part of an answer", where, do=NO_STREAM)
     if "choices" in found:
         return list(openai(found, request, where))
     if "completion_probabilities" in found or "tokens_evaluated" in found:
@@ -79,6 +97,19 @@ def from_json(found: Any, where: str, request: JsonObject | None = None) -> list
     raise bad(NO_LOG_P, where, ", ".join(map(str, found)), "meta_info, choices or completion_probabilities")
 
 
+def _requests(request: JsonObject, count: int, where: str) -> list[JsonObject]:
+    """The request of each of `count` answers. Those to one prompt stand together: it may have been sampled n times."""
+    name = "input_ids" if "input_ids" in request else "prompt"
+    prompts, params = request.get(name), request.get("sampling_params")
+    if not (isinstance(prompts, list) and prompts and isinstance(prompts[0], list)):
+        return [request] * count
+    if count % len(prompts):
+        raise bad("answers to other prompts", where, f"{count} answers", f"{len(prompts)}, as prompts were sent")
+    own = params if isinstance(params, list) and len(params) == len(prompts) else [params] * len(prompts)
+    return [{**request, name: p, "sampling_params": o}
+            for p, o in zip(prompts, own, strict=True) for _ in range(count // len(prompts))]  # fmt: skip
+
+
 def sglang(found: JsonObject, request: JsonObject, where: str) -> Answer:
     """/generate: [[log p, id, text], ...] of prompt and output, and the same of the likeliest. Output values are after
     temperature: they are read at 0 (computed at 1 then) and 1."""
@@ -86,7 +117,8 @@ def sglang(found: JsonObject, request: JsonObject, where: str) -> Answer:
     if not (isinstance(meta.get("input_token_logprobs"), list) or meta.get("output_token_logprobs")):
         raise bad(NO_LOG_P, f"{where}: meta_info", expected="input_token_logprobs",
                   do='ask with "return_logprob": true, "logprob_start_len": 0')  # fmt: skip
-    given = [_triple(x, where) for x in checked_list(meta.get("input_token_logprobs") or [], where)]
+    given = _triples(meta.get("input_token_logprobs"), where)
+    given[:1] = [(i, None if math.isnan(x or 0) else x) for i, x in given[:1]]  # nothing stands before it
     said = [i for i, _ in given]
     sent = prompt_of(request, where, "input_ids")
     if sent is None and isinstance(found.get("prompt_token_ids"), list):
@@ -98,9 +130,12 @@ def sglang(found: JsonObject, request: JsonObject, where: str) -> Answer:
     ids = said if sent is None else [*sent[:start], *agreed(sent[start:], said, where, clamped)]
     top = meta.get("input_top_logprobs") or []
     answer = Answer("sglang", ids, [*_sglang_rows(given, top, ids, start, where)], clamped=clamped)
-    out = [_triple(x, where) for x in checked_list(meta.get("output_token_logprobs") or [], where)]
-    temperature = mapping(request.get("sampling_params") or {}, where).get("temperature", 0 if not request else 1)
-    if temperature in (0, 1):
+    out = _triples(meta.get("output_token_logprobs"), where)
+    params = mapping(request.get("sampling_params") or {}, where)
+    answer.warm = "temperature" not in params
+    if len(out) != meta.get("completion_tokens", len(out)):
+        answer.notes.append(f"{len(out)} generated tokens are not judged, as part of a stream: {NO_STREAM}")
+    elif params.get("temperature", 1) in (0, 1):
         answer.ids = [*ids, *(i for i, _ in out)]
         tops = meta.get("output_top_logprobs") or []
         answer.rows += _sglang_rows(out, tops, answer.ids, len(ids), where)
@@ -114,18 +149,21 @@ def sglang(found: JsonObject, request: JsonObject, where: str) -> Answer:
     return answer
 
 
-def _triple(found: Any, where: str) -> tuple[int, float | None]:
-    found = checked_list(found, where)
-    if len(found) < 2:
-        raise bad("not [log p, id, text]", where, found)
-    return token(found[1], where), None if found[0] is None else number(found[0], where)
+def _triples(found: Any, where: str) -> list[tuple[int, float | None]]:
+    pairs = []
+    for x in (checked_list(x, where) for x in checked_list(found or [], where)):
+        if len(x) < 2:
+            raise bad("not [log p, id, text]", where, x)
+        pairs.append((token(x[1], where), number(x[0], where)))
+    return pairs
 
 
 def _sglang_rows(
     given: list[tuple[int, float | None]], tops: list[Any], ids: list[int], start: int, where: str
 ) -> Iterator[Row]:
     for i, (_, log_p) in enumerate(given):
-        top = [] if i >= len(tops) or tops[i] is None else [_triple(x, where) for x in checked_list(tops[i], where)]
+        # null among the likeliest may be log 0, of a token that a grammar forbids
+        top = [(j, x) for j, x in _triples(tops[i], where) if not math.isnan(x or 0)] if i < len(tops) else []
         yield row(start + i, [*top, (ids[start + i], log_p)], bool(top))
 
 
@@ -138,101 +176,5 @@ def llama_cpp(found: JsonObject, request: JsonObject, where: str) -> Answer:
     if prompt is None:
         raise bad("llama-server does not say which tokens it was asked for", where,
                   do='save {"request", "response"} of each, as `probe --save` does')  # fmt: skip
-    ids, rows = _content(found["completion_probabilities"], len(prompt), where)
+    ids, rows = content_rows(found["completion_probabilities"], len(prompt), where)
     return Answer("llama.cpp", [*prompt, *ids], rows)
-
-
-def _content(found: Any, start: int, where: str) -> tuple[list[int], list[Row]]:
-    """Entries {id or token, logprob, top_logprobs}, one a token: their ids and rows."""
-    ids, rows = list[int](), list[Row]()
-    for place, entry in enumerate((mapping(x, where) for x in checked_list(found, where)), start):
-        if "prob" in entry:
-            raise bad("probabilities after the samplers", where, do="ask without post_sampling_probs")
-        pairs = [_named(x, where) for x in [entry, *checked_list(entry.get("top_logprobs") or [], where)]]
-        ids.append(pairs[0][0])
-        rows.append(row(place, pairs[::-1], len(pairs) > 1))
-    return ids, rows
-
-
-def _named(found: Any, where: str) -> tuple[int, float | None]:
-    found = mapping(found, where)
-    name = next((found[k] for k in ("id", "token_id", "token") if k in found), None)
-    if isinstance(name, str) and not name.startswith("token_id:"):
-        raise bad("tokens are texts, which name no ids", where, name, 'ids ("return_tokens_as_token_ids": true)')
-    return token(name, where), number(found.get("logprob"), where)
-
-
-def openai(found: JsonObject, request: JsonObject, where: str) -> Iterator[Answer]:
-    """vLLM's and any OpenAI-like server's /v1/completions and chat: `prompt_logprobs`, echo, and generated tokens."""
-    prompts = request.get("prompt", request.get("token_ids"))
-    many = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], list)
-    for n, choice in enumerate(mapping(x, where) for x in checked_list(found["choices"], where)):
-        index = choice.get("index", n)
-        if many and not (type(index) is int and 0 <= index < len(prompts)):
-            raise bad("a choice of no prompt", where, index, f"0 to {len(prompts) - 1}")
-        sent = prompt_of({"prompt": prompts[index] if many else prompts}, where, "prompt")
-        said = choice.get("prompt_token_ids") or found.get("prompt_token_ids")
-        yield _choice(choice, choice.get("prompt_logprobs") or found.get("prompt_logprobs"),
-                      agreed(sent, ids_in(said, where), where) if said else sent, request, where)  # fmt: skip
-
-
-def _choice(choice: JsonObject, prompt_log_p: Any, sent: list[int] | None, request: JsonObject, where: str) -> Answer:
-    rows, notes, ids = list[Row](), list[str](), sent
-    if prompt_log_p:
-        rows, ids = _prompt_rows(prompt_log_p, sent, where)
-    found = mapping(choice.get("logprobs") or {}, where)
-    if found.get("content"):
-        if ids is None:
-            raise bad("the answer does not say which tokens it was asked for", where, do="save the request with it")
-        new, more = _content(found["content"], len(ids), where)
-        ids, rows = [*ids, *new], [*rows, *more]
-    elif found.get("token_logprobs"):
-        found = {**found, "token_ids": choice.get("token_ids")}
-        ids, rows, notes = _echo(found, ids, rows, bool(request.get("echo")), where)
-    if not rows or ids is None:
-        do = 'vLLM: ask with "prompt_logprobs"; others: with "logprobs", one request a token'
-        raise bad(NO_LOG_P, where, expected="prompt_logprobs or logprobs", do=do)
-    answer = Answer("vllm" if prompt_log_p else "openai", ids, rows, notes=notes)
-    if choice.get("routed_experts"):
-        answer.routed = from_npy(choice["routed_experts"], where)
-    return answer
-
-
-def _prompt_rows(found: Any, sent: list[int] | None, where: str) -> tuple[list[Row], list[int]]:
-    """[null, {"id": {logprob, rank}}, ...]: the token that stands there first, then the likeliest."""
-    entries = [None if x is None else mapping(x, where) for x in checked_list(found, where)]
-    said = [token(next(iter(x)), where) if x else UNKNOWN for x in entries]
-    ids, rows = agreed(sent, said, where), list[Row]()
-    for place, entry in enumerate(entries):
-        if not entry:
-            continue
-        pairs = [(token(k, where), number(mapping(v, where).get("logprob"), where)) for k, v in entry.items()]
-        if said[place] != ids[place]:
-            pairs[0] = (ids[place], pairs[0][1])
-        rows.append(row(place, pairs, len(pairs) > 1))
-    return rows, ids
-
-
-def _echo(
-    found: JsonObject, ids: list[int] | None, rows: list[Row], echo: bool, where: str
-) -> tuple[list[int] | None, list[Row], list[str]]:
-    """{tokens, token_logprobs, top_logprobs}, of prompt and output with echo, else of output. Lists keyed by text are
-    left out: tokens that are parts of a character share one."""
-    values, names = checked_list(found["token_logprobs"], where), checked_list(found.get("tokens") or [], where)
-    start = 0 if echo else len(ids or ())
-    by_id = len(names) == len(values) and all(isinstance(x, str) and x.startswith("token_id:") for x in names)
-    given = ids_in(found["token_ids"], where) if found["token_ids"] and not echo and not by_id else []
-    new = [token(x, where) for x in names] if by_id else given if len(given) == len(values) else (ids or [])[start:]
-    new = new[: len(values)] if by_id or echo or given else []
-    tops = checked_list(found.get("top_logprobs") or [], where)
-    known = {r.place for r in rows}
-    for i, (name, value) in enumerate(zip(new, values, strict=False)):
-        top = mapping(tops[i], where) if i < len(tops) and tops[i] and by_id else {}
-        pairs = [(token(k, where), number(v, where)) for k, v in [*top.items(), (name, value)] if v is not None]
-        if start + i not in known and any(x is not None for _, x in pairs):
-            rows = [*rows, row(start + i, pairs, bool(top))]
-    if by_id or given:
-        if echo and ids is not None:
-            agreed(ids, new[: len(ids)], where)
-        ids = [*(ids or [])[:start], *new]
-    return ids, rows, [BY_TEXT] if not by_id and (any(tops) or not new) else []

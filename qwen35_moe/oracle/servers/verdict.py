@@ -96,7 +96,8 @@ def told(answers: Sequence[Answer], ids: Sequence[Sequence[int]], vocab: int) ->
     if not rows:
         first = next((a.ids[:8] for a in answers if a.ids), "none")
         raise Qwen35Error("the answers are for other tokens", where="answers", expected=f"ids {list(ids[0][:8])} ...",
-                          found=f"{first}, {elsewhere} positions", do="ask for the tokens of the truth")  # fmt: skip
+                          found=f"{first}, {elsewhere} positions, and {empty} without log p",
+                          do="ask for the tokens of the truth")  # fmt: skip
     if elsewhere:
         notes.append(f"{elsewhere} positions are not judged: they follow other tokens than the prompts'")
     if empty:
@@ -127,10 +128,8 @@ def _table(keys: Sequence[tuple[int, int]], tables: Sequence[dict[int, float]]) 
 
 
 def _same(said: Sequence[int], known: Sequence[int], place: int) -> bool:
-    """Whether both begin with the same `place` tokens; an id that the answer does not tell is taken for the same."""
-    if place > min(len(known), len(said)):
-        return False
-    return all(a in (b, UNKNOWN) for a, b in zip(said[:place], known[:place], strict=True))
+    """Whether both begin with the same `place` tokens."""
+    return place <= min(len(known), len(said)) and list(said[:place]) == list(known[:place])
 
 
 def decide(judge: Judge, found: Told, routing: Sequence[str] = ()) -> Verdict:
