@@ -47,8 +47,8 @@ Places = list[tuple[int, int]]  # (b, t) of each row
 
 
 def by_count(dump: Dump, truth: Trace, only: list[int] | None) -> tuple[Tables, list[str]]:
-    """Rows of each step, and notes. The first layout that has as many rows counts: logits
-    of the last tokens; a prefill and decodes; [B, T]; the last steps that together have the truth's tokens."""
+    """Rows of each step, and notes. The first layout that has as many rows counts: logits of the last tokens; a prefill
+    and decodes; [B, T]; the last steps that together have the truth's tokens."""
     chosen = range(len(truth.ids) - len(branches_in(truth))) if only is None else only
     real = {b: truth.mask[b].bool().nonzero().flatten().tolist() for b in chosen}
     places = [(b, t) for b, columns in real.items() for t in columns]

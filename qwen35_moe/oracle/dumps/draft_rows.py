@@ -51,34 +51,34 @@ def draft_rows(
     return where, left_out + sum(len(run) for some in matching.rest.values() for *_, run in some)
 
 
-def drafts_of(dump: Dump, rows: Sequence[Tensor], own: int) -> list[Tensor]:
+def drafts_of(dump: Dump, sequences: Sequence[Tensor], own: int) -> list[Tensor]:
     """[B, T] for each draft of a chain: the ids that the dump's draft head started from at the tokens of the first
     `own` of these sequences, -1 where it does not say. Empty without draft steps."""
-    shape = len(rows), max(map(len, rows))
+    shape = len(sequences), max(map(len, sequences))
     found = [torch.full(shape, -1) for _ in range(max(dump.drafts.values(), default=0))]
-    follow = [torch.cat((row[1:], row.new_tensor([FIRST]))) for row in rows[:own]]
+    follow = [torch.cat((row[1:], row.new_tensor([FIRST]))) for row in sequences[:own]]
     for step, table in draft_rows(dump, follow)[0].items():
         found[dump.drafts[step] - 1][table[:, 1], table[:, 2]] = table[:, 3]
     return found
 
 
-def branches_of(dump: Dump, rows: Sequence[Tensor]) -> list[DraftBranch]:
+def branches_of(dump: Dump, sequences: Sequence[Tensor]) -> list[DraftBranch]:
     """The rejected drafts of a dump of these sequences; of too many, a part, from all over the dump."""
-    drafts = match_runs(dump, rows).rest["drafts"]
+    drafts = match_runs(dump, sequences).rest["drafts"]
     found = list(dict.fromkeys(DraftBranch(b, at, tuple(run.ids.tolist())) for b, at, run in drafts))
-    tokens, most = sum(x.at + len(x.ids) for x in found), max(MOST_BRANCH_TOKENS, sum(map(len, rows)))
+    tokens, most = sum(x.at + len(x.ids) for x in found), max(MOST_BRANCH_TOKENS, sum(map(len, sequences)))
     return found[:: -(-tokens // most)] if found else []
 
 
-def hidden_of(dump: Dump, rows: Sequence[Tensor]) -> Tensor:
+def hidden_of(dump: Dump, sequences: Sequence[Tensor]) -> Tensor:
     """[B, T, D] the dump's hidden states after the final norm at the tokens of these sequences, NaN where it has none.
     Error: it has none at all of these tokens."""
-    parts = {step: (table, dump.read(HIDDEN, step)) for step, table in sorted(match_runs(dump, rows).where().items())
-             if step in dump.sources.get(HIDDEN, {})}  # fmt: skip
+    where, held = match_runs(dump, sequences).where(), dump.sources.get(HIDDEN, {})
+    parts = {step: (table, dump.read(HIDDEN, step)) for step, table in sorted(where.items()) if step in held}
     width = {x.shape[1] for table, x in parts.values() if len(x) > int(table[:, 0].max())}
     if len(width) != 1:
         raise Qwen35Error("no hidden states of these tokens", where=dump.path, expected=HIDDEN, found=", ".join(dump))
-    found = torch.full((len(rows), max(map(len, rows)), *width), torch.nan, dtype=torch.float64)
+    found = torch.full((len(sequences), max(map(len, sequences)), *width), torch.nan, dtype=torch.float64)
     for table, x in parts.values():
         found[table[:, 1], table[:, 2]] = x[table[:, 0]].to(found)
     return found

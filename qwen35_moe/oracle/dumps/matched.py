@@ -90,6 +90,6 @@ class DraftBranch:
     ids: tuple[int, ...]
 
 
-def with_branches(rows: Sequence[Tensor], branches: Sequence[DraftBranch]) -> list[Tensor]:
+def with_branches(sequences: Sequence[Tensor], branches: Sequence[DraftBranch]) -> list[Tensor]:
     """The sequences, and behind them the branches."""
-    return [*rows, *(torch.cat((rows[x.of][: x.at], torch.tensor(x.ids))) for x in branches)]
+    return [*sequences, *(torch.cat((sequences[x.of][: x.at], torch.tensor(x.ids))) for x in branches)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from ...errors import Qwen35Error
 from .engine_names import TapRule, place
+
+AGAIN = "dump again, or delete the file to go on without it"
 
 
 @dataclass
@@ -64,16 +67,22 @@ def whole_numbers(x: Any, where: str) -> Tensor:
     return x.to(torch.int64)
 
 
-def fenced(load: Callable[[], Tensor], where: str, as_bytes: bool = False) -> Tensor:
-    """A piece's values. Whatever its `load` raises becomes an error about this piece, so that it costs its own tap."""
+@contextmanager
+def fence(what: str, where: object, do: str = AGAIN) -> Iterator[None]:
+    """Whatever is raised inside becomes an error about this file: files of strangers may raise anything."""
     try:
-        return plain_values(load(), where, as_bytes)
+        yield
     except Qwen35Error:
         raise
     except Exception as error:
-        do = "dump again, or delete the file to go on without it"
-        found = f"{type(error).__name__}: {error}"[:200]
-        raise Qwen35Error("tensor cannot be read", where=where, found=found, do=do) from error
+        raise Qwen35Error(what, where=where, found=f"{type(error).__name__}: {error}"[:200], do=do) from error
+
+
+def fenced(load: Callable[[], Tensor], where: str, as_bytes: bool = False) -> Tensor:
+    """A piece's values; an error costs its own tap."""
+    with fence("tensor cannot be read", where):
+        x = plain_values(load(), where, as_bytes)
+    return x
 
 
 def once(x: Tensor, load: Callable[[], Tensor]) -> Callable[[], Tensor]:

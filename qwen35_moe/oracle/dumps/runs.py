@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, repeat
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,10 +63,9 @@ def split_runs(tokens: StepTokens) -> Iterator[tuple[Tensor, object]]:
             for rows in _paths(positions):
                 yield rows + index * size, tokens.requests[index] if tokens.requests else index
         return
-    stops = _stops(tokens)
-    one_each = tokens.requests is not None and len(tokens.requests) == len(stops)
-    for index, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
-        yield torch.arange(start, stop), tokens.requests[index] if one_each and tokens.requests else None
+    stops, requests = _stops(tokens), tokens.requests or []
+    for start, stop, request in zip([0, *stops], stops, requests if len(requests) == len(stops) else repeat(None)):  # noqa: B905
+        yield torch.arange(start, stop), request
 
 
 def tree_size(tokens: StepTokens) -> int:

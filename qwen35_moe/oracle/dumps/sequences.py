@@ -17,6 +17,7 @@ from .dump import Dump
 from .runs import Run, runs, uncertain
 
 LOGITS = "next_token_logits"
+GIVE_IDS = "give --ids: the ids of its requests, with those that were generated"
 
 
 def sequences_of(dump: Dump) -> list[Tensor]:
@@ -25,73 +26,66 @@ def sequences_of(dump: Dump) -> list[Tensor]:
 
     Raises Qwen35Error if the dump holds no ids.
     """
-    rows: list[Tensor] = []
+    sequences: list[Tensor] = []
     owner: dict[object, int] = {}
     last: dict[int, Run] = {}
     cached, taken_back = dict[object, int](), False
     for run in runs(dump):
-        b, start = _owner(run, rows, owner), run.start
-        if b is None and start not in (0, None) and not _only(rows, run):
-            cached.setdefault(run.start if run.request is None else run.request, run.start or 0)
+        b, start = _owner(run, sequences, owner), run.start
+        if b is None and start:
+            cached.setdefault(start if run.request is None else run.request, start)
             continue
-        if b is None and start not in (0, None):
-            b = 0
         if b is None:
-            b, rows = len(rows), [*rows, run.ids[:0]]
-        if start is not None and start > len(rows[b]) and any(map(uncertain, dump.tokens.values())):
-            raise Qwen35Error("which drafts of a tree were accepted is not in the dump", where=dump.path,
-                              do="give --ids: the ids of its requests, with those that were generated")  # fmt: skip
-        before = len(rows[b]) if start is None else min(start, len(rows[b]))
-        taken_back = taken_back or before < len(rows[b])
-        rows[b] = torch.cat((rows[b][:before], run.ids))
+            b, sequences = len(sequences), [*sequences, run.ids[:0]]
+        if start is not None and start > len(sequences[b]) and any(map(uncertain, dump.tokens.values())):
+            raise Qwen35Error("which drafts of a tree were accepted is not in the dump", where=dump.path, do=GIVE_IDS)
+        before = len(sequences[b]) if start is None else min(start, len(sequences[b]))
+        taken_back = taken_back or before < len(sequences[b])
+        sequences[b] = torch.cat((sequences[b][:before], run.ids))
         last[b] = run
         if run.request is not None:
             owner[run.request] = b
-    if not rows:
-        raise Qwen35Error("the dump does not say which tokens it is of", where=dump.path,
-                          do="give --ids: the ids of its requests, with those that were generated")  # fmt: skip
+    if not sequences:
+        raise Qwen35Error("the dump does not say which tokens it is of", where=dump.path, do=GIVE_IDS)
     words = "a sequence from token {} on, whose first were cached: give --ids"
     dump.absent = [words.format(start) for start in cached.values()]
     if dump.drafts or taken_back:
-        rows = [x[: len(x) - _drafted(dump, last[b])] for b, x in enumerate(rows)]
-    return rows
+        sequences = [x[: len(x) - _drafted(dump, last[b])] for b, x in enumerate(sequences)]
+    return sequences
 
 
-def placed(rows: list[Tensor], dump: Dump, config: Config, images: Images | None) -> list[Tensor]:
+def placed(sequences: list[Tensor], dump: Dump, config: Config, images: Images | None) -> list[Tensor]:
     """The sequences with the ids that images have in the vocabulary. SGLang puts a hash beyond it there instead.
 
     Error: a prompt with images, and no pixels; with images and videos, and no word which hash is which.
     """
     size = config.vocab_size
-    outside = any(bool(((x < 0) | (x >= size)).any()) for x in rows)
+    outside = any(bool(((x < 0) | (x >= size)).any()) for x in sequences)
     begins = config.raw.get("vision_start_token_id")  # a placeholder that a text model happens to say is no image
-    held = (placeholders(config, x)[1:] & ((x[:-1] == begins) | (begins is None)) for x in rows)
+    held = (placeholders(config, x)[1:] & ((x[:-1] == begins) | (begins is None)) for x in sequences)
     seen = any(map(is_vision, dump)) or any(bool(x.any()) for x in held)
     if images is None and (seen or outside):
         do = "give the images: --image, or --pixel-values"
         raise Qwen35Error("the dump is of a prompt with images, and there are no pixels", where=dump.path, do=do)
     if images is None or not outside:
-        return rows
+        return sequences
     kinds = list(images_meta(config, images)["placeholders"])
     if len(kinds) > 1:
         what = "the ids do not say which placeholders are images and which are videos"
         raise Qwen35Error(what, where=dump.path, do="give --ids")
-    return [torch.where((x < 0) | (x >= size), kinds[0], x) for x in rows]
+    return [torch.where((x < 0) | (x >= size), kinds[0], x) for x in sequences]
 
 
-def _owner(run: Run, rows: list[Tensor], owner: dict[object, int]) -> int | None:
-    """The sequence that a run goes on with: its request's, or the one that ends where it begins."""
-    known = owner.get(run.request) if run.request is not None else None
-    if run.start is None:
-        return known if len(run) == 1 else None
-    if run.start == 0 or known is not None:
-        return None if run.start == 0 else known
-    return next((b for b, x in enumerate(rows) if len(x) == run.start and b not in owner.values()), None)
-
-
-def _only(rows: list[Tensor], run: Run) -> bool:
-    """Whether there is but one sequence that a run with strange positions can belong to."""
-    return len(rows) == 1 and run.request is None and len(run) == 1
+def _owner(run: Run, sequences: list[Tensor], owner: dict[object, int]) -> int | None:
+    """The sequence that a run goes on with: its request's, or the one that ends where it begins, or the only one, if
+    the position of a single token fits nowhere. None: it begins a sequence."""
+    known = owner.get(run.request)
+    if run.start == 0 or (run.start is None and len(run) > 1):
+        return None
+    if run.start is None or known is not None:
+        return known
+    ends_there = next((b for b, x in enumerate(sequences) if len(x) == run.start and b not in owner.values()), None)
+    return 0 if ends_there is None and len(sequences) == len(run) == 1 and run.request is None else ends_there
 
 
 def _drafted(dump: Dump, run: Run) -> int:

@@ -1,9 +1,9 @@
 """Reading dumps: one small file a format, and one function that finds out which format it is.
 
-A format is a module with `sniff(path) -> bool`, which looks at names, and into a file only where they do not tell, and
-`read(path, **options)`, which returns a Dump; `known(file)` may say which files of tensors are its own. Files are
-data: `torch.load` runs with `weights_only=True`, numpy without pickles; a file that would need more is refused by name,
-and the rest is read.
+A format is a module with `sniff(path) -> bool`, which looks at names, and into a file only where they do not tell (an
+error there means no), and `read(path, **options)`, which returns a Dump; `known(file)` may say which files of tensors
+are its own. Files are data: `torch.load` runs with `weights_only=True`, numpy without pickles; a file that would need
+more is refused by name, and the rest is read.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ....errors import Qwen35Error
 from ....untrusted import check_regular
 from ..checks import check_steps
 from ..dump import Dump, Piece, StepTokens
+from ..pieces import fence
 from . import answers, atom, llama_cpp, own, plain, sglang, sglang_passes, transformers, vllm
 
 # The first that recognises a path reads it; `plain` takes what is left.
@@ -64,13 +65,8 @@ def read_dump(
     ):
         if given is not None and reader is not only:
             raise Qwen35Error(what, where=path, found=reader.__name__.rpartition(".")[2], do=do)
-    try:
+    with fence("dump cannot be read", path, "dump again, or keep the files that can be read"):
         dump = reader.read(path, config=config, name_map=name_map, layers=layers)
-    except Qwen35Error:
-        raise
-    except Exception as error:  # files of strangers may raise anything
-        found, do = f"{type(error).__name__}: {error}"[:200], "dump again, or keep the files that can be read"
-        raise Qwen35Error("dump cannot be read", where=path, found=found, do=do) from error
     if not dump.sources:
         if dump.problems:
             raise dump.problems[0]

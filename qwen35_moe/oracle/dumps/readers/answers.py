@@ -27,20 +27,13 @@ def known(file: Path) -> bool:
 
 
 def sniff(path: Path) -> bool:
-    if not (path.is_file() and known(path)):
-        return False
-    try:
-        return any(UNKNOWN not in answer.ids for answer in read_answers(path))
-    except Qwen35Error:
-        return False
+    return path.is_file() and known(path) and any(UNKNOWN not in answer.ids for answer in read_answers(path))
 
 
 def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Dump:
     answers = read_answers(path)
     text = text_config(config)
-    pieces: list[Piece] = []
-    tokens: dict[int, StepTokens] = {}
-    notes, problems = [], list[Qwen35Error]()
+    pieces, tokens, notes, problems = list[Piece](), dict[int, StepTokens](), list[str](), list[Qwen35Error]()
     width = max((len(row.log_p) for answer in answers for row in answer.rows), default=0)
     for step, answer in enumerate(answers):
         notes += answer.notes

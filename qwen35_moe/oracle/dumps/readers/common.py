@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ....errors import Qwen35Error
 from ....untrusted import check_regular
-from ..pieces import StepTokens
+from ..pieces import AGAIN, StepTokens, fence
 
 
 def load_pt(path: str | Path) -> Any:
@@ -42,8 +42,8 @@ def load_pt(path: str | Path) -> Any:
                               do=do) from error  # fmt: skip
         first = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         size = path.stat().st_size if path.exists() else "absent"
-        raise Qwen35Error("file is truncated or not a torch file", where=path, found=f"{size} bytes; {first}",
-                          do="dump again, or delete the file to go on without it") from error  # fmt: skip
+        found = f"{size} bytes; {first}"
+        raise Qwen35Error("file is truncated or not a torch file", where=path, found=found, do=AGAIN) from error
 
 
 def _check_stored(path: Path) -> None:
@@ -62,13 +62,18 @@ def _check_stored(path: Path) -> None:
 def costs_itself(problems: list[Qwen35Error], where: object) -> Iterator[None]:
     """Whatever fails inside is a problem of this file, and of no other."""
     try:
-        yield
+        with fence("file cannot be read", where):
+            yield
     except Qwen35Error as error:
         problems.append(error)
-    except Exception as error:  # files of strangers may raise anything
-        found = f"{type(error).__name__}: {error}"[:200]
-        do = "dump again, or delete the file to go on without it"
-        problems.append(Qwen35Error("file cannot be read", where=where, found=found, do=do))
+
+
+def outputs(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of what a module returned, entries of lists one by one."""
+    if not isinstance(value, (list, tuple)):
+        yield f"{name}.output", value
+        return
+    yield from ((f"{name}.output.{index}", entry) for index, entry in enumerate(value))
 
 
 def a_dict(found: Any) -> dict[Any, Any]:
@@ -89,9 +94,8 @@ def load_tensor(path: str | Path, *keys: str | int) -> Tensor:
             found = found[key]
     except (KeyError, IndexError, TypeError) as error:
         holds = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
-        do = "dump again, or delete the file to go on without it"
         wanted = ", ".join(map(str, keys))
-        raise Qwen35Error("file holds something else", where=path, expected=wanted, found=holds, do=do) from error
+        raise Qwen35Error("file holds something else", where=path, expected=wanted, found=holds, do=AGAIN) from error
     if not isinstance(found, Tensor):
         raise Qwen35Error("not a tensor", where=path, found=type(found).__name__)
     return found

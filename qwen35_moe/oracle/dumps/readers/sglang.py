@@ -37,9 +37,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
             found = ", ".join(p.name for p in experiments[:4])
             raise Qwen35Error("several dumps lie here", where=path, found=found, do="name one of them")
         path = experiments[0]
-    pieces: list[Piece] = []
-    weights: dict[str, Piece] = {}
-    problems: list[Qwen35Error] = []
+    pieces, weights, problems = list[Piece](), dict[str, Piece](), list[Qwen35Error]()
     core: dict[tuple[int, int], dict[str, Any]] = {}
     for tags, file in sorted(((_tags(f), f) for f in _files(path)), key=lambda pair: int(pair[0]["dump_index"])):
         with costs_itself(problems, file):

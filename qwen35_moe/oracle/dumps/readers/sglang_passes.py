@@ -8,8 +8,9 @@ are put back here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from ....errors import Qwen35Error
 from ..dump import Dump, Piece, StepTokens
 from ..pieces import itself
-from .common import costs_itself, load_pt, step_tokens
+from .common import costs_itself, load_pt, outputs, step_tokens
 
 BATCH_INFO = ".forward_batch_info."
 
@@ -45,9 +46,9 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
                 core = {name.partition(BATCH_INFO)[2]: x for name, x in loaded.items() if BATCH_INFO in name}
                 if rank == 0 and isinstance(core.get("input_ids"), Tensor):
                     tokens[number] = step_tokens(core)
-                for raw, x in _outputs(loaded):
+                for raw, x in chain.from_iterable(starmap(outputs, loaded.items())):
                     late = "." not in raw.rpartition(".output")[0]  # `model` and what comes after it
-                    if BATCH_INFO not in raw and not (late and number == 0):
+                    if isinstance(x, Tensor) and BATCH_INFO not in raw and not (late and number == 0):
                         load, world = partial(itself, x), {"world_size": len(folders)}  # mapped, not read
                         pieces.append(Piece.named(raw, load, step=number - late, rank=rank, parallel=world,
                                                   where=str(file)))  # fmt: skip
@@ -55,15 +56,6 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None, **_: Any) -> Du
         raise Qwen35Error("dumps of several runs lie here", where=path, found=", ".join(twice[:3]), do="keep one run")
     notes = ["outputs of `model` and the logits were moved back by one pass; those of the last pass were not written"]
     return Dump("sglang passes", path, pieces, tokens, problems, notes, config=config)
-
-
-def _outputs(loaded: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of what modules returned, entries of lists one by one."""
-    for name, value in loaded.items():
-        many = isinstance(value, (list, tuple))
-        for index, x in enumerate(value) if many else [(None, value)]:
-            if isinstance(x, Tensor):
-                yield f"{name}.output" + (f".{index}" if many else ""), x
 
 
 def known(file: Path) -> bool:

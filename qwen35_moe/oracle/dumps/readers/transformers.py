@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ....errors import Qwen35Error
 from ....untrusted import read_json, tensor_file
 from ..dump import Dump, Piece, StepTokens
+from .common import outputs
 
 TREE = "_debug_tree_FULL_TENSORS.json"
 TENSOR_FIELDS = {"shape", "dtype", "value"}  # what the tree says of one
@@ -69,9 +70,8 @@ class TransformersCapture:
             self._keep(f"{name}.inputs.{index}", value)
 
     def _after(self, name: str, _: nn.Module, args: Any, output: Any) -> None:
-        many = isinstance(output, (tuple, list))
-        for index, value in enumerate(output if many else [output]):
-            self._keep(f"{name}.output" + (f".{index}" if many else ""), value)
+        for raw, value in outputs(name, output):
+            self._keep(raw, value)
 
     def _keep(self, raw: str, value: Any) -> None:
         if isinstance(value, Tensor) and not raw.startswith("."):
@@ -132,10 +132,9 @@ def _tensors(node: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]
             yield f"{name}.inputs.{index}", value
     for child in node.get("children") or []:
         yield from _tensors(child)
-    outputs = node.get("outputs")
-    for index, value in enumerate(outputs if isinstance(outputs, list) else [outputs]):
+    for raw, value in outputs(name, node.get("outputs")):
         if isinstance(value, Mapping) and set(value) >= TENSOR_FIELDS:
-            yield f"{name}.output" + (f".{index}" if isinstance(outputs, list) else ""), value
+            yield raw, value
 
 
 def _load(file: Path) -> Tensor:

@@ -98,24 +98,21 @@ def _keys(file: Path) -> set[str]:
 def _routed(path: Path) -> Tensor | None:
     """Routed experts [tokens, layers, A] of a .npy file, of base64 text, or of a JSON answer; flat where no shape is
     told; None for other files."""
-    try:
-        if path.suffix == ".npy":
-            check_regular(path)
-            x = np.load(path, allow_pickle=False, mmap_mode="r")
-            return torch.from_numpy(x.astype(np.int64)) if x.ndim == 3 and x.dtype.kind in "iu" else None
-        if path.suffix not in (".json", ".b64", ".txt") or path.stat().st_size >= LARGEST_TEXT:
-            return None
-        raw, shape = read_bytes(path), None
-        text: Any = raw.decode("utf-8")
-        if path.suffix == ".json":
-            answer = parse_json(raw, path)
-            text, shape = _find(answer, "routed_experts"), _find(answer, "routed_experts_shape")
-        if not text or str(text).startswith(NPY):
-            return from_npy(text, str(path)) if text else None
-        found = from_base64(text, str(path))
-        return found.reshape(shape) if shape else found
-    except (Qwen35Error, OSError, ValueError, RuntimeError, TypeError):
+    if path.suffix == ".npy":
+        check_regular(path)
+        x = np.load(path, allow_pickle=False, mmap_mode="r")
+        return torch.from_numpy(x.astype(np.int64)) if x.ndim == 3 and x.dtype.kind in "iu" else None
+    if path.suffix not in (".json", ".b64", ".txt") or path.stat().st_size >= LARGEST_TEXT:
         return None
+    raw, shape = read_bytes(path), None
+    text: Any = raw.decode("utf-8")
+    if path.suffix == ".json":
+        answer = parse_json(raw, path)
+        text, shape = _find(answer, "routed_experts"), _find(answer, "routed_experts_shape")
+    if not text or str(text).startswith(NPY):
+        return from_npy(text, str(path)) if text else None
+    found = from_base64(text, str(path))
+    return found.reshape(shape) if shape else found
 
 
 def _find(answer: Any, key: str) -> Any:
