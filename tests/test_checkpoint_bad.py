@@ -206,11 +206,8 @@ def test_nan_scales_are_found_when_read(layout: str, role: str, value: float, tm
         ck.experts("layers.1.mlp.experts").read(1)
 
 
-SHARD, OTHER, INDEX = (
-    "model-00001-of-00002.safetensors",
-    "model-00002-of-00002.safetensors",
-    "model.safetensors.index.json",
-)
+SHARD, OTHER = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 def edit_bytes(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -227,9 +224,7 @@ def edit_header(change: Callable[[dict[str, Any]], Any], name: str = SHARD) -> C
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
         changed = change(header)
-        text = (
-            json.dumps(header if changed is None else changed).encode() if not isinstance(changed, bytes) else changed
-        )
+        text = changed if isinstance(changed, bytes) else json.dumps(header if changed is None else changed).encode()
         return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
     return edit_bytes(name, edit)

@@ -50,12 +50,13 @@ def ids_of(steps: Any) -> list[int]:
     return [step.id for step in steps]
 
 
-@pytest.mark.parametrize(
-    ("case", "arithmetic_name"), [*((case, "exact") for case in LLAMA_CPP), (LLAMA_CPP[0], "float32")]
-)
-def test_greedy_equals_llama_cpp(expected: dict[str, Tensor], case: dict[str, Any], arithmetic_name: str) -> None:
+FLOAT64, FLOAT32 = torch.float64, torch.float32
+
+
+@pytest.mark.parametrize(("case", "dtype"), [*((case, FLOAT64) for case in LLAMA_CPP), (LLAMA_CPP[0], FLOAT32)])
+def test_greedy_equals_llama_cpp(expected: dict[str, Tensor], case: dict[str, Any], dtype: torch.dtype) -> None:
     """100 tokens, and their log p."""
-    model = whole(torch.float64 if arithmetic_name == "exact" else torch.float32)
+    model = whole(dtype)
     steps = list(generate(model, expected["ids"][case["row"], : case["prompt_tokens"]].long(), 100))
     assert ids_of(steps) == case["continuation"]
     assert max(abs(s.log_p - theirs) for s, theirs in zip(steps, case["log_p"], strict=True)) < FLOAT32_LOG_P
@@ -76,29 +77,20 @@ def test_greedy_equals_transformers(exact: q.Model, expected: dict[str, Tensor])
     assert ids_of(generate(exact, prompt, 100)) == theirs(input_ids=prompt)
 
 
-def test_greedy_after_an_image_equals_transformers(
-    exact: q.Model, expected: dict[str, Tensor], image: dict[str, Tensor]
-) -> None:
+def test_greedy_after_an_image_equals_transformers(exact, expected, image):
     names = ("input_ids", "pixel_values", "image_grid_thw", "mm_token_type_ids")
     inputs = {name: expected[f"image/{name}"] for name in names}
     inputs |= {"input_ids": inputs["input_ids"].long(), "mm_token_type_ids": inputs["mm_token_type_ids"].long()}
     assert ids_of(generate(exact, image, 100)) == theirs(**inputs)
 
 
-SETTINGS = {
-    "greedy": Sampling(),
-    "sampled": Sampling(temperature=1.3, seed=5),
-    "cut": Sampling(temperature=1.3, top_k=9, top_p=0.8, seed=5),
-}
-
-
-@pytest.mark.parametrize(("settings", "drafts"), [("greedy", 4), ("sampled", 1), ("cut", 3)])
-def test_speculation_changes_no_token(
-    exact: q.Model, expected: dict[str, Tensor], image: dict[str, Tensor], settings: str, drafts: int
-) -> None:
+@pytest.mark.parametrize(("settings", "drafts"), [
+    (Sampling(), 4), (Sampling(temperature=1.3, seed=5), 1), (Sampling(temperature=1.3, top_k=9, top_p=0.8, seed=5), 3),
+], ids=["greedy", "sampled", "cut"])  # fmt: skip
+def test_speculation_changes_no_token(exact, expected, image, settings, drafts):
     for prompt in (expected["ids"][:1, :10].long(), image):
-        plain = list(generate(exact, prompt, 12, SETTINGS[settings], top=2))
-        ahead = list(generate(exact, prompt, 12, SETTINGS[settings], top=2, drafts=drafts))
+        plain = list(generate(exact, prompt, 12, settings, top=2))
+        ahead = list(generate(exact, prompt, 12, settings, top=2, drafts=drafts))
         assert ids_of(plain) == ids_of(ahead)
         for a, b in zip(plain, ahead, strict=True):
             assert abs(a.log_p - b.log_p) < FLOAT64_REORDERED and a.rank == b.rank
@@ -164,10 +156,9 @@ def test_scoring_a_greedy_continuation_finds_it_greedy(exact: q.Model, image: di
 
 def test_stop_and_length(exact: q.Model) -> None:
     plain = ids_of(generate(exact, [1, 2, 3], 9))
+    stop = plain[4]
     for drafts in (0, 3):
-        assert (
-            ids_of(generate(exact, [1, 2, 3], 9, stop=[plain[4]], drafts=drafts)) == plain[: plain.index(plain[4]) + 1]
-        )
+        assert ids_of(generate(exact, [1, 2, 3], 9, stop=[stop], drafts=drafts)) == plain[: plain.index(stop) + 1]
         assert [ids_of(generate(exact, [1, 2, 3], n, drafts=drafts)) for n in (0, 1, 2)] == [[], plain[:1], plain[:2]]
     assert ids_of(islice(generate(exact, [1, 2, 3], 10**9), 3)) == plain[:3]  # handed out one by one
 
@@ -218,20 +209,15 @@ def test_the_hash_is_splitmix64() -> None:
     assert (uniform(5, 0), uniform(5, 1), uniform(-1, 7)) == pinned
 
 
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda m: Sampling(temperature=-1.0), "temperature"),
-        (lambda m: Sampling(top_p=0.0), "top_p"),
-        (lambda m: Sampling(top_k=-1), "top_k"),
-        (lambda m: list(generate(m, [1], -1)), "max_new_tokens"),
-        (lambda m: list(generate(m, torch.ones(2, 3).long())), "one sequence at a time"),
-        (lambda m: next(generate(m, embed_prompt(m, torch.ones(2, 3).long()))), "one sequence at a time"),
-        (lambda m: next(score(m, embed_prompt(m, RIGHT, attention_mask=RIGHT), [1])), "without padding"),
-        (lambda m: list(generate(q.load(FIXTURES / "bf16-hub", text_only=True), [1], drafts=2)), "without text_only"),
-        (lambda m: list(generate(m, [])), "B and T at least 1"),
-    ],
-)
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda m: Sampling(temperature=-1.0), "temperature"), (lambda m: Sampling(top_p=0.0), "top_p"),
+    (lambda m: Sampling(top_k=-1), "top_k"), (lambda m: list(generate(m, [1], -1)), "max_new_tokens"),
+    (lambda m: list(generate(m, torch.ones(2, 3).long())), "one sequence at a time"),
+    (lambda m: next(generate(m, embed_prompt(m, torch.ones(2, 3).long()))), "one sequence at a time"),
+    (lambda m: next(score(m, embed_prompt(m, RIGHT, attention_mask=RIGHT), [1])), "without padding"),
+    (lambda m: list(generate(q.load(FIXTURES / "bf16-hub", text_only=True), [1], drafts=2)), "without text_only"),
+    (lambda m: list(generate(m, [])), "B and T at least 1"),
+])  # fmt: skip
 def test_what_cannot_be_done_is_named(exact: q.Model, call: Any, words: str) -> None:
     with pytest.raises(q.Qwen35Error, match=words):
         call(exact)

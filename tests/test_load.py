@@ -66,14 +66,11 @@ def in_a_file(x: Tensor, files: list[str]) -> bool:
     return False
 
 
-@pytest.mark.parametrize(
-    ("recipe", "shared_expert", "kind"),
-    [
-        ("tiny", "unfused", ResidentExperts),  # fused 3-D tensors: one parameter, as it lies
-        ("tiny", "fused", PackedExperts),  # slot E lies elsewhere
-        ("tiny-per-expert", "unfused", PackedExperts),
-    ],
-)
+@pytest.mark.parametrize(("recipe", "shared_expert", "kind"), [
+    ("tiny", "unfused", ResidentExperts),  # fused 3-D tensors: one parameter, as it lies
+    ("tiny", "fused", PackedExperts),  # slot E lies elsewhere
+    ("tiny-per-expert", "unfused", PackedExperts),
+])  # fmt: skip
 def test_bf16_is_used_where_it_lies(built: Build, recipe: str, shared_expert: str, kind: type) -> None:
     path = built(recipe)
     model = q.load(path, TRANSFORMERS_BF16, shared_expert)
@@ -157,9 +154,7 @@ def test_an_expert_of_another_format_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [1000, None])
-def test_a_file_that_is_written_to_while_it_is_in_use(
-    built: Build, tmp_path: Path, mode: str, size: int | None
-) -> None:
+def test_a_file_that_is_written_to_while_it_is_in_use(built, tmp_path, mode, size):
     """Cut off, where a mapped file would end the process, or of other weights."""
     path = shutil.copytree(built("tiny"), tmp_path / "checkpoint")
     model = q.load(path, "transformers-bf16", mode=mode, text_only=True)

@@ -79,12 +79,8 @@ def test_a_padded_batch_in_pieces(model) -> None:
 
 
 def test_positions_go_on_after_padding(model) -> None:
-    cache = Cache()
-    model(
-        torch.tensor([[0, 0, 5, 9], [1, 2, 3, 4]]),
-        attention_mask=torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]),
-        cache=cache,
-    )
+    cache, mask = Cache(), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    model(torch.tensor([[0, 0, 5, 9], [1, 2, 3, 4]]), attention_mask=mask, cache=cache)
     found = trace(model, torch.tensor([[7, 8], [7, 8]]), taps="rope_cos", cache=cache)
     assert found.positions.tolist() == [[2, 3], [4, 5]] and found.mask.tolist() == [[1, 1], [1, 1]]
     first = trace(model, torch.tensor([[1] * 6]), taps="rope_cos")["rope_cos"][0]
@@ -119,9 +115,8 @@ def test_memory_stays_flat_and_one_layer_is_one_file(tmp_path: Path) -> None:
             for name in ("layer_input", "mlp_output"):
                 x = torch.randn(1, 3, 4)
                 writer.add(Entry.of(Site(name, layer), x, "b t d"), x)
-    assert sorted(p.name for p in (tmp_path / "t").iterdir()) == [f"{i:05d}.safetensors" for i in range(4)] + [
-        "trace.json"
-    ]
+    names = [f"{i:05d}.safetensors" for i in range(4)]
+    assert sorted(p.name for p in (tmp_path / "t").iterdir()) == [*names, "trace.json"]
 
 
 def test_interrupted_run(model, tmp_path: Path) -> None:
