@@ -112,7 +112,6 @@ class TwoDumps:
     taps: list[Difference]
     tokens: tuple[int, int]  # of the first dump, and how many of them both have
     only: tuple[list[str], list[str]]
-    limit: float = LIMIT
     a: Comparison | None = None
     b: Comparison | None = None
     notes: list[str] = field(default_factory=list)
@@ -175,15 +174,15 @@ def compare_dumps(
     truth = DumpTrace(a)
     alignment = align(b, truth)
     taps = list(_differences(truth, alignment))
-    result = TwoDumps(taps, (int(truth.mask.sum()), alignment.matched), (alignment.missing, alignment.extra), limit)
+    result = TwoDumps(taps, (int(truth.mask.sum()), alignment.matched), (alignment.missing, alignment.extra))
     result.notes = [*alignment.tokens_of.notes, *(f"not in B: {part}" for part in alignment.tokens_of.absent)]
     if checkpoint is not None:
         with TemporaryDirectory() as folder:
             result.a = diagnose(checkpoint, a, folder, limit=limit, diagnoses=1, partial=True, **options)
             more = {key: options[key] for key in ("engine",) if key in options}
             result.b = compare(folder, b, checkpoint, limit=limit, diagnoses=1, partial=True, **more)
-        errors = [{r.key: r.ratio for r in one.records} for one in (result.a, result.b)]
-        result.taps = [replace(t, error_a=errors[0].get(t.key), error_b=errors[1].get(t.key)) for t in taps]
+        a_errors, b_errors = ({r.key: r.ratio for r in one.records} for one in (result.a, result.b))
+        result.taps = [replace(t, error_a=a_errors.get(t.key), error_b=b_errors.get(t.key)) for t in taps]
     return result
 
 

@@ -32,10 +32,11 @@ from .catalogue import FAULTS
 from .faults import Fault
 from .guilty import OTHERS, GuiltyTap, solved
 from .rank_shares import blame, faults_of_sums
-from .steps import EXPLAINED, hypotheses, in_engine_steps
+from .steps import hypotheses, in_engine_steps
 from .vision_faults import ANGLES
 
 WORTH, TRIES = 0.4, 3  # the rule is applied to the best three hypotheses that explain more than this
+EXPLAINED = 0.9  # of the error: no rare fault, and no other step, is tried then
 WORTH_OF_ROUNDING = 0.2  # the same where the fault is a coarser format: legal roundings make much of such an error
 NEARLY = 0.05  # a fault of the catalogue goes before experts that were solved for, if it explains nearly as much
 OUTPUT = {"mlp": "mlp_output", "gdn": "attn_output", "attn": "attn_output"}
@@ -142,14 +143,13 @@ def _candidates(
     rerun, alignment = case.rerun, case.work.alignment
     a4, images = "a4" in rerun.tables[0].name, rerun.tokens.images is not None
 
-    def best() -> Hypothesis | None:
-        return max((one.told for one in tried), key=lambda told: told.explains, default=None)
+    def known() -> str:
+        best = max((one.told for one in tried), key=lambda told: told.explains, default=None)
+        return best.name if best is not None and best.explains > EXPLAINED else ""
 
     catalogue = (*FAULTS, *ANGLES) if case.key.startswith("rope_") else FAULTS
     for at, fault in ((at, fault) for at, block in places for fault in catalogue if fault.block == block):
-        if fault.rare and (known := best()) is not None and known.explains > EXPLAINED:
-            continue
-        if at is None or fault.applies(rerun.source, at, a4, images):
+        if (at is None or fault.applies(rerun.source, at, a4, images)) and not (fault.rare and known()):
             suspects = case.suspects(at) if fault.single and at is not None else [0]
             yield from ((at, fault, expert) for expert in suspects)
     for at, block in places:
@@ -158,7 +158,7 @@ def _candidates(
             sums = faults_of_sums(sources, case.blamed, case.energy, case.ids(at), rerun.config.num_experts)
             yield from ((at, fault, 0) for fault in (*sums, *solved(case, at)))
         if at is not None or block == "mtp":
-            yield from ((at, fault, 0) for fault in hypotheses(rerun, at, block, alignment, bad, best))
+            yield from ((at, fault, 0) for fault in hypotheses(rerun, at, block, alignment, bad, known))
 
 
 def _fit(diagnosis: Diagnosis, case: GuiltyTap, layer: int) -> tuple[Hypothesis, float]:

@@ -79,10 +79,10 @@ class GuiltyTap:
         bad = judge(self.engine, self.truth, bound, self.pair.dtype).ratios > self.work.limit
         index_BT = self.work.alignment.truth.mask.long().cumsum(1) - 1
         found: dict[int, int] = {}
-        for b, t in self.pair.rows.long()[self.used][bad].tolist():
-            at = int(index_BT[b, t])  # -1: the last
+        for b, t in sorted(self.pair.rows.long()[self.used][bad].tolist()):
+            at = int(index_BT[b, t])  # t may be -1, the last
             found[b] = min(at, found.get(b, at))
-        return dict(sorted(found.items(), key=lambda one: one[0]))
+        return found
 
     def explains(self, y_Rn: Tensor) -> float:
         before, after = ((e.norm(dim=1) / self.size).square().sum() for e in (self.error, self.engine - y_Rn))

@@ -66,7 +66,7 @@ def shares_of(source: Source) -> list[Share]:
     return found if all(share.tp[1] == count for share in found) else []
 
 
-def swapped(a: int, b: int, share: Share | None = None) -> Fault:
+def swapped(a: int, b: int, share: Share | None) -> Fault:
     """The weights of two experts, one for the other: on all ranks, or on one that holds them."""
 
     def change(source: BrokenSource, mlp: str, e: int, slot: PackedExpert) -> PackedExpert:
@@ -85,15 +85,15 @@ def swapped(a: int, b: int, share: Share | None = None) -> Fault:
     return Fault(f"experts {a} and {b} swapped{where}", "mlp", "each computes with the other's weights", slot=change)
 
 
-def swaps(error_T: Tensor, ids_TA: Tensor, count: int, at_most: int = 3) -> list[tuple[int, int]]:
-    """Pairs of experts that hold nearly all of the squared error [T], those with the fewest tokens first."""
-    hit_TE = torch.zeros(len(ids_TA), count, dtype=torch.float64).scatter(1, ids_TA.long(), 1.0)
+def swaps(error_T: Tensor, ids_TA: Tensor, E: int) -> list[tuple[int, int]]:
+    """At most three pairs of experts whose tokens have nearly all of the squared error, fewest tokens first."""
+    hit_TE = torch.zeros(len(ids_TA), E, dtype=torch.float64).scatter(1, ids_TA.long(), 1.0)
     both_EE = hit_TE.T @ (error_T[:, None] * hit_TE)
     own_E, tokens_E = both_EE.diagonal(), hit_TE.sum(0)
     either_EE = own_E[:, None] + own_E - both_EE
     cost_EE = tokens_E[:, None] + tokens_E
     good = (either_EE >= 0.98 * error_T.sum()).triu(1) & (own_E > 0)[:, None] & (own_E > 0)
-    return sorted(((a, b) for a, b in good.nonzero().tolist()), key=lambda ab: float(cost_EE[ab]))[:at_most]
+    return sorted(((a, b) for a, b in good.nonzero().tolist()), key=lambda ab: float(cost_EE[ab]))[:3]
 
 
 @dataclass

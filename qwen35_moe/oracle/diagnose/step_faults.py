@@ -75,15 +75,6 @@ def rows_of_another(most: int = 1 << 30) -> HandOverChange:
     return rows(first)
 
 
-def zeroed(x: Tensor, n: int, _: Tensor) -> Tensor:
-    return torch.cat((x[:, :-n], torch.zeros_like(x[:, -n:])), 1)
-
-
-def other_layout(conv_1CW: Tensor) -> Tensor:
-    """[C, W-1] read from memory that holds [W-1, C]."""
-    return conv_1CW.mT.contiguous().view_as(conv_1CW)
-
-
 # Each state of DeltaNet, and both together, taken from the wrong place.
 TAKEN: tuple[tuple[str, Callable[[Handed], LayerState | None], Needs, str], ...] = (
     ("not handed over", lambda _: None, "", "modular 6681, sglang 33515, omlx 2119"),
@@ -103,12 +94,14 @@ STEP_FAULTS: tuple[StepFault, ...] = (
     StepFault("recurrent state transposed", "gdn", altered("state", lambda x: x.mT), needs="square",
               seen="sglang 39342"),
     StepFault("recurrent state in bf16", "gdn", altered("state", bf16), seen="ollama 15865"),
-    StepFault("conv state reversed", "gdn", altered("conv", lambda x: x.flip(-1)), seen=""),
-    StepFault("conv state in the other layout", "gdn", altered("conv", other_layout), seen=""),
+    StepFault("conv state reversed", "gdn", altered("conv", lambda x: x.flip(-1))),
+    # [C, W-1] read from memory that holds [W-1, C].
+    StepFault("conv state in the other layout", "gdn", altered("conv", lambda x: x.mT.contiguous().view_as(x))),
     StepFault("KV not handed over", "attn", lambda _: LayerState(), seen="modular 6681"),
     StepFault("last KV row missing", "attn", rows(lambda x, *_: x[:, :-1])),
     StepFault("KV rows of the step before missing", "attn", rows(lambda x, n, _: x[:, :-n]), needs="earlier"),
-    StepFault("KV rows of the step before zero", "attn", rows(zeroed)),
+    StepFault("KV rows of the step before zero", "attn",
+              rows(lambda x, n, _: torch.cat((x[:, :-n], torch.zeros_like(x[:, -n:])), 1))),
     StepFault("last KV row doubled", "attn", rows(lambda x, *_: torch.cat((x, x[:, -1:]), 1))),
     StepFault("KV rows of the step before doubled", "attn", rows(lambda x, n, _: torch.cat((x, x[:, -n:]), 1))),
     StepFault("KV rows of another sequence", "attn", rows_of_another(), needs="other", seen="vLLM 35744"),

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...model.config import FULL
 from ..dumps.align import Alignment
-from ..judge.diagnosis import Hypothesis
 from ..judge.hand_over import Foreign, HandOver
 from ..judge.rerun import Rerun
 from .faults import Fault
@@ -18,7 +17,6 @@ from .step_faults import STEP_FAULTS, StepFault
 
 OTHER_SEQUENCES = 3  # other sequences that a state may be of: more are not tried
 SHORT_STEP = 3  # tokens: what is wrong in a step of no more may be within rounding there, and beyond it later
-EXPLAINED = 0.9  # of the error: no other step is tried then
 
 
 @dataclass(frozen=True)
@@ -101,21 +99,20 @@ def in_engine_steps(fault: Fault, rerun: Rerun, alignment: Alignment) -> Iterato
 
 def hypotheses(
     rerun: Rerun, layer: int | None, block: str, alignment: Alignment, bad: Mapping[int, int],
-    best: Callable[[], Hypothesis | None],
+    known: Callable[[], str],
 ) -> Iterator[Fault]:  # fmt: skip
     """Faults between steps, bound to where the error of each sequence begins (`bad`), or may have begun. The draft head
     (layer None) has those of an attention layer.
 
-    best() is the best hypothesis so far. If it explains nearly all of the error, only the fault that it names is tried
-    at earlier steps."""
+    known() is the name of the best hypothesis so far, if it explains nearly all of the error: then, at earlier steps,
+    only the fault that it names is tried."""
     real_BT = rerun.tokens.mask.bool()
     has = "attn" if layer is None or rerun.config.layer_types[layer] == FULL else "gdn"
     if block not in ("mtp", has):
         return
     plans = _Plans(rerun, alignment, layer)
     for number, begun in enumerate(earlier(onsets(plans.cuts, bad))):
-        told = best() if number else None
-        name = told.name if told is not None and told.explains > EXPLAINED else ""
+        name = known() if number else ""
         step, at = begun[0].cuts[0].step, begun[0].cuts[0].at
         whose = "" if len(real_BT) == 1 else f"sequence {begun[0].b}, "
         more = f"; {len(begun)} sequences" if len(begun) > 1 else ""

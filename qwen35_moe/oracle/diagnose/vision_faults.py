@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from math import isqrt
 from typing import Any
 
@@ -29,9 +30,7 @@ def reversed_images(block: int) -> TapChange:
 
     def change(x: Tensor, seen: Seen) -> Tensor:
         size = seen.config.spatial_merge_size**2 if block else 1
-        kinds = [[t * h * w // size for t, h, w in grids] for grids in (seen.images, seen.videos)]
-        parts = list(x.split([n for counts in kinds for n in counts]))
-        first = len(kinds[0])
+        parts, first = x.split([t * h * w // size for t, h, w in seen.grids]), len(seen.images)
         return torch.cat((*parts[:first][::-1], *parts[first:][::-1]))
 
     return seeing(change)
@@ -154,65 +153,57 @@ def turned(positions: PositionChange, blocks: bool = False, **other: Any) -> Map
     """cos and sin of the angles at other positions. blocks: the axes' frequencies side by side, not interleaved;
     other: fields of the configuration that differ."""
 
-    def angles(place: FaultSite) -> tuple[Tensor, float]:
+    def change(function: Callable[[Tensor], Tensor], _: Tensor, __: dict[str, Tensor], place: FaultSite) -> Tensor:
         config, at_BT = replace(place.config, **other), place.positions
         at_3BT = positions(at_BT if at_BT.dim() == 3 else at_BT.expand(3, -1, -1), place.seen)
-        if not blocks:
-            return angles_of(config, at_3BT, torch.float64)
-        (time, amplitude), (height, _), (width, _) = (angles_of(config, at_BT, torch.float64) for at_BT in at_3BT)
-        first, second = config.mrope_section[0], sum(config.mrope_section[:2])
-        return torch.cat((time[..., :first], height[..., first:second], width[..., second:]), -1), amplitude
+        angle_BTj, amplitude = angles_of(config, at_3BT, torch.float64)
+        if blocks:
+            time, height, width = (angles_of(config, at_BT, torch.float64)[0] for at_BT in at_3BT)
+            first, second = config.mrope_section[0], sum(config.mrope_section[:2])
+            angle_BTj = torch.cat((time[..., :first], height[..., first:second], width[..., second:]), -1)
+        return function(angle_BTj) * amplitude
 
-    def of(function: Callable[[Tensor], Tensor]) -> TapChange:
-        def change(_: Tensor, __: dict[str, Tensor], place: FaultSite) -> Tensor:
-            angle_BTj, amplitude = angles(place)
-            return function(angle_BTj) * amplitude
-
-        return change
-
-    return {"rope_cos": of(torch.cos), "rope_sin": of(torch.sin)}
+    return {"rope_cos": partial(change, torch.cos), "rope_sin": partial(change, torch.sin)}
 
 
 # Rows turn by the angles of columns, and columns by those of rows.
 turned_over = plain(lambda x: x.roll(x.shape[-1] // 2, -1))
+# Name, what happens, tap, change. The tower makes wrong tables of positions; whatever else it reads wrongly is right.
+TOWER = (
+    ("images in the wrong order", "embeddings put in the place of another image's", "image_embeds", reversed_images(1)),
+    ("pixels in another order than the grids", "", "vis_pixels", reversed_images(0)),
+    ("only the first temporal slice of the patch kernel", "a Conv2d for the Conv3d", "vis_pixels", one_slice(0)),
+    ("only the last temporal slice of the patch kernel", "", "vis_pixels", one_slice(-1)),
+    ("image embeddings one token late", "placeholders counted from 1", "image_embeds", plain(lambda x: x.roll(1, 0))),
+    ("frames of a patch in reverse", "", "vis_pixels", slices(lambda x: x.flip(2))),
+    ("position table not interpolated", "its corner taken as it is", "vis_pos_embed", seeing(cropped)),
+    ("position table by the nearest entry", "", "vis_pos_embed", seeing(nearest)),
+    ("position table without aligned corners", "align_corners=False", "vis_pos_embed", seeing(unaligned)),
+    ("position table row by row", "patches come in merge blocks", "vis_pos_embed", seeing(row_by_row)),
+    ("position table ignored", "", "vis_pos_embed", plain(lambda x: x * 0)),
+    ("rows and columns swapped in the tower's rotary embedding", "", "vis_rope_cos vis_rope_sin", turned_over),
+    ("merge blocks read column by column", "", "vis_merger_norm", seeing(columns_first)),
+    ("merge blocks gathered twice", "patches taken to come row by row", "vis_merger_norm", seeing(gathered_again)),
+)
 VISION_FAULTS = tuple(
-    Fault(name, "vision", doc, "", dict.fromkeys(taps.split(), change), late=late, needs="images")
-    for name, doc, taps, change, late in (
-        ("images in the wrong order", "embeddings put in the place of another image's", "image_embeds",
-         reversed_images(block=1), True),
-        ("pixels in another order than the grids", "", "vis_pixels", reversed_images(block=0), True),
-        ("only the first temporal slice of the patch kernel", "a Conv2d for the Conv3d", "vis_pixels", one_slice(0),
-         True),
-        ("only the last temporal slice of the patch kernel", "", "vis_pixels", one_slice(-1), True),
-        ("image embeddings one token late", "placeholders counted from 1", "image_embeds",
-         plain(lambda x: x.roll(1, 0)), True),
-        ("frames of a patch in reverse", "", "vis_pixels", slices(lambda x: x.flip(2)), True),
-        ("position table not interpolated", "its corner taken as it is", "vis_pos_embed", seeing(cropped), False),
-        ("position table by the nearest entry", "", "vis_pos_embed", seeing(nearest), False),
-        ("position table without aligned corners", "align_corners=False", "vis_pos_embed", seeing(unaligned), False),
-        ("position table row by row", "patches come in merge blocks", "vis_pos_embed", seeing(row_by_row), False),
-        ("position table ignored", "", "vis_pos_embed", plain(lambda x: x * 0), False),
-        ("rows and columns swapped in the tower's rotary embedding", "", "vis_rope_cos vis_rope_sin", turned_over,
-         False),
-        ("merge blocks read column by column", "", "vis_merger_norm", seeing(columns_first), True),
-        ("merge blocks gathered twice", "patches taken to come row by row", "vis_merger_norm",
-         seeing(gathered_again), True),
-    )
+    Fault(name, "vision", doc, "", dict.fromkeys(taps.split(), change), needs="images",
+          late=not taps.startswith(("vis_pos", "vis_rope"))) for name, doc, taps, change in TOWER
 )  # fmt: skip
 
+POSITIONS_OF_IMAGES = (
+    ("M-RoPE height and width dropped", "all axes have the position in time", "sglang 34446", turned(time_only)),
+    ("M-RoPE height and width swapped", "", "", turned(axes_swapped)),
+    ("M-RoPE sections in blocks", "frequencies of the axes side by side, not interleaved", "",
+     turned(same, blocks=True)),
+    ("image positions counted by tokens", "an image has one position a token", "", turned(counted)),
+    ("positions after an image counted by tokens", "text goes on after as many positions as an image has tokens", "",
+     turned(counted_after)),
+    ("positions after an image one too low", "text goes on at the image's last position", "", turned(off_after(-1))),
+    ("positions after an image one too high", "", "", turned(off_after(1))),
+    ("frames of a video counted in time", "as in Qwen2.5-VL", "", turned(frames_counted)),
+)  # fmt: skip
 ROTARY_FAULTS = (
-    *(Fault(name, "attn", doc, seen, turned(change), needs="images") for name, doc, seen, change in (
-        ("M-RoPE height and width dropped", "all axes have the position in time", "sglang 34446", time_only),
-        ("M-RoPE height and width swapped", "", "", axes_swapped))),
-    Fault("M-RoPE sections in blocks", "attn", "frequencies of the axes side by side, not interleaved", "",
-          turned(same, blocks=True), needs="images"),
-    *(Fault(name, "attn", doc, "", turned(change), needs="images") for name, doc, change in (
-        ("image positions counted by tokens", "an image has one position a token", counted),
-        ("positions after an image counted by tokens", "text goes on after as many positions as an image has tokens",
-         counted_after),
-        ("positions after an image one too low", "text goes on at the image's last position", off_after(-1)),
-        ("positions after an image one too high", "", off_after(1)),
-        ("frames of a video counted in time", "as in Qwen2.5-VL", frames_counted))),
+    *(Fault(name, "attn", doc, seen, change, needs="images") for name, doc, seen, change in POSITIONS_OF_IMAGES),
     Fault("rotary scaling ignored", "attn", "rope_type (YaRN, ...) of config.json not read", "omlx 3347, mlx-lm 1507",
           turned(same, rope_scaling=None), needs="scaled"),
 )  # fmt: skip
@@ -220,7 +211,5 @@ ROTARY_FAULTS = (
 # Tried where the angles themselves were dumped and are wrong.
 ANGLES = (
     Fault("rotary theta 10000", "attn", "rope_theta ignored", "", turned(same, rope_scaling=None, rope_theta=10000.0)),
-    Fault(
-        "no rotary at all", "attn", "", "", {"rope_cos": plain(torch.ones_like), "rope_sin": plain(torch.zeros_like)}
-    ),
+    Fault("no rotary at all", "attn", taps={"rope_cos": plain(torch.ones_like), "rope_sin": plain(torch.zeros_like)}),
 )

@@ -12,10 +12,10 @@ from .page_parts import html_table, page, section
 WIDTH = 100
 
 
-def listed(label: str, names: Sequence[str], most: int = 12) -> str:
-    """A label and some names, wrapped; those beyond `most` are counted."""
-    rest = f", and {len(names) - most} more" if len(names) > most else ""
-    words = f"{len(names)}: {'; '.join(names[:most])}{rest}" if names else "none"
+def listed(label: str, names: Sequence[str]) -> str:
+    """A label and some names, wrapped; those beyond 12 are counted."""
+    rest = f", and {len(names) - 12} more" if len(names) > 12 else ""
+    words = f"{len(names)}: {'; '.join(names[:12])}{rest}" if names else "none"
     return textwrap.fill(f"{label:<9}{words}", WIDTH, subsequent_indent=" " * 9)
 
 

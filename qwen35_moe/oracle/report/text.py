@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 from ...numerics.tap_keys import base_name
-from ..judge.records import CLASSES, Comparison, Record, ratio_text
+from ..judge.records import CLASSES, Comparison, Record, layer_of, ratio_text
 
 SYMBOLS = {"bit-equal": "=", "within rounding": ".", "suspicious": "?", "wrong": "X", "not comparable": "!"}
 SHORT_NAMES = {
@@ -46,10 +46,8 @@ def _outside(records: Iterable[Record]) -> Iterable[tuple[str, str]]:
 def grid(result: Comparison) -> tuple[list[int], list[str], dict[tuple[int, str], Record]]:
     """Rows, columns and cells of the table of errors: layers, names of taps, and their records. `layer_input` stands
     with the layer that reads it."""
-    cells = {}
-    for r in result.records:
-        if r.key.startswith("layers.") and r.cls != "missing":
-            cells[int(r.key.split(".")[1]), base_name(r.key)] = r
+    held = [(layer_of(r.key), r) for r in result.records if r.cls != "missing"]
+    cells = {(layer, base_name(r.key)): r for layer, r in held if layer is not None}
     layers = sorted({layer for layer, _ in cells})
     order = {base_name(r.key): i for i, r in reversed(list(enumerate(result.records)))}
     return layers, sorted({tap for _, tap in cells}, key=order.__getitem__), cells
@@ -85,9 +83,8 @@ def facts(result: Comparison, most: int = 10) -> list[tuple[str, str]]:
 
     found = []
     if result.routing:
-        total, agree = sum(r.tokens for r in result.routing), sum(r.agree for r in result.routing)
-        illegal, flips = sum(len(r.illegal) for r in result.routing), sum(len(r.flips) for r in result.routing)
-        nonsense = sum(r.nonsense for r in result.routing)
+        counts = ((r.tokens, r.agree, len(r.flips), len(r.illegal), r.nonsense) for r in result.routing)
+        total, agree, flips, illegal, nonsense = map(sum, zip(*counts, strict=True))
         more = f", {nonsense} with ids that are repeated or no expert's" if nonsense else ""
         agreed = f"{agree} of {total} sets of experts agree"
         found.append(("routing", f"{agreed}; {flips - illegal} legal flips, {illegal} illegal{more}"))
@@ -104,9 +101,8 @@ def facts(result: Comparison, most: int = 10) -> list[tuple[str, str]]:
         of = f"{good} of {len(result.weights)} as the checkpoint has them"
         found.append(("weights", f"{of}, {len(wrong)} wrong{others}"))
         found += [("", f"X {w.name}: {w.detail}") for w in wrong[:most]]
-    counts = result.summary
-    classes = ", ".join(f"{n} {c}" for c, n in counts.items() if c != "total" and n)
-    found.append(("taps", f"{classes}: {counts['total']} in all"))
+    *classes, (_, total) = result.summary.items()
+    found.append(("taps", f"{', '.join(f'{n} {c}' for c, n in classes if n)}: {total} in all"))
     missing = [r.key for r in result.records if r.cls == "missing"]
     for label, what, keys in (("missing", "not in the dump", missing), ("extra", "in the dump only", result.extra),
                               ("unknown", "names that no reader knows", result.unknown),
