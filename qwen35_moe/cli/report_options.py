@@ -98,15 +98,11 @@ def new_file(text: str) -> Path:
     return path
 
 
-def how_made() -> dict[str, str]:
-    """Version, command and time, for the page."""
-    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return {"version": f"qwen35-moe {__version__}", "command": shlex.join(["qwen35-moe", *sys.argv[1:]]), "date": now}
-
-
 def print_comparison(result: Comparison, args: argparse.Namespace) -> int:
     print(report(result, width=args.width))
-    files = {path: partial(report, result, form, made=how_made())
+    made = {"version": f"qwen35-moe {__version__}", "command": shlex.join(["qwen35-moe", *sys.argv[1:]]),
+            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}  # fmt: skip
+    files = {path: partial(report, result, form, made=made)
              for path, form in ((args.json, "json"), (args.html, "html")) if path is not None}  # fmt: skip
     return write_outputs(result.exit_code, files, args.html)
 

@@ -36,8 +36,8 @@ from .steps import hypotheses, in_engine_steps
 from .vision_faults import ANGLES
 
 WORTH, TRIES = 0.4, 3  # the rule is applied to the best three hypotheses that explain more than this
-EXPLAINED = 0.9  # of the error: no rare fault, and no other step, is tried then
 WORTH_OF_ROUNDING = 0.2  # the same where the fault is a coarser format: legal roundings make much of such an error
+EXPLAINED = 0.9  # of the error: no rare fault, and no other step, is tried after that
 NEARLY = 0.05  # a fault of the catalogue goes before experts that were solved for, if it explains nearly as much
 OUTPUT = {"mlp": "mlp_output", "gdn": "attn_output", "attn": "attn_output"}
 DIAGNOSED = (*OUTPUT, "input_layernorm", "post_attention_layernorm", "final_norm", "stream", "mtp", "vision")

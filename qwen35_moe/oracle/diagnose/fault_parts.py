@@ -55,7 +55,7 @@ def fp8_scales(change: Callable[[Tensor], Tensor]) -> Callable[[Packed], Packed]
 
 
 def on_fp8(block: str, change: Callable[[Tensor], Tensor]) -> WeightChange:
-    """A change of the scales of FP8 weights, of the projections of a block."""
+    """A change of the scales of a block's FP8 projections."""
     return lambda _, module, w: fp8_scales(change)(w) if f".{block}." in module else w
 
 
@@ -191,7 +191,7 @@ def tiled(scale: Tensor) -> Tensor:
 
 
 def ggml(stored: Tensor) -> Tensor:
-    """Packed bytes whose nibbles come out where a reader of the split order puts those of `stored`."""
+    """What a reader of the split order takes packed bytes for: byte j of a block holds columns j and j + 16."""
     blocks = stored.unflatten(-1, (-1, 16))
     flat = torch.cat((blocks & 15, blocks >> 4), -1)
     return (flat[..., 0::2] | flat[..., 1::2] << 4).flatten(-2)
@@ -202,8 +202,8 @@ def gate_by_silu(x: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor
 
 
 def fp8_keys_and_values(own_step: bool) -> TapChange:
-    """The context of queries that read earlier steps' keys and values from a cache in FP8 (scale 1), and those of their
-    own step from there, too, or as they are."""
+    """The context where keys and values of earlier steps are read from a cache in FP8 (scale 1); those of a query's own
+    step are read from there, too (own_step), or as they are."""
 
     def change(x: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
         q, k, v = (kept[name].to(x.dtype) for name in QKV)

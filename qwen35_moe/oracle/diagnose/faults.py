@@ -2,7 +2,7 @@
 
 A fault says what to break and how: handlers of stage BREAK on taps (they may remember one tap's value to recompute
 another from it), a change of the weights as they are read, or a switch of the arithmetic. The same entry is planted in
-a run that plays the engine (mutants.py, where it must be found), and run as a hypothesis on the input of a block that
+a run that plays the engine (benchmarks/oracle_score, where it must be found), and tried on the input of a block that
 went wrong (diagnose.py, where it must explain the error).
 """
 
