@@ -63,7 +63,7 @@ def as_json(found: list[dict[str, Any]]) -> str:
 
 def as_sarif(found: list[dict[str, Any]]) -> str:
     """SARIF 2.1.0, which code hosts show beside the lines: one result for each check that failed."""
-    from .sarif import sarif_log
+    from .cli.sarif import sarif_log
 
     bad = ((check, check["test"].partition("::")[0] or "tests") for check in found if not check["ok"])
     results = ((check["output"], "error", f"{check['test']}: {check['text']}", file, None) for check, file in bad)

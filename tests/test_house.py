@@ -17,7 +17,7 @@ ROOT = Path(qwen35_moe.__file__).parent
 # From the ground up; folders on one floor do not import each other.
 # `weights` leads to the recipes beside the package.
 FLOORS = (
-    {"errors", "sarif", "weights"}, {"untrusted"}, {"quant"}, {"gate", "numerics"}, {"checkpoint", "model"}, {"run"},
+    {"errors", "weights"}, {"untrusted"}, {"quant"}, {"gate", "numerics"}, {"checkpoint", "model"}, {"run"},
     {"trace"}, {"oracle"}, {"testing", "cli"}, {"pytest_plugin"},
 )  # fmt: skip
 FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}

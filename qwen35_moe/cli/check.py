@@ -9,8 +9,8 @@ from urllib.parse import quote
 
 from .. import __version__
 from ..gate.decide import NEWEST
-from ..sarif import sarif_log
 from .device_options import add_ignored_keys
+from .sarif import sarif_log
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

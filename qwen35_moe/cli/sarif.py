@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from . import __version__
+from .. import __version__
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
