@@ -67,12 +67,12 @@ class QuantConfig(Declared):
         """The same configuration under a reading (`readings.SEMANTICS`), with an engine's names for modules."""
 
         def made() -> QuantConfig:
-            entries, layers, count = self.exclude.entries, self.layers, self.num_hidden_layers or 0
-            if namespace is not None:
-                entries = tuple(namespace.entry(entry, count) for entry in entries)
-                layers = tuple({namespace.key(key, count): spec for key, spec in layers}.items())
+            entries, layers, names = self.exclude.entries, self.layers, namespace
+            if names is not None:
+                names = replace(names, layers=self.num_hidden_layers or 0)
+                entries, layers = tuple(map(names.entry, entries)), tuple({names.key(k): s for k, s in layers}.items())
             exclude = ExcludeList(entries, semantics, self.exclude.key, self.exclude.written)
-            return replace(self, exclude=exclude, layers=layers, namespace=namespace, views={})
+            return replace(self, exclude=exclude, layers=layers, namespace=names, views={})
 
         return self.view((semantics, namespace), made)
 
@@ -94,8 +94,8 @@ class QuantConfig(Declared):
     @cached_property
     def key_specs(self) -> dict[str, Any]:
         """Key of layer_quant_config -> the spec as Quark writes it; of keys that are renamed alike, the last."""
-        given, names, count = self.raw.get("layer_quant_config") or {}, self.namespace, self.num_hidden_layers or 0
-        return {names.key(key, count) if names else key: spec for key, spec in given.items()}
+        given, names = self.raw.get("layer_quant_config") or {}, self.namespace
+        return {names.key(key) if names else key: spec for key, spec in given.items()}
 
     def quark_specs(self, name: str) -> Iterator[tuple[str, Any]]:
         """(key, spec as Quark writes it) of each key of layer_quant_config that names a module, in their order."""
@@ -105,7 +105,7 @@ class QuantConfig(Declared):
     def names(self, module: str) -> tuple[str, ...]:
         """The names of a module that entries are compared with."""
         if self.namespace is not None:
-            return (self.namespace.module(module, self.num_hidden_layers or 0),)
+            return (self.namespace.module(module),)
         return spellings(module, self.num_hidden_layers, self.shared_word)
 
     def excluded(self, module: str) -> Hit | None:

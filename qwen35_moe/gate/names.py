@@ -106,7 +106,7 @@ Renames = tuple[tuple[str, str], ...]  # prefix of an entry -> what stands there
 
 @dataclass(frozen=True)
 class Namespace:
-    """One engine's names for modules. prefix: what stands before `layers.N`.
+    """One engine's names for modules. prefix: what stands before `layers.N`. layers: how many the target has.
 
     An entry is renamed only where it begins with a prefix to rename. So a `re:` entry or a glob keeps the prefix of
     the checkpoint, and then matches nothing in an engine that has another.
@@ -117,19 +117,20 @@ class Namespace:
     key_renames: Renames | None = None  # of keys of layer_quant_config; None: as entries
     anywhere: bool = False  # entries are renamed wherever the prefix stands
     appended_draft: bool = False  # the draft's layers are numbered behind the target's
+    layers: int = 0
 
-    def module(self, name: str, layers: int = 0) -> str:
-        """The engine's name of a module, given by any spelling. layers: of the target. The draft is `mtp.` to all."""
+    def module(self, name: str) -> str:
+        """The engine's name of a module, given by any spelling. The draft is `mtp.` to all."""
         core = canonical_module(name)
-        return self.prefix + core if core.startswith("layers.") else self._draft(core, layers)
+        return self.prefix + core if core.startswith("layers.") else self._draft(core)
 
-    def entry(self, entry: str, layers: int = 0) -> str:
+    def entry(self, entry: str) -> str:
         """An entry of the exclude list as the engine compares it."""
-        return self._draft(self._renamed(entry, self.renames), layers)
+        return self._draft(self._renamed(entry, self.renames))
 
-    def key(self, key: str, layers: int = 0) -> str:
+    def key(self, key: str) -> str:
         """A key of layer_quant_config as the engine compares it."""
-        return self.entry(key, layers) if self.key_renames is None else self._renamed(key, self.key_renames)
+        return self.entry(key) if self.key_renames is None else self._renamed(key, self.key_renames)
 
     def _renamed(self, entry: str, renames: Renames) -> str:
         for old, new in renames:
@@ -139,8 +140,8 @@ class Namespace:
                 return new + entry[len(old) :]
         return entry
 
-    def _draft(self, name: str, layers: int) -> str:
-        return DRAFT.sub(lambda n: f"mtp.layers.{layers + int(n[1])}.", name) if self.appended_draft else name
+    def _draft(self, name: str) -> str:
+        return DRAFT.sub(lambda n: f"mtp.layers.{self.layers + int(n[1])}.", name) if self.appended_draft else name
 
 
 DRAFT = re.compile(r"^mtp\.layers\.(\d+)\.")

@@ -107,7 +107,7 @@ SEMANTICS = {
 
 
 def matched(entry: str, name: str, tests: Sequence[Test]) -> str:
-    """The name of the first test that `entry` passes for `name`, or "" ."""
+    """The name of the first test that `entry` passes for `name`, or ""."""
     return next((test.__name__ for test in tests if test(entry, name)), "")
 
 

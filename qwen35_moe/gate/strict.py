@@ -6,6 +6,7 @@ readings of the exclude list agree about it. Where list and bytes disagree, the 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -106,9 +107,7 @@ def _said(model: GateModel, layer: MoEBlock) -> Mapping[int, Hashable] | None:
 
     Error: so many such patterns that asking every expert about each would take minutes.
     """
-    found: dict[int, list[Hashable]] = {}
-    vague: set[str] = set()
-    quant = model.quant
+    found, vague, quant = defaultdict[int, list[Hashable]](list), set[str](), model.quant
     spelled = {numbers_of(name): name for name in quant.names(layer.experts)}
     for index in (quant.exclude.index, quant.layer_index):
         for name in quant.names(f"{layer.experts}.0.{PROJECTIONS[0]}"):
@@ -116,7 +115,7 @@ def _said(model: GateModel, layer: MoEBlock) -> Mapping[int, Hashable] | None:
             vague |= set(filter(tells_experts_apart, named))
         for name in spelled.values():
             for expert, said in index.experts(name).items():
-                found.setdefault(expert, []).append((name, index is quant.layer_index, said))
+                found[expert].append((name, index is quant.layer_index, said))
     if len(vague) * model.num_experts > MOST_QUESTIONS:
         expected, text = f"at most {MOST_QUESTIONS // model.num_experts}", sorted(vague)[0]
         what, where = "too many patterns tell the experts of a layer apart", f"{layer.name}, {text!r:.100}"
@@ -183,5 +182,5 @@ def _warnings(group: list[ModuleFacts]) -> Iterator[Evidence]:
 
 
 def agree(declared: ModuleSpec, stored: ModuleSpec) -> bool:
-    """A configuration says "not quantised", never which float; one that is not read says nothing."""
+    """Whether the bytes are what was declared: any float for "not quantised", and anything where nothing is stated."""
     return declared == UNSTATED or declared.is_float and stored.is_float or declared.same_bytes(stored)

@@ -60,9 +60,9 @@ def lint(
     return sorted(dict.fromkeys(found), key=lambda f: ("error", "warning", "note").index(f.level))
 
 
-def _as_finding(rule: str, error: Qwen35Error, level: str = "error") -> Finding:
+def _as_finding(rule: str, error: Qwen35Error) -> Finding:
     text = error.what + (f" (expected {error.expected}, found {error.found})" if str(error.found) else "")
-    return Finding(level, rule, str(error.where), text + (f"; {error.do}" if error.do else ""))
+    return Finding("error", rule, str(error.where), text + (f"; {error.do}" if error.do else ""))
 
 
 def _formats(checkpoint: Checkpoint) -> Iterator[Finding]:
