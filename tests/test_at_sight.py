@@ -67,8 +67,8 @@ def test_ids_that_the_engines_own_logits_contradict_need_no_truth(bench: Bench) 
     assert result.diagnoses[0].layer == 1
 
 
-def test_a_block_whose_input_is_nan_is_a_victim(built: Callable[[str], Path]) -> None:
-    bench = Bench(open_checkpoint(built("tiny-mxfp4"))[1].source, "gate 0.5", IDS)
+def test_a_block_whose_input_is_nan_is_a_victim(small: Callable[..., Path]) -> None:
+    bench = Bench(open_checkpoint(small("tiny-mxfp4", 3))[1].source, "gate 0.5", IDS)
 
     def nan_from(x: Tensor, _: dict[str, Tensor], __: FaultSite) -> Tensor:
         return torch.cat((x[:20], x[20:] * torch.nan))

@@ -41,8 +41,8 @@ def benches(small: Callable[[str], Path]) -> dict[str, Bench]:
 
 
 @pytest.fixture(scope="module")
-def stepped(built: Callable[[str], Path]) -> Callable[[str], Bench]:
-    return cache(lambda regime: Bench(open_checkpoint(built("tiny"))[1].source, regime, IDS[:, :30]))
+def stepped(small: Callable[..., Path]) -> Callable[[str], Bench]:
+    return cache(lambda regime: Bench(open_checkpoint(small("tiny", 3))[1].source, regime, IDS[:, :30]))
 
 
 @pytest.mark.parametrize("name", CHOSEN)

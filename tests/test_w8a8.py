@@ -33,7 +33,7 @@ REAL = Path(__file__).parent / "data" / "real"
 IDS = (torch.arange(32) * 7919 % 251)[None]
 SIZES = {
     "hidden_size": 192, "moe_intermediate_size": 160, "shared_expert_intermediate_size": 64, "num_experts": 6,
-    "num_experts_per_tok": 3, "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "num_experts_per_tok": 3, "layer_types": ["linear_attention", "full_attention"],
 }  # fmt: skip
 
 
@@ -103,8 +103,8 @@ def test_exactly_the_linears_with_fp8_weights_take_quantised_inputs(sources: dic
     same("layers.0.gdn_qkv", product("layers.0.linear_attn.in_proj_qkv", x))
     same("layers.0.gdn_b", product("layers.0.linear_attn.in_proj_b", x, quantised=False))
     same("layers.0.attn_output", product("layers.0.linear_attn.out_proj", run["layers.0.gdn_norm_out"].flatten(2)))
-    same("layers.2.attn_v", product("layers.2.self_attn.v_proj", run["layers.2.input_layernorm"]))
-    same("layers.2.attn_output", product("layers.2.self_attn.o_proj", run["layers.2.attn_pre_o_proj"].flatten(2)))
+    same("layers.1.attn_v", product("layers.1.self_attn.v_proj", run["layers.1.input_layernorm"]))
+    same("layers.1.attn_output", product("layers.1.self_attn.o_proj", run["layers.1.attn_pre_o_proj"].flatten(2)))
     x = run["layers.1.pre_mlp_layernorm_output"].flatten(0, 1)
     same("layers.1.moe_router_logits", product("layers.1.mlp.gate", x, quantised=False))
     same("layers.1.moe_shared_up_proj", product("layers.1.mlp.shared_expert.up_proj", x))
