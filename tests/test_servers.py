@@ -34,7 +34,7 @@ from qwen35_moe.oracle.judge.where import HERE, Where
 from qwen35_moe.oracle.servers import client
 from qwen35_moe.oracle.servers.answer import UNKNOWN, Answer
 from qwen35_moe.oracle.servers.client import API_KEY, Server
-from qwen35_moe.oracle.servers.dialects import Asker, buckets
+from qwen35_moe.oracle.servers.dialects import Asker, buckets, detect, saver
 from qwen35_moe.oracle.servers.hypotheses import KINDS
 from qwen35_moe.oracle.servers.judge import DECIDED
 from qwen35_moe.oracle.servers.probe import How, Prepared, drawn_prompts, ordinary, prepare
@@ -612,7 +612,7 @@ def test_one_address_no_redirect_no_proxy(monkeypatch: pytest.MonkeyPatch) -> No
             Server(here).call("/x")
 
 
-def test_the_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(API_KEY, "s3cret")
     seen = []
 
@@ -623,6 +623,17 @@ def test_the_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> Non
     with serving(reply) as url, pytest.raises(Qwen35Error) as error:
         Server(url).call("/x")
     assert seen == ["Bearer s3cret"] and "s3cret" not in str(error.value) and API_KEY in str(error.value)
+    for found, path in ((b'{"s3cret": 1, "s3cret": 2}', "repeated"), (b"s3cret{", "JSON")):
+        with serving(lambda *_, found=found: (200, found)) as url, pytest.raises(Qwen35Error, match=path) as error:
+            Server(url).call("/x")
+        assert "s3cret" not in str(error.value)
+    saver(tmp_path / "answers.jsonl")({"request": {}, "response": {"s3cret": ["Bearer s3cret", 1, None, {"a": -0.5}]}})
+    assert json.loads((tmp_path / "answers.jsonl").read_text())["response"] == {
+        "***": ["Bearer ***", 1, None, {"a": -0.5}]
+    }
+    with serving(lambda *_: (403, {})) as url, pytest.raises(Qwen35Error, match="refused") as error:
+        detect(Server(url))
+    assert API_KEY in error.value.do
     monkeypatch.setenv(API_KEY, "s3c\nret")  # no key
     with serving(lambda *_: (200, {})) as url, pytest.raises(Qwen35Error) as error:
         Server(url, retries=0).call("/x")

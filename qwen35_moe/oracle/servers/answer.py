@@ -73,10 +73,20 @@ def secret() -> str:
     return key
 
 
+def without_key(found: Any) -> Any:
+    """A JSON value without our key, which a server may send back, in its texts."""
+    if not (key := os.environ.get(API_KEY, "").strip()):
+        return found
+    if isinstance(found, dict):
+        return {name.replace(key, "***"): without_key(x) for name, x in found.items()}
+    if isinstance(found, list):
+        return [without_key(x) for x in found]
+    return found.replace(key, "***") if isinstance(found, str) else found
+
+
 def clean(found: Any, most: int = 160) -> str:
     """A stranger's text on one line, without our key."""
-    text, key = str(found)[: 64 * most], os.environ.get(API_KEY, "").strip()
-    text = text.replace(key, "***") if key else text
+    text = without_key(str(found)[: 64 * most])
     text = "".join(c if c.isprintable() else " " for c in text[: 4 * most])
     return text if len(text) <= most else f"{text[:most]}..."
 

@@ -27,6 +27,13 @@ MOST_PAUSE = 30.0  # seconds, however long a server wants us to wait ("Retry-Aft
 RETRIED_STATUS = (429, 500, 502, 503, 504)
 
 
+def _parsed(data: bytes, where: str) -> Any:
+    try:
+        return parse_json(data, where)
+    except Qwen35Error as error:
+        raise error.but(found=clean(error.found)) from None
+
+
 class Refused(Qwen35Error):
     """The server understood the request, and refused it."""
 
@@ -66,7 +73,7 @@ class Server:
                 failed = Qwen35Error("the server cannot be reached", where=where, found=found, do=do)
             else:
                 if status == 200:
-                    return parse_json(data, where)
+                    return _parsed(data, where)
                 failed = self._refused(where, status, data)
                 if status not in RETRIED_STATUS:
                     raise failed

@@ -7,7 +7,8 @@
     TRT-LLM    tensorrt_llm     /v1/completions   one request a token; only that of the likeliest token has an id
     others     -                /v1/completions   one request a token, if tokens come as "token_id:N"
 
-The temperature is 0 if the engine tells log p before temperature. If that is not known, it is 1, which changes nothing.
+The temperature is 0: these engines tell log p before temperature. For TRT-LLM that is not known; there it is 1, which
+changes nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...errors import Qwen35Error
-from .answer import FAR, NO_LOG_P, Answer, clean
+from .answer import API_KEY, FAR, NO_LOG_P, Answer, clean, without_key
 from .client import Refused, Server
 from .readers import from_json
 
@@ -125,7 +126,14 @@ def _tried(server: Server, path: str) -> Json:
 
 
 def _models(server: Server) -> list[Json]:
-    entries = _tried(server, "/v1/models").get("data")
+    """What the server says of its models; nothing if it has no such path. Error: it wants another key."""
+    try:
+        found = server.call("/v1/models")
+    except Refused as error:
+        if API_KEY in error.do:
+            raise
+        return []
+    entries = found.get("data") if isinstance(found, dict) else None
     return [m for m in entries if isinstance(m, dict)] if isinstance(entries, list) else []
 
 
@@ -160,7 +168,7 @@ def saver(path: Path) -> Save:
 
     def save(entry: Json) -> None:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(without_key(entry)) + "\n")
 
     return save
 

@@ -104,13 +104,13 @@ def _echo(
     new = [token(x, where) for x in names] if by_id else given if len(given) == len(values) else (ids or [])[start:]
     new = new[: len(values)] if by_id or echo or given else []
     tops = checked_list(found.get("top_logprobs") or [], where)
-    known = {r.place for r in rows}
+    known, rows = {r.place for r in rows}, [*rows]
     for i, (name, value) in enumerate(zip(new, values, strict=False)):
         top = mapping(tops[i], where) if i < len(tops) and tops[i] and by_id else {}
         pairs = [(token(k, where), number(v, where)) for k, v in top.items() if v is not None]
         pairs += [] if echo and not i else [(name, number(value, where))]
         if start + i not in known and any(x is not None for _, x in pairs):
-            rows = [*rows, row(start + i, pairs, bool(top))]
+            rows.append(row(start + i, pairs, bool(top)))
     if by_id or given:
         if echo and ids is not None:
             agreed(ids, new[: len(ids)], where)
