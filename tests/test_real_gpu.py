@@ -26,6 +26,7 @@ from qwen35_moe.numerics.tap_keys import part_of
 from qwen35_moe.oracle.compare import diagnose
 from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.readers import read_dump
+from qwen35_moe.oracle.judge.records import Comparison
 from qwen35_moe.oracle.report import html, text
 from qwen35_moe.run.prompt import Images, load_images
 from weights.build import build
@@ -44,6 +45,13 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def right(built: Built, dumps: Path, name: str, **options: Any) -> Comparison:
+    """What is said of a dump of a named bug, or of none: it is the layer, the block and the name of that bug."""
+    result = diagnose(built("engine-size"), read_dump(dumps / name), **options)
+    assert judge.said(result, name).right, result.verdict
+    return result
+
+
 BROKEN = ("shared-dropped", "no-renormalisation", "last-expert-dropped", "gdn-state-zeroed", "full-rotary")
 
 
@@ -51,8 +59,7 @@ BROKEN = ("shared-dropped", "no-renormalisation", "last-expert-dropped", "gdn-st
 def test_a_bug_planted_in_a_running_sglang_is_found_and_named(built: Built, dumps: Path, bug: str) -> None:
     layer = BUGS[bug].layer
     assert layer is not None
-    result = diagnose(built("engine-size"), read_dump(dumps / f"bf16.{bug}"), layers=[layer])
-    assert judge.said(result, f"bf16.{bug}").right, result.verdict
+    result = right(built, dumps, f"bf16.{bug}", layers=[layer])
     if bug == "gdn-state-zeroed":  # before the second decode step
         first = result.first
         assert first is not None and first.starts == [(0, 17, "first of a step"), (1, 10, "first of a step")]
@@ -106,18 +113,9 @@ def test_two_ranks_of_a_clean_sglang_are_joined_and_agree(built: Built, dumps: P
     assert result.compared == 13 and result.tokens == (47, 47)
 
 
-RANKS = [
-    "ep2.rank-1-shared-twice",
-    "tp2.rank-1-experts-swapped",
-    "tp2.rank-1-not-reduced",
-]
-
-
-@pytest.mark.parametrize("name", RANKS)
+@pytest.mark.parametrize("name", ["ep2.rank-1-shared-twice", "tp2.rank-1-experts-swapped", "tp2.rank-1-not-reduced"])
 def test_a_bug_of_one_rank_is_named_with_its_rank(built: Built, dumps: Path, name: str) -> None:
-    result = diagnose(built("engine-size"), read_dump(dumps / name), layers=[1])
-    assert judge.said(result, name).right, result.verdict
-    assert "on rank 1" in result.diagnoses[0].name
+    assert "on rank 1" in right(built, dumps, name, layers=[1]).diagnoses[0].name
 
 
 @pytest.fixture

@@ -238,10 +238,10 @@ def _judge_layers(work: Judgement, rerun: Rerun, options: CompareOptions) -> Non
         work.shared = rerun.shared
         work.added(layer, seen)
         seen = second_look(rerun, layer, work, seen)
-        own = [r for r in work.records.values() if r.layer == layer]
+        own = work.judged(layer, seen)
         excuse(own, lambda r: other_experts(r, places, work))
         accuse(own, places, cleared)
-        guilty = [r for r in work.judged(layer, seen) if r.bad]
+        guilty = [r for r in own if r.bad]
         bad, nan = spare_victims(guilty, nan), nan or any(r.nan for r in guilty)
         if bad and sum(d.key != POSITIONS for d in result.diagnoses) < options.diagnoses:
             with noted(result, "the diagnosis failed; the verdict stands", counts=False):

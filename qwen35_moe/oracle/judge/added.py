@@ -46,12 +46,12 @@ class Judgement:
         self.shared: Tensor | None = None  # the shared expert's part of the true mlp_output of this layer, [tokens, D]
 
     def index(self, pair: Pair) -> Tensor:
-        """Rows of [B*T], or of [B] for values that belong to a whole sequence."""
+        """The indices of a pair's rows in [B*T], or in [B] for values of a whole sequence."""
         b, t = pair.rows.long().unbind(1)
         return torch.where(t < 0, b, b * self.T + t)
 
     def rows(self, x: Tensor, pair: Pair) -> Tensor:
-        """The rerun's value at the rows of a pair, if it was computed."""
+        """The rerun's values x of a tap, at the rows of its pair."""
         return pair.ours(as_rows(pair.key, x, self.alignment.truth.ids.numel())[self.index(pair)])
 
     def captured(self, experts: int) -> Captured:
@@ -215,7 +215,8 @@ class Judgement:
         self.records[key] = replace(record, note=note, starts=starts)
 
     def judged(self, layer: int | None, seen: Sequence[dict[str, Tensor]]) -> list[Record]:
-        """The records of a layer (None: of the embedding or the head), in order of execution."""
+        """The records that a part of a rerun has made (layer None: the embedding, the head or a draft), in order of
+        execution."""
         return [r for r in self.records.values() if r.layer == layer and r.key in seen[0]]
 
     def _owners(self, key: str, columns: int) -> Tensor | None:

@@ -132,8 +132,8 @@ def _verified(alignment: Alignment, count: int) -> Iterator[tuple[Run, int, int,
 
 
 def _of_servers(alignment: Alignment, own: Sequence[Tensor]) -> list[Acceptance]:
-    """What servers say, answer by answer: how often so many drafts were accepted. The truth's: its chains at the tokens
-    where a server that generates these tokens with its drafts would stand."""
+    """The engine's counts are what servers say, answer by answer. The truth's are of its own chains, at the tokens from
+    which a server with these drafts would start a pass."""
     truth, found = alignment.truth, [Acceptance(k + 1, truth_accepts=None, alike=None) for k in range(len(own))]
     for step, (at, histogram) in alignment.dump.accepted.items():
         table = alignment.tokens_of.where.get(step)
