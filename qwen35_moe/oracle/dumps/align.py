@@ -131,8 +131,7 @@ class Alignment:
             return torch.tensor([[at[r], b, t] for r, b, t in table.tolist() if r in at]).reshape(-1, 3)
         if count is None or x.shape[0] == count:
             return table
-        ends = self.tokens_of.ends(self.dump, step)
-        if base_name(source) == "next_token_logits" and len(x) == len(ends):
+        if base_name(source) == LOGITS and len(x) == len(ends := self.tokens_of.ends(self.dump, step)):
             return ends[ends[:, 1] >= 0]
         raise Qwen35Error(f"misshapen: {x.shape[0]} rows for {count} tokens in step {step}")
 

@@ -78,7 +78,7 @@ class Matching:
         self.tables: dict[int, list[Tensor]] = {}
         self.compared: list[Tensor] = [NO_TOKENS[:, :4]]
         self.firsts: dict[tuple[int, int], str] = {}
-        # Of each reason: a sequence, how many of its tokens stand before those that are left of a run, and those.
+        # By reason: a sequence, how many of its tokens are known, and what is left of the run that goes on there.
         self.rest: dict[str, list[tuple[int, int, Run]]] = {why: [] for why in REASONS}
 
     def place(self, run: Run) -> int | None:
@@ -134,14 +134,15 @@ class Matching:
     def _second_chance(self) -> None:
         """What fits nowhere as a whole counts up to its last right token, where no other run has these tokens."""
         strange, self.rest["strange"] = self.rest["strange"], []
-        for part in strange:
-            run = part[2]
+        for of, at, run in strange:
             common = [(self._common(run, b, 0), -b) for b, step in enumerate(self.latest) if step < 0]
             n, b = max(common, default=(0, 0))
             if n > 1:
                 self._note(run, -b, self.columns[-b][:n])
                 self.latest[-b] = run.step
-            self.rest["text" if n > 1 else "strange"].append((-b, n, run.after(n)) if n > 1 else part)
+                self.rest["text"].append((-b, n, run.after(n)))
+            else:
+                self.rest["strange"].append((of, at, run))
 
     def _common(self, run: Run, b: int, at: int) -> int:
         """How many tokens of a run are those of the truth from there."""

@@ -63,7 +63,8 @@ class Matched:
         return self.where[step] if step in self.where else self.drafts[step]
 
     def ends(self, dump: Dump, step: int) -> Tensor:
-        """[runs, 3] run, and b, t of its last token, or -1 where the truth does not have this token."""
+        """[runs, 3] run, and b, t of its last token, or -1 if the truth does not have this token. In a step that is not
+        divided into runs, one ends where the next row is of another sequence."""
         tokens = {row: (b, t) for row, b, t in self.table(step).tolist() if b not in self.branches}
         told = [(run.rows.tolist(), run.undivided) for run in runs(dump, [step]) if len(run)]
         found: list[tuple[int, int]] = []
