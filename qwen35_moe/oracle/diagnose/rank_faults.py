@@ -34,10 +34,6 @@ def strided(name: str, product: tuple[str, ...]) -> TapChange:
     return change
 
 
-def _beta(x: Tensor, kept: dict[str, Tensor], place: FaultSite) -> Tensor:
-    return strided("gdn_b", BA)(x, kept, place).to(x.dtype).sigmoid()
-
-
 def _share(rank: int, ranks: int) -> TapChange:
     """One rank's columns (of heads: [.., heads, width] as columns); zeros in the place of the others'."""
     return plain(lambda x: one_share(x.flatten(2) if x.dim() == 4 else x, rank, ranks).view_as(x))
@@ -90,7 +86,7 @@ MOVED = tuple(
 BA = ("gdn_b", "gdn_a")
 STRIDED = (
     Fault("b, a strided view, read as contiguous", "gdn", "beta from rows of b and a in turn", "sglang 21836",
-          {"gdn_beta": _beta}, BA, rows=True),
+          {"gdn_beta": lambda x, *more: strided("gdn_b", BA)(x, *more).to(x.dtype).sigmoid()}, BA, rows=True),
     Fault("a, a strided view, read as contiguous", "gdn", "the decay from rows of b and a in turn", "sglang 21836",
           {"gdn_a": strided("gdn_a", BA)}, BA, late=True, rows=True),
 )  # fmt: skip
