@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -133,7 +132,8 @@ def mapping(found: Any, where: str) -> dict[str, Any]:
 
 
 def row(place: int, pairs: Sequence[tuple[int, float | None]], has_top: bool) -> Row:
-    """A row of (id, log p). Two values for one token are kept once; the likeliest is named where K were asked for."""
+    """A row of pairs (id, log p); of two pairs with one id the last counts. has_top: the likeliest tokens are among
+    them, so that the likeliest is known."""
     log_p = {i: x for i, x in pairs if x is not None}
     likely = [i for i, x in log_p.items() if not math.isnan(x)] if has_top else []
     return Row(place, log_p, max(likely, key=lambda i: (log_p[i], -i), default=None))
@@ -146,8 +146,8 @@ def prompt_of(request: Mapping[str, Any], where: str, *keys: str) -> list[int] |
 
 
 def agreed(sent: list[int] | None, said: list[int], where: str, clamped: list[int] | None = None) -> list[int]:
-    """What was sent, if what was said can be that: UNKNOWN fits all. `clamped`, where the engine writes 0 for large
-    ids, takes those that it did so for."""
+    """The ids that were sent, or what was said where these are not known. Error: both are known and differ. UNKNOWN
+    fits any id. An engine that writes 0 for large ids hands in `clamped`, to which the ids it wrote 0 for are added."""
     if sent is None:
         return said
     what = "the answer is for other tokens"
@@ -165,7 +165,7 @@ def agreed(sent: list[int] | None, said: list[int], where: str, clamped: list[in
 def decoded_bytes(text: object, where: str) -> bytes:
     try:
         return base64.b64decode(text if isinstance(text, str) else "?", validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise bad("routed_experts are no base64", where, error) from error
 
 

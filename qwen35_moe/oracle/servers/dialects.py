@@ -38,8 +38,10 @@ Save = Callable[[Json], None]
 
 
 class Dialect(NamedTuple):
-    """body: ids (or lists of ids), tokens to generate, likeliest tokens -> the request. prompt: what asks for log p of
-    the prompt, too, where one request can. named: the model's name must be in the request."""
+    """body    ids (or lists of ids), tokens to generate, likeliest tokens -> the request
+    prompt  likeliest tokens -> what to add, so that the same request tells log p of the prompt; None: no request does
+    named   the model's name must be in the request
+    """
 
     owner: str
     path: str

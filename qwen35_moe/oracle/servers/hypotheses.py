@@ -1,7 +1,7 @@
 """The faults that an engine may have, those of the catalogue in all layers or in one, and how many run in one batch.
 
-A fault of taps changes values of its own share of a batch, so that all of them share a layer's products. Inside the
-experts a tap names the values of all rows, sorted by expert: the share of a fault are the rows of its tokens.
+A fault that changes taps has its own share of a batch and changes only that, so many faults share a layer's products.
+Inside the experts, rows of all tokens are sorted by expert: there a fault's share is the rows of its tokens.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ class PlacedFault:
 
 
 def placed_faults(source: WeightSource, which: str = "each", a4: bool = False) -> list[PlacedFault]:
-    """The faults that an engine can have on this checkpoint: `all` (layers at once), `each` (also layer by layer), or
-    `none`, without rare ones. A fault of the draft head shows in no log p, one of the hand-over between steps in none
-    of a prompt; one of one expert is in one layer only."""
+    """The faults of the catalogue that are replayed on this checkpoint. which: `all` plants each of them in all layers
+    at once, `each` also in one layer after the other, `none` no fault. A fault of one expert is planted in single
+    layers only. Left out are rare faults, those of the draft head, which no log p shows, and those of the hand-over
+    between steps, which no log p of a prompt shows."""
     found = list[PlacedFault]()
     for fault in () if which == "none" else FAULTS:
         if fault.block == "mtp" or fault.hand_over is not None or fault.rare:

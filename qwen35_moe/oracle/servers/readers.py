@@ -128,8 +128,8 @@ def sglang(found: JsonObject, request: JsonObject, where: str) -> Answer:
         raise bad("the answer is for other tokens", where, f"{len(said)} tokens", f"{len(sent)} tokens")
     clamped = list[int]()
     ids = said if sent is None else [*sent[:start], *agreed(sent[start:], said, where, clamped)]
-    top = meta.get("input_top_logprobs") or []
-    answer = Answer("sglang", ids, [*_sglang_rows(given, top, ids, start, where)], clamped=clamped)
+    tops = checked_list(meta.get("input_top_logprobs") or [], where)
+    answer = Answer("sglang", ids, [*_sglang_rows(given, tops, ids, start, where)], clamped=clamped)
     out = _triples(meta.get("output_token_logprobs"), where)
     params = mapping(request.get("sampling_params") or {}, where)
     answer.warm = "temperature" not in params
@@ -137,7 +137,7 @@ def sglang(found: JsonObject, request: JsonObject, where: str) -> Answer:
         answer.notes.append(f"{len(out)} generated tokens are not judged, as part of a stream: {NO_STREAM}")
     elif params.get("temperature", 1) in (0, 1):
         answer.ids = [*ids, *(i for i, _ in out)]
-        tops = meta.get("output_top_logprobs") or []
+        tops = checked_list(meta.get("output_top_logprobs") or [], where)
         answer.rows += _sglang_rows(out, tops, answer.ids, len(ids), where)
     elif out:
         answer.notes.append(f"{len(out)} generated tokens are not judged: their log p are after temperature")
