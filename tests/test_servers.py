@@ -494,6 +494,12 @@ def test_a_temperature_that_is_not_told_accuses_nobody(loaded: Loaded, known: Pr
         answer.warm = True
     verdict = known.judge(answers)
     assert verdict.finding == "agrees" and "look like log p after temperature 0.6" in verdict.notes[-1]
+    answers = asked(lambda ids: (log_p(ids) / 0.7).log_softmax(-1), known, "openai")
+    assert known.judge(answers).finding == "diverges"  # at temperature 0, nothing but the engine divides by one
+    for answer in answers:
+        answer.warm = True
+    verdict = known.judge(answers)
+    assert verdict.exit_code == 2 and "look like log p after temperature 0.7" in verdict.why
 
 
 def test_few_positions_cannot_tell(loaded: Loaded, known: Prepared) -> None:

@@ -79,6 +79,8 @@ class Prepared:
         """
         asked, again, longer = self._parts([self._completed(a) for a in answers])
         verdict, found = self._judged(asked)
+        if (warm := _warm(verdict, asked)) and all(a.engine == "openai" and a.routed is None for a in asked):
+            verdict.finding, verdict.why = "cannot tell without a dump", f"the differences {warm}"
         if found.whole is not None:
             at, log_p = found.whole
             off = (log_p - self.replay.gather(self.branches[0], at.rows, at.ids)).abs()[at.known]
@@ -93,9 +95,8 @@ class Prepared:
             replay = Replay(r.source, r.fused, *_rows(ids), r.where, before=r)
             branches = replay.run(self.branches[0].table, tables, [])
             decode = Prepared(ids, replay, branches, self.members)._judged(longer)[0]
-            if decode.alike and decode.alike[0].name.startswith(AFTER_TEMPERATURE) and any(a.warm for a in longer):
-                verdict.notes.append(f"{count} generated tokens are not judged: they look like {decode.alike[0].name}, "
-                                     "which the answers do not tell; save the request with each")  # fmt: skip
+            if warm := _warm(decode, longer):
+                verdict.notes.append(f"{count} generated tokens are not judged: they {warm}")
             else:
                 verdict.add("in decode", decode)
         elif count:
@@ -137,6 +138,14 @@ class Prepared:
                 if some or kept is parts[0]:
                     kept.append(replace(answer, rows=some))
         return parts
+
+
+def _warm(verdict: Verdict, answers: Sequence[Answer]) -> str:
+    """What a verdict against the engine comes from, if it is a temperature that may have been asked for."""
+    name = verdict.alike[0].name if verdict.alike else ""
+    if not name.startswith(AFTER_TEMPERATURE) or not any(a.warm for a in answers):
+        return ""
+    return f"look like {name}, and no request says 0 or 1: ask with one of these, and save the requests"
 
 
 def prepare(
