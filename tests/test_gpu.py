@@ -25,6 +25,7 @@ from qwen35_moe.numerics import arithmetics as arithmetic
 from qwen35_moe.numerics.metrics import rel_l2
 from qwen35_moe.numerics.taps import FunctionHandler
 from qwen35_moe.oracle.dumps.writers import DUMPED
+from qwen35_moe.oracle.judge.where import Where
 from qwen35_moe.oracle.truth import write_truth
 from qwen35_moe.quant import mxfp4
 from qwen35_moe.run.generate import generate
@@ -287,3 +288,14 @@ def test_mxfp4_encodes_to_the_same_bytes(dtype: torch.dtype, rule: str) -> None:
     x = test_grouped.drawn(64, 256, dtype=dtype) * 2.0 ** torch.arange(-32, 32)[:, None].to(dtype)
     for ours, theirs in zip(mxfp4.encode(x.to(GPU), rule), mxfp4.encode(x, rule), strict=True):
         assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("mode", ["decoded", "stream"])
+@pytest.mark.parametrize("fault", ["shared expert dropped", "nibbles swapped", "experts shifted by one"])
+def test_a_bug_is_named_as_on_a_cpu(small: Callable[..., Path], tmp_path: Path, fault: str, mode: str) -> None:
+    path, ids = small("tiny-mxfp4"), ids_of(40)
+    dump = q.play_engine(path, ids, tmp_path / "engine", fault=fault, layer=1)
+    here, there = (q.diagnose(path, dump, tmp_path / device, where=Where(device, mode=mode)) for device in ("cpu", GPU))
+    assert here.first is not None and there.first is not None and here.first.key == there.first.key
+    assert [(d.layer, d.name) for d in here.diagnoses] == [(d.layer, d.name) for d in there.diagnoses]
+    assert there.diagnoses[0].name == fault
