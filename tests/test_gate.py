@@ -238,6 +238,16 @@ def test_atom_first_entry_says_that_it_was_the_wrong_one() -> None:
     assert "does not name the target's shared expert body" in decision.warnings[0]
 
 
+@pytest.mark.parametrize(("entry", "fused"), [
+    ("re:.*shared_expert.*", "0"), ("*.mlp.shared_expert*", "0"), ("model.layers.[01].mlp.shared_expert", "0"),
+    (r"re:.*\.mlp\.shared_expert\..*", "1"), (r"re:.*layers\.0\.mlp\.shared_expert", "1"),
+    ("*.layers.[01].mlp.shared_expert", "1"),
+])  # fmt: skip
+def test_atom_first_entry_asks_by_the_text_of_an_entry(entry: str, fused: str) -> None:
+    """A pattern need not match its own text: `\\.` is a backslash there, `[01]` four characters. Then ATOM fuses."""
+    assert answers(QWEN, quark(entry), "atom-first-entry") == fused
+
+
 class EngineQuarkConfig:
     """As SGLang and vLLM hold it: the file's dictionary, and the exclude list as an attribute of its own."""
 

@@ -17,7 +17,8 @@ from .patterns import bounded_pattern
 
 # A test: (entry, name) -> does the entry name the module?
 def exact(entry: str, name: str) -> bool:
-    return entry == name
+    """A pattern names nothing by its own text, by which ATOM may ask (`atom-first-entry`)."""
+    return entry == name and is_plain(entry)
 
 
 def regex_match(entry: str, name: str) -> bool:
@@ -38,8 +39,13 @@ def glob(entry: str, name: str) -> bool:
 
 
 def glob_or_below(entry: str, name: str) -> bool:
-    """A glob that also covers everything below what it names: ATOM tries `entry` and `entry + ".*"`."""
-    return glob(entry, name) or (parent(entry, name) if is_plain(entry) else glob(entry + ".*", name))
+    """A glob that also covers everything below what it names: ATOM tries `entry` and `entry + ".*"`.
+
+    Only `*` and `?` make a glob of an entry; brackets alone are read as they stand.
+    """
+    if "*" in entry or "?" in entry:
+        return glob(entry, name) or glob(entry + ".*", name)
+    return entry == name or parent(entry, name)
 
 
 def parent(entry: str, name: str) -> bool:
