@@ -81,6 +81,26 @@ def test_newer_algorithms_of_modelopt(algo: str) -> None:
     assert "not excluded alike" in can_fuse_shared_expert(QWEN, left, "vllm", vllm_opt_in=True).reason
 
 
+def test_vllm_reads_a_star_of_modelopt_as_the_module_and_what_is_below() -> None:
+    """`path*` is `path` and `path.*` before entries are renamed and compared, so it names one of a fused pair."""
+    flat = QWEN["text_config"]
+
+    def decided(*entries: str, config: dict[str, Any] = QWEN) -> Any:
+        quant = NV | {"quant_algo": "MXFP8", "exclude_modules": ["lm_head*", *entries]}
+        return decide_layers(config, quant, "vllm", vllm_opt_in=True)
+
+    *target, draft = decided("mtp.layers.0.mlp.shared_expert.up_proj*")
+    assert all(target) and not draft.starts and "only one of a fused pair" in draft.reason
+    assert "exclude_modules[1] = 'mtp.layers.0.mlp.shared_expert.up_proj*'" in str(draft)
+    halves = [f"model.language_model.layers.{n}.mlp.shared_expert.{p}_proj*" for n in range(4) for p in ("gate", "up")]
+    assert "are not excluded alike" in decided(*halves)[0].reason
+    assert "only one of a fused pair" in decided(*halves[1:])[0].reason
+    merged = "mtp.layers.0.mlp.shared_expert.gate_up_proj*"
+    assert decided(merged, "mtp.layers.0.mlp.shared_expert.up_proj")[-1].starts
+    for config in (QWEN, flat):
+        assert decided("model.language_model*", config=config)[0].reason == "neither is quantised"
+
+
 def test_layers_that_vllm_does_not_build_alike() -> None:
     halves, some = quark(*body(parts="gate")), quark(*body(range(2, 4)))
     assert "2 are, 2 are not" in can_fuse_shared_expert(QWEN, some, "vllm", vllm_opt_in=True).reason

@@ -99,7 +99,7 @@ def _list(quant: QuantConfig) -> ExcludeList:
     raw = modelopt_part(quant.raw) if quant.method == "modelopt" else quant.raw
     key = next((key for key in LISTS.get(quant.method, OTHER_LISTS) if raw.get(key)), "")
     written = [entry for entry in raw.get(key) or () if isinstance(entry, str)]
-    return ExcludeList(map((quant.namespace or ATOM[0]).entry, written), "atom", key, written)
+    return ExcludeList(written, "atom", key, (quant.namespace or ATOM[0]).entries)
 
 
 def _mixed(quant: QuantConfig) -> dict[str, Spec]:

@@ -67,11 +67,12 @@ class QuantConfig(Declared):
         """The same configuration under a reading (`readings.SEMANTICS`), with an engine's names for modules."""
 
         def made() -> QuantConfig:
-            entries, layers, names = self.exclude.entries, self.layers, namespace
+            layers, names = self.layers, namespace
             if names is not None:
                 names = replace(names, layers=self.num_hidden_layers or 0)
-                entries, layers = tuple(map(names.entry, entries)), tuple({names.key(k): s for k, s in layers}.items())
-            exclude = ExcludeList(entries, semantics, self.exclude.key, self.exclude.written)
+                layers = tuple({names.key(k): s for k, s in layers}.items())
+            read = names.entries if names is not None else None
+            exclude = ExcludeList(self.exclude.written, semantics, self.exclude.key, read)
             return replace(self, exclude=exclude, layers=layers, namespace=names, views={})
 
         return self.view((semantics, namespace), made)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import merge
@@ -27,6 +27,7 @@ SIMPLE_REGEX = re.compile(r"\^?(?:[A-Za-z0-9_-]|\\\.|\.\*|\.(?=[A-Za-z]))*\$?")
 
 FEW = 8  # so many entries are tried without asking first which of them fit
 Numbers = tuple[str | None, int | None]  # "layers.3" or "blocks.3", and the expert; None where none is stated
+Read = Callable[[str], Iterable[str]]
 ANY_EXPERT = -1  # the place of an expert's number, for all entries of a layer
 
 
@@ -155,13 +156,14 @@ class Hit:
 class ExcludeList:
     """An exclude list under one reading.
 
-    entries: as they are compared. written: as the file has them, where an engine renames them first.
+    written: as the file has it. read: what an engine makes of one entry before it compares (`entries`); None: itself.
     """
 
-    def __init__(self, entries: Iterable[str], semantics: str, key: str = "exclude", written: Sequence[str] = ()):
-        self.index, self.semantics, self.key = EntryIndex(entries), SEMANTICS[semantics], key
+    def __init__(self, written: Iterable[str], semantics: str, key: str = "exclude", read: Read | None = None):
+        self.written, self.semantics, self.key = tuple(written), SEMANTICS[semantics], key
+        compared = [(i, e) for i, entry in enumerate(self.written) for e in (read(entry) if read else (entry,))]
+        self._places, self.index = [i for i, _ in compared], EntryIndex(entry for _, entry in compared)
         self.entries = self.index.entries
-        self.written = written or self.entries
         for entry in self.entries:
             if not is_plain(entry):
                 matched(entry, "", self.semantics.tests)  # a bad regular expression is refused, whatever is asked first
@@ -184,7 +186,8 @@ class ExcludeList:
         return self._earliest(((i, how) for i, _ in self.index.below(name)) for name in names)
 
     def quoted(self, index: int, how: str) -> Hit:
-        return Hit(self.key, index, self.written[index], how)
+        place = self._places[index]
+        return Hit(self.key, place, self.written[place], how)
 
     def _earliest(self, found: Iterable[Iterator[tuple[int, str]]]) -> Hit | None:
         first = min((at for each in found for at in islice(each, 1)), key=lambda at: at[0], default=None)

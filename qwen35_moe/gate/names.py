@@ -118,19 +118,24 @@ class Namespace:
     anywhere: bool = False  # entries are renamed wherever the prefix stands
     appended_draft: bool = False  # the draft's layers are numbered behind the target's
     layers: int = 0
+    stars: bool = False  # vLLM 0.33 modelopt.py, apply_vllm_mapper: `path*` is two entries, `path` and `path.*`
 
     def module(self, name: str) -> str:
         """The engine's name of a module, given by any spelling. The draft is `mtp.` to all."""
         core = canonical_module(name)
         return self.prefix + core if core.startswith("layers.") else self._draft(core)
 
-    def entry(self, entry: str) -> str:
-        """An entry of the exclude list as the engine compares it."""
+    def entries(self, entry: str) -> tuple[str, ...]:
+        """What the engine compares for one entry of the exclude list."""
+        star = self.stars and len(entry) >= 2 and entry.endswith("*") and not entry.endswith(".*")
+        return tuple(map(self._entry, (entry[:-1], entry[:-1] + ".*") if star else (entry,)))
+
+    def _entry(self, entry: str) -> str:
         return self._draft(self._renamed(entry, self.renames))
 
     def key(self, key: str) -> str:
         """A key of layer_quant_config as the engine compares it."""
-        return self.entry(key) if self.key_renames is None else self._renamed(key, self.key_renames)
+        return self._entry(key) if self.key_renames is None else self._renamed(key, self.key_renames)
 
     def _renamed(self, entry: str, renames: Renames) -> str:
         for old, new in renames:

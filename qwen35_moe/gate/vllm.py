@@ -27,7 +27,8 @@ SHARED_MODULES = ("gate_up_proj", "down_proj")
 def vllm_0_33(model: GateModel, layer: MoEBlock, options: Options) -> Answers:
     """vLLM 0.33; 0.32 decides the same for Quark and FP8, and has no check for MXFP8."""
     method = model.quant.method
-    quant = model.quant.read_as("vllm-fp8" if method in ("fp8", "modelopt") else "vllm", VLLM[model.nested])
+    names = replace(VLLM[model.nested], stars=method == "modelopt")
+    quant = model.quant.read_as("vllm-fp8" if method in ("fp8", "modelopt") else "vllm", names)
     word = ALIASES.get(options.quantization, options.quantization)
     if word and method in ("quark", "fp8", "compressed-tensors") and word != method:
         yield stops(f"the checkpoint is {method}, not {word}", f"--quantization {word}")
@@ -161,13 +162,11 @@ def _fp8_ignored(quant: QuantConfig, module: str) -> Hit | None:
 
 
 def _modelopt_excluded(quant: QuantConfig, module: str) -> Hit | None:
-    """modelopt.py:191-287: exact names, parts of names, and wildcards; `path*` becomes `path` and `path.*`."""
+    """modelopt.py:191-287: exact names, parts of names, and wildcards."""
     if (exact := _fp8_ignored(quant, module)) is not None:
         return exact
     (name,) = quant.names(module)
     for i, entry in enumerate(quant.exclude.entries):
-        split = len(entry) >= 2 and entry.endswith("*") and not entry.endswith(".*")
-        for pattern in (entry[:-1], entry[:-1] + ".*") if split else (entry,):
-            if pattern in name or fnmatchcase(name, pattern):
-                return quant.exclude.quoted(i, "part or wildcard")
+        if entry in name or fnmatchcase(name, entry):
+            return quant.exclude.quoted(i, "part or wildcard")
     return None
