@@ -31,7 +31,7 @@ from qwen35_moe.oracle.diagnose.faults import Fault, FaultSite
 from qwen35_moe.oracle.judge.envelope import LIMIT
 from qwen35_moe.oracle.judge.rerun_parts import Layers
 from qwen35_moe.oracle.judge.where import HERE, Where
-from qwen35_moe.oracle.servers import client
+from qwen35_moe.oracle.servers import client, replay
 from qwen35_moe.oracle.servers.answer import UNKNOWN, Answer
 from qwen35_moe.oracle.servers.client import API_KEY, Server
 from qwen35_moe.oracle.servers.dialects import Asker, buckets, detect, saver
@@ -40,6 +40,7 @@ from qwen35_moe.oracle.servers.judge import DECIDED
 from qwen35_moe.oracle.servers.probe import How, Prepared, drawn_prompts, ordinary, prepare
 from qwen35_moe.oracle.servers.readers import from_bytes, from_json, read_answers
 from qwen35_moe.oracle.truth import Loaded, open_checkpoint, write_truth
+from qwen35_moe.run import streamed
 from qwen35_moe.run.load import build as build_model
 from weights.build import build
 
@@ -799,6 +800,18 @@ def test_the_command_says_what_is_wrong(checkpoint: Path, capsys: pytest.Capture
     with serving(lambda *_: (200, {"data": [{"id": "a", "owned_by": "vllm"}, {"id": "b", "owned_by": "vllm"}]})) as url:
         assert main(["probe", str(checkpoint), url]) == 2
     assert "a, b" in capsys.readouterr().err
+
+
+def test_hypotheses_together_have_the_log_p_of_each(known: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    r, some = known.replay, known.branches[known.members + 1 :: 9]
+    rows = torch.arange(len(known.ids)).repeat_interleave(5), torch.arange(5).repeat(len(known.ids))
+    ids = torch.randint(r.config.vocab_size, (len(rows[0]), 3), generator=torch.Generator().manual_seed(0))
+    each = torch.stack([r.gather(b, rows, ids) for b in some])
+    monkeypatch.setattr(replay, "LOGITS_HELD", 1 << 12)
+    for module in (replay, streamed):
+        monkeypatch.setattr(module, "HEAD_ROWS", 100)
+    assert len(some) > 3 and rel_l2(r.gather_all(some, rows, ids), each) <= 1e-6  # float32
+    assert r.gather_all([], rows, ids).shape == (0, *ids.shape)
 
 
 # ---- on a GPU

@@ -94,8 +94,8 @@ class Judge:
         legal = branches[1 : members + 1]
         self.legal = torch.stack([replay.gather(b, at.rows, at.ids) - self.truth for b in legal])  # [M, R, K]
         self.branches = list(branches[members + 1 :])
-        signals = [replay.gather(b, at.rows, at.ids) - self.truth for b in self.branches]
-        self.signals = torch.stack([*signals, *warm])  # [H, R, K]
+        signals = replay.gather_all(self.branches, at.rows, at.ids) - self.truth
+        self.signals = torch.cat([signals, *(x[None] for x in warm)])  # [H, R, K]
         self.names = [*(b.name for b in self.branches), *(f"{AFTER_TEMPERATURE} {t:g}" for t in TEMPERATURES)]
         sizes = self.size(self.legal)
         self.sigma = self._sigma(sizes)

@@ -28,7 +28,7 @@ from ...numerics.arithmetics import Arithmetic, using
 from ...numerics.taps import FunctionHandler, Handler, attach, scope, tap
 from ...run.fill import fill
 from ...run.source import WeightSource
-from ...run.streamed import StreamedEmbedding, StreamedHead
+from ...run.streamed import HEAD_ROWS, StreamedEmbedding, StreamedHead, in_steps
 from ..diagnose.faults import FaultSite
 from ..judge.rerun_parts import Layers, LayerSource
 from ..judge.split_k import splitting
@@ -39,6 +39,7 @@ TOGETHER = 1 << 13  # tokens that one layer is run on at once on a CPU
 LOGITS_HELD = 1 << 26  # logits that are held at once
 BYTES = 18  # of an expert's number, decoded side by side for float64, float32 (twice, with a fault) and bf16
 NUMBERS = 24  # float32 of a chosen expert's row that a GPU holds at once, for each of the row's numbers
+Rows = tuple[Tensor, Tensor]  # sequence [R], place [R]
 ROUTING = "moe_router_logits", "moe_topk_ids"
 SHARE_OF_MEMORY = 0.6  # that decoded experts may take: else experts are decoded when they are chosen
 
@@ -190,18 +191,49 @@ class Replay:
                 return layer(stream, angles, real, LayerState())
 
     @torch.inference_mode()
-    def log_p(self, b: Branch, rows: tuple[Tensor, Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    def log_p(self, b: Branch, rows: Rows) -> Iterator[tuple[slice, Tensor]]:
         """log p over the vocabulary after the tokens rows = (sequence [R], place [R]), some rows at a time."""
-        step = max(1, LOGITS_HELD // self.config.vocab_size)
-        norm, head = self.end.of(b.table)
-        h = b.hypothesis
-        handlers = h.fault.handlers(self._place(h)) if h and h.fault.block == "final_norm" else []
-        for some in (slice(k, k + step) for k in range(0, len(rows[0]), step)):
-            x = b.stream[rows[0][some], rows[1][some]][None]
-            with using(b.table), splitting(b.table), attach(*handlers):
-                logits = head("next_token_logits", norm(x))
+        for some in in_steps(len(rows[0]), max(1, LOGITS_HELD // self.config.vocab_size)):
+            x_RD = self._hidden(b, (rows[0][some], rows[1][some]))
+            with using(b.table), splitting(b.table):
+                logits = self.end.of(b.table)[1]("next_token_logits", x_RD[None])
             yield some, logits[0].double().log_softmax(-1)
 
-    def gather(self, b: Branch, rows: tuple[Tensor, Tensor], ids_RK: Tensor) -> Tensor:
+    def gather(self, b: Branch, rows: Rows, ids_RK: Tensor) -> Tensor:
         """log p [R, K] of the tokens ids [R, K] after each row."""
         return torch.cat([x.gather(1, ids_RK[some].to(x.device)).cpu() for some, x in self.log_p(b, rows)])
+
+    @torch.inference_mode()
+    def gather_all(self, branches: Sequence[Branch], rows: Rows, ids_RK: Tensor) -> Tensor:
+        """The same of hypotheses, which have one table: [H, R, K]. A head that is streamed is read once for many."""
+        found, R = [torch.empty(0, ids_RK.shape[1], dtype=torch.float64)], len(ids_RK)
+        step = max(1, LOGITS_HELD // (self.config.vocab_size if self.device.type == "cuda" else HEAD_ROWS))
+        for some in in_steps(len(branches), max(1, step // R)):
+            x_ND = torch.cat([self._hidden(b, rows) for b in branches[some]])
+            ids_NK = ids_RK.to(x_ND.device).repeat(len(branches[some]), 1)
+            found += [self._of_tokens(x_ND[part], ids_NK[part]).cpu() for part in in_steps(len(x_ND), step)]
+        return torch.cat(found).view(len(branches), *ids_RK.shape)
+
+    def _hidden(self, b: Branch, rows: Rows) -> Tensor:
+        """What the head reads [R, D]."""
+        h = b.hypothesis
+        handlers = h.fault.handlers(self._place(h)) if h and h.fault.block == "final_norm" else []
+        with using(b.table), splitting(b.table), attach(*handlers):
+            return self.end.of(b.table)[0](b.stream[rows][None])[0]
+
+    def _of_tokens(self, x_ND: Tensor, ids_NK: Tensor) -> Tensor:
+        """log p [N, K] of some tokens in float64: the logits of one part of the vocabulary after another."""
+        head, name = self.end.of(self.quick)[1], "next_token_logits"
+        value_NK = torch.zeros(ids_NK.shape, dtype=torch.float64, device=x_ND.device)
+        total_N = value_NK.new_full((len(x_ND),), -torch.inf)
+        with using(self.quick):
+            if isinstance(head, StreamedHead):
+                parts = head.blocks(name, x_ND[None])
+            else:
+                parts = iter([(slice(0, self.config.vocab_size), head(name, x_ND[None]))])
+            for which, logits in parts:
+                y_Nv, at_NK = self.quick.round(name, logits[0]).double(), ids_NK - which.start
+                total_N = torch.logaddexp(total_N, y_Nv[:, 0] - y_Nv.log_softmax(1)[:, 0])
+                inside_NK = (at_NK >= 0) & (at_NK < y_Nv.shape[1])
+                value_NK = torch.where(inside_NK, y_Nv.gather(1, at_NK.clamp(0, y_Nv.shape[1] - 1)), value_NK)
+        return value_NK - total_N[:, None]
