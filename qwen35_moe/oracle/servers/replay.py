@@ -39,7 +39,6 @@ TOGETHER = 1 << 13  # tokens that one layer is run on at once on a CPU
 LOGITS_HELD = 1 << 26  # logits that are held at once
 BYTES = 18  # of an expert's number, decoded side by side for float64, float32 (twice, with a fault) and bf16
 NUMBERS = 24  # float32 of a chosen expert's row that a GPU holds at once, for each of the row's numbers
-Rows = tuple[Tensor, Tensor]  # sequence [R], place [R]
 ROUTING = "moe_router_logits", "moe_topk_ids"
 SHARE_OF_MEMORY = 0.6  # that decoded experts may take: else experts are decoded when they are chosen
 
@@ -191,7 +190,7 @@ class Replay:
                 return layer(stream, angles, real, LayerState())
 
     @torch.inference_mode()
-    def log_p(self, b: Branch, rows: Rows) -> Iterator[tuple[slice, Tensor]]:
+    def log_p(self, b: Branch, rows: tuple[Tensor, Tensor]) -> Iterator[tuple[slice, Tensor]]:
         """log p over the vocabulary after the tokens rows = (sequence [R], place [R]), some rows at a time."""
         for some in in_steps(len(rows[0]), max(1, LOGITS_HELD // self.config.vocab_size)):
             x_RD = self._hidden(b, (rows[0][some], rows[1][some]))
@@ -199,12 +198,12 @@ class Replay:
                 logits = self.end.of(b.table)[1]("next_token_logits", x_RD[None])
             yield some, logits[0].double().log_softmax(-1)
 
-    def gather(self, b: Branch, rows: Rows, ids_RK: Tensor) -> Tensor:
+    def gather(self, b: Branch, rows: tuple[Tensor, Tensor], ids_RK: Tensor) -> Tensor:
         """log p [R, K] of the tokens ids [R, K] after each row."""
         return torch.cat([x.gather(1, ids_RK[some].to(x.device)).cpu() for some, x in self.log_p(b, rows)])
 
     @torch.inference_mode()
-    def gather_all(self, branches: Sequence[Branch], rows: Rows, ids_RK: Tensor) -> Tensor:
+    def gather_all(self, branches: Sequence[Branch], rows: tuple[Tensor, Tensor], ids_RK: Tensor) -> Tensor:
         """The same of hypotheses, which have one table: [H, R, K]. A head that is streamed is read once for many."""
         found, R = [torch.empty(0, ids_RK.shape[1], dtype=torch.float64)], len(ids_RK)
         step = max(1, LOGITS_HELD // (self.config.vocab_size if self.device.type == "cuda" else HEAD_ROWS))
@@ -214,7 +213,7 @@ class Replay:
             found += [self._of_tokens(x_ND[part], ids_NK[part]).cpu() for part in in_steps(len(x_ND), step)]
         return torch.cat(found).view(len(branches), *ids_RK.shape)
 
-    def _hidden(self, b: Branch, rows: Rows) -> Tensor:
+    def _hidden(self, b: Branch, rows: tuple[Tensor, Tensor]) -> Tensor:
         """What the head reads [R, D]."""
         h = b.hypothesis
         handlers = h.fault.handlers(self._place(h)) if h and h.fault.block == "final_norm" else []
