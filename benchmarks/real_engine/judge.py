@@ -14,6 +14,9 @@ from qwen35_moe.oracle.compare import diagnose
 from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.oracle.judge.records import Comparison
+from qwen35_moe.oracle.servers.probe import prepare
+from qwen35_moe.oracle.servers.readers import from_json
+from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.trace.images import read_images
 
 from .bugs import BUGS, CLEAN
@@ -28,6 +31,8 @@ class Line:
 def line(checkpoint: Path, dump: Dump | Path, name: str, declared: Mapping[str, Any]) -> Line:
     """`name` is setup.bug; `declared` are options of `diagnose`, such as in what the engine keeps its caches, and
     `layer_ids` those of vLLM's hidden states."""
+    if name.startswith("probe.") and isinstance(dump, Path):
+        return probed(checkpoint, dump.parent / f"{name}.json", name)
     config, declared = Checkpoint.open(checkpoint).config, dict(declared)
     layers = declared.pop("layer_ids", None)
     if isinstance(dump, Path) and (pixels := dump.parent / f"{name}.safetensors").exists():
@@ -41,6 +46,18 @@ def line(checkpoint: Path, dump: Dump | Path, name: str, declared: Mapping[str, 
             checkpoint, read_dump(dump, config=config), ids=ids_of(dump.parent / f"{name}.json"), **declared
         )
     return said(result, name)
+
+
+def probed(checkpoint: Path, file: Path, name: str) -> Line:
+    """The verdict on log p alone. right: a clean engine agrees, and no bug does."""
+    run, loaded = json.loads(file.read_text()), open_checkpoint(checkpoint)[1]
+    answers = from_json(run["answers"], str(file), {"input_ids": run["ids"], "sampling_params": {"temperature": 0}})
+    verdict = prepare(loaded.source, loaded.fused, run["ids"]).judge(answers)
+    named = f"  [{'; '.join(e.name for e in verdict.alike)}]" if verdict.alike else ""
+    right = (verdict.finding == "agrees") == name.endswith(f".{CLEAN}")
+    return Line(
+        f"{name:32} exit {verdict.exit_code}  {verdict.finding}: {verdict.why}" + f"  [{named}]" * bool(named), right
+    )
 
 
 def ids_of(file: Path) -> list[list[int]]:

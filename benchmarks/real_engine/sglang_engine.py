@@ -49,6 +49,7 @@ SETUPS = {
     "fp8-kv": Setup({"kv_cache_dtype": "fp8_e4m3"}, declared={"kv_cache": "fp8_e4m3"}),
     "state-bf16": Setup({"mamba_ssm_dtype": "bfloat16"}, declared={"state": "bf16"}),
     "pass": Setup({"debug_tensor_dump_output_folder": "pass"}),
+    "probe": Setup(lengths=(64,) * 8, broken=(64,) * 8),  # judged by log p, as `qwen35-moe probe` does
     "image": Setup(images.ARGUMENTS, recipe=images.RECIPE),
     "tp2": Setup({"tp_size": 2, **PLAIN_SUMS}),
     "ep2": Setup({"tp_size": 2, "ep_size": 2, **PLAIN_SUMS}),
