@@ -25,7 +25,7 @@ class Qwen35Error(ValueError):
         super().__init__("\n".join(parts))
 
     def but(self, **said: object) -> Qwen35Error:
-        """The same error, of which `where`, `do`, ... is something else."""
+        """The same error with another `where`, `do`, ..."""
         return Qwen35Error(**{**vars(self), **said})
 
 

@@ -55,9 +55,7 @@ def probed(checkpoint: Path, file: Path, name: str) -> Line:
     verdict = prepare(loaded.source, loaded.fused, run["ids"]).judge(answers)
     named = f"  [{'; '.join(e.name for e in verdict.alike)}]" if verdict.alike else ""
     right = (verdict.finding == "agrees") == name.endswith(f".{CLEAN}")
-    return Line(
-        f"{name:32} exit {verdict.exit_code}  {verdict.finding}: {verdict.why}" + f"  [{named}]" * bool(named), right
-    )
+    return Line(f"{name:32} exit {verdict.exit_code}  {verdict.finding}: {verdict.why}{named}", right)
 
 
 def ids_of(file: Path) -> list[list[int]]:

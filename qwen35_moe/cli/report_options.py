@@ -81,7 +81,7 @@ def chosen(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def where(args: argparse.Namespace) -> Where:
-    """Where blocks run again. Error: what `trace` refuses; limits of memory, of which only one layer is in it."""
+    """Where blocks run again. Error: what `trace` refuses, and limits of memory: one layer is held at a time."""
     options = device_options(args)
     if options.get("max_memory"):
         raise Qwen35Error("one layer is held at a time", where="--max-memory", do="leave it out")

@@ -31,7 +31,7 @@ def steps(spec: Any) -> list[Mapping[str, Any]]:
 
 def quark_spec(entry: Mapping[str, Any] | None) -> ModuleSpec:
     """One Quark spec, `{"weight": {...}, "input_tensors": {...}}`; a null weight is an unquantised module."""
-    # Of several steps, the first is what is stored.
+    # If there are several steps, the first says what is stored.
     weight, inputs = (next(iter(steps((entry or {}).get(key))), {}) for key in ("weight", "input_tensors"))
     if not weight:
         return BF16

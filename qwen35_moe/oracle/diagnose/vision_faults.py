@@ -21,7 +21,7 @@ PositionChange = Callable[[Tensor, Seen | None], Tensor]  # [3, B, T] -> [3, B, 
 
 
 def seeing(change: Callable[[Tensor, Seen], Tensor]) -> TapChange:
-    """A change by what the tower was given; without images there is none."""
+    """A change that depends on what the tower was given. Without images nothing is changed."""
     return lambda x, _, place: x if place.seen is None else change(x, place.seen)
 
 

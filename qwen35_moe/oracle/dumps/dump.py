@@ -214,7 +214,7 @@ class Dump(Mapping[str, Tensor]):
 
 
 def _groups(pieces: Sequence[Piece]) -> dict[tuple[Any, ...], list[Piece]]:
-    """Pieces of one value: same step, layer and name, one a rank. Of a value that was written twice the first counts;
+    """Pieces of one value: same step, layer and name, one a rank. If a value was written twice, the first counts;
     the vision tower's are joined, since it runs for one image after another, or for images and then for videos."""
     groups: dict[tuple[Any, ...], dict[int, list[Piece]]] = {}
     for p in pieces:

@@ -42,7 +42,7 @@ class Matched:
     branches: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
     def beginnings(self, bt: Tensor) -> tuple[Tensor, Tensor]:
-        """Of tokens [n, 2] (b, t), those with which branches begin: which of the n, and (b, t) in the branch."""
+        """The tokens among bt [n, 2] that branches begin with: which of the n, and their (b, t) in the branch."""
         which, places = [torch.empty(0, dtype=torch.long)], [torch.empty(0, 2, dtype=torch.long)]
         for branch, (of, at) in self.branches.items():
             which.append(((bt[:, 0] == of) & (bt[:, 1] < at)).nonzero().flatten())

@@ -23,6 +23,10 @@ FEW_EXPERTS = 32  # up to so many experts are decoded as that many, more of them
 Change = Callable[[Packed], Packed]
 
 
+def unchanged(packed: Packed) -> Packed:
+    return packed
+
+
 class Batch(NamedTuple):
     """Experts that are stored alike, to be read and decoded at once. weights: those of the first expert. layout: None
     for an expert that is not as it is stored."""
@@ -79,7 +83,7 @@ class PassingExperts(BatchedExperts, PackedExperts):
             yield batch.experts, *self._decoded(batch, fetch, doubts, self.dtype)
         self._check(batches, doubts)
 
-    def resident(self, dtype: torch.dtype, quantised: bool, change: Change = lambda packed: packed) -> ResidentExperts:
+    def resident(self, dtype: torch.dtype, quantised: bool, change: Change = unchanged) -> ResidentExperts:
         """All of them, decoded from what stays on the GPU. change: of each stored weight before it is decoded, [O, I]
         or a stack [n, O, I]."""
         self.begin()
@@ -114,7 +118,7 @@ class PassingExperts(BatchedExperts, PackedExperts):
 
     def _decoded(
         self, batch: Batch, fetch: Fetch | None, doubts: list[Tensor], dtype: torch.dtype,
-        change: Change = lambda packed: packed,
+        change: Change = unchanged,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """gate_up and down of a batch; the scales' doubts are added to `doubts`."""
         if fetch is None:  # made of other weights, for one expert

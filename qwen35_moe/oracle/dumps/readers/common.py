@@ -102,8 +102,8 @@ def load_tensor(path: str | Path, *keys: str | int) -> Tensor:
 
 
 def step_tokens(found: Mapping[str, Any]) -> StepTokens:
-    """The tokens of a step from the fields of its batch, as engines name them. Of positions in time, height and width,
-    those in time count."""
+    """The tokens of a step from the fields of its batch, as engines name them. If positions are given in time, height
+    and width, those in time count."""
     ids = found["input_ids"] if "input_ids" in found else found["sequences"]
     batch = (ids.shape[0], ids.shape[1]) if ids.dim() == 2 else None
 
