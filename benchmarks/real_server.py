@@ -146,7 +146,9 @@ def vllm(folder: Path, number: int, options: argparse.Namespace) -> list[str]:
 
 
 def sglang(folder: Path, number: int, options: argparse.Namespace) -> list[str]:
-    arguments = {**ARGUMENTS, "model_path": str(folder), "host": "127.0.0.1", "port": number}
+    """Pools of fixed sizes, so that several servers can start on one GPU."""
+    pools = {"mem_fraction_static": 0.7, "max_mamba_cache_size": 256, "max_running_requests": 48}
+    arguments = {**ARGUMENTS, **pools, "model_path": str(folder), "host": "127.0.0.1", "port": number}
     return [options.sglang, "-c", SGLANG, json.dumps(arguments)]
 
 
