@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import FLOAT64_REORDERED
+from tolerances import FLOAT32_PLACED, FLOAT64_REORDERED
 from traces import Traces
 
 import qwen35_moe as q
@@ -192,10 +192,9 @@ def test_bits_on_a_gpu_do_not_depend_on_the_place(built: Build, recipe: str, mod
         model = spread(path, device_map, **options)
         assert model.norm.weight.is_cuda
         for _ in range(2):  # what a hook has dropped comes back
-            if arithmetic == "exact":  # experts that lie elsewhere are multiplied one by one
-                assert rel_l2(model(IDS.cuda()), plain) <= FLOAT64_REORDERED
-            else:
-                assert torch.equal(model(IDS.cuda()), plain)
+            # Experts that lie elsewhere are multiplied one by one. Roundings to bf16 hide that, here.
+            apart = {"exact": FLOAT64_REORDERED, "float32": FLOAT32_PLACED}.get(arithmetic, 0.0)
+            assert rel_l2(model(IDS.cuda()), plain) <= apart
 
 
 @pytest.mark.gpu

@@ -139,6 +139,7 @@ def test_what_an_answer_leaves_open() -> None:
         ("llamacpp_completion_post_sampling", "probabilities after the samplers"),
         ("llamacpp_no_probabilities", "the answer holds no log-probabilities"),
         ("vllm_err_stream", "the server refused"),
+        ("sglang_v1_completions_text", "the answer names tokens by texts, which name no ids"),
     ],
 )
 def test_answers_that_tell_nothing_are_refused(name: str, what: str) -> None:
@@ -570,6 +571,26 @@ def test_a_fault_of_decode_alone_is_found(loaded: Loaded, known: Prepared) -> No
         verdict = known.judge(answers)
         assert verdict.finding == finding, verdict
         assert verdict.why.startswith("in decode: ") == broken
+
+
+def test_generated_tokens_that_are_counted_wrongly_are_named(loaded: Loaded, known: Prepared) -> None:
+    """Where layers are many, their log p move by less than a quantile shows."""
+    model = build_model(loaded.source, arithmetics.get("sglang-bf16"), loaded.fused, CPU, "decoded")
+    vocab, n = loaded.source.config.vocab_size, ASKED[1]
+
+    def counted(by: int) -> LogP:
+        def log_p(ids: list[int]) -> Tensor:
+            places = torch.arange(len(ids))
+            where = places + by * (places >= n)
+            return model(torch.tensor([ids]), position_ids=where[None])[0].double().log_softmax(-1)
+
+        return cached(log_p)
+
+    for by, name in ((0, ""), (1, "positions one too high"), (-1, "positions one too low")):
+        with serving(Dialects(counted(by), "sglang", vocab)) as url:
+            verdict = known.judge([*Asker(Server(url), "auto", 8, vocab).ask(known.ids)])
+        assert verdict.finding == ("diverges" if by else "agrees"), verdict
+        assert not by or (verdict.why.startswith("in decode: ") and verdict.alike[0].name == name), verdict
 
 
 def test_another_model_is_called_another_model(loaded: Loaded, known: Prepared) -> None:

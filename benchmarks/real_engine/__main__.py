@@ -41,7 +41,8 @@ def main() -> int:
     setup = engine.SETUPS[options.setup]
     if setup.recipe == sglang_images.RECIPE:
         plant = sglang_images.PLANT
-    known = [bug for bug in BUGS if bug in plant]
+    ranks = "tp_size" in getattr(setup, "arguments", {})
+    known = [bug for bug in BUGS if bug in plant and (ranks or not bug.startswith("rank-"))]
     bugs = [bug for b in options.bugs or [CLEAN] for bug in (known if b == "all" else [b])]
     if wrong := [bug for bug in bugs if bug != CLEAN and bug not in plant]:
         parser.error(f"{options.engine} has no bug {', '.join(wrong)}; it has {', '.join(plant)}")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from qwen35_moe.oracle.compare import diagnose
 from qwen35_moe.oracle.dumps.dump import Dump
 from qwen35_moe.oracle.dumps.readers import read_dump
 from qwen35_moe.oracle.judge.records import Comparison
-from qwen35_moe.oracle.servers.probe import prepare
+from qwen35_moe.oracle.servers.probe import Prepared, prepare
 from qwen35_moe.oracle.servers.readers import from_json
 from qwen35_moe.oracle.truth import open_checkpoint
 from qwen35_moe.trace.images import read_images
@@ -50,12 +51,19 @@ def line(checkpoint: Path, dump: Dump | Path, name: str, declared: Mapping[str, 
 
 def probed(checkpoint: Path, file: Path, name: str) -> Line:
     """The verdict on log p alone. right: a clean engine agrees, and no bug does."""
-    run, loaded = json.loads(file.read_text()), open_checkpoint(checkpoint)[1]
+    run = json.loads(file.read_text())
     answers = from_json(run["answers"], str(file), {"input_ids": run["ids"], "sampling_params": {"temperature": 0}})
-    verdict = prepare(loaded.source, loaded.fused, run["ids"]).judge(answers)
+    verdict = _prepared(checkpoint, tuple(map(tuple, run["ids"]))).judge(answers)
     named = f"  [{'; '.join(e.name for e in verdict.alike)}]" if verdict.alike else ""
     right = (verdict.finding == "agrees") == name.endswith(f".{CLEAN}")
     return Line(f"{name:32} exit {verdict.exit_code}  {verdict.finding}: {verdict.why}{named}", right)
+
+
+@lru_cache(1)
+def _prepared(checkpoint: Path, ids: tuple[tuple[int, ...], ...]) -> Prepared:
+    """Every run is asked the same prompts."""
+    loaded = open_checkpoint(checkpoint)[1]
+    return prepare(loaded.source, loaded.fused, ids)
 
 
 def ids_of(file: Path) -> list[list[int]]:

@@ -160,8 +160,9 @@ def wrong_positions(site: Any) -> None:
     """Every decode step one position too far."""
 
     def later(batch: Any) -> None:
-        if batch.forward_mode.is_decode():
-            batch.positions.add_(1)
+        for positions in (batch.positions, batch.mrope_positions) if batch.forward_mode.is_decode() else ():
+            if positions is not None:
+                positions.add_(1)
 
     site.before.append(later)
 

@@ -36,6 +36,7 @@ class Setup:
     lengths: Sequence[int] = (30, 17)
     broken: Sequence[int] = (16, 9)  # of runs with a bug
     declared: dict[str, str] = field(default_factory=dict)
+    new: int = 4  # tokens to generate
 
 
 SETUPS = {
@@ -49,7 +50,7 @@ SETUPS = {
     "fp8-kv": Setup({"kv_cache_dtype": "fp8_e4m3"}, declared={"kv_cache": "fp8_e4m3"}),
     "state-bf16": Setup({"mamba_ssm_dtype": "bfloat16"}, declared={"state": "bf16"}),
     "pass": Setup({"debug_tensor_dump_output_folder": "pass"}),
-    "probe": Setup(lengths=(64,) * 8, broken=(64,) * 8),  # judged by log p, as `qwen35-moe probe` does
+    "probe": Setup(lengths=(64,) * 8, broken=(64,) * 8, new=24),  # judged by log p, as `qwen35-moe probe` does
     "image": Setup(images.ARGUMENTS, recipe=images.RECIPE),
     "tp2": Setup({"tp_size": 2, **PLAIN_SUMS}),
     "ep2": Setup({"tp_size": 2, "ep_size": 2, **PLAIN_SUMS}),
@@ -78,21 +79,21 @@ def run(setup: str, checkpoint: Path, out: Path, bugs: Sequence[str], port: int)
     engine = sglang.Engine(**arguments)
     try:
         if pictured:
-            _ask(engine, prompt=images.PROMPT, image_data=images.draw(checkpoint, dumps, "start")[0])
+            _ask(engine, chosen.new, prompt=images.PROMPT, image_data=images.draw(checkpoint, dumps, "start")[0])
         elif setup not in ("pass", "prefix"):
-            _ask(engine, input_ids=prompts((5, 3)))  # compiles, and dumps nothing
+            _ask(engine, chosen.new, input_ids=prompts((5, 3)))  # compiles, and dumps nothing
         for bug in bugs:
             name = f"{setup}.{bug}"
             _wish(dumps, name, bug)
             ids = prompts(chosen.lengths if bug == CLEAN else chosen.broken)
             if pictured:
                 files, row = images.draw(checkpoint, dumps, name)
-                ids, answers = [row], _ask(engine, prompt=images.PROMPT, image_data=files)
+                ids, answers = [row], _ask(engine, chosen.new, prompt=images.PROMPT, image_data=files)
             else:
-                answers = _ask(engine, input_ids=ids)
+                answers = _ask(engine, chosen.new, input_ids=ids)
             if setup == "prefix":  # the second turn of the first conversation
                 follow = [ids[0] + answers[0]["output_ids"] + prompts((9,), 7)[0]]
-                answers, ids = answers + _ask(engine, input_ids=follow), ids + follow
+                answers, ids = answers + _ask(engine, chosen.new, input_ids=follow), ids + follow
             (dumps / f"{name}.json").write_text(json.dumps({"ids": ids, "answers": answers}, default=_plain))
             yield name, dumps / name
             time.sleep(0.3)
@@ -106,9 +107,9 @@ def _wish(folder: Path, run_name: str, bug: str) -> None:
     new.replace(folder / "control.json")
 
 
-def _ask(engine: Any, **asked: Any) -> list[dict[str, Any]]:
+def _ask(engine: Any, new: int, **asked: Any) -> list[dict[str, Any]]:
     out = engine.generate(
-        **asked, sampling_params={"max_new_tokens": 4, "temperature": 0, "ignore_eos": True},
+        **asked, sampling_params={"max_new_tokens": new, "temperature": 0, "ignore_eos": True},
         return_logprob=True, logprob_start_len=0, top_logprobs_num=20, return_routed_experts=True,
     )  # fmt: skip
     return out if isinstance(out, list) else [out]

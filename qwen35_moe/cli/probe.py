@@ -161,7 +161,7 @@ def print_verdict(verdict: Verdict, args: argparse.Namespace, found: Sequence[Bu
     print(pages.verdict_text(verdict))
     for bucket in found:
         print(f"bucket   {bucket}")
-    layers = sorted({i for e in verdict.alike for i in e.layers})
+    layers = sorted({i for e in verdict.alike for i in e.layers}) or sorted({x.layer for x in verdict.experts})
     if verdict.exit_code:
         print("\nto be sure, dump these layers (qwen35-moe dump-config ENGINE says how):")
         print("\n".join(f"  {line}" for line in layer_lines(layers or [0, 1])))

@@ -3,7 +3,7 @@
     d = log p(engine) - log p(truth)          of each token that the engine tells, at each position
     z = rms(d) / sigma                        of a position; sigma is the rms over the legal arithmetics of their rms(d)
 
-A few flips of experts do not change the outcome of either of two tests:
+A few flips of experts do not change the outcome of these tests:
 
 quantiles   the median, upper quartile and 90 % quantile of z against the largest that a legal arithmetic has when it is
             measured by the others. It sees faults that nobody listed.
@@ -14,6 +14,8 @@ likelihood  a hypothesis h predicts d = s, since it was replayed. With noise of 
 
             (at most CLIP either way), and c = max(1, the median of z_h over the legal one): an engine that is noisier
             than ours is granted its noise. It sees what is far below the noise of one position, given enough of them.
+
+one expert  (`one_expert.py`) are the positions worse than others whose tokens chose one expert?
 
 A flip that rounding makes early in a prompt moves all positions after it, and may move them as a fault would: positions
 of one prompt are not independent. So the gain without the prompt that favours h most decides. If the noise were as
@@ -31,6 +33,7 @@ import torch
 from torch import Tensor
 
 from .answer import FAR
+from .one_expert import OneExpert, SingleExperts
 from .replay import Branch, Replay
 
 QUANTILES = (0.5, 0.75, 0.9)
@@ -103,6 +106,7 @@ class Judge:
         self.clean = torch.stack([z(s, o) for s, o in zip(sizes, others, strict=True)])  # [M, R]
         self.level = {q: max(float(x.quantile(q)) for x in self.clean) for q in QUANTILES}
         self.seen, self.need, self.reach = self._power()
+        self.single = SingleExperts(replay, branches[0], at.sequence, at.place, self.clean)
 
     def _truth(self, replay: Replay, branch: Branch) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """log p [R, K], the likeliest token and its log p [R], and what each temperature would add [R, K]."""
@@ -158,6 +162,10 @@ class Judge:
             numbers = float(gains[h]), float(sure[h]), float(left[h]), bool(self.seen[h])
             found.append(Explanation(self.names[h], *numbers, layers, planted.fault.block if planted else ""))
         return [self._quantile(z0, q) for q in QUANTILES], found
+
+    def experts(self, log_p: Tensor) -> tuple[list[OneExpert], OneExpert]:
+        """Which single experts log p [R, K] accuse, and the one that they speak most against."""
+        return self.single.look(z(self.size(log_p - self.truth), self.sigma))
 
     def _quantile(self, z0: Tensor, q: float) -> Quantile:
         """Bounds by order statistics: the number of positions below a quantile is binomial."""

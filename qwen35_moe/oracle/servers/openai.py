@@ -64,6 +64,9 @@ def _choice(choice: JsonObject, prompt_log_p: Any, sent: list[int] | None, reque
         found = {**found, "token_ids": choice.get("token_ids")}
         ids, rows, notes = _echo(found, ids, rows, request.get("echo") is not False, where)
     if not any(r.log_p for r in rows) or ids is None:
+        if notes:
+            do = 'ask for "return_tokens_as_token_ids": true; SGLang, which ignores it, tells ids at /generate'
+            raise bad("the answer names tokens by texts, which name no ids", where, do=do)
         do = 'vLLM: ask with "prompt_logprobs"; others: with "logprobs", one request a token'
         raise bad(NO_LOG_P, where, expected="prompt_logprobs or logprobs", do=do)
     params = mapping(request.get("sampling_params") or request, where)

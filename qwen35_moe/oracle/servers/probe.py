@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ...numerics.arithmetics import Arithmetic
 from ...run.generate import uniform
 from ...run.prompt import padded
 from ...run.source import WeightSource
+from ..diagnose.step_faults import STEP_FAULTS
 from ..judge.envelope import legal, with_declared_caches
 from ..judge.routing import Routing, compare_ids
 from ..judge.split_k import samples
@@ -75,7 +76,7 @@ class Prepared:
         """The verdict. Raises Qwen35Error where the answers are of other tokens, or of another model.
 
         What the generated tokens say comes from other kernels and from cached states. Their truth is computed now: they
-        were not known before. No fault is replayed on them.
+        were not known before. Only faults of counting their positions are replayed on them.
         """
         asked, again, longer = self._parts([self._completed(a) for a in answers])
         verdict, found = self._judged(asked)
@@ -93,7 +94,7 @@ class Prepared:
             r, tables = self.replay, [b.table for b in self.branches[1 : self.members + 1]]
             ids = [a.ids for a in longer]
             replay = Replay(r.source, r.fused, *_rows(ids), r.where, before=r)
-            branches = replay.run(self.branches[0].table, tables, [])
+            branches = replay.run(self.branches[0].table, tables, []) + self._counted_wrongly(ids, replay)
             decode = Prepared(ids, replay, branches, self.members)._judged(longer)[0]
             if warm := _warm(decode, longer):
                 verdict.notes.append(f"{count} generated tokens are not judged: they {warm}")
@@ -102,6 +103,19 @@ class Prepared:
         elif count:
             verdict.notes.append(f"{count} generated tokens are not judged: {FEWEST_POSITIONS} are worth it")
         return verdict
+
+    def _counted_wrongly(self, ids: Sequence[Sequence[int]], right: Replay) -> list[Branch]:
+        """Hypotheses of decode alone, all in one run: generated tokens at wrong positions, which may move log p too
+        little for quantiles. ids: prompts and what was generated."""
+        faults = [fault for fault in STEP_FAULTS if fault.shift and not fault.needs]
+        ids_BT, mask_BT = _rows([*ids] * len(faults))
+        wrong = Replay(right.source, right.fused, ids_BT, mask_BT, right.where, before=right)
+        for row, (fault, one) in enumerate(product(faults, ids)):
+            n = next(len(p) for p in self.ids if list(one[: len(p)]) == p)
+            assert fault.shift is not None
+            wrong.positions[row, n:] += fault.shift(n, 0)
+        stream = wrong.run(right.quick, [], [])[0].stream
+        return [Branch(f.name, right.quick, x) for f, x in zip(faults, stream.split(len(ids)), strict=True)]
 
     def _completed(self, answer: Answer) -> Answer:
         """The answer with the tokens that it does not tell (vLLM's first), where the prompts leave no choice."""

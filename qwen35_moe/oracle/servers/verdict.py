@@ -2,7 +2,8 @@
 
 agrees        no test speaks against it, and the tests would have spoken: every replayed fault would be seen here, but
               those that only round (a format of the cache or of the state)
-diverges      a quantile of z is surely beyond the limit, or a fault explains the answers far better than rounding does
+diverges      a quantile of z is surely beyond the limit, a fault explains the answers far better than rounding does, or
+              the positions of one expert differ more than others do
 cannot tell   neither: too few positions, or a suspicion. A dump decides, and the layers to dump are named
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from ...errors import Qwen35Error
 from .answer import FAR, UNKNOWN, Answer
 from .judge import Explanation, Judge, Positions, Quantile
+from .one_expert import OneExpert
 
 Outcome = Literal["agrees", "diverges", "cannot tell without a dump"]
 EXIT: dict[Outcome, int] = {"agrees": 0, "diverges": 1, "cannot tell without a dump": 2}
@@ -54,6 +56,7 @@ class Verdict:
     suspect: Explanation | None  # the best of those that would be seen here
     notes: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)  # faults of the catalogue that these answers would not show
+    experts: list[OneExpert] = field(default_factory=list)  # those whose positions differ more than others do
 
     @property
     def exit_code(self) -> int:
@@ -65,6 +68,7 @@ class Verdict:
         if other.finding == "diverges" and self.finding != "diverges":
             self.finding, self.why, self.unseen = "diverges", f"{what}: {other.why}", []
             self.alike, self.nearest, self.suspect = other.alike, other.nearest, other.suspect
+            self.experts = other.experts
 
     def to_dict(self) -> dict[str, Any]:
         records = asdict(self)
@@ -135,16 +139,20 @@ def _same(said: Sequence[int], known: Sequence[int], place: int) -> bool:
 def decide(judge: Judge, found: Told, routing: Sequence[str] = ()) -> Verdict:
     """The verdict on the answers. `routing`: the evidence of the answers' experts against the engine."""
     (quantiles, explanations), nan = judge.look(found.log_p), int((found.log_p.isnan() & judge.known).any(1).sum())
+    accused, worst = judge.experts(found.log_p)
     positions, sequences = len(found.log_p), len(found.at.sequence.unique())
     visible = [e for e in explanations if e.visible]
     best = max(visible, key=lambda e: e.sure, default=None)
     routing = [f"log p at {nan} of {positions} positions are NaN", *routing] if nan else routing
-    finding, why = _finding(judge, quantiles, visible, routing)
+    finding, why = _finding(judge, quantiles, visible, routing, accused)
     lines = [f"{q.name} of |delta log p|: {q.ratio:.2f} x the legal one (99.9 % sure: {q.low:.2f} to "
              f"{q.high:.2f}; limit {FAR:g})" for q in quantiles]  # fmt: skip
     if best is not None:
         lines.append(f"likeliest fault: {best.name}, {best.gain:+.0f} nats over rounding, {best.sure:+.0f} without its "
                      f"strongest prompt (more than {judge.need:.0f} decide)")  # fmt: skip
+    if judge.single.shown:
+        lines.append(f"worst expert: {_said(worst, judge)}; {judge.single.shown} of {judge.single.count} experts have "
+                     "positions enough")  # fmt: skip
     notes, evidence = list(found.notes), [*lines, *_top_k(judge, found), *routing]
     if finding != "agrees" and _stranger(judge, found):
         notes.append("log p have little to do with the truth's: this looks like another model, or another prompt")
@@ -153,30 +161,41 @@ def decide(judge: Judge, found: Told, routing: Sequence[str] = ()) -> Verdict:
     if finding != "agrees" and nearest is not None and nearest.gain > judge.need / 2 and nearest.left <= FAR:
         alike = [e for e in explanations if e.gain > nearest.gain - ALIKE and e.left <= FAR]
     unseen = judge.power()[1] if finding != "diverges" else []
-    return Verdict(finding, why, evidence, alike, nearest, positions, sequences, quantiles, best, notes, unseen)
+    if unseen or finding == "agrees":
+        few = judge.single.count - judge.single.shown
+        unseen += [f"faults of one expert, for {few} of {judge.single.count} experts"] if few else []
+    return Verdict(finding, why, evidence, alike, nearest, positions, sequences, quantiles, best, notes, unseen,
+                   accused)  # fmt: skip
 
 
 def _finding(
-    judge: Judge, quantiles: Sequence[Quantile], visible: Sequence[Explanation], routing: Sequence[str]
-) -> tuple[Outcome, str]:
+    judge: Judge, quantiles: Sequence[Quantile], visible: Sequence[Explanation], routing: Sequence[str],
+    accused: Sequence[OneExpert],
+) -> tuple[Outcome, str]:  # fmt: skip
     for q in quantiles:
         if q.low > FAR:
             return "diverges", f"the {q.name} of the differences is {q.ratio:.3g} x the legal one"
     if routing:
         return "diverges", routing[0]
     unsure: Outcome = "cannot tell without a dump"
-    if visible:
-        best = max(visible, key=lambda e: e.sure)
-        said = f"{best.name}: {best.sure:.0f} nats likelier than rounding, without its strongest prompt"
-        if best.sure > judge.need:
-            return "diverges", said
-        if best.sure > judge.need / 2 or max(e.gain for e in visible) > judge.need:
-            return unsure, f"a suspicion: {said}; more than {judge.need:.0f} decide. Ask more prompts"
+    best = max(visible, key=lambda e: e.sure, default=None)
+    said = f"{best.name}: {best.sure:.0f} nats likelier than rounding, without its strongest prompt" if best else ""
+    if best and best.sure > judge.need:
+        return "diverges", said
+    if accused:
+        return "diverges", _said(accused[0], judge)
+    if best and (best.sure > judge.need / 2 or max(e.gain for e in visible) > judge.need):
+        return unsure, f"a suspicion: {said}; more than {judge.need:.0f} decide. Ask more prompts"
     if quantiles[0].high > FAR:
         return unsure, "the differences may be beyond the limit: ask more prompts"
     if blind := judge.blind():
         return unsure, blind
     return "agrees", "the differences are within legal rounding, and no fault of the catalogue explains them better"
+
+
+def _said(x: OneExpert, judge: Judge) -> str:
+    return (f"{x}: its {x.positions} positions differ {x.ratio:.1f} x as much as others, {x.gain:.0f} nats over chance "
+            f"(more than {judge.single.need:.0f} decide)")  # fmt: skip
 
 
 def _top_k(judge: Judge, found: Told) -> list[str]:
