@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -69,6 +71,18 @@ def test_no_values_by_default_is_one_error(device: str, built: Build, tmp_path: 
             q.write_truth(built("tiny"), [[1, 2]], tmp_path / "truth")
         with pytest.raises(q.Qwen35Error, match="default device"):
             model(IDS)
+
+
+def test_every_module_can_be_imported_under_a_default_device_that_is_none() -> None:
+    program = """
+import importlib, pkgutil, torch
+torch.set_default_device("cuda:77")
+import qwen35_moe
+for module in pkgutil.walk_packages(qwen35_moe.__path__, "qwen35_moe."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("mode", ["decoded", "packed", "stream"])

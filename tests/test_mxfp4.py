@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qwen35_moe.errors import Qwen35Error
+from qwen35_moe.quant import mxfp4_compiled
 from qwen35_moe.quant.mxfp4 import (
     QUANTISERS,
     SCALE_RULES,
     PackedMXFP4,
     decode,
-    decode_flat,
     decode_plain,
     encode,
     products,
@@ -85,13 +85,28 @@ def test_every_byte_pair_is_what_ocp_says(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", EXACT)
-def test_the_formula_that_a_gpu_compiles(dtype: torch.dtype) -> None:
+def test_the_formula_that_a_gpu_compiles(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     codes, scales = every_byte_pair()
     table = products(torch.promote_types(dtype, torch.float32), torch.device("cpu"))
     result = torch.empty(256, 512, dtype=dtype)
-    worth = table[:, 2].contiguous()  # code 2 is 1.0
-    decode_flat(codes.flatten(), scales.flatten(), table[127], worth, result.view(-1))
+    monkeypatch.setattr(mxfp4_compiled, "_compiled", lambda: mxfp4_compiled.decode_flat)
+    assert mxfp4_compiled.decode_compiled(codes, scales, table[127], table[:, 2].contiguous(), result)  # code 2 is 1.0
     assert torch.equal(bits(result), bits(decode_plain(codes, scales, dtype)))
+
+
+def test_what_cannot_be_compiled_is_tried_once_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = list[int]()
+
+    def broken(*_: Tensor) -> None:
+        calls.append(1)
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(mxfp4_compiled, "_compiled", lambda: broken)
+    monkeypatch.setattr(mxfp4_compiled, "_not_compiled", [])
+    given = (*every_byte_pair(), torch.empty(16), torch.empty(256), torch.empty(256, 512))
+    with pytest.warns(UserWarning, match="slower, since it could not be compiled: .*Failed to find C compiler"):
+        assert not mxfp4_compiled.decode_compiled(*given)
+    assert not mxfp4_compiled.decode_compiled(*given) and len(calls) == 1
 
 
 def test_every_byte_pair_in_float16_is_the_exact_value_rounded_once() -> None:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
+from .mxfp4_compiled import BLOCK, decode_compiled
 
-MXFP4_BLOCK = 32
+MXFP4_BLOCK = BLOCK
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 # amax = fraction * 2^k with fraction in [1, 2): the scale is 2^(k - 2), or 2^(k - 1) from this fraction on.
 SCALE_RULES = {
@@ -152,30 +153,11 @@ def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None
         found = f"{'' if out.is_contiguous() else 'strided '}{out.dtype} {list(out.shape)}"
         what, expected = "out does not fit what is decoded", f"contiguous {dtype} {list(shape)}"
         raise Qwen35Error(what, expected=expected, found=found)
-    if not (codes.is_cuda and often):
-        return decode_in_pieces(codes, scales, dtype, out)
-    table = products(torch.promote_types(dtype, torch.float32), codes.device)
-    worth = table[:, E2M1.index(1.0)].contiguous()
-    _compiled_decode_flat()(codes.reshape(-1), scales.reshape(-1), table[127], worth, out.view(-1))
-    return out
-
-
-@cache
-def _compiled_decode_flat() -> Any:
-    """On an H100, `decode_flat` moves 86 % of what a copy moves; with sizes left open 66 %, uncompiled 6 %."""
-    import torch._dynamo  # here: nobody else waits the seconds that it takes
-
-    # Each size and dtype of weight is a compilation of its own; beyond the limit, calls would run uncompiled.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(decode_flat, dynamic=False)
-
-
-def decode_flat(codes: Tensor, scales: Tensor, values: Tensor, worth: Tensor, out: Tensor) -> None:
-    """The formula for one long row, as single operations that a compiler makes one pass over memory of. Exact in the
-    dtype of `values` [16] and `worth` [256], at least float32, subnormals included; rounded once into `out`."""
-    codes_I = torch.stack((codes & 15, codes >> 4), dim=-1).flatten()
-    worth_I = worth[scales.int()].repeat_interleave(MXFP4_BLOCK, output_size=codes_I.shape[0])
-    out.copy_(values[codes_I.int()] * worth_I)
+    if codes.is_cuda and often:
+        table = products(torch.promote_types(dtype, torch.float32), codes.device)
+        if decode_compiled(codes, scales, table[127], table[:, E2M1.index(1.0)].contiguous(), out):
+            return out
+    return decode_in_pieces(codes, scales, dtype, out)
 
 
 def decode_in_pieces(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor) -> Tensor:

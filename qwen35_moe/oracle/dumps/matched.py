@@ -20,7 +20,7 @@ from .runs import runs
 if TYPE_CHECKING:
     from .dump import Dump
 
-NO_TOKENS = torch.empty(0, 5, dtype=torch.long)
+NO_TOKENS = torch.empty(0, 5, dtype=torch.long, device="cpu")
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, product
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -94,7 +94,8 @@ class Prepared:
             r, tables = self.replay, [b.table for b in self.branches[1 : self.members + 1]]
             ids = [a.ids for a in longer]
             replay = Replay(r.source, r.fused, *_rows(ids), r.where, before=r)
-            branches = replay.run(self.branches[0].table, tables, []) + self._counted_wrongly(ids, replay)
+            counted = self._counted_wrongly(ids, replay.positions)
+            branches = replay.run(self.branches[0].table, tables, [], counted)
             decode = Prepared(ids, replay, branches, self.members)._judged(longer)[0]
             if warm := _warm(decode, longer):
                 verdict.notes.append(f"{count} generated tokens are not judged: they {warm}")
@@ -104,18 +105,17 @@ class Prepared:
             verdict.notes.append(f"{count} generated tokens are not judged: {FEWEST_POSITIONS} are worth it")
         return verdict
 
-    def _counted_wrongly(self, ids: Sequence[Sequence[int]], right: Replay) -> list[Branch]:
-        """Hypotheses of decode alone, all in one run: generated tokens at wrong positions, which may move log p too
-        little for quantiles. ids: prompts and what was generated."""
-        faults = [fault for fault in STEP_FAULTS if fault.shift and not fault.needs]
-        ids_BT, mask_BT = _rows([*ids] * len(faults))
-        wrong = Replay(right.source, right.fused, ids_BT, mask_BT, right.where, before=right)
-        for row, (fault, one) in enumerate(product(faults, ids)):
-            n = next(len(p) for p in self.ids if list(one[: len(p)]) == p)
-            assert fault.shift is not None
-            wrong.positions[row, n:] += fault.shift(n, 0)
-        stream = wrong.run(right.quick, [], [])[0].stream
-        return [Branch(f.name, right.quick, x) for f, x in zip(faults, stream.split(len(ids)), strict=True)]
+    def _counted_wrongly(self, ids: Sequence[Sequence[int]], right: Tensor) -> dict[str, Tensor]:
+        """Hypotheses of decode alone: generated tokens at wrong positions [B, T], which may move log p too little for
+        quantiles. ids: prompts and what was generated; right: the positions."""
+        found = dict[str, Tensor]()
+        for fault in STEP_FAULTS:
+            if fault.shift and not fault.needs:
+                found[fault.name] = right.clone()
+                for row, one in zip(found[fault.name], ids, strict=True):
+                    n = next(len(p) for p in self.ids if list(one[: len(p)]) == p)
+                    row[n:] += fault.shift(n, 0)
+        return found
 
     def _completed(self, answer: Answer) -> Answer:
         """The answer with the tokens that it does not tell (vLLM's first), where the prompts leave no choice."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,13 +45,15 @@ SHARE_OF_MEMORY = 0.6  # that decoded experts may take: else experts are decoded
 
 @dataclass
 class Branch:
-    """One run among others: under `table`, with a hypothesis or none. `stream` is what the next layer reads."""
+    """One run among others: under `table`, with a hypothesis or none, at positions of its own or the right ones.
+    `stream` is what the next layer reads."""
 
     name: str
     table: Arithmetic
     stream: Tensor
     hypothesis: PlacedFault | None = None
     routing: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # a layer: router logits [N, E], ids [N, A]
+    positions: Tensor | None = None  # [B, T]
 
 
 class Ends:
@@ -103,12 +105,18 @@ class Replay:
         self.end: Ends = before.end if before else Ends(source, self.device)
 
     @torch.inference_mode()
-    def run(self, truth: str | Arithmetic, tables: Sequence[Arithmetic], faults: Sequence[PlacedFault]) -> list[Branch]:
-        """Branches after the last layer: the truth's, one a table, one a hypothesis, in this order."""
+    def run(
+        self, truth: str | Arithmetic, tables: Sequence[Arithmetic], faults: Sequence[PlacedFault],
+        counted: Mapping[str, Tensor] | None = None,
+    ) -> list[Branch]:  # fmt: skip
+        """Branches after the last layer: the truth's, one a table, one a hypothesis, in this order. counted: more
+        hypotheses, wrong positions [B, T] by name."""
         base = arithmetics.get(truth)
         self.quick = arithmetics.get("float32") if base.name == "exact" else base
         branches = [self._begin(table.name, table) for table in (base, *tables)]
         clean = self._begin("quick", self.quick)
+        for name, positions in (counted or {}).items():
+            branches.append(Branch(name, self.quick, clean.stream, positions=positions))
         struck = [Branch(str(h), self.quick, clean.stream, h) for h in faults if h.layer is None]
         later = [h for h in faults if h.layer is not None]
         begin = said = time.monotonic()
@@ -140,7 +148,8 @@ class Replay:
                                 sees_experts=False)  # fmt: skip
         alone = b.table.dtype == torch.float64 != self.quick.dtype  # the truth
         layer = self.layers.whole(i, b.table, self.fused[i], once=alone)
-        b.stream = self._forward(i, layer, b.table, b.stream, [watch], 1)
+        positions = self.positions if b.positions is None else b.positions
+        b.stream = self._forward(i, layer, b.table, b.stream, [watch], positions)
         logits, ids = (seen[name] for name in ROUTING)
         b.routing.append((logits.double().cpu(), ids.long().cpu()))
 
@@ -173,17 +182,17 @@ class Replay:
             layer.mlp.experts = experts
         handlers = [Struck(faults, len(runs), self._place(faults[min(faults)]), experts)] if faults else []
         try:
-            out = self._forward(i, layer, table, torch.cat([b.stream for b in runs]), handlers, len(runs))
+            positions = self.positions.repeat(len(runs), 1)
+            out = self._forward(i, layer, table, torch.cat([b.stream for b in runs]), handlers, positions)
         finally:
             layer.mlp.experts = plain
         for b, stream in zip(runs, out.split(len(self.ids)), strict=True):
             b.stream = stream
 
     def _forward(
-        self, i: int, layer: Layer, table: Arithmetic, stream: Tensor, handlers: Sequence[Handler], times: int
+        self, i: int, layer: Layer, table: Arithmetic, stream: Tensor, handlers: Sequence[Handler], positions: Tensor
     ) -> Tensor:
-        positions = self.positions.repeat(times, 1)
-        real = None if self.real is None else self.real.repeat(times, 1)
+        real = None if self.real is None else self.real.repeat(len(positions) // len(self.real), 1)
         with using(table), splitting(table), attach(*handlers):
             angles = rotary_angles(self.config, positions, stream.dtype)
             with scope(layer=i):
