@@ -8,7 +8,8 @@ another order), with a fault or none, on prompts that the judge is given. `found
 `named`: among those found, the planted hypothesis is best, or cannot be told from the best. Clean runs are every legal
 arithmetic and the clean variants of the oracle's own benchmark, each on prompts of its own; none may diverge.
 --drawn draws the weights of a checkpoint anew. --again plants only what a file of records says was not found at fewer
-tokens, and one in ten of what was.
+tokens, and one in ten of what was. --num-experts gives a checkpoint so many, and plants nothing but two of them
+exchanged, in one layer after the other: the busiest two, two of the middle, and two between.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,26 @@ def engine(source: WeightSource, ids: list[list[int]], table: Arithmetic, h: Pla
     model = build_model(h.fault.source(source, place), h.fault.arithmetic(table), fused, CPU, "decoded")
     with splitting(table), attach(*h.fault.handlers(place)):
         return model(rows).double().log_softmax(-1)
+
+
+def exchanged(which: tuple[int, int]) -> list[dict[str, Any]]:
+    """Two experts of a layer in each other's place: the n-th busiest, and the next."""
+    assert HERE.known is not None
+    layer, n = which
+    busy = HERE.known.branches[0].routing[layer][1].flatten().bincount(minlength=HERE.source.config.num_experts)
+    a, b = busy.argsort(descending=True, stable=True)[n : n + 2].tolist()
+    model = build_model(HERE.source, ENGINES[1], unfused(HERE.source), CPU, "decoded")
+    experts = model.layers[layer].mlp.experts
+    right = experts.at
+    setattr(experts, "at", lambda e: right({a: b, b: a}.get(e, e)))  # noqa: B010
+    with splitting(ENGINES[1]):
+        log_p = model(torch.tensor(HERE.ids)).double().log_softmax(-1)
+    verdict, found = HERE.known.judge(answers(HERE.ids, log_p, 20)), []
+    named = {(x.layer, x.expert) for x in verdict.experts} <= {(layer, a), (layer, b)} and bool(verdict.experts)
+    found.append({"kind": "planted", "checkpoint": HERE.name, "tokens": sum(map(len, HERE.ids)), "top": 20,
+                  "name": f"experts {a} and {b} of {int(busy[a])} and {int(busy[b])} tokens exchanged, layer {layer}",
+                  "layer": layer, "fault": "experts exchanged", "named": named, **seen(verdict)})  # fmt: skip
+    return found
 
 
 @torch.inference_mode()
@@ -193,7 +215,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     fork = multiprocessing.get_context("fork")
     for name in options.names:
         _, recipe, seed, sizes = CHECKPOINTS[name]
-        folder = options.folder / f"{name}-{options.drawn}"
+        sizes = {**sizes, "num_experts": options.num_experts} if options.num_experts else sizes
+        folder = options.folder / f"{name}-{options.drawn}-{options.num_experts or ''}"
         path = build(recipe, folder, jobs=1, seed=seed + 1000 * options.drawn, text_config=sizes)
         source, label = open_checkpoint(path)[1].source, f"{name}-{options.drawn}"
         for tokens in options.tokens:
@@ -201,6 +224,15 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 label, source, drawn_prompts(source.config, *PROMPTS[tokens], seed=77 + options.drawn), options.top
             )
             start = time.time()
+            if options.num_experts:
+                HERE.known = prepare(source, unfused(source), HERE.ids, How(faults="none"))
+                places = product(
+                    range(source.config.num_hidden_layers), (0, options.num_experts // 4, options.num_experts // 2)
+                )
+                with fork.Pool(options.processes) as pool:
+                    for records in pool.imap_unordered(exchanged, places, chunksize=1):
+                        yield from records
+                continue
             HERE.known = prepared(options.processes)
             listed = [b.hypothesis for b in HERE.known.branches if b.hypothesis]  # with the expert that is busiest
             HERE.listed = some(listed, read(options.again), label) if options.again else listed
@@ -208,6 +240,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             with fork.Pool(options.processes) as pool:
                 for records in pool.imap_unordered(planted, range(len(HERE.listed)), chunksize=1):
                     yield from records
+        if options.num_experts:
+            continue
         HERE = Setting(label, source, drawn_prompts(source.config, *PROMPTS[options.clean_tokens]), options.top)
         rounds, first = -(-options.clean // len(engines(40))), 10_000 * (1 + options.drawn)
         parts = [(first + n, part) for n in range(rounds) for part in range(PARTS)]
@@ -253,6 +287,7 @@ def main() -> None:
     parser.add_argument("--clean", type=int, default=500, help="clean runs (default: %(default)s)")
     parser.add_argument("--clean-tokens", type=int, default=400, choices=PROMPTS)
     parser.add_argument("--drawn", type=int, default=0, help="which draw of the weights and prompts")
+    parser.add_argument("--num-experts", type=int, help="another number of experts, two of which are exchanged")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--again", type=Path, nargs="*", default=[], help="records of fewer tokens")
     parser.add_argument("--save", type=Path, default=Path("probe_power.jsonl"))
