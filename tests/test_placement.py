@@ -198,6 +198,7 @@ def test_bits_on_a_gpu_do_not_depend_on_the_place(built: Build, recipe: str, mod
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
 def test_a_trace_over_gpus_has_the_bits_of_one(built: Build, tmp_path: Path) -> None:
     """The tables of rotary positions, too: the CPU's cosine differs in its last bit."""
     command = ["trace", str(built("tiny-mxfp4")), "--ids", "3,7,11,5,100", "--arithmetic", "sglang-bf16", "--quiet"]

@@ -16,23 +16,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...model.cache import LayerState
-from ...model.norms import RMSNorm
-from ...model.ops import Linear
 from ...model.rope import rotary_angles
 from ...model.text import Layer
 from ...numerics import arithmetics
 from ...numerics.arithmetics import Arithmetic, using
 from ...numerics.taps import FunctionHandler, Handler, attach, scope, tap
-from ...run.fill import fill
 from ...run.source import WeightSource
 from ...run.streamed import HEAD_ROWS, StreamedEmbedding, StreamedHead, in_steps
 from ..diagnose.faults import FaultSite
-from ..judge.rerun_parts import Layers, LayerSource
+from ..judge.rerun_parts import Layers
 from ..judge.split_k import splitting
 from ..judge.where import HERE, Where
+from .ends import Ends
 from .hypotheses import PlacedFault, SortedExperts, Struck
 
 TOGETHER = 1 << 13  # tokens that one layer is run on at once on a CPU
@@ -54,30 +52,6 @@ class Branch:
     hypothesis: PlacedFault | None = None
     routing: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # a layer: router logits [N, E], ids [N, A]
     positions: Tensor | None = None  # [B, T]
-
-
-class Ends:
-    """The last norm and the head in the dtypes of tables. On a GPU they stay, read once."""
-
-    def __init__(self, source: WeightSource, device: torch.device):
-        self.source, self.device, self.held = source, device, LayerSource(source, device)
-        self.norms: dict[str, RMSNorm] = {}
-        self.heads: dict[torch.dtype, nn.Module] = {}
-
-    def of(self, table: Arithmetic) -> tuple[RMSNorm, nn.Module]:
-        c, dtype = self.source.config, table.weight_dtype("lm_head.weight")
-        if table.name not in self.norms:
-            with torch.device("meta"):
-                norm = self.norms[table.name] = RMSNorm(c.hidden_size, c.rms_norm_eps, "final_norm")
-                head = Linear(c.hidden_size, c.vocab_size)
-            fill(norm, "norm", self.held, table, self.device)
-            if self.device.type == "cpu":
-                self.heads[dtype] = StreamedHead(self.source, table, self.device)
-            elif dtype not in self.heads:
-                name = "embed_tokens" if c.tie_word_embeddings else "lm_head"
-                fill(head, name, self.held, table, self.device)
-                self.heads[dtype] = head
-        return self.norms[table.name], self.heads[dtype]
 
 
 class Replay:
@@ -115,8 +89,9 @@ class Replay:
         self.quick = arithmetics.get("float32") if base.name == "exact" else base
         branches = [self._begin(table.name, table) for table in (base, *tables)]
         clean = self._begin("quick", self.quick)
-        for name, positions in (counted or {}).items():
-            branches.append(Branch(name, self.quick, clean.stream, positions=positions))
+        if counted:  # as one batch
+            stream = clean.stream.repeat(len(counted), 1, 1)
+            branches.append(Branch("", self.quick, stream, positions=torch.cat([*counted.values()])))
         struck = [Branch(str(h), self.quick, clean.stream, h) for h in faults if h.layer is None]
         later = [h for h in faults if h.layer is not None]
         begin = said = time.monotonic()
@@ -131,6 +106,9 @@ class Replay:
             for group in self._groups(i, [clean, *struck] if faults else []):
                 self._together(i, group)
             said = self.where.progress(i + 1, self.config.num_hidden_layers, len(branches) + len(struck), begin, said)
+        if counted:
+            streams = branches.pop().stream.split(len(self.ids))
+            branches += [Branch(name, self.quick, x) for name, x in zip(counted, streams, strict=True)]
         return [*branches, *struck]
 
     def _begin(self, name: str, table: Arithmetic) -> Branch:
