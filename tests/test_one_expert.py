@@ -77,6 +77,38 @@ def test_one_prompt_accuses_no_expert_however_bad_it_is(known: SimpleNamespace) 
     assert not tests.look(z)[0]
 
 
+def test_experts_with_positions_enough_are_those_that_can_be_accused(known: SimpleNamespace) -> None:
+    """One prompt accuses none, and nothing sets an expert apart that nearly all tokens choose."""
+    clean = torch.stack([noise(seed) for seed in range(8)])
+    rows = torch.arange(T)
+    alone = SingleExperts(known, known, torch.zeros(T, dtype=torch.long), rows, clean[:, :T])
+    assert alone.positions.sum() == 4 * A * T and alone.shown == 0
+    for _, chosen in known.routing:
+        chosen[:] = torch.arange(A)
+        chosen[::100] += A
+    tests = single(known, clean)
+    assert tests.positions[:, :A].eq(P * T - 4).all() and tests.shown == 0
+
+
+def test_an_expert_that_differs_less_than_legal_ones_is_not_accused(known: SimpleNamespace) -> None:
+    """An engine that computes one expert in bf16 and all else in float32, as kernels that are chosen by an expert's
+    number of tokens may do."""
+    tests = single(known, torch.stack([noise(seed) for seed in range(8)]))
+    own = (known.routing[2][1] == int(known.routing[2][1].flatten().bincount().argmax())).any(1)
+    for much, count in ((1e-3, 0), (10, 1)):
+        accused, worst = tests.look(noise(9) * torch.where(own, much, 1e-6))
+        assert worst.gain > tests.need and worst.ratio > 100 and len(accused) == count
+
+
+def test_a_ratio_to_nothing_is_a_number(known: SimpleNamespace) -> None:
+    """Answers may be those of the truth itself, but at one expert's positions."""
+    tests = single(known, torch.stack([noise(seed) for seed in range(8)]))
+    own = (known.routing[2][1] == int(known.routing[2][1].flatten().bincount().argmax())).any(1)
+    accused, _ = tests.look(torch.where(own, 100.0, 0.0).double())
+    assert json.loads(json.dumps([x.ratio for x in accused], allow_nan=False)) == [1000.0]
+    assert tests.look(torch.zeros(P * T, dtype=torch.float64))[1].ratio == 1
+
+
 def test_equal_values_and_tokens_that_repeat_speak_of_nothing(known: SimpleNamespace) -> None:
     tests = single(known, torch.ones(2, P * T, dtype=torch.float64))
     accused, worst = tests.look(torch.ones(P * T, dtype=torch.float64))

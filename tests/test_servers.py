@@ -39,9 +39,11 @@ from qwen35_moe.oracle.servers.hypotheses import KINDS
 from qwen35_moe.oracle.servers.judge import DECIDED
 from qwen35_moe.oracle.servers.probe import How, Prepared, drawn_prompts, ordinary, prepare
 from qwen35_moe.oracle.servers.readers import from_bytes, from_json, read_answers
+from qwen35_moe.oracle.servers.replay import Replay
 from qwen35_moe.oracle.truth import Loaded, open_checkpoint, write_truth
 from qwen35_moe.run import streamed
 from qwen35_moe.run.load import build as build_model
+from qwen35_moe.run.prompt import padded
 from weights.build import build
 
 DATA = Path(__file__).parent / "data" / "servers"
@@ -591,6 +593,22 @@ def test_generated_tokens_that_are_counted_wrongly_are_named(loaded: Loaded, kno
             verdict = known.judge([*Asker(Server(url), "auto", 8, vocab).ask(known.ids)])
         assert verdict.finding == ("diverges" if by else "agrees"), verdict
         assert not by or (verdict.why.startswith("in decode: ") and verdict.alike[0].name == name), verdict
+
+
+def test_a_prompt_may_begin_as_another_one_does(loaded: Loaded) -> None:
+    """What the longer one adds is no generated token, and what follows it is generated after all of it."""
+    vocab, (short, more) = loaded.source.config.vocab_size, drawn_prompts(loaded.source.config, 2, 20)
+    ids = [short, [*short, *more]]
+    known = prepare(loaded.source, loaded.fused, ids, How(faults="none"))
+    for api in ("sglang", "llama.cpp"):  # all tokens in one request, and one a request
+        with serving(Dialects(cached(engine(loaded)), api, vocab)) as url:
+            answers = [a for one in ids for a in Asker(Server(url), api, 8, vocab).ask([one])]
+        verdict = known.judge(answers)
+        assert verdict.sequences == 2 and verdict.positions > 30, verdict
+    whole = [[*short, 7, 8], [*ids[1], 7, 8]]
+    replay = Replay(loaded.source, loaded.fused, *(padded([torch.tensor(x) for x in whole])))
+    wrong = known._counted_wrongly(whole, replay.positions)["positions one too high"] - replay.positions
+    assert wrong.sum(1).tolist() == [replay.ids.shape[1] - 20, 2]
 
 
 def test_another_model_is_called_another_model(loaded: Loaded, known: Prepared) -> None:

@@ -14,6 +14,7 @@ Positions that follow the same two tokens count once: what repeats, as generated
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +26,14 @@ from .replay import Branch, Replay
 # 400 tokens, engines in 33 arithmetics) the largest gain had a chance of 1e-4.1: about what so many runs make.
 CHANCE = 1e-5
 LOUDER = 1.3  # least ratio of the medians of z: a legal engine's error may differ a little between experts
+MOST = 1e3  # a ratio that is larger, or infinite, counts as this
 
 
 @dataclass(frozen=True)
 class OneExpert:
     """`gain` in nats over chance; `sure`: without the prompt that speaks most against it. `ratio`: the median of z at
-    its positions over that at all others."""
+    its positions over that at all others; `legal`: over the largest that a legal arithmetic has there. An engine that
+    rounds less than ours may round one expert's products more than others'."""
 
     layer: int
     expert: int
@@ -38,6 +41,7 @@ class OneExpert:
     gain: float
     sure: float
     ratio: float
+    legal: float
 
     def __str__(self) -> str:
         return f"expert {self.expert} of layer {self.layer}"
@@ -60,20 +64,23 @@ class SingleExperts:
         self.count = self.positions.numel()
         reached = max(float(self._gains(z)[0].max()) for z in clean)
         self.need = max(math.log(self.count / CHANCE), 2 * reached)
-        # S / sd is about sqrt(3 n) where an expert's n positions have the highest ranks of all
-        self.shown = int((-torch.special.log_ndtr(-(3 * self.positions).sqrt()) > self.need).sum())
+        self.clean = clean[:, self.rows]
+        gain_LE, sure_LE = self._evidence([n * (size_P1 - n) / 2 for n in counts])  # the highest ranks of each prompt
+        self.shown = int(((gain_LE > self.need) & (2 * sure_LE > self.need)).sum())
 
     def look(self, z: Tensor) -> tuple[list[OneExpert], OneExpert]:
         """Which experts z [R] accuses, and the one that it speaks most against; the worst first."""
         gain_LE, sure_LE = self._gains(z)
         order = gain_LE.flatten().argsort(descending=True, stable=True)[: 1 + int((gain_LE > self.need).sum())].tolist()
         found = [self._one(z[self.rows], divmod(k, self.experts), gain_LE, sure_LE) for k in order]
-        return [x for x in found if x.gain > self.need < 2 * x.sure and x.ratio >= LOUDER], found[0]
+        return [x for x in found if x.gain > self.need < 2 * x.sure and x.ratio >= LOUDER and x.legal > 1], found[0]
 
     def _one(self, z: Tensor, at: tuple[int, int], gain_LE: Tensor, sure_LE: Tensor) -> OneExpert:
-        own = (self.chosen[at[0]] == at[1]).any(1)
-        ratio = float(z[own].median() / z[~own].median()) if own.any() and not own.all() else 1.0
-        return OneExpert(*at, int(self.positions[at]), float(gain_LE[at]), float(sure_LE[at]), ratio)
+        own, ratio, legal = (self.chosen[at[0]] == at[1]).any(1), 1.0, 1.0
+        if own.any() and not own.all():
+            mine = z[own].median()
+            ratio, legal = _over(mine, z[~own].median()), _over(mine, self.clean[:, own].median(1).values.max())
+        return OneExpert(*at, int(self.positions[at]), float(gain_LE[at]), float(sure_LE[at]), ratio, legal)
 
     def _gains(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """gain, and the sure part of it, [L, E] each, of z [R]."""
@@ -82,9 +89,12 @@ class SingleExperts:
             which = self.prompt == p
             _, kind, count = z[which].unique(return_inverse=True, return_counts=True)
             rank[which] = (count.cumsum(0) - count / 2)[kind].double() - int(which.sum()) / 2  # their mean is 0
+        return self._evidence([self._sums(ids, rank) for ids in self.chosen])
+
+    def _evidence(self, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The same of S [P, E], one a layer."""
         gains, sure = [], []
-        for ids, variance_PE in zip(self.chosen, self.variances, strict=True):
-            S_PE = self._sums(ids, rank)
+        for S_PE, variance_PE in zip(sums, self.variances, strict=True):
             strongest = S_PE.argmax(0, keepdim=True)
             gains.append(_gain(S_PE.sum(0), variance_PE.sum(0)))
             sure.append(_gain(*(x.sum(0) - x.gather(0, strongest)[0] for x in (S_PE, variance_PE))))
@@ -106,4 +116,10 @@ def firsts(before: Tensor, last: Tensor) -> Tensor:
 
 
 def _gain(S: Tensor, variance: Tensor) -> Tensor:
-    return -torch.special.log_ndtr(-S / variance.sqrt().clamp(min=1e-9))
+    """Nothing where no position, or each, chose the expert."""
+    return torch.where(variance > 0, -torch.special.log_ndtr(-S / variance.sqrt().clamp(min=1e-9)), 0)
+
+
+def _over(a: Tensor, b: Tensor) -> float:
+    """a / b, of numbers that may be 0."""
+    return min(MOST, float(a / b)) if b > 0 else MOST if a > 0 else 1.0

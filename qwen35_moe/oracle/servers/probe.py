@@ -113,7 +113,7 @@ class Prepared:
             if fault.shift and not fault.needs:
                 found[fault.name] = right.clone()
                 for row, one in zip(found[fault.name], ids, strict=True):
-                    n = next(len(p) for p in self.ids if list(one[: len(p)]) == p)
+                    n = max(len(p) for p in self.ids if list(one[: len(p)]) == p)
                     row[n:] += fault.shift(n, 0)
         return found
 
@@ -135,13 +135,20 @@ class Prepared:
         verdict.evidence += said
         return verdict, found
 
+    def _known(self, ids: list[int]) -> int:
+        """How many tokens are those of a prompt, which may begin as another one does; all where no prompt is whole."""
+        shares = [next((i for i, (a, b) in enumerate(zip(ids, p, strict=False)) if a != b), min(len(ids), len(p)))
+                  for p in self.ids]  # fmt: skip
+        whole = any(n == len(p) for n, p in zip(shares, self.ids, strict=True))
+        return max(shares) if whole else len(ids)
+
     def _parts(self, answers: Sequence[Answer]) -> tuple[list[Answer], list[Answer], list[Answer]]:
         """What is told of prompts for the first time, what is told again (of the same tokens, perhaps from a cache),
         and what comes after the first generated token."""
         seen = set[tuple[int, int]]()
         parts: tuple[list[Answer], list[Answer], list[Answer]] = [], [], []
         for answer in answers:
-            n = next((len(p) for p in self.ids if answer.ids[: len(p)] == p), len(answer.ids))
+            n = self._known(answer.ids)
             before = [*accumulate(answer.ids, lambda h, i: hash((h, i)), initial=0)]
             rows: tuple[list[Row], list[Row], list[Row]] = [], [], []
             for row in (r for r in answer.rows if r.place > 0 and (r.log_p or r.place <= n)):
@@ -209,7 +216,8 @@ def judge_routing(
     truth = branches[0].routing
     picked, theirs = list[int](), list[Tensor]()
     for answer in answers:
-        b = next((b for b, known in enumerate(ids) if answer.ids[: len(known)] == list(known)), None)
+        fits = [b for b, known in enumerate(ids) if answer.ids[: len(known)] == list(known)]
+        b = max(fits, key=lambda b: len(ids[b]), default=None)
         if answer.routed is not None and b is not None:
             A = truth[0][1].shape[-1]
             found = shaped(answer.routed, len(truth), A, f"{answer.engine}: routed_experts")
