@@ -50,7 +50,8 @@ def _looks(v: Verdict) -> str:
         return (f"it looks like: {best.name} ({best.gain:+.0f} nats over rounding; the truth with this fault differs "
                 f"by {best.left:.2f} x the legal one)")  # fmt: skip
     if v.experts:
-        return "it looks like a fault of one expert: " + ", ".join(map(str, v.experts[:8]))
+        what = "a fault of one expert" if len(v.experts) == 1 else "faults of single experts"
+        return f"it looks like {what}: {', '.join(map(str, v.experts[:8]))}"
     if v.nearest is not None and v.finding == "diverges":
         return (f"it looks like no fault of the catalogue; the truth with the nearest one, {v.nearest.name}, differs "
                 f"by {v.nearest.left:.3g} x the legal one")  # fmt: skip

@@ -26,14 +26,14 @@ from .replay import Branch, Replay
 # 400 tokens, engines in 33 arithmetics) the largest gain had a chance of 1e-4.1: about what so many runs make.
 CHANCE = 1e-5
 LOUDER = 1.3  # least ratio of the medians of z: a legal engine's error may differ a little between experts
+LEAST = 0.5  # of what legal arithmetics differ there: a quieter engine may round one expert's products more than others'
 MOST = 1e3  # a ratio that is larger, or infinite, counts as this
 
 
 @dataclass(frozen=True)
 class OneExpert:
     """`gain` in nats over chance; `sure`: without the prompt that speaks most against it. `ratio`: the median of z at
-    its positions over that at all others; `legal`: over the largest that a legal arithmetic has there. An engine that
-    rounds less than ours may round one expert's products more than others'."""
+    its positions over that at all others; `legal`: over the largest that a legal arithmetic has there."""
 
     layer: int
     expert: int
@@ -73,7 +73,8 @@ class SingleExperts:
         gain_LE, sure_LE = self._gains(z)
         order = gain_LE.flatten().argsort(descending=True, stable=True)[: 1 + int((gain_LE > self.need).sum())].tolist()
         found = [self._one(z[self.rows], divmod(k, self.experts), gain_LE, sure_LE) for k in order]
-        return [x for x in found if x.gain > self.need < 2 * x.sure and x.ratio >= LOUDER and x.legal > 1], found[0]
+        sure = (x for x in found if x.gain > self.need < 2 * x.sure)
+        return [x for x in sure if x.ratio >= LOUDER and x.legal >= LEAST], found[0]
 
     def _one(self, z: Tensor, at: tuple[int, int], gain_LE: Tensor, sure_LE: Tensor) -> OneExpert:
         own, ratio, legal = (self.chosen[at[0]] == at[1]).any(1), 1.0, 1.0
