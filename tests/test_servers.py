@@ -36,7 +36,7 @@ from qwen35_moe.oracle.servers.answer import UNKNOWN, Answer
 from qwen35_moe.oracle.servers.client import API_KEY, Server
 from qwen35_moe.oracle.servers.dialects import Asker, buckets, detect, saver
 from qwen35_moe.oracle.servers.hypotheses import KINDS
-from qwen35_moe.oracle.servers.judge import DECIDED
+from qwen35_moe.oracle.servers.judge import DECIDED, surely
 from qwen35_moe.oracle.servers.probe import How, Prepared, drawn_prompts, ordinary, prepare
 from qwen35_moe.oracle.servers.readers import from_bytes, from_json, read_answers
 from qwen35_moe.oracle.servers.replay import Replay
@@ -512,6 +512,18 @@ def test_few_positions_cannot_tell(loaded: Loaded, known: Prepared) -> None:
     verdict = known.judge(answers[:1])
     assert verdict.finding == "cannot tell without a dump"
     assert "rotary theta 10000, all layers" in verdict.unseen
+
+
+def test_a_few_positions_are_sure_of_no_quantile(loaded: Loaded, known: Prepared) -> None:
+    """Three of three are beyond the limit: one flip of an expert does that, which legal arithmetics make too."""
+    answers = asked(engine(loaded), known)[:1]
+    answers[0].rows = answers[0].rows[:3]
+    for row in answers[0].rows:
+        row.log_p.update({i: x - 0.5 * (i % 2) for i, x in row.log_p.items()})
+    verdict = known.judge(answers)
+    assert verdict.quantiles[1].ratio > 3.5 and verdict.finding == "cannot tell without a dump", verdict
+    for n, q, low, high in ((1, 0.9, -1, 1), (3, 0.75, -1, 3), (11, 0.5, 0, 10), (400, 0.75, 270, 328)):
+        assert surely(n, q) == (low, high)
 
 
 def test_all_of_the_vocabulary(loaded: Loaded, known: Prepared) -> None:

@@ -39,7 +39,7 @@ from .replay import Branch, Replay
 QUANTILES = (0.5, 0.75, 0.9)
 DECIDED, CLIP = 17.0, 2.0
 FAINT = 0.05  # of the gain that decides: less is no ground for a forecast
-SURE = 3.3  # standard deviations on either side: 1 in 1,000
+UNSURE = 5e-4  # on either side: 1 in 1,000
 WORST = 1e3  # z of what is not finite, and of what is further away
 AFTER_TEMPERATURE = "log p after temperature"
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.5, 2.0)
@@ -170,8 +170,7 @@ class Judge:
     def _quantile(self, z0: Tensor, q: float) -> Quantile:
         """Bounds by order statistics: the number of positions below a quantile is binomial."""
         n, ordered = len(z0), z0.sort().values
-        spread = SURE * (n * q * (1 - q)) ** 0.5
-        low, high = int(n * q - spread), int(n * q + spread) + 1
+        low, high = surely(n, q)
         name = {0.5: "median", 0.75: "upper quartile", 0.9: "90 % quantile"}[q]
         level = self.level[q]
         least = float(ordered[low]) if low >= 0 else 0.0
@@ -198,6 +197,14 @@ class Judge:
         rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
         some = f"{'; '.join(names[:3])}{rest}"
         return f"{len(names)} of {len(every)} faults would not be seen in {len(self.sigma)} positions: {some}; {more}"
+
+
+def surely(n: int, q: float) -> tuple[int, int]:
+    """Which of n values in order are surely below and above a quantile: -1 and n where none is."""
+    k = torch.arange(n + 1, dtype=torch.float64)
+    ways = math.lgamma(n + 1) - (k + 1).lgamma() - (n - k + 1).lgamma()
+    up_to = (ways + k * math.log(q) + (n - k) * math.log(1 - q)).exp().cumsum(0)
+    return int((up_to <= UNSURE).sum()) - 1, int((1 - up_to > UNSURE).sum())
 
 
 def ceil_2(x: float) -> int:

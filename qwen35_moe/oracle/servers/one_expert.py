@@ -26,7 +26,7 @@ from .replay import Branch, Replay
 # 400 tokens, engines in 33 arithmetics) the largest gain had a chance of 1e-4.1: about what so many runs make.
 CHANCE = 1e-5
 LOUDER = 1.3  # least ratio of the medians of z: a legal engine's error may differ a little between experts
-LEAST = 0.5  # of what legal arithmetics differ there: a quieter engine may round one expert's products more than others'
+OF_LEGAL = 0.5  # of what legal arithmetics differ there: a quieter engine may round one expert's products more
 MOST = 1e3  # a ratio that is larger, or infinite, counts as this
 
 
@@ -74,7 +74,7 @@ class SingleExperts:
         order = gain_LE.flatten().argsort(descending=True, stable=True)[: 1 + int((gain_LE > self.need).sum())].tolist()
         found = [self._one(z[self.rows], divmod(k, self.experts), gain_LE, sure_LE) for k in order]
         sure = (x for x in found if x.gain > self.need < 2 * x.sure)
-        return [x for x in sure if x.ratio >= LOUDER and x.legal >= LEAST], found[0]
+        return [x for x in sure if x.ratio >= LOUDER and x.legal >= OF_LEGAL], found[0]
 
     def _one(self, z: Tensor, at: tuple[int, int], gain_LE: Tensor, sure_LE: Tensor) -> OneExpert:
         own, ratio, legal = (self.chosen[at[0]] == at[1]).any(1), 1.0, 1.0
