@@ -99,12 +99,11 @@ def exchanged(which: tuple[int, int]) -> list[dict[str, Any]]:
     setattr(experts, "at", lambda e: right({a: b, b: a}.get(e, e)))  # noqa: B010
     with splitting(ENGINES[1]):
         log_p = model(torch.tensor(HERE.ids)).double().log_softmax(-1)
-    verdict, found = HERE.known.judge(answers(HERE.ids, log_p, 20)), []
+    verdict = HERE.known.judge(answers(HERE.ids, log_p, 20))
     named = {(x.layer, x.expert) for x in verdict.experts} <= {(layer, a), (layer, b)} and bool(verdict.experts)
-    found.append({"kind": "planted", "checkpoint": HERE.name, "tokens": sum(map(len, HERE.ids)), "top": 20,
-                  "name": f"experts {a} and {b} of {int(busy[a])} and {int(busy[b])} tokens exchanged, layer {layer}",
-                  "layer": layer, "fault": "experts exchanged", "named": named, **seen(verdict)})  # fmt: skip
-    return found
+    return [{"kind": "planted", "checkpoint": HERE.name, "tokens": sum(map(len, HERE.ids)), "top": 20,
+             "name": f"experts {a} and {b} of {int(busy[a])} and {int(busy[b])} tokens exchanged, layer {layer}",
+             "layer": layer, "fault": "experts exchanged", "named": named, **seen(verdict)}]  # fmt: skip
 
 
 @torch.inference_mode()

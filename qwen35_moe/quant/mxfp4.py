@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..errors import Qwen35Error
-from .mxfp4_compiled import BLOCK, decode_compiled
+from .mxfp4_compiled import MXFP4_BLOCK as MXFP4_BLOCK
+from .mxfp4_compiled import decode_compiled
 
-MXFP4_BLOCK = BLOCK
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 # amax = fraction * 2^k with fraction in [1, 2): the scale is 2^(k - 2), or 2^(k - 1) from this fraction on.
 SCALE_RULES = {

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 32  # columns that have one scale
+MXFP4_BLOCK = 32  # columns that have one scale
 _not_compiled: list[Exception] = []  # why: it is tried once
 
 
@@ -45,5 +45,5 @@ def decode_flat(codes: Tensor, scales: Tensor, values: Tensor, worth: Tensor, ou
     """The formula for one long row, as single operations that a compiler makes one pass over memory of. Exact in the
     dtype of `values` [16] and `worth` [256], at least float32, subnormals included; rounded once into `out`."""
     codes_I = torch.stack((codes & 15, codes >> 4), dim=-1).flatten()
-    worth_I = worth[scales.int()].repeat_interleave(BLOCK, output_size=codes_I.shape[0])
+    worth_I = worth[scales.int()].repeat_interleave(MXFP4_BLOCK, output_size=codes_I.shape[0])
     out.copy_(values[codes_I.int()] * worth_I)

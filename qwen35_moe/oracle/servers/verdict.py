@@ -144,7 +144,7 @@ def decide(judge: Judge, found: Told, routing: Sequence[str] = ()) -> Verdict:
     visible = [e for e in explanations if e.visible]
     best = max(visible, key=lambda e: e.sure, default=None)
     routing = [f"log p at {nan} of {positions} positions are NaN", *routing] if nan else routing
-    finding, why = _finding(judge, quantiles, visible, routing, accused)
+    finding, why = _finding(judge, quantiles, visible, best, routing, accused)
     lines = [f"{q.name} of |delta log p|: {q.ratio:.2f} x the legal one (99.9 % sure: {q.low:.2f} to "
              f"{q.high:.2f}; limit {FAR:g})" for q in quantiles]  # fmt: skip
     if best is not None:
@@ -169,8 +169,8 @@ def decide(judge: Judge, found: Told, routing: Sequence[str] = ()) -> Verdict:
 
 
 def _finding(
-    judge: Judge, quantiles: Sequence[Quantile], visible: Sequence[Explanation], routing: Sequence[str],
-    accused: Sequence[OneExpert],
+    judge: Judge, quantiles: Sequence[Quantile], visible: Sequence[Explanation], best: Explanation | None,
+    routing: Sequence[str], accused: Sequence[OneExpert],
 ) -> tuple[Outcome, str]:  # fmt: skip
     for q in quantiles:
         if q.low > FAR:
@@ -178,7 +178,6 @@ def _finding(
     if routing:
         return "diverges", routing[0]
     unsure: Outcome = "cannot tell without a dump"
-    best = max(visible, key=lambda e: e.sure, default=None)
     said = f"{best.name}: {best.sure:.0f} nats likelier than rounding, without its strongest prompt" if best else ""
     if best and best.sure > judge.need:
         return "diverges", said
